@@ -1,0 +1,60 @@
+"""The contract every encoder keeps, whatever its architecture."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+# Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, E embedding.
+
+
+class Encoder(nn.Module, ABC):
+    """Maps a volume to tokens (masked pre-training) and to feature maps (everything downstream).
+
+    Attributes:
+        recipe: the settings that built it.
+        strides: down-sampling of each feature map, finest first, e.g. ``(2, 4, 8, 16)``.
+        widths: channels of each feature map.
+        patch_size: voxels per token edge; inputs must be multiples of it along every axis.
+        embed_dim: token width.
+    """
+
+    recipe: "Backbone"
+    strides: tuple[int, ...]
+    widths: tuple[int, ...]
+    patch_size: int
+    embed_dim: int
+
+    @abstractmethod
+    def encode_visible(self, volume_BCXYZ: Tensor, hidden_BL: Tensor) -> Tensor:
+        """Tokens ``(B, V, E)`` of the visible places, in raster order; every sample hides the same number."""
+
+    @abstractmethod
+    def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
+        """One map ``(B, widths[i], X / strides[i], ...)`` per stage, finest first, nothing hidden."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone(ABC):
+    """Settings of an encoder: what a user writes and YAML stores.
+
+    Attributes:
+        in_channels: channels of the input volume.
+        decoder_dim: width of the decoder that belongs to this size in masked pre-training.
+        decoder_depth: its blocks.
+        decoder_num_heads: its attention heads.
+    """
+
+    in_channels: int = 1
+    decoder_dim: int = 576
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> int:
+        """Voxels per token edge."""
+
+    @abstractmethod
+    def build(self) -> Encoder:
+        """The module; raises ConfigError for settings that cannot work together."""

@@ -1,0 +1,173 @@
+"""MiM's hybrid backbone: convolution stages under a vision transformer (ConvMAE style).
+
+Zhuang et al., "MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Image Analysis", IEEE TMI 2025. Parameter
+names and shapes are those of the published checkpoints.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mim3d.backbones.base import Backbone, Encoder
+from mim3d.backbones.layouts import VisibleBlocks
+from mim3d.errors import ConfigError
+from mim3d.nn.blocks import (
+    ConvBlock,
+    DepthwiseConvolution,
+    PatchEmbed,
+    Projection,
+    TransformerBlock,
+    init_linear,
+)
+from mim3d.nn.depthwise import depthwise_dense
+from mim3d.nn.masks import take_tokens
+from mim3d.nn.patches import token_grid
+from mim3d.nn.positions import sincos_positions
+
+# Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, N volumes or blocks, E embedding.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid(Backbone):
+    """Settings of the hybrid backbone; the defaults are the published base size.
+
+    Attributes:
+        widths: channels per stage; every stage halves the grid, the last is the transformer.
+        depths: blocks per stage.
+        num_heads: attention heads of the transformer.
+        mlp_ratio: hidden per token channels of every MLP.
+        recompute: trade time for memory: recompute the convolution blocks in the backward pass.
+    """
+
+    widths: tuple[int, ...] = (48, 96, 192, 384)
+    depths: tuple[int, ...] = (2, 2, 2, 11)
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != len(self.depths) or len(self.widths) < 2:
+            raise ConfigError(
+                f"backbone widths {list(self.widths)} and depths {list(self.depths)} must have "
+                "one entry per stage, two stages or more."
+            )
+        for name, dim, heads in (
+            ("num_heads", self.widths[-1], self.num_heads),
+            ("decoder_num_heads", self.decoder_dim, self.decoder_num_heads),
+        ):
+            if dim % heads:
+                raise ConfigError(
+                    f"token width {dim} is not a multiple of {name} ({heads}); choose one that divides it."
+                )
+
+    @property
+    def patch_size(self) -> int:
+        """Voxels per token edge: every stage halves the grid."""
+        return int(2 ** len(self.widths))
+
+    def build(self) -> "HybridEncoder":
+        """The encoder, freshly initialised."""
+        return HybridEncoder(self)
+
+
+class HybridEncoder(Encoder):
+    """Convolution stages at strides 2, 4, ..., then ViT blocks on tokens of the last stride.
+
+    Args:
+        recipe: its settings.
+    """
+
+    def __init__(self, recipe: Hybrid) -> None:
+        super().__init__()
+        self.recipe: Hybrid = recipe
+        self.num_stages = len(recipe.widths)
+        self.strides = tuple(2 ** (stage + 1) for stage in range(self.num_stages))
+        self.widths = recipe.widths
+        self.patch_size = recipe.patch_size
+        self.embed_dim = recipe.widths[-1]
+        dims_in = (recipe.in_channels, *recipe.widths[:-1])
+        for stage, (dim_in, dim, depth) in enumerate(zip(dims_in, recipe.widths, recipe.depths, strict=True), start=1):
+            self.add_module(f"patch_embed{stage}", PatchEmbed(dim_in, dim))
+            last = stage == self.num_stages
+            blocks = (
+                TransformerBlock(dim, recipe.num_heads, recipe.mlp_ratio) if last else ConvBlock(dim, recipe.mlp_ratio)
+                for _ in range(depth)
+            )
+            self.add_module(f"blocks{stage}", nn.ModuleList(blocks))
+            if not last:
+                kernel_size = recipe.patch_size // self.strides[stage - 1]
+                self.add_module(f"stage{stage}_output_decode", Projection(dim, self.embed_dim, kernel_size))
+        self.add_module(f"patch_embed{self.num_stages + 1}", nn.Linear(self.embed_dim, self.embed_dim))
+        self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
+        self.apply(init_linear)
+
+    def encode_visible(self, volume_BCXYZ: Tensor, hidden_BL: Tensor) -> Tensor:
+        """Tokens ``(B, V, E)`` of the visible places, in raster order; nothing is computed at hidden ones."""
+        grid = token_grid(tuple(volume_BCXYZ.shape), self.patch_size)
+        layout = VisibleBlocks(hidden_BL, grid)
+        blocks_NsssC = layout.gather(volume_BCXYZ, self.patch_size)
+        maps, tokens_NE = self._convolution_stages(blocks_NsssC, layout.depthwise)
+        positions_BLE = sincos_positions(grid, self.embed_dim).to(tokens_NE).expand(len(hidden_BL), -1, -1)
+        tokens_BVE = tokens_NE.reshape(len(hidden_BL), -1, self.embed_dim)
+        tokens_BVE = self._transform(tokens_BVE + take_tokens(positions_BLE, layout.indices_BV))
+        return self.norm(tokens_BVE + self._stage_tokens(maps).reshape_as(tokens_BVE))
+
+    def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
+        """Maps ``(B, widths[i], X / strides[i], ...)`` of all stages, finest first; the last holds the normed tokens.
+
+        Raises:
+            ConfigError: when an axis of the input is no multiple of the patch size.
+        """
+        check_multiple(tuple(volume_BCXYZ.shape[2:]), self.patch_size)
+        grid = token_grid(tuple(volume_BCXYZ.shape), self.patch_size)
+        maps, tokens_BxyzE = self._convolution_stages(volume_BCXYZ.permute(0, 2, 3, 4, 1), depthwise_dense)
+        tokens_BLE = tokens_BxyzE.flatten(1, 3)
+        tokens_BLE = self._transform(tokens_BLE + sincos_positions(grid, self.embed_dim).to(tokens_BLE))
+        tokens_BLE = self.norm(tokens_BLE + self._stage_tokens(maps).reshape_as(tokens_BLE))
+        maps.append(tokens_BLE.reshape(len(tokens_BLE), *grid, -1))
+        return [features.permute(0, 4, 1, 2, 3) for features in maps]
+
+    def _convolution_stages(
+        self, features_NXYZC: Tensor, depthwise: DepthwiseConvolution
+    ) -> tuple[list[Tensor], Tensor]:
+        """Outputs of the convolution stages, and the embedded tokens that enter the transformer."""
+        maps = []
+        for stage in range(1, self.num_stages):
+            features_NXYZC = self.get_submodule(f"patch_embed{stage}")(features_NXYZC)
+            for block in self.get_submodule(f"blocks{stage}").children():
+                if self.recipe.recompute and torch.is_grad_enabled():
+                    features_NXYZC = checkpoint(block, features_NXYZC, depthwise, use_reentrant=False)
+                else:
+                    features_NXYZC = block(features_NXYZC, depthwise)
+            maps.append(features_NXYZC)
+        tokens = self.get_submodule(f"patch_embed{self.num_stages}")(features_NXYZC)
+        return maps, self.get_submodule(f"patch_embed{self.num_stages + 1}")(tokens)
+
+    def _transform(self, tokens_BLE: Tensor) -> Tensor:
+        for block in self.get_submodule(f"blocks{self.num_stages}").children():
+            tokens_BLE = block(tokens_BLE)
+        return tokens_BLE
+
+    def _stage_tokens(self, maps_NXYZC: list[Tensor]) -> Tensor:
+        """What the convolution stages add to the last tokens, brought to the token grid."""
+        outputs = [
+            self.get_submodule(f"stage{stage}_output_decode")(features)
+            for stage, features in enumerate(maps_NXYZC, start=1)
+        ]
+        return torch.stack(outputs).sum(0)
+
+
+def check_multiple(size: Sequence[int], stride: int, what: str = "input size") -> None:
+    """Refuse a size with an axis that is no multiple of ``stride``, naming the nearest that are.
+
+    Raises:
+        ConfigError: naming the axis, its value and the sizes that fit.
+    """
+    for axis, voxels in zip("XYZ", size, strict=True):
+        if voxels % stride or voxels <= 0:
+            below = voxels // stride * stride
+            fits = f"{below} or {below + stride}" if below > 0 else f"{stride}"
+            raise ConfigError(f"{what} axis {axis} ({voxels}) is not a multiple of stride {stride}; use {fits}.")

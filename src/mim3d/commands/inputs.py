@@ -1,0 +1,107 @@
+"""From DATA to scans in a cache, for pre-training and fine-tuning alike."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mim3d
+from mim3d.backbones import BACKBONES, Backbone
+from mim3d.commands.training import num_cores
+from mim3d.config import to_mapping, to_named
+from mim3d.data.cache import Cache, build_cache, is_cache, open_cache
+from mim3d.data.cases import Case, CaseSet, check_cases, read_cases
+from mim3d.data.preprocessing import Preprocessing
+from mim3d.data.transforms import Intensity
+from mim3d.errors import ConfigError, DataError
+from mim3d.types import Spacing
+
+
+def read_data(data: str, *, need_labels: bool) -> CaseSet | Cache:
+    """Open a cache, or read a data set and check what headers can tell; no voxel is read.
+
+    Args:
+        data: any form of DATA.
+        need_labels: whether every case must have a label; without, labels are left out altogether.
+    Raises:
+        DataError: for files, lists or grids that cannot be used.
+    """
+    if is_cache(data):
+        cache = open_cache(data)
+        if need_labels and not all(scan.has_label for scan in cache):
+            raise DataError(f"{data} was made from scans without labels; give the labelled data set instead.")
+        return cache
+    cases = read_cases(data, recursive_images_only=not need_labels)
+    check_cases(cases, need_labels=need_labels)
+    return cases
+
+
+def open_scans(
+    source: CaseSet | Cache,
+    cases: Sequence[Case],
+    cache_dir: str | Path,
+    *,
+    spacing_mm: Spacing | None,
+    num_workers: int | None,
+    strict: bool = False,
+) -> Cache:
+    """The cache of ``cases``: built or brought up to date from a data set, or the one given.
+
+    Args:
+        source: what :func:`read_data` gave.
+        cases: those of its cases that are wanted.
+        cache_dir: where a cache is built.
+        spacing_mm: voxel size to resample to; None keeps each scan's own.
+        num_workers: processes that build it; None for one per core.
+        strict: refuse scans that cannot be used instead of leaving them out.
+    Raises:
+        ConfigError: when a given cache has another spacing.
+        DataError: when nothing can be used, or ``strict`` and something cannot.
+    """
+    if isinstance(source, Cache):
+        if spacing_mm is not None and source.preprocessing.spacing_mm != spacing_mm:
+            raise ConfigError(
+                f"{source.path} was made with spacing_mm {source.preprocessing.spacing_mm}, not {spacing_mm}; "
+                "leave spacing_mm out, or give the data set itself."
+            )
+        return source.subset(cases)
+    workers = num_cores() if num_workers is None else num_workers
+    cache = build_cache(
+        replace(source, cases=tuple(cases)),
+        cache_dir,
+        Preprocessing(spacing_mm=spacing_mm),
+        num_workers=workers,
+    )
+    for row in cache.failed:
+        if strict:
+            raise DataError(f"{row['reason']} (strict: nothing is left out)")
+        warnings.warn(f"left out: {row['reason']}", stacklevel=2)
+    return cache
+
+
+def check_channels(cases: Sequence[Case], recipe: Backbone) -> None:
+    """Hold the number of images per case against the encoder's input channels.
+
+    Raises:
+        ConfigError: naming a case that does not fit.
+    """
+    for case in cases:
+        if len(case.images) != recipe.in_channels:
+            raise ConfigError(
+                f"case {case.id} has {len(case.images)} images (channels), but backbone.in_channels is "
+                f"{recipe.in_channels}; use --backbone.in_channels {len(case.images)}, or list the images that the network shall see."
+            )
+
+
+def encoder_card(recipe: Backbone, intensity: Intensity, scans: Cache) -> dict[str, Any]:
+    """What an encoder carries with its weights: how its input was made, and from what it learned."""
+    return {
+        "backbone": to_named(recipe, BACKBONES),
+        "patch_size": recipe.patch_size,
+        "orientation": "RAS+",
+        "spacing_mm": to_mapping(scans.preprocessing.spacing_mm),
+        "intensity": to_mapping(intensity),
+        "data_digest": scans.digest,
+        "mim3d_version": mim3d.__version__,
+    }

@@ -1,0 +1,163 @@
+"""The command that turns unlabelled scans into an encoder."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from mim3d.backbones import BACKBONES, Backbone, create_recipe
+from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data
+from mim3d.commands.training import Training
+from mim3d.config import to_named
+from mim3d.data.cache import Cache
+from mim3d.data.cases import Case, CaseSet, split_cases
+from mim3d.data.plan import plan_intensity
+from mim3d.data.transforms import Intensity
+from mim3d.engine.loop import train
+from mim3d.engine.settings import TrainResult
+from mim3d.errors import DataError
+from mim3d.methods import METHODS, Method, create_method
+from mim3d.objective import Objective
+from mim3d.optimisation import Optimisation
+from mim3d.run import Run, read_run
+from mim3d.types import Named, Spacing
+from mim3d.weights import load_into, save_network
+
+#: Passes over the data where nothing else is asked for (the paper's 800 epochs).
+DEFAULT_EPOCHS = 800
+
+
+def pretrain(
+    data: str,
+    out: str,
+    method: Named = "MiM",
+    backbone: Named = "hybrid_base",
+    weights: str | None = None,
+    cache: str | None = None,
+    spacing_mm: Spacing | None = None,
+    intensity: Intensity | None = None,
+    fold: int | None = None,
+    num_folds: int = 5,
+    max_steps: int | None = None,
+    max_epochs: int | None = None,
+    max_time: str | None = None,
+    batch_size: int = 1,
+    accumulation: int = 1,
+    optim: Optimisation = Optimisation(),
+    precision: str = "32-true",
+    devices: int = 1,
+    num_nodes: int = 1,
+    accelerator: str = "auto",
+    num_workers: int | None = None,
+    log_every: int = 10,
+    checkpoint_every: int = 200,
+    pictures_every: int = 500,
+    keep_checkpoints: int = 2,
+    seed: int = 0,
+    strict: bool = False,
+    resume: bool = False,
+) -> str:
+    """Pre-train an encoder on unlabelled scans.
+
+    Labels in the data are never read. The encoder lies in OUT/encoder with its card, ready for `mim3d finetune
+    --weights OUT`; a run that is stopped goes on with `--resume true`.
+
+    Args:
+        data: Folder of scans, DICOM tree, MSD folder or dataset.json, nnU-Net raw folder, CSV or JSON list, or a cache.
+        out: Folder of the run.
+        method: Pre-training method; settings as --method.temperature 0.2.
+        backbone: Encoder, a name of list_models(); settings as --backbone.recompute true.
+        weights: Encoder to go on from: a run, an exported folder or a published checkpoint.
+        cache: Folder for the cache of preprocessed scans; OUT/cache if not given.
+        spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; each scan keeps its own if not given.
+        intensity: Mapping of intensities to network input; planned from the scans if not given.
+        fold: Leave out the cases that `mim3d finetune --fold` of this number holds out; all cases train if not given.
+        num_folds: Number of folds that `fold` counts.
+        max_steps: Optimiser steps.
+        max_epochs: Passes over the scans, instead of max_steps; 800 if neither is given.
+        max_time: Longest time of this session, HH:MM or HH:MM:SS; the run can be resumed.
+        batch_size: Samples (hierarchies) per micro-batch and device.
+        accumulation: Micro-batches whose gradients are averaged into one step.
+        optim: Optimiser; what is not given is the method's own.
+        precision: 32-true, bf16-mixed or 16-mixed.
+        devices: Processes, one per device, on each node.
+        num_nodes: Machines.
+        accelerator: auto, cpu, cuda or mps.
+        num_workers: Reading processes; none on a CPU and most cores beside a GPU if not given.
+        log_every: Steps between two lines of metrics.
+        checkpoint_every: Steps between two checkpoints.
+        pictures_every: Steps between two sets of reconstructions.
+        keep_checkpoints: Newest checkpoints kept.
+        seed: Of weights, order, crops and masks.
+        strict: Refuse scans that cannot be used instead of leaving them out with a warning.
+        resume: Go on with the run in OUT, or start it.
+    """
+    arguments = dict(locals())
+    training = Training.of(arguments)
+    asked, recipe = create_method(method), create_recipe(backbone)
+    source = read_data(data, need_labels=False)
+    cases = _training_cases(source, fold, num_folds)
+    check_channels(cases, recipe)
+    named = {"method": to_named(asked, METHODS), "backbone": to_named(recipe, BACKBONES)}
+    run = Run.create(out, command="pretrain", settings={**arguments, **named}, inputs={}, resume=resume)
+    cache_dir = cache or run.path / "cache"
+    scans = open_scans(source, cases, cache_dir, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
+    run.bind_input("data", scans.digest)
+    planned = _plan(run, asked, recipe, scans)
+    mapping = intensity or plan_intensity(scans)
+    objective = _build(planned, recipe, weights, seed)
+    loader = training.loader(scans, planned.sampler(recipe), mapping)
+    card = encoder_card(recipe, mapping, scans)
+    result = train(
+        objective,
+        loader,
+        run=run,
+        loop=training.loop(training.num_steps(loader, DEFAULT_EPOCHS)),
+        optim=optim.filled_from(planned.optimisation),
+        on_checkpoint=lambda trained, step: save_network(run.path / "encoder", trained.encoder, {**card, "step": step}),
+    )
+    return _close(run, planned, result)
+
+
+def _training_cases(source: CaseSet | Cache, fold: int | None, num_folds: int) -> Sequence[Case]:
+    """All cases but those held out: by the fold, or by a declared split."""
+    if fold is not None:
+        return split_cases(source.cases, fold=fold, num_folds=num_folds).train
+    kept = [case for case in source.cases if case.split in (None, "train")]
+    if not kept:
+        raise DataError('Every case is declared val or test, so none is left to pre-train on; mark some "train".')
+    return kept
+
+
+def _plan(run: Run, asked: Method, recipe: Backbone, scans: Cache) -> Method:
+    shapes = [scan.shape for scan in scans]
+    planned = asked.planned(recipe, shapes)
+    for line in planned.summary(recipe, shapes):
+        print(line)
+    run.note({"method": to_named(planned, METHODS), "num_scans": len(scans)})
+    return planned
+
+
+def _build(method: Method, recipe: Backbone, weights: str | None, seed: int) -> Objective:
+    import torch
+
+    torch.manual_seed(seed)
+    objective = method.build(recipe)
+    if weights is not None:
+        print(f"{weights}: {load_into(objective.encoder, weights)}")
+    return objective
+
+
+def _close(run: Run, method: Method, result: TrainResult) -> str:
+    """Say what was learned, and where it lies."""
+    lines = read_run(run.path).metrics
+    last = lines[-max(1, len(lines) // 10) :]
+    names = {name for line in last for name in line}
+    means = {
+        name: fmean(values) for name in names if (values := [line[name] for line in last if line.get(name) is not None])
+    }
+    if result.finished:
+        for sentence in method.idle_parts(means):
+            print(f"warning: {sentence}")
+    else:
+        print(f"stopped at step {result.step}: {result.reason}; go on with: {run.how_to_resume}")
+    print(f"encoder: {run.path / 'encoder'}")
+    return str(run.path)

@@ -1,0 +1,203 @@
+"""Mask first, read second: samples are drawn from a generator, then only the voxels they name are read.
+
+The order of samples and everything drawn for one are pure functions of (seed, sample index): the same under any number
+of workers and processes, and resumable in the middle of an epoch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mim3d.data.cache import CachedScan
+from mim3d.data.transforms import Intensity, flip, resize_image, resize_labels
+from mim3d.errors import DataError
+from mim3d.types import Triple
+
+Augment = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Read:
+    """One crop of a scan.
+
+    Attributes:
+        origin: first voxel; may lie outside the scan, where the padding value stands.
+        footprint: voxels of the scan it covers.
+        size: voxels it is delivered as (resized where it differs from ``footprint``).
+    """
+
+    origin: Triple
+    footprint: Triple
+    size: Triple
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Everything about one training sample, drawn before a voxel is read.
+
+    Attributes:
+        images: batch key -> crops, stacked to ``(N, C, X, Y, Z)``.
+        labels: batch key -> label crops, stacked to ``(N, X, Y, Z)``.
+        arrays: masks and places, handed to the objective as they are.
+        flips: axes along which every crop is flipped after it was read.
+        gain: factor on the mapped intensities of the whole sample.
+        bias: offset on the mapped intensities of the whole sample.
+    """
+
+    images: Mapping[str, tuple[Read, ...]]
+    labels: Mapping[str, tuple[Read, ...]] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    flips: tuple[bool, bool, bool] = (False, False, False)
+    gain: float = 1.0
+    bias: float = 0.0
+
+
+class Sampler(Protocol):
+    """Draws what one sample needs of a scan."""
+
+    def draw(self, scan: CachedScan, rng: np.random.Generator) -> Sample:
+        """Draw one sample of ``scan`` from ``rng``, from the scan's shape, body box and class locations alone."""
+        ...
+
+
+class SampleDataset(Dataset[dict[str, Tensor]]):
+    """Sample number ``index`` of an endless sequence over ``scans``, shuffled anew each epoch.
+
+    Args:
+        scans: the scans to draw from; one sample of each is one epoch.
+        sampler: draws the crops and masks of a sample.
+        intensity: mapping of stored intensities to network input.
+        seed: together with the index determines everything drawn.
+        augment: changes one finished sample, given an integer seed.
+    """
+
+    def __init__(
+        self,
+        scans: Sequence[CachedScan],
+        sampler: Sampler,
+        intensity: Intensity,
+        seed: int,
+        augment: Augment | None,
+    ) -> None:
+        self.scans = scans
+        self.sampler = sampler
+        self.intensity = intensity
+        self.seed = seed
+        self.augment = augment
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        scan = self._scan_of(index)
+        rng = np.random.default_rng((self.seed, index))
+        sample = self.sampler.draw(scan, rng)
+        tensors = self._read(scan, sample)
+        if self.augment is not None:
+            tensors = self.augment(tensors, int(rng.integers(2**31)))
+        return tensors
+
+    def _scan_of(self, index: int) -> CachedScan:
+        epoch, position = divmod(index, len(self.scans))
+        if self._order[0] != epoch:
+            # A different stream from the samples' own (three numbers instead of two).
+            self._order = (epoch, np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.scans)))
+        return self.scans[int(self._order[1][position])]
+
+    def _read(self, scan: CachedScan, sample: Sample) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for key, reads in sample.images.items():
+            tensors[key] = torch.stack([self._read_image(scan, read, sample) for read in reads])
+        for key, reads in sample.labels.items():
+            tensors[key] = torch.stack([_read_label(scan, read, sample) for read in reads])
+        for key, array in sample.arrays.items():
+            tensors[key] = torch.from_numpy(np.ascontiguousarray(array))
+        return tensors
+
+    def _read_image(self, scan: CachedScan, read: Read, sample: Sample) -> Tensor:
+        stored = scan.read(read.origin, read.footprint)
+        image = torch.from_numpy(self.intensity.apply(stored, scan.statistics))
+        image = flip(resize_image(image[None], read.size)[0], sample.flips)
+        return image if (sample.gain, sample.bias) == (1.0, 0.0) else image * sample.gain + sample.bias
+
+
+def _read_label(scan: CachedScan, read: Read, sample: Sample) -> Tensor:
+    labels = torch.from_numpy(scan.read_label(read.origin, read.footprint).astype(np.int64))
+    return flip(resize_labels(labels[None], read.size)[0], sample.flips)
+
+
+class _BatchIndices:
+    """Endless batches of sample indices of one process: micro-batches are dealt out to the ranks in turn."""
+
+    def __init__(self, first_sample: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.first_sample = first_sample
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.first_sample + self.rank * self.batch_size
+        while True:
+            yield list(range(start, start + self.batch_size))
+            start += self.world_size * self.batch_size
+
+
+class Loader:
+    """Endless batches for the training loop.
+
+    Args:
+        scans: the scans to draw from.
+        sampler: draws the crops and masks of a sample.
+        intensity: mapping of stored intensities to network input.
+        batch_size: samples per micro-batch and process.
+        seed: of the order of scans and of every draw.
+        num_workers: reading processes; 0 reads in the training process.
+        augment: changes one finished sample, given an integer seed.
+    Raises:
+        DataError: when there is no scan.
+    """
+
+    def __init__(
+        self,
+        scans: Sequence[CachedScan],
+        sampler: Sampler,
+        intensity: Intensity,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        augment: Augment | None = None,
+    ) -> None:
+        if not scans:
+            raise DataError("There is no scan to train on; check the data folder and the split.")
+        self.dataset = SampleDataset(scans, sampler, intensity, seed, augment)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples in one pass over the scans."""
+        return len(self.dataset.scans)
+
+    def batches(self, first_sample: int, *, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Tensor]]:
+        """Endless micro-batches of this process, beginning at sample ``first_sample`` of the whole run.
+
+        Yields:
+            Images as ``(B, N, C, X, Y, Z)`` float32, labels as ``(B, N, X, Y, Z)`` int64, arrays as ``(B, ...)``.
+        """
+        indices = _BatchIndices(first_sample, self.batch_size, rank, world_size)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=indices,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_one_thread if self.num_workers else None,
+        )
+        return iter(loader)
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,83 @@
+"""From stored voxels to network input: intensity mapping, resizing, and one augmentation draw per sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mim3d.errors import ConfigError
+from mim3d.types import Triple
+
+if TYPE_CHECKING:
+    from mim3d.data.preprocessing import Statistics
+
+#: Clipping range of CT pre-training, HU.
+CT_WINDOW_HU = (-1000.0, 1000.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intensity:
+    """How stored intensities become network input.
+
+    Attributes:
+        kind: ``window`` clips to ``window`` and maps it to [0, 1] (CT); ``zscore`` subtracts the mean and divides by
+            the standard deviation of the scan's foreground (MRI, whose scale differs from file to file).
+        window: lower and upper bound in stored units (HU for CT); needed by ``window`` alone.
+    """
+
+    kind: Literal["window", "zscore"] = "window"
+    window: tuple[float, float] | None = CT_WINDOW_HU
+
+    def __post_init__(self) -> None:
+        if self.kind == "window" and (self.window is None or not self.window[0] < self.window[1]):
+            raise ConfigError(f"intensity window {self.window} must be two rising numbers, such as [-1000, 1000].")
+
+    def apply(self, image_CXYZ: np.ndarray, statistics: Sequence["Statistics"]) -> np.ndarray:
+        """Map ``(C, X, Y, Z)`` stored voxels to float32 network input, channel by channel."""
+        image = image_CXYZ.astype(np.float32)
+        for channel, stats in zip(image, statistics, strict=True):
+            if self.kind == "window":
+                assert self.window is not None
+                low, high = self.window
+                np.clip(channel, low, high, out=channel)
+                channel -= low
+                channel /= high - low
+            else:
+                channel -= stats.mean
+                channel /= max(stats.std, 1e-6)
+        return image
+
+
+def resize_image(image_NCXYZ: Tensor, size: Triple) -> Tensor:
+    """Resize ``(N, C, X, Y, Z)``: averaging over whole blocks where the factor is whole, else trilinear.
+
+    Averaging is what keeps a reduction by more than two from aliasing; at a factor of two both are the same.
+    """
+    shape = tuple(image_NCXYZ.shape[2:])
+    if shape == size:
+        return image_NCXYZ
+    if all(have % want == 0 for have, want in zip(shape, size, strict=True)):
+        factor = [have // want for have, want in zip(shape, size, strict=True)]
+        return F.avg_pool3d(image_NCXYZ, factor)
+    shrinks = any(have > want for have, want in zip(shape, size, strict=True))
+    if shrinks:
+        return F.interpolate(image_NCXYZ, size, mode="area")
+    return F.interpolate(image_NCXYZ, size, mode="trilinear", align_corners=False)
+
+
+def resize_labels(labels_NXYZ: Tensor, size: Triple) -> Tensor:
+    """Resize ``(N, X, Y, Z)`` label values by nearest neighbour, on voxel centres."""
+    if tuple(labels_NXYZ.shape[1:]) == size:
+        return labels_NXYZ
+    resized = F.interpolate(labels_NXYZ[:, None].double(), size, mode="nearest-exact")
+    return resized[:, 0].to(labels_NXYZ.dtype)
+
+
+def flip(array: Tensor, flips: tuple[bool, bool, bool]) -> Tensor:
+    """Flip the last three axes of a tensor where asked."""
+    axes = [axis - 3 for axis, wanted in enumerate(flips) if wanted]
+    return torch.flip(array, axes) if axes else array

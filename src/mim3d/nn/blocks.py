@@ -1,0 +1,206 @@
+"""The layers of MiM's hybrid network, channels last, with parameters stored in the published (Conv3d) layout.
+
+Shapes: N samples or token blocks, X Y Z space, C channels, B batch, L tokens, E embedding.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DepthwiseConvolution(Protocol):
+    """Applies a depth-wise kernel to channels-last features, in whatever layout they are held."""
+
+    def __call__(self, features_NXYZC: Tensor, weight: Tensor, bias: Tensor, /) -> Tensor: ...
+
+
+class Pointwise(nn.Module):
+    """A 1x1x1 convolution, computed as a matrix product over the last axis.
+
+    Args:
+        in_dim: channels in.
+        out_dim: channels out.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, 1, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(out_dim))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight.flatten(1), self.bias)
+
+
+class Projection(nn.Module):
+    """A convolution whose kernel equals its stride, computed as a matrix product over whole patches.
+
+    Args:
+        in_dim: channels in.
+        out_dim: channels out.
+        kernel_size: edge of the patch that becomes one voxel.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, kernel_size, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_dim))
+        # Xavier over the matrix that it really is, as for a linear layer on patches.
+        nn.init.xavier_uniform_(self.weight.data.view(out_dim, -1))
+
+    def forward(self, features_NXYZC: Tensor) -> Tensor:
+        n, x, y, z, c = features_NXYZC.shape
+        k = self.kernel_size
+        patches = features_NXYZC.reshape(n, x // k, k, y // k, k, z // k, k, c).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)
+        return F.linear(patches.flatten(4), weight, self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patch embedding: projection, LayerNorm, GELU.
+
+    Args:
+        in_dim: channels in.
+        out_dim: channels out.
+        kernel_size: edge of a patch.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, kernel_size: int = 2) -> None:
+        super().__init__()
+        self.proj = Projection(in_dim, out_dim, kernel_size)
+        self.norm = nn.LayerNorm(out_dim, eps=1e-5)
+
+    def forward(self, features_NXYZC: Tensor) -> Tensor:
+        return F.gelu(self.norm(self.proj(features_NXYZC)))
+
+
+class Depthwise(nn.Module):
+    """The parameters of a depth-wise convolution; the layout of the features decides how it is applied.
+
+    Args:
+        dim: channels.
+        kernel_size: edge of the kernel.
+    """
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, features_NXYZC: Tensor, depthwise: DepthwiseConvolution) -> Tensor:
+        return depthwise(features_NXYZC, self.weight, self.bias)
+
+
+class PointwiseMlp(nn.Module):
+    """Two 1x1x1 convolutions with GELU between them.
+
+    Args:
+        dim: channels in and out.
+        hidden_dim: channels between.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = Pointwise(dim, hidden_dim)
+        self.fc2 = Pointwise(hidden_dim, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(features)))
+
+
+class ConvBlock(nn.Module):
+    """Masked convolution block: x + conv1x1(dwconv5(visible * conv1x1(LN(x)))), then x + MLP(LN(x)).
+
+    ``visible`` is part of the layout's depth-wise convolution: hidden voxels count as zero there.
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels of the MLP per channel.
+        kernel_size: edge of the depth-wise kernel.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, kernel_size: int = 5) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.conv1 = Pointwise(dim, dim)
+        self.attn = Depthwise(dim, kernel_size)
+        self.conv2 = Pointwise(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = PointwiseMlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, features_NXYZC: Tensor, depthwise: DepthwiseConvolution) -> Tensor:
+        features_NXYZC = features_NXYZC + self.conv2(self.attn(self.conv1(self.norm1(features_NXYZC)), depthwise))
+        return features_NXYZC + self.mlp(self.norm2(features_NXYZC))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens.
+
+    Args:
+        dim: token width.
+        num_heads: heads; must divide ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens_BLE: Tensor) -> Tensor:
+        batch, length, dim = tokens_BLE.shape
+        qkv = self.qkv(tokens_BLE).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them.
+
+    Args:
+        in_dim: width in.
+        hidden_dim: width between.
+        out_dim: width out.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, out_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm ViT block (Dosovitskiy et al. 2021): x + attention(LN(x)), then x + MLP(LN(x)).
+
+    Args:
+        dim: token width.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP per token width.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
+
+    def forward(self, tokens_BLE: Tensor) -> Tensor:
+        tokens_BLE = tokens_BLE + self.attn(self.norm1(tokens_BLE))
+        return tokens_BLE + self.mlp(self.norm2(tokens_BLE))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for linear layers, as in MAE; for ``module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

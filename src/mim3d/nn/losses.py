@@ -1,0 +1,46 @@
+"""Losses of masked pre-training: reconstruction of hidden tokens and cross-level alignment."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Shape suffixes: B batch, H hidden, P voxels of a patch, K places, D width.
+
+
+def normalise_tokens(target_BHP: Tensor, eps: float = 1e-6) -> Tensor:
+    """Each token's voxels at mean 0 and variance 1 (unbiased variance; MAE's normalised pixels)."""
+    mean = target_BHP.mean(-1, keepdim=True)
+    variance = target_BHP.var(-1, keepdim=True)
+    return (target_BHP - mean) / (variance + eps).sqrt()
+
+
+def reconstruction_loss(predicted_BHP: Tensor, target_BHP: Tensor, *, normalised: bool = True) -> Tensor:
+    """Mean squared error over hidden tokens, in float32."""
+    target = target_BHP.float()
+    return F.mse_loss(predicted_BHP.float(), normalise_tokens(target) if normalised else target)
+
+
+def alignment_logits(child_BD: Tensor, places_KD: Tensor, temperature: float) -> Tensor:
+    """Cosine similarities ``(B, K)`` over temperature; places are ``(K, D)`` shared or ``(B, K, D)`` per child."""
+    child = F.normalize(child_BD.float(), dim=-1)
+    places = F.normalize(places_KD.float(), dim=-1)
+    subscripts = "bd,kd->bk" if places.ndim == 2 else "bd,bkd->bk"
+    return torch.einsum(subscripts, child, places) / temperature
+
+
+def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with the child's own place as the label, and the accuracy of the nearest place.
+
+    Args:
+        logits_BK: similarity of each child with each candidate place.
+        own_B: index of the child's own place.
+        usable_BK: False for places left out as negatives; the own place always counts.
+    """
+    own_place = F.one_hot(own_B, logits_BK.shape[1]).bool()
+    logits = logits_BK.masked_fill(~(usable_BK | own_place), float("-inf"))
+    return F.cross_entropy(logits, own_B), (logits.argmax(1) == own_B).float().mean()
+
+
+def cosine_alignment(predicted_BD: Tensor, own_place_BD: Tensor) -> Tensor:
+    """``2 - 2 cos(prediction of the child, stop-gradient of its place)`` (BYOL, Grill et al. 2020, equation 2)."""
+    return (2 - 2 * F.cosine_similarity(predicted_BD.float(), own_place_BD.detach().float(), dim=-1)).mean()

@@ -1,0 +1,12 @@
+"""Names for the shapes and quantities that pass between rooms."""
+
+from typing import Any, TypeAlias
+
+#: Whole voxels along X, Y, Z.
+Triple: TypeAlias = tuple[int, int, int]
+
+#: Millimetres along X, Y, Z.
+Spacing: TypeAlias = tuple[float, float, float]
+
+#: A registered name, a dotted path, or a mapping ``{"name": ..., setting: value, ...}``.
+Named: TypeAlias = str | dict[str, Any]

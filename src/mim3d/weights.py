@@ -1,0 +1,288 @@
+"""Weights on disk: our own export (safetensors and a card), foreign checkpoints in, and what of them fitted."""
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mim3d.backbones import create_recipe
+from mim3d.backbones.base import Encoder
+from mim3d.errors import CheckpointError
+from mim3d.nn.positions import sincos_positions
+
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "card.json"
+CARD_FORMAT = 1
+
+#: Folders of a run that hold a network, the one to prefer first.
+RUN_NETWORKS = ("encoder", "segmenter")
+
+#: Keys under which foreign files hold their weights, in the order they are unwrapped.
+WRAPPERS = ("model", "state_dict", "network_weights", "net", "teacher", "student")
+
+#: Prefixes that wrappers of training frameworks leave on every key.
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+#: Share of an encoder's values that a file must fill before it counts as loaded.
+MIN_COVERAGE = 0.9
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """How a file's tensors met a module's.
+
+    Attributes:
+        matched: keys of the module that were filled.
+        missing: keys of the module that the file lacks.
+        mismatched: keys whose shapes differ, with both shapes.
+        left_over: keys of the file that the module has no place for.
+        coverage: filled share of the module's values, 0 to 1.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    left_over: tuple[str, ...]
+    coverage: float
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.matched)} tensors matched ({self.coverage:.1%} of the values), {len(self.missing)} missing, "
+            f"{len(self.mismatched)} of another shape, {len(self.left_over)} left over"
+        )
+
+
+def save_network(folder: Path, module: nn.Module, card: Mapping[str, Any]) -> None:
+    """Write ``model.safetensors`` and ``card.json`` into ``folder``; an earlier export is replaced as a whole.
+
+    Args:
+        folder: where to; its parent must exist.
+        module: whose state is stored, on any device.
+        card: what a reader must know to use it; ``format`` is added.
+    """
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()},
+        new / WEIGHTS_NAME,
+    )
+    text = json.dumps({"format": CARD_FORMAT, **card}, indent=2)
+    (new / CARD_NAME).write_text(text + "\n", encoding="utf-8")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
+    """The export folder or weights file behind a run folder, an export folder or a file.
+
+    Args:
+        path: a run folder, an export folder or a file.
+        networks: folders of a run to look for, the preferred first.
+    Raises:
+        CheckpointError: when there is none.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    for folder in (given, *(given / name for name in networks)):
+        if (folder / WEIGHTS_NAME).is_file():
+            return folder
+    state = "is a folder without" if given.is_dir() else "does not exist; expected"
+    raise CheckpointError(
+        f"{given} {state} {WEIGHTS_NAME} (its own or in {', '.join(networks)}/); "
+        "give a finished run, an exported folder or a weights file."
+    )
+
+
+def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Any]:
+    """The card beside our own weights; empty for a foreign file.
+
+    Raises:
+        CheckpointError: when it cannot be read or is of a newer format.
+    """
+    folder = locate(path, networks)
+    card_path = (folder if folder.is_dir() else folder.parent) / CARD_NAME
+    if not card_path.is_file() or (folder.is_file() and folder.name != WEIGHTS_NAME):
+        return {}
+    try:
+        card = json.loads(card_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{card_path} cannot be read as JSON ({error}); export the weights again.") from None
+    if not isinstance(card, dict) or card.get("format") != CARD_FORMAT:
+        raise CheckpointError(f"{card_path} is not a card of format {CARD_FORMAT}; export again or update mim3d.")
+    return card
+
+
+def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Tensor]:
+    """All tensors of a weights file by name, unwrapped and without framework prefixes; never runs code from the file.
+
+    Raises:
+        CheckpointError: when the file is damaged, holds no tensors, or would need arbitrary unpickling.
+    """
+    located = locate(path, networks)
+    file = located / WEIGHTS_NAME if located.is_dir() else located
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is no readable safetensors file ({error}); copy or export it again."
+            ) from None
+    return _unwrap(_read_torch(file), file)
+
+
+def _read_torch(file: Path) -> Any:
+    try:
+        # Some published files carry their command line beside the weights: a Namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{file} cannot be read as plain weights ({reason}); "
+            "it is damaged, no torch file, or holds code that mim3d does not run."
+        ) from None
+
+
+def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    state = (
+        {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    )
+    if not state:
+        raise CheckpointError(f"{file} holds no tensors by name, at the top or under {', '.join(WRAPPERS)}.")
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name the tensors of a published MiM checkpoint as ours: ``encoder.*``, ``decoder.*``; others stay as they are.
+
+    Raises:
+        CheckpointError: when its position embeddings are not the fixed ones that mim3d computes.
+    """
+    if "patch_embed1.proj.weight" not in state or "pos_embed" not in state:
+        return dict(state)
+    named: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key in ("pos_embed", "decoder_pos_embed"):
+            _check_positions(key, value)
+        elif key == "mask_token":
+            named["decoder.mask_token"] = value
+        elif key.startswith("decoder_"):
+            named[f"decoder.{key.removeprefix('decoder_')}"] = value
+        elif key.startswith("aggregate_"):
+            named[key] = value
+        else:
+            named[f"encoder.{key}"] = value
+    return named
+
+
+def _check_positions(key: str, value: Tensor) -> None:
+    edge = round(value.shape[1] ** (1 / 3))
+    if not torch.allclose(value[0].float(), sincos_positions((edge, edge, edge), value.shape[2]), atol=1e-4):
+        raise CheckpointError(
+            f"{key} of the file is not the fixed sine-cosine embedding of a {edge}x{edge}x{edge} grid."
+        )
+
+
+def load_into(module: nn.Module, path: str | Path, *, networks: tuple[str, ...] = RUN_NETWORKS) -> CoverageReport:
+    """Fill a module with the tensors of a file that fit, and say which did.
+
+    Args:
+        module: an encoder, or a network with an ``encoder``.
+        path: a run folder, an export folder, or a weights file (safetensors or torch).
+        networks: folders of a run to look for, the preferred first.
+    Raises:
+        CheckpointError: when less than ``MIN_COVERAGE`` of the encoder's values (or of the module's, without an
+            encoder) would be filled; nothing is changed then.
+    """
+    state = to_own_names(read_state(path, networks))
+    target = module.state_dict()
+    inside_encoder = isinstance(module, Encoder)
+    if inside_encoder and any(key.startswith("encoder.") for key in state):
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}
+    elif not inside_encoder and not any(key.startswith("encoder.") for key in state):
+        state = {f"encoder.{key}": value for key, value in state.items()}
+    fits = {key: value for key, value in state.items() if key in target and target[key].shape == value.shape}
+    report = _coverage(target, state, fits)
+    judged = {key for key in target if inside_encoder or key.startswith("encoder.")} or set(target)
+    filled = sum(target[key].numel() for key in judged & fits.keys())
+    share = filled / max(1, sum(target[key].numel() for key in judged))
+    if share < MIN_COVERAGE:
+        example = next(iter(report.mismatched or report.missing), "none")
+        raise CheckpointError(
+            f"{path} fills only {share:.1%} of the encoder ({report}; first: {example}); "
+            "it belongs to another backbone or settings."
+        )
+    module.load_state_dict(fits, strict=False)
+    return report
+
+
+def _coverage(target: Mapping[str, Tensor], state: Mapping[str, Tensor], fits: Mapping[str, Tensor]) -> CoverageReport:
+    total = sum(value.numel() for value in target.values())
+    mismatched = sorted(key for key in state if key in target and key not in fits)
+    return CoverageReport(
+        matched=tuple(sorted(fits)),
+        missing=tuple(sorted(key for key in target if key not in state)),
+        mismatched=tuple(f"{key}: {tuple(state[key].shape)} for {tuple(target[key].shape)}" for key in mismatched),
+        left_over=tuple(sorted(key for key in state if key not in target)),
+        coverage=sum(value.numel() for value in fits.values()) / max(1, total),
+    )
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder of a run, an export folder or a published MiM checkpoint, ready to use.
+
+    Raises:
+        CheckpointError: when the file is unreadable, or no recipe can be read from its card or its shapes.
+    """
+    card = read_card(path)
+    named = card["backbone"] if card else _hybrid_recipe(to_own_names(read_state(path)), path)
+    recipe = create_recipe(named, allow_import=False)
+    encoder = recipe.build()
+    load_into(encoder, path)
+    return encoder.eval()
+
+
+def _hybrid_recipe(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
+    """The recipe of a published MiM encoder, read from its shapes; its heads are 32 wide."""
+    widths: list[int] = []
+    depths: list[int] = []
+    while (weight := state.get(f"encoder.patch_embed{len(widths) + 1}.proj.weight")) is not None:
+        widths.append(weight.shape[0])
+        prefix = f"encoder.blocks{len(widths)}."
+        depths.append(len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}))
+    if not widths:
+        raise CheckpointError(
+            f"{path} has no card and is no published MiM checkpoint; the encoder it belongs to is unknown."
+        )
+    in_channels = state["encoder.patch_embed1.proj.weight"].shape[1]
+    heads = widths[-1] // 32
+    return {
+        "name": "hybrid",
+        "widths": widths,
+        "depths": depths,
+        "num_heads": heads,
+        "in_channels": in_channels,
+    }

@@ -1,0 +1,175 @@
+"""The hybrid backbone: exact masking, any grid, and the published network to the digit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mim3d.backbones import create_model, list_models
+from mim3d.backbones.hybrid import HybridEncoder
+from mim3d.errors import ConfigError
+from mim3d.nn.decoder import TokenDecoder
+from mim3d.nn.depthwise import depthwise_dense
+from mim3d.nn.losses import reconstruction_loss
+from mim3d.nn.masks import take_tokens, visible_indices
+from mim3d.nn.patches import patchify
+from mim3d.nn.positions import sincos_positions
+from mim3d.weights import to_own_names
+
+
+def small_encoder(**changes: object) -> HybridEncoder:
+    settings = {
+        "widths": (6, 12, 24),
+        "depths": (1, 2, 2),
+        "num_heads": 2,
+        "decoder_dim": 12,
+        "decoder_num_heads": 2,
+    }
+    torch.manual_seed(0)
+    return create_model("hybrid", **{**settings, **changes}).double()
+
+
+def random_mask(batch: int, length: int, ratio: float) -> Tensor:
+    order = torch.rand(batch, length, generator=torch.Generator().manual_seed(1)).argsort(1)
+    return order < round(ratio * length)
+
+
+def dense_reference(encoder: HybridEncoder, volume: Tensor, hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """The network as published: everything is computed, hidden voxels are zeroed before the depth-wise convolution."""
+
+    def masked(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        visible = (~hidden).reshape(-1, *grid)
+        for axis in range(3):
+            visible = visible.repeat_interleave(features.shape[axis + 1] // grid[axis], dim=axis + 1)
+        return depthwise_dense(features * visible[..., None], weight, bias)
+
+    maps, tokens = encoder._convolution_stages(volume.permute(0, 2, 3, 4, 1), masked)
+    shown = visible_indices(hidden)
+    tokens = tokens.flatten(1, 3) + sincos_positions(grid, encoder.embed_dim).to(tokens)
+    tokens = encoder._transform(take_tokens(tokens, shown))
+    return encoder.norm(tokens + take_tokens(encoder._stage_tokens(maps).flatten(1, 3), shown))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9])
+def test_visible_tokens_alone_give_the_dense_result_and_its_gradients(ratio: float) -> None:
+    encoder = small_encoder()
+    volume = torch.rand(2, 1, 32, 16, 24, dtype=torch.float64)
+    grid, hidden = (4, 2, 3), random_mask(2, 24, ratio)
+    expected = dense_reference(encoder, volume, hidden, grid)
+    ours = encoder.encode_visible(volume, hidden)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    direction = torch.randn_like(expected)
+    parameters = list(encoder.parameters())
+    expected_grads = torch.autograd.grad((expected * direction).sum(), parameters)
+    torch.testing.assert_close(
+        torch.autograd.grad((ours * direction).sum(), parameters), expected_grads, rtol=1e-8, atol=1e-8
+    )
+
+
+def test_hidden_voxels_do_not_reach_visible_tokens() -> None:
+    encoder = small_encoder()
+    hidden = random_mask(1, 24, 0.5)
+    volume = torch.rand(1, 1, 32, 16, 24, dtype=torch.float64)
+    hidden_voxels = hidden.reshape(1, 1, 4, 2, 3)
+    for axis in (2, 3, 4):
+        hidden_voxels = hidden_voxels.repeat_interleave(8, dim=axis)
+    other = torch.where(hidden_voxels, torch.rand_like(volume), volume)
+    assert torch.equal(encoder.encode_visible(volume, hidden), encoder.encode_visible(other, hidden))
+
+
+def test_recomputation_changes_no_gradient() -> None:
+    plain, recomputed = small_encoder(), small_encoder(recompute=True)
+    volume, hidden = torch.rand(1, 1, 16, 16, 16, dtype=torch.float64), random_mask(1, 8, 0.5)
+    for encoder in (plain, recomputed):
+        encoder.encode_visible(volume, hidden).square().sum().backward()
+    for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_feature_maps_have_the_promised_strides_and_widths() -> None:
+    encoder = small_encoder(in_channels=2)
+    maps = encoder.feature_maps(torch.rand(1, 2, 16, 32, 24, dtype=torch.float64))
+    for features, stride, width in zip(maps, encoder.strides, encoder.widths, strict=True):
+        assert features.shape == (1, width, 16 // stride, 32 // stride, 24 // stride)
+
+
+def test_an_input_that_is_no_multiple_of_the_stride_is_refused_with_sizes_that_fit() -> None:
+    with pytest.raises(ConfigError, match=r"axis Z \(90\) is not a multiple of stride 8; use 88 or 96"):
+        small_encoder().feature_maps(torch.rand(1, 1, 16, 16, 90, dtype=torch.float64))
+
+
+def test_an_unknown_name_offers_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="hybrid_base"):
+        create_model("hybrid_bas")
+
+
+@pytest.mark.parametrize(
+    "name", ["hybrid_nano", "hybrid_tiny", "hybrid_small", "hybrid_base", "hybrid_large", "hybrid_huge"]
+)
+def test_every_size_has_the_published_make_up(name: str) -> None:
+    assert name in list_models()
+    with torch.device("meta"):
+        encoder = create_model(name)
+    num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    if name == "hybrid_base":
+        assert num_parameters == pytest.approx(34.0e6, rel=0.01)
+    assert encoder.patch_size == (8 if name == "hybrid_nano" else 16)
+
+
+@pytest.mark.parametrize(("layout", "name"), [("pretrain_base", "hybrid_base"), ("pretrain_tiny", "hybrid_tiny")])
+def test_parameters_have_the_published_names_and_shapes(shared_data: object, layout: str, name: str) -> None:
+    facts = shared_data.parent / "facts" / "published_mim_state_dict.json"
+    published = json.loads(facts.read_text())[layout]
+    with torch.device("meta"):
+        encoder = create_model(name)
+        decoder = TokenDecoder(encoder.embed_dim, 576, 8, 16, 4096)
+    ours = {key: list(value.shape) for key, value in encoder.state_dict().items()}
+    ours |= {
+        key if key == "mask_token" else f"decoder_{key}": list(value.shape)
+        for key, value in decoder.state_dict().items()
+    }
+    heads = {
+        key: shape for key, shape in published.items() if not key.startswith("aggregate_") and "pos_embed" not in key
+    }
+    assert ours == heads
+
+
+@pytest.fixture(scope="module")
+def published(shared_data: object) -> dict[str, object]:
+    """The published network with its recorded weights, and what it gave."""
+    folder = shared_data.parent / "vectors"
+    state = {key: torch.from_numpy(value) for key, value in np.load(folder / "pretrain_small_state.npz").items()}
+    own = to_own_names(state)
+    encoder = create_model("hybrid_tiny", depths=(1, 1, 1, 2))
+    decoder = TokenDecoder(96, 48, 1, 3, 4096)
+    for module, prefix in ((encoder, "encoder."), (decoder, "decoder.")):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)})
+    volume = torch.from_numpy(np.load(folder / "input96_uint8.npz")["input"]).float()[None, None] / 255
+    recorded = dict(np.load(folder / "pretrain_small_single_level.npz"))
+    return {"encoder": encoder, "decoder": decoder, "volume": volume, "recorded": recorded}
+
+
+@pytest.mark.parametrize("case", ["r60", "blk50"])
+@torch.no_grad()
+def test_the_published_network_is_reproduced(published: dict, case: str) -> None:
+    encoder, decoder, volume, recorded = (published[key] for key in ("encoder", "decoder", "volume", "recorded"))
+    hidden = torch.from_numpy(recorded[f"{case}.mask"]) > 0.5
+
+    def close(ours: Tensor, key: str) -> None:
+        reference = recorded[key]
+        assert np.abs(ours.numpy() - reference).max() <= 1e-5 * np.abs(reference).max(), key
+
+    latent = encoder.encode_visible(volume, hidden)
+    order = np.argsort(recorded[f"{case}.ids_keep"][0])
+    recorded[f"{case}.sorted"] = recorded[f"{case}.latent"][:, order]
+    close(latent, f"{case}.sorted")
+    features = decoder(latent, hidden, (6, 6, 6))
+    close(features, f"{case}.decoder_features")
+    close(decoder.pred(features)[..., ::16], f"{case}.pred_every16")
+    target = patchify(volume, 16)
+    close(target[..., ::16], "target_every16")
+    predicted, own = decoder.predict_hidden(features, hidden), take_tokens(target, visible_indices(~hidden))
+    close(reconstruction_loss(predicted, own), f"{case}.loss_norm_pix")
+    close(reconstruction_loss(predicted, own, normalised=False), f"{case}.loss_raw")

@@ -1,0 +1,138 @@
+"""What "mask in mask" has to mean: spatial masks, children cut from hidden places, settings that fit or say why."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mim3d.errors import ConfigError
+from mim3d.methods.hierarchy import Hierarchy, Level
+from mim3d.methods.planning import check_padding, full_levels, padding_ratio, plan_levels
+from mim3d.nn.masks import unit_index
+
+PAPER = full_levels(16)
+NON_CUBIC = (
+    Level(name="coarse", footprint=(64, 96, 32), size=(64, 48, 32), mask_ratio=0.5, num_children=3),
+    Level(name="middle", footprint=(32, 32, 16), size=(32, 32, 32), mask_ratio=0.6, num_children=2),
+    Level(name="fine", footprint=(16, 8, 8), size=(32, 32, 32), mask_ratio=0.5),
+)
+FOUR = (
+    Level(name="whole", footprint=(384, 384, 384), size=(96, 96, 96), mask_ratio=0.5, num_children=1),
+    *PAPER,
+)
+
+
+def test_the_papers_hierarchy_is_1_4_16_volumes_with_4_and_130_hidden_places() -> None:
+    hierarchy = Hierarchy(PAPER, 16)
+    assert [geometry.num_volumes for geometry in hierarchy.levels] == [1, 4, 16]
+    assert [geometry.num_hidden_units for geometry in hierarchy.levels] == [4, 130, 108]
+    assert hierarchy.levels[0].tokens_per_unit == (3, 3, 3)
+    assert [geometry.source for geometry in hierarchy.levels] == [None, None, 1]
+
+
+@pytest.mark.parametrize(
+    ("levels", "patch_size"), [(PAPER, 16), (full_levels(8), 8), (NON_CUBIC, 8), (FOUR, 16), (PAPER[1:], 16)]
+)
+def test_every_child_is_cut_from_a_hidden_place_all_of_it(levels: tuple[Level, ...], patch_size: int) -> None:
+    hierarchy = Hierarchy(levels, patch_size)
+    for seed in range(20):
+        drawn = hierarchy.draw(np.random.default_rng(seed))
+        for geometry, parent, child_geometry, child in zip(
+            hierarchy.levels, drawn, hierarchy.levels[1:], drawn[1:], strict=False
+        ):
+            for index, (offset, place) in enumerate(zip(child.offsets, child.places, strict=True)):
+                owner = index // geometry.level.num_children
+                voxels = np.array(child_geometry.level.footprint)
+                tokens_per_voxel = np.array(geometry.token_grid) / np.array(geometry.level.footprint)
+                start = (offset - parent.offsets[owner]) * tokens_per_voxel
+                stop = (offset - parent.offsets[owner] + voxels) * tokens_per_voxel
+                x, y, z = (slice(int(first), int(last)) for first, last in zip(start, stop, strict=True))
+                covered = parent.hidden[owner].reshape(geometry.token_grid)[x, y, z]
+                assert covered.size and covered.all()
+                corner = np.array(unit_index(int(place), geometry.unit_grid)) * voxels
+                assert (parent.offsets[owner] + corner == offset).all()
+
+
+@pytest.mark.parametrize("levels", [PAPER, FOUR])
+def test_the_number_hidden_is_the_same_for_every_volume_and_children_never_share_a_place(
+    levels: tuple[Level, ...],
+) -> None:
+    hierarchy = Hierarchy(levels, 16)
+    for seed in range(10):
+        drawn = hierarchy.draw(np.random.default_rng(seed))
+        for geometry, level in zip(hierarchy.levels, drawn, strict=True):
+            tokens_per_unit = np.prod(geometry.tokens_per_unit)
+            assert (level.hidden.sum(1) == geometry.num_hidden_units * tokens_per_unit).all()
+        for geometry, level in zip(hierarchy.levels, drawn[1:], strict=False):
+            siblings = level.places.reshape(-1, geometry.level.num_children)
+            assert all(len(set(row)) == len(row) for row in siblings.tolist())
+
+
+def test_more_children_than_hidden_places_are_refused() -> None:
+    levels = (replace(PAPER[0], num_children=5), *PAPER[1:])
+    with pytest.raises(ConfigError, match="num_children \\(5\\) must be between 1 and its 4 hidden units"):
+        Hierarchy(levels, 16)
+
+
+@pytest.mark.parametrize(
+    ("levels", "patch_size", "sentence"),
+    [
+        (
+            (replace(PAPER[1], num_children=0, size=(90, 96, 96)),),
+            16,
+            r"axis X \(90\) is not a multiple of stride 16; use 80 or 96",
+        ),
+        (
+            (replace(PAPER[0], size=(80, 96, 96)), *PAPER[1:]),
+            16,
+            "cuts a token at the edge of a middle cell.*use 64 or 96",
+        ),
+        (
+            (replace(PAPER[0], footprint=(100, 192, 192)), *PAPER[1:]),
+            16,
+            r"axis X \(100\) is not a multiple of the middle",
+        ),
+        ((replace(PAPER[2], num_children=1),), 16, "must be 0, since no level follows"),
+        ((replace(PAPER[2], mask_ratio=0.0),), 16, "at least one must be hidden"),
+        ((), 16, "1 to 4 levels"),
+        ((PAPER[2], PAPER[2]), 16, "different names"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_sizes_that_do(
+    levels: tuple[Level, ...], patch_size: int, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Hierarchy(levels, patch_size)
+
+
+def test_padding_is_the_share_of_the_crop_outside_the_scan() -> None:
+    assert padding_ratio((10, 10, 10), [(10, 10, 5), (20, 20, 20)]) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "shape", "names"),
+    [
+        (16, (512, 512, 200), ["coarse", "middle", "fine"]),
+        (8, (224, 224, 160), ["coarse", "middle", "fine"]),
+        (8, (36, 50, 36), ["coarse", "middle"]),
+        (4, (20, 20, 20), ["coarse", "middle"]),
+        (8, (24, 24, 24), ["middle"]),
+        (4, (44, 44, 8), ["middle"]),
+    ],
+)
+def test_planned_hierarchies_fit_the_scans_and_small_scans_get_fewer_levels(
+    patch_size: int, shape: tuple[int, int, int], names: list[str]
+) -> None:
+    levels = plan_levels(patch_size, [shape])
+    hierarchy = Hierarchy(levels, patch_size)
+    assert [level.name for level in levels] == names
+    assert padding_ratio(levels[0].footprint, [shape]) < 0.25
+    if len(levels) < 3:
+        for geometry in hierarchy.levels:
+            upsampling = max(s / f for s, f in zip(geometry.level.size, geometry.level.footprint, strict=True))
+            assert upsampling <= 2
+
+
+def test_a_hierarchy_that_is_mostly_padding_is_refused_with_one_that_fits() -> None:
+    with pytest.raises(ConfigError, match=r"75% of every 64x64x64 crop would be padding.*coarse 32x48x32 shown as"):
+        check_padding(full_levels(8), 8, [(36, 50, 36)])

@@ -1,0 +1,53 @@
+"""Layers compute what their published (Conv3d) counterparts compute, and their gradients are exact."""
+
+import torch
+from torch.nn import functional as F
+
+from mim3d.nn.blocks import Pointwise, Projection
+from mim3d.nn.depthwise import depthwise_dense
+from mim3d.nn.patches import from_blocks, patchify, to_blocks, unpatchify
+from mim3d.nn.positions import sincos_positions
+
+
+def test_depthwise_gradients_equal_numerical_ones() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 1, 5, 5, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(depthwise_dense, (features, weight, bias))
+
+
+def test_depthwise_equals_the_library_convolution() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 3, 7, 6, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 1, 5, 5, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64)
+    expected = F.conv3d(features, weight, bias, padding=2, groups=3)
+    ours = depthwise_dense(features.permute(0, 2, 3, 4, 1), weight, bias).permute(0, 4, 1, 2, 3)
+    torch.testing.assert_close(ours, expected)
+    direction = torch.randn_like(expected)
+    grads = torch.autograd.grad((expected * direction).sum(), (features, weight))
+    torch.testing.assert_close(torch.autograd.grad((ours * direction).sum(), (features, weight)), grads)
+
+
+def test_projection_and_pointwise_equal_convolutions() -> None:
+    torch.manual_seed(0)
+    volume = torch.randn(2, 3, 8, 4, 12)
+    for layer, stride in ((Projection(3, 5, 4), 4), (Pointwise(3, 5), 1)):
+        expected = F.conv3d(volume, layer.weight, layer.bias, stride=stride)
+        torch.testing.assert_close(
+            layer(volume.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3), expected, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_patches_go_back_to_the_same_volume() -> None:
+    volume = torch.arange(2 * 2 * 8 * 4 * 12, dtype=torch.float32).reshape(2, 2, 8, 4, 12)
+    assert torch.equal(unpatchify(patchify(volume, 4), (2, 1, 3), 4), volume)
+    assert torch.equal(from_blocks(to_blocks(volume, 4), (2, 1, 3)).permute(0, 4, 1, 2, 3), volume)
+
+
+def test_positions_differ_everywhere_and_leftover_channels_are_zero() -> None:
+    positions = sincos_positions((3, 4, 2), 20)
+    assert positions.shape == (24, 20)
+    assert (positions[:, 18:] == 0).all()
+    assert len(torch.unique(positions, dim=0)) == 24

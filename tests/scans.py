@@ -1,0 +1,71 @@
+"""Scans held in memory, for tests that need no cache on disk."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mim3d.data.cases import Case
+from mim3d.data.preprocessing import Statistics
+from mim3d.types import Triple
+
+
+def statistics_of(image_XYZ: np.ndarray) -> Statistics:
+    """Statistics with the fields that loading reads."""
+    return Statistics(
+        minimum=float(image_XYZ.min()),
+        maximum=float(image_XYZ.max()),
+        mean=float(image_XYZ.mean()),
+        std=float(image_XYZ.std()),
+        percentile_00_5=float(np.percentile(image_XYZ, 0.5)),
+        percentile_99_5=float(np.percentile(image_XYZ, 99.5)),
+        low=float(image_XYZ.min()),
+    )
+
+
+@dataclass
+class ArrayScan:
+    """A scan in memory with the reading interface of a cached one."""
+
+    image: np.ndarray
+    label: np.ndarray | None = None
+    name: str = "scan"
+    class_locations: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def case(self) -> Case:
+        return Case(id=self.name, images=(f"{self.name}.nii.gz",), patient=self.name)
+
+    @property
+    def shape(self) -> Triple:
+        return self.image.shape[1:]
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.image)
+
+    @property
+    def statistics(self) -> tuple[Statistics, ...]:
+        return tuple(statistics_of(channel) for channel in self.image)
+
+    @property
+    def body_box(self) -> tuple[Triple, Triple]:
+        return (0, 0, 0), self.shape
+
+    def read(self, origin: Triple, size: Triple) -> np.ndarray:
+        return np.stack([_crop(channel, origin, size, channel.min()) for channel in self.image])
+
+    def read_label(self, origin: Triple, size: Triple) -> np.ndarray:
+        return _crop(self.label, origin, size, 0)
+
+
+def _crop(volume: np.ndarray, origin: Triple, size: Triple, fill: float) -> np.ndarray:
+    indices = [np.arange(start, start + length) for start, length in zip(origin, size, strict=True)]
+    inside = [(index >= 0) & (index < voxels) for index, voxels in zip(indices, volume.shape, strict=True)]
+    clipped = np.ix_(*(np.clip(index, 0, voxels - 1) for index, voxels in zip(indices, volume.shape, strict=True)))
+    return np.where(inside[0][:, None, None] & inside[1][:, None] & inside[2], volume[clipped], fill)
+
+
+def random_scan(shape: Triple, seed: int = 0, name: str = "scan") -> ArrayScan:
+    """HU-like noise with structure."""
+    rng = np.random.default_rng(seed)
+    return ArrayScan(rng.normal(0, 300, (1, *shape)).astype(np.float32), name=name)
