@@ -1,0 +1,195 @@
+"""The store of preprocessed volumes: built once, then read crop by crop without touching the scans again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from mim3d.data import cache_files as layout
+from mim3d.data.cached_scan import CachedScan
+from mim3d.data.case_records import Case, CaseSet
+from mim3d.data.foreground import Statistics
+from mim3d.data.preprocessing import Preprocessing
+from mim3d.errors import DataError
+
+__all__ = ["Cache", "CachedScan", "build_cache", "is_cache", "open_cache"]
+
+
+class Cache(Sequence[CachedScan]):
+    """The scans of one cache, in the order of the data set.
+
+    Args:
+        path: The cache folder.
+        scans: Those of its scans that this object shows.
+        labels: Label value -> name with background 0; values found where none were declared; empty without labels.
+        preprocessing: How the scans were prepared.
+        failed: Scans that could not be used: id, images, label, reason.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        scans: Sequence[CachedScan],
+        labels: dict[int, str],
+        preprocessing: Preprocessing,
+        failed: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        self.path = path
+        self.labels = labels
+        self.preprocessing = preprocessing
+        self.failed = tuple(failed)
+        self._scans = tuple(scans)
+
+    @overload
+    def __getitem__(self, index: int) -> CachedScan: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Cache": ...
+    def __getitem__(self, index: int | slice) -> "CachedScan | Cache":
+        """One scan, or a cache of a range of them."""
+        return self._showing(self._scans[index]) if isinstance(index, slice) else self._scans[index]
+
+    def __len__(self) -> int:
+        return len(self._scans)
+
+    def __iter__(self) -> Iterator[CachedScan]:
+        return iter(self._scans)
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The case behind each scan."""
+        return tuple(scan.case for scan in self._scans)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the scans hold: the same wherever the cache and its sources lie."""
+        cases = [(scan.case, scan.digest) for scan in self._scans]
+        rows = sorted([case.id, digest, case.class_name, case.patient, case.split] for case, digest in cases)
+        content = {"labels": {str(value): name for value, name in self.labels.items()}, "scans": rows}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the stored scans on disk."""
+        return sum(layout.size_bytes(scan.folder) for scan in self._scans)
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of the files they were made from."""
+        return sum(scan.source_bytes for scan in self._scans)
+
+    def subset(self, cases: Iterable[Case]) -> "Cache":
+        """The scans with the ids of ``cases``; ids that are not in the cache (bad scans) are passed over.
+
+        Raises:
+            DataError: None of them is in the cache.
+        """
+        wanted = {case.id for case in cases}
+        kept = [scan for scan in self._scans if scan.case.id in wanted]
+        if wanted and not kept:
+            raise DataError(f"{self.path}: none of the {len(wanted)} cases asked for is in this cache; build it again.")
+        return self._showing(kept)
+
+    def _showing(self, scans: Sequence[CachedScan]) -> "Cache":
+        return Cache(
+            path=self.path, scans=scans, labels=self.labels, preprocessing=self.preprocessing, failed=self.failed
+        )
+
+
+def build_cache(cases: CaseSet, out: str | Path, preprocessing: Preprocessing, *, num_workers: int = 0) -> Cache:
+    """Bring every case of a data set into a cache folder, or bring the folder up to date.
+
+    What is there already and still fits (same source contents, same settings) is kept; changed, new and
+    unfinished cases are made; cases no longer in the data set go. It may be killed at any moment and run again.
+    Scans that cannot be used are left out and listed in ``failed.json`` with the reason.
+
+    Args:
+        cases: The data set.
+        out: The folder; made if missing.
+        preprocessing: How to prepare the scans.
+        num_workers: Processes; 0 or 1 works in this one.
+
+    Raises:
+        DataError: ``out`` cannot be written, holds other things or other scans, is being built by another process, or
+            none of the scans can be used.
+        ConfigError: ``out`` holds a cache of other settings.
+    """
+    from mim3d.data.cache_build import build, check_place
+
+    path = os.path.abspath(out)
+    check_place(path, preprocessing)
+    build(cases, path, preprocessing, num_workers)
+    return open_cache(path)
+
+
+def is_cache(path: str | Path) -> bool:
+    """Whether a folder is a mim3d cache, finished or not."""
+    settings = os.path.join(path, layout.SETTINGS)
+    if not os.path.isfile(settings):
+        return False
+    try:
+        content = layout.read_json(settings)
+    except DataError:
+        return False
+    return isinstance(content, dict) and content.get("format") == layout.FORMAT
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a finished cache; no voxel is read.
+
+    Raises:
+        DataError: No cache, unfinished, damaged, or of another version.
+    """
+    root = os.path.abspath(path)
+    if not is_cache(root):
+        raise DataError(f"{path}: not a mim3d cache; make one with `mim3d cache DATA --out {path}`.")
+    settings = layout.read_json(os.path.join(root, layout.SETTINGS))
+    if settings.get("version") != layout.VERSION:
+        raise DataError(
+            f"{path}: a cache of version {settings.get('version')}, but this mim3d reads version {layout.VERSION}; "
+            "build it again in a new folder."
+        )
+    if not os.path.exists(os.path.join(root, layout.INDEX)):
+        raise DataError(f"{path}: this cache is not finished; run the same `mim3d cache` command again to go on.")
+    index = layout.read_json(os.path.join(root, layout.INDEX))
+    failed = layout.read_json(os.path.join(root, layout.FAILED))["failed"]
+    try:
+        scans = [_scan(row, root) for row in index["scans"]]
+        declared = {int(value): str(name) for value, name in index["labels"].items()}
+        spacing = settings["preprocessing"]["spacing_mm"]
+        preprocessing = Preprocessing(spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise DataError(f"{root}: its index is damaged ({error!r}); run `mim3d cache` again.") from error
+    labels = declared or _found_labels(scans)
+    return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=failed)
+
+
+def _found_labels(scans: Sequence[CachedScan]) -> dict[int, str]:
+    values = sorted({value for scan in scans for value in scan.num_voxels} - {0})
+    return {0: "background", **{value: f"label_{value}" for value in values}} if values else {}
+
+
+def _scan(row: dict[str, Any], root: str) -> CachedScan:
+    card, case, folder = row["card"], row["case"], str(row["folder"])
+    if os.path.basename(folder) != folder or folder in ("", ".", ".."):
+        raise ValueError(f"folder {folder!r}")
+    x, y, z = card["shape"]
+    start, stop = card["body_box"]
+    return CachedScan(
+        case=Case(**{**case, "images": tuple(case["images"])}),
+        folder=os.path.join(root, layout.CASES, folder),
+        shape=(x, y, z),
+        spacing_mm=(card["spacing_mm"][0], card["spacing_mm"][1], card["spacing_mm"][2]),
+        affine=np.array(card["affine"], dtype=np.float64),
+        num_channels=int(card["num_channels"]),
+        statistics=tuple(Statistics(**channel) for channel in card["statistics"]),
+        digest=str(card["digest"]),
+        body_box=((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])),
+        has_label=bool(card["has_label"]),
+        num_voxels={int(value): int(count) for value, count in card["num_voxels"].items()},
+        source_bytes=int(card["source_bytes"]),
+    )
