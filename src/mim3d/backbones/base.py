@@ -1,9 +1,12 @@
 """The contract every encoder keeps, whatever its architecture."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from mim3d.errors import ConfigError
 
 # Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, E embedding.
 
@@ -58,3 +61,16 @@ class Backbone(ABC):
     @abstractmethod
     def build(self) -> Encoder:
         """The module; raises ConfigError for settings that cannot work together."""
+
+
+def check_multiple(size: Sequence[int], stride: int, what: str = "input size") -> None:
+    """Refuse a size with an axis that is no multiple of ``stride``, naming the nearest that are.
+
+    Raises:
+        ConfigError: naming the axis, its value and the sizes that fit.
+    """
+    for axis, voxels in zip("XYZ", size, strict=True):
+        if voxels % stride or voxels <= 0:
+            below = voxels // stride * stride
+            fits = f"{below} or {below + stride}" if below > 0 else f"{stride}"
+            raise ConfigError(f"{what} axis {axis} ({voxels}) is not a multiple of stride {stride}; use {fits}.")

@@ -4,14 +4,13 @@ Zhuang et al., "MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Im
 names and shapes are those of the published checkpoints.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mim3d.backbones.base import Backbone, Encoder
+from mim3d.backbones.base import Backbone, Encoder, check_multiple
 from mim3d.backbones.layouts import VisibleBlocks
 from mim3d.errors import ConfigError
 from mim3d.nn.blocks import (
@@ -158,16 +157,3 @@ class HybridEncoder(Encoder):
             for stage, features in enumerate(maps_NXYZC, start=1)
         ]
         return torch.stack(outputs).sum(0)
-
-
-def check_multiple(size: Sequence[int], stride: int, what: str = "input size") -> None:
-    """Refuse a size with an axis that is no multiple of ``stride``, naming the nearest that are.
-
-    Raises:
-        ConfigError: naming the axis, its value and the sizes that fit.
-    """
-    for axis, voxels in zip("XYZ", size, strict=True):
-        if voxels % stride or voxels <= 0:
-            below = voxels // stride * stride
-            fits = f"{below} or {below + stride}" if below > 0 else f"{stride}"
-            raise ConfigError(f"{what} axis {axis} ({voxels}) is not a multiple of stride {stride}; use {fits}.")

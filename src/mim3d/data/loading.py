@@ -4,6 +4,7 @@ The order of samples and everything drawn for one are pure functions of (seed, s
 of workers and processes, and resumable in the middle of an epoch.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -194,10 +195,12 @@ class Loader:
             batch_sampler=indices,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread if self.num_workers else None,
+            worker_init_fn=_prepare_worker if self.num_workers else None,
         )
         return iter(loader)
 
 
-def _one_thread(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    # A scheduler signals the whole process group; the training process answers, and ends its workers itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

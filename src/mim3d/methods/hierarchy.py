@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mim3d.backbones.hybrid import check_multiple
+from mim3d.backbones.base import check_multiple
 from mim3d.errors import ConfigError
 from mim3d.nn.masks import draw_hidden_units, num_hidden, unit_index, unit_mask
 from mim3d.types import Triple
@@ -153,9 +153,10 @@ def _unit_grid(level: Level, child: Level, patch_size: int) -> Triple:
         "XYZ", level.footprint, child.footprint, level.size, strict=True
     ):
         if child_voxels <= 0 or parent_voxels % child_voxels:
+            fits = max(1, parent_voxels // max(child_voxels, 1)) * child_voxels
             raise ConfigError(
                 f"{level.name} level: footprint axis {axis} ({parent_voxels}) is not a multiple of the "
-                f"{child.name} footprint ({child_voxels}); use {max(1, parent_voxels // max(child_voxels, 1)) * child_voxels} for the parent."
+                f"{child.name} footprint ({child_voxels}); use {fits} for the parent."
             )
         num_units = parent_voxels // child_voxels
         step = num_units * patch_size
@@ -174,13 +175,14 @@ def _check_counts(geometry: Geometry, child: Level | None) -> None:
     level = geometry.level
     if not 0 < geometry.num_hidden_units < geometry.num_units:
         raise ConfigError(
-            f"{level.name} level: mask_ratio {level.mask_ratio} hides {geometry.num_hidden_units} of {geometry.num_units} units; "
-            "at least one must be hidden and one visible."
+            f"{level.name} level: mask_ratio {level.mask_ratio} hides {geometry.num_hidden_units} of "
+            f"{geometry.num_units} units; at least one must be hidden and one visible."
         )
     if child is None and level.num_children:
         raise ConfigError(f"{level.name} level: num_children ({level.num_children}) must be 0, since no level follows.")
     if child is not None and not 1 <= level.num_children <= geometry.num_hidden_units:
         raise ConfigError(
             f"{level.name} level: num_children ({level.num_children}) must be between 1 and its "
-            f"{geometry.num_hidden_units} hidden units (mask_ratio {level.mask_ratio} of {geometry.num_units}); ask for fewer or hide more."
+            f"{geometry.num_hidden_units} hidden units (mask_ratio {level.mask_ratio} of "
+            f"{geometry.num_units}); ask for fewer or hide more."
         )

@@ -30,7 +30,8 @@ class MiMSampler:
         """Draw a hierarchy inside the scan's body box.
 
         Batch keys: ``<level>`` images for levels read from the scan, ``hidden/<level>`` masks ``(n, L)``,
-        ``place/<level>`` places ``(n,)``, and ``corner/<level>`` first voxels ``(n, 3)`` in the ancestor a level is sliced from.
+        ``place/<level>`` places ``(n,)``, and ``corner/<level>`` first voxels ``(n, 3)`` in the ancestor a
+        level is sliced from.
         """
         flips = tuple(bool(flip) for flip in rng.random(3) < self.flip_prob)
         gain = 1 + self.intensity_gain * rng.uniform(-1, 1)

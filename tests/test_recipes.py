@@ -1,0 +1,75 @@
+"""Every shipped recipe is parsed, built and trained for two steps, at reduced width."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mim3d.cli import main
+from mim3d.config import read_yaml
+from mim3d.methods.hierarchy import Hierarchy
+from mim3d.run import read_run
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+#: The same number of stages at a width that any machine trains.
+REDUCED = ["--backbone.num_heads", "2", "--backbone.decoder_dim", "12"]
+REDUCED += ["--backbone.decoder_depth", "1", "--backbone.decoder_num_heads", "2"]
+WIDTHS = {"hybrid_base": (["6", "6", "12", "12"], ["1", "1", "1", "1"]), "hybrid_nano": (["6", "6", "12"], ["1", "1", "1"])}
+
+
+def data_set(folder: Path, size: tuple[int, int, int], num_cases: int) -> Path:
+    """Noise with a bright box in it, labelled 1 and 2."""
+    rng = np.random.default_rng(0)
+    for index in range(num_cases):
+        image = rng.normal(0, 30, size).astype(np.int16)
+        image[0] = -1000
+        label = np.zeros(size, dtype=np.uint8)
+        label[4:12, 4:12, 4:12], label[12:20, 4:12, 4:12] = 1, 2
+        image[label > 0] += 200
+        for name, voxels in (("imagesTr", image), ("labelsTr", label)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / name / f"case_{index}.nii")
+    return folder
+
+
+def reduced(recipe: dict) -> list[str]:
+    backbone = recipe.get("backbone", "hybrid_nano")
+    if isinstance(backbone, dict):
+        widths, depths = ["6", "12"], ["1", "1"]
+    else:
+        widths, depths = WIDTHS[backbone]
+    return ["--backbone.widths", *widths, "--backbone.depths", *depths, *REDUCED]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains_two_steps(path: Path, tmp_path: Path) -> None:
+    recipe = read_yaml(path)
+    levels = recipe.get("method", {}).get("levels") if isinstance(recipe.get("method"), dict) else None
+    edge = 64 if levels is None else max(levels[0]["footprint"])
+    data = data_set(tmp_path / "data", (edge, edge, edge), num_cases=5)
+    words = [recipe["command"], "--config", str(path), "--data", str(data), "--out", str(tmp_path / "run")]
+    words += ["--max_steps", "2", "--batch_size", "1", "--accumulation", "1", "--log_every", "1", "--num_workers", "0"]
+    words += ["--precision", "32-true", *reduced(recipe)]
+    if "max_epochs" in recipe:
+        words += ["--max_epochs", "null"]
+    assert main(words) == 0
+    record = read_run(tmp_path / "run")
+    assert [line["step"] for line in record.metrics if "loss" in line] == [1, 2]
+    assert all(np.isfinite(line["loss"]) for line in record.metrics if "loss" in line)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_pre_training_recipes_have_four_tokens_per_axis_and_two_alignment_terms(path: Path) -> None:
+    from mim3d.backbones import create_recipe
+    from mim3d.methods import create_method
+
+    recipe = read_yaml(path)
+    if recipe["command"] != "pretrain":
+        pytest.skip("fine-tunes")
+    backbone = create_recipe(recipe["backbone"])
+    hierarchy: Hierarchy = create_method(recipe["method"]).hierarchy(backbone)
+    assert len(hierarchy.levels) == 3
+    assert all(min(geometry.token_grid) >= 4 for geometry in hierarchy.levels)
+    assert all(geometry.num_hidden_units >= 2 for geometry in hierarchy.levels[:-1])
