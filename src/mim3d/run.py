@@ -186,7 +186,7 @@ class Run:
         return self.manifest_path.is_file()
 
     def _has_results(self) -> bool:
-        """Whether anything was trained; what was only prepared (a cache, a split) is made again or taken up as it is."""
+        """Whether anything was trained; a cache or a split alone is no result."""
         trained = self.checkpoints_dir.is_dir() and any(self.checkpoints_dir.iterdir())
         return trained or bool(read_lines(self.metrics_path))
 

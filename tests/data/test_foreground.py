@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from mim3d.data.foreground import MAX_LOCATIONS, body_box_of, class_locations_of, foreground_of, statistics_of
+from mim3d.data.foreground import (
+    MAX_LOCATIONS,
+    body_box_of,
+    class_counts_of,
+    class_locations_of,
+    foreground_of,
+    statistics_of,
+)
 
 
 def body(shape, background, inside, noise_std, seed=0):
@@ -67,10 +74,11 @@ def test_class_locations_lie_in_their_class_are_limited_and_repeat():
     label = np.zeros((30, 20, 10), np.uint8)
     label[:20] = 2
     label[25, 3, 4] = 5
-    rows = class_locations_of(label)
+    rows = class_locations_of(label, class_counts_of(label))
     assert set(rows[:, 0]) == {2, 5}
     assert (label[tuple(rows[:, 1:].T)] == rows[:, 0]).all()
     assert (rows[:, 0] == 2).sum() == MAX_LOCATIONS
     assert rows[rows[:, 0] == 5].tolist() == [[5, 25, 3, 4]]
-    np.testing.assert_array_equal(rows, class_locations_of(label))
-    assert class_locations_of(np.zeros((2, 2, 2), np.uint8)).shape == (0, 4)
+    np.testing.assert_array_equal(rows, class_locations_of(label, class_counts_of(label)))
+    empty = np.zeros((2, 2, 2), np.uint8)
+    assert class_locations_of(empty, class_counts_of(empty)).shape == (0, 4)

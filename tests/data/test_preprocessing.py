@@ -83,7 +83,9 @@ def test_undeclared_label_values_name_file_values_and_declaration(tmp_path):
     label = np.zeros((6, 7, 8), np.uint8)
     label[0, 0, :2] = (4, 9)
     case = case_of(tmp_path, noise(), label=label)
-    with pytest.raises(DataError, match=r"l\.nii\.gz: label values 4, 9 are not declared \(declared: 0 background, 1 x\)"):
+    with pytest.raises(
+        DataError, match=r"l\.nii\.gz: label values 4, 9 are not declared \(declared: 0 background, 1 x\)"
+    ):
         prepare(case, Preprocessing(), labels={0: "background", 1: "x"})
     assert prepare(case, Preprocessing(), with_label=False, labels={0: "background"}).label is None
 

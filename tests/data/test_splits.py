@@ -24,7 +24,9 @@ def make(num_cases, num_patients, classes=1, split=None):
     ]
 
 
-@given(num_cases=st.integers(5, 40), num_patients=st.integers(5, 20), num_folds=st.integers(2, 5), seed=st.integers(0, 99))
+@given(
+    num_cases=st.integers(5, 40), num_patients=st.integers(5, 20), num_folds=st.integers(2, 5), seed=st.integers(0, 99)
+)
 def test_every_case_validates_in_exactly_one_fold_and_no_patient_is_divided(num_cases, num_patients, num_folds, seed):
     cases = make(num_cases, min(num_patients, num_cases))
     seen = []

@@ -111,7 +111,8 @@ def build_cache(cases: CaseSet, out: str | Path, preprocessing: Preprocessing, *
         cases: The data set.
         out: The folder; made if missing.
         preprocessing: How to prepare the scans.
-        num_workers: Processes; 0 or 1 works in this one.
+        num_workers: Processes; 0 or 1 works in this one. More are spawned: a script must then make this call below
+            ``if __name__ == "__main__":``.
 
     Raises:
         DataError: ``out`` cannot be written, holds other things or other scans, is being built by another process, or

@@ -30,7 +30,7 @@ def build(cases: CaseSet, out: str, preprocessing: Preprocessing, num_workers: i
     """Fill a cache folder; see ``mim3d.data.cache.build_cache``."""
     with _writing(out):
         os.makedirs(os.path.join(out, layout.CASES), exist_ok=True)
-    with layout.locked(out), _writing(out):
+    with _writing(out), layout.locked(out):
         _claim(out, cases, preprocessing)
         recipe = Recipe(out=out, preprocessing=preprocessing, labels=cases.labels)
         outcomes = _build_all(cases.cases, recipe, num_workers)
@@ -72,7 +72,7 @@ def check_place(out: str, preprocessing: Preprocessing) -> None:
                 f"{out}: holds a cache of other settings ({found}, version {settings.get('version')}) than asked for "
                 f"({wanted}, version {layout.VERSION}); choose another folder, or delete this one."
             )
-    elif os.path.isdir(out) and set(os.listdir(out)) - {layout.CASES, "lock", f"{layout.SETTINGS}.part"}:
+    elif os.path.isdir(out) and set(os.listdir(out)) - {layout.CASES, layout.LOCK, f"{layout.SETTINGS}.part"}:
         raise DataError(f"{out}: holds other things than a mim3d cache; choose a new or empty folder.")
 
 

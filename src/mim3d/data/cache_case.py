@@ -13,7 +13,7 @@ import numpy as np
 from mim3d.data import cache_files as layout
 from mim3d.data.case_records import Case
 from mim3d.data.digests import Memo, digest_files, require_unchanged, source_files
-from mim3d.data.foreground import body_box_of, class_locations_of, foreground_of
+from mim3d.data.foreground import body_box_of, class_counts_of, class_locations_of, foreground_of
 from mim3d.data.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.data.store import write_array
 from mim3d.errors import DataError
@@ -74,7 +74,7 @@ def build_case(case: Case, recipe: Recipe, memo: Memo) -> Outcome:
         return Outcome(id=case.id, reason=f"{case.images[0]}: cannot be read ({type(error).__name__}: {error}).")
     source_bytes = sum(stamp[0] for stamp, _ in entries.values())
     try:
-        _write_case(folder, prepared, {"digest": key, "source_bytes": source_bytes}, recipe)
+        _write_case(folder, prepared, {"digest": key, "source_bytes": source_bytes, "num_voxels": {}}, recipe)
     except OSError as error:
         return Outcome(id=case.id, write_error=error.strerror or str(error), digests=entries)
     return Outcome(id=case.id, folder=folder, digests=entries)
@@ -105,8 +105,10 @@ def _write_case(folder: str, prepared: Prepared, card: dict[str, Any], recipe: R
         write_array(os.path.join(scratch, layout.IMAGE), prepared.image)
         if prepared.label is not None:
             write_array(os.path.join(scratch, layout.LABEL), prepared.label)
-            rows = class_locations_of(prepared.label)
-            np.savez_compressed(os.path.join(scratch, layout.LOCATIONS), rows=rows.T.copy())
+            counts = class_counts_of(prepared.label)
+            places = class_locations_of(prepared.label, counts)
+            np.savez_compressed(os.path.join(scratch, layout.LOCATIONS), rows=places.T.copy())
+            card["num_voxels"] = {str(value): int(n) for value, n in enumerate(counts.sum(axis=0)) if n}
         layout.write_json(os.path.join(scratch, layout.CARD), {**card, **_card(prepared)})
         layout.sync_tree(scratch)
         os.chmod(scratch, 0o755)
@@ -125,8 +127,6 @@ def _write_case(folder: str, prepared: Prepared, card: dict[str, Any], recipe: R
 def _card(prepared: Prepared) -> dict[str, Any]:
     foregrounds = [foreground_of(channel) for channel in prepared.image]
     box = body_box_of(np.logical_or.reduce(foregrounds))
-    label = prepared.label
-    values, counts = (np.array([0]), np.array([0])) if label is None else np.unique(label, return_counts=True)
     return {
         "num_channels": prepared.image.shape[0],
         "shape": prepared.image.shape[1:],
@@ -135,6 +135,5 @@ def _card(prepared: Prepared) -> dict[str, Any]:
         "affine": prepared.affine.tolist(),
         "statistics": [asdict(channel) for channel in prepared.statistics],
         "body_box": box,
-        "has_label": label is not None,
-        "num_voxels": {} if label is None else {str(int(v)): int(n) for v, n in zip(values, counts, strict=True)},
+        "has_label": prepared.label is not None,
     }

@@ -33,7 +33,7 @@ IMAGE = "image"
 LABEL = "label"
 LOCATIONS = "locations.npz"
 CARD = "card.json"
-_LOCK = "lock"
+LOCK = "lock"
 
 
 def write_json(path: str, content: Any) -> None:
@@ -100,14 +100,14 @@ def locked(path: str) -> Iterator[None]:
     """
     import fcntl
 
-    handle = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(os.path.join(path, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise DataError(f"{path}: another process is building this cache; wait for it to end.") from error
+            # Some network file systems know no locks; without one a build still writes nothing by halves.
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise DataError(f"{path}: another process is building this cache; wait for it to end.") from error
         yield
     finally:
         os.close(handle)

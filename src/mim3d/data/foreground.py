@@ -105,20 +105,30 @@ def body_box_of(foreground: npt.NDArray[np.bool_]) -> tuple[Triple, Triple]:
     return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
 
 
-def class_locations_of(label: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+def class_counts_of(label: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """(X, V) voxels of each value 0 .. V - 1 in each plane along X of an (X, Y, Z) label map."""
+    num_values = int(label.max(initial=0)) + 1
+    return np.array([np.bincount(plane.ravel(), minlength=num_values) for plane in label], dtype=np.int64)
+
+
+def class_locations_of(label: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """Places of each class: (N, 4) rows ``value, x, y, z`` sorted by value, at most 2000 per value above 0.
 
     Drawn evenly over a class's voxels, the same for the same label map.
+
+    Args:
+        label: (X, Y, Z) label map.
+        counts: Its ``class_counts_of``.
     """
-    flat = label.ravel()
-    inside = np.flatnonzero(flat)
-    order = np.argsort(flat[inside], kind="stable")
-    values, first, counts = np.unique(flat[inside[order]], return_index=True, return_counts=True)
-    rows = []
-    for value, start, count in zip(values, first, counts, strict=True):
-        chosen = np.arange(start, start + count)
-        if count > MAX_LOCATIONS:
-            chosen = np.sort(np.random.default_rng(int(value)).choice(chosen, MAX_LOCATIONS, replace=False))
-        places = np.stack(np.unravel_index(inside[order[chosen]], label.shape), axis=1)
-        rows.append(np.column_stack([np.full(len(places), value), places]))
-    return np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 4), dtype=np.int32)
+    rows = [np.zeros((0, 4), dtype=np.int64)]
+    for value in range(1, counts.shape[1]):
+        before = np.concatenate([[0], np.cumsum(counts[:, value])])
+        ranks = np.arange(before[-1])
+        if len(ranks) > MAX_LOCATIONS:
+            ranks = np.sort(np.random.default_rng(value).choice(before[-1], MAX_LOCATIONS, replace=False))
+        first = np.searchsorted(ranks, before)
+        for x in np.flatnonzero(np.diff(first)):
+            places = np.flatnonzero(label[x] == value)[ranks[first[x] : first[x + 1]] - before[x]]
+            y, z = np.unravel_index(places, label.shape[1:])
+            rows.append(np.stack([np.full(len(places), value), np.full(len(places), x), y, z], axis=1))
+    return np.concatenate(rows).astype(np.int32)

@@ -122,8 +122,8 @@ def _stomach(rng: np.random.Generator, tissues: Tissues) -> list[Part]:
 def _colon(rng: np.random.Generator, tissues: Tissues) -> list[Part]:
     """The colon in haustra: wall, then stool or gas, which rises to the front of a patient on the back."""
     line = [_vector(np.array(place) + rng.uniform(-6, 6, 3)) for place in _COLON]
-    radii = rng.uniform(15, 23, len(line))
-    wall, lumen = tube(line, radii, piece_mm=20), tube(line, radii - 3, piece_mm=20)
+    radii = [float(radius) for radius in rng.uniform(15, 23, len(line))]
+    wall, lumen = tube(line, radii, piece_mm=20), tube(line, [radius - 3 for radius in radii], piece_mm=20)
     parts = _painted(wall, tissues.bowel_wall, BELLY)
     for piece in lumen:
         parts += _painted((piece,), float(rng.uniform(-40, 60)), BELLY)

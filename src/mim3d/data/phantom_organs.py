@@ -90,7 +90,7 @@ def organ_parts(
 
 
 def lesion_parts(rng: np.random.Generator, organs: Organs, tissues: Tissues) -> list[Part]:
-    """One to four lesions of the liver and up to two of the kidneys: cysts, dark and bright tumours, some with a core."""
+    """One to four lesions of the liver, up to two of the kidneys: cysts, dark and bright tumours, some with a core."""
     parts: list[Part] = []
     for _ in range(int(rng.integers(1, 5))):
         hu = float(rng.choice((tissues.hypodense, tissues.hyperdense, tissues.cyst), p=(0.6, 0.15, 0.25)))
@@ -185,7 +185,7 @@ def _under_diaphragm(trunk: Trunk) -> Level:
     """Inside the wall and below the diaphragm, with a little fat left between."""
 
     def level(x: Array, y: Array, z: Array) -> Array:
-        return np.maximum(trunk.cavity(x, y, z) + 3.5, trunk.diaphragm(x, y, z) + 4.5)
+        return np.asarray(np.maximum(trunk.cavity(x, y, z) + 3.5, trunk.diaphragm(x, y, z) + 4.5))
 
     return level
 

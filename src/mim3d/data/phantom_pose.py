@@ -100,4 +100,4 @@ def _spline_weights(places_mm: Array) -> Array:
     knots = np.arange(NUM_KNOTS) - (NUM_KNOTS - 1) / 2
     far = np.abs(np.clip(places_mm / KNOT_MM, knots[1], knots[-2])[:, None] - knots)
     near = (4 - 6 * far**2 + 3 * far**3) / 6
-    return np.where(far < 1, near, np.clip(2 - far, 0, None) ** 3 / 6).astype(np.float32)
+    return np.asarray(np.where(far < 1, near, np.clip(2 - far, 0, None) ** 3 / 6), dtype=np.float32)

@@ -63,8 +63,8 @@ class PhantomSettings:
         needed, available = int(np.prod(self.size, dtype=object)) * BYTES_PER_VOXEL, available_memory_bytes()
         if needed > available:
             raise ConfigError(
-                f"size {times(self.size)} needs {needed / 2**30:.1f} GiB of memory, but {available / 2**30:.1f} GiB are "
-                "available; use a smaller size."
+                f"size {times(self.size)} needs {needed / 2**30:.1f} GiB of memory, but {available / 2**30:.1f} GiB "
+                "are available; use a smaller size."
             )
 
 

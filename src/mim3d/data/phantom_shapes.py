@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -44,7 +45,7 @@ def ellipsoid(centre: Vector, radii: Vector, angles_deg: Vector = (0.0, 0.0, 0.0
             part = part * (1 / radius)
             steep = steep + part * part
         gauge = np.sqrt(near)
-        return gauge * (gauge - 1) / np.sqrt(steep)
+        return np.asarray(gauge * (gauge - 1) / np.sqrt(steep))
 
     return Solid(level=level, low=_vector(np.array(centre) - reach), high=_vector(np.array(centre) + reach))
 
@@ -83,8 +84,7 @@ def tube(points: Sequence[Vector], radii: Sequence[float], *, piece_mm: float = 
         for t in np.arange(1, num_pieces + 1) / num_pieces:
             line.append(_catmull_rom(before, start, stop, after, float(t)))
     return tuple(
-        capsule(_vector(a), _vector(b), max(float(a[3]), 0.5), max(float(b[3]), 0.5))
-        for a, b in zip(line, line[1:], strict=False)
+        capsule(_vector(a), _vector(b), max(float(a[3]), 0.5), max(float(b[3]), 0.5)) for a, b in pairwise(line)
     )
 
 

@@ -58,7 +58,7 @@ class Spine:
         spine = _oval(lx, ly + 92, along + 6, (4.0, 16.0, 8.5))
         swept = ly + 69 + 0.55 * (side - 18) * np.clip(z * (1 / 120), 0.1, 1)
         process = _oval(side - 29, swept, along - 3, (20.0, 5.5, 6.0))
-        return np.minimum(np.minimum(body, arch), np.minimum(spine, process))
+        return np.asarray(np.minimum(np.minimum(body, arch), np.minimum(spine, process)))
 
     def canal(self, x: Array, y: Array, z: Array) -> Array:
         """Level of the spinal canal."""

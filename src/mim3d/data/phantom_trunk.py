@@ -135,7 +135,7 @@ def paint_ribs(
     bone = np.zeros(hu.shape, dtype=np.bool_)
     x, y, z = (place[wall] for place in places)
     depth = radial(x, y, superellipse(x, y, trunk.muscle_axes(z))) + 9
-    height = z + 0.42 * (y + 95) - trunk.rib_shift
+    height = np.asarray(z + 0.42 * (y + 95) - trunk.rib_shift, dtype=np.float32)
     number = vertebra(height)
     off = (number - np.rint(number)) * np.float32(28)
     gauge = np.sqrt((depth / RIB_HALF_THICKNESS_MM) ** 2 + (off / RIB_HALF_HEIGHT_MM) ** 2)
@@ -152,7 +152,7 @@ def paint_ribs(
 
 
 def superellipse(x: Array, y: Array, axes: Axes) -> Array:
-    """1 on an outline with these half-axes, rounder in front than behind; grows with the 2.5th power of the distance."""
+    """1 on the outline with these half-axes, rounder in front than behind; grows as distance to the power of 2.5."""
     u = np.abs(x) / axes[0]
     v = np.where(y > 0, y / axes[1], -y / axes[2])
     boxy = u * u * np.sqrt(u) + v * v * np.sqrt(v)

@@ -37,7 +37,8 @@ def plan_taps(num_in: int, num_out: int, step: float) -> Taps:
     """Taps of an axis whose output voxels lie ``step`` input voxels apart, both grids sharing their centre.
 
     Linear interpolation; where voxels grow (``step > 1``) it is averaged over a window of ``sqrt(step^2 - 1)``
-    voxels, about the extent of the new voxel, so that nothing finer than the new grid aliases into it. A ramp stays a ramp.
+    voxels, about the extent of the new voxel, so that nothing finer than the new grid aliases into it. A ramp stays
+    a ramp.
     """
     if num_in == num_out and step == 1.0:
         return Taps(np.arange(num_in)[:, None], np.ones((num_in, 1), np.float32), num_in)

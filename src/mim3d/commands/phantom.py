@@ -1,0 +1,56 @@
+"""The command that makes the data that come with mim3d: a labelled set of synthetic CT scans."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mim3d.data.phantom_set import PhantomSettings, open_set, plan_cases, write_cases, write_dataset
+
+
+def phantom(
+    out: str,
+    num_cases: int = 12,
+    size: tuple[int, int, int] = (224, 224, 160),
+    seed: int = 0,
+    num_test: int = 0,
+) -> str:
+    """Make a labelled set of synthetic CT scans of chest and belly, laid out as the Medical Segmentation Decathlon.
+
+    Patients differ in build, pose, contrast phase, lesions and clutter; scans in size, spacing, noise and stored
+    orientation. The same settings make the same voxels. May be stopped and run again: finished cases are kept.
+
+    Args:
+        out: Folder for imagesTr, labelsTr and dataset.json.
+        num_cases: Number of cases to train on.
+        size: Largest number of voxels along X, Y, Z; the first case has it, the others are up to a third smaller.
+        seed: Whole number that names the set; case n of a seed is the same in sets of any length.
+        num_test: Number of further cases, kept apart in imagesTs and labelsTs.
+
+    Returns:
+        The path of the set.
+
+    Raises:
+        ConfigError: A setting cannot work, or the folder holds other things.
+        DataError: The folder cannot be written to.
+    """
+    settings = PhantomSettings(num_cases=num_cases, size=size, seed=seed, num_test=num_test)
+    folder = Path(out)
+    cases = plan_cases(settings)
+    open_set(folder, settings)
+    num_made = sum(_progress(write_cases(folder, cases), len(cases)))
+    write_dataset(folder, settings, cases)
+    kept = f", {len(cases) - num_made} of them kept" if num_made < len(cases) else ""
+    print(f"{folder}: {len(cases)} phantoms{kept}, listed in dataset.json")
+    return str(folder)
+
+
+def _progress(outcomes: Iterator[bool], total: int) -> Iterator[bool]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("phantoms"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("phantoms", total=total)
+        for outcome in outcomes:
+            bar.advance(task)
+            yield outcome
