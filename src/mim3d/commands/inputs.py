@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mim3d
@@ -15,6 +14,7 @@ from mim3d.data.cases import Case, CaseSet, check_cases, read_cases
 from mim3d.data.preprocessing import Preprocessing
 from mim3d.data.transforms import Intensity
 from mim3d.errors import ConfigError, DataError
+from mim3d.run import Run
 from mim3d.types import Spacing
 
 
@@ -40,18 +40,22 @@ def read_data(data: str, *, need_labels: bool) -> CaseSet | Cache:
 def open_scans(
     source: CaseSet | Cache,
     cases: Sequence[Case],
-    cache_dir: str | Path,
+    run: Run,
+    cache_dir: str | None,
     *,
     spacing_mm: Spacing | None,
     num_workers: int | None,
     strict: bool = False,
 ) -> Cache:
-    """The cache of ``cases``: built or brought up to date from a data set, or the one given.
+    """The cached scans of ``cases``: built or brought up to date from a data set, or those of the cache given.
+
+    The run is bound to what they hold: it cannot be resumed on other data.
 
     Args:
         source: what :func:`read_data` gave.
         cases: those of its cases that are wanted.
-        cache_dir: where a cache is built.
+        run: the run that they are for.
+        cache_dir: where a cache is built that other runs may share; the run's own folder when None.
         spacing_mm: voxel size to resample to; None keeps each scan's own.
         num_workers: processes that build it; None for one per core.
         strict: refuse scans that cannot be used instead of leaving them out.
@@ -65,19 +69,19 @@ def open_scans(
                 f"{source.path} was made with spacing_mm {source.preprocessing.spacing_mm}, not {spacing_mm}; "
                 "leave spacing_mm out, or give the data set itself."
             )
-        return source.subset(cases)
-    workers = num_cores() if num_workers is None else num_workers
-    cache = build_cache(
-        replace(source, cases=tuple(cases)),
-        cache_dir,
-        Preprocessing(spacing_mm=spacing_mm),
-        num_workers=workers,
-    )
-    for row in cache.failed:
-        if strict:
-            raise DataError(f"{row['reason']} (strict: nothing is left out)")
-        warnings.warn(f"left out: {row['reason']}", stacklevel=2)
-    return cache
+        scans = source.subset(cases)
+    else:
+        # A shared cache holds every case, so that no run drops what another one needs.
+        wanted = replace(source, cases=tuple(cases)) if cache_dir is None else source
+        workers = num_cores() if num_workers is None else num_workers
+        preprocessing = Preprocessing(spacing_mm=spacing_mm)
+        scans = build_cache(wanted, cache_dir or run.path / "cache", preprocessing, num_workers=workers).subset(cases)
+        for row in scans.failed:
+            if strict:
+                raise DataError(f"{row['reason']} (strict: nothing is left out)")
+            warnings.warn(f"left out: {row['reason']}", stacklevel=2)
+    run.bind_input("data", scans.digest)
+    return scans
 
 
 def check_channels(cases: Sequence[Case], recipe: Backbone) -> None:
@@ -90,7 +94,8 @@ def check_channels(cases: Sequence[Case], recipe: Backbone) -> None:
         if len(case.images) != recipe.in_channels:
             raise ConfigError(
                 f"case {case.id} has {len(case.images)} images (channels), but backbone.in_channels is "
-                f"{recipe.in_channels}; use --backbone.in_channels {len(case.images)}, or list the images that the network shall see."
+                f"{recipe.in_channels}; use --backbone.in_channels {len(case.images)}, or list only the images that "
+                "the network shall see."
             )
 
 

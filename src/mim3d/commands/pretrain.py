@@ -8,7 +8,7 @@ from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read
 from mim3d.commands.training import Training
 from mim3d.config import to_named
 from mim3d.data.cache import Cache
-from mim3d.data.cases import Case, CaseSet, split_cases
+from mim3d.data.cases import Case, CaseSet, read_cases, split_cases
 from mim3d.data.plan import plan_intensity
 from mim3d.data.transforms import Intensity
 from mim3d.engine.loop import train
@@ -94,13 +94,11 @@ def pretrain(
     training = Training.of(arguments)
     asked, recipe = create_method(method), create_recipe(backbone)
     source = read_data(data, need_labels=False)
-    cases = _training_cases(source, fold, num_folds)
+    cases = _training_cases(data, source, fold, num_folds)
     check_channels(cases, recipe)
     named = {"method": to_named(asked, METHODS), "backbone": to_named(recipe, BACKBONES)}
     run = Run.create(out, command="pretrain", settings={**arguments, **named}, inputs={}, resume=resume)
-    cache_dir = cache or run.path / "cache"
-    scans = open_scans(source, cases, cache_dir, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
-    run.bind_input("data", scans.digest)
+    scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
     planned = _plan(run, asked, recipe, scans)
     mapping = intensity or plan_intensity(scans)
     objective = _build(planned, recipe, weights, seed)
@@ -117,11 +115,15 @@ def pretrain(
     return _close(run, planned, result)
 
 
-def _training_cases(source: CaseSet | Cache, fold: int | None, num_folds: int) -> Sequence[Case]:
-    """All cases but those held out: by the fold, or by a declared split."""
-    if fold is not None:
-        return split_cases(source.cases, fold=fold, num_folds=num_folds).train
+def _training_cases(data: str, source: CaseSet | Cache, fold: int | None, num_folds: int) -> Sequence[Case]:
+    """All cases but those held out: by a declared split, or by the fold that fine-tuning would hold out."""
     kept = [case for case in source.cases if case.split in (None, "train")]
+    if fold is not None:
+        # Fine-tuning deals out labelled cases alone; scans without a label must not shift its folds here.
+        every = source.cases if isinstance(source, Cache) else read_cases(data).cases
+        labelled = [case for case in every if case.label is not None] or every
+        held_out = {case.patient for case in split_cases(labelled, fold=fold, num_folds=num_folds).val}
+        kept = [case for case in kept if case.patient not in held_out]
     if not kept:
         raise DataError('Every case is declared val or test, so none is left to pre-train on; mark some "train".')
     return kept

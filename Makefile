@@ -1,0 +1,51 @@
+# Everything a developer or a newcomer needs; each target sets up what it uses.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two test workers with one thread each: torch threads of several workers would fight for the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.PHONY: help install test test-slow lint format demo bench clean
+
+help:
+	@echo "make install    a virtual environment in $(VENV) with mim3d and its tools"
+	@echo "make demo       the whole path on synthetic CT, in minutes: data to report"
+	@echo "make test       the test suite (slow and GPU tests left out)"
+	@echo "make test-slow  the slow tests: full-size networks, long runs"
+	@echo "make lint       ruff and mypy (strict, see pyproject.toml)"
+	@echo "make format     let ruff lay out the code"
+	@echo "make bench      the benchmarks, results beside them"
+	@echo "make clean      remove what demo and tools made (not $(VENV))"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+test: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh build/demo
+
+bench: $(STAMP)
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

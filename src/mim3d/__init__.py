@@ -1,0 +1,64 @@
+"""mim3d: masked pre-training and fine-tuning for 3-D medical images.
+
+The commands of the command line are functions here under the same names and with the same arguments:
+``mim3d.pretrain(data=..., out=...)``. Nothing heavy is imported before it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "phantom": "mim3d.commands.phantom",
+    "cache": "mim3d.commands.cache",
+    "pretrain": "mim3d.commands.pretrain",
+    "finetune": "mim3d.commands.finetune",
+    "predict": "mim3d.commands.predict",
+    "evaluate": "mim3d.commands.evaluate",
+    "report": "mim3d.commands.report",
+    "create_model": "mim3d.backbones",
+    "list_models": "mim3d.backbones",
+    "load_encoder": "mim3d.weights",
+}
+
+_ROOMS = ("backbones", "data", "metrics", "weights")
+
+__all__ = [
+    "__version__",
+    "cache",
+    "create_model",
+    "evaluate",
+    "finetune",
+    "list_models",
+    "load_encoder",
+    "phantom",
+    "predict",
+    "pretrain",
+    "report",
+]
+
+if TYPE_CHECKING:
+    from mim3d.backbones import create_model, list_models
+    from mim3d.commands.cache import cache
+    from mim3d.commands.evaluate import evaluate
+    from mim3d.commands.finetune import finetune
+    from mim3d.commands.phantom import phantom
+    from mim3d.commands.predict import predict
+    from mim3d.commands.pretrain import pretrain
+    from mim3d.commands.report import report
+    from mim3d.weights import load_encoder
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"mim3d.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mim3d' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

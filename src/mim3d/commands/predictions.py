@@ -1,0 +1,134 @@
+"""The folder that prediction fills: one label map per scan, and the list that says which is which."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mim3d.data.case_datasets import read_json
+from mim3d.data.cases import Case, read_cases
+from mim3d.data.files import written_whole
+from mim3d.errors import ConfigError, DataError
+
+LIST_NAME = "predictions.json"
+
+#: What must be the same for label maps to stand in one folder.
+IDENTITY = ("weights_digest", "overlap", "mirror_axes")
+
+#: Suffix of a scan -> suffix of its label map; all others (NIfTI, DICOM) give compressed NIfTI.
+SUFFIXES = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
+
+
+@dataclass
+class Predictions:
+    """A folder of label maps in the making.
+
+    Attributes:
+        folder: where they are written.
+        identity: the network and the settings they come from.
+        rows: finished scans by id.
+        failures: reasons of the scans that could not be segmented, by id.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, out: str | Path, identity: Mapping[str, Any], cases: Sequence[Case], *, overwrite: bool
+    ) -> "Predictions":
+        """Make the folder, or go on with one that holds label maps of the same network and settings.
+
+        Raises:
+            ConfigError: a place that cannot be written to, label maps of another network, or files of other origin
+                under the names that are to be written.
+        """
+        folder = Path(out)
+        predictions = cls(folder, identity)
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file; choose a folder as --out.")
+        if (folder / LIST_NAME).is_file() and not overwrite:
+            predictions._take_up()
+        elif not overwrite:
+            taken = [path for case in cases if (path := predictions.path_of(case)).exists()]
+            if taken:
+                raise ConfigError(f"{taken[0]} exists and is no prediction of mim3d; choose another --out.")
+        try:
+            predictions._write()
+        except DataError as error:
+            raise ConfigError(f"{folder} cannot be written to ({error}); choose another --out.") from error
+        return predictions
+
+    def path_of(self, case: Case) -> Path:
+        """Where the label map of a scan is written: in the format family of the scan."""
+        suffix = os.path.splitext(case.images[0])[1].lower() if os.path.isfile(case.images[0]) else ""
+        return self.folder / f"{case.id}{SUFFIXES.get(suffix, '.nii.gz')}"
+
+    def is_finished(self, case: Case) -> bool:
+        """Whether the label map of exactly these images is there."""
+        row = self.rows.get(case.id)
+        return row is not None and row["images"] == list(case.images) and self.path_of(case).is_file()
+
+    def add(self, case: Case) -> None:
+        """Record a label map that was written."""
+        self.failures.pop(case.id, None)
+        self.rows[case.id] = {"id": case.id, "images": list(case.images), "prediction": self.path_of(case).name}
+        self._write()
+
+    def add_failure(self, case: Case, reason: str) -> None:
+        """Record why a scan could not be segmented."""
+        self.rows.pop(case.id, None)
+        self.failures[case.id] = reason
+        self._write()
+
+    def _take_up(self) -> None:
+        path = self.folder / LIST_NAME
+        content = read_json(str(path))
+        try:
+            known = {name: content[name] for name in IDENTITY}
+            rows = {str(row["id"]): row for row in content["cases"] if isinstance(row["images"], list)}
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no list that mim3d wrote ({error!r}); choose another --out.") from error
+        for name, value in known.items():
+            if value != self.identity[name]:
+                what = "another network" if name == "weights_digest" else f"{name} {value}"
+                raise ConfigError(
+                    f"{self.folder} holds label maps of {what}; choose another --out, or replace them by "
+                    "--overwrite true."
+                )
+        self.rows = rows
+
+    def _write(self) -> None:
+        failed = [{"id": name, "reason": reason} for name, reason in self.failures.items()]
+        content = {**self.identity, "cases": list(self.rows.values()), "failed": failed}
+        with written_whole(str(self.folder / LIST_NAME)) as scratch, open(scratch, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+
+
+def input_cases(inputs: str | Sequence[str]) -> list[Case]:
+    """The scans behind files, folders, DICOM trees and lists; labels are left out.
+
+    Scans of several inputs that share an id get the name of their input in front.
+
+    Raises:
+        DataError: an input that does not exist or holds no scan, or the same scan named twice.
+    """
+    names = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not names:
+        raise DataError("--input is empty; name files, folders or lists of scans.")
+    found = [(name, case) for name in names for case in read_cases(name, recursive_images_only=True).cases]
+    counts = Counter(case.id for _, case in found)
+    cases = [
+        case if counts[case.id] == 1 else replace(case, id=f"{Path(name).resolve().name.partition('.')[0]}_{case.id}")
+        for name, case in found
+    ]
+    twice = [name for name, count in Counter(case.id for case in cases).items() if count > 1]
+    if twice:
+        paths = [case.images[0] for case in cases if case.id == twice[0]]
+        raise DataError(f"{paths[0]} and {paths[1]} would both be written as {twice[0]}; give them in separate calls.")
+    return cases

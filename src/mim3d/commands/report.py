@@ -1,0 +1,61 @@
+"""``mim3d report``: one HTML page on one or more runs."""
+
+import os
+from datetime import datetime
+
+from mim3d import __version__
+from mim3d.data.files import written_whole
+from mim3d.errors import ConfigError
+
+
+def report(runs: list[str], out: str, scores: list[str] | None = None) -> str:
+    """Write one self-contained HTML page: scores, segmentations, curves, reconstructions and settings.
+
+    Several runs are shown side by side. The page loads nothing from elsewhere, so it can be sent as it is.
+
+    Args:
+        runs: folders of runs, such as a pre-training and the fine-tunings to compare; the first is compared with.
+        out: the page to write, ending in .html.
+        scores: files of scores by `mim3d evaluate`, beside the RUN/scores.json that are found.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ConfigError: a path is no run or no file of scores, or `out` cannot be written.
+    """
+    _check_settings(runs, out)
+    from mim3d.reporting import sections
+    from mim3d.reporting.page import page
+    from mim3d.reporting.sources import read_sources
+    from mim3d.reporting.training_pictures import pictures_section
+
+    sources = read_sources(runs, scores or [])
+    names = [run.name for run in sources.runs]
+    content = page(
+        title=" · ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more runs",
+        lead=f"{len(names)} {'run' if len(names) == 1 else 'runs'}, {datetime.now():%d %B %Y, %H:%M}",
+        sections=[
+            sections.runs_section(sources.runs),
+            sections.scores_section(sources.scores),
+            sections.segmentations_section(sources.scores),
+            sections.curves_section(sources.runs),
+            pictures_section(sources.runs),
+            sections.settings_section(sources.runs),
+        ],
+        footer=f"Written by mim3d {__version__} report.",
+    )
+    path = os.path.abspath(out)
+    with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
+        file.write(content)
+    print(f"Report: {path}")
+    return path
+
+
+def _check_settings(runs: list[str], out: str) -> None:
+    if not runs:
+        raise ConfigError("runs is empty; name at least one run folder.")
+    if not out.lower().endswith((".html", ".htm")):
+        raise ConfigError(f"out is {out}, but a report ends in .html; use {out.rstrip('/')}.html.")
+    if os.path.isdir(out):
+        raise ConfigError(f"out is {out}, which is a folder; give the name of a file.")

@@ -1,0 +1,86 @@
+"""How far a command over many scans has come: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from mim3d.engine.progress import clock
+
+_PLAIN_EVERY_S = 15.0
+
+
+class ScanProgress:
+    """Progress on stderr, in scans and parts of scans.
+
+    Args:
+        num_scans: scans to do.
+    """
+
+    def __init__(self, num_scans: int) -> None:
+        self._num_scans = num_scans
+        self._done = 0
+        self._part = 0.0
+        self._name = ""
+        self._start = self._last_line = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "ScanProgress":
+        if self._num_scans and sys.stderr.isatty():
+            self._bar, self._task = _make_bar(self._num_scans)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, name: str) -> None:
+        """A scan begins."""
+        self._name, self._part = name, 0.0
+        self._show()
+
+    def windows(self, done: int, total: int) -> None:
+        """So many windows of the scan are done."""
+        self._part = done / max(total, done, 1)
+        self._show()
+
+    def end(self) -> None:
+        """The scan is done, one way or the other."""
+        self._done, self._part = self._done + 1, 0.0
+        self._show()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _show(self) -> None:
+        position = self._done + self._part
+        if self._bar is not None:
+            self._bar.update(self._task, completed=position, name=self._name)
+            return
+        now = time.monotonic()
+        last = self._done == self._num_scans
+        if position and (last or now - self._last_line >= _PLAIN_EVERY_S):
+            self._last_line = now
+            left = (now - self._start) / position * (self._num_scans - position)
+            self.say(f"{position:.3g} of {self._num_scans} scans  {clock(left)} left")
+
+
+def _make_bar(num_scans: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.completed:.1f} of {task.total} scans"),
+        BarColumn(bar_width=24),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[name]}"),
+        console=Console(stderr=True),
+    )
+    return bar, bar.add_task("segmenting", total=num_scans, name="")

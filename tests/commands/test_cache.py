@@ -1,0 +1,28 @@
+"""The cache command says where the cache is, how large it is, and what was left out."""
+
+import pytest
+
+from mim3d.commands.cache import cache
+from mim3d.data.cache import open_cache
+from mim3d.errors import DataError
+from tests.nifti import noise, write_nifti
+
+
+def test_the_last_line_tells_place_size_and_ratio(tmp_path, capsys):
+    write_nifti(tmp_path / "data" / "a.nii.gz", noise((30, 30, 30)))
+    (tmp_path / "data" / "b.nii.gz").write_bytes(b"nonsense")
+    path = cache(str(tmp_path / "data"), str(tmp_path / "out"), spacing_mm=(2.0, 2.0, 2.0), num_workers=1)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert path == str(tmp_path / "out")
+    assert lines[0].startswith("1 of 2 scans left out")
+    assert "b.nii.gz" in lines[1]
+    assert lines[-1].startswith(f"{path}: 1 scans, ")
+    assert lines[-1].endswith("of the size of the sources")
+    assert open_cache(path)[0].shape == (15, 15, 15)
+
+
+def test_an_empty_folder_leaves_nothing_behind(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="no scan in here"):
+        cache(str(tmp_path / "data"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,225 @@
+"""``mim3d evaluate``: matching, naming, refusing, and what it writes."""
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mim3d.commands.evaluate import evaluate
+from mim3d.errors import ConfigError, DataError
+
+AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
+
+
+def write(path, array, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array.astype(np.uint8), affine), path)
+
+
+def cube(value=1, start=3, stop=8, shape=(12, 12, 12)):
+    array = np.zeros(shape)
+    array[start:stop, start:stop, start:stop] = value
+    return array
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two cases: the first perfect, the second with the spleen missed."""
+    both = cube(1, 2, 6) + cube(2, 7, 10)
+    for name, predicted in (("a", both), ("b", np.where(both == 1, 1, 0))):
+        write(tmp_path / "pred" / f"{name}.nii.gz", predicted)
+        write(tmp_path / "ref" / f"{name}.nii.gz", both)
+    return tmp_path
+
+
+def run(folder, **settings):
+    settings = {"predictions": folder / "pred", "references": folder / "ref", "out": folder / "s.json", **settings}
+    texts = {key: str(value) if hasattr(value, "parts") else value for key, value in settings.items()}
+    with open(evaluate(**texts), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def test_scores_are_written_per_case_label_and_mean(folders, capsys):
+    found = run(folders)
+    assert found["labels"] == {"1": "label_1", "2": "label_2"}
+    assert found["per_label"]["label_1"]["dice"] == 1.0
+    assert found["per_label"]["label_2"]["dice"] == 0.5
+    assert found["per_label"]["label_2"]["num_missed"] == 1
+    assert found["mean"]["dice"] == 0.75
+    assert [case["id"] for case in found["cases"]] == ["a", "b"]
+    assert found["cases"][1]["labels"]["label_2"]["status"] == "missed"
+    assert found["settings"]["nsd_tolerance_mm"] == 1.0
+    assert {"hd95_mm", "nsd", "missed", "absent", "means"} <= found["conventions"].keys()
+    assert capsys.readouterr().out.rstrip().endswith(str(folders / "s.json"))
+
+
+def test_the_csv_beside_holds_the_same_numbers(folders):
+    found = run(folders)
+    with open(folders / "s.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["id"], row["label"]) for row in rows] == [
+        (name, label) for name in "ab" for label in ("label_1", "label_2")
+    ]
+    assert float(rows[3]["hd95_mm"]) == found["cases"][1]["labels"]["label_2"]["hd95_mm"]
+
+
+def test_a_label_absent_everywhere_is_null_and_blank(folders):
+    (folders / "dataset.json").write_text('{"labels": {"0": "bg", "1": "liver", "2": "spleen", "3": "aorta"}}')
+    found = run(folders)
+    assert found["per_label"]["aorta"]["dice"] is None
+    assert found["per_label"]["aorta"]["num_absent"] == 2
+    assert found["mean"]["dice"] == 0.75
+    assert "a,aorta,absent,,,,,,," in (folders / "s.csv").read_text()
+
+
+def test_predictions_json_is_followed_for_ids_names_and_images(folders):
+    (folders / "pred" / "a.nii.gz").rename(folders / "pred" / "strange.nii.gz")
+    cases = [{"id": "a", "images": ["/scans/a.nii.gz"], "prediction": "strange.nii.gz"}]
+    content = {"labels": {"0": "background", "1": "liver", "2": "spleen"}, "cases": cases, "failed": [{"id": "b"}]}
+    (folders / "pred" / "predictions.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning) as caught:
+        found = run(folders)
+    assert found["labels"] == {"1": "liver", "2": "spleen"}
+    assert [(case["id"], case["images"]) for case in found["cases"]] == [("a", ["/scans/a.nii.gz"])]
+    assert found["not_scored"] == {"failed": ["b"], "without_reference": [], "without_prediction": ["b"]}
+    assert [str(warning.message) for warning in caught] == [
+        "Not scored, failed to be predicted: b.",
+        "Not scored, with a reference but no prediction: b.",
+    ]
+
+
+def test_names_come_from_a_dataset_json_beside_the_references(folders):
+    (folders / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1, "spleen": 2}}')
+    assert run(folders)["labels"] == {"1": "liver", "2": "spleen"}
+
+
+def test_references_may_be_files_a_csv_list_or_a_whole_data_set(folders):
+    write(folders / "images" / "a.nii.gz", cube())
+    write(folders / "labels" / "a.nii.gz", cube(1, 2, 6) + cube(2, 7, 10))
+    (folders / "list.csv").write_text("image,label\nimages/a.nii.gz,labels/a.nii.gz\n")
+    (folders / "pred" / "b.nii.gz").unlink()
+    for references in ([str(folders / "ref" / "a.nii.gz")], str(folders / "list.csv"), str(folders)):
+        (folders / "s.json").unlink(missing_ok=True)
+        target = {"out": str(folders / "out" / "s.json"), "references": references}
+        assert run(folders, **target)["mean"]["dice"] == 1.0
+
+
+def test_chosen_labels_are_scored_by_name_or_value(folders):
+    (folders / "dataset.json").write_text('{"labels": {"0": "bg", "1": "liver", "2": "spleen"}}')
+    assert run(folders, labels=["spleen"])["labels"] == {"2": "spleen"}
+    assert run(folders, labels=["1"])["mean"]["dice"] == 1.0
+
+
+def test_an_unknown_label_offers_the_nearest(folders):
+    (folders / "dataset.json").write_text('{"labels": {"0": "bg", "1": "liver", "2": "spleen"}}')
+    with pytest.raises(ConfigError, match=r"'splen'.*spleen"):
+        run(folders, labels=["splen"])
+
+
+def test_an_undeclared_value_names_the_file_and_the_way_out(folders):
+    (folders / "dataset.json").write_text('{"labels": {"0": "bg", "1": "liver"}}')
+    with pytest.raises(DataError, match=r"a\.nii\.gz: holds label values that are not declared \(2;.*--labels"):
+        run(folders)
+    assert run(folders, labels=["liver"])["mean"]["dice"] == 1.0
+
+
+def test_grids_that_disagree_are_refused_before_any_score(folders):
+    write(folders / "pred" / "b.nii.gz", cube(), np.diag([1.0, 1.0, 3.0, 1.0]))
+    with pytest.raises(DataError, match=r"b\.nii\.gz.*1 x 1 x 3 mm.*b\.nii\.gz.*1 x 1 x 2 mm"):
+        run(folders)
+    assert not (folders / "s.json").exists()
+
+
+def test_another_stored_orientation_of_the_same_grid_scores_the_same(folders):
+    before = run(folders)
+    for name in "ab":
+        image = nib.load(folders / "pred" / f"{name}.nii.gz")
+        turned = image.as_reoriented(nib.orientations.axcodes2ornt("PIR"))
+        nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), folders / "pred" / f"{name}.nii.gz")
+    after = run(folders)
+    assert (after["mean"], after["per_label"]) == (before["mean"], before["per_label"])
+
+
+def test_extra_predictions_and_references_are_one_warning_each(folders):
+    write(folders / "pred" / "c.nii.gz", cube())
+    write(folders / "ref" / "d.nii.gz", cube())
+    with pytest.warns(UserWarning) as caught:
+        found = run(folders)
+    assert [str(warning.message) for warning in caught] == [
+        "Not scored, predicted without a reference: c.",
+        "Not scored, with a reference but no prediction: d.",
+    ]
+    assert len(found["cases"]) == 2
+
+
+def test_labels_named_differently_are_a_warning(folders):
+    (folders / "dataset.json").write_text('{"labels": {"0": "bg", "1": "liver", "2": "spleen"}}')
+    content = {"labels": {"0": "bg", "1": "spleen", "2": "liver"}, "cases": []}
+    content["cases"] = [{"id": name, "prediction": f"{name}.nii.gz"} for name in "ab"]
+    (folders / "pred" / "predictions.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="1 is 'spleen' and 'liver'"):
+        run(folders)
+
+
+def test_nothing_in_common_names_both_sides(folders):
+    for name in "ab":
+        (folders / "ref" / f"{name}.nii.gz").rename(folders / "ref" / f"x{name}.nii.gz")
+    with pytest.raises(DataError, match="the predictions are a, b, the references xa, xb"):
+        run(folders)
+
+
+def test_two_references_of_one_name_are_refused(folders):
+    write(folders / "ref" / "more" / "a.nrrd.nii", cube())
+    write(folders / "ref" / "more" / "a.nii", cube())
+    with pytest.raises(DataError, match="same name"):
+        run(folders)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"out": "scores.txt"}, r"use scores\.txt\.json"),
+        ({"nsd_tolerance_mm": -1.0}, "nsd_tolerance_mm is -1.0"),
+        ({"nsd_tolerance_mm": float("nan")}, "nsd_tolerance_mm is nan"),
+        ({"labels": []}, "labels is empty"),
+        ({"labels": ["liver"]}, "'liver'.*None is: give values"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(folders, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        run(folders, **settings)
+
+
+@pytest.mark.parametrize("side", ["predictions", "references"])
+def test_a_missing_folder_is_named(folders, side):
+    with pytest.raises(DataError, match="nowhere: no such"):
+        run(folders, **{side: folders / "nowhere"})
+
+
+def test_empty_maps_have_nothing_to_score(tmp_path):
+    for side in ("pred", "ref"):
+        write(tmp_path / side / "a.nii.gz", np.zeros((4, 4, 4)))
+    with pytest.raises(DataError, match="neither the predictions nor the references"):
+        run(tmp_path)
+
+
+def test_a_fault_leaves_earlier_scores_alone(folders):
+    run(folders)
+    before = (folders / "s.json").read_bytes()
+    write(folders / "pred" / "b.nii.gz", cube(shape=(5, 12, 12)))
+    with pytest.raises(DataError):
+        run(folders)
+    assert (folders / "s.json").read_bytes() == before
+
+
+def test_hippocampus_labels_score_perfectly_against_themselves(shared_data, tmp_path):
+    labels = sorted((shared_data / "hippocampus" / "labelsTr").glob("*.nii.gz"))[:3]
+    (tmp_path / "pred").mkdir()
+    for path in labels:
+        (tmp_path / "pred" / path.name).write_bytes(path.read_bytes())
+    found = run(tmp_path, references=[str(path) for path in labels])
+    assert found["mean"]["dice"] == 1.0
+    assert found["mean"]["hd95_mm"] == 0.0
+    assert found["mean"]["nsd"] == 1.0

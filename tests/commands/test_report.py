@@ -1,0 +1,218 @@
+"""``mim3d report``: one page of everything there is, and remarks for what is not."""
+
+import json
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mim3d.commands.evaluate import evaluate
+from mim3d.commands.report import report
+from mim3d.errors import ConfigError
+from mim3d.run import Run
+
+
+def make_run(folder, command="finetune", **settings):
+    settings = {"task": "segmentation", "seed": 0, **settings, "out": str(folder)}
+    run = Run.create(folder, command=command, settings=settings, inputs={"data": "ab" * 8})
+    run.note({"effective_batch": 4})
+    for step in range(10, 101, 10):
+        run.log(step, {"loss": 1 / step, "loss/dice": 0.5, "learning_rate": 1e-3, "time_s": step / 2})
+    run.log(100, {"val/dice": 0.81, "val/dice/liver": 0.8})
+    return run
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.0, 3.0, 1.0])), path)
+
+
+def make_scores(folder, out, shift=0, cases="abcd"):
+    label = np.zeros((20, 18, 8), dtype=np.uint8)
+    label[5:10, 5:12, 2:6], label[10:14, 5:12, 2:6] = 1, 2
+    rng = np.random.default_rng(0)
+    listing = []
+    for position, name in enumerate(cases):
+        write(folder / "ref" / f"{name}.nii.gz", label)
+        write(folder / "images" / f"{name}.nii.gz", rng.normal(size=label.shape).astype(np.float32))
+        write(out.parent / "pred" / f"{name}.nii.gz", np.roll(label, shift + position, axis=1))
+        image = str(folder / "images" / f"{name}.nii.gz")
+        listing.append({"id": name, "images": [image], "prediction": f"{name}.nii.gz"})
+    content = {"labels": {"0": "background", "1": "liver", "2": "<b>spleen"}, "cases": listing, "failed": []}
+    (out.parent / "pred" / "predictions.json").write_text(json.dumps(content))
+    evaluate(str(out.parent / "pred"), str(folder / "ref"), str(out))
+    return out
+
+
+def write_report(folder, *runs, **settings):
+    out = folder / "report.html"
+    report([str(run) for run in runs], str(out), **settings)
+    return out.read_text(encoding="utf-8")
+
+
+def pictures_of(step_noise=0.0):
+    rng = np.random.default_rng(0)
+    original = rng.random((8, 8, 4)).astype(np.float32)
+    hidden = np.arange(8)[:, None, None] >= 4
+    return {
+        f"{level}/{kind}": volume
+        for level in ("coarse", "middle", "fine")
+        for kind, volume in (
+            ("original", original),
+            ("masked", np.where(hidden, 0, original)),
+            ("reconstructed", np.where(hidden, 0.5 + step_noise, original)),
+        )
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A page with everything: a pre-training with pictures and two fine-tunings with scores."""
+    folder = tmp_path_factory.mktemp("report")
+    pretrained = make_run(folder / "pretrained", "pretrain", method={"name": "MiM", "temperature": 0.2}, task=None)
+    for step in (50, 100):
+        pretrained.save_pictures(step, pictures_of(step / 1000))
+    for name, shift, rate in (("scratch", 1, 1e-3), ("tuned", 0, 5e-4)):
+        make_run(folder / name, learning_rate=rate)
+        make_scores(folder, folder / name / "scores.json", shift)
+    return write_report(folder, folder / "pretrained", folder / "scratch", folder / "tuned")
+
+
+def section(page, anchor):
+    return re.search(rf'<section id="{anchor}">(.*?)</section>', page, re.DOTALL)[1]
+
+
+def test_the_page_needs_nothing_but_itself(whole):
+    sources = re.findall(r'(?:src|srcset|href)="([^"]{0,40})', whole)
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert "<script" not in whole and "@import" not in whole and "url(" not in whole
+
+
+def test_every_section_is_there_and_linked(whole):
+    for anchor in ("runs", "scores", "segmentations", "curves", "pictures", "settings"):
+        assert f'href="#{anchor}"' in whole
+        assert section(whole, anchor)
+
+
+def test_scores_are_compared_with_the_first(whole):
+    scores = section(whole, "scores")
+    assert "Differences are to scratch" in scores
+    assert 'class="better"' in scores
+    assert "What the numbers mean" in scores
+
+
+def test_worst_median_and_best_case_are_shown_for_both_runs(whole):
+    segmentations = section(whole, "segmentations")
+    assert re.findall(r"<h3>(.*?)</h3>", segmentations) == ["Worst case: d", "Median case: c", "Best case: a"]
+    assert segmentations.count('class="film"') == 6
+    assert "Radiological convention" in segmentations
+
+
+def test_every_level_is_reconstructed_and_its_history_folded_in(whole):
+    reconstructions = section(whole, "pictures")
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", reconstructions)[:3] == ["coarse", "middle", "fine"]
+    assert "pretrained, step 100" in reconstructions
+    assert reconstructions.count('class="film"') == 4
+
+
+def test_runs_of_one_kind_share_their_curves(whole):
+    assert re.findall(r"<h3>(.*?)</h3>", section(whole, "curves")) == ["pretrain MiM", "finetune segmentation"]
+
+
+def test_settings_show_what_differs_and_what_it_ran_on(whole):
+    settings = section(whole, "settings")
+    assert "What differs between the finetune runs" in settings
+    assert re.search(r"learning_rate</th><td>0.001</td><td>0.0005</td>", settings)
+    assert "versions.torch" in settings and "derived.effective_batch" in settings
+    assert "temperature: 0.2" in settings
+
+
+def test_names_from_files_are_text_and_never_markup(whole):
+    assert "<b>spleen" not in whole
+    assert "&lt;b&gt;spleen" in whole
+
+
+def test_a_bare_run_has_remarks_in_place_of_what_is_missing(tmp_path):
+    Run.create(tmp_path / "run", command="pretrain", settings={"method": "MiM"}, inputs={})
+    page = write_report(tmp_path, tmp_path / "run")
+    assert "No metrics were logged yet." in page
+    assert "No scores: " in page
+    assert "No segmentations: " in page
+    assert "run has saved no pictures." in page
+
+
+def test_scores_from_elsewhere_are_named_after_their_file(tmp_path):
+    make_run(tmp_path / "run")
+    path = make_scores(tmp_path, tmp_path / "elsewhere" / "test_fold.json")
+    assert "test_fold" in section(write_report(tmp_path, tmp_path / "run", scores=[str(path)]), "scores")
+
+
+def test_the_scores_of_a_run_are_shown_once_even_when_given_again(tmp_path):
+    make_run(tmp_path / "run")
+    path = make_scores(tmp_path, tmp_path / "run" / "scores.json", cases="a")
+    page = write_report(tmp_path, tmp_path / "run", scores=[str(path)])
+    assert "Differences are to" not in page
+
+
+def test_scores_of_other_cases_are_said_not_to_compare(tmp_path):
+    paths = []
+    for name, cases in (("one", "ab"), ("two", "bc")):
+        make_run(tmp_path / name)
+        paths.append(make_scores(tmp_path / name, tmp_path / name / "scores.json", cases=cases))
+    page = write_report(tmp_path, tmp_path / "one", tmp_path / "two")
+    assert "not the same cases" in section(page, "scores")
+    assert re.findall(r"<h3>(.*?)</h3>", section(page, "segmentations")) == ["Case 1: b"]
+
+
+def test_scans_and_predictions_that_have_gone_are_said(tmp_path):
+    make_run(tmp_path / "run")
+    make_scores(tmp_path, tmp_path / "run" / "scores.json", cases="ab")
+    (tmp_path / "images" / "a.nii.gz").unlink()
+    (tmp_path / "run" / "pred" / "b.nii.gz").unlink()
+    segmentations = section(write_report(tmp_path, tmp_path / "run"), "segmentations")
+    assert "The scan of a is not known or no longer there" in segmentations
+    assert "b cannot be shown: " in segmentations
+    assert segmentations.count('class="film"') == 1
+
+
+def test_training_crops_of_a_fine_tuning_are_shown(tmp_path):
+    labels = np.zeros((8, 8, 4), dtype=np.int64)
+    labels[2:5, 2:5, 1:3] = 2
+    crop = {"image": np.random.default_rng(0).random((8, 8, 4)), "reference": labels, "prediction": labels}
+    run = make_run(tmp_path / "run")
+    run.save_pictures(20, {f"segmentation/{kind}": volume for kind, volume in crop.items()})
+    pictures = section(write_report(tmp_path, tmp_path / "run"), "pictures")
+    assert "run, step 20" in pictures
+    assert pictures.count('class="film"') == 1
+
+
+def test_damaged_pictures_are_said(tmp_path):
+    run = make_run(tmp_path / "run", "pretrain")
+    run.save_pictures(10, pictures_of())
+    (tmp_path / "run" / "pictures" / "step_00000010.npz").write_bytes(b"PK\x03\x04 not a zip")
+    assert "these pictures cannot be read" in section(write_report(tmp_path, tmp_path / "run"), "pictures")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"labels": {}}', '{"labels": {}, "mean": {}, "per_label": {}, "cases": [1]}']
+)
+def test_a_file_that_is_no_scores_is_refused(tmp_path, content):
+    make_run(tmp_path / "run")
+    (tmp_path / "s.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"s\.json"):
+        write_report(tmp_path, tmp_path / "run", scores=[str(tmp_path / "s.json")])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no run folder"):
+        write_report(tmp_path, tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("runs", "out", "message"), [([], "r.html", "runs is empty"), (["x"], "r.pdf", r"use r\.pdf\.html")]
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, runs, out, message):
+    with pytest.raises(ConfigError, match=message):
+        report(runs, out)
