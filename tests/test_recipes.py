@@ -16,7 +16,10 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 #: The same number of stages at a width that any machine trains.
 REDUCED = ["--backbone.num_heads", "2", "--backbone.decoder_dim", "12"]
 REDUCED += ["--backbone.decoder_depth", "1", "--backbone.decoder_num_heads", "2"]
-WIDTHS = {"hybrid_base": (["6", "6", "12", "12"], ["1", "1", "1", "1"]), "hybrid_nano": (["6", "6", "12"], ["1", "1", "1"])}
+WIDTHS = {
+    "hybrid_base": (["6", "6", "12", "12"], ["1", "1", "1", "1"]),
+    "hybrid_nano": (["6", "6", "12"], ["1", "1", "1"]),
+}
 
 
 def data_set(folder: Path, size: tuple[int, int, int], num_cases: int) -> Path:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_training import ToyObjective, toy_run
 
 from mim3d.engine.checkpoint import Checkpoints, load_best, read_checkpoint, restore_weights
 from mim3d.errors import CheckpointError, ConfigError, Mim3dError
+from tests.engine.toy_training import ToyObjective, toy_run
 
 WEIGHTS = {"objective": {"weight": torch.zeros(3)}}
 

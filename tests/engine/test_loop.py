@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_training import OPTIM, ToyObjective, toy_run
 
 from mim3d.engine.checkpoint import load_best
 from mim3d.engine.meter import NonFiniteError
@@ -16,6 +15,7 @@ from mim3d.errors import ConfigError
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation
 from mim3d.run import read_run
+from tests.engine.toy_training import OPTIM, ToyObjective, toy_run
 
 
 def weights_of(objective: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -104,11 +104,10 @@ def test_neither_validation_nor_pictures_nor_logging_change_what_is_learned(tmp_
 
 
 def test_best_by_must_be_one_of_the_scores(tmp_path: Path) -> None:
-    from toy_training import ToySource, toy_score
-
     from mim3d.engine.loop import train
     from mim3d.engine.settings import LoopSettings
     from mim3d.run import Run
+    from tests.engine.toy_training import ToySource, toy_score
 
     run = Run.create(tmp_path / "run", command="finetune", settings={}, inputs={})
     loop = LoopSettings(max_steps=1, accelerator="cpu")

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy_training import ToyObjective, ToySource, toy_run
 
 import mim3d.engine.loop as loop_module
 from mim3d.engine.launch import launch, seed_step
@@ -25,6 +24,7 @@ from mim3d.engine.settings import LoopSettings
 from mim3d.engine.stop import StopRequests
 from mim3d.errors import ConfigError
 from mim3d.optimisation import Optimisation, make_schedule
+from tests.engine.toy_training import ToyObjective, ToySource, toy_run
 
 CPU = torch.device("cpu")
 

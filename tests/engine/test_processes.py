@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import toy_training
-from toy_training import comparable, toy_run
 
 from mim3d.engine.checkpoint import read_checkpoint
 from mim3d.run import read_run
+from tests.engine import toy_training
+from tests.engine.toy_training import comparable, toy_run
 
 SETTINGS: dict[str, Any] = {"dropout": 0.0, "max_steps": 12, "log_every": 4, "checkpoint_every": 4, "validate_every": 6}
 

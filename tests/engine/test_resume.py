@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import toy_training
-from toy_training import ToySource, comparable, toy_run
 
 from mim3d.errors import CheckpointError
 from mim3d.objective import Batch
 from mim3d.run import read_run
+from tests.engine import toy_training
+from tests.engine.toy_training import ToySource, comparable, toy_run
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 24,

@@ -123,7 +123,10 @@ def test_alignment_reads_the_parents_own_place() -> None:
     volumes = objective.level_volumes(batch)
     torch.manual_seed(1)
     parent, child = torch.randn(1, 64, 24), torch.randn(4, 64, 24)
-    loss = lambda features: float(objective._align(batch, 1, volumes[0], features, child)[0])  # noqa: E731
+
+    def loss(features: torch.Tensor) -> float:
+        return objective._align(batch, 1, volumes[0], features, child)[0].item()
+
     hidden = batch["hidden/coarse"][0, 0]
     outside = parent.clone()
     outside[0, ~hidden] += 1.0

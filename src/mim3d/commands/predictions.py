@@ -52,6 +52,7 @@ class Predictions:
         predictions = cls(folder, identity)
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file; choose a folder as --out.")
+        predictions._spare_sources(cases)
         if (folder / LIST_NAME).is_file() and not overwrite:
             predictions._take_up()
         elif not overwrite:
@@ -85,6 +86,15 @@ class Predictions:
         self.rows.pop(case.id, None)
         self.failures[case.id] = reason
         self._write()
+
+    def _spare_sources(self, cases: Sequence[Case]) -> None:
+        sources = {os.path.realpath(path) for case in cases for path in (*case.images, case.label) if path}
+        for case in cases:
+            if os.path.realpath(self.path_of(case)) in sources:
+                raise ConfigError(
+                    f"{self.path_of(case)} is one of the scans or labels themselves and would be replaced by a "
+                    "prediction; choose another --out."
+                )
 
     def _take_up(self) -> None:
         path = self.folder / LIST_NAME

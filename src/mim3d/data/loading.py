@@ -4,6 +4,7 @@ The order of samples and everything drawn for one are pure functions of (seed, s
 of workers and processes, and resumable in the middle of an epoch.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from mim3d.data.cache import CachedScan
 from mim3d.data.transforms import Intensity, flip, resize_image, resize_labels
 from mim3d.errors import DataError
 from mim3d.types import Triple
+
+#: Seconds that a reading process goes on after it was told to end.
+WORKER_GRACE_S = 10.0
 
 Augment = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
 
@@ -202,5 +206,7 @@ class Loader:
 
 def _prepare_worker(_worker: int) -> None:
     torch.set_num_threads(1)
-    # A scheduler signals the whole process group; the training process answers, and ends its workers itself.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A scheduler signals every process of a job. The training process answers with a checkpoint and ends its workers
+    # itself, so they outlive the signal; but not for ever, since an exiting interpreter ends them by the same signal.
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, WORKER_GRACE_S))

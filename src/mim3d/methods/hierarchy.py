@@ -153,10 +153,10 @@ def _unit_grid(level: Level, child: Level, patch_size: int) -> Triple:
         "XYZ", level.footprint, child.footprint, level.size, strict=True
     ):
         if child_voxels <= 0 or parent_voxels % child_voxels:
-            fits = max(1, parent_voxels // max(child_voxels, 1)) * child_voxels
+            whole = max(1, parent_voxels // max(child_voxels, 1)) * child_voxels
             raise ConfigError(
                 f"{level.name} level: footprint axis {axis} ({parent_voxels}) is not a multiple of the "
-                f"{child.name} footprint ({child_voxels}); use {fits} for the parent."
+                f"{child.name} footprint ({child_voxels}); use {whole} for the parent."
             )
         num_units = parent_voxels // child_voxels
         step = num_units * patch_size
