@@ -6,7 +6,7 @@ import numpy as np
 
 from mim3d.data.cases import Case
 from mim3d.data.preprocessing import Statistics
-from mim3d.types import Triple
+from mim3d.types import Spacing, Triple
 
 
 def statistics_of(image_XYZ: np.ndarray) -> Statistics:
@@ -30,6 +30,7 @@ class ArrayScan:
     label: np.ndarray | None = None
     name: str = "scan"
     class_locations: dict[int, np.ndarray] = field(default_factory=dict)
+    spacing_mm: Spacing = (1.0, 1.0, 1.0)
 
     @property
     def case(self) -> Case:

@@ -1,5 +1,8 @@
 """The cache command says where the cache is, how large it is, and what was left out."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mim3d.commands.cache import cache
@@ -26,3 +29,14 @@ def test_an_empty_folder_leaves_nothing_behind(tmp_path):
     with pytest.raises(DataError, match="no scan in here"):
         cache(str(tmp_path / "data"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_script_may_use_many_processes(tmp_path):
+    for name in "ab":
+        write_nifti(tmp_path / "data" / f"{name}.nii.gz", noise((30, 30, 30)))
+    script = tmp_path / "script.py"
+    script.write_text("import mim3d\nmim3d.cache('data', 'out', num_workers=2)\nprint(__file__)\n")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("script.py")
+    assert len(open_cache(tmp_path / "out")) == 2

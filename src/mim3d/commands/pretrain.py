@@ -24,6 +24,9 @@ from mim3d.weights import load_into, save_network
 #: Passes over the data where nothing else is asked for (the paper's 800 epochs).
 DEFAULT_EPOCHS = 800
 
+#: Lines of metrics from which a part may be called idle.
+LEAST_LINES = 10
+
 
 def pretrain(
     data: str,
@@ -156,10 +159,10 @@ def _close(run: Run, method: Method, result: TrainResult) -> str:
     means = {
         name: fmean(values) for name in names if (values := [line[name] for line in last if line.get(name) is not None])
     }
-    if result.finished:
+    if result.finished and len(lines) >= LEAST_LINES:
         for sentence in method.idle_parts(means):
             print(f"warning: {sentence}")
-    else:
+    if not result.finished:
         print(f"stopped at step {result.step}: {result.reason}; go on with: {run.how_to_resume}")
     print(f"encoder: {run.path / 'encoder'}")
     return str(run.path)

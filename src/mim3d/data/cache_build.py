@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -123,8 +124,7 @@ def _build_all(cases: tuple[Case, ...], recipe: Recipe, num_workers: int) -> dic
     except BrokenProcessPool as error:
         raise DataError(
             f"{recipe.out}: a worker process ended without a word, most likely out of memory; run again with fewer "
-            "num_workers: the cases that are finished are kept. (In a Python script, the call must stand below "
-            "`if __name__ == '__main__':`.)"
+            "num_workers: the cases that are finished are kept."
         ) from error
     current = {path: entry for outcome in outcomes.values() for path, entry in outcome.digests.items()}
     layout.write_json(memo_path, current)
@@ -143,11 +143,32 @@ def _outcomes(cases: tuple[Case, ...], recipe: Recipe, memo: Memo, num_workers: 
         initargs=(recipe.out,),
     )
     try:
-        waiting = [pool.submit(_work, case, recipe) for case in cases]
+        with _without_main_module():
+            waiting = [pool.submit(_work, case, recipe) for case in cases]
         for done in as_completed(waiting):
             yield done.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Start processes that do not run the caller's script again.
+
+    A spawned process imports the main module, so that a script without ``if __name__ == "__main__"`` would call itself
+    in every worker; these workers need nothing of it.
+    """
+    main = sys.modules["__main__"]
+    spec, file = main.__spec__, getattr(main, "__file__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 def _start_worker(out: str) -> None:

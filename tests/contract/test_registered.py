@@ -1,0 +1,98 @@
+"""What every registered method, backbone and task must do, in every combination: a new one is tested by existing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from mim3d.backbones import BACKBONES, Backbone, Hybrid, create_recipe
+from mim3d.config import resolve, to_named
+from mim3d.data.loading import SampleDataset
+from mim3d.data.transforms import Intensity
+from mim3d.methods import METHODS, create_method
+from mim3d.objective import Objective, StepOutput
+from mim3d.tasks import TASKS, create_task
+from tests.scans import ArrayScan, random_scan
+
+LABELS = {0: "background", 1: "left part", 3: "right part"}
+
+
+def small(name: str) -> Backbone:
+    """The registered recipe at a width and depth that a test can train."""
+    recipe = create_recipe(name)
+    assert isinstance(recipe, Hybrid)
+    stages = range(len(recipe.widths))
+    widths = tuple(6 * 2**stage for stage in stages)
+    return replace(
+        recipe,
+        widths=widths,
+        depths=tuple(1 for _ in stages),
+        num_heads=2,
+        decoder_dim=12,
+        decoder_depth=1,
+        decoder_num_heads=2,
+    )
+
+
+def labelled_scan(edge: int) -> ArrayScan:
+    scan = random_scan((edge, edge, edge))
+    scan.label = np.zeros((edge, edge, edge), dtype=np.uint8)
+    scan.label[4:12, 4:12, 4:12], scan.label[12:20, 4:12, 4:12] = 1, 3
+    scan.class_locations = {value: np.argwhere(scan.label == value) for value in (1, 3)}
+    return scan
+
+
+def check_step(objective: Objective, batch: dict[str, torch.Tensor]) -> None:
+    output = objective(batch, 0.5)
+    assert isinstance(output, StepOutput)
+    assert output.loss.ndim == 0
+    assert torch.isfinite(output.loss)
+    assert all(not value.requires_grad and value.ndim == 0 for value in output.logs.values())
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in objective.encoder.parameters())
+    objective.after_step(0.5)
+    objective.eval()
+    assert all(picture.ndim == 3 for picture in objective.pictures(batch).values())
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_backbone_keeps_the_encoders_contract(name: str) -> None:
+    recipe = small(name)
+    assert resolve(to_named(recipe, BACKBONES), BACKBONES, "backbone") == recipe
+    encoder = recipe.build().eval()
+    edge = 2 * recipe.patch_size
+    volume = torch.rand(2, 1, edge, edge, 2 * edge)
+    maps = encoder.feature_maps(volume)
+    shapes = [(2, w, edge // s, edge // s, 2 * edge // s) for w, s in zip(encoder.widths, encoder.strides, strict=True)]
+    assert [tuple(features.shape) for features in maps] == shapes
+    hidden = torch.zeros(2, 16, dtype=torch.bool)
+    hidden[:, ::2] = True
+    assert encoder.encode_visible(volume, hidden).shape == (2, 8, encoder.embed_dim)
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_method_trains_every_backbone(name: str, backbone: str) -> None:
+    recipe = small(backbone)
+    scan = random_scan((4 * recipe.patch_size,) * 3)
+    method = create_method(name).planned(recipe, [scan.shape])
+    assert resolve(to_named(method, METHODS), METHODS, "method") == method
+    assert method.summary(recipe, [scan.shape])
+    assert method.optimisation.learning_rate or method.optimisation.base_learning_rate
+    dataset = SampleDataset([scan], method.sampler(recipe), Intensity(), 0, None)
+    check_step(method.build(recipe), default_collate([dataset[0], dataset[1]]))
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_task_trains_every_backbone(name: str, backbone: str) -> None:
+    recipe = small(backbone)
+    scan = labelled_scan(2 * recipe.patch_size)
+    task = create_task(name).checked(recipe).planned(recipe, [scan], LABELS)
+    assert resolve(to_named(task, TASKS), TASKS, "task") == task
+    dataset = SampleDataset([scan], task.sampler(), Intensity(), 0, task.augment())
+    objective = task.build(recipe, LABELS)
+    check_step(objective, default_collate([dataset[0], dataset[1]]))
+    assert 0 <= task.validate(objective, [scan], Intensity(), LABELS)[task.best_by] <= 1
