@@ -15,6 +15,7 @@ ROOMS = [
     "types",
     "coercion",
     "config",
+    "progress",
     "nn",
     "data",
     "metrics",

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +20,7 @@ from mim3d.data.score_pairs import Pair, Pairs, find_pairs
 from mim3d.data.volumes import Volume, read_grid, read_volume
 from mim3d.errors import ConfigError, DataError
 from mim3d.metrics import ABSENT, CONVENTIONS, SCORE_NAMES, LabelScore, score_labels, summarise, values_in
+from mim3d.progress import counted
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
         require_same_grid(read_grid(pair.reference), read_grid(pair.prediction))
     scores = [
         _score(pair, list(chosen), nsd_tolerance_mm, strict=labels is None)
-        for pair in track(found.pairs, "Scoring", console=Console(stderr=True), transient=True)
+        for pair in counted(found.pairs, len(found.pairs), "scoring")
     ]
     names = chosen or {value: f"label_{value}" for value in sorted({v for case in scores for v in case})}
     if not names:

@@ -1,9 +1,9 @@
 """The command that makes the data that come with mim3d: a labelled set of synthetic CT scans."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from mim3d.data.phantom_set import PhantomSettings, open_set, plan_cases, write_cases, write_dataset
+from mim3d.progress import counted
 
 
 def phantom(
@@ -36,21 +36,8 @@ def phantom(
     folder = Path(out)
     cases = plan_cases(settings)
     open_set(folder, settings)
-    num_made = sum(_progress(write_cases(folder, cases), len(cases)))
+    num_made = sum(counted(write_cases(folder, cases), len(cases), "phantoms"))
     write_dataset(folder, settings, cases)
     kept = f", {len(cases) - num_made} of them kept" if num_made < len(cases) else ""
     print(f"{folder}: {len(cases)} phantoms{kept}, listed in dataset.json")
     return str(folder)
-
-
-def _progress(outcomes: Iterator[bool], total: int) -> Iterator[bool]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("phantoms"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("phantoms", total=total)
-        for outcome in outcomes:
-            bar.advance(task)
-            yield outcome

@@ -5,9 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from mim3d.engine.progress import clock
-
-_PLAIN_EVERY_S = 15.0
+from mim3d.progress import PLAIN_EVERY_S, clock
 
 
 class ScanProgress:
@@ -66,7 +64,7 @@ class ScanProgress:
             return
         now = time.monotonic()
         last = self._done == self._num_scans
-        if position and (last or now - self._last_line >= _PLAIN_EVERY_S):
+        if position and (last or now - self._last_line >= PLAIN_EVERY_S):
             self._last_line = now
             left = (now - self._start) / position * (self._num_scans - position)
             self.say(f"{position:.3g} of {self._num_scans} scans  {clock(left)} left")

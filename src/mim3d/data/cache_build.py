@@ -20,6 +20,7 @@ from mim3d.data.case_records import Case, CaseSet
 from mim3d.data.digests import Memo
 from mim3d.data.preprocessing import Preprocessing
 from mim3d.errors import ConfigError, DataError
+from mim3d.progress import counted
 
 #: The memo of digests is written this often, so that a killed build need not hash again what it hashed.
 _MEMO_EVERY_S = 10.0
@@ -113,7 +114,7 @@ def _build_all(cases: tuple[Case, ...], recipe: Recipe, num_workers: int) -> dic
     memo_path = os.path.join(recipe.out, layout.DIGESTS)
     written = time.monotonic()
     try:
-        for outcome in _progress(_outcomes(cases, recipe, memo, num_workers), len(cases)):
+        for outcome in counted(_outcomes(cases, recipe, memo, num_workers), len(cases), "caching"):
             outcomes[outcome.id] = outcome
             memo.update(outcome.digests)
             if outcome.write_error is not None:
@@ -187,19 +188,6 @@ def _end_with_parent() -> None:
 
 def _work(case: Case, recipe: Recipe) -> Outcome:
     return build_case(case, recipe, _worker_memo)
-
-
-def _progress(outcomes: Iterator[Outcome], total: int) -> Iterator[Outcome]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("caching"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("caching", total=total)
-        for outcome in outcomes:
-            bar.advance(task)
-            yield outcome
 
 
 def _finish(out: str, cases: CaseSet, outcomes: dict[str, Outcome]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-_PLAIN_EVERY_S = 15.0
+from mim3d.progress import PLAIN_EVERY_S, clock
 
 
 class Display:
@@ -22,7 +22,7 @@ class Display:
         self._first_step = 0
         self._silent = silent
         self._start = time.monotonic()
-        self._last_line = -_PLAIN_EVERY_S
+        self._last_line = -PLAIN_EVERY_S
         self._bar: Any = None
 
     def __enter__(self) -> "Display":
@@ -60,7 +60,7 @@ class Display:
             self._bar.update(self._task, values=summary(values))
             return
         now = time.monotonic()
-        if not self._silent and (now - self._last_line >= _PLAIN_EVERY_S or step == self._max_steps):
+        if not self._silent and (now - self._last_line >= PLAIN_EVERY_S or step == self._max_steps):
             self._last_line = now
             self.say(f"step {step}/{self._max_steps}  {summary(values)}  {self._time_left(step, now)}")
 
@@ -75,12 +75,6 @@ def summary(values: Mapping[str, float]) -> str:
         f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
         f"{values['samples_per_s']:.3g} samples/s  {values['data_wait_ratio']:.0%} waiting for data"
     )
-
-
-def clock(seconds: float) -> str:
-    """Seconds as ``H:MM:SS``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _make_bar(max_steps: int, first_step: int) -> tuple[Any, Any]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from mim3d.engine.checkpoint import Checkpoints, read_checkpoint, restore_weights
 from mim3d.engine.meter import Meter, NonFiniteError, Throughput
 from mim3d.engine.plan import Plan
-from mim3d.engine.progress import Display, clock
+from mim3d.engine.progress import Display
 from mim3d.engine.settings import LoopSettings, RunFolder
 from mim3d.errors import CheckpointError, ConfigError
 from mim3d.objective import Batch, Objective
+from mim3d.progress import clock
 
 Validate = Callable[[Objective], dict[str, float]]
 OnCheckpoint = Callable[[Objective, int], None]
