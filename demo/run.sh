@@ -10,8 +10,8 @@ SECONDS=0
 
 step() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
 
-step "1. Make labelled synthetic CT: ten scans to learn from, three that no training sees"
-mim3d phantom "$out/scans" --num_cases 10 --num_test 3 --size 96 96 80
+step "1. Make labelled synthetic CT: scans to learn from, and scans held out"
+mim3d phantom "$out/scans" --num_cases 10 --num_test 3 --size 96 96 80 --seed 0
 
 step "2. Cache: preprocess once, then crop without reading scans again"
 mim3d cache "$out/scans" --out "$out/cache"
