@@ -76,3 +76,16 @@ def test_pre_training_recipes_have_four_tokens_per_axis_and_two_alignment_terms(
     assert len(hierarchy.levels) == 3
     assert all(min(geometry.token_grid) >= 4 for geometry in hierarchy.levels)
     assert all(geometry.num_hidden_units >= 2 for geometry in hierarchy.levels[:-1])
+
+
+@pytest.mark.slow
+def test_the_base_recipe_takes_real_steps_at_full_size(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "data", (200, 192, 192), num_cases=1)
+    recipe = Path(__file__).parents[1] / "recipes" / "mim_base.yaml"
+    words = ["pretrain", "--config", str(recipe), "--data", str(data), "--out", str(tmp_path / "run")]
+    words += ["--max_epochs", "null", "--max_steps", "2", "--accumulation", "1", "--log_every", "1"]
+    words += ["--backbone.recompute", "true", "--method.chunk_size", "2"]
+    assert main(words) == 0
+    losses = [line["loss"] for line in read_run(tmp_path / "run").metrics]
+    assert len(losses) == 2
+    assert all(1.0 < loss < 10.0 for loss in losses)
