@@ -9,6 +9,9 @@ from mim3d.errors import ConfigError
 _PLAIN_WEIGHT_DECAY = 0.01
 _PLAIN_BETAS = (0.9, 0.999)
 
+#: A scaled learning rate below this learns nothing in any number of steps that people wait for.
+TINY_LEARNING_RATE = 1e-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
@@ -143,10 +146,13 @@ def _learning_rate(settings: Optimisation, effective_batch: int) -> tuple[float,
             "give learning_rate, or base_learning_rate together with reference_batch."
         )
     rate = settings.base_learning_rate * effective_batch / settings.reference_batch
-    return rate, (
-        f"learning rate {rate:g} = {settings.base_learning_rate:g} (base) x {effective_batch} "
-        f"(effective batch) / {settings.reference_batch} (reference batch)"
+    line = (
+        f"learning rate {rate:g} = {settings.base_learning_rate:g} (base) x {effective_batch} (effective batch) "
+        f"/ {settings.reference_batch} (reference batch)"
     )
+    if 0 < rate < TINY_LEARNING_RATE:
+        line += "; that is next to nothing: give --optim.learning_rate (1e-3 for small networks) or a larger batch"
+    return rate, line
 
 
 def _warmup(settings: Optimisation, max_steps: int) -> tuple[int, str]:
