@@ -1,6 +1,7 @@
 """Weights on disk: our own export (safetensors and a card), foreign checkpoints in, and what of them fitted."""
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -107,6 +108,17 @@ def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
         f"{given} {state} {WEIGHTS_NAME} (its own or in {', '.join(networks)}/); "
         "give a finished run, an exported folder or a weights file."
     )
+
+
+def weights_digest(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> str:
+    """SHA-256 of the weights file behind a run folder, an export folder or a file.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    located = locate(path, networks)
+    with open(located / WEIGHTS_NAME if located.is_dir() else located, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Any]:

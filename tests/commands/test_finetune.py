@@ -249,3 +249,11 @@ def test_a_known_window_gives_no_warning(ball_set, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*encoder learned.*")
         tune(ball_set, tmp_path / "run", weights=str(tmp_path / "pre"), max_steps=1)
+
+
+def test_a_run_is_not_resumed_from_other_weights(ball_set, tmp_path):
+    save_encoder(tmp_path / "encoder", seed=1)
+    out = tune(ball_set, tmp_path / "run", weights=str(tmp_path / "encoder"), max_steps=1)
+    save_encoder(tmp_path / "encoder", seed=2)
+    with pytest.raises(ConfigError, match="other weights"):
+        tune(ball_set, out, weights=str(tmp_path / "encoder"), max_steps=1, resume=True)

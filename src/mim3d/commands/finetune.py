@@ -6,7 +6,7 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES
 from mim3d.commands.held_out import choose_split, write_split
-from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data
+from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
 from mim3d.commands.start import Start, choose_start
 from mim3d.commands.training import Training
 from mim3d.config import to_mapping, to_named
@@ -109,8 +109,14 @@ def finetune(
     check_channels(cases, start.recipe)
     asked = create_task(task).checked(start.recipe)
     spacing_mm = start.spacing_mm(spacing_mm, source)
-    named = {"task": to_named(asked, TASKS), "backbone": to_named(start.recipe, BACKBONES), "spacing_mm": spacing_mm}
-    run = Run.create(out, command="finetune", settings={**arguments, **named}, inputs={}, resume=resume)
+    settings = arguments | {
+        "task": to_named(asked, TASKS),
+        "backbone": to_named(start.recipe, BACKBONES),
+        "spacing_mm": spacing_mm,
+    }
+    run = Run.create(
+        out, command="finetune", settings={**arguments, **named}, inputs=weights_input(weights), resume=resume
+    )
     scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
     write_split(run, split)
     training_scans = scans.subset(split.train)

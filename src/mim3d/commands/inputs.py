@@ -16,6 +16,7 @@ from mim3d.data.transforms import Intensity
 from mim3d.errors import ConfigError, DataError
 from mim3d.run import Run
 from mim3d.types import Spacing
+from mim3d.weights import weights_digest
 
 
 def read_data(data: str, *, need_labels: bool) -> CaseSet | Cache:
@@ -97,6 +98,11 @@ def check_channels(cases: Sequence[Case], recipe: Backbone) -> None:
                 f"{recipe.in_channels}; use --backbone.in_channels {len(case.images)}, or list only the images that "
                 "the network shall see."
             )
+
+
+def weights_input(weights: str | None) -> dict[str, str]:
+    """The digest that binds a run to the weights it starts from, so that it cannot be resumed from others."""
+    return {} if weights is None else {"weights": weights_digest(weights)}
 
 
 def encoder_card(recipe: Backbone, intensity: Intensity, scans: Cache) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from mim3d.backbones import BACKBONES, Backbone, create_recipe
-from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data
+from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
 from mim3d.commands.training import Training
 from mim3d.config import to_named
 from mim3d.data.cache import Cache
@@ -99,8 +99,10 @@ def pretrain(
     source = read_data(data, need_labels=False)
     cases = _training_cases(data, source, fold, num_folds)
     check_channels(cases, recipe)
-    named = {"method": to_named(asked, METHODS), "backbone": to_named(recipe, BACKBONES)}
-    run = Run.create(out, command="pretrain", settings={**arguments, **named}, inputs={}, resume=resume)
+    settings = arguments | {"method": to_named(asked, METHODS), "backbone": to_named(recipe, BACKBONES)}
+    run = Run.create(
+        out, command="pretrain", settings={**arguments, **named}, inputs=weights_input(weights), resume=resume
+    )
     scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
     planned = _plan(run, asked, recipe, scans)
     mapping = intensity or plan_intensity(scans)

@@ -1,6 +1,5 @@
 """A fine-tuned segmenter as it comes back from disk: network, labels, and how its input is made."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from mim3d.tasks import create_task
 from mim3d.tasks.segmentation import Segmentation
 from mim3d.tasks.segmentation_objective import SegmentationObjective
 from mim3d.types import Named
-from mim3d.weights import WEIGHTS_NAME, load_into, locate, read_card
+from mim3d.weights import load_into, read_card, weights_digest
 
 #: Folder of a run that holds a segmenter.
 NETWORKS = ("segmenter",)
@@ -123,12 +122,6 @@ def load_segmenter(path: str | Path, *, device: torch.device | None = None, back
         num_channels=recipe.in_channels,
         preprocessing=preprocessing,
         intensity=intensity,
-        digest=_digest(path),
+        digest=weights_digest(path, NETWORKS),
         device=where,
     )
-
-
-def _digest(path: str | Path) -> str:
-    folder = locate(path, NETWORKS)
-    with open(folder / WEIGHTS_NAME if folder.is_dir() else folder, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
