@@ -109,14 +109,9 @@ def finetune(
     check_channels(cases, start.recipe)
     asked = create_task(task).checked(start.recipe)
     spacing_mm = start.spacing_mm(spacing_mm, source)
-    settings = arguments | {
-        "task": to_named(asked, TASKS),
-        "backbone": to_named(start.recipe, BACKBONES),
-        "spacing_mm": spacing_mm,
-    }
-    run = Run.create(
-        out, command="finetune", settings={**arguments, **named}, inputs=weights_input(weights), resume=resume
-    )
+    named = {"task": to_named(asked, TASKS), "backbone": to_named(start.recipe, BACKBONES)}
+    settings = {**arguments, **named, "spacing_mm": spacing_mm}
+    run = Run.create(out, command="finetune", settings=settings, inputs=weights_input(weights), resume=resume)
     scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
     write_split(run, split)
     training_scans = scans.subset(split.train)

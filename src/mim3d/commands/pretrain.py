@@ -100,9 +100,7 @@ def pretrain(
     cases = _training_cases(data, source, fold, num_folds)
     check_channels(cases, recipe)
     settings = arguments | {"method": to_named(asked, METHODS), "backbone": to_named(recipe, BACKBONES)}
-    run = Run.create(
-        out, command="pretrain", settings={**arguments, **named}, inputs=weights_input(weights), resume=resume
-    )
+    run = Run.create(out, command="pretrain", settings=settings, inputs=weights_input(weights), resume=resume)
     scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
     planned = _plan(run, asked, recipe, scans)
     mapping = intensity or plan_intensity(scans)
