@@ -12,10 +12,12 @@ from mim3d.config import to_mapping, to_named
 from mim3d.data.cache import Cache, build_cache, is_cache, open_cache
 from mim3d.data.cases import Case, CaseSet, check_cases, read_cases
 from mim3d.data.preprocessing import Preprocessing
+from mim3d.data.resampling import target_grid
 from mim3d.data.transforms import Intensity
+from mim3d.data.volumes import read_grid
 from mim3d.errors import ConfigError, DataError
 from mim3d.run import Run
-from mim3d.types import Spacing
+from mim3d.types import Spacing, Triple
 from mim3d.weights import weights_digest
 
 
@@ -83,6 +85,16 @@ def open_scans(
             warnings.warn(f"left out: {row['reason']}", stacklevel=2)
     run.bind_input("data", scans.digest)
     return scans
+
+
+def shapes_of(source: CaseSet | Cache, cases: Sequence[Case], spacing_mm: Spacing | None) -> list[Triple]:
+    """Voxels of every case as it will lie in the cache, from headers alone: enough to plan before any work begins."""
+    if isinstance(source, Cache):
+        return [scan.shape for scan in source.subset(cases)]
+    grids = [read_grid(case.images[0]) for case in cases]
+    if spacing_mm is None:
+        return [grid.ras_shape for grid in grids]
+    return [target_grid(grid.ras_shape, grid.ras_affine, grid.spacing_mm, spacing_mm)[0] for grid in grids]
 
 
 def check_channels(cases: Sequence[Case], recipe: Backbone) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from mim3d.backbones import BACKBONES, Backbone, create_recipe
-from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
+from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
 from mim3d.commands.training import Training
 from mim3d.config import to_named
 from mim3d.data.cache import Cache
@@ -18,7 +18,7 @@ from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation
 from mim3d.run import Run, read_run
-from mim3d.types import Named, Spacing
+from mim3d.types import Named, Spacing, Triple
 from mim3d.weights import load_into, save_network
 
 #: Passes over the data where nothing else is asked for (the paper's 800 epochs).
@@ -99,10 +99,10 @@ def pretrain(
     source = read_data(data, need_labels=False)
     cases = _training_cases(data, source, fold, num_folds)
     check_channels(cases, recipe)
-    settings = arguments | {"method": to_named(asked, METHODS), "backbone": to_named(recipe, BACKBONES)}
+    planned = _plan(asked, recipe, shapes_of(source, cases, spacing_mm))
+    settings = arguments | {"method": to_named(planned, METHODS), "backbone": to_named(recipe, BACKBONES)}
     run = Run.create(out, command="pretrain", settings=settings, inputs=weights_input(weights), resume=resume)
     scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
-    planned = _plan(run, asked, recipe, scans)
     mapping = intensity or plan_intensity(scans)
     objective = _build(planned, recipe, weights, seed)
     loader = training.loader(scans, planned.sampler(recipe), mapping)
@@ -132,12 +132,10 @@ def _training_cases(data: str, source: CaseSet | Cache, fold: int | None, num_fo
     return kept
 
 
-def _plan(run: Run, asked: Method, recipe: Backbone, scans: Cache) -> Method:
-    shapes = [scan.shape for scan in scans]
+def _plan(asked: Method, recipe: Backbone, shapes: Sequence[Triple]) -> Method:
     planned = asked.planned(recipe, shapes)
     for line in planned.summary(recipe, shapes):
         print(line)
-    run.note({"method": to_named(planned, METHODS), "num_scans": len(scans)})
     return planned
 
 

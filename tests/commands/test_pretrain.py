@@ -1,0 +1,105 @@
+"""Pre-training as a command: what it refuses, what it leaves behind, which cases it never sees."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mim3d.commands.finetune import finetune
+from mim3d.commands.pretrain import pretrain
+from mim3d.config import read_yaml
+from mim3d.data.cache import open_cache
+from mim3d.errors import ConfigError
+from mim3d.methods.hierarchy import Hierarchy, Level
+from mim3d.optimisation import Optimisation
+from mim3d.run import read_run
+from mim3d.weights import load_encoder, read_card
+from tests.commands.conftest import BACKBONE, TASK
+
+LEVELS = [
+    {"name": "coarse", "footprint": [16, 16, 16], "size": [16, 16, 16], "mask_ratio": 0.5, "num_children": 2},
+    {"name": "middle", "footprint": [8, 8, 8], "size": [16, 16, 16], "mask_ratio": 0.5},
+]
+METHOD = {"name": "MiM", "levels": LEVELS}
+
+
+def learn(data: Path, out: Path, **changes: object) -> Path:
+    settings = {"method": METHOD, "backbone": BACKBONE, "max_steps": 2, "num_workers": 0, "log_every": 1, **changes}
+    return Path(pretrain(str(data), str(out), optim=Optimisation(learning_rate=1e-3), **settings))
+
+
+def test_the_run_holds_encoder_card_metrics_and_a_config_that_runs_again(ball_set, tmp_path):
+    run = learn(ball_set, tmp_path / "run", pictures_every=2)
+    card = read_card(run)
+    assert card["intensity"]["kind"] == "zscore"
+    assert card["data_digest"] == open_cache(run / "cache").digest
+    assert load_encoder(run).recipe.widths == (8, 16)
+    record = read_run(run)
+    assert {"loss/coarse", "loss/middle", "loss/align_middle"} <= set(record.metrics[0])
+    assert list(record.pictures) == [2]
+    again = {key: value for key, value in read_yaml(run / "config.yaml").items() if key != "command"}
+    again |= {"out": str(tmp_path / "again"), "optim": Optimisation(learning_rate=1e-3)}
+    repeated = read_run(pretrain(**again)).metrics
+    assert [line["loss"] for line in repeated] == [line["loss"] for line in record.metrics]
+
+
+def test_labels_are_never_read(ball_set, tmp_path):
+    run = learn(ball_set, tmp_path / "run")
+    assert not any(scan.has_label for scan in open_cache(run / "cache"))
+
+
+def test_a_fold_leaves_out_exactly_what_fine_tuning_holds_out(ball_set, tmp_path):
+    run = learn(ball_set, tmp_path / "pre", fold=1, num_folds=3)
+    tuned = finetune(
+        str(ball_set),
+        str(tmp_path / "tuned"),
+        task=TASK,
+        weights=str(run),
+        fold=1,
+        num_folds=3,
+        max_steps=1,
+        num_workers=0,
+    )
+    split = json.loads((Path(tuned) / "split.json").read_text())
+    seen = {scan.case.id for scan in open_cache(run / "cache")}
+    assert seen == {row["id"] for row in split["train"]}
+    assert not seen & {row["id"] for row in split["val"]}
+
+
+def test_going_on_from_an_encoder_and_resuming_it(ball_set, tmp_path, capsys):
+    first = learn(ball_set, tmp_path / "first")
+    learn(ball_set, tmp_path / "second", weights=str(first))
+    assert "100.0% of the values" in capsys.readouterr().out
+    learn(ball_set, tmp_path / "second", weights=str(first), resume=True)
+    assert len(read_run(tmp_path / "second").metrics) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": {"name": "MiM", "levels": [{**LEVELS[0], "num_children": 5}, LEVELS[1]]}}, "between 1 and its 4"),
+        (
+            {
+                "method": {
+                    "name": "MiM",
+                    "levels": [{**LEVELS[0], "footprint": [64] * 3}, {**LEVELS[1], "footprint": [32] * 3}],
+                }
+            },
+            "would be padding",
+        ),
+        ({"backbone": {**BACKBONE, "in_channels": 2}}, "1 images"),
+        ({"max_steps": 2, "max_epochs": 2}, "both set"),
+        ({"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run_folder_is_made(ball_set, tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        learn(ball_set, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_levels_left_out_are_planned_and_written_into_the_config(ball_set, tmp_path):
+    run = learn(ball_set, tmp_path / "run", method="MiM", max_steps=1)
+    planned = read_yaml(run / "config.yaml")["method"]["levels"]
+    levels = [Level(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}) for row in planned]
+    assert len(Hierarchy(levels, 4).levels) == 2
