@@ -16,6 +16,7 @@ ROOMS = [
     "coercion",
     "config",
     "progress",
+    "kernels",
     "nn",
     "data",
     "metrics",

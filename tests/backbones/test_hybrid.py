@@ -10,10 +10,10 @@ from torch import Tensor
 from mim3d.backbones import create_model, list_models
 from mim3d.backbones.hybrid import HybridEncoder
 from mim3d.errors import ConfigError
+from mim3d.kernels.depthwise import depthwise_dense
 from mim3d.nn.decoder import TokenDecoder
-from mim3d.nn.depthwise import depthwise_dense
 from mim3d.nn.losses import reconstruction_loss
-from mim3d.nn.masks import take_tokens, visible_indices
+from mim3d.nn.masks import split_tokens, take_tokens
 from mim3d.nn.patches import patchify
 from mim3d.nn.positions import sincos_positions
 from mim3d.weights import to_own_names
@@ -31,6 +31,10 @@ def small_encoder(**changes: object) -> HybridEncoder:
     return create_model("hybrid", **{**settings, **changes}).double()
 
 
+def shown(hidden: Tensor) -> Tensor:
+    return split_tokens(hidden, int(hidden[0].sum()))[0]
+
+
 def random_mask(batch: int, length: int, ratio: float) -> Tensor:
     order = torch.rand(batch, length, generator=torch.Generator().manual_seed(1)).argsort(1)
     return order < round(ratio * length)
@@ -46,10 +50,9 @@ def dense_reference(encoder: HybridEncoder, volume: Tensor, hidden: Tensor, grid
         return depthwise_dense(features * visible[..., None], weight, bias)
 
     maps, tokens = encoder._convolution_stages(volume.permute(0, 2, 3, 4, 1), masked)
-    shown = visible_indices(hidden)
     tokens = tokens.flatten(1, 3) + sincos_positions(grid, encoder.embed_dim).to(tokens)
-    tokens = encoder._transform(take_tokens(tokens, shown))
-    return encoder.norm(tokens + take_tokens(encoder._stage_tokens(maps).flatten(1, 3), shown))
+    tokens = encoder._transform(take_tokens(tokens, shown(hidden)))
+    return encoder.norm(tokens + take_tokens(encoder._stage_tokens(maps).flatten(1, 3), shown(hidden)))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9])
@@ -58,7 +61,7 @@ def test_visible_tokens_alone_give_the_dense_result_and_its_gradients(ratio: flo
     volume = torch.rand(2, 1, 32, 16, 24, dtype=torch.float64)
     grid, hidden = (4, 2, 3), random_mask(2, 24, ratio)
     expected = dense_reference(encoder, volume, hidden, grid)
-    ours = encoder.encode_visible(volume, hidden)
+    ours = encoder.encode_visible(volume, shown(hidden))
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
     direction = torch.randn_like(expected)
     parameters = list(encoder.parameters())
@@ -76,14 +79,14 @@ def test_hidden_voxels_do_not_reach_visible_tokens() -> None:
     for axis in (2, 3, 4):
         hidden_voxels = hidden_voxels.repeat_interleave(8, dim=axis)
     other = torch.where(hidden_voxels, torch.rand_like(volume), volume)
-    assert torch.equal(encoder.encode_visible(volume, hidden), encoder.encode_visible(other, hidden))
+    assert torch.equal(encoder.encode_visible(volume, shown(hidden)), encoder.encode_visible(other, shown(hidden)))
 
 
 def test_recomputation_changes_no_gradient() -> None:
     plain, recomputed = small_encoder(), small_encoder(recompute=True)
     volume, hidden = torch.rand(1, 1, 16, 16, 16, dtype=torch.float64), random_mask(1, 8, 0.5)
     for encoder in (plain, recomputed):
-        encoder.encode_visible(volume, hidden).square().sum().backward()
+        encoder.encode_visible(volume, shown(hidden)).square().sum().backward()
     for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
@@ -161,15 +164,16 @@ def test_the_published_network_is_reproduced(published: dict, case: str) -> None
         reference = recorded[key]
         assert np.abs(ours.numpy() - reference).max() <= 1e-5 * np.abs(reference).max(), key
 
-    latent = encoder.encode_visible(volume, hidden)
+    latent = encoder.encode_visible(volume, shown(hidden))
     order = np.argsort(recorded[f"{case}.ids_keep"][0])
     recorded[f"{case}.sorted"] = recorded[f"{case}.latent"][:, order]
     close(latent, f"{case}.sorted")
-    features = decoder(latent, hidden, (6, 6, 6))
+    visible, places = split_tokens(hidden, int(hidden.sum()))
+    features = decoder([(latent, visible)], (6, 6, 6))
     close(features, f"{case}.decoder_features")
     close(decoder.pred(features)[..., ::16], f"{case}.pred_every16")
     target = patchify(volume, 16)
     close(target[..., ::16], "target_every16")
-    predicted, own = decoder.predict_hidden(features, hidden), take_tokens(target, visible_indices(~hidden))
+    predicted, own = decoder.predict(features, places), take_tokens(target, places)
     close(reconstruction_loss(predicted, own), f"{case}.loss_norm_pix")
     close(reconstruction_loss(predicted, own, normalised=False), f"{case}.loss_raw")

@@ -67,9 +67,8 @@ def test_backbone_keeps_the_encoders_contract(name: str) -> None:
     maps = encoder.feature_maps(volume)
     shapes = [(2, w, edge // s, edge // s, 2 * edge // s) for w, s in zip(encoder.widths, encoder.strides, strict=True)]
     assert [tuple(features.shape) for features in maps] == shapes
-    hidden = torch.zeros(2, 16, dtype=torch.bool)
-    hidden[:, ::2] = True
-    assert encoder.encode_visible(volume, hidden).shape == (2, 8, encoder.embed_dim)
+    visible = torch.arange(0, 16, 2).repeat(2, 1)
+    assert encoder.encode_visible(volume, visible).shape == (2, 8, encoder.embed_dim)
 
 
 @pytest.mark.parametrize("backbone", sorted(BACKBONES))

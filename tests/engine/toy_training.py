@@ -35,7 +35,7 @@ class ToyEncoder(Encoder):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
         self.position_embedding = nn.Parameter(torch.full((4, 8), 0.1))
 
-    def encode_visible(self, volume_BCXYZ: Tensor, hidden_BL: Tensor) -> Tensor:
+    def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
         return self.norm(self.proj(volume_BCXYZ))
 
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from mim3d.methods.mim import MiM
 from mim3d.methods.mim_objective import MiMObjective, slice_volumes
 from mim3d.methods.mim_sampler import draw_origin
 from mim3d.nn.losses import reconstruction_loss
-from mim3d.nn.masks import take_tokens, visible_indices
+from mim3d.nn.masks import take_tokens
 from mim3d.nn.patches import patchify
 from tests.scans import ArrayScan, random_scan
 
@@ -120,12 +120,12 @@ def test_alignment_reads_the_parents_own_place() -> None:
     method = nano()
     objective = objective_of(method)
     batch = one_batch(method, random_scan((80, 80, 80)), samples=1)
-    volumes = objective.level_volumes(batch)
+    coarse = objective.levels(batch)[0]
     torch.manual_seed(1)
     parent, child = torch.randn(1, 64, 24), torch.randn(4, 64, 24)
 
     def loss(features: torch.Tensor) -> float:
-        return objective._align(batch, 1, volumes[0], features, child)[0].item()
+        return objective.alignment(batch, coarse, 1, features, child)[0].item()
 
     hidden = batch["hidden/coarse"][0, 0]
     outside = parent.clone()
@@ -141,7 +141,7 @@ def test_constant_child_vectors_align_at_chance() -> None:
     objective = objective_of(method)
     batch = one_batch(method, random_scan((80, 80, 80)), samples=1)
     constant_parent, child = torch.ones(1, 64, 24), torch.randn(4, 64, 24)
-    loss, named = objective._align(batch, 1, objective.level_volumes(batch)[0], constant_parent, child)
+    loss, named = objective.alignment(batch, objective.levels(batch)[0], 1, constant_parent, child)
     assert float(loss) == pytest.approx(math.log(4), rel=1e-4)
     assert float(named["spread/align_middle"]) > 0
 
@@ -152,10 +152,11 @@ def test_one_level_alone_is_a_masked_autoencoder() -> None:
     objective = objective_of(method)
     batch = one_batch(method, random_scan((80, 80, 80)))
     output = objective(batch, 0.0)
-    volume, hidden = batch["middle"].flatten(0, 1), batch["hidden/middle"].flatten(0, 1)
-    features = objective.decoder(objective.encoder.encode_visible(volume, hidden), hidden, (4, 4, 4))
-    target = take_tokens(patchify(volume, 8), visible_indices(~hidden))
-    expected = reconstruction_loss(objective.decoder.predict_hidden(features, hidden), target)
+    (only,) = objective.levels(batch)
+    encoded = objective.encoder.encode_visible(only.volume_MCXYZ, only.visible_MV)
+    features = objective.decoder([(encoded, only.visible_MV)], (4, 4, 4))
+    target = take_tokens(patchify(only.volume_MCXYZ, 8), only.hidden_MH)
+    expected = reconstruction_loss(objective.decoder.predict(features, only.hidden_MH), target)
     assert output.loss.item() == pytest.approx(float(expected), rel=1e-6)
 
 

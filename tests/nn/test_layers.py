@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+from mim3d.kernels.depthwise import depthwise_dense
 from mim3d.nn.blocks import Pointwise, Projection
-from mim3d.nn.depthwise import depthwise_dense
 from mim3d.nn.patches import from_blocks, patchify, to_blocks, unpatchify
 from mim3d.nn.positions import sincos_positions
 

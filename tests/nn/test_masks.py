@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim3d.nn.masks import draw_hidden_units, num_hidden, split_units, take_tokens, unit_mask, visible_indices
+from mim3d.nn.masks import draw_hidden_units, num_hidden, split_tokens, split_units, take_tokens, unit_mask
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,13 @@ def test_units_of_a_non_cubic_grid_hold_their_own_tokens() -> None:
 
 def test_visible_tokens_come_in_raster_order() -> None:
     hidden = torch.tensor([[True, False, True, False], [False, False, True, True]])
-    assert visible_indices(hidden).tolist() == [[1, 3], [0, 1]]
+    visible, places = split_tokens(hidden, 2)
+    assert visible.tolist() == [[1, 3], [0, 1]]
+    assert places.tolist() == [[0, 2], [2, 3]]
     tokens = torch.arange(8.0).reshape(2, 4, 1)
-    assert take_tokens(tokens, visible_indices(hidden)).flatten().tolist() == [1, 3, 4, 5]
+    assert take_tokens(tokens, visible).flatten().tolist() == [1, 3, 4, 5]
 
 
-def test_samples_that_hide_different_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="same number"):
-        visible_indices(torch.tensor([[True, False], [False, False]]))
+def test_a_sample_that_hides_another_number_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="must hide 1 tokens"):
+        split_tokens(torch.tensor([[True, False], [False, False]]), 1)

@@ -47,7 +47,7 @@ class PoolEncoder(Encoder):
             for stride, width in zip(recipe.strides, recipe.widths, strict=True)
         )
 
-    def encode_visible(self, volume_BCXYZ: torch.Tensor, hidden_BL: torch.Tensor) -> torch.Tensor:
+    def encode_visible(self, volume_BCXYZ: torch.Tensor, visible_BV: torch.Tensor) -> torch.Tensor:
         raise AssertionError("segmentation hides nothing")
 
     def feature_maps(self, volume_BCXYZ: torch.Tensor) -> list[torch.Tensor]:

@@ -29,8 +29,8 @@ class Encoder(nn.Module, ABC):
     embed_dim: int
 
     @abstractmethod
-    def encode_visible(self, volume_BCXYZ: Tensor, hidden_BL: Tensor) -> Tensor:
-        """Tokens ``(B, V, E)`` of the visible places, in raster order; every sample hides the same number."""
+    def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
+        """Tokens ``(B, V, E)`` of the visible places, given as raster indices ``(B, V)`` in ascending order."""
 
     @abstractmethod
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:

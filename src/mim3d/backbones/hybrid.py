@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mim3d.backbones.base import Backbone, Encoder, check_multiple
 from mim3d.backbones.layouts import VisibleBlocks
 from mim3d.errors import ConfigError
+from mim3d.kernels.depthwise import depthwise_dense
 from mim3d.nn.blocks import (
     ConvBlock,
     DepthwiseConvolution,
@@ -21,8 +22,6 @@ from mim3d.nn.blocks import (
     TransformerBlock,
     init_linear,
 )
-from mim3d.nn.depthwise import depthwise_dense
-from mim3d.nn.masks import take_tokens
 from mim3d.nn.patches import token_grid
 from mim3d.nn.positions import sincos_positions
 
@@ -103,15 +102,15 @@ class HybridEncoder(Encoder):
         self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
         self.apply(init_linear)
 
-    def encode_visible(self, volume_BCXYZ: Tensor, hidden_BL: Tensor) -> Tensor:
-        """Tokens ``(B, V, E)`` of the visible places, in raster order; nothing is computed at hidden ones."""
+    def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
+        """Tokens ``(B, V, E)`` of the visible places; nothing is computed at hidden ones."""
         grid = token_grid(tuple(volume_BCXYZ.shape), self.patch_size)
-        layout = VisibleBlocks(hidden_BL, grid)
+        layout = VisibleBlocks(visible_BV, grid)
         blocks_NsssC = layout.gather(volume_BCXYZ, self.patch_size)
         maps, tokens_NE = self._convolution_stages(blocks_NsssC, layout.depthwise)
-        positions_BLE = sincos_positions(grid, self.embed_dim).to(tokens_NE).expand(len(hidden_BL), -1, -1)
-        tokens_BVE = tokens_NE.reshape(len(hidden_BL), -1, self.embed_dim)
-        tokens_BVE = self._transform(tokens_BVE + take_tokens(positions_BLE, layout.indices_BV))
+        positions_LE = sincos_positions(grid, self.embed_dim).to(tokens_NE)
+        tokens_BVE = tokens_NE.reshape(*visible_BV.shape, self.embed_dim)
+        tokens_BVE = self._transform(tokens_BVE + positions_LE[visible_BV])
         return self.norm(tokens_BVE + self._stage_tokens(maps).reshape_as(tokens_BVE))
 
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:

@@ -1,14 +1,15 @@
-"""How a hybrid encoder holds its convolution features: whole volumes, or blocks of visible tokens only."""
+"""How a hybrid encoder holds the features of a masked volume: one block per visible token, nothing else."""
 
-import torch
+import math
+
 from torch import Tensor
 
-from mim3d.nn.depthwise import depthwise_dense
-from mim3d.nn.masks import visible_indices
-from mim3d.nn.patches import from_blocks, to_blocks
+from mim3d.kernels.masked_depthwise import masked_depthwise
+from mim3d.nn.neighbours import block_neighbours, flat_tokens
+from mim3d.nn.patches import to_blocks
 from mim3d.types import Triple
 
-# Shape suffixes: B batch, L all tokens, V visible tokens, N = B x V blocks, s edge of a block, C channels.
+# Shape suffixes: B batch, V visible tokens, N = B x V blocks, s edge of a block, C channels.
 
 
 class VisibleBlocks:
@@ -18,16 +19,13 @@ class VisibleBlocks:
     convolution, the only operation that does: leaving hidden tokens out changes nothing at visible ones.
 
     Args:
-        hidden_BL: token mask, True = hidden, the same number per sample.
+        visible_BV: raster indices of visible tokens.
         grid: tokens along X, Y, Z.
     """
 
-    def __init__(self, hidden_BL: Tensor, grid: Triple) -> None:
-        self.grid = grid
-        self.batch, self.length = hidden_BL.shape
-        self.indices_BV = visible_indices(hidden_BL)
-        offsets = torch.arange(self.batch, device=hidden_BL.device)[:, None] * self.length
-        self.flat_indices_N = (self.indices_BV + offsets).reshape(-1)
+    def __init__(self, visible_BV: Tensor, grid: Triple) -> None:
+        self.flat_indices_N = flat_tokens(visible_BV, math.prod(grid))
+        self.neighbours_N27 = block_neighbours(visible_BV, grid)
 
     def gather(self, volume_BCXYZ: Tensor, patch_size: int) -> Tensor:
         """Blocks ``(B V, p, p, p, C)`` of the input at visible tokens."""
@@ -35,9 +33,4 @@ class VisibleBlocks:
 
     def depthwise(self, features_NsssC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Depth-wise convolution across blocks, with zeros at hidden tokens and outside the volume."""
-        block_shape = features_NsssC.shape[1:]
-        canvas = features_NsssC.new_zeros(self.batch * self.length, *block_shape)
-        canvas = canvas.index_copy(0, self.flat_indices_N, features_NsssC)
-        volume = from_blocks(canvas.reshape(self.batch, self.length, *block_shape), self.grid)
-        out_BCXYZ = depthwise_dense(volume, weight, bias).permute(0, 4, 1, 2, 3)
-        return to_blocks(out_BCXYZ, block_shape[0]).flatten(0, 1).index_select(0, self.flat_indices_N)
+        return masked_depthwise(features_NsssC, weight, bias, self.neighbours_N27)

@@ -74,6 +74,11 @@ class Geometry:
         """Hidden units of one volume, the same for every volume."""
         return num_hidden(self.num_units, self.level.mask_ratio)
 
+    @cached_property
+    def num_hidden_tokens(self) -> int:
+        """Hidden tokens of one volume, the same for every volume."""
+        return self.num_hidden_units * math.prod(self.tokens_per_unit)
+
 
 @dataclass(frozen=True)
 class DrawnLevel:

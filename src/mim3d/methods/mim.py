@@ -38,7 +38,7 @@ class MiM(Method):
         flip_prob: probability of a flip along each axis, one draw for the whole hierarchy.
         intensity_gain: the hierarchy's intensities are multiplied by 1 plus or minus at most this.
         intensity_bias: and shifted by at most this.
-        chunk_size: volumes per encoder call; all of a level at once when left out.
+        chunk_size: volumes per encoder call; what suits the device when left out (4 on a CPU, else all of a level).
     """
 
     levels: tuple[Level, ...] | None = None

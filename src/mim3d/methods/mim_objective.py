@@ -1,28 +1,48 @@
 """MiM's network and losses: reconstruction at every level, alignment between adjacent levels."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from mim3d.backbones.base import Encoder
 from mim3d.data.transforms import resize_image
+from mim3d.methods.alignment import Places, align
 from mim3d.methods.hierarchy import Geometry, Hierarchy
 from mim3d.nn.blocks import Mlp, init_linear
 from mim3d.nn.decoder import TokenDecoder
-from mim3d.nn.losses import (
-    alignment_logits,
-    contrastive_alignment,
-    cosine_alignment,
-    reconstruction_loss,
-)
-from mim3d.nn.masks import split_units, take_tokens, visible_indices
+from mim3d.nn.losses import reconstruction_loss
+from mim3d.nn.masks import split_tokens, split_units, take_tokens
 from mim3d.nn.patches import patchify, unpatchify
 from mim3d.objective import Batch, Objective, StepOutput
+from mim3d.types import Triple
 
-# Shape suffixes: B samples, n volumes of a level per sample, M = B x n, C channels, X Y Z space, L tokens, H hidden
-# units or tokens, D decoder width, A alignment width.
+# Shape suffixes: B samples, n volumes of a level per sample, M = B x n, C channels, X Y Z space, L tokens, V visible
+# and H hidden tokens (or hidden units), D decoder width, A alignment width.
 
 #: A place whose voxels vary less than this (in mapped intensities) is air: no negative for any child.
 CONSTANT_STD = 1e-3
+
+#: Volumes per encoder call on a CPU, whose caches hold the features of few; elsewhere all of a level at once.
+CPU_CHUNK = 4
+
+
+@dataclass(frozen=True)
+class LevelBatch:
+    """All volumes of one level in a batch, with their masks.
+
+    Attributes:
+        geometry: the level.
+        volume_MCXYZ: what the network is shown.
+        visible_MV: raster indices of visible tokens.
+        hidden_MH: raster indices of hidden tokens.
+    """
+
+    geometry: Geometry
+    volume_MCXYZ: Tensor
+    visible_MV: Tensor
+    hidden_MH: Tensor
 
 
 class MiMObjective(Objective):
@@ -41,7 +61,7 @@ class MiMObjective(Objective):
         alignment_dim: width of the shared MLP's output.
         temperature: of the contrastive form.
         batch_negatives: contrast with the hidden places of every parent in the batch.
-        chunk_size: volumes per encoder call; None for all of a level.
+        chunk_size: volumes per encoder call; None for what suits the device.
     """
 
     def __init__(
@@ -83,23 +103,29 @@ class MiMObjective(Objective):
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """Sum of the levels' reconstruction losses and the weighted alignment terms, each logged by name."""
-        volumes = self.level_volumes(batch)
+        levels = self.levels(batch)
+        features = self._features(levels)
         logs: dict[str, Tensor] = {}
-        features: list[Tensor] = []
         losses: list[Tensor] = []
-        for geometry, volume_MCXYZ in zip(self.hierarchy.levels, volumes, strict=True):
-            hidden_ML = batch[f"hidden/{geometry.level.name}"].flatten(0, 1)
-            features_MLD, predicted_MHP = self._autoencode(volume_MCXYZ, hidden_ML, geometry)
-            target_MHP = take_tokens(patchify(volume_MCXYZ, self.encoder.patch_size), visible_indices(~hidden_ML))
+        for level, features_MLD in zip(levels, features, strict=True):
+            target_MHP = take_tokens(patchify(level.volume_MCXYZ, self.encoder.patch_size), level.hidden_MH)
+            predicted_MHP = self.decoder.predict(features_MLD, level.hidden_MH)
             loss = reconstruction_loss(predicted_MHP, target_MHP, normalised=self.normalise_targets)
-            logs[f"loss/{geometry.level.name}"] = loss.detach()
-            losses.append(geometry.level.loss_weight * loss)
-            features.append(features_MLD)
-        for index in range(1, len(features)):
-            loss, named = self._align(batch, index, volumes[index - 1], features[index - 1], features[index])
+            logs[f"loss/{level.geometry.level.name}"] = loss.detach()
+            losses.append(level.geometry.level.loss_weight * loss)
+        for index in range(1, len(levels)):
+            loss, named = self.alignment(batch, levels[index - 1], index, features[index - 1], features[index])
             losses.append(self.alignment_weight * loss)
             logs.update(named)
         return StepOutput(torch.stack(losses).sum(), logs)
+
+    def levels(self, batch: Batch) -> list[LevelBatch]:
+        """Every level's volumes and masks."""
+        levels = []
+        for geometry, volume_MCXYZ in zip(self.hierarchy.levels, self.level_volumes(batch), strict=True):
+            hidden_ML = batch[f"hidden/{geometry.level.name}"].flatten(0, 1)
+            levels.append(LevelBatch(geometry, volume_MCXYZ, *split_tokens(hidden_ML, geometry.num_hidden_tokens)))
+        return levels
 
     def level_volumes(self, batch: Batch) -> list[Tensor]:
         """Every level's volumes ``(B n, C, *size)``: as read, or sliced from an ancestor at native resolution."""
@@ -114,82 +140,71 @@ class MiMObjective(Objective):
                 volumes.append(resize_image(sliced, geometry.level.size))
         return volumes
 
-    def _autoencode(self, volume_MCXYZ: Tensor, hidden_ML: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        chunk = self.chunk_size or len(volume_MCXYZ)
-        visible = [
-            self.encoder.encode_visible(volume, hidden)
-            for volume, hidden in zip(torch.split(volume_MCXYZ, chunk), torch.split(hidden_ML, chunk), strict=True)
-        ]
-        features_MLD = self.decoder(torch.cat(visible), hidden_ML, geometry.token_grid)
-        return features_MLD, self.decoder.predict_hidden(features_MLD, hidden_ML)
+    def _features(self, levels: Sequence[LevelBatch]) -> list[Tensor]:
+        """Decoder features ``(M, L, D)`` of every level; levels of one token grid are decoded as one batch."""
+        encoded = [self._encode(level) for level in levels]
+        by_grid: dict[Triple, list[int]] = {}
+        for index, level in enumerate(levels):
+            by_grid.setdefault(level.geometry.token_grid, []).append(index)
+        features: dict[int, Tensor] = {}
+        for grid, members in by_grid.items():
+            decoded = self.decoder([(encoded[index], levels[index].visible_MV) for index in members], grid)
+            features.update(zip(members, decoded.split([len(encoded[index]) for index in members]), strict=True))
+        return [features[index] for index in range(len(levels))]
 
-    def _align(
-        self, batch: Batch, index: int, parent_volume: Tensor, parent_MLD: Tensor, child_MLD: Tensor
+    def _encode(self, level: LevelBatch) -> Tensor:
+        default = CPU_CHUNK if level.volume_MCXYZ.device.type == "cpu" else len(level.volume_MCXYZ)
+        chunks = (torch.split(tensor, self.chunk_size or default) for tensor in (level.volume_MCXYZ, level.visible_MV))
+        return torch.cat([self.encoder.encode_visible(*chunk) for chunk in zip(*chunks, strict=True)])
+
+    def alignment(
+        self, batch: Batch, parent: LevelBatch, index: int, parent_MLD: Tensor, child_MLD: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Alignment of the children at level ``index`` with the hidden places of their parents."""
-        parent, name = self.hierarchy.levels[index - 1], self.hierarchy.levels[index].level.name
-        hidden_units = self._hidden_units(batch, parent)
-        places_MHA = self.project[name](self._hidden_places(parent_MLD, hidden_units, parent))
-        usable_MH = self._varied_places(parent_volume, hidden_units, parent)
+        """Alignment of the children at level ``index`` with the hidden places of their parents, and its logs."""
+        name = self.hierarchy.levels[index].level.name
+        places = self._places(batch, parent, parent_MLD, name)
         child_A = self.project[name](child_MLD.mean(1))
-        num_children = parent.level.num_children
-        parent_of = torch.arange(len(places_MHA), device=child_A.device).repeat_interleave(num_children)
-        place = batch[f"place/{name}"].flatten(0, 1)
-        own = (hidden_units[parent_of] == place[:, None]).int().argmax(1)
-        if self.batch_negatives:
-            own_place = own + parent_of * places_MHA.shape[1]
-            logits = alignment_logits(child_A, places_MHA.flatten(0, 1), self.temperature)
-            usable = usable_MH.flatten().expand_as(logits)
-        else:
-            own_place = own
-            logits = alignment_logits(child_A, places_MHA[parent_of], self.temperature)
-            usable = usable_MH[parent_of]
-        loss, accuracy = contrastive_alignment(logits, own_place, usable)
-        if not self.contrastive:
-            loss = cosine_alignment(self.predict[name](child_A), places_MHA[parent_of, own])
-        normed = nn.functional.normalize(child_A.detach().float(), dim=-1)
-        spread = normed.std(0, correction=0).mean() * normed.shape[1] ** 0.5
-        chance = loss.new_tensor(1.0 / logits.shape[1])
-        named = {"loss": loss.detach(), "accuracy": accuracy.detach(), "chance": chance, "spread": spread}
+        own_unit = batch[f"place/{name}"].flatten(0, 1)
+        loss, named = align(
+            child_A,
+            places,
+            own_unit,
+            temperature=self.temperature,
+            batch_negatives=self.batch_negatives,
+            predict=None if self.contrastive else self.predict[name],
+        )
         return loss, {f"{key}/align_{name}": value for key, value in named.items()}
 
-    def _hidden_units(self, batch: Batch, parent: Geometry) -> Tensor:
-        """Raster indices ``(M, H)`` of the parent's hidden units."""
-        hidden_ML = batch[f"hidden/{parent.level.name}"].flatten(0, 1)
-        by_unit = split_units(hidden_ML.reshape(-1, *parent.token_grid, 1), parent.unit_grid)
-        return visible_indices(~by_unit[:, :, 0, 0])
-
-    @staticmethod
-    def _hidden_places(features_MLD: Tensor, hidden_units: Tensor, parent: Geometry) -> Tensor:
-        """Mean decoder token ``(M, H, D)`` inside each hidden place."""
-        grid = features_MLD.reshape(len(features_MLD), *parent.token_grid, -1)
-        return take_tokens(split_units(grid, parent.unit_grid).mean(2), hidden_units)
-
-    @staticmethod
-    def _varied_places(volume_MCXYZ: Tensor, hidden_units: Tensor, parent: Geometry) -> Tensor:
-        """Hidden places ``(M, H)`` that are no air: their voxels vary."""
-        by_unit = split_units(volume_MCXYZ.movedim(1, -1), parent.unit_grid)
-        varied = by_unit.float().std(2, correction=0).amax(-1) > CONSTANT_STD
-        return varied.gather(1, hidden_units)
+    def _places(self, batch: Batch, parent: LevelBatch, parent_MLD: Tensor, child_name: str) -> Places:
+        """The hidden places of a level: their units, projected mean tokens, and which are more than air."""
+        geometry = parent.geometry
+        hidden_ML = batch[f"hidden/{geometry.level.name}"].flatten(0, 1)
+        by_unit = split_units(hidden_ML.reshape(-1, *geometry.token_grid, 1), geometry.unit_grid)
+        _, units_MH = split_tokens(by_unit[:, :, 0, 0], geometry.num_hidden_units)
+        tokens = split_units(parent_MLD.reshape(-1, *geometry.token_grid, parent_MLD.shape[-1]), geometry.unit_grid)
+        vectors_MHA = self.project[child_name](take_tokens(tokens.mean(2), units_MH))
+        voxels = split_units(parent.volume_MCXYZ.movedim(1, -1), geometry.unit_grid)
+        varied = voxels.float().std(2, correction=0).amax(-1) > CONSTANT_STD
+        return Places(units_MH, vectors_MHA, varied.gather(1, units_MH))
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Original, masked and reconstructed first volume of every level, first channel, as ``(X, Y, Z)``."""
-        first = {key: value[:1] for key, value in batch.items()}
+        levels = self.levels({key: value[:1] for key, value in batch.items()})
         pictures: dict[str, Tensor] = {}
-        for geometry, volume in zip(self.hierarchy.levels, self.level_volumes(first), strict=True):
-            name = geometry.level.name
-            volume, hidden = volume[:1], first[f"hidden/{name}"][0, :1]
-            patches = patchify(volume, self.encoder.patch_size).float()
-            _, predicted = self._autoencode(volume, hidden, geometry)
-            predicted = predicted.float()
+        for level, features_MLD in zip(levels, self._features(levels), strict=True):
+            patches_1LP = patchify(level.volume_MCXYZ[:1], self.encoder.patch_size).float()
+            hidden_1H = level.hidden_MH[:1]
+            predicted_1HP = self.decoder.predict(features_MLD[:1], hidden_1H).float()
             if self.normalise_targets:
-                own = take_tokens(patches, visible_indices(~hidden))
-                predicted = predicted * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
-            masked = patches.masked_fill(hidden[..., None], 0.0)
-            rebuilt = patches.masked_scatter(hidden[..., None].expand_as(patches), predicted)
-            for kind, tokens in (("original", patches), ("masked", masked), ("reconstructed", rebuilt)):
-                pictures[f"{name}/{kind}"] = unpatchify(tokens, geometry.token_grid, self.encoder.patch_size)[0, 0]
+                own = take_tokens(patches_1LP, hidden_1H)
+                predicted_1HP = predicted_1HP * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
+            index_1HP = hidden_1H[..., None].expand_as(predicted_1HP)
+            masked = patches_1LP.scatter(1, index_1HP, 0.0)
+            rebuilt = patches_1LP.scatter(1, index_1HP, predicted_1HP)
+            for kind, tokens in (("original", patches_1LP), ("masked", masked), ("reconstructed", rebuilt)):
+                volume = unpatchify(tokens, level.geometry.token_grid, self.encoder.patch_size)
+                pictures[f"{level.geometry.level.name}/{kind}"] = volume[0, 0]
         return pictures
 
 

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+#: Longest sequence whose table of attention weights is worth its memory.
+WRITTEN_OUT_LENGTH = 512
+
 
 class DepthwiseConvolution(Protocol):
     """Applies a depth-wise kernel to channels-last features, in whatever layout they are held."""
@@ -54,8 +57,12 @@ class Projection(nn.Module):
     def forward(self, features_NXYZC: Tensor) -> Tensor:
         n, x, y, z, c = features_NXYZC.shape
         k = self.kernel_size
-        patches = features_NXYZC.reshape(n, x // k, k, y // k, k, z // k, k, c).permute(0, 1, 3, 5, 2, 4, 6, 7)
-        weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)
+        patches = features_NXYZC.reshape(n, x // k, k, y // k, k, z // k, k, c)
+        # Features and weight must agree on the order inside a patch: the smaller of the two is rearranged.
+        if features_NXYZC.numel() < self.weight.numel():
+            patches, weight = patches.permute(0, 1, 3, 5, 7, 2, 4, 6), self.weight.flatten(1)
+        else:
+            patches, weight = patches.permute(0, 1, 3, 5, 2, 4, 6, 7), self.weight.permute(0, 2, 3, 4, 1).flatten(1)
         return F.linear(patches.flatten(4), weight, self.bias)
 
 
@@ -137,6 +144,19 @@ class ConvBlock(nn.Module):
         return features_NXYZC + self.mlp(self.norm2(features_NXYZC))
 
 
+def attend(query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor) -> Tensor:
+    """Softmax attention ``(B, heads, L, d)`` by the faster kernel for the device and precision.
+
+    The library's fused kernel, but for training in bfloat16 on a CPU: there its backward pass takes three times as long
+    as matrix products written out (benchmarks/attention.py).
+    """
+    narrow = query_BHLd.dtype == torch.bfloat16 and query_BHLd.device.type == "cpu"
+    if not (narrow and query_BHLd.requires_grad and query_BHLd.shape[2] <= WRITTEN_OUT_LENGTH):
+        return F.scaled_dot_product_attention(query_BHLd, key_BHLd, value_BHLd)
+    scores = (query_BHLd * query_BHLd.shape[-1] ** -0.5) @ key_BHLd.transpose(-2, -1)
+    return scores.softmax(-1) @ value_BHLd
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens.
 
@@ -155,7 +175,7 @@ class Attention(nn.Module):
         batch, length, dim = tokens_BLE.shape
         qkv = self.qkv(tokens_BLE).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attend(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
 
 

@@ -1,10 +1,13 @@
 """The masked autoencoder's decoder: mask tokens in hidden places, ViT blocks, a linear prediction of voxels."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from mim3d.nn.blocks import TransformerBlock, init_linear
-from mim3d.nn.masks import take_tokens, visible_indices
+from mim3d.nn.masks import take_tokens
 from mim3d.nn.positions import sincos_positions
 from mim3d.types import Triple
 
@@ -32,18 +35,26 @@ class TokenDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         self.apply(init_linear)
 
-    def forward(self, visible_BVE: Tensor, hidden_BL: Tensor, grid: Triple) -> Tensor:
-        """Decoder features ``(B, L, D)`` of all places, in raster order, after the last norm."""
-        embedded_BVD = self.embed(visible_BVE)
-        batch, length = hidden_BL.shape
-        tokens_BLD = self.mask_token.to(embedded_BVD.dtype).expand(batch, length, -1)
-        index = visible_indices(hidden_BL)[..., None].expand_as(embedded_BVD)
-        tokens_BLD = tokens_BLD.scatter(1, index, embedded_BVD)
+    def forward(self, visible: Sequence[tuple[Tensor, Tensor]], grid: Triple) -> Tensor:
+        """Decoder features ``(B, L, D)`` of all places, in raster order, after the last norm.
+
+        Args:
+            visible: tokens ``(b, V, E)`` and their raster indices ``(b, V)``, for each group of volumes that show
+                the same number of tokens; all groups, ``B`` volumes together, go through the blocks as one batch.
+            grid: tokens along X, Y, Z.
+        """
+        tokens_BLD = torch.cat([self._fill(tokens, indices, math.prod(grid)) for tokens, indices in visible])
         tokens_BLD = tokens_BLD + sincos_positions(grid, tokens_BLD.shape[-1]).to(tokens_BLD)
         for block in self.blocks:
             tokens_BLD = block(tokens_BLD)
         return self.norm(tokens_BLD)
 
-    def predict_hidden(self, features_BLD: Tensor, hidden_BL: Tensor) -> Tensor:
-        """Predicted voxels ``(B, H, P)`` of hidden tokens: nobody needs those of visible ones."""
-        return self.pred(take_tokens(features_BLD, visible_indices(~hidden_BL)))
+    def _fill(self, visible_BVE: Tensor, visible_BV: Tensor, length: int) -> Tensor:
+        """Embedded tokens in their places, mask tokens elsewhere."""
+        embedded_BVD = self.embed(visible_BVE)
+        tokens_BLD = self.mask_token.to(embedded_BVD.dtype).expand(len(embedded_BVD), length, -1)
+        return tokens_BLD.scatter(1, visible_BV[..., None].expand_as(embedded_BVD), embedded_BVD)
+
+    def predict(self, features_BLD: Tensor, hidden_BH: Tensor) -> Tensor:
+        """Predicted voxels ``(B, H, P)`` at raster indices ``(B, H)``: nobody needs those of visible tokens."""
+        return self.pred(take_tokens(features_BLD, hidden_BH))

@@ -51,17 +51,20 @@ def split_units(grid_BXYZE: Tensor, unit_grid: Triple) -> Tensor:
     return grouped.reshape(batch, ux * uy * uz, nx * ny * nz, width)
 
 
-def visible_indices(hidden_BL: Tensor) -> Tensor:
-    """Raster indices ``(B, V)`` of visible tokens; every sample of the batch hides the same number.
+def split_tokens(hidden_BL: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
+    """Raster indices of the visible ``(B, L - num_hidden)`` and of the hidden ``(B, num_hidden)`` tokens.
 
+    The number is given, not counted, so that nothing waits for a GPU.
+
+    Args:
+        hidden_BL: token mask, True = hidden.
+        num_hidden: hidden tokens of every sample.
     Raises:
-        ValueError: when the samples hide different numbers of tokens.
+        RuntimeError: when a sample hides another number of tokens.
     """
-    counts = (~hidden_BL).sum(1)
-    visible = (~hidden_BL).nonzero()[:, 1]
-    if visible.numel() != hidden_BL.shape[0] * int(counts[0]):
-        raise ValueError(f"every sample must hide the same number of tokens, got {hidden_BL.sum(1).tolist()} hidden")
-    return visible.reshape(hidden_BL.shape[0], -1)
+    torch._assert_async((hidden_BL.sum(1) == num_hidden).all(), f"every sample must hide {num_hidden} tokens")
+    order_BL = hidden_BL.to(torch.uint8).argsort(dim=1, stable=True)
+    return order_BL[:, : hidden_BL.shape[1] - num_hidden], order_BL[:, hidden_BL.shape[1] - num_hidden :]
 
 
 def take_tokens(tokens_BLE: Tensor, indices_BV: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Hot operations written for the hardware: depth-wise convolution of whole volumes and of visible blocks alone."""

@@ -1,0 +1,260 @@
+"""Masked depth-wise convolution for GPUs in Triton, on the blocks of visible tokens alone.
+
+A thread holds whole columns of a block: all voxels along Z at one (x, y), for a few neighbouring channels. A column
+with its halo is loaded once for each of the k x k taps across and used for all k taps along Z, from registers, so
+that an output costs 1.5 k x k loads where blocks have 8 voxels along an edge, and not k x k x k. Sums are in float32,
+always in the same order: results are the same bits from run to run.
+
+The module can be imported without Triton, but not used; see :func:`mim3d.nn.kernels.triton_available`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # an extra of the package
+    triton = tl = None
+
+# Shape suffixes: N blocks of edge s, C channels, k kernel edge. Inside kernels a program works on a tile of R columns
+# (a column is a block's voxels along Z at one x, y; there are N x s x s) and C channels.
+
+#: Columns x channels of a tile: 4 neighbouring channels, one vector load, for every thread of WARPS.
+TILE, WARPS = 512, 4
+
+#: Channels of a tile, at most and at least: fewer than 16 would waste the bytes that a GPU loads together.
+MAX_CHANNELS, MIN_CHANNELS = 32, 16
+
+#: Partial sums of the weight's gradient, at most, and tiles of columns that each is worth.
+MAX_PARTIALS, TILES_PER_PARTIAL = 64, 4
+
+
+def convolve(
+    features_NsssC: Tensor, weight_C1kkk: Tensor, neighbours_N27: Tensor, bias_C: Tensor | None = None
+) -> Tensor:
+    """Convolved blocks ``(N, s, s, s, C)`` in the features' dtype; hidden neighbours count as zeros.
+
+    With the kernel flipped along its three axes and the output's gradient as features, the gradient of the input.
+
+    Args:
+        features_NsssC: float32, bfloat16 or float16; ``s`` a power of two.
+        weight_C1kkk: the kernel, ``k`` odd and ``k // 2 <= s``, in any of these precisions.
+        neighbours_N27: the block at each offset in {-1, 0, 1}^3, raster order; -1 where it is hidden or outside.
+        bias_C: added to the result.
+    """
+    edge, channels, kernel_size = features_NsssC.shape[1], features_NsssC.shape[-1], weight_C1kkk.shape[-1]
+    _check(features_NsssC, neighbours_N27, kernel_size)
+    features_NsssC = features_NsssC.contiguous()
+    out_NsssC = torch.empty_like(features_NsssC)
+    num_columns, tile = features_NsssC.shape[0] * edge**2, _channels_of_tile(channels)
+    grid = (triton.cdiv(channels, tile), triton.cdiv(num_columns, TILE // tile))
+    # Channels last here as well: the channels of one tap are loaded together.
+    taps = weight_C1kkk.reshape(channels, -1).t().contiguous()
+    with torch.cuda.device_of(features_NsssC):
+        _convolve_kernel[grid](
+            features_NsssC,
+            taps,
+            taps if bias_C is None else bias_C.contiguous(),
+            neighbours_N27.contiguous(),
+            out_NsssC,
+            num_columns,
+            HAS_BIAS=bias_C is not None,
+            **_constants(edge, channels, kernel_size),
+        )
+    return out_NsssC
+
+
+def weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: Tensor, kernel_size: int) -> Tensor:
+    """Gradient ``(C, 1, k, k, k)`` of the kernel in float32.
+
+    Args:
+        features_NsssC: what was convolved.
+        grad_NsssC: gradient of the result.
+        neighbours_N27: as for :func:`convolve`.
+        kernel_size: ``k``.
+    """
+    edge, channels = features_NsssC.shape[1], features_NsssC.shape[-1]
+    _check(features_NsssC, neighbours_N27, kernel_size)
+    num_columns, tile = features_NsssC.shape[0] * edge**2, _channels_of_tile(channels)
+    num_tiles = triton.cdiv(num_columns, TILE // tile)
+    # As many as the data asks for, not the GPU: the sum is then the same on every machine of a kind.
+    partials = min(MAX_PARTIALS, triton.cdiv(num_tiles, TILES_PER_PARTIAL))
+    tiles_each = triton.cdiv(num_tiles, partials)
+    sums = features_NsssC.new_empty(partials, kernel_size**3, channels, dtype=torch.float32)
+    with torch.cuda.device_of(features_NsssC):
+        _weight_gradient_kernel[triton.cdiv(channels, tile), kernel_size, partials](
+            features_NsssC.contiguous(),
+            grad_NsssC.contiguous(),
+            neighbours_N27.contiguous(),
+            sums,
+            num_columns,
+            tiles_each,
+            **_constants(edge, channels, kernel_size),
+        )
+    return sums.sum(0).t().reshape(channels, 1, *(kernel_size,) * 3)
+
+
+def _check(features_NsssC: Tensor, neighbours_N27: Tensor, kernel_size: int) -> None:
+    edge = features_NsssC.shape[1]
+    if edge & (edge - 1) or kernel_size % 2 == 0 or kernel_size // 2 > edge:
+        raise ValueError(f"blocks of edge {edge} cannot be convolved with a kernel of edge {kernel_size}")
+    if neighbours_N27.shape != (len(features_NsssC), 27):
+        raise ValueError(f"neighbours are {tuple(neighbours_N27.shape)} for {len(features_NsssC)} blocks")
+
+
+def _channels_of_tile(channels: int) -> int:
+    """The largest power of two that divides the channels, within bounds: no thread is then left without work."""
+    return min(MAX_CHANNELS, max(MIN_CHANNELS, channels & -channels))
+
+
+def _constants(edge: int, channels: int, kernel_size: int) -> dict[str, int]:
+    """What kernels are compiled for."""
+    tile = _channels_of_tile(channels)
+    return {
+        "WIDTH": channels,
+        "EDGE": edge,
+        "LOG_EDGE": edge.bit_length() - 1,
+        "KERNEL": kernel_size,
+        "COLUMNS": TILE // tile,
+        "CHANNELS": tile,
+        "num_warps": WARPS,
+    }
+
+
+def _jit(function: Callable[..., None]) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+# Below is Triton's language, a subset of Python that it compiles. Annotations are strings for want of Triton where it
+# is absent. Tuples of tensors are registers: everything that indexes them is known when the code is compiled.
+
+
+@_jit
+def _load_column(
+    features: "tl.tensor",
+    neighbours: "tl.tensor",
+    column_R1: "tl.tensor",
+    channel_1C: "tl.tensor",
+    tap_x: "tl.tensor",
+    tap_y: "tl.tensor",
+    WIDTH: "tl.constexpr",
+    EDGE: "tl.constexpr",
+    LOG_EDGE: "tl.constexpr",
+    HALO: "tl.constexpr",
+) -> Any:
+    """What one tap of the kernel across meets: EDGE + 2 x HALO tensors ``(R, C)`` in float32, along Z."""
+    block_R1 = column_R1 >> (2 * LOG_EDGE)
+    # Counted from the first voxel of the neighbour at offset -1, so that neither is negative.
+    x_R1 = ((column_R1 >> LOG_EDGE) & (EDGE - 1)) + (tap_x + (EDGE - HALO))
+    y_R1 = (column_R1 & (EDGE - 1)) + (tap_y + (EDGE - HALO))
+    around_R1 = neighbours + block_R1 * 27 + (x_R1 >> LOG_EDGE) * 9 + (y_R1 >> LOG_EDGE) * 3
+    offset_RC = ((x_R1 & (EDGE - 1)) * EDGE + (y_R1 & (EDGE - 1))) * (EDGE * WIDTH) + channel_1C
+    column = ()
+    for z_offset in tl.static_range(3):
+        # int64: features may have more than 2^31 elements.
+        source_R1 = tl.load(around_R1 + z_offset).to(tl.int64)
+        pointers_RC = features + source_R1 * (EDGE * EDGE * EDGE * WIDTH) + offset_RC
+        visible_RC = (source_R1 >= 0) & (channel_1C < WIDTH)
+        for z in tl.static_range(EDGE - HALO if z_offset == 0 else 0, HALO if z_offset == 2 else EDGE):
+            value_RC = tl.load(pointers_RC + z * WIDTH, mask=visible_RC, other=0.0)
+            column = column + (value_RC.to(tl.float32),)  # noqa: RUF005 (not in Triton's language)
+    return column
+
+
+@_jit
+def _convolve_kernel(
+    features: "tl.tensor",
+    taps: "tl.tensor",
+    bias: "tl.tensor",
+    neighbours: "tl.tensor",
+    out: "tl.tensor",
+    num_columns: "tl.tensor",
+    HAS_BIAS: "tl.constexpr",
+    WIDTH: "tl.constexpr",
+    EDGE: "tl.constexpr",
+    LOG_EDGE: "tl.constexpr",
+    KERNEL: "tl.constexpr",
+    COLUMNS: "tl.constexpr",
+    CHANNELS: "tl.constexpr",
+) -> None:
+    """One tile of the result. Tiles that differ in channels alone run side by side: they share lines of memory."""
+    channel_1C = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    column_R1 = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+    # Columns after the last one repeat it and are not stored.
+    source_R1 = tl.minimum(column_R1, num_columns - 1)
+    first_RC = tl.full((COLUMNS, CHANNELS), 0.0, tl.float32)
+    if HAS_BIAS:
+        first_RC += tl.load(bias + channel_1C, mask=channel_1C < WIDTH, other=0.0).to(tl.float32)
+    sums = ()
+    for _ in tl.static_range(EDGE):
+        sums = sums + (first_RC,)  # noqa: RUF005
+    # A loop at run time: unrolled, the code would outgrow the cache of instructions.
+    for across in range(KERNEL * KERNEL):
+        column = _load_column(
+            features, neighbours, source_R1, channel_1C, across // KERNEL, across % KERNEL,
+            WIDTH, EDGE, LOG_EDGE, KERNEL // 2,
+        )  # fmt: skip
+        weights = ()
+        for tap in tl.static_range(KERNEL):
+            pointers_1C = taps + (across * KERNEL + tap) * WIDTH + channel_1C
+            weights = weights + (tl.load(pointers_1C, mask=channel_1C < WIDTH, other=0.0).to(tl.float32),)  # noqa: RUF005
+        added = ()
+        for z in tl.static_range(EDGE):
+            sum_RC = sums[z]
+            for tap in tl.static_range(KERNEL):
+                sum_RC += column[z + tap] * weights[tap]
+            added = added + (sum_RC,)  # noqa: RUF005
+        sums = added
+    pointers_RC = out + column_R1.to(tl.int64) * (EDGE * WIDTH) + channel_1C
+    for z in tl.static_range(EDGE):
+        inside_RC = (column_R1 < num_columns) & (channel_1C < WIDTH)
+        tl.store(pointers_RC + z * WIDTH, sums[z].to(out.dtype.element_ty), mask=inside_RC)
+
+
+@_jit
+def _weight_gradient_kernel(
+    features: "tl.tensor",
+    grad: "tl.tensor",
+    neighbours: "tl.tensor",
+    partial_sums: "tl.tensor",
+    num_columns: "tl.tensor",
+    tiles_each: "tl.tensor",
+    WIDTH: "tl.constexpr",
+    EDGE: "tl.constexpr",
+    LOG_EDGE: "tl.constexpr",
+    KERNEL: "tl.constexpr",
+    COLUMNS: "tl.constexpr",
+    CHANNELS: "tl.constexpr",
+) -> None:
+    """Sums of one plane of the kernel (one tap along X) over a part of the columns: KERNEL x KERNEL in registers."""
+    channel_1C = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    tap_x, partial = tl.program_id(1), tl.program_id(2)
+    sums = ()
+    for _ in tl.static_range(KERNEL * KERNEL):
+        sums = sums + (tl.full((COLUMNS, CHANNELS), 0.0, tl.float32),)  # noqa: RUF005
+    for tile in range(partial * tiles_each, (partial + 1) * tiles_each):
+        column_R1 = (tile * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+        pointers_RC = grad + column_R1.to(tl.int64) * (EDGE * WIDTH) + channel_1C
+        inside_RC = (column_R1 < num_columns) & (channel_1C < WIDTH)
+        grads = ()
+        for z in tl.static_range(EDGE):
+            grads = grads + (tl.load(pointers_RC + z * WIDTH, mask=inside_RC, other=0.0).to(tl.float32),)  # noqa: RUF005
+        added = ()
+        for tap_y in tl.static_range(KERNEL):
+            column = _load_column(
+                features, neighbours, tl.minimum(column_R1, num_columns - 1), channel_1C, tap_x, tap_y,
+                WIDTH, EDGE, LOG_EDGE, KERNEL // 2,
+            )  # fmt: skip
+            for tap in tl.static_range(KERNEL):
+                sum_RC = sums[tap_y * KERNEL + tap]
+                for z in tl.static_range(EDGE):
+                    sum_RC += column[z + tap] * grads[z]
+                added = added + (sum_RC,)  # noqa: RUF005
+        sums = added
+    pointers_C = partial_sums + (partial * KERNEL + tap_x) * (KERNEL * KERNEL * WIDTH) + channel_1C
+    for tap in tl.static_range(KERNEL * KERNEL):
+        tl.store(pointers_C + tap * WIDTH, tl.sum(sums[tap], 0)[None, :], mask=channel_1C < WIDTH)
