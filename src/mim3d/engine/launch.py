@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mim3d.engine.settings import LoopSettings
 from mim3d.errors import ConfigError
+from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.objective import Batch, Objective
 
 __all__ = ["FabricModule", "StepModule", "device_name", "launch", "seed_step"]
@@ -74,6 +75,8 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
             f"precision '{loop.precision}' do not work on this machine: {' '.join(str(error).split())}"
         ) from error
     fabric.launch()
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     if fabric.world_size != loop.world_size:
         raise ConfigError(
             f"{fabric.world_size} processes were started, but devices {loop.devices} x num_nodes "

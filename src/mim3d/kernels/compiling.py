@@ -21,7 +21,7 @@ def compile_library(source: Path) -> Path | None:
     Kept in the user's cache folder under a digest of the source, the compiler and the processor, so that machines
     sharing a home folder never load each other's code.
     """
-    compiler = shutil.which("g++") or shutil.which("clang++")
+    compiler = find_compiler()
     if compiler is None:
         return None
     try:
@@ -37,6 +37,11 @@ def compile_library(source: Path) -> Path | None:
         )
         return None
     return target
+
+
+def find_compiler() -> str | None:
+    """A C++ compiler on the search path."""
+    return shutil.which("g++") or shutil.which("clang++")
 
 
 def _cache_folder() -> Path:

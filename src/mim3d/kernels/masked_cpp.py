@@ -72,11 +72,11 @@ def convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None
     return out_NsssC
 
 
-def weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: Tensor) -> Tensor:
+def weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: Tensor, kernel_size: int) -> Tensor:
     """Gradient ``(C, 1, k, k, k)`` of the kernel in float32; the same bits for the same number of threads."""
     num_blocks, edge, *_, channels = features_NsssC.shape
     neighbours_N27 = neighbours_N27.contiguous()
-    totals = torch.zeros(torch.get_num_threads(), KERNEL_SIZE**3, channels)
+    totals = torch.zeros(torch.get_num_threads(), kernel_size**3, channels)
     run = _library().mim3d_weight_gradient
 
     def work(first: int, last: int, thread: int) -> int:
@@ -95,7 +95,7 @@ def weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: 
         )
 
     _share(work, num_blocks)
-    return totals.sum(0).t().reshape(channels, 1, *(KERNEL_SIZE,) * 3)
+    return totals.sum(0).t().reshape(channels, 1, *(kernel_size,) * 3)
 
 
 def _library() -> ctypes.CDLL:

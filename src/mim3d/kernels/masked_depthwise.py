@@ -7,16 +7,21 @@ that the work is that of visible tokens alone. Registered as operators of the li
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mim3d.kernels import masked_cpp, masked_torch
+from mim3d.kernels.availability import triton_available
 
 # Shape suffixes: N blocks of edge s, C channels, k kernel edge.
 
-Kernel = Literal["cpp", "torch"]
+Kernel = Literal["cpp", "triton", "torch"]
+
+#: What the Triton source is compiled for.
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced: list[Kernel] = []
 
@@ -80,7 +85,11 @@ def kernel_for(features_NsssC: Tensor, kernel_size: int) -> Kernel:
     """Which implementation these features are convolved by."""
     if _forced:
         return _forced[-1]
-    return "cpp" if masked_cpp.supports(features_NsssC, kernel_size) else "torch"
+    if masked_cpp.supports(features_NsssC, kernel_size):
+        return "cpp"
+    edge = features_NsssC.shape[1]
+    on_gpu = features_NsssC.is_cuda and features_NsssC.dtype in TRITON_DTYPES
+    return "triton" if on_gpu and edge & (edge - 1) == 0 and triton_available() else "torch"
 
 
 @contextmanager
@@ -93,13 +102,23 @@ def kernel_forced(kernel: Kernel) -> Iterator[None]:
         _forced.pop()
 
 
+def _module(features_NsssC: Tensor, kernel_size: int) -> ModuleType:
+    kernel = kernel_for(features_NsssC, kernel_size)
+    if kernel == "triton":
+        # Imported here: it takes a second, and the package is an extra.
+        from mim3d.kernels import masked_triton
+
+        return masked_triton
+    return masked_cpp if kernel == "cpp" else masked_torch
+
+
 def _convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None, neighbours_N27: Tensor) -> Tensor:
-    if kernel_for(features_NsssC, weight_C1kkk.shape[-1]) == "cpp":
-        return masked_cpp.convolve(features_NsssC, weight_C1kkk, bias_C, neighbours_N27)
-    return masked_torch.convolve(features_NsssC, weight_C1kkk, bias_C, neighbours_N27)
+    module = _module(features_NsssC, weight_C1kkk.shape[-1])
+    out_NsssC: Tensor = module.convolve(features_NsssC, weight_C1kkk, bias_C, neighbours_N27)
+    return out_NsssC
 
 
 def _weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: Tensor, kernel_size: int) -> Tensor:
-    if kernel_for(features_NsssC, kernel_size) == "cpp":
-        return masked_cpp.weight_gradient(features_NsssC, grad_NsssC, neighbours_N27)
-    return masked_torch.weight_gradient(features_NsssC, grad_NsssC, neighbours_N27, kernel_size)
+    module = _module(features_NsssC, kernel_size)
+    grad_C1kkk: Tensor = module.weight_gradient(features_NsssC, grad_NsssC, neighbours_N27, kernel_size)
+    return grad_C1kkk

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 #: Longest sequence whose table of attention weights is worth its memory.
 WRITTEN_OUT_LENGTH = 512
@@ -116,7 +117,15 @@ class PointwiseMlp(nn.Module):
         self.fc2 = Pointwise(hidden_dim, dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(features)))
+        widened = self.fc1(features)
+        if not torch.is_grad_enabled():
+            return self._narrow(widened)
+        # The widest tensors of the network: GELU's output is computed again in the backward pass, never kept. That
+        # costs a few percent of the time and saves a quarter of the convolution blocks' memory.
+        return checkpoint(self._narrow, widened, use_reentrant=False, preserve_rng_state=False)
+
+    def _narrow(self, widened: Tensor) -> Tensor:
+        return self.fc2(F.gelu(widened))
 
 
 class ConvBlock(nn.Module):

@@ -5,11 +5,16 @@ with its halo is loaded once for each of the k x k taps across and used for all 
 that an output costs 1.5 k x k loads where blocks have 8 voxels along an edge, and not k x k x k. Sums are in float32,
 always in the same order: results are the same bits from run to run.
 
-The module can be imported without Triton, but not used; see :func:`mim3d.nn.kernels.triton_available`.
+The module can be imported without Triton, but not used; see :func:`mim3d.kernels.availability.triton_available`.
 """
 
+# ruff: noqa: RUF005 - Triton's language has no unpacking inside a tuple
+
+# Kernels say in annotations what they are compiled for, in Triton's words: unread where it is absent.
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -33,9 +38,7 @@ MAX_CHANNELS, MIN_CHANNELS = 32, 16
 MAX_PARTIALS, TILES_PER_PARTIAL = 64, 4
 
 
-def convolve(
-    features_NsssC: Tensor, weight_C1kkk: Tensor, neighbours_N27: Tensor, bias_C: Tensor | None = None
-) -> Tensor:
+def convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None, neighbours_N27: Tensor) -> Tensor:
     """Convolved blocks ``(N, s, s, s, C)`` in the features' dtype; hidden neighbours count as zeros.
 
     With the kernel flipped along its three axes and the output's gradient as features, the gradient of the input.
@@ -43,28 +46,28 @@ def convolve(
     Args:
         features_NsssC: float32, bfloat16 or float16; ``s`` a power of two.
         weight_C1kkk: the kernel, ``k`` odd and ``k // 2 <= s``, in any of these precisions.
-        neighbours_N27: the block at each offset in {-1, 0, 1}^3, raster order; -1 where it is hidden or outside.
         bias_C: added to the result.
+        neighbours_N27: the block at each offset in {-1, 0, 1}^3, raster order; -1 where it is hidden or outside.
     """
     edge, channels, kernel_size = features_NsssC.shape[1], features_NsssC.shape[-1], weight_C1kkk.shape[-1]
     _check(features_NsssC, neighbours_N27, kernel_size)
     features_NsssC = features_NsssC.contiguous()
     out_NsssC = torch.empty_like(features_NsssC)
     num_columns, tile = features_NsssC.shape[0] * edge**2, _channels_of_tile(channels)
-    grid = (triton.cdiv(channels, tile), triton.cdiv(num_columns, TILE // tile))
     # Channels last here as well: the channels of one tap are loaded together.
     taps = weight_C1kkk.reshape(channels, -1).t().contiguous()
-    with torch.cuda.device_of(features_NsssC):
-        _convolve_kernel[grid](
-            features_NsssC,
-            taps,
-            taps if bias_C is None else bias_C.contiguous(),
-            neighbours_N27.contiguous(),
-            out_NsssC,
-            num_columns,
-            HAS_BIAS=bias_C is not None,
-            **_constants(edge, channels, kernel_size),
-        )
+    _launch(
+        _convolve_kernel,
+        (triton.cdiv(channels, tile) * triton.cdiv(num_columns, TILE // tile),),
+        features_NsssC,
+        taps,
+        taps if bias_C is None else bias_C.contiguous(),
+        neighbours_N27.contiguous(),
+        out_NsssC,
+        num_columns,
+        HAS_BIAS=bias_C is not None,
+        **_constants(edge, channels, kernel_size),
+    )
     return out_NsssC
 
 
@@ -81,20 +84,21 @@ def weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: 
     _check(features_NsssC, neighbours_N27, kernel_size)
     num_columns, tile = features_NsssC.shape[0] * edge**2, _channels_of_tile(channels)
     num_tiles = triton.cdiv(num_columns, TILE // tile)
-    # As many as the data asks for, not the GPU: the sum is then the same on every machine of a kind.
-    partials = min(MAX_PARTIALS, triton.cdiv(num_tiles, TILES_PER_PARTIAL))
+    # Set by the data and not by the GPU, so that the order of the sum is always the same.
+    partials = max(1, min(MAX_PARTIALS, triton.cdiv(num_tiles, TILES_PER_PARTIAL)))
     tiles_each = triton.cdiv(num_tiles, partials)
     sums = features_NsssC.new_empty(partials, kernel_size**3, channels, dtype=torch.float32)
-    with torch.cuda.device_of(features_NsssC):
-        _weight_gradient_kernel[triton.cdiv(channels, tile), kernel_size, partials](
-            features_NsssC.contiguous(),
-            grad_NsssC.contiguous(),
-            neighbours_N27.contiguous(),
-            sums,
-            num_columns,
-            tiles_each,
-            **_constants(edge, channels, kernel_size),
-        )
+    _launch(
+        _weight_gradient_kernel,
+        (triton.cdiv(channels, tile), kernel_size, partials),
+        features_NsssC.contiguous(),
+        grad_NsssC.contiguous(),
+        neighbours_N27.contiguous(),
+        sums,
+        num_columns,
+        tiles_each,
+        **_constants(edge, channels, kernel_size),
+    )
     return sums.sum(0).t().reshape(channels, 1, *(kernel_size,) * 3)
 
 
@@ -125,27 +129,26 @@ def _constants(edge: int, channels: int, kernel_size: int) -> dict[str, int]:
     }
 
 
-def _jit(function: Callable[..., None]) -> Any:
+def _launch(kernel: Any, grid: tuple[int, ...], features: Tensor, *others: Tensor | int, **constants: int) -> None:
+    # On the GPU of the tensors, which need not be the current one.
+    with torch.cuda.device_of(features):  # type: ignore[no-untyped-call]
+        kernel[grid](features, *others, **constants)
+
+
+def _jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-# Below is Triton's language, a subset of Python that it compiles. Annotations are strings for want of Triton where it
-# is absent. Tuples of tensors are registers: everything that indexes them is known when the code is compiled.
+# Below is Triton's language, a subset of Python that it compiles. Tuples of tensors are registers: everything that
+# indexes them is known when the code is compiled.
 
 
 @_jit
+@no_type_check
 def _load_column(
-    features: "tl.tensor",
-    neighbours: "tl.tensor",
-    column_R1: "tl.tensor",
-    channel_1C: "tl.tensor",
-    tap_x: "tl.tensor",
-    tap_y: "tl.tensor",
-    WIDTH: "tl.constexpr",
-    EDGE: "tl.constexpr",
-    LOG_EDGE: "tl.constexpr",
-    HALO: "tl.constexpr",
-) -> Any:
+    features, neighbours, column_R1, channel_1C, tap_x, tap_y,
+    WIDTH: tl.constexpr, EDGE: tl.constexpr, LOG_EDGE: tl.constexpr, HALO: tl.constexpr,
+):  # fmt: skip
     """What one tap of the kernel across meets: EDGE + 2 x HALO tensors ``(R, C)`` in float32, along Z."""
     block_R1 = column_R1 >> (2 * LOG_EDGE)
     # Counted from the first voxel of the neighbour at offset -1, so that neither is negative.
@@ -161,29 +164,21 @@ def _load_column(
         visible_RC = (source_R1 >= 0) & (channel_1C < WIDTH)
         for z in tl.static_range(EDGE - HALO if z_offset == 0 else 0, HALO if z_offset == 2 else EDGE):
             value_RC = tl.load(pointers_RC + z * WIDTH, mask=visible_RC, other=0.0)
-            column = column + (value_RC.to(tl.float32),)  # noqa: RUF005 (not in Triton's language)
+            column = column + (value_RC.to(tl.float32),)
     return column
 
 
 @_jit
+@no_type_check
 def _convolve_kernel(
-    features: "tl.tensor",
-    taps: "tl.tensor",
-    bias: "tl.tensor",
-    neighbours: "tl.tensor",
-    out: "tl.tensor",
-    num_columns: "tl.tensor",
-    HAS_BIAS: "tl.constexpr",
-    WIDTH: "tl.constexpr",
-    EDGE: "tl.constexpr",
-    LOG_EDGE: "tl.constexpr",
-    KERNEL: "tl.constexpr",
-    COLUMNS: "tl.constexpr",
-    CHANNELS: "tl.constexpr",
-) -> None:
+    features, taps, bias, neighbours, out, num_columns, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr,
+    EDGE: tl.constexpr, LOG_EDGE: tl.constexpr, KERNEL: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """One tile of the result. Tiles that differ in channels alone run side by side: they share lines of memory."""
-    channel_1C = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    column_R1 = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+    # One axis of programs: a GPU takes no more than 65535 along the others.
+    tiles_across: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
+    channel_1C = (tl.program_id(0) % tiles_across * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    column_R1 = (tl.program_id(0) // tiles_across * COLUMNS + tl.arange(0, COLUMNS))[:, None]
     # Columns after the last one repeat it and are not stored.
     source_R1 = tl.minimum(column_R1, num_columns - 1)
     first_RC = tl.full((COLUMNS, CHANNELS), 0.0, tl.float32)
@@ -191,7 +186,7 @@ def _convolve_kernel(
         first_RC += tl.load(bias + channel_1C, mask=channel_1C < WIDTH, other=0.0).to(tl.float32)
     sums = ()
     for _ in tl.static_range(EDGE):
-        sums = sums + (first_RC,)  # noqa: RUF005
+        sums = sums + (first_RC,)
     # A loop at run time: unrolled, the code would outgrow the cache of instructions.
     for across in range(KERNEL * KERNEL):
         column = _load_column(
@@ -201,13 +196,13 @@ def _convolve_kernel(
         weights = ()
         for tap in tl.static_range(KERNEL):
             pointers_1C = taps + (across * KERNEL + tap) * WIDTH + channel_1C
-            weights = weights + (tl.load(pointers_1C, mask=channel_1C < WIDTH, other=0.0).to(tl.float32),)  # noqa: RUF005
+            weights = weights + (tl.load(pointers_1C, mask=channel_1C < WIDTH, other=0.0).to(tl.float32),)
         added = ()
         for z in tl.static_range(EDGE):
             sum_RC = sums[z]
             for tap in tl.static_range(KERNEL):
                 sum_RC += column[z + tap] * weights[tap]
-            added = added + (sum_RC,)  # noqa: RUF005
+            added = added + (sum_RC,)
         sums = added
     pointers_RC = out + column_R1.to(tl.int64) * (EDGE * WIDTH) + channel_1C
     for z in tl.static_range(EDGE):
@@ -216,33 +211,24 @@ def _convolve_kernel(
 
 
 @_jit
+@no_type_check
 def _weight_gradient_kernel(
-    features: "tl.tensor",
-    grad: "tl.tensor",
-    neighbours: "tl.tensor",
-    partial_sums: "tl.tensor",
-    num_columns: "tl.tensor",
-    tiles_each: "tl.tensor",
-    WIDTH: "tl.constexpr",
-    EDGE: "tl.constexpr",
-    LOG_EDGE: "tl.constexpr",
-    KERNEL: "tl.constexpr",
-    COLUMNS: "tl.constexpr",
-    CHANNELS: "tl.constexpr",
-) -> None:
+    features, grad, neighbours, partial_sums, num_columns, tiles_each, WIDTH: tl.constexpr,
+    EDGE: tl.constexpr, LOG_EDGE: tl.constexpr, KERNEL: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """Sums of one plane of the kernel (one tap along X) over a part of the columns: KERNEL x KERNEL in registers."""
     channel_1C = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     tap_x, partial = tl.program_id(1), tl.program_id(2)
     sums = ()
     for _ in tl.static_range(KERNEL * KERNEL):
-        sums = sums + (tl.full((COLUMNS, CHANNELS), 0.0, tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.full((COLUMNS, CHANNELS), 0.0, tl.float32),)
     for tile in range(partial * tiles_each, (partial + 1) * tiles_each):
         column_R1 = (tile * COLUMNS + tl.arange(0, COLUMNS))[:, None]
         pointers_RC = grad + column_R1.to(tl.int64) * (EDGE * WIDTH) + channel_1C
         inside_RC = (column_R1 < num_columns) & (channel_1C < WIDTH)
         grads = ()
         for z in tl.static_range(EDGE):
-            grads = grads + (tl.load(pointers_RC + z * WIDTH, mask=inside_RC, other=0.0).to(tl.float32),)  # noqa: RUF005
+            grads = grads + (tl.load(pointers_RC + z * WIDTH, mask=inside_RC, other=0.0).to(tl.float32),)
         added = ()
         for tap_y in tl.static_range(KERNEL):
             column = _load_column(
@@ -253,7 +239,7 @@ def _weight_gradient_kernel(
                 sum_RC = sums[tap_y * KERNEL + tap]
                 for z in tl.static_range(EDGE):
                     sum_RC += column[z + tap] * grads[z]
-                added = added + (sum_RC,)  # noqa: RUF005
+                added = added + (sum_RC,)
         sums = added
     pointers_C = partial_sums + (partial * KERNEL + tap_x) * (KERNEL * KERNEL * WIDTH) + channel_1C
     for tap in tl.static_range(KERNEL * KERNEL):

@@ -5,6 +5,8 @@ voxels are multiplied by zero and every token is predicted: what the published i
 mistakes. Parameters have the same names and shapes as mim3d's, so one state dict serves both and the losses must agree.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.methods.mim_objective import MiMObjective
 from mim3d.nn.positions import sincos_positions
+from mim3d.objective import Batch
 
 # Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, E embedding, D decoder width.
 
@@ -135,7 +138,7 @@ class DenseEncoder(nn.Module):
         batch = len(volume_BCXYZ)
         grid = tuple(size // self.patch_size for size in volume_BCXYZ.shape[2:])
         visible_B1xyz = (~hidden_BL).reshape(batch, 1, *grid).to(volume_BCXYZ.dtype)
-        features, skipped = volume_BCXYZ, torch.zeros((), dtype=volume_BCXYZ.dtype)
+        features, skipped = volume_BCXYZ, volume_BCXYZ.new_zeros(())
         for stage in range(1, self.num_stages):
             features = getattr(self, f"patch_embed{stage}")(features)
             visible = F.interpolate(visible_B1xyz, scale_factor=self.patch_size // 2**stage)
@@ -173,3 +176,57 @@ class DenseDecoder(nn.Module):
             tokens = block(tokens)
         features = self.norm(tokens)
         return features, self.pred(features)
+
+
+class DenseMiM(nn.Module):
+    """MiM's loss through the dense network: one level after the other, every token predicted, hidden ones kept.
+
+    Args:
+        objective: whose weights, hierarchy and alignment heads are copied.
+    """
+
+    def __init__(self, objective: MiMObjective) -> None:
+        super().__init__()
+        recipe, decoder = objective.encoder.recipe, objective.decoder
+        self.encoder = DenseEncoder(recipe)
+        self.encoder.load_state_dict(objective.encoder.state_dict())
+        self.decoder = DenseDecoder(
+            decoder.embed.in_features,
+            decoder.embed.out_features,
+            len(decoder.blocks),
+            decoder.blocks[0].attn.num_heads,
+            decoder.pred.out_features,
+        )
+        self.decoder.load_state_dict(decoder.state_dict())
+        self.heads = copy.deepcopy(objective)
+        self.heads.encoder, self.heads.decoder = nn.Identity(), nn.Identity()
+        self.to(next(objective.parameters()))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its terms by name."""
+        levels = self.heads.levels(batch)
+        features, terms, losses = [], {}, []
+        for level in levels:
+            hidden_ML = batch[f"hidden/{level.geometry.level.name}"].flatten(0, 1)
+            tokens = self.encoder(level.volume_MCXYZ, hidden_ML)
+            features_MLD, predicted_MLP = self.decoder(tokens, hidden_ML, level.geometry.token_grid)
+            target_MLP = self._targets(level.volume_MCXYZ)
+            errors_ML = (predicted_MLP.float() - target_MLP).square().mean(-1)
+            loss = (errors_ML * hidden_ML).sum() / hidden_ML.sum()
+            terms[f"loss/{level.geometry.level.name}"] = loss.detach()
+            losses.append(level.geometry.level.loss_weight * loss)
+            features.append(features_MLD)
+        for index in range(1, len(levels)):
+            loss, named = self.heads.alignment(batch, levels[index - 1], index, features[index - 1], features[index])
+            losses.append(self.heads.alignment_weight * loss)
+            terms.update(named)
+        return torch.stack(losses).sum(), terms
+
+    def _targets(self, volume_MCXYZ: Tensor) -> Tensor:
+        """Every token's own voxels, X slowest and channels fastest, at mean 0 and variance 1."""
+        p = self.encoder.patch_size
+        patches = volume_MCXYZ.unfold(2, p, p).unfold(3, p, p).unfold(4, p, p)
+        target = patches.permute(0, 2, 3, 4, 5, 6, 7, 1).flatten(4).flatten(1, 3)
+        if not self.heads.normalise_targets:
+            return target
+        return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()

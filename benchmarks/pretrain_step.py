@@ -1,0 +1,210 @@
+"""What one step of MiM costs: mim3d against the dense network and a masked autoencoder, in one run.
+
+Run: ``python benchmarks/pretrain_step.py`` (or ``make bench``). One thread on a CPU; a GPU where there is one. Every
+figure is the best of a few steps (forward, backward, AdamW) in a process of its own, so that peak memory is its own
+too. Ratios are taken at one child per level, 3 volumes a sample: the dense network needs more memory than most machines
+have for the full hierarchy of 21, which is measured for mim3d alone. Writes benchmarks/results/pretrain_step_*.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from yardstick.batches import mim_with_children, random_batch
+from yardstick.dense_mim import DenseMiM
+from yardstick.flops import count_flops
+from yardstick.machine import gemm_peak, hardware_name, peak_memory, prepare, synchronize
+from yardstick.mae import MaskedAutoencoder
+
+from mim3d.backbones import create_recipe
+from mim3d.kernels.masked_depthwise import kernel_forced
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = ("nano", "tiny", "small", "base")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FULL_CHILDREN = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Attributes:
+        network: ``mim3d``, ``dense`` (the yardstick) or ``mae`` (ViT-B on the same voxels).
+        size: of the hybrid backbone.
+        precision: ``float32`` or ``bfloat16`` (autocast).
+        kernel: of the masked depth-wise convolution; None for the device's own choice.
+        num_children: of each volume above the last level.
+        recompute: whether convolution blocks are recomputed in the backward pass.
+        batch_size: hierarchies.
+    """
+
+    network: str
+    size: str
+    precision: str
+    kernel: str | None = None
+    num_children: int = 1
+    recompute: bool = False
+    batch_size: int = 1
+
+    @property
+    def num_volumes(self) -> int:
+        """Volumes of one hierarchy."""
+        return 1 + self.num_children + self.num_children**2
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        network = {"mim3d": "mim3d", "dense": "dense yardstick", "mae": "MAE ViT-B"}[self.network]
+        kernel = f"{self.kernel} kernel" if self.kernel else ""
+        return ", ".join(part for part in (network, kernel, "recompute" if self.recompute else "") if part)
+
+
+def list_cases(sizes: list[str], device: str, batch_size: int) -> list[Case]:
+    """For each size the yardstick, ours with every kernel, and the autoencoder; then ours on the full hierarchy."""
+    kernels = ["torch", "cpp" if device == "cpu" else "triton"]
+    cases = []
+    for size in sizes:
+        cases += [Case("dense", size, precision) for precision in PRECISIONS]
+        cases += [Case("mim3d", size, precision, kernel) for kernel in kernels for precision in PRECISIONS]
+        if size == "base":
+            cases += [Case("mae", size, precision) for precision in PRECISIONS]
+    full = Case("mim3d", sizes[-1], "float32", kernels[-1], FULL_CHILDREN, batch_size=batch_size)
+    narrow = replace(full, precision="bfloat16")
+    return [*cases, full, narrow, replace(narrow, recompute=True), replace(narrow, kernel="torch")]
+
+
+def build_loss(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """The network, and what computes its loss on a fixed batch."""
+    recipe = replace(create_recipe(f"hybrid_{case.size}"), recompute=case.recompute)
+    method = mim_with_children(recipe.patch_size, case.num_children)
+    if case.network == "mae":
+        edge = method.levels[0].size[0]
+        volumes = torch.rand(case.batch_size * case.num_volumes, 1, edge, edge, edge, device=device)
+        autoencoder = MaskedAutoencoder().to(device)
+        return autoencoder, partial(autoencoder, volumes)
+    batch = {name: value.to(device) for name, value in random_batch(method, recipe, case.batch_size).items()}
+    objective = method.build(recipe).to(device)
+    if case.network == "dense":
+        dense = DenseMiM(objective)
+        return dense, lambda: dense(batch)[0]
+    return objective, lambda: objective(batch, 0.0).loss
+
+
+def measure(case: Case, device: torch.device, num_steps: int) -> dict[str, object]:
+    """Loss of the first step, seconds of the best of the others, and the process's peak memory."""
+    prepare(device)
+    torch.manual_seed(0)
+    network, loss_of = build_loss(case, device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6)
+
+    def step() -> float:
+        precision = PRECISIONS[case.precision]
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        return loss.item()
+
+    with kernel_forced(case.kernel) if case.kernel else nullcontext():
+        loss, times = step(), []
+        for _ in range(num_steps):
+            start_s = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start_s)
+    return {"loss": loss, "time_s": min(times), "memory_gib": peak_memory(device) / 2**30}
+
+
+def measure_apart(case: Case, arguments: argparse.Namespace) -> dict[str, object]:
+    """Measure in a fresh process."""
+    options = {"--device": arguments.device, "--threads": arguments.threads, "--steps": arguments.steps}
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    command += [str(part) for option in options.items() for part in option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def derive(
+    case: Case, measured: dict[str, object], dense_s: float | None, peaks: dict[str, float]
+) -> dict[str, object]:
+    """A row of the results: what was measured, per sample and against the floor and the yardstick."""
+    per_sample_s = measured["time_s"] / case.batch_size
+    row = {**asdict(case), "num_volumes": case.num_volumes, "loss": round(measured["loss"], 6)}
+    row |= {"s_per_sample": round(per_sample_s, 4), "peak_memory_gib": round(measured["memory_gib"], 2)}
+    if case.network != "mae":
+        recipe = create_recipe(f"hybrid_{case.size}")
+        needed = count_flops(mim_with_children(recipe.patch_size, case.num_children), recipe).needed
+        row["needed_gflop_per_s"] = round(needed / per_sample_s / 1e9, 1)
+        row["share_of_floor"] = round(needed / peaks[case.precision] / per_sample_s, 3)
+    if dense_s is not None and case.num_children == 1:
+        row["times_dense_float32"] = round(dense_s / per_sample_s, 2)
+    return row
+
+
+def print_row(case: Case, row: dict[str, object]) -> None:
+    """One line of the table."""
+    rate, floor, ratio = (row.get(key) for key in ("needed_gflop_per_s", "share_of_floor", "times_dense_float32"))
+    print(
+        f"{case.size:5} {case.num_volumes:3} volumes  {case.precision:8}  {case.title:28} "
+        f"{row['s_per_sample']:9.3f} s {row['peak_memory_gib']:6.2f} GiB "
+        f"{'' if rate is None else f'{rate:7.1f} GFLOP/s {floor:4.0%} of the floor':>36} "
+        f"{'' if ratio is None else f'{ratio:6.2f}x dense float32'}",
+        flush=True,
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure every case, print the table and write it."""
+    device = torch.device(arguments.device)
+    torch.set_num_threads(arguments.threads)
+    prepare(device)
+    peaks = {name: gemm_peak(device, dtype) for name, dtype in PRECISIONS.items()}
+    machine = {"hardware": hardware_name(device), "torch": torch.__version__, "threads": arguments.threads}
+    machine |= {"gemm_peak_gflop_per_s": {name: round(peak / 1e9, 1) for name, peak in peaks.items()}}
+    print(machine, flush=True)
+    rows, dense_s = [], {}
+    for case in list_cases(arguments.sizes, arguments.device, arguments.batch_size):
+        measured = measure_apart(case, arguments)
+        if case.network == "dense" and case.precision == "float32":
+            dense_s[case.size] = measured["time_s"] / case.batch_size
+        rows.append(derive(case, measured, dense_s.get(case.size), peaks))
+        print_row(case, rows[-1])
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"pretrain_step_{device.type}{arguments.suffix}.json"
+    target.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    print(f"Results: {target}")
+
+
+def main() -> None:
+    """Parse arguments; measure one case when told to, else all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of the hybrid backbone")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, of which the best counts")
+    parser.add_argument("--batch_size", type=int, default=1, help="hierarchies per step of the full hierarchy")
+    parser.add_argument("--suffix", default="", help="of the results' file name")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case is None:
+        run(arguments)
+    else:
+        torch.set_num_threads(arguments.threads)
+        print(json.dumps(measure(Case(**json.loads(arguments.case)), torch.device(arguments.device), arguments.steps)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What mim3d is measured against, and how."""
