@@ -27,6 +27,7 @@ from yardstick.mae import MaskedAutoencoder
 
 from mim3d.backbones import create_recipe
 from mim3d.kernels.masked_depthwise import kernel_forced
+from mim3d.nn.blocks import ConvBlock, TransformerBlock
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("nano", "tiny", "small", "base")
@@ -46,6 +47,7 @@ class Case:
         num_children: of each volume above the last level.
         recompute: whether convolution blocks are recomputed in the backward pass.
         batch_size: hierarchies.
+        compiled: whether the blocks go through ``torch.compile``.
     """
 
     network: str
@@ -55,6 +57,7 @@ class Case:
     num_children: int = 1
     recompute: bool = False
     batch_size: int = 1
+    compiled: bool = False
 
     @property
     def num_volumes(self) -> int:
@@ -66,7 +69,8 @@ class Case:
         """For people."""
         network = {"mim3d": "mim3d", "dense": "dense yardstick", "mae": "MAE ViT-B"}[self.network]
         kernel = f"{self.kernel} kernel" if self.kernel else ""
-        return ", ".join(part for part in (network, kernel, "recompute" if self.recompute else "") if part)
+        ways = ("recompute" if self.recompute else "", "compiled" if self.compiled else "")
+        return ", ".join(part for part in (network, kernel, *ways) if part)
 
 
 def list_cases(sizes: list[str], device: str, batch_size: int) -> list[Case]:
@@ -78,6 +82,7 @@ def list_cases(sizes: list[str], device: str, batch_size: int) -> list[Case]:
         cases += [Case("mim3d", size, precision, kernel) for kernel in kernels for precision in PRECISIONS]
         if size == "base":
             cases += [Case("mae", size, precision) for precision in PRECISIONS]
+            cases += [Case("mim3d", size, precision, kernels[-1], compiled=True) for precision in PRECISIONS]
     full = Case("mim3d", sizes[-1], "float32", kernels[-1], FULL_CHILDREN, batch_size=batch_size)
     narrow = replace(full, precision="bfloat16")
     return [*cases, full, narrow, replace(narrow, recompute=True), replace(narrow, kernel="torch")]
@@ -97,6 +102,10 @@ def build_loss(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[]
     if case.network == "dense":
         dense = DenseMiM(objective)
         return dense, lambda: dense(batch)[0]
+    if case.compiled:
+        for module in objective.modules():
+            if isinstance(module, ConvBlock | TransformerBlock):
+                module.compile(dynamic=False)
     return objective, lambda: objective(batch, 0.0).loss
 
 
@@ -158,7 +167,7 @@ def print_row(case: Case, row: dict[str, object]) -> None:
     """One line of the table."""
     rate, floor, ratio = (row.get(key) for key in ("needed_gflop_per_s", "share_of_floor", "times_dense_float32"))
     print(
-        f"{case.size:5} {case.num_volumes:3} volumes  {case.precision:8}  {case.title:28} "
+        f"{case.size:5} {case.num_volumes:3} volumes  {case.precision:8}  {case.title:30} "
         f"{row['s_per_sample']:9.3f} s {row['peak_memory_gib']:6.2f} GiB "
         f"{'' if rate is None else f'{rate:7.1f} GFLOP/s {floor:4.0%} of the floor':>36} "
         f"{'' if ratio is None else f'{ratio:6.2f}x dense float32'}",

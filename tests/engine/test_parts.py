@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mim3d.engine.loop as loop_module
-from mim3d.engine.launch import launch, seed_step
+from mim3d.engine.launch import launch, seed_step, usable_precision
 from mim3d.engine.meter import Meter, NonFiniteError, Throughput
 from mim3d.engine.optim import build_optimizer, decay_groups
 from mim3d.engine.plan import steps_for_epochs
@@ -223,3 +223,11 @@ def test_further_processes_show_nothing(capsys: pytest.CaptureFixture[str]) -> N
         display.say("hello")
         display.show(2, VALUES)
     assert capsys.readouterr().err == ""
+
+
+def test_a_gpu_without_bfloat16_trains_in_float16_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.warns(UserWarning, match="no bfloat16; precision 16-mixed"):
+        assert usable_precision("bf16-mixed", "cuda") == "16-mixed"
+    assert usable_precision("bf16-mixed", "cpu") == "bf16-mixed"
+    assert usable_precision("32-true", "cuda") == "32-true"

@@ -1,6 +1,7 @@
 """Processes, devices, precision and seeds: the only place that sets up Lightning Fabric."""
 
 import random
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -57,7 +58,8 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
     precision: dict[str, Any] = {"precision": "32-true"}
     if loop.precision != "32-true":
         device = accelerator if accelerator in ("cpu", "mps") else "cuda"
-        precision = {"plugins": [InputKeepingMixedPrecision(loop.precision, device)]}  # type: ignore[arg-type]
+        usable = usable_precision(loop.precision, device)
+        precision = {"plugins": [InputKeepingMixedPrecision(usable, device)]}  # type: ignore[arg-type]
     # Networks may hold parameters that one objective does not train: such as mask tokens during fine-tuning.
     several = loop.world_size > 1
     strategy = DDPStrategy(find_unused_parameters=True, timeout=_PATIENCE) if several else "auto"
@@ -83,6 +85,14 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
             f"{loop.num_nodes} make {loop.world_size}; give --devices and --num_nodes as they were launched."
         )
     return fabric
+
+
+def usable_precision(precision: str, device: str) -> str:
+    """The precision asked for; float16 with loss scaling, and a warning, on a GPU without bfloat16."""
+    if precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        warnings.warn("this GPU has no bfloat16; precision 16-mixed (float16 with loss scaling) is used.", stacklevel=2)
+        return "16-mixed"
+    return precision
 
 
 def _accelerator(name: str) -> str:

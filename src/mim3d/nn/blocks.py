@@ -156,8 +156,8 @@ class ConvBlock(nn.Module):
 def attend(query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor) -> Tensor:
     """Softmax attention ``(B, heads, L, d)`` by the faster kernel for the device and precision.
 
-    The library's fused kernel, but for training in bfloat16 on a CPU: there its backward pass takes three times as long
-    as matrix products written out (benchmarks/attention.py).
+    The library's fused kernel, but for training in bfloat16 on a CPU: there matrix products written out take a quarter
+    to a half of its time (benchmarks/attention.py).
     """
     narrow = query_BHLd.dtype == torch.bfloat16 and query_BHLd.device.type == "cpu"
     if not (narrow and query_BHLd.requires_grad and query_BHLd.shape[2] <= WRITTEN_OUT_LENGTH):
