@@ -55,7 +55,7 @@ def train(
     checkpoints = Checkpoints(run.checkpoints_dir, loop.keep_checkpoints)
     if fabric.is_global_zero:
         checkpoints.require_space(objective)
-    optimizer = build_optimizer(objective, plan.schedule)
+    optimizer = build_optimizer(objective, plan.schedule, loop.precision)
     model, optimizer = fabric.setup(StepModule(objective), optimizer)
     meter = Meter(fabric.device)
     hooks = Hooks(validate, best_by, on_checkpoint)

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from mim3d.kernels.residual_mlp import residual_mlp
 
 #: Longest sequence whose table of attention weights is worth its memory.
 WRITTEN_OUT_LENGTH = 512
@@ -104,7 +105,7 @@ class Depthwise(nn.Module):
 
 
 class PointwiseMlp(nn.Module):
-    """Two 1x1x1 convolutions with GELU between them.
+    """Two 1x1x1 convolutions with GELU between them, behind a norm and around them the residual.
 
     Args:
         dim: channels in and out.
@@ -116,16 +117,9 @@ class PointwiseMlp(nn.Module):
         self.fc1 = Pointwise(dim, hidden_dim)
         self.fc2 = Pointwise(hidden_dim, dim)
 
-    def forward(self, features: Tensor) -> Tensor:
-        widened = self.fc1(features)
-        if not torch.is_grad_enabled():
-            return self._narrow(widened)
-        # The widest tensors of the network: GELU's output is computed again in the backward pass, never kept. That
-        # costs a few percent of the time and saves a quarter of the convolution blocks' memory.
-        return checkpoint(self._narrow, widened, use_reentrant=False, preserve_rng_state=False)
-
-    def _narrow(self, widened: Tensor) -> Tensor:
-        return self.fc2(F.gelu(widened))
+    def forward(self, features: Tensor, norm: nn.LayerNorm) -> Tensor:
+        weights = (self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias)
+        return residual_mlp(features, norm.weight, norm.bias, *weights, norm.eps)
 
 
 class ConvBlock(nn.Module):
@@ -150,7 +144,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, features_NXYZC: Tensor, depthwise: DepthwiseConvolution) -> Tensor:
         features_NXYZC = features_NXYZC + self.conv2(self.attn(self.conv1(self.norm1(features_NXYZC)), depthwise))
-        return features_NXYZC + self.mlp(self.norm2(features_NXYZC))
+        return self.mlp(features_NXYZC, self.norm2)
 
 
 def attend(query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor) -> Tensor:
