@@ -16,6 +16,7 @@ ROOMS = [
     "coercion",
     "config",
     "progress",
+    "resources",
     "kernels",
     "nn",
     "data",

@@ -219,8 +219,13 @@ def best_class_on_grid(logits_KXYZ: Tensor, prepared: Prepared) -> np.ndarray:
     return classes
 
 
+def scores_bytes(shape: Triple, num_classes: int) -> int:
+    """Memory that the scores of a whole scan take on the CPU, with what is made of them."""
+    return 4 * math.prod(shape) * (2 * num_classes + 4)
+
+
 def _check_memory(case: Case, shape: Triple, num_classes: int) -> None:
-    needed_bytes = 4 * math.prod(shape) * (2 * num_classes + 4)
+    needed_bytes = scores_bytes(shape, num_classes)
     if needed_bytes > available_memory_bytes():
         raise DataError(
             f"{case.images[0]}: the scores of {num_classes} classes on {' x '.join(map(str, shape))} voxels "

@@ -29,7 +29,7 @@ from mim3d.run_files import (
 
 #: Settings that a resumed run may change, because they change nothing of what is learned.
 FREE_ON_RESUME = frozenset(
-    {"out", "resume", "max_time", "max_time_s", "num_workers"}
+    {"out", "resume", "max_time", "max_time_s", "num_workers", "memory_limit"}
     | {"log_every", "checkpoint_every", "keep_checkpoints", "pictures_every"}
 )
 

@@ -7,15 +7,19 @@ from typing import Any
 from mim3d.backbones import BACKBONES
 from mim3d.commands.held_out import choose_split, write_split
 from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
+from mim3d.commands.memory import finetuning_ways, require_memory
 from mim3d.commands.start import Start, choose_start
 from mim3d.commands.training import Training
 from mim3d.config import to_mapping, to_named
 from mim3d.data.cache import Cache, CachedScan
+from mim3d.data.cases import Split
+from mim3d.data.loading import Loader
 from mim3d.data.transforms import Intensity
 from mim3d.engine.checkpoint import load_best
 from mim3d.engine.loop import train
 from mim3d.engine.settings import TrainResult
 from mim3d.errors import DataError
+from mim3d.inference import scores_bytes
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation
 from mim3d.run import Run
@@ -54,6 +58,7 @@ def finetune(
     num_nodes: int = 1,
     accelerator: str = "auto",
     num_workers: int | None = None,
+    memory_limit: float | None = None,
     log_every: int = 10,
     validate_every: int | None = None,
     checkpoint_every: int = 200,
@@ -91,6 +96,7 @@ def finetune(
         num_nodes: Machines.
         accelerator: auto, cpu, cuda or mps.
         num_workers: Reading processes; none on a CPU and most cores beside a GPU if not given.
+        memory_limit: GiB that training may use (on a GPU: of each); what is free if not given, 0 for no check.
         log_every: Steps between two lines of metrics.
         validate_every: Steps between two validations; ten in all if not given.
         checkpoint_every: Steps between two checkpoints.
@@ -114,12 +120,29 @@ def finetune(
     run = Run.create(out, command="finetune", settings=settings, inputs=weights_input(weights), resume=resume)
     scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
     write_split(run, split)
+    return _train(run, training, optim, asked, start, split, scans, intensity)
+
+
+def _train(
+    run: Run,
+    training: Training,
+    optim: Optimisation,
+    asked: Task,
+    start: Start,
+    split: Split,
+    scans: Cache,
+    intensity: Intensity | None,
+) -> str:
+    """Everything after the scans lie in a cache: the plan, the network, its training, and what is left of it."""
     training_scans = scans.subset(split.train)
     held_out = tuple(scans.subset(split.val)) if split.val else ()
     planned = _plan(run, asked, start, training_scans)
     mapping = start.intensity(intensity, training_scans)
-    objective = _build(planned, start, scans.labels, seed)
-    result = _learn(run, training, optim, planned, objective, mapping, training_scans, held_out)
+    loader = training.loader(training_scans, planned.sampler(), mapping, planned.augment())
+    optim = optim.filled_from(planned.optimisation)
+    run.note(_require_memory(training, optim, planned, start, loader, held_out, scans.labels))
+    objective = _build(planned, start, scans.labels, training.seed)
+    result = _learn(run, training, optim, planned, objective, mapping, loader, held_out, scans.labels)
     return _close(run, objective, result, _card(start, planned, mapping, training_scans))
 
 
@@ -131,6 +154,26 @@ def _plan(run: Run, asked: Task, start: Start, scans: Cache) -> Task:
         print(line)
     run.note({"task": to_named(planned, TASKS), "labels": to_mapping(scans.labels), "num_scans": len(scans)})
     return planned
+
+
+def _require_memory(
+    training: Training,
+    optim: Optimisation,
+    task: Task,
+    start: Start,
+    loader: Loader,
+    held_out: Sequence[CachedScan],
+    labels: dict[int, str],
+) -> dict[str, Any]:
+    """Refuse what does not fit into memory, before the network is built; returns what to note."""
+    return require_memory(
+        training,
+        finetuning_ways(lambda recipe: task.build(recipe, labels), start.recipe),
+        {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in loader.dataset[0].items()},
+        optim,
+        smaller="a smaller backbone or smaller crops (task.patch_size)",
+        validation_bytes=max((scores_bytes(scan.shape, len(labels)) for scan in held_out), default=0),
+    )
 
 
 def _build(task: Task, start: Start, labels: dict[int, str], seed: int) -> Objective:
@@ -150,10 +193,10 @@ def _learn(
     task: Task,
     objective: Objective,
     mapping: Intensity,
-    scans: Cache,
+    loader: Loader,
     held_out: Sequence[CachedScan],
+    labels: dict[int, str],
 ) -> TrainResult:
-    loader = training.loader(scans, task.sampler(), mapping, task.augment())
     num_steps = training.num_steps(loader, DEFAULT_EPOCHS)
     every = training.validate_every or -(-num_steps // DEFAULT_VALIDATIONS)
     return train(
@@ -161,8 +204,8 @@ def _learn(
         loader,
         run=run,
         loop=replace(training.loop(num_steps), validate_every=every),
-        optim=optim.filled_from(task.optimisation),
-        validate=(lambda trained: task.validate(trained, held_out, mapping, scans.labels)) if held_out else None,
+        optim=optim,
+        validate=(lambda trained: task.validate(trained, held_out, mapping, labels)) if held_out else None,
         best_by=task.best_by if held_out else None,
     )
 

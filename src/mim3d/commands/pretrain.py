@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, create_recipe
 from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
+from mim3d.commands.memory import pretraining_sample, pretraining_ways, require_memory
 from mim3d.commands.training import Training
 from mim3d.config import to_named
 from mim3d.data.cache import Cache
 from mim3d.data.cases import Case, CaseSet, read_cases, split_cases
+from mim3d.data.loading import Loader
 from mim3d.data.plan import plan_intensity
 from mim3d.data.transforms import Intensity
 from mim3d.engine.loop import train
@@ -50,6 +53,7 @@ def pretrain(
     num_nodes: int = 1,
     accelerator: str = "auto",
     num_workers: int | None = None,
+    memory_limit: float | None = None,
     log_every: int = 10,
     checkpoint_every: int = 200,
     pictures_every: int = 500,
@@ -85,6 +89,7 @@ def pretrain(
         num_nodes: Machines.
         accelerator: auto, cpu, cuda or mps.
         num_workers: Reading processes; none on a CPU and most cores beside a GPU if not given.
+        memory_limit: GiB that training may use (on a GPU: of each); what is free if not given, 0 for no check.
         log_every: Steps between two lines of metrics.
         checkpoint_every: Steps between two checkpoints.
         pictures_every: Steps between two sets of reconstructions.
@@ -99,22 +104,18 @@ def pretrain(
     source = read_data(data, need_labels=False)
     cases = _training_cases(data, source, fold, num_folds)
     check_channels(cases, recipe)
-    planned = _plan(asked, recipe, shapes_of(source, cases, spacing_mm))
+    shapes = shapes_of(source, cases, spacing_mm)
+    planned = _plan(asked, recipe, shapes)
+    optim = optim.filled_from(planned.optimisation)
+    memory = _require_memory(training, planned, recipe, optim, shapes[0])
     settings = arguments | {"method": to_named(planned, METHODS), "backbone": to_named(recipe, BACKBONES)}
     run = Run.create(out, command="pretrain", settings=settings, inputs=weights_input(weights), resume=resume)
+    run.note(memory)
     scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
     mapping = intensity or plan_intensity(scans)
     objective = _build(planned, recipe, weights, seed)
     loader = training.loader(scans, planned.sampler(recipe), mapping)
-    card = encoder_card(recipe, mapping, scans)
-    result = train(
-        objective,
-        loader,
-        run=run,
-        loop=training.loop(training.num_steps(loader, DEFAULT_EPOCHS)),
-        optim=optim.filled_from(planned.optimisation),
-        on_checkpoint=lambda trained, step: save_network(run.path / "encoder", trained.encoder, {**card, "step": step}),
-    )
+    result = _learn(run, training, optim, objective, loader, encoder_card(recipe, mapping, scans))
     return _close(run, planned, result)
 
 
@@ -139,6 +140,19 @@ def _plan(asked: Method, recipe: Backbone, shapes: Sequence[Triple]) -> Method:
     return planned
 
 
+def _require_memory(
+    training: Training, method: Method, recipe: Backbone, optim: Optimisation, shape: Triple
+) -> dict[str, Any]:
+    """Refuse what does not fit into memory, before a run folder or a cache is made; returns what to note."""
+    return require_memory(
+        training,
+        pretraining_ways(method, recipe),
+        pretraining_sample(method, recipe, shape),
+        optim,
+        smaller="a smaller backbone or smaller levels of the hierarchy",
+    )
+
+
 def _build(method: Method, recipe: Backbone, weights: str | None, seed: int) -> Objective:
     import torch
 
@@ -147,6 +161,19 @@ def _build(method: Method, recipe: Backbone, weights: str | None, seed: int) -> 
     if weights is not None:
         print(f"{weights}: {load_into(objective.encoder, weights)}")
     return objective
+
+
+def _learn(
+    run: Run, training: Training, optim: Optimisation, objective: Objective, loader: Loader, card: dict[str, Any]
+) -> TrainResult:
+    return train(
+        objective,
+        loader,
+        run=run,
+        loop=training.loop(training.num_steps(loader, DEFAULT_EPOCHS)),
+        optim=optim,
+        on_checkpoint=lambda trained, step: save_network(run.path / "encoder", trained.encoder, {**card, "step": step}),
+    )
 
 
 def _close(run: Run, method: Method, result: TrainResult) -> str:

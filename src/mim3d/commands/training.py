@@ -32,6 +32,8 @@ class Training:
     checkpoint_every: int
     keep_checkpoints: int
     seed: int
+    memory_limit: float | None = None
+    resume: bool = False
     pictures_every: int | None = None
     validate_every: int | None = None
 
@@ -46,6 +48,8 @@ class Training:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
         if self.num_workers is not None and self.num_workers < 0:
             raise ConfigError(f"num_workers is {self.num_workers}; it must be 0 or more.")
+        if self.memory_limit is not None and self.memory_limit < 0:
+            raise ConfigError(f"memory_limit is {self.memory_limit} GiB; it must be above 0, or 0 for no check.")
         self.loop(self.max_steps or 1)
 
     @classmethod

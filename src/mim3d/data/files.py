@@ -3,12 +3,14 @@
 import math
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mim3d import resources
 from mim3d.data.grids import times
 from mim3d.errors import DataError
 
@@ -33,20 +35,9 @@ def check_file(path: str) -> None:
 
 
 def available_memory_bytes() -> int:
-    """Memory that this process can still get: free and reclaimable, within the limit of its container."""
-    limits = []
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-            limits.append(int(limit.read()))
-    except (OSError, ValueError):
-        pass
-    return min(limits)
+    """Memory that this process can still get; no bound where the system does not say."""
+    known = resources.available_memory_bytes()
+    return sys.maxsize if known is None else known
 
 
 def check_memory(path: str, shape: Sequence[int], itemsize: int) -> int:

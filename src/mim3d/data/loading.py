@@ -61,6 +61,22 @@ class Sample:
     gain: float = 1.0
     bias: float = 0.0
 
+    def shapes(self, num_channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every tensor that it is read as, by batch key, before a voxel is read.
+
+        Args:
+            num_channels: of the scans.
+        """
+        images = {
+            key: ((len(reads), num_channels, *reads[0].size), torch.float32) for key, reads in self.images.items()
+        }
+        labels = {key: ((len(reads), *reads[0].size), torch.int64) for key, reads in self.labels.items()}
+        arrays = {
+            key: (np.atleast_1d(array).shape, torch.from_numpy(np.empty(0, array.dtype)).dtype)
+            for key, array in self.arrays.items()
+        }
+        return {**images, **labels, **arrays}
+
 
 class Sampler(Protocol):
     """Draws what one sample needs of a scan."""

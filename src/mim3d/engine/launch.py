@@ -19,7 +19,7 @@ from mim3d.errors import ConfigError
 from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.objective import Batch, Objective
 
-__all__ = ["FabricModule", "StepModule", "device_name", "launch", "seed_step"]
+__all__ = ["FabricModule", "StepModule", "choose_accelerator", "device_name", "launch", "seed_step"]
 
 # The other processes wait while the first one validates, so the usual half hour is too short.
 _PATIENCE = timedelta(hours=3)
@@ -54,7 +54,7 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
     Raises:
         ConfigError: when the machine lacks what was asked for.
     """
-    accelerator = _accelerator(loop.accelerator)
+    accelerator = choose_accelerator(loop.accelerator)
     precision: dict[str, Any] = {"precision": "32-true"}
     if loop.precision != "32-true":
         device = accelerator if accelerator in ("cpu", "mps") else "cuda"
@@ -95,7 +95,8 @@ def usable_precision(precision: str, device: str) -> str:
     return precision
 
 
-def _accelerator(name: str) -> str:
+def choose_accelerator(name: str) -> str:
+    """The kind of device that a loop of this ``accelerator`` runs on: ``cpu``, ``cuda`` or ``mps``."""
     if name != "auto":
         return "cuda" if name == "gpu" else name
     if torch.cuda.is_available():

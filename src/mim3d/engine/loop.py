@@ -6,6 +6,7 @@ import torch
 
 from mim3d.engine.checkpoint import Checkpoints
 from mim3d.engine.launch import FabricModule, StepModule, device_name, launch, seed_step
+from mim3d.engine.memory import is_out_of_memory
 from mim3d.engine.meter import Meter, NonFiniteError, gradient_terms
 from mim3d.engine.optim import build_optimizer, clip_gradients, set_learning_rate
 from mim3d.engine.plan import make_plan
@@ -47,7 +48,7 @@ def train(
         ConfigError: before any work, when the settings cannot work on this machine.
         CheckpointError: when a checkpoint does not fit or none can be read.
         NonFiniteError: when the loss or the gradient stops being finite; earlier checkpoints are kept.
-        Mim3dError: when a checkpoint cannot be written; earlier ones are kept.
+        Mim3dError: when a checkpoint cannot be written, or memory runs out; earlier ones are kept.
     """
     stop = StopRequests(loop.max_time_s)
     fabric = launch(loop)
@@ -67,6 +68,10 @@ def train(
             step, reason = _run_steps(session, model, source, start, stop)
         except NonFiniteError as error:
             raise session.explained(error) from None
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise session.out_of_memory() from error
+            raise
         session.end(step, reason)
     return TrainResult(step, step >= loop.max_steps, session.best, reason)
 

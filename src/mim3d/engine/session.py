@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from mim3d.engine.checkpoint import Checkpoints, read_checkpoint, restore_weights
+from mim3d.engine.memory import in_words, peak_bytes
 from mim3d.engine.meter import Meter, NonFiniteError, Throughput
 from mim3d.engine.plan import Plan
 from mim3d.engine.progress import Display
 from mim3d.engine.settings import LoopSettings, RunFolder
-from mim3d.errors import CheckpointError, ConfigError
+from mim3d.errors import CheckpointError, ConfigError, Mim3dError
 from mim3d.objective import Batch, Objective
 from mim3d.progress import clock
 
@@ -174,10 +175,13 @@ class Session:
                     self.hooks.on_checkpoint(self.objective, step)
 
     def end(self, step: int, reason: str) -> None:
-        """Wait until every process is done, and say how it ended; a collective call."""
+        """Wait until every process is done, note the peak of memory, and say how it ended; a collective call."""
         self.fabric.barrier()
+        peak = peak_bytes(self.fabric.device)
+        self.run.note({"peak_memory_bytes": peak})
         if step >= self.loop.max_steps:
-            self.display.say(f"{reason}, in {clock(self.speed.elapsed_s)}")
+            held = "" if peak is None else f"; at most {in_words(peak)} of memory"
+            self.display.say(f"{reason}, in {clock(self.speed.elapsed_s)}{held}")
         else:
             self.display.say(
                 f"stopped after step {step} of {self.loop.max_steps}, because {reason}; its checkpoint is in "
@@ -186,8 +190,6 @@ class Session:
 
     def explained(self, error: NonFiniteError) -> NonFiniteError:
         """The same error with where things stand and what to do."""
-        last_good = self.checkpoints.last_step()
-        kept = "no checkpoint had been written" if last_good is None else f"the checkpoint of step {last_good} is kept"
         rate = self.plan.schedule.learning_rate_at(error.step)
         lower = [f"a lower learning rate (it was {rate:.3g} at that step)"]
         if math.isinf(self.plan.schedule.clip_norm):
@@ -195,11 +197,22 @@ class Session:
         if self.loop.precision != "32-true":
             lower.append(f"precision 32-true (it was {self.loop.precision})")
         advice = (
-            f" Training stopped; {kept} in {self.checkpoints.folder}. Start a new run with "
-            f"{', or '.join(lower)}; "
+            f" Training stopped; {self._kept()}. Start a new run with {', or '.join(lower)}; "
             "should it happen at the same step again, look for faulty values in the data."
         )
         return NonFiniteError(error.step, error.terms, advice)
+
+    def out_of_memory(self) -> Mim3dError:
+        """Where things stand when memory has run out, and what to do."""
+        return Mim3dError(
+            f"Training ran out of memory; {self._kept()}. Go on where more is free ({self.run.how_to_resume}), or "
+            "start a new run with --backbone.recompute true, or with a smaller --batch_size and more --accumulation."
+        )
+
+    def _kept(self) -> str:
+        step = self.checkpoints.last_step()
+        kept = "no checkpoint had been written" if step is None else f"the checkpoint of step {step} is kept"
+        return f"{kept} in {self.checkpoints.folder}"
 
     @contextmanager
     def _looking(self) -> Iterator[None]:

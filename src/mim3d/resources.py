@@ -1,0 +1,84 @@
+"""Memory as the system and its control groups count it: what is free, what this process holds."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT = Path("/")
+
+#: Where control groups of either version are mounted, and the names of their files: limit, use, statistics.
+_GROUP_FILES = {
+    "sys/fs/cgroup": ("memory.max", "memory.current", "memory.stat"),
+    "sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
+}
+
+#: File pages that count as used in a group but are given back when memory is short; the older version's names too.
+_RECLAIMABLE = (("total_inactive_file", "inactive_file"), ("total_active_file", "active_file"))
+
+
+def available_memory_bytes(root: Path = _ROOT) -> int | None:
+    """Memory that this process can still get: free and reclaimable, and within the limits of its control groups.
+
+    Args:
+        root: where the system's files lie; other than ``/`` in tests.
+    Returns:
+        Bytes; None where the system does not say (without ``/proc`` all memory there is counts as available).
+    """
+    limits = list(_left_in_groups(root))
+    free_kib = _fields(root / "proc/meminfo").get("MemAvailable")
+    if free_kib is not None:
+        limits.append(free_kib * 1024)
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits, default=None)
+
+
+def resident_memory_bytes(root: Path = _ROOT) -> int | None:
+    """Memory that this process holds now; None where the system does not say."""
+    kib = _fields(root / "proc/self/status").get("VmRSS")
+    return None if kib is None else kib * 1024
+
+
+def peak_memory_bytes(root: Path = _ROOT) -> int | None:
+    """The most memory that this process has ever held; None where the system does not say."""
+    kib = _fields(root / "proc/self/status").get("VmHWM")
+    return None if kib is None else kib * 1024
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What each control group around this process leaves: its own and all above it, as every limit holds."""
+    for mount, names in _GROUP_FILES.items():
+        for group in _groups(root):
+            limit, used = (_number(root / mount / group / name) for name in names[:2])
+            if limit is not None and used is not None:
+                held = _fields(root / mount / group / names[2])
+                cached = sum(next((held[name] for name in pair if name in held), 0) for pair in _RECLAIMABLE)
+                yield max(0, limit - used + cached)
+
+
+def _groups(root: Path) -> list[Path]:
+    """This process's groups and those above, as folders below a mount; a container may see only the topmost."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 2)[2] for line in lines if line.split(":")[1:2] in ([""], ["memory"])]
+    paths = [Path(*(part for part in name.split("/") if part not in ("", ".."))) for name in named]
+    return list(dict.fromkeys(group for path in [*paths, Path()] for group in (path, *path.parents)))
+
+
+def _number(path: Path) -> int | None:
+    """The whole number in a file; None without one (``max`` stands for no limit)."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines such as ``MemAvailable:  123 kB`` or ``active_file 123`` as numbers by name."""
+    try:
+        rows = [line.replace(":", " ").split() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
