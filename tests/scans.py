@@ -6,6 +6,7 @@ import numpy as np
 
 from mim3d.data.cases import Case
 from mim3d.data.preprocessing import Statistics
+from mim3d.data.stored_intensity import StoredIntensity
 from mim3d.types import Spacing, Triple
 
 
@@ -24,7 +25,7 @@ def statistics_of(image_XYZ: np.ndarray) -> Statistics:
 
 @dataclass
 class ArrayScan:
-    """A scan in memory with the reading interface of a cached one."""
+    """A scan in memory with the reading interface of a cached one: full resolution alone, intensities as they are."""
 
     image: np.ndarray
     label: np.ndarray | None = None
@@ -52,7 +53,23 @@ class ArrayScan:
     def body_box(self) -> tuple[Triple, Triple]:
         return (0, 0, 0), self.shape
 
-    def read(self, origin: Triple, size: Triple) -> np.ndarray:
+    @property
+    def stored_intensities(self) -> tuple[StoredIntensity, ...]:
+        return tuple(StoredIntensity() for _ in self.image)
+
+    @property
+    def num_levels(self) -> int:
+        return 1
+
+    @property
+    def level_shapes(self) -> tuple[Triple, ...]:
+        return (self.shape,)
+
+    def to_values(self, stored_CXYZ: np.ndarray) -> np.ndarray:
+        return stored_CXYZ.astype(np.float32)
+
+    def read(self, origin: Triple, size: Triple, level: int = 0) -> np.ndarray:
+        assert level == 0
         return np.stack([_crop(channel, origin, size, channel.min()) for channel in self.image])
 
     def read_label(self, origin: Triple, size: Triple) -> np.ndarray:

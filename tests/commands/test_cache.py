@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from mim3d.commands.cache import cache
 from mim3d.data.cache import open_cache
-from mim3d.errors import DataError
+from mim3d.errors import ConfigError, DataError
 from tests.nifti import noise, write_nifti
 
 
@@ -22,6 +23,28 @@ def test_the_last_line_tells_place_size_and_ratio(tmp_path, capsys):
     assert lines[-1].startswith(f"{path}: 1 scans, ")
     assert lines[-1].endswith("of the size of the sources")
     assert open_cache(path)[0].shape == (15, 15, 15)
+
+
+def test_how_voxels_are_stored_can_be_chosen(tmp_path, capsys):
+    array = np.random.default_rng(0).normal(-100, 60, (64, 64, 64))
+    array[0] = -1000
+    write_nifti(tmp_path / "data" / "a.nii.gz", array.astype(np.int16))
+    sizes = {}
+    for intensities in ("lossless", "8-bit"):
+        path = cache(
+            str(tmp_path / "data"),
+            str(tmp_path / intensities),
+            intensities=intensities,
+            window=(-500, 500),
+            num_levels=2,
+        )
+        made = open_cache(path)
+        sizes[intensities] = made.size_bytes
+        assert (made.preprocessing.intensities, made.preprocessing.window) == (intensities, (-500.0, 500.0))
+        assert made[0].level_shapes == ((64, 64, 64), (32, 32, 32))
+    assert sizes["8-bit"] < 0.9 * sizes["lossless"]
+    with pytest.raises(ConfigError, match="two rising numbers"):
+        cache(str(tmp_path / "data"), str(tmp_path / "other"), window=(5, -5))
 
 
 def test_an_empty_folder_leaves_nothing_behind(tmp_path):

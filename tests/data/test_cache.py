@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mim3d.data.cache import build_cache, is_cache, open_cache
 from mim3d.data.cases import read_cases, split_cases
 from mim3d.data.preprocessing import Preprocessing, prepare
+from mim3d.data.pyramid import levels_of
 from mim3d.errors import ConfigError, DataError
 from tests.nifti import affine_of, noise, write_nifti
 
@@ -28,9 +29,9 @@ def make_set(folder, num_cases=3, shape=(40, 36, 9)):
     return folder
 
 
-def built(data, out, spacing_mm=None, **options):
+def built(data, out, num_workers=0, **settings):
     """Cache of a data set."""
-    return build_cache(read_cases(data), out, Preprocessing(spacing_mm=spacing_mm), **options)
+    return build_cache(read_cases(data), out, Preprocessing(**settings), num_workers=num_workers)
 
 
 def tree(folder):
@@ -95,6 +96,51 @@ def test_the_card_tells_box_places_and_labels(cached):
         assert scan.num_voxels[value] == (label == value).sum()
 
 
+def test_every_level_halves_the_one_before_and_is_padded_like_it(cached):
+    scan = cached[1][0]
+    assert scan.num_levels == 3
+    assert scan.level_shapes == ((40, 36, 9), (20, 18, 5), (10, 9, 3))
+    for level, expected in enumerate(levels_of(scan.read((0, 0, 0), scan.shape), 3)):
+        np.testing.assert_array_equal(scan.read((0, 0, 0), scan.level_shapes[level], level), expected)
+        padded = np.pad(expected, ((0, 0), (3, 3), (2, 2), (1, 1)), constant_values=-1000)
+        np.testing.assert_array_equal(scan.read((-3, -2, -1), padded.shape[1:], level), padded)
+        assert (scan.read((100, 0, 0), (4, 4, 4), level) == -1000).all()
+    with pytest.raises(DataError, match="no level 3"):
+        scan.read((0, 0, 0), (4, 4, 4), 3)
+
+
+def test_eight_bits_hold_a_ct_within_half_a_step_of_the_window(tmp_path):
+    data = make_set(tmp_path / "data", num_cases=1)
+    scan = built(data, tmp_path / "cache", intensities="8-bit", window=(-100.0, 200.0), num_levels=1)[0]
+    stored = scan.read((-2, 0, 0), (42, 36, 9))
+    assert stored.dtype == np.uint8
+    assert scan.level_shapes == ((40, 36, 9),)
+    expected = np.clip(np.pad(noise((40, 36, 9), seed=0), ((2, 0), (0, 0), (0, 0)), constant_values=-1000), -100, 200)
+    assert np.abs(scan.to_values(stored)[0] - expected).max() <= 300 / 255 * 0.5001
+    assert scan.statistics[0].minimum == -1000
+
+
+def test_auto_stores_a_labelled_data_set_without_loss_and_others_in_8_bits(tmp_path):
+    data = make_set(tmp_path / "data", num_cases=2)
+    os.remove(data / "labels" / "c1.nii.gz")
+    assert built(data, tmp_path / "labelled").preprocessing.intensities == "lossless"
+    cache = built(data / "images", tmp_path / "images")
+    assert cache.preprocessing == open_cache(tmp_path / "images").preprocessing
+    assert cache.preprocessing.intensities == "8-bit"
+    assert [scan.read((0, 0, 0), (1, 1, 1)).dtype for scan in cache] == [np.uint8, np.uint8]
+    make_set(data)
+    with pytest.raises(ConfigError, match="holds a cache of other settings"):
+        built(data, tmp_path / "images")
+
+
+def test_a_cache_of_the_first_version_is_refused_with_the_way_out(tmp_path):
+    built(make_set(tmp_path / "data", num_cases=1), tmp_path / "cache")
+    path = tmp_path / "cache" / "cache.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(DataError, match="a cache of version 1, but this mim3d reads version 2; build it again"):
+        open_cache(tmp_path / "cache")
+
+
 def test_scans_travel_to_other_processes(cached):
     scan = cached[1][1]
     scan.read((0, 0, 0), (4, 4, 4))
@@ -131,7 +177,7 @@ def test_channels_are_cached_together_and_padded_each_with_its_own_low(tmp_path)
     write_nifti(tmp_path / "b.nii.gz", np.full((6, 7, 8), 5, np.int16))
     (tmp_path / "list.csv").write_text("image,class\na.nii.gz;b.nii.gz,benign\n")
     cache = built(tmp_path / "list.csv", tmp_path / "cache")
-    crop = cache[0].read((-1, 0, 0), (2, 2, 2))
+    crop = cache[0].to_values(cache[0].read((-1, 0, 0), (2, 2, 2)))
     assert crop[:, 0, 0, 0].tolist() == [-1000, 5]
     assert cache[0].num_channels == 2
     assert cache[0].case.class_name == "benign"
@@ -200,8 +246,10 @@ def test_another_setting_in_the_same_folder_is_refused_and_nothing_is_lost(tmp_p
     data = make_set(tmp_path / "data", num_cases=1)
     cache = built(data, tmp_path / "cache")
     before = tree(tmp_path / "cache")
-    with pytest.raises(ConfigError, match="holds a cache of other settings"):
-        built(data, tmp_path / "cache", spacing_mm=(2.0, 2.0, 2.0))
+    for other in ({"spacing_mm": (2.0,) * 3}, {"intensities": "8-bit"}, {"window": (0.0, 1.0)}, {"num_levels": 2}):
+        with pytest.raises(ConfigError, match="holds a cache of other settings"):
+            built(data, tmp_path / "cache", **other)
+        assert built(data, tmp_path / f"{next(iter(other))}", **other).digest != cache.digest
     assert tree(tmp_path / "cache") == before
     resampled = built(data, tmp_path / "other", spacing_mm=(2.0, 2.0, 2.0))
     assert resampled.digest != cache.digest
@@ -213,7 +261,7 @@ def test_the_cache_of_other_scans_is_refused_and_kept(tmp_path):
     built(make_set(tmp_path / "data", num_cases=1), tmp_path / "cache")
     write_nifti(tmp_path / "else" / "x.nii.gz", noise())
     with pytest.raises(DataError, match="holds a cache of other scans"):
-        built(tmp_path / "else", tmp_path / "cache")
+        built(tmp_path / "else", tmp_path / "cache", intensities="lossless")
     assert len(open_cache(tmp_path / "cache")) == 1
 
 
@@ -252,6 +300,15 @@ def test_nothing_usable_is_an_error_with_the_first_reason(tmp_path):
         open_cache(tmp_path / "cache")
 
 
+def test_voxels_of_another_shape_than_the_card_says_are_damage(tmp_path):
+    data = make_set(tmp_path / "data", num_cases=2)
+    cache = built(data, tmp_path / "cache")
+    shutil.rmtree(os.path.join(cache[0].folder, "image"))
+    shutil.copytree(os.path.join(cache[0].folder, "label"), os.path.join(cache[0].folder, "image", "0"))
+    with pytest.raises(DataError, match="where its card says"):
+        cache[0].read((0, 0, 0), (4, 4, 4))
+
+
 @pytest.mark.parametrize("make", ["file", "folder"])
 def test_a_place_that_holds_other_things_is_refused(tmp_path, make):
     data, out = make_set(tmp_path / "data", num_cases=1), tmp_path / "out"
@@ -288,7 +345,7 @@ def test_what_is_no_cache_or_damaged_is_told(tmp_path):
     cache = built(make_set(tmp_path / "data", num_cases=1), tmp_path / "cache")
     assert is_cache(tmp_path / "cache")
     scan = cache[0]
-    os.remove(os.path.join(scan.folder, "image", "c", "0", "0", "0", "0"))
+    os.remove(os.path.join(scan.folder, "image", "0", "c", "0", "0", "0", "0"))
     with pytest.raises(DataError, match="missing or damaged"):
         scan.read((0, 0, 0), (4, 4, 4))
     index = tmp_path / "cache" / "index.json"
@@ -300,10 +357,12 @@ def test_what_is_no_cache_or_damaged_is_told(tmp_path):
         open_cache(tmp_path / "cache")
 
 
-def test_real_scans_are_cached_as_they_are(shared_data, tmp_path):
+def test_real_scans_of_fractions_are_cached_within_half_of_65536_steps(shared_data, tmp_path):
     cases = read_cases(shared_data / "hippocampus")
     few = type(cases)(root=cases.root, form=cases.form, cases=cases.cases[:4], labels={})
     cache = build_cache(few, tmp_path / "cache", Preprocessing())
     assert cache.labels == {0: "background", 1: "label_1", 2: "label_2"}
     for case, scan in zip(few.cases, cache, strict=True):
-        np.testing.assert_array_equal(scan.read((0, 0, 0), scan.shape), prepare(case, Preprocessing()).image)
+        image = prepare(case, Preprocessing()).image
+        values = scan.to_values(scan.read((0, 0, 0), scan.shape))
+        np.testing.assert_allclose(values, image, rtol=1e-6, atol=0.5001 * float(np.ptp(image)) / 65535)

@@ -93,7 +93,7 @@ def test_every_storage_of_a_known_network_is_counted_once(samples: int) -> None:
     # second weight is there already, the errors that the square has saved are not freed before the end.
     assert need.gradients == 4 * NARROW
     assert 3 * layer <= need.activations <= 3 * layer + 4 * column
-    assert need.reserve == int(RESERVE["cpu"] * tensors(need)) + SCRATCH_BYTES["cpu"]
+    assert need.reserve == int(RESERVE["cpu"][0] * tensors(need)) + SCRATCH_BYTES["cpu"]
     assert need.program == pytest.approx(resident_memory_bytes(), rel=0.1)
 
 
@@ -101,6 +101,7 @@ def test_with_several_micro_batches_all_gradients_are_there_from_the_beginning()
     memory = StepMemory(Chain, CHAIN_SAMPLE, loop(accumulation=2), OPTIM)
     assert memory.need(1, 2).gradients == 4 * (WIDE * NARROW + NARROW)
     assert memory.need(1, 2).activations >= memory.need(1, 1).activations
+    assert memory.need(1, 2).reserve == int(RESERVE["cpu"][1] * tensors(memory.need(1, 2))) + SCRATCH_BYTES["cpu"]
 
 
 def test_processes_that_train_together_hold_gradients_twice() -> None:

@@ -1,6 +1,7 @@
 """The command that turns a data set into a cache."""
 
 import os
+from typing import Literal
 
 from mim3d.data.cache import build_cache
 from mim3d.data.cases import read_cases
@@ -11,6 +12,9 @@ def cache(
     data: str,
     out: str,
     spacing_mm: tuple[float, float, float] | None = None,
+    intensities: Literal["auto", "lossless", "8-bit"] = "auto",
+    window: tuple[float, float] = (-1000.0, 1000.0),
+    num_levels: int = 3,
     num_workers: int | None = None,
 ) -> str:
     """Preprocess a data set into a folder from which training reads single crops.
@@ -22,6 +26,10 @@ def cache(
         data: Folder of scans, DICOM tree, MSD folder or dataset.json, nnU-Net raw folder, or CSV or JSON list.
         out: Folder for the cache.
         spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; each scan keeps its own if not given.
+        intensities: lossless; 8-bit, which is smaller and faster to read and enough for pre-training; or auto, lossless
+            if the data set has labels, else 8-bit.
+        window: What 8 bits of a CT cover, in HU; other modalities use what their foreground covers.
+        num_levels: Number of resolutions stored, each half the one before; 1 for full resolution alone.
         num_workers: Number of processes; one per core if not given.
 
     Returns:
@@ -29,9 +37,9 @@ def cache(
 
     Raises:
         DataError: The data set or the folder cannot be used.
-        ConfigError: The folder holds a cache of other settings.
+        ConfigError: A setting cannot work, or the folder holds a cache of other settings.
     """
-    preprocessing = Preprocessing(spacing_mm=spacing_mm)
+    preprocessing = Preprocessing(spacing_mm=spacing_mm, intensities=intensities, window=window, num_levels=num_levels)
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
     made = build_cache(read_cases(data), out, preprocessing, num_workers=workers)
     if made.failed:

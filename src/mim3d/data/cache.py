@@ -14,7 +14,8 @@ from mim3d.data.cached_scan import CachedScan
 from mim3d.data.case_records import Case, CaseSet
 from mim3d.data.foreground import Statistics
 from mim3d.data.preprocessing import Preprocessing
-from mim3d.errors import DataError
+from mim3d.data.stored_intensity import StoredIntensity
+from mim3d.errors import ConfigError, DataError
 
 __all__ = ["Cache", "CachedScan", "build_cache", "is_cache", "open_cache"]
 
@@ -26,7 +27,7 @@ class Cache(Sequence[CachedScan]):
         path: The cache folder.
         scans: Those of its scans that this object shows.
         labels: Label value -> name with background 0; values found where none were declared; empty without labels.
-        preprocessing: How the scans were prepared.
+        preprocessing: How the scans were prepared; its ``intensities`` are never ``auto``.
         failed: Scans that could not be used: id, images, label, reason.
     """
 
@@ -110,7 +111,7 @@ def build_cache(cases: CaseSet, out: str | Path, preprocessing: Preprocessing, *
     Args:
         cases: The data set.
         out: The folder; made if missing.
-        preprocessing: How to prepare the scans.
+        preprocessing: How to prepare and store the scans; all of them are stored in one way.
         num_workers: Processes; 0 or 1 works in this one. More are spawned: a script must then make this call below
             ``if __name__ == "__main__":``.
 
@@ -122,6 +123,7 @@ def build_cache(cases: CaseSet, out: str | Path, preprocessing: Preprocessing, *
     from mim3d.data.cache_build import build, check_place
 
     path = os.path.abspath(out)
+    preprocessing = preprocessing.settled(any(case.label is not None for case in cases.cases))
     check_place(path, preprocessing)
     build(cases, path, preprocessing, num_workers)
     return open_cache(path)
@@ -161,12 +163,21 @@ def open_cache(path: str | Path) -> Cache:
     try:
         scans = [_scan(row, root) for row in index["scans"]]
         declared = {int(value): str(name) for value, name in index["labels"].items()}
-        spacing = settings["preprocessing"]["spacing_mm"]
-        preprocessing = Preprocessing(spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        preprocessing = _preprocessing(settings["preprocessing"])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as error:
         raise DataError(f"{root}: its index is damaged ({error!r}); run `mim3d cache` again.") from error
     labels = declared or _found_labels(scans)
     return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=failed)
+
+
+def _preprocessing(row: dict[str, Any]) -> Preprocessing:
+    spacing, window = row["spacing_mm"], row["window"]
+    return Preprocessing(
+        spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
+        intensities=row["intensities"],
+        window=(window[0], window[1]),
+        num_levels=int(row["num_levels"]),
+    )
 
 
 def _found_labels(scans: Sequence[CachedScan]) -> dict[int, str]:
@@ -193,4 +204,6 @@ def _scan(row: dict[str, Any], root: str) -> CachedScan:
         has_label=bool(card["has_label"]),
         num_voxels={int(value): int(count) for value, count in card["num_voxels"].items()},
         source_bytes=int(card["source_bytes"]),
+        stored_intensities=tuple(StoredIntensity(**line) for line in card["stored_intensities"]),
+        num_levels=int(card["num_levels"]),
     )

@@ -80,7 +80,11 @@ def check_place(out: str, preprocessing: Preprocessing) -> None:
 
 def _settings(preprocessing: Preprocessing) -> dict[str, Any]:
     spacing = preprocessing.spacing_mm
-    described = {**asdict(preprocessing), "spacing_mm": None if spacing is None else [float(mm) for mm in spacing]}
+    described = {
+        **asdict(preprocessing),
+        "spacing_mm": None if spacing is None else [float(mm) for mm in spacing],
+        "window": [float(value) for value in preprocessing.window],
+    }
     return {"format": layout.FORMAT, "version": layout.VERSION, "preprocessing": described}
 
 

@@ -15,13 +15,14 @@ from mim3d.data.case_records import Case
 from mim3d.data.digests import Memo, digest_files, require_unchanged, source_files
 from mim3d.data.foreground import body_box_of, class_counts_of, class_locations_of, foreground_of
 from mim3d.data.preprocessing import Prepared, Preprocessing, prepare
-from mim3d.data.store import write_array
+from mim3d.data.store import write_image, write_label
+from mim3d.data.stored_intensity import to_stored
 from mim3d.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What all cases of a cache share."""
+    """What all cases of a cache share; the preprocessing's ``intensities`` are settled."""
 
     out: str
     preprocessing: Preprocessing
@@ -102,9 +103,14 @@ def _write_case(folder: str, prepared: Prepared, card: dict[str, Any], recipe: R
     os.makedirs(aside, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=aside)
     try:
-        write_array(os.path.join(scratch, layout.IMAGE), prepared.image)
+        settings = recipe.preprocessing
+        assert settings.intensities != "auto"
+        stored, lines = to_stored(prepared.image, prepared.statistics, settings.intensities, settings.window)
+        write_image(os.path.join(scratch, layout.IMAGE), stored, lines, settings.num_levels)
+        card |= {"num_levels": settings.num_levels, "stored_intensities": [asdict(line) for line in lines]}
+        del stored
         if prepared.label is not None:
-            write_array(os.path.join(scratch, layout.LABEL), prepared.label)
+            write_label(os.path.join(scratch, layout.LABEL), prepared.label)
             counts = class_counts_of(prepared.label)
             places = class_locations_of(prepared.label, counts)
             np.savez_compressed(os.path.join(scratch, layout.LOCATIONS), rows=places.T.copy())
@@ -130,7 +136,6 @@ def _card(prepared: Prepared) -> dict[str, Any]:
     return {
         "num_channels": prepared.image.shape[0],
         "shape": prepared.image.shape[1:],
-        "dtype": str(prepared.image.dtype),
         "spacing_mm": prepared.spacing_mm,
         "affine": prepared.affine.tolist(),
         "statistics": [asdict(channel) for channel in prepared.statistics],

@@ -7,7 +7,7 @@
     failed.json    scans that could not be used, each with the reason
     digests.json   SHA-256 of source files by size and times, so that a second run need not read them
     cases/ID.KEY   one folder per case, KEY being the digest of its sources and settings:
-                   image, label, locations.npz, card.json
+                   image/0, image/1, ... (each resolution), label, locations.npz, card.json
     unfinished/    cases being written; renamed to cases/ when complete
     lock           held while a build runs
 """
@@ -22,7 +22,7 @@ from typing import Any
 from mim3d.errors import DataError
 
 FORMAT = "mim3d-cache"
-VERSION = 1
+VERSION = 2
 SETTINGS = "cache.json"
 INDEX = "index.json"
 FAILED = "failed.json"

@@ -1,8 +1,8 @@
 """One scan of a cache: its card at hand, its voxels read crop by crop."""
 
-import os
+import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.data import cache_files as layout
+from mim3d.data.array_bytes import open_bytes
 from mim3d.data.case_records import Case
 from mim3d.data.foreground import Statistics
-from mim3d.data.store import StoredArray
+from mim3d.data.pyramid import level_shapes
+from mim3d.data.shard_reader import ShardedArray
+from mim3d.data.stored_intensity import StoredIntensity
 from mim3d.errors import DataError
 from mim3d.types import Spacing, Triple
 
@@ -35,6 +38,8 @@ class CachedScan:
         has_label: Whether a label map is stored.
         num_voxels: Label value -> voxels of it.
         source_bytes: Size of the source files.
+        stored_intensities: Of each channel, what its stored numbers mean.
+        num_levels: Resolutions stored, full resolution first, each half the one before.
     """
 
     case: Case
@@ -49,9 +54,11 @@ class CachedScan:
     has_label: bool
     num_voxels: Mapping[int, int]
     source_bytes: int
+    stored_intensities: tuple[StoredIntensity, ...] = ()
+    num_levels: int = 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Only the card travels to another process: open arrays and loaded places are found again there."""
+        """Only the card travels to another process: loaded places are found again there."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @cached_property
@@ -59,36 +66,59 @@ class CachedScan:
         """Label value above 0 -> (N, 3) voxel coordinates, at most 2000, evenly drawn from the class."""
         if not self.has_label:
             return {}
-        path = os.path.join(self.folder, layout.LOCATIONS)
+        stored = open_bytes(self.folder, layout.LOCATIONS)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(stored.pread(0, stored.size)), allow_pickle=False) as file:
                 rows = file["rows"].T
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: missing or damaged; delete {self.folder} and run `mim3d cache` again.") from error
+            raise DataError(
+                f"{stored.path}: missing or damaged; delete {self.folder} and run `mim3d cache` again."
+            ) from error
         return {int(value): np.ascontiguousarray(rows[rows[:, 0] == value, 1:]) for value in np.unique(rows[:, 0])}
 
-    def read(self, origin: Triple, size: Triple) -> npt.NDArray[Any]:
+    @property
+    def level_shapes(self) -> tuple[Triple, ...]:
+        """Voxels along X, Y, Z of each level."""
+        return level_shapes(self.shape, self.num_levels)
+
+    def read(self, origin: Triple, size: Triple, level: int = 0) -> npt.NDArray[Any]:
         """Read a crop of the image.
 
         Args:
-            origin: First voxel; may lie outside the scan.
-            size: Voxels along X, Y, Z.
+            origin: First voxel, counted in voxels of the level; may lie outside the scan.
+            size: Voxels of the level along X, Y, Z.
+            level: 0 for full resolution; each level halves the one before.
 
         Returns:
-            (C, X, Y, Z) in the stored type; outside the scan each channel's ``low``.
+            (C, X, Y, Z) in the stored type, see ``to_values``; outside the scan the number nearest to each channel's
+            ``low``.
 
         Raises:
-            DataError: The stored voxels are missing or damaged.
+            DataError: There is no such level, or the stored voxels are missing or damaged.
         """
-        source, target = self._overlap(origin, size)
-        if target is None:
-            return self._image.read(slice(None), *source)
-        padding = np.array([channel.low for channel in self.statistics])
-        crop = np.empty((self.num_channels, *size), dtype=self._image.dtype)
-        crop[...] = padding[:, None, None, None]
-        if all(part.stop > part.start for part in source):
-            crop[(slice(None), *target)] = self._image.read(slice(None), *source)
+        if not 0 <= level < self.num_levels:
+            raise DataError(
+                f"{self.case.id}: the cache holds no level {level} of it, only 0 to {self.num_levels - 1}; build it "
+                f"with --num_levels {level + 1}."
+            )
+        array = ShardedArray(self.folder, f"{layout.IMAGE}/{level}")
+        dtype, shape = self._checked(array, (self.num_channels, *self.level_shapes[level]))
+        crop = np.empty((self.num_channels, *size), dtype=dtype)
+        source, target = _overlap(origin, size, shape[1:])
+        if crop[(slice(None), *target)].size < crop.size:
+            for channel, line, stats in zip(crop, self.stored_intensities, self.statistics, strict=True):
+                channel[...] = line.nearest(stats.low, dtype)
+        if all(part.stop > part.start for part in target):
+            array.read((0, *source), crop[(slice(None), *target)])
         return crop
+
+    def to_values(self, stored_CXYZ: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Stored numbers as float32 in source units (HU for CT)."""
+        values = np.empty(stored_CXYZ.shape, dtype=np.float32)
+        for channel, stored, line in zip(values, stored_CXYZ, self.stored_intensities, strict=True):
+            np.multiply(stored, np.float32(line.scale), out=channel, dtype=np.float32, casting="unsafe")
+            channel += np.float32(line.offset)
+        return values
 
     def read_label(self, origin: Triple, size: Triple) -> npt.NDArray[Any]:
         """Read a crop of the label map, (X, Y, Z) in the stored type; outside the scan 0.
@@ -98,29 +128,33 @@ class CachedScan:
         """
         if not self.has_label:
             raise DataError(f"{self.case.id}: no label in the cache; give a data set with labels.")
-        source, target = self._overlap(origin, size)
-        if target is None:
-            return self._label.read(*source)
-        crop = np.zeros(size, dtype=self._label.dtype)
-        if all(part.stop > part.start for part in source):
-            crop[target] = self._label.read(*source)
+        array = ShardedArray(self.folder, layout.LABEL)
+        dtype, shape = self._checked(array, self.shape)
+        crop = np.zeros(size, dtype=dtype)
+        source, target = _overlap(origin, size, shape)
+        if all(part.stop > part.start for part in target):
+            array.read(source, crop[target])
         return crop
 
-    @cached_property
-    def _image(self) -> StoredArray:
-        return StoredArray(os.path.join(self.folder, layout.IMAGE))
+    def _checked(self, array: ShardedArray, shape: tuple[int, ...]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """Type and shape of an array, which must be what the card says."""
+        found = array.layout
+        if found.shape != shape:
+            raise DataError(
+                f"{self.folder}: {array.name} holds {found.shape} voxels where its card says {shape}; delete this "
+                "folder and run `mim3d cache` again."
+            )
+        return found.dtype, shape
 
-    @cached_property
-    def _label(self) -> StoredArray:
-        return StoredArray(os.path.join(self.folder, layout.LABEL))
 
-    def _overlap(self, origin: Triple, size: Triple) -> tuple[tuple[slice, ...], tuple[slice, ...] | None]:
-        """Ranges to read, and where they go in the crop: None where the crop lies inside the scan."""
-        source, target = [], []
-        for first, length, limit in zip(origin, size, self.shape, strict=True):
-            start = min(max(first, 0), limit)
-            stop = max(min(first + length, limit), start)
-            source.append(slice(start, stop))
-            target.append(slice(start - first, stop - first))
-        inside = all(part.stop - part.start == length for part, length in zip(source, size, strict=True))
-        return tuple(source), None if inside else tuple(target)
+def _overlap(
+    origin: Triple, size: Triple, shape: Sequence[int]
+) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
+    """First voxel to read, and where in the crop the voxels go that lie inside the scan."""
+    firsts, target = [], []
+    for first, length, limit in zip(origin, size, shape, strict=True):
+        start = min(max(first, 0), limit)
+        stop = max(min(first + length, limit), start)
+        firsts.append(start)
+        target.append(slice(start - first, stop - first))
+    return (firsts[0], firsts[1], firsts[2]), (target[0], target[1], target[2])

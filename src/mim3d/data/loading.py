@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mim3d.data.cache import CachedScan
+from mim3d.data.pyramid import reduction_of
 from mim3d.data.transforms import Intensity, flip, resize_image, resize_labels
 from mim3d.errors import DataError
 from mim3d.types import Triple
@@ -52,6 +53,8 @@ class Sample:
         flips: axes along which every crop is flipped after it was read.
         gain: factor on the mapped intensities of the whole sample.
         bias: offset on the mapped intensities of the whole sample.
+        pyramid: images whose reduction is stored in the scan's pyramid, on its voxels, are read there; False reads
+            all of them in full resolution.
     """
 
     images: Mapping[str, tuple[Read, ...]]
@@ -60,6 +63,7 @@ class Sample:
     flips: tuple[bool, bool, bool] = (False, False, False)
     gain: float = 1.0
     bias: float = 0.0
+    pyramid: bool = True
 
     def shapes(self, num_channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of every tensor that it is read as, by batch key, before a voxel is read.
@@ -139,10 +143,25 @@ class SampleDataset(Dataset[dict[str, Tensor]]):
         return tensors
 
     def _read_image(self, scan: CachedScan, read: Read, sample: Sample) -> Tensor:
-        stored = scan.read(read.origin, read.footprint)
-        image = torch.from_numpy(self.intensity.apply(stored, scan.statistics))
-        image = flip(resize_image(image[None], read.size)[0], sample.flips)
-        return image if (sample.gain, sample.bias) == (1.0, 0.0) else image * sample.gain + sample.bias
+        level = level_of(read, scan.num_levels) if sample.pyramid else 0
+        x, y, z = (first >> level for first in read.origin)
+        stored = scan.read((x, y, z), read.size if level else read.footprint, level)
+        image = self.intensity.apply_stored(
+            stored, scan.stored_intensities, scan.statistics, flips=sample.flips, gain=sample.gain, bias=sample.bias
+        )
+        return resize_image(torch.from_numpy(image)[None], read.size)[0]
+
+
+def level_of(read: Read, num_levels: int) -> int:
+    """The level of a scan's pyramid that holds a crop as it is delivered; 0 where it must be read and resized.
+
+    A level fits where its voxels are the crop's: a reduction by the same power of two along all axes, from a first
+    voxel that is a multiple of it.
+    """
+    factor = reduction_of(read.footprint, read.size)
+    level = factor.bit_length() - 1
+    aligned = all(first % factor == 0 for first in read.origin)
+    return level if aligned and level < num_levels else 0
 
 
 def _read_label(scan: CachedScan, read: Read, sample: Sample) -> Tensor:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,21 +24,45 @@ __all__ = ["Prepared", "Preprocessing", "Statistics", "prepare", "restore"]
 _INTEGER_TYPES = (np.uint8, np.int16, np.uint16, np.int32, np.int64)
 
 
+#: Resolutions that a cache can hold: the coarsest voxel of eight is 128 voxels a side.
+MAX_LEVELS = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How scans are prepared; intensities stay as they are and are mapped when they are loaded.
+    """How scans are prepared and stored; intensities are mapped to network input when they are loaded.
 
     Attributes:
         spacing_mm: Voxel size along X, Y, Z that every scan is resampled to; None keeps each scan's own.
+        intensities: How the cache stores them: ``lossless``; ``8-bit``, a third of the size and twice as fast to
+            read; or ``auto``, lossless where the data set has labels, else 8-bit.
+        window: What 8 bits of a CT cover, HU; values beyond are clipped.
+        num_levels: Resolutions stored, full resolution first, each half the one before; 1 for full resolution alone.
     """
 
     spacing_mm: Spacing | None = None
+    intensities: Literal["auto", "lossless", "8-bit"] = "auto"
+    window: tuple[float, float] = (-1000.0, 1000.0)
+    num_levels: int = 3
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None and not (
             len(self.spacing_mm) == 3 and all(math.isfinite(value) and value > 0 for value in self.spacing_mm)
         ):
             raise ConfigError(f"spacing_mm {self.spacing_mm} must be three positive numbers, such as 1.5 1.5 2.0.")
+        if self.intensities not in ("auto", "lossless", "8-bit"):
+            raise ConfigError(f"intensities {self.intensities!r} is unknown; use auto, lossless or 8-bit.")
+        rising = len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf
+        if not rising:
+            raise ConfigError(f"window {self.window} must be two rising numbers, such as -1000 1000.")
+        if not 1 <= self.num_levels <= MAX_LEVELS:
+            raise ConfigError(f"num_levels {self.num_levels} must be between 1 (full resolution) and {MAX_LEVELS}.")
+
+    def settled(self, has_labels: bool) -> "Preprocessing":
+        """These settings with ``auto`` replaced by what it means for a data set with or without labels."""
+        if self.intensities != "auto":
+            return self
+        return replace(self, intensities="lossless" if has_labels else "8-bit")
 
 
 @dataclass(frozen=True, eq=False)

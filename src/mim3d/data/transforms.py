@@ -14,6 +14,7 @@ from mim3d.types import Triple
 
 if TYPE_CHECKING:
     from mim3d.data.preprocessing import Statistics
+    from mim3d.data.stored_intensity import StoredIntensity
 
 #: Clipping range of CT pre-training, HU.
 CT_WINDOW_HU = (-1000.0, 1000.0)
@@ -21,12 +22,12 @@ CT_WINDOW_HU = (-1000.0, 1000.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Intensity:
-    """How stored intensities become network input.
+    """How intensities become network input.
 
     Attributes:
         kind: ``window`` clips to ``window`` and maps it to [0, 1] (CT); ``zscore`` subtracts the mean and divides by
             the standard deviation of the scan's foreground (MRI, whose scale differs from file to file).
-        window: lower and upper bound in stored units (HU for CT); needed by ``window`` alone.
+        window: lower and upper bound in source units (HU for CT); needed by ``window`` alone.
     """
 
     kind: Literal["window", "zscore"] = "window"
@@ -37,19 +38,55 @@ class Intensity:
             raise ConfigError(f"intensity window {self.window} must be two rising numbers, such as [-1000, 1000].")
 
     def apply(self, image_CXYZ: np.ndarray, statistics: Sequence["Statistics"]) -> np.ndarray:
-        """Map ``(C, X, Y, Z)`` stored voxels to float32 network input, channel by channel."""
+        """Map ``(C, X, Y, Z)`` voxels in source units to float32 network input, channel by channel."""
         image = image_CXYZ.astype(np.float32)
         for channel, stats in zip(image, statistics, strict=True):
-            if self.kind == "window":
-                assert self.window is not None
-                low, high = self.window
-                np.clip(channel, low, high, out=channel)
-                channel -= low
-                channel /= high - low
-            else:
-                channel -= stats.mean
-                channel /= max(stats.std, 1e-6)
+            low, width = self._zero_and_unit(stats)
+            if self.window is not None and self.kind == "window":
+                np.clip(channel, *self.window, out=channel)
+            channel -= low
+            channel /= width
         return image
+
+    def apply_stored(
+        self,
+        stored_CXYZ: np.ndarray,
+        lines: Sequence["StoredIntensity"],
+        statistics: Sequence["Statistics"],
+        *,
+        flips: tuple[bool, bool, bool] = (False, False, False),
+        gain: float = 1.0,
+        bias: float = 0.0,
+    ) -> np.ndarray:
+        """Map ``(C, X, Y, Z)`` stored voxels to float32 network input: ``apply`` to their values, flipped and scaled.
+
+        Every map on the way is a straight line, so they are one multiplication, one addition and one clip.
+
+        Args:
+            stored_CXYZ: as read from the cache.
+            lines: of each channel, from stored numbers to source units.
+            statistics: of each channel.
+            flips: axes along which the crop is flipped.
+            gain: factor on the network input.
+            bias: added to it after that.
+        """
+        flipped = stored_CXYZ[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
+        image = np.empty(flipped.shape, dtype=np.float32)
+        for target, channel, line, stats in zip(image, flipped, lines, statistics, strict=True):
+            low, width = self._zero_and_unit(stats)
+            factor = gain * line.scale / width
+            np.multiply(channel, np.float32(factor), out=target, dtype=np.float32, casting="unsafe")
+            target += np.float32(gain * (line.offset - low) / width + bias)
+            if self.kind == "window":
+                np.clip(target, min(bias, gain + bias), max(bias, gain + bias), out=target)
+        return image
+
+    def _zero_and_unit(self, stats: "Statistics") -> tuple[float, float]:
+        """The intensity that becomes 0, and the step from there to 1."""
+        if self.kind == "window":
+            assert self.window is not None
+            return self.window[0], self.window[1] - self.window[0]
+        return stats.mean, max(stats.std, 1e-6)
 
 
 def resize_image(image_NCXYZ: Tensor, size: Triple) -> Tensor:

@@ -38,6 +38,8 @@ class MiM(Method):
         flip_prob: probability of a flip along each axis, one draw for the whole hierarchy.
         intensity_gain: the hierarchy's intensities are multiplied by 1 plus or minus at most this.
         intensity_bias: and shifted by at most this.
+        pyramid: read reduced levels from the cache's coarser resolutions, on whose voxels the hierarchy then lies;
+            False reads full resolution, averages it, and lets the hierarchy begin at any voxel.
         chunk_size: volumes per encoder call; what suits the device when left out (4 on a CPU, else all of a level).
     """
 
@@ -54,6 +56,7 @@ class MiM(Method):
     flip_prob: float = 0.5
     intensity_gain: float = 0.1
     intensity_bias: float = 0.1
+    pyramid: bool = True
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -114,6 +117,7 @@ class MiM(Method):
             flip_prob=self.flip_prob,
             intensity_gain=self.intensity_gain,
             intensity_bias=self.intensity_bias,
+            pyramid=self.pyramid,
         )
 
     def build(self, backbone: Backbone) -> MiMObjective:

@@ -1,11 +1,13 @@
 """MiM's sampler: draws the hierarchy, its masks and one augmentation before a voxel is read."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from mim3d.data.cache import CachedScan
 from mim3d.data.loading import Read, Sample
+from mim3d.data.pyramid import reduction_of
 from mim3d.methods.hierarchy import DrawnLevel, Geometry, Hierarchy
 from mim3d.types import Triple
 
@@ -19,12 +21,15 @@ class MiMSampler:
         flip_prob: probability of a flip along each axis.
         intensity_gain: largest relative change of intensities.
         intensity_bias: largest shift of intensities.
+        pyramid: lay every hierarchy on the voxels of its coarsest reduction, so that reduced crops are read from the
+            scan's pyramid.
     """
 
     hierarchy: Hierarchy
     flip_prob: float = 0.5
     intensity_gain: float = 0.1
     intensity_bias: float = 0.1
+    pyramid: bool = True
 
     def draw(self, scan: CachedScan, rng: np.random.Generator) -> Sample:
         """Draw a hierarchy inside the scan's body box.
@@ -36,7 +41,8 @@ class MiMSampler:
         flips = tuple(bool(flip) for flip in rng.random(3) < self.flip_prob)
         gain = 1 + self.intensity_gain * rng.uniform(-1, 1)
         bias = self.intensity_bias * rng.uniform(-1, 1)
-        root = np.array(draw_origin(scan.shape, scan.body_box, self.hierarchy.levels[0].level.footprint, rng))
+        footprint = self.hierarchy.levels[0].level.footprint
+        root = np.array(draw_origin(scan.shape, scan.body_box, footprint, rng, self._step))
         images, arrays = {}, {}
         drawn = self.hierarchy.draw(rng)
         for geometry, level in zip(self.hierarchy.levels, drawn, strict=True):
@@ -49,7 +55,20 @@ class MiMSampler:
                 )
             else:
                 arrays[f"corner/{name}"] = relative_corners(level, drawn[geometry.source])
-        return Sample(images=images, arrays=arrays, flips=(flips[0], flips[1], flips[2]), gain=gain, bias=bias)
+        return Sample(
+            images=images,
+            arrays=arrays,
+            flips=(flips[0], flips[1], flips[2]),
+            gain=gain,
+            bias=bias,
+            pyramid=self.pyramid,
+        )
+
+    @cached_property
+    def _step(self) -> int:
+        """Voxels between two places of a root: deeper levels lie at multiples of their footprints from it."""
+        levels = [geometry.level for geometry in self.hierarchy.levels if geometry.source is None]
+        return max(reduction_of(level.footprint, level.size) for level in levels) if self.pyramid else 1
 
     def _stored_offsets(self, geometry: Geometry, level: DrawnLevel, flips: tuple[bool, ...]) -> np.ndarray:
         """Offsets in the scan as stored: the hierarchy is drawn in the flipped root, where they are mirrored."""
@@ -70,8 +89,13 @@ def relative_corners(level: DrawnLevel, ancestor: DrawnLevel) -> np.ndarray:
     return level.offsets - np.repeat(ancestor.offsets, per_ancestor, axis=0)
 
 
-def draw_origin(shape: Triple, body_box: tuple[Triple, Triple], footprint: Triple, rng: np.random.Generator) -> Triple:
-    """First voxel of a random crop: inside the scan and the body box where it fits, else covering them."""
+def draw_origin(
+    shape: Triple, body_box: tuple[Triple, Triple], footprint: Triple, rng: np.random.Generator, step: int = 1
+) -> Triple:
+    """First voxel of a random crop: inside the scan and the body box where it fits, else covering them.
+
+    With ``step`` it is a multiple of that along every axis, the next one below where none lies in that range.
+    """
     origin = []
     for voxels, start, stop, size in zip(shape, *body_box, footprint, strict=True):
         low, high = sorted((start, stop - size))
@@ -79,5 +103,7 @@ def draw_origin(shape: Triple, body_box: tuple[Triple, Triple], footprint: Tripl
             low, high = max(low, 0), min(high, voxels - size)
         else:
             low, high = voxels - size, 0
-        origin.append(int(rng.integers(low, max(low, high) + 1)))
+        last = high // step
+        first = min(-(-low // step), last)
+        origin.append(step * int(rng.integers(first, last + 1)))
     return origin[0], origin[1], origin[2]

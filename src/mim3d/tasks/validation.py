@@ -36,7 +36,7 @@ def dice_of_scans(
     device = next(objective.parameters()).device
     scores: dict[int, list[float]] = {value: [] for value in objective.label_values[1:]}
     for scan in scans:
-        image = intensity.apply(scan.read((0, 0, 0), scan.shape), scan.statistics)
+        image = intensity.apply(scan.to_values(scan.read((0, 0, 0), scan.shape)), scan.statistics)
         logits = sliding_logits(
             objective.logits,
             torch.from_numpy(image),
