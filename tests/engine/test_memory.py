@@ -13,6 +13,8 @@ from torch import nn
 
 from mim3d.backbones import Backbone, Hybrid, create_recipe
 from mim3d.engine.memory import (
+    ACCUMULATING_RESERVE,
+    CONVOLVING_RESERVE,
     RESERVE,
     SCRATCH_BYTES,
     MemoryNeed,
@@ -93,7 +95,7 @@ def test_every_storage_of_a_known_network_is_counted_once(samples: int) -> None:
     # second weight is there already, the errors that the square has saved are not freed before the end.
     assert need.gradients == 4 * NARROW
     assert 3 * layer <= need.activations <= 3 * layer + 4 * column
-    assert need.reserve == int(RESERVE["cpu"][0] * tensors(need)) + SCRATCH_BYTES["cpu"]
+    assert need.reserve == int(RESERVE["cpu"] * tensors(need)) + SCRATCH_BYTES["cpu"]
     assert need.program == pytest.approx(resident_memory_bytes(), rel=0.1)
 
 
@@ -101,7 +103,17 @@ def test_with_several_micro_batches_all_gradients_are_there_from_the_beginning()
     memory = StepMemory(Chain, CHAIN_SAMPLE, loop(accumulation=2), OPTIM)
     assert memory.need(1, 2).gradients == 4 * (WIDE * NARROW + NARROW)
     assert memory.need(1, 2).activations >= memory.need(1, 1).activations
-    assert memory.need(1, 2).reserve == int(RESERVE["cpu"][1] * tensors(memory.need(1, 2))) + SCRATCH_BYTES["cpu"]
+    accumulated = memory.need(1, 2)
+    assert accumulated.reserve == int(ACCUMULATING_RESERVE["cpu"] * tensors(accumulated)) + SCRATCH_BYTES["cpu"]
+
+
+def test_more_is_kept_in_reserve_for_the_copies_that_convolutions_make() -> None:
+    class Convolved(Chain):
+        def forward(self, batch: Batch, progress: float) -> StepOutput:
+            return StepOutput(torch.conv1d(batch["x"].mT, self.wide.weight[:, :9, None]).square().sum())
+
+    need = StepMemory(Convolved, {"x": ((50, 9), torch.float32)}, loop(), OPTIM).need(1, 1)
+    assert need.reserve == int(CONVOLVING_RESERVE["cpu"] * tensors(need)) + SCRATCH_BYTES["cpu"]
 
 
 def test_processes_that_train_together_hold_gradients_twice() -> None:
