@@ -4,40 +4,35 @@ Run: ``python benchmarks/feature_maps.py`` (or ``make bench``). The base encoder
 without gradients and with them, one thread on a CPU. Writes benchmarks/results/feature_maps_*.json.
 """
 
-import argparse
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from yardstick.dense_mim import DenseEncoder
-from yardstick.machine import hardware_name, prepare, synchronize
+from yardstick.machine import best_seconds, describe, options, prepare, write_results
 
 from mim3d.backbones import create_model
 
-RESULTS = Path(__file__).parent / "results"
 NUM_STEPS = 3
 
 
-def seconds(network: nn.Module, compute: Callable[[], Tensor], dtype: torch.dtype, train: bool, device: str) -> float:
+def seconds(
+    network: nn.Module, compute: Callable[[], Tensor], dtype: torch.dtype, train: bool, device: torch.device
+) -> float:
     """Best of several passes after a first."""
-    times = []
-    for _ in range(NUM_STEPS + 1):
-        synchronize(torch.device(device))
-        start_s = time.perf_counter()
-        with torch.set_grad_enabled(train), torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+
+    def one_pass() -> None:
+        with torch.set_grad_enabled(train), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             total = compute()
         if train:
             total.backward()
             network.zero_grad(set_to_none=True)
-        synchronize(torch.device(device))
-        times.append(time.perf_counter() - start_s)
-    return min(times[1:])
+
+    one_pass()
+    return best_seconds(one_pass, device, NUM_STEPS)
 
 
-def measure(device: str) -> list[dict[str, object]]:
+def measure(device: torch.device) -> list[dict[str, object]]:
     """One row per precision, with and without gradients."""
     torch.manual_seed(0)
     ours = create_model("hybrid_base").to(device)
@@ -64,13 +59,6 @@ def measure(device: str) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    device = parser.parse_args().device
-    torch.set_num_threads(1)
-    prepare(torch.device(device))
-    rows = measure(device)
-    machine = {"hardware": hardware_name(torch.device(device)), "torch": torch.__version__, "threads": 1}
-    target = RESULTS / f"feature_maps_{torch.device(device).type}.json"
-    target.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    print(f"Results: {target}")
+    device = torch.device(options(__doc__).parse_args().device)
+    prepare(device)
+    write_results(f"feature_maps_{device.type}", describe(device), measure(device))

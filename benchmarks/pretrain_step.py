@@ -10,26 +10,23 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from yardstick.batches import mim_with_children, random_batch
 from yardstick.dense_mim import DenseMiM
 from yardstick.flops import count_flops
-from yardstick.machine import gemm_peak, hardware_name, peak_memory, prepare, synchronize
+from yardstick.machine import best_seconds, describe, gemm_peak, options, peak_memory, prepare, write_results
 from yardstick.mae import MaskedAutoencoder
 
 from mim3d.backbones import create_recipe
 from mim3d.kernels.masked_depthwise import kernel_forced
 from mim3d.nn.blocks import ConvBlock, TransformerBlock
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = ("nano", "tiny", "small", "base")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FULL_CHILDREN = 4
@@ -109,9 +106,9 @@ def build_loss(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[]
     return objective, lambda: objective(batch, 0.0).loss
 
 
-def measure(case: Case, device: torch.device, num_steps: int) -> dict[str, object]:
+def measure(case: Case, device: torch.device, num_steps: int, threads: int) -> dict[str, object]:
     """Loss of the first step, seconds of the best of the others, and the process's peak memory."""
-    prepare(device)
+    prepare(device, threads)
     torch.manual_seed(0)
     network, loss_of = build_loss(case, device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
@@ -123,16 +120,12 @@ def measure(case: Case, device: torch.device, num_steps: int) -> dict[str, objec
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
         return loss.item()
 
     with kernel_forced(case.kernel) if case.kernel else nullcontext():
-        loss, times = step(), []
-        for _ in range(num_steps):
-            start_s = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start_s)
-    return {"loss": loss, "time_s": min(times), "memory_gib": peak_memory(device) / 2**30}
+        loss = step()
+        time_s = best_seconds(step, device, num_steps)
+    return {"loss": loss, "time_s": time_s, "memory_gib": peak_memory(device) / 2**30}
 
 
 def measure_apart(case: Case, arguments: argparse.Namespace) -> dict[str, object]:
@@ -178,11 +171,12 @@ def print_row(case: Case, row: dict[str, object]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure every case, print the table and write it."""
     device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
-    prepare(device)
+    prepare(device, arguments.threads)
     peaks = {name: gemm_peak(device, dtype) for name, dtype in PRECISIONS.items()}
-    machine = {"hardware": hardware_name(device), "torch": torch.__version__, "threads": arguments.threads}
-    machine |= {"gemm_peak_gflop_per_s": {name: round(peak / 1e9, 1) for name, peak in peaks.items()}}
+    machine = {
+        **describe(device),
+        "gemm_peak_gflop_per_s": {name: round(peak / 1e9, 1) for name, peak in peaks.items()},
+    }
     print(machine, flush=True)
     rows, dense_s = [], {}
     for case in list_cases(arguments.sizes, arguments.device, arguments.batch_size):
@@ -191,17 +185,13 @@ def run(arguments: argparse.Namespace) -> None:
             dense_s[case.size] = measured["time_s"] / case.batch_size
         rows.append(derive(case, measured, dense_s.get(case.size), peaks))
         print_row(case, rows[-1])
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"pretrain_step_{device.type}{arguments.suffix}.json"
-    target.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    print(f"Results: {target}")
+    write_results(f"pretrain_step_{device.type}{arguments.suffix}", machine, rows)
 
 
 def main() -> None:
     """Parse arguments; measure one case when told to, else all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of the hybrid backbone")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, of which the best counts")
     parser.add_argument("--batch_size", type=int, default=1, help="hierarchies per step of the full hierarchy")
@@ -211,8 +201,8 @@ def main() -> None:
     if arguments.case is None:
         run(arguments)
     else:
-        torch.set_num_threads(arguments.threads)
-        print(json.dumps(measure(Case(**json.loads(arguments.case)), torch.device(arguments.device), arguments.steps)))
+        case, device = Case(**json.loads(arguments.case)), torch.device(arguments.device)
+        print(json.dumps(measure(case, device, arguments.steps, arguments.threads)))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,30 @@
 """The machine that is measured: its name, its peak, and the memory of this process."""
 
+import argparse
+import json
 import platform
 import resource
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from mim3d.kernels.allocator import keep_freed_memory
 
+RESULTS = Path(__file__).parents[1] / "results"
 
-def prepare(device: torch.device) -> None:
-    """What mim3d does before it trains, for every network alike."""
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """A parser of the options that every benchmark of networks has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser
+
+
+def prepare(device: torch.device, threads: int = 1) -> None:
+    """What mim3d does before it trains, for every network alike; so many threads on a CPU."""
+    torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_freed_memory()
 
@@ -32,20 +45,38 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product: the best of several."""
     size = 4096 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best_s = float("inf")
-    for _ in range(6):
-        synchronize(device)
+    return 2 * size**3 / best_seconds(lambda: left @ right, device, num_times=6)
+
+
+def best_seconds(work: Callable[[], object], device: torch.device, num_times: int) -> float:
+    """Shortest time that the device takes for ``work``."""
+    times = []
+    for _ in range(num_times):
+        _wait_for(device)
         start_s = time.perf_counter()
-        left @ right
-        synchronize(device)
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return 2 * size**3 / best_s
+        work()
+        _wait_for(device)
+        times.append(time.perf_counter() - start_s)
+    return min(times)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+def _wait_for(device: torch.device) -> None:
+    """Until it has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """What a reader of results must know of the machine."""
+    return {"hardware": hardware_name(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def write_results(name: str, machine: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> None:
+    """Write ``benchmarks/results/NAME.json`` and say so."""
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{name}.json"
+    target.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    print(f"Results: {target}")
 
 
 def peak_memory(device: torch.device) -> int:
