@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from mim3d.kernels.depthwise import depthwise_dense
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8, 8), (2, 5, 11, 16), (1, 24, 3, 9), (3, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 8, 8, 8), (2, 5, 11, 16), (1, 24, 3, 9), (3, 2, 2, 2), (2, 7, 6, 5)])
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_result_and_gradients_equal_the_librarys(shape: tuple[int, ...], kernel_size: int) -> None:
     torch.manual_seed(0)
@@ -24,9 +24,10 @@ def test_result_and_gradients_equal_the_librarys(shape: tuple[int, ...], kernel_
     torch.testing.assert_close(torch.autograd.grad((ours * direction).sum(), inputs), expected)
 
 
-def test_gradients_pass_the_finite_difference_check() -> None:
+@pytest.mark.parametrize(("shape", "kernel_size"), [((1, 3, 4, 9), 3), ((2, 4, 3, 5), 5)])
+def test_gradients_pass_the_finite_difference_check(shape: tuple[int, ...], kernel_size: int) -> None:
     torch.manual_seed(0)
-    features = torch.randn(1, 3, 4, 9, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(*shape, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 1, *(kernel_size,) * 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(depthwise_dense, (features, weight, bias))

@@ -3,31 +3,9 @@
 import torch
 from torch.nn import functional as F
 
-from mim3d.kernels.depthwise import depthwise_dense
 from mim3d.nn.blocks import Pointwise, Projection
 from mim3d.nn.patches import from_blocks, patchify, to_blocks, unpatchify
 from mim3d.nn.positions import sincos_positions
-
-
-def test_depthwise_gradients_equal_numerical_ones() -> None:
-    torch.manual_seed(0)
-    features = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 1, 5, 5, 5, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(depthwise_dense, (features, weight, bias))
-
-
-def test_depthwise_equals_the_library_convolution() -> None:
-    torch.manual_seed(0)
-    features = torch.randn(2, 3, 7, 6, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 1, 5, 5, 5, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(3, dtype=torch.float64)
-    expected = F.conv3d(features, weight, bias, padding=2, groups=3)
-    ours = depthwise_dense(features.permute(0, 2, 3, 4, 1), weight, bias).permute(0, 4, 1, 2, 3)
-    torch.testing.assert_close(ours, expected)
-    direction = torch.randn_like(expected)
-    grads = torch.autograd.grad((expected * direction).sum(), (features, weight))
-    torch.testing.assert_close(torch.autograd.grad((ours * direction).sum(), (features, weight)), grads)
 
 
 def test_projection_and_pointwise_equal_convolutions() -> None:

@@ -57,7 +57,7 @@ def foreground_of(channel: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     if minimum < HU_BELOW:
         threshold = CT_FOREGROUND_HU
     else:
-        high = float(np.percentile(_thinned(channel.ravel()), 99.5))
+        high = float(np.percentile(thinned(channel.ravel()), 99.5))
         threshold = minimum + BACKGROUND_RATIO * (high - minimum)
     foreground = np.asarray(channel > threshold)
     if np.count_nonzero(foreground) < MIN_FOREGROUND_RATIO * channel.size:
@@ -69,7 +69,7 @@ def statistics_of(channel: npt.NDArray[Any], foreground: npt.NDArray[np.bool_]) 
     """Statistics of one (X, Y, Z) channel, given its foreground."""
     minimum = float(channel.min())
     voxels = channel[foreground]
-    low_high = np.percentile(_thinned(voxels).astype(np.float64), (0.5, 99.5))
+    low_high = np.percentile(thinned(voxels).astype(np.float64), (0.5, 99.5))
     return Statistics(
         minimum=minimum,
         maximum=float(channel.max()),
@@ -81,7 +81,8 @@ def statistics_of(channel: npt.NDArray[Any], foreground: npt.NDArray[np.bool_]) 
     )
 
 
-def _thinned(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def thinned(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """At most about ``MAX_PERCENTILE_VOXELS`` of the values, evenly spaced: enough for percentiles."""
     return values[:: max(1, values.size // MAX_PERCENTILE_VOXELS)]
 
 

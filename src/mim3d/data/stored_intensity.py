@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.data.foreground import HU_BELOW, MAX_PERCENTILE_VOXELS, Statistics, foreground_of
+from mim3d.data.foreground import HU_BELOW, Statistics, foreground_of, thinned
 
 #: Integer types that are stored, in order of preference: the first that holds every value.
 INTEGER_TYPES = (np.uint8, np.int16, np.uint16, np.int32, np.uint32)
@@ -66,7 +66,7 @@ def to_stored(
             _eight_bits(channel, stats, window) for channel, stats in zip(image_CXYZ, statistics, strict=True)
         )
         return _converted(image_CXYZ, lines, np.dtype(np.uint8)), lines
-    dtype = _exact_type(image_CXYZ)
+    dtype = _exact_type(image_CXYZ, statistics)
     if dtype is not None:
         return image_CXYZ.astype(dtype, copy=False), tuple(StoredIntensity() for _ in image_CXYZ)
     lines = tuple(_sixteen_bits(channel) for channel in image_CXYZ)
@@ -79,8 +79,7 @@ def _eight_bits(channel: npt.NDArray[Any], stats: Statistics, window: tuple[floa
     if stats.maximum - stats.minimum <= 255 and _is_whole(channel):
         return StoredIntensity(1.0, stats.minimum)
     voxels = channel[foreground_of(channel)]
-    thinned = voxels[:: max(1, voxels.size // MAX_PERCENTILE_VOXELS)].astype(np.float64)
-    low, high = (float(value) for value in np.percentile(thinned, COVERED_PERCENTILES))
+    low, high = (float(value) for value in np.percentile(thinned(voxels).astype(np.float64), COVERED_PERCENTILES))
     if low == high:
         low, high = stats.minimum, stats.maximum
     return _line(low, high, np.dtype(np.uint8))
@@ -103,9 +102,9 @@ def _line(low: float, high: float, dtype: np.dtype[Any]) -> StoredIntensity:
     return StoredIntensity(scale, low - limits.min * scale)
 
 
-def _exact_type(image: npt.NDArray[Any]) -> np.dtype[Any] | None:
+def _exact_type(image: npt.NDArray[Any], statistics: Sequence[Statistics]) -> np.dtype[Any] | None:
     """The smallest type that holds every value; None where some are not whole, or beyond 32 bits."""
-    low, high = image.min().item(), image.max().item()
+    low, high = min(stats.minimum for stats in statistics), max(stats.maximum for stats in statistics)
     for dtype in INTEGER_TYPES:
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return np.dtype(dtype) if all(_is_whole(channel) for channel in image) else None

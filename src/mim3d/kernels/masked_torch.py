@@ -3,6 +3,7 @@
 The reference for the other implementations, and what runs wherever they do not.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -10,13 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mim3d.kernels.chunks import chunk_length
 from mim3d.kernels.depthwise import tile_weight_gradient
 
 # Shape suffixes: N blocks of edge s (h with a halo of k // 2), C channels, k kernel edge; n blocks of one chunk, H
-# voxels of a block with its halo.
-
-#: Bytes of blocks with their halo that are worked on at a time: what a processor's cache holds, or a GPU has to spare.
-CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+# voxels of a block with its halo, R voxels of all blocks.
 
 
 def convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None, neighbours_N27: Tensor) -> Tensor:
@@ -24,8 +23,7 @@ def convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None
     weight = weight_C1kkk.to(features_NsssC.dtype)
     bias = None if bias_C is None else bias_C.to(features_NsssC.dtype)
     out_NsssC = torch.empty_like(features_NsssC)
-    for chunk, around_n27 in _chunks(features_NsssC, neighbours_N27, weight.shape[-1]):
-        halo_nhhhC = _with_halo(features_NsssC, around_n27, weight.shape[-1])
+    for chunk, halo_nhhhC in _with_halo(features_NsssC, neighbours_N27, weight.shape[-1]):
         convolved = F.conv3d(halo_nhhhC.permute(0, 4, 1, 2, 3), weight, bias, groups=len(weight))
         out_NsssC[chunk] = convolved.permute(0, 2, 3, 4, 1)
     return out_NsssC
@@ -35,30 +33,26 @@ def weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: 
     """Gradient ``(C, 1, k, k, k)`` of the kernel, in float32 or better."""
     dtype = torch.promote_types(features_NsssC.dtype, torch.float32)
     total = features_NsssC.new_zeros(features_NsssC.shape[-1], 1, *(kernel_size,) * 3, dtype=dtype)
-    for chunk, around_n27 in _chunks(features_NsssC, neighbours_N27, kernel_size):
-        total += tile_weight_gradient(_with_halo(features_NsssC, around_n27, kernel_size), grad_NsssC[chunk])
+    for chunk, halo_nhhhC in _with_halo(features_NsssC, neighbours_N27, kernel_size):
+        total += tile_weight_gradient(halo_nhhhC, grad_NsssC[chunk])
     return total
 
 
-def _chunks(features_NsssC: Tensor, neighbours_N27: Tensor, kernel_size: int) -> list[tuple[slice, Tensor]]:
-    edge, channels = features_NsssC.shape[-2:]
-    block_bytes = (edge + kernel_size - 1) ** 3 * channels * features_NsssC.element_size()
-    size = max(1, CHUNK_BYTES.get(features_NsssC.device.type, CHUNK_BYTES["cuda"]) // block_bytes)
-    chunks = torch.split(neighbours_N27, size)
-    return [(slice(i * size, i * size + len(chunk)), chunk) for i, chunk in enumerate(chunks)]
-
-
-def _with_halo(features_NsssC: Tensor, neighbours_n27: Tensor, kernel_size: int) -> Tensor:
-    """A few blocks with the voxels around them ``(n, h, h, h, C)``: from visible neighbours, else zero."""
+def _with_halo(features_NsssC: Tensor, neighbours_N27: Tensor, kernel_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """All blocks, a few at a time, with the voxels around them ``(n, h, h, h, C)``: of visible tokens, else zero."""
     edge, channels = features_NsssC.shape[-2:]
     halo = edge + kernel_size - 1
-    neighbour_H, voxel_H = (torch.from_numpy(part).to(neighbours_n27.device) for part in _sources(edge, kernel_size))
-    block_nH = neighbours_n27[:, neighbour_H]
-    rows_nH = (block_nH * edge**3 + voxel_H).clamp_min(0)
-    halo_nHC = features_NsssC.reshape(-1, channels)[rows_nH.flatten()].reshape(*rows_nH.shape, channels)
-    # Multiplied, not filled: the library is several times faster at it.
-    halo_nHC.mul_((block_nH >= 0)[..., None].to(halo_nHC.dtype))
-    return halo_nHC.reshape(-1, halo, halo, halo, channels)
+    rows_RC = features_NsssC.reshape(-1, channels)
+    neighbour_H, voxel_H = (torch.from_numpy(part).to(rows_RC.device) for part in _sources(edge, kernel_size))
+    length = chunk_length(rows_RC.device, halo**3 * channels * rows_RC.element_size())
+    for start in range(0, len(neighbours_N27), length):
+        chunk = slice(start, start + length)
+        block_nH = neighbours_N27[chunk, neighbour_H]
+        row_nH = (block_nH * edge**3 + voxel_H).clamp_min(0)
+        halo_nHC = rows_RC[row_nH.flatten()].reshape(*row_nH.shape, channels)
+        # Multiplied, not filled: the library is several times faster at it.
+        halo_nHC.mul_((block_nH >= 0)[..., None].to(halo_nHC.dtype))
+        yield chunk, halo_nHC.reshape(-1, halo, halo, halo, channels)
 
 
 @lru_cache(maxsize=32)

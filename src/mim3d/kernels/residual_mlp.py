@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Shape suffixes: R rows (voxels of all blocks), C channels, H hidden channels; r rows of one chunk.
+from mim3d.kernels.chunks import chunk_length
 
-#: Bytes of the hidden layer that are worked on at a time.
-CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+# Shape suffixes: R rows (voxels of all blocks), C channels, H hidden channels; r rows of one chunk.
 
 
 def residual_mlp(
@@ -143,6 +142,5 @@ _residual_mlp.register_autograd(_backward, setup_context=_save)
 
 
 def _chunks(features_RC: Tensor, hidden_dim: int, products: torch.dtype) -> list[slice]:
-    row_bytes = hidden_dim * products.itemsize
-    size = max(1, CHUNK_BYTES.get(features_RC.device.type, CHUNK_BYTES["cuda"]) // row_bytes)
+    size = chunk_length(features_RC.device, hidden_dim * products.itemsize)
     return [slice(start, start + size) for start in range(0, len(features_RC), size)]
