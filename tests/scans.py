@@ -1,5 +1,6 @@
 """Scans held in memory, for tests that need no cache on disk."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +18,10 @@ def statistics_of(image_XYZ: np.ndarray) -> Statistics:
         maximum=float(image_XYZ.max()),
         mean=float(image_XYZ.mean()),
         std=float(image_XYZ.std()),
+        percentile_00_1=float(np.percentile(image_XYZ, 0.1)),
         percentile_00_5=float(np.percentile(image_XYZ, 0.5)),
         percentile_99_5=float(np.percentile(image_XYZ, 99.5)),
+        percentile_99_9=float(np.percentile(image_XYZ, 99.9)),
         low=float(image_XYZ.min()),
     )
 
@@ -53,6 +56,9 @@ class ArrayScan:
     def body_box(self) -> tuple[Triple, Triple]:
         return (0, 0, 0), self.shape
 
+    def foreground_ratio(self, origin: Triple, size: Triple) -> float:
+        return float(_crop(np.ones(self.shape), origin, size, 0).mean())
+
     @property
     def stored_intensities(self) -> tuple[StoredIntensity, ...]:
         return tuple(StoredIntensity() for _ in self.image)
@@ -71,6 +77,12 @@ class ArrayScan:
     def read(self, origin: Triple, size: Triple, level: int = 0) -> np.ndarray:
         assert level == 0
         return np.stack([_crop(channel, origin, size, channel.min()) for channel in self.image])
+
+    def read_crops(self, boxes: Sequence[tuple[Triple, Triple]], level: int = 0) -> list[np.ndarray]:
+        return [self.read(origin, size, level) for origin, size in boxes]
+
+    def will_need(self, boxes: Sequence[tuple[Triple, Triple]], level: int = 0) -> None:
+        assert level == 0
 
     def read_label(self, origin: Triple, size: Triple) -> np.ndarray:
         return _crop(self.label, origin, size, 0)

@@ -6,12 +6,12 @@ import textwrap
 
 #: Never needed: extras, packages that drag in a CUDA build, and experiment trackers.
 OPTIONAL = (
-    "torchvision timm einops dask distributed highdicom tensorboard wandb mlflow onnx onnxscript onnxruntime "
+    "torchvision timm einops blosc2 dask distributed highdicom tensorboard wandb mlflow onnx onnxscript onnxruntime "
     "huggingface_hub triton lightning pytorch_lightning sklearn skimage pandas tqdm itk psutil pytest"
 ).split()
 
 #: What `import mim3d` and the parsing of a command line must not load.
-HEAVY = set("torch matplotlib torchvision monai SimpleITK nibabel zarr rich jsonargparse".split())
+HEAVY = set("torch matplotlib torchvision monai SimpleITK nibabel pyarrow zarr rich jsonargparse".split())
 
 #: Makes the optional packages look absent, to `import` and to `importlib.util.find_spec` alike.
 BLOCKER = f"""

@@ -20,11 +20,13 @@ _HOMES = {
     "create_model": "mim3d.backbones",
     "list_models": "mim3d.backbones",
     "load_encoder": "mim3d.weights",
+    "CachedDataset": "mim3d.data.monai_dataset",
 }
 
 _ROOMS = ("backbones", "data", "metrics", "weights")
 
 __all__ = [
+    "CachedDataset",
     "__version__",
     "cache",
     "create_model",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from mim3d.commands.predict import predict
     from mim3d.commands.pretrain import pretrain
     from mim3d.commands.report import report
+    from mim3d.data.monai_dataset import CachedDataset
     from mim3d.weights import load_encoder
 
 

@@ -13,5 +13,9 @@ class DataError(Mim3dError):
     """A scan, label, folder or list that cannot be used as it is."""
 
 
+class DamagedError(DataError):
+    """What a cache stores of one scan is missing or damaged; its other scans can still be used."""
+
+
 class CheckpointError(Mim3dError):
     """Weights or a run that cannot be read, or that do not fit."""

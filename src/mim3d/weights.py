@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,14 @@ class CoverageReport:
         )
 
 
-def save_network(folder: Path, module: nn.Module, card: Mapping[str, Any]) -> None:
+def save_network(folder: Path, module: nn.Module, card: Mapping[str, Any], beside: Sequence[Path] = ()) -> None:
     """Write ``model.safetensors`` and ``card.json`` into ``folder``; an earlier export is replaced as a whole.
 
     Args:
         folder: where to; its parent must exist.
         module: whose state is stored, on any device.
         card: what a reader must know to use it; ``format`` is added.
+        beside: files that belong with it; they must never be changed in place.
     """
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -80,12 +81,22 @@ def save_network(folder: Path, module: nn.Module, card: Mapping[str, Any]) -> No
     )
     text = json.dumps({"format": CARD_FORMAT, **card}, indent=2)
     (new / CARD_NAME).write_text(text + "\n", encoding="utf-8")
+    for path in beside:
+        _lay(path, new / path.name)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _lay(path: Path, target: Path) -> None:
+    """A second name for a file where the file system can, since it may be large and exports are frequent."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
 
 
 def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from mim3d.cli import main
 from mim3d.commands.cache import cache
 from mim3d.data.cache import open_cache
 from mim3d.errors import ConfigError, DataError
@@ -23,6 +24,41 @@ def test_the_last_line_tells_place_size_and_ratio(tmp_path, capsys):
     assert lines[-1].startswith(f"{path}: 1 scans, ")
     assert lines[-1].endswith("of the size of the sources")
     assert open_cache(path)[0].shape == (15, 15, 15)
+
+
+def test_scans_that_are_there_twice_are_told_with_the_number_of_further_pairs(tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 1), ("c", 0)):
+        write_nifti(tmp_path / "data" / f"{name}.nii.gz", noise((30, 30, 30), seed=seed))
+    cache(str(tmp_path / "data"), str(tmp_path / "out"), num_workers=1)
+    assert capsys.readouterr().out.splitlines()[0] == "2 scans have the same content: a, c"
+    for name, seed in (("d", 0), ("e", 1)):
+        write_nifti(tmp_path / "data" / f"{name}.nii.gz", noise((30, 30, 30), seed=seed))
+    cache(str(tmp_path / "data"), str(tmp_path / "out"), num_workers=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 scans have the same content: a, c (+ 2 more pairs)"
+    assert len(lines) == 2
+
+
+def test_scans_can_be_cropped_to_the_body_and_packed(tmp_path, capsys):
+    array = np.full((90, 90, 60), -1000, np.int16)
+    array[30:60, 30:60] = noise((30, 30, 60)) + 1000
+    write_nifti(tmp_path / "data" / "a.nii.gz", array)
+    arguments = [str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--body_crop", "true", "--pack_gb", "0.1"]
+    assert main(["cache", *arguments, "--num_workers", "1"]) == 0
+    made = open_cache(tmp_path / "out")
+    assert made.preprocessing.body_crop
+    assert made[0].shape[0] < 60
+    assert len(list((tmp_path / "out" / "packs").iterdir())) == 1
+
+
+def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys):
+    pytest.importorskip("distributed")
+    write_nifti(tmp_path / "data" / "a.nii.gz", noise((30, 30, 30)))
+    arguments = [str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--scheduler", "tcp://127.0.0.1:1"]
+    assert main(["cache", *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("mim3d: tcp://127.0.0.1:1: no Dask scheduler answers there; start one with")
 
 
 def test_how_voxels_are_stored_can_be_chosen(tmp_path, capsys):

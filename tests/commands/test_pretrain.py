@@ -1,15 +1,17 @@
 """Pre-training as a command: what it refuses, what it leaves behind, which cases it never sees."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mim3d.commands.finetune import finetune
+from mim3d.commands.leakage import read_seen
 from mim3d.commands.pretrain import pretrain
 from mim3d.config import read_yaml
 from mim3d.data.cache import open_cache
-from mim3d.errors import ConfigError
+from mim3d.errors import ConfigError, DataError
 from mim3d.methods.hierarchy import Hierarchy, Level
 from mim3d.optimisation import Optimisation
 from mim3d.run import read_run
@@ -61,9 +63,40 @@ def test_a_fold_leaves_out_exactly_what_fine_tuning_holds_out(ball_set, tmp_path
         num_workers=0,
     )
     split = json.loads((Path(tuned) / "split.json").read_text())
-    seen = {scan.case.id for scan in open_cache(run / "cache")}
-    assert seen == {row["id"] for row in split["train"]}
-    assert not seen & {row["id"] for row in split["val"]}
+    seen = {scan.digest for scan in read_seen(run).scans}
+    ids = {scan.case.id for scan in open_cache(run / "cache") if scan.source_digest in seen}
+    assert ids == {row["id"] for row in split["train"]}
+    assert not ids & {row["id"] for row in split["val"]}
+
+
+def test_a_held_out_scan_that_is_learned_from_by_another_name_is_told_and_refused_under_strict(ball_set, tmp_path):
+    data = tmp_path / "twice"
+    shutil.copytree(ball_set, data)
+    shutil.copy(data / "imagesTr" / "ball_0.nii.gz", data / "other.nii.gz")
+    rows = [["imagesTr/ball_0.nii.gz", "val"], ["other.nii.gz", "train"], ["imagesTr/ball_4.nii.gz", "train"]]
+    (data / "list.csv").write_text("image,split\n" + "".join(f"{image},{split}\n" for image, split in rows))
+    with pytest.warns(
+        UserWarning, match=r"1 of 1 held-out cases is among the training cases too: ball_0 \(identical as"
+    ):
+        run = learn(data / "list.csv", tmp_path / "run")
+    assert len(read_seen(run).scans) == 2
+    with pytest.raises(DataError, match=r"ball_0 .*strict: refused"):
+        learn(data / "list.csv", tmp_path / "strict", strict=True)
+
+
+def test_fine_tuning_says_when_a_held_out_scan_was_pre_trained_on(ball_set, tmp_path):
+    (tmp_path / "unlabelled").mkdir()
+    for index in range(6):
+        shutil.copy(ball_set / "imagesTr" / f"ball_{index}.nii.gz", tmp_path / "unlabelled" / f"patient_{index}.nii.gz")
+    run = learn(tmp_path / "unlabelled", tmp_path / "pre")
+    settings = {"task": TASK, "weights": str(run), "num_folds": 3, "max_steps": 1, "num_workers": 0}
+    with pytest.warns(
+        UserWarning, match=r"2 of 2 held-out cases are in the pre-training data of .*ball_\d \(identical\)"
+    ):
+        tuned = finetune(str(ball_set), str(tmp_path / "tuned"), **settings)
+    assert len(read_seen(Path(tuned) / "segmenter").scans) == 6
+    with pytest.raises(DataError, match=r"in the pre-training data of .*strict: refused"):
+        finetune(str(ball_set), str(tmp_path / "strict"), strict=True, **settings)
 
 
 def test_going_on_from_an_encoder_and_resuming_it(ball_set, tmp_path, capsys):

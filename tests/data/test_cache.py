@@ -1,5 +1,6 @@
 """The cache gives back what was prepared, crop by crop, and never something stale."""
 
+import csv
 import json
 import os
 import pickle
@@ -29,9 +30,9 @@ def make_set(folder, num_cases=3, shape=(40, 36, 9)):
     return folder
 
 
-def built(data, out, num_workers=0, **settings):
+def built(data, out, num_workers=0, pack_gb=None, **settings):
     """Cache of a data set."""
-    return build_cache(read_cases(data), out, Preprocessing(**settings), num_workers=num_workers)
+    return build_cache(read_cases(data), out, Preprocessing(**settings), num_workers=num_workers, pack_gb=pack_gb)
 
 
 def tree(folder):
@@ -136,8 +137,8 @@ def test_auto_stores_a_labelled_data_set_without_loss_and_others_in_8_bits(tmp_p
 def test_a_cache_of_the_first_version_is_refused_with_the_way_out(tmp_path):
     built(make_set(tmp_path / "data", num_cases=1), tmp_path / "cache")
     path = tmp_path / "cache" / "cache.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
-    with pytest.raises(DataError, match="a cache of version 1, but this mim3d reads version 2; build it again"):
+    path.write_text(path.read_text().replace('"version": 3', '"version": 1'))
+    with pytest.raises(DataError, match="a cache of version 1, but this mim3d reads version 3; build it again"):
         open_cache(tmp_path / "cache")
 
 
@@ -204,7 +205,7 @@ def test_the_digest_does_not_depend_on_place_or_process_count(tmp_path):
     assert first.digest == second.digest
     assert [scan.digest for scan in first] == [scan.digest for scan in second]
     for one, two in zip(first, second, strict=True):
-        assert tree(one.folder) == tree(two.folder)
+        assert tree(one.source) == tree(two.source)
 
 
 def test_a_changed_scan_is_made_again_and_only_that_one(tmp_path):
@@ -272,8 +273,9 @@ def test_bad_scans_are_left_out_with_their_reason(tmp_path):
     write_nifti(data / "labels" / "c2.nii.gz", np.zeros((40, 36, 9), np.uint8), affine_of((2, 1, 1)))
     cache = built(data, tmp_path / "cache")
     assert [scan.case.id for scan in cache] == ["c0"]
-    failed = json.loads((tmp_path / "cache" / "failed.json").read_text())["failed"]
-    assert {row["id"] for row in failed} == {"c1", "c2"}
+    with open(tmp_path / "cache" / "failed.csv", newline="") as file:
+        failed = list(csv.DictReader(file))
+    assert [row["id"] for row in failed] == ["c1", "c2"]
     assert "c1.nii.gz" in failed[0]["reason"]
     assert "does not lie on the grid" in failed[1]["reason"]
     make_set(data)
@@ -303,8 +305,8 @@ def test_nothing_usable_is_an_error_with_the_first_reason(tmp_path):
 def test_voxels_of_another_shape_than_the_card_says_are_damage(tmp_path):
     data = make_set(tmp_path / "data", num_cases=2)
     cache = built(data, tmp_path / "cache")
-    shutil.rmtree(os.path.join(cache[0].folder, "image"))
-    shutil.copytree(os.path.join(cache[0].folder, "label"), os.path.join(cache[0].folder, "image", "0"))
+    shutil.rmtree(os.path.join(cache[0].source, "image"))
+    shutil.copytree(os.path.join(cache[0].source, "label"), os.path.join(cache[0].source, "image", "0"))
     with pytest.raises(DataError, match="where its card says"):
         cache[0].read((0, 0, 0), (4, 4, 4))
 
@@ -345,15 +347,11 @@ def test_what_is_no_cache_or_damaged_is_told(tmp_path):
     cache = built(make_set(tmp_path / "data", num_cases=1), tmp_path / "cache")
     assert is_cache(tmp_path / "cache")
     scan = cache[0]
-    os.remove(os.path.join(scan.folder, "image", "0", "c", "0", "0", "0", "0"))
+    os.remove(os.path.join(scan.source, "image", "0", "c", "0", "0", "0", "0"))
     with pytest.raises(DataError, match="missing or damaged"):
         scan.read((0, 0, 0), (4, 4, 4))
-    index = tmp_path / "cache" / "index.json"
-    index.write_text(index.read_text().replace('"folder": "c0', '"folder": "../c0'))
-    with pytest.raises(DataError, match="index is damaged"):
-        open_cache(tmp_path / "cache")
-    index.write_text("{")
-    with pytest.raises(DataError, match="missing or damaged"):
+    (tmp_path / "cache" / "manifest.parquet").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.parquet: missing or damaged"):
         open_cache(tmp_path / "cache")
 
 

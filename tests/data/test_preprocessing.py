@@ -104,6 +104,75 @@ def test_a_label_on_another_grid_is_refused(tmp_path):
         prepare(case, Preprocessing())
 
 
+def test_channels_take_one_type_that_holds_all_of_them(tmp_path):
+    small, wide = np.arange(120).reshape(4, 5, 6), np.arange(120).reshape(4, 5, 6) * 500
+    for arrays, kept in (
+        ((small.astype(np.uint8), wide.astype(np.uint16)), np.uint16),
+        ((wide.astype(np.uint16), -small.astype(np.int16)), np.int32),
+        ((small.astype(np.uint16), -small.astype(np.int16)), np.int16),
+        ((small.astype(np.float32) / 2, small.astype(np.int16)), np.float32),
+        ((wide.astype(np.uint16), small.astype(np.float64) / 2, small.astype(np.uint8)), np.float32),
+    ):
+        prepared = prepare(case_of(tmp_path, *arrays), Preprocessing())
+        assert prepared.image.dtype == kept
+        assert prepared.image.flags.c_contiguous
+        np.testing.assert_array_equal(prepared.image, np.stack(arrays))
+
+
+def test_values_beyond_single_precision_are_refused_on_either_grid(tmp_path):
+    case = case_of(tmp_path, noise(dtype=np.float64) * 1e300)
+    for spacing_mm in (None, (0.7, 0.7, 0.7)):
+        with pytest.raises(DataError, match=r"i0\.nii\.gz: holds values beyond 3\.4e38"):
+            prepare(case, Preprocessing(spacing_mm=spacing_mm))
+
+
+def body_case(folder, channels=1):
+    """A small noisy body far from the middle of a larger scan, with a label inside it, flipped on disk."""
+    image = np.full((70, 60, 50), -1000, np.int16)
+    image[16:40, 32:44, 4:20] = 40
+    image += np.random.default_rng(0).integers(-20, 20, image.shape, dtype=np.int16)
+    label = np.zeros(image.shape, np.uint8)
+    label[20:30, 34:40, 8:12] = 2
+    return case_of(
+        folder, *[image] * channels, label=label, affine=affine_of((0.8, 1.0, 2.5), (7, -3, 60), (-1, -1, 1))
+    )
+
+
+@pytest.mark.parametrize("spacing_mm", [None, (1.0, 1.0, 2.0)])
+def test_a_crop_keeps_the_body_and_eight_voxels_and_moves_none_in_the_world(tmp_path, spacing_mm):
+    case = body_case(tmp_path, channels=2)
+    whole = prepare(case, Preprocessing(spacing_mm=spacing_mm))
+    crop = prepare(case, Preprocessing(spacing_mm=spacing_mm, body_crop=True))
+    start = [max(0, voxel - 8) for voxel in whole.foreground.box[0]]
+    stop = [min(size, voxel + 8) for voxel, size in zip(whole.foreground.box[1], whole.image.shape[1:], strict=True)]
+    assert start[0] > 0 and stop[2] < whole.image.shape[3]
+    box = tuple(slice(*span) for span in zip(start, stop, strict=True))
+    np.testing.assert_array_equal(crop.image, whole.image[:, *box])
+    np.testing.assert_array_equal(crop.label, whole.label[box])
+    assert crop.image.flags.c_contiguous and crop.label.flags.c_contiguous
+    for voxel in ((0, 0, 0), (5, 11, 3)):
+        in_whole = [index + first for index, first in zip(voxel, start, strict=True)]
+        np.testing.assert_allclose(crop.affine @ [*voxel, 1], whole.affine @ [*in_whole, 1])
+    assert crop.spacing_mm == whole.spacing_mm
+    assert crop.grid.ras_shape == whole.grid.ras_shape
+    assert crop.statistics == whole.statistics
+
+
+def test_the_foreground_of_a_crop_is_told_in_its_own_voxels(tmp_path):
+    case = body_case(tmp_path)
+    whole, crop = prepare(case, Preprocessing()), prepare(case, Preprocessing(body_crop=True))
+    moved = [voxel - max(0, voxel - 8) for voxel in whole.foreground.box[0]]
+    assert list(crop.foreground.box[0]) == moved
+    inside = crop.image[0] > -950
+    assert crop.foreground.shares.shape == tuple(-(-size // 32) for size in crop.image.shape[1:])
+    assert crop.foreground.shares[0, 0, 0] == np.rint(255 * inside[:32, :32, :32].mean())
+
+
+def test_a_scan_without_background_is_not_cropped(tmp_path):
+    array = np.random.default_rng(0).integers(100, 200, (20, 21, 22)).astype(np.int16)
+    assert prepare(case_of(tmp_path, array), Preprocessing(body_crop=True)).image.shape == (1, 20, 21, 22)
+
+
 def test_an_impossible_spacing_is_refused_before_any_work(tmp_path):
     with pytest.raises(ConfigError, match="three positive numbers"):
         Preprocessing(spacing_mm=(1.0, 0.0, 1.0))

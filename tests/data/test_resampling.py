@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mim3d.data import resampling
 from mim3d.data.resampling import plan_resampling, plan_taps, resample_labels, resample_linear, target_grid
 
 
@@ -97,3 +98,37 @@ def test_a_label_map_on_its_own_grid_is_untouched():
     label = np.random.default_rng(0).integers(0, 5, (5, 6, 7)).astype(np.uint16)
     taps = plan_resampling(label.shape, (1.0, 1.0, 1.0), label.shape, (1.0, 1.0, 1.0))
     np.testing.assert_array_equal(resample_labels(label, taps), label)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+@pytest.mark.parametrize(
+    "wanted", [(0.7, 1.3, 2.0), (1.9, 1.0, 0.6), (1.0, 1.4, 1.4), (6.5, 6.5, 6.5), (0.3, 0.4, 1.0)]
+)
+def test_slabs_of_the_output_are_the_whole_bit_by_bit(monkeypatch, wanted, dtype):
+    array = np.random.default_rng(0).normal(0, 500, (41, 13, 17)).astype(dtype)
+    shape, spacing, _ = target_grid(array.shape, np.eye(4), (1.0, 1.0, 1.0), wanted)
+    taps = plan_resampling(array.shape, (1.0, 1.0, 1.0), shape, spacing)
+    whole = resample_linear(array, taps, dtype)
+    plain = array.astype(np.float32)
+    for axis, tap in enumerate(taps):
+        taken = np.moveaxis(plain, axis, -1)[..., tap.index]
+        plain = np.moveaxis((taken * tap.weight).sum(axis=-1), -1, axis)
+    np.testing.assert_allclose(whole, plain, rtol=1e-4, atol=0.51 if dtype == np.int16 else 1e-2)
+    monkeypatch.setattr(resampling, "_SLAB_VOXELS", 1)
+    slabs = resample_linear(array, taps, dtype)
+    assert slabs.dtype == dtype
+    np.testing.assert_array_equal(slabs, whole)
+
+
+def test_labels_are_the_same_in_slabs(monkeypatch):
+    rng = np.random.default_rng(0)
+    label = np.kron(rng.integers(0, 4, (9, 4, 4)), np.ones((5, 4, 5))).astype(np.uint8)
+    label[22:24] = 9
+    for wanted in ((0.7, 1.3, 1.1), (1.0, 0.8, 1.7), (2.3, 2.3, 2.3)):
+        shape, spacing, _ = target_grid(label.shape, np.eye(4), (1.0, 1.0, 1.0), wanted)
+        taps = plan_resampling(label.shape, (1.0, 1.0, 1.0), shape, spacing)
+        monkeypatch.setattr(resampling, "_SLAB_VOXELS", 2**20)
+        whole = resample_labels(label, taps)
+        monkeypatch.setattr(resampling, "_SLAB_VOXELS", 1)
+        np.testing.assert_array_equal(resample_labels(label, taps), whole)
+        assert 9 in whole

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mim3d.data import pyramid, stored_intensity
-from mim3d.data.foreground import foreground_of, statistics_of
+from mim3d.data.foreground import statistics_of, threshold_of
 from mim3d.data.preprocessing import Preprocessing
 from mim3d.data.pyramid import halved, level_shapes, levels_of, reduction_of
 from mim3d.data.stored_intensity import StoredIntensity, to_stored
@@ -15,7 +15,7 @@ WINDOW = (-1000.0, 1000.0)
 
 def stored_of(image, intensities, window=WINDOW):
     """Stored numbers, what they mean, and their values."""
-    statistics = [statistics_of(channel, foreground_of(channel)) for channel in image]
+    statistics = [statistics_of(channel, threshold_of(channel)) for channel in image]
     stored, lines = to_stored(image, statistics, intensities, window)
     values = np.stack([part * line.scale + line.offset for part, line in zip(stored.astype(float), lines, strict=True)])
     return stored, lines, values
@@ -94,7 +94,7 @@ def test_eight_bits_of_other_modalities_cover_each_channels_own_foreground():
     image[:, :6] = 0
     _, lines, values = stored_of(image, "8-bit")
     for channel, line, value in zip(image, lines, values, strict=True):
-        low, high = np.percentile(channel[foreground_of(channel)], (0.1, 99.9))
+        low, high = np.percentile(channel[channel > threshold_of(channel)], (0.1, 99.9))
         assert line.offset == pytest.approx(low)
         assert line.offset + 255 * line.scale == pytest.approx(high)
         assert np.abs(value - np.clip(channel, low, high)).max() <= line.scale * 0.5001

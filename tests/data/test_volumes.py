@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mim3d.data import files, nifti
+from mim3d.data import files, nifti, voxel_copies
 from mim3d.data.volumes import find_scans, patient_of, read_grid, read_volume, scan_id, write_volume
 from mim3d.errors import DataError
 
@@ -413,16 +413,56 @@ def test_a_missing_file_is_refused(tmp_path):
             read_grid(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("highest", "kept"), [(200, np.uint8), (300, np.int16), (-2, np.int16), (40000, np.int32), (2**40, np.int64)]
+)
+def test_a_label_is_narrowed_to_what_holds_it_where_asked(tmp_path, monkeypatch, highest, kept):
+    monkeypatch.setattr(voxel_copies, "_SLAB_VOXELS", 1)
+    monkeypatch.setattr(voxel_copies, "_MIN_SLICES", 2)
+    label = (voxels() % 3).astype(np.int64)
+    label[2, 3, 5] = highest
+    path = tmp_path / "label.nii.gz"
+    nib.save(nib.Nifti1Image(label, np.eye(4), dtype=np.int64), path)
+    assert read_volume(path, label=True).array.dtype == np.int64
+    narrow = read_volume(path, label=True, narrow=True).array
+    assert narrow.dtype == kept
+    assert np.array_equal(narrow, label)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0), (0, 2, 1)])
+def test_slab_by_slab_and_tile_by_tile_every_voxel_comes_to_its_place(tmp_path, monkeypatch, order):
+    monkeypatch.setattr(voxel_copies, "_SLAB_VOXELS", 1)
+    monkeypatch.setattr(voxel_copies, "_MIN_SLICES", 3)
+    monkeypatch.setattr(voxel_copies, "_TILE", (2, 3, 2))
+    stored, affine = voxels((7, 8, 10)), oblique_affine(order, (-1, 1, -1))
+    first = read_volume(write_nifti(tmp_path / "first.nii", stored, affine))
+    for name in ("scan.nii", "scan.nii.gz", "scan.mha"):
+        write_volume(tmp_path / name, first.array, first.grid)
+        volume = read_volume(tmp_path / name)
+        assert np.array_equal(volume.array, volume.grid.to_ras(stored))
+
+
+def test_whole_scaled_voxels_take_the_type_that_holds_those_of_all_slabs(tmp_path, monkeypatch):
+    monkeypatch.setattr(voxel_copies, "_SLAB_VOXELS", 1)
+    monkeypatch.setattr(voxel_copies, "_MIN_SLICES", 2)
+    stored = np.arange(7, dtype=np.int16) * np.ones((3, 4, 7), np.int16)
+    path = write_nifti(tmp_path / "scan.nii", stored)
+    edit_header(path, scl_slope=10000.0, scl_inter=-5.0)
+    volume = read_volume(path)
+    assert volume.array.dtype == np.int32
+    assert np.array_equal(volume.array, stored.astype(int) * 10000 - 5)
+
+
 def test_a_label_with_fractions_is_refused(tmp_path):
     path = write_nifti(tmp_path / "label.nii.gz", voxels().astype(np.float32) / 2)
-    with pytest.raises(DataError, match=r"whole numbers, but voxels hold values such as 3\.5"):
+    with pytest.raises(DataError, match=r"whole numbers, but voxels hold values such as 0\.5"):
         read_volume(path, label=True)
 
 
 def test_a_scan_beyond_the_memory_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
     path = write_nifti(tmp_path / "scan.nii.gz", voxels((40, 40, 40)))
     monkeypatch.setattr(files, "available_memory_bytes", lambda: 200_000)
-    monkeypatch.setattr(nifti, "read_stored", lambda source: pytest.fail("the voxels were opened"))
+    monkeypatch.setattr(nifti, "read_slabs", lambda source: pytest.fail("the voxels were opened"))
     with pytest.raises(DataError, match="40 x 40 x 40 voxels"):
         read_volume(path)
 
@@ -507,6 +547,8 @@ def test_links_that_lead_in_circles_end(tmp_path):
         ("/data/series/", "series"),
         ("/data/series::0a1b2c3d", "series_0a1b2c3d"),
         ("/data/....nii", "scan"),
+        ("/data/肝脏.nii.gz", "肝脏"),
+        ("/data/e\u0301 1.nii.gz", "\u00e9_1"),
     ],
 )
 def test_scan_id_is_a_safe_file_name(path, expected):

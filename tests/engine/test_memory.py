@@ -69,6 +69,9 @@ def mim_sample(method: MiM, recipe: Backbone) -> SampleShapes:
         shape = (64, 64, 64)
         body_box = ((0, 0, 0), (64, 64, 64))
 
+        def foreground_ratio(self, origin, size):
+            return 1.0
+
     return method.sampler(recipe).draw(Scan(), np.random.default_rng(0)).shapes(1)
 
 
@@ -200,6 +203,7 @@ from tests.engine.test_memory import mim_need
 
 class Scan:
     shape, body_box = (64,) * 3, ((0,) * 3, (64,) * 3)
+    foreground_ratio = staticmethod(lambda origin, size: 1.0)
 
 torch.set_num_threads(1)
 keep_freed_memory()

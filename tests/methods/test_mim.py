@@ -20,6 +20,7 @@ from mim3d.methods.mim_sampler import draw_origin
 from mim3d.nn.losses import reconstruction_loss
 from mim3d.nn.masks import take_tokens
 from mim3d.nn.patches import patchify
+from tests.batches import on_cpu
 from tests.scans import ArrayScan, random_scan
 
 BACKBONE = Hybrid(
@@ -96,6 +97,16 @@ def test_every_term_is_logged_by_name_and_the_loss_is_their_weighted_sum() -> No
     assert logs["chance/align_middle"] == pytest.approx(1 / 4)
     assert logs["chance/align_fine"] == pytest.approx(1 / 38)
     assert 0 <= logs["accuracy/align_fine"] <= 1
+    assert logs["air"] == 0
+
+
+def test_the_share_of_air_is_logged_as_the_mean_over_the_batch() -> None:
+    batch = one_batch(nano(), random_scan((80, 80, 80)))
+    objective = objective_of(nano())
+    batch["air"] = torch.tensor([[0.25], [0.5]])
+    assert float(objective(batch, 0.0).logs["air"]) == pytest.approx(0.375)
+    del batch["air"]
+    assert "air" not in objective(batch, 0.0).logs
 
 
 def test_more_negatives_from_the_batch_lower_the_chance_level() -> None:
@@ -183,10 +194,9 @@ def test_samples_are_the_same_under_any_number_of_workers_and_resumable_anywhere
     scans = [random_scan((70, 70, 70), seed, f"scan{seed}") for seed in range(3)]
     plain = Loader(scans, method.sampler(BACKBONE), INTENSITY, batch_size=2, seed=3)
     workers = Loader(scans, method.sampler(BACKBONE), INTENSITY, batch_size=2, seed=3, num_workers=2)
-    first = [batch for batch, _ in zip(plain.batches(0), range(3), strict=False)]
-    again = [batch for batch, _ in zip(workers.batches(0), range(3), strict=False)]
-    resumed = next(iter(plain.batches(4)))
-    ranks = [next(iter(plain.batches(0, rank=rank, world_size=2))) for rank in range(2)]
+    first, again = on_cpu(plain.batches(0), 3), on_cpu(workers.batches(0), 3)
+    (resumed,) = on_cpu(plain.batches(4), 1)
+    ranks = [on_cpu(plain.batches(0, rank=rank, world_size=2), 1)[0] for rank in range(2)]
     for key in first[0]:
         assert all(torch.equal(one[key], other[key]) for one, other in zip(first, again, strict=True))
         assert torch.equal(first[2][key], resumed[key])

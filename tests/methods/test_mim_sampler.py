@@ -10,9 +10,10 @@ from mim3d.data.cases import read_cases
 from mim3d.data.loading import SampleDataset, level_of
 from mim3d.data.preprocessing import Preprocessing
 from mim3d.data.transforms import Intensity, flip, resize_image
+from mim3d.errors import ConfigError
 from mim3d.methods.hierarchy import Level
 from mim3d.methods.mim import MiM
-from mim3d.methods.mim_sampler import draw_origin
+from mim3d.methods.mim_sampler import MAX_DRAWS, draw_origin
 from tests.nifti import write_nifti
 from tests.scans import random_scan
 
@@ -114,3 +115,84 @@ def test_without_the_pyramid_crops_are_those_of_full_resolution(stored):
         expected = resize_image(torch.from_numpy(image)[None], read.size)
         got = SampleDataset([stored], sampler, Intensity(), 0, None)[index]["coarse"]
         torch.testing.assert_close(got, expected, atol=3e-7, rtol=1e-6)
+
+
+class HalfAir:
+    """A scan with nothing in its upper half along X; its body box tells nothing of that."""
+
+    shape = (192, 64, 64)
+    body_box = ((0, 0, 0), shape)
+
+    def __init__(self):
+        self.asked = []
+
+    def foreground_ratio(self, origin, size):
+        self.asked.append((origin, size))
+        return float(np.clip(96 - origin[0], 0, size[0]) / size[0])
+
+
+def air_of(sample):
+    """Air over the volumes that are read, counted afresh."""
+    scan = HalfAir()
+    return 1 - np.mean(
+        [scan.foreground_ratio(r.origin, r.footprint) for reads in sample.images.values() for r in reads]
+    )
+
+
+def drawn_from_half(num_samples=60, **settings):
+    sampler = MiM(**settings).planned(BACKBONE, [HalfAir.shape]).sampler(BACKBONE)
+    scans = [HalfAir() for _ in range(num_samples)]
+    samples = [sampler.draw(scan, np.random.default_rng(seed)) for seed, scan in enumerate(scans)]
+    return samples, [len(scan.asked) // sum(len(reads) for reads in samples[0].images.values()) for scan in scans]
+
+
+@pytest.mark.parametrize("levels", [None, DEEP])
+def test_hierarchies_with_too_much_air_are_drawn_anew_and_their_air_is_told(levels):
+    plain, draws = drawn_from_half(levels=levels, max_air=None)
+    assert set(draws) == {1}
+    samples, draws = drawn_from_half(levels=levels, max_air=0.5)
+    for first, sample, number in zip(plain, samples, draws, strict=True):
+        assert sample.arrays["air"].shape == (1,)
+        assert sample.arrays["air"].dtype == np.float32
+        # As stored: a flip must not make air of what is body.
+        assert sample.arrays["air"][0] == pytest.approx(air_of(sample), abs=1e-6)
+        if first.arrays["air"][0] <= 0.5:
+            assert number == 1
+            assert sample.images == first.images
+        else:
+            assert number > 1
+    assert max(float(sample.arrays["air"][0]) for sample in plain) > 0.9
+    assert max(float(sample.arrays["air"][0]) for sample in samples) <= 0.5
+
+
+def test_where_air_cannot_be_avoided_the_draw_with_least_of_it_is_kept():
+    samples, draws = drawn_from_half(20, max_air=0.0)
+    for seed, (sample, number) in enumerate(zip(samples, draws, strict=True)):
+        assert number <= MAX_DRAWS
+        if sample.arrays["air"][0] > 0:
+            assert number == MAX_DRAWS
+        few = [drawn_with_seed(seed, limit) for limit in (0.5, 0.25)]
+        assert all(sample.arrays["air"][0] <= other.arrays["air"][0] for other in few)
+    again, _ = drawn_from_half(20, max_air=0.0)
+    assert all(one.images == other.images for one, other in zip(samples, again, strict=True))
+    assert {sample.arrays["air"][0] > 0 for sample in samples} == {True, False}
+
+
+def drawn_with_seed(seed, max_air):
+    sampler = MiM(max_air=max_air).planned(BACKBONE, [HalfAir.shape]).sampler(BACKBONE)
+    return sampler.draw(HalfAir(), np.random.default_rng(seed))
+
+
+def test_masks_belong_to_the_draw_that_was_kept():
+    for sample in drawn_from_half(40, max_air=0.2)[0]:
+        (root,) = sample.images["coarse"]
+        for child, place in zip(sample.images["middle"], sample.arrays["place/middle"], strict=True):
+            unit = np.unravel_index(int(place), (2, 2, 2))
+            stored = [1 - u if flipped else u for u, flipped in zip(unit, sample.flips, strict=True)]
+            assert child.origin == tuple(first + 32 * int(u) for first, u in zip(root.origin, stored, strict=True))
+
+
+@pytest.mark.parametrize("max_air", [-0.1, 1.5])
+def test_a_share_of_air_that_is_none_is_refused(max_air):
+    with pytest.raises(ConfigError, match="max_air"):
+        MiM(max_air=max_air)

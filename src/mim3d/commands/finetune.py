@@ -7,6 +7,7 @@ from typing import Any
 from mim3d.backbones import BACKBONES
 from mim3d.commands.held_out import choose_split, write_split
 from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
+from mim3d.commands.leakage import SEEN_NAME, check_pretraining, check_split, labelled, record_seen
 from mim3d.commands.memory import finetuning_ways, require_memory
 from mim3d.commands.start import Start, choose_start
 from mim3d.commands.training import Training
@@ -103,7 +104,8 @@ def finetune(
         pictures_every: Steps between two sets of pictures.
         keep_checkpoints: Newest checkpoints kept.
         seed: Of weights, order and crops; never of the folds.
-        strict: Refuse scans that cannot be used instead of leaving them out with a warning.
+        strict: Refuse what is otherwise told in a warning: scans that cannot be used or prove damaged, and held-out
+            scans that were learned from.
         resume: Go on with the run in OUT, or start it.
     """
     arguments = dict(locals())
@@ -120,7 +122,22 @@ def finetune(
     run = Run.create(out, command="finetune", settings=settings, inputs=weights_input(weights), resume=resume)
     scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
     write_split(run, split)
+    _check_leakage(run, split, scans, weights, strict=strict)
     return _train(run, training, optim, asked, start, split, scans, intensity)
+
+
+def _check_leakage(run: Run, split: Split, scans: Cache, weights: str | None, *, strict: bool) -> None:
+    """Say which held-out scans were learned from, by the encoder or by this run, and write down what it learns from.
+
+    Raises:
+        DataError: ``strict``, and there is one.
+    """
+    learned = scans.subset(split.train)
+    if split.val:
+        held_out = labelled(scans.subset(split.val))
+        check_pretraining(weights, held_out, strict=strict)
+        check_split(labelled(learned), held_out, strict=strict)
+    record_seen(run, learned, weights)
 
 
 def _train(
@@ -220,7 +237,12 @@ def _close(run: Run, objective: Objective, result: TrainResult, card: dict[str, 
     """Export the weights that validated best, or the last ones, and say where everything lies."""
     if run.writes:
         best = load_best(run.checkpoints_dir, objective) or {"step": result.step, "values": {}}
-        save_network(run.path / "segmenter", objective, {**card, "step": best["step"], "scores": best["values"]})
+        save_network(
+            run.path / "segmenter",
+            objective,
+            {**card, "step": best["step"], "scores": best["values"]},
+            beside=[run.path / SEEN_NAME],
+        )
         scores = ", ".join(f"{name} {value:.4f}" for name, value in best["values"].items())
         print(f"kept: the weights of step {best['step']}{f' ({scores} on the held-out cases)' if scores else ''}")
     if not result.finished:

@@ -49,7 +49,6 @@ def open_scans(
     spacing_mm: Spacing | None,
     num_workers: int | None,
     strict: bool = False,
-    storage: Preprocessing = Preprocessing(),
 ) -> Cache:
     """The cached scans of ``cases``: built or brought up to date from a data set, or those of the cache given.
 
@@ -63,7 +62,6 @@ def open_scans(
         spacing_mm: voxel size to resample to; None keeps each scan's own.
         num_workers: processes that build it; None for one per core.
         strict: refuse scans that cannot be used instead of leaving them out.
-        storage: how a cache that is built stores intensities and resolutions; ``spacing_mm`` stands for its own.
     Raises:
         ConfigError: when a given cache has another spacing.
         DataError: when nothing can be used, or ``strict`` and something cannot.
@@ -79,7 +77,7 @@ def open_scans(
         # A shared cache holds every case, so that no run drops what another one needs.
         wanted = replace(source, cases=tuple(cases)) if cache_dir is None else source
         workers = num_cores() if num_workers is None else num_workers
-        preprocessing = replace(storage, spacing_mm=spacing_mm)
+        preprocessing = Preprocessing(spacing_mm=spacing_mm)
         scans = build_cache(wanted, cache_dir or run.path / "cache", preprocessing, num_workers=workers).subset(cases)
         for row in scans.failed:
             if strict:

@@ -58,6 +58,9 @@ class _Outline:
     def body_box(self) -> tuple[Triple, Triple]:
         return (0, 0, 0), self.shape
 
+    def foreground_ratio(self, _origin: Triple, _size: Triple) -> float:
+        return 1.0
+
 
 def pretraining_sample(method: Method, recipe: Backbone, shape: Triple) -> SampleShapes:
     """Shapes and types of one sample, drawn as if from a scan of ``shape`` voxels."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, create_recipe
 from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
+from mim3d.commands.leakage import SEEN_NAME, check_split, labelled, record_seen
 from mim3d.commands.memory import pretraining_sample, pretraining_ways, require_memory
 from mim3d.commands.training import Training
 from mim3d.config import to_named
@@ -95,7 +96,8 @@ def pretrain(
         pictures_every: Steps between two sets of reconstructions.
         keep_checkpoints: Newest checkpoints kept.
         seed: Of weights, order, crops and masks.
-        strict: Refuse scans that cannot be used instead of leaving them out with a warning.
+        strict: Refuse what is otherwise told in a warning: scans that cannot be used or prove damaged, and held-out
+            scans that were learned from.
         resume: Go on with the run in OUT, or start it.
     """
     arguments = dict(locals())
@@ -111,7 +113,10 @@ def pretrain(
     settings = arguments | {"method": to_named(planned, METHODS), "backbone": to_named(recipe, BACKBONES)}
     run = Run.create(out, command="pretrain", settings=settings, inputs=weights_input(weights), resume=resume)
     run.note(memory)
-    scans = open_scans(source, cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
+    # Those held out are cached too: only their voxels tell whether one is among the others under another name.
+    every = open_scans(source, source.cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
+    scans = _learned(every, cases, strict=strict)
+    record_seen(run, scans, weights)
     mapping = intensity or plan_intensity(scans)
     objective = _build(planned, recipe, weights, seed)
     loader = training.loader(scans, planned.sampler(recipe), mapping)
@@ -131,6 +136,20 @@ def _training_cases(data: str, source: CaseSet | Cache, fold: int | None, num_fo
     if not kept:
         raise DataError('Every case is declared val or test, so none is left to pre-train on; mark some "train".')
     return kept
+
+
+def _learned(scans: Cache, cases: Sequence[Case], *, strict: bool) -> Cache:
+    """The scans to learn from.
+
+    Raises:
+        DataError: ``strict``, and one of those held out is among them by another name.
+    """
+    learned = scans.subset(cases)
+    chosen = {case.id for case in cases}
+    held_out = [case for case in scans.cases if case.id not in chosen]
+    if held_out:
+        check_split(labelled(learned), labelled(scans.subset(held_out)), strict=strict)
+    return learned
 
 
 def _plan(asked: Method, recipe: Backbone, shapes: Sequence[Triple]) -> Method:
@@ -172,7 +191,9 @@ def _learn(
         run=run,
         loop=training.loop(training.num_steps(loader, DEFAULT_EPOCHS)),
         optim=optim,
-        on_checkpoint=lambda trained, step: save_network(run.path / "encoder", trained.encoder, {**card, "step": step}),
+        on_checkpoint=lambda trained, step: save_network(
+            run.path / "encoder", trained.encoder, {**card, "step": step}, beside=[run.path / SEEN_NAME]
+        ),
     )
 
 

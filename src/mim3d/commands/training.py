@@ -33,6 +33,7 @@ class Training:
     keep_checkpoints: int
     seed: int
     memory_limit: float | None = None
+    strict: bool = False
     resume: bool = False
     pictures_every: int | None = None
     validate_every: int | None = None
@@ -96,6 +97,7 @@ class Training:
             seed=self.seed,
             num_workers=self._reading_processes(),
             augment=augment,
+            strict=self.strict,
         )
 
     def _reading_processes(self) -> int:

@@ -1,20 +1,18 @@
 """The store of preprocessed volumes: built once, then read crop by crop without touching the scans again."""
 
+import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
-
-import numpy as np
 
 from mim3d.data import cache_files as layout
 from mim3d.data.cached_scan import CachedScan
 from mim3d.data.case_records import Case, CaseSet
-from mim3d.data.foreground import Statistics
+from mim3d.data.manifest import read_fingerprints, read_manifest
 from mim3d.data.preprocessing import Preprocessing
-from mim3d.data.stored_intensity import StoredIntensity
 from mim3d.errors import ConfigError, DataError
 
 __all__ = ["Cache", "CachedScan", "build_cache", "is_cache", "open_cache"]
@@ -28,7 +26,7 @@ class Cache(Sequence[CachedScan]):
         scans: Those of its scans that this object shows.
         labels: Label value -> name with background 0; values found where none were declared; empty without labels.
         preprocessing: How the scans were prepared; its ``intensities`` are never ``auto``.
-        failed: Scans that could not be used: id, images, label, reason.
+        failed: Scans that could not be used, by ``id``, ``images``, ``label`` and ``reason``.
     """
 
     def __init__(
@@ -38,7 +36,7 @@ class Cache(Sequence[CachedScan]):
         scans: Sequence[CachedScan],
         labels: dict[int, str],
         preprocessing: Preprocessing,
-        failed: Sequence[dict[str, Any]] = (),
+        failed: Sequence[Mapping[str, str]] = (),
     ) -> None:
         self.path = path
         self.labels = labels
@@ -76,12 +74,20 @@ class Cache(Sequence[CachedScan]):
     @property
     def size_bytes(self) -> int:
         """Size of the stored scans on disk."""
-        return sum(layout.size_bytes(scan.folder) for scan in self._scans)
+        return sum(scan.size_bytes for scan in self._scans)
 
     @property
     def source_bytes(self) -> int:
         """Size of the files they were made from."""
         return sum(scan.source_bytes for scan in self._scans)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Case id -> fingerprint as text, of all scans in the folder; read when asked for.
+
+        Raises:
+            DataError: The manifest is missing or damaged.
+        """
+        return read_fingerprints(os.path.join(self.path, layout.MANIFEST))
 
     def subset(self, cases: Iterable[Case]) -> "Cache":
         """The scans with the ids of ``cases``; ids that are not in the cache (bad scans) are passed over.
@@ -101,31 +107,43 @@ class Cache(Sequence[CachedScan]):
         )
 
 
-def build_cache(cases: CaseSet, out: str | Path, preprocessing: Preprocessing, *, num_workers: int = 0) -> Cache:
+def build_cache(
+    cases: CaseSet,
+    out: str | Path,
+    preprocessing: Preprocessing,
+    *,
+    num_workers: int = 0,
+    pack_gb: float | None = None,
+    scheduler: str | None = None,
+) -> Cache:
     """Bring every case of a data set into a cache folder, or bring the folder up to date.
 
     What is there already and still fits (same source contents, same settings) is kept; changed, new and
     unfinished cases are made; cases no longer in the data set go. It may be killed at any moment and run again.
-    Scans that cannot be used are left out and listed in ``failed.json`` with the reason.
+    Scans that cannot be used are left out and listed in ``failed.csv`` with the reason.
 
     Args:
         cases: The data set.
         out: The folder; made if missing.
         preprocessing: How to prepare and store the scans; all of them are stored in one way.
-        num_workers: Processes; 0 or 1 works in this one. More are spawned: a script must then make this call below
-            ``if __name__ == "__main__":``.
+        num_workers: Processes; 0 or 1 works in this one. More are spawned; they do not run the caller's script.
+        pack_gb: Bring the cases into files of about so many GB; a cache that is there stays as it is if None, a new
+            one has a folder for each case.
+        scheduler: Address of a running Dask scheduler, ``tcp://host:8786``, on whose workers the cases are made;
+            ``num_workers`` then means nothing. They must see the same files.
 
     Raises:
-        DataError: ``out`` cannot be written, holds other things or other scans, is being built by another process, or
-            none of the scans can be used.
-        ConfigError: ``out`` holds a cache of other settings.
+        DataError: ``out`` cannot be written, holds other things, other scans or a cache of another version, is being
+            built by another process, none of the scans can be used, or the cluster cannot do it.
+        ConfigError: ``out`` holds a cache of other settings, or Dask is not installed.
     """
-    from mim3d.data.cache_build import build, check_place
+    from mim3d.data.cache_build import Build, build, check_place
 
     path = os.path.abspath(out)
+    how = Build(num_workers=num_workers, pack_gb=pack_gb, scheduler=scheduler)
     preprocessing = preprocessing.settled(any(case.label is not None for case in cases.cases))
     check_place(path, preprocessing)
-    build(cases, path, preprocessing, num_workers)
+    build(cases, path, preprocessing, how)
     return open_cache(path)
 
 
@@ -156,54 +174,35 @@ def open_cache(path: str | Path) -> Cache:
             f"{path}: a cache of version {settings.get('version')}, but this mim3d reads version {layout.VERSION}; "
             "build it again in a new folder."
         )
-    if not os.path.exists(os.path.join(root, layout.INDEX)):
+    if not os.path.exists(os.path.join(root, layout.MANIFEST)):
         raise DataError(f"{path}: this cache is not finished; run the same `mim3d cache` command again to go on.")
-    index = layout.read_json(os.path.join(root, layout.INDEX))
-    failed = layout.read_json(os.path.join(root, layout.FAILED))["failed"]
     try:
-        scans = [_scan(row, root) for row in index["scans"]]
-        declared = {int(value): str(name) for value, name in index["labels"].items()}
         preprocessing = _preprocessing(settings["preprocessing"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as error:
-        raise DataError(f"{root}: its index is damaged ({error!r}); run `mim3d cache` again.") from error
+        raise DataError(f"{root}: its {layout.SETTINGS} is damaged ({error!r}); run `mim3d cache` again.") from error
+    scans, declared, _ = read_manifest(os.path.join(root, layout.MANIFEST))
     labels = declared or _found_labels(scans)
-    return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=failed)
+    return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=_failed(root))
+
+
+def _failed(root: str) -> list[dict[str, str]]:
+    path = os.path.join(root, layout.FAILED)
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return [{name: row[name] for name in layout.FAILED_COLUMNS} for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise DataError(f"{path}: missing or damaged ({error!r}); run `mim3d cache` again to rebuild it.") from error
 
 
 def _preprocessing(row: dict[str, Any]) -> Preprocessing:
     spacing, window = row["spacing_mm"], row["window"]
-    return Preprocessing(
-        spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
-        intensities=row["intensities"],
-        window=(window[0], window[1]),
-        num_levels=int(row["num_levels"]),
-    )
+    in_tuples = {
+        "spacing_mm": None if spacing is None else (spacing[0], spacing[1], spacing[2]),
+        "window": (window[0], window[1]),
+    }
+    return Preprocessing(**(row | in_tuples))
 
 
 def _found_labels(scans: Sequence[CachedScan]) -> dict[int, str]:
     values = sorted({value for scan in scans for value in scan.num_voxels} - {0})
     return {0: "background", **{value: f"label_{value}" for value in values}} if values else {}
-
-
-def _scan(row: dict[str, Any], root: str) -> CachedScan:
-    card, case, folder = row["card"], row["case"], str(row["folder"])
-    if os.path.basename(folder) != folder or folder in ("", ".", ".."):
-        raise ValueError(f"folder {folder!r}")
-    x, y, z = card["shape"]
-    start, stop = card["body_box"]
-    return CachedScan(
-        case=Case(**{**case, "images": tuple(case["images"])}),
-        folder=os.path.join(root, layout.CASES, folder),
-        shape=(x, y, z),
-        spacing_mm=(card["spacing_mm"][0], card["spacing_mm"][1], card["spacing_mm"][2]),
-        affine=np.array(card["affine"], dtype=np.float64),
-        num_channels=int(card["num_channels"]),
-        statistics=tuple(Statistics(**channel) for channel in card["statistics"]),
-        digest=str(card["digest"]),
-        body_box=((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])),
-        has_label=bool(card["has_label"]),
-        num_voxels={int(value): int(count) for value, count in card["num_voxels"].items()},
-        source_bytes=int(card["source_bytes"]),
-        stored_intensities=tuple(StoredIntensity(**line) for line in card["stored_intensities"]),
-        num_levels=int(card["num_levels"]),
-    )

@@ -1,23 +1,24 @@
-"""Building a cache: many cases in many processes, resumable at any moment."""
+"""Building a cache: resumable at any moment, and in the end the same bytes however it came about."""
 
-import multiprocessing
+import csv
+import json
 import os
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mim3d.data import cache_files as layout
-from mim3d.data.cache_case import Outcome, Recipe, build_case
-from mim3d.data.case_records import Case, CaseSet
+from mim3d.data.array_bytes import ByteSource, open_bytes
+from mim3d.data.build_workers import build_cases
+from mim3d.data.cache_case import Outcome, Recipe
+from mim3d.data.case_records import CaseSet
+from mim3d.data.dask_workers import build_cases_on, require_scheduler
 from mim3d.data.digests import Memo
+from mim3d.data.manifest import held_ids, row_of, write_manifest
+from mim3d.data.packs import PackedCase, cases_in, find_packed, pack_plan, size_of, write_pack
 from mim3d.data.preprocessing import Preprocessing
 from mim3d.errors import ConfigError, DataError
 from mim3d.progress import counted
@@ -25,18 +26,61 @@ from mim3d.progress import counted
 #: The memo of digests is written this often, so that a killed build need not hash again what it hashed.
 _MEMO_EVERY_S = 10.0
 
-_worker_memo: Memo = {}
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """How a cache is built, as far as its voxels do not depend on it.
+
+    Attributes:
+        num_workers: Processes; 0 or 1 works in this one.
+        pack_gb: Size of a pack; None keeps what the cache is, a new one in folders.
+        scheduler: Of a Dask cluster whose workers take the place of processes here.
+    """
+
+    num_workers: int = 0
+    pack_gb: float | None = None
+    scheduler: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pack_gb is not None and not self.pack_gb > 0:
+            raise ConfigError(f"pack_gb {self.pack_gb} must be above 0, such as 3.")
 
 
-def build(cases: CaseSet, out: str, preprocessing: Preprocessing, num_workers: int) -> None:
+def build(cases: CaseSet, out: str, preprocessing: Preprocessing, how: Build) -> None:
     """Fill a cache folder; see ``mim3d.data.cache.build_cache``."""
+    if how.scheduler is not None:
+        require_scheduler(how.scheduler)
     with _writing(out):
         os.makedirs(os.path.join(out, layout.CASES), exist_ok=True)
     with _writing(out), layout.locked(out):
-        _claim(out, cases, preprocessing)
-        recipe = Recipe(out=out, preprocessing=preprocessing, labels=cases.labels)
-        outcomes = _build_all(cases.cases, recipe, num_workers)
-        _finish(out, cases, outcomes)
+        pack_gb = _claim(out, cases, preprocessing, how.pack_gb)
+        packed = find_packed(os.path.join(out, layout.PACKS))
+        recipe = Recipe(out=out, preprocessing=preprocessing, labels=cases.labels, packed=frozenset(packed))
+        outcomes = _build_all(cases, recipe, how)
+        _write_failed(out, cases, outcomes)
+        cards = {
+            folder: _Stored(source)
+            for outcome in outcomes.values()
+            if (folder := outcome.folder) is not None
+            for source in [packed.get(folder) or os.path.join(out, layout.CASES, folder)]
+        }
+        if pack_gb is not None:
+            cards = _packed(out, cards, pack_gb)
+        _finish(out, cases, outcomes, cards)
+
+
+class _Stored:
+    """A finished case: its card, and where it lies."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self.source = source
+        try:
+            card = open_bytes(source, layout.CARD)
+            self.card: dict[str, Any] = json.loads(card.pread(0, card.size))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{source}: its {layout.CARD} is missing or damaged ({error}); delete it and run `mim3d cache` again."
+            ) from error
 
 
 @contextmanager
@@ -44,7 +88,8 @@ def _writing(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _write_error(out, error.strerror or str(error)) from error
+        # Other libraries put words of their own where the system's belong.
+        raise _write_error(out, os.strerror(error.errno) if error.errno else str(error)) from error
 
 
 def _write_error(out: str, reason: str) -> DataError:
@@ -58,7 +103,7 @@ def check_place(out: str, preprocessing: Preprocessing) -> None:
     """Refuse a place that is no cache folder, or the cache of other settings.
 
     Raises:
-        DataError: A file, a folder of other things, or not writable.
+        DataError: A file, a folder of other things, or a cache of another version.
         ConfigError: A cache of other settings.
     """
     if os.path.exists(out) and not os.path.isdir(out):
@@ -68,39 +113,51 @@ def check_place(out: str, preprocessing: Preprocessing) -> None:
         settings = layout.read_json(settings_path)
         if not isinstance(settings, dict) or settings.get("format") != layout.FORMAT:
             raise DataError(f"{settings_path}: not the settings of a mim3d cache; choose another folder.")
-        found, wanted = settings.get("preprocessing"), _settings(preprocessing)["preprocessing"]
-        if settings.get("version") != layout.VERSION or found != wanted:
+        if settings.get("version") != layout.VERSION:
+            raise DataError(
+                f"{out}: holds a cache of version {settings.get('version')}, but this mim3d makes version "
+                f"{layout.VERSION}; delete it and run again to make it anew from the scans, or choose another folder."
+            )
+        found, wanted = settings.get("preprocessing"), _described(preprocessing)
+        if found != wanted:
             raise ConfigError(
-                f"{out}: holds a cache of other settings ({found}, version {settings.get('version')}) than asked for "
-                f"({wanted}, version {layout.VERSION}); choose another folder, or delete this one."
+                f"{out}: holds a cache of other settings ({found}) than asked for ({wanted}); choose another folder, "
+                "or delete this one."
             )
     elif os.path.isdir(out) and set(os.listdir(out)) - {layout.CASES, layout.LOCK, f"{layout.SETTINGS}.part"}:
         raise DataError(f"{out}: holds other things than a mim3d cache; choose a new or empty folder.")
 
 
-def _settings(preprocessing: Preprocessing) -> dict[str, Any]:
+def _described(preprocessing: Preprocessing) -> dict[str, Any]:
     spacing = preprocessing.spacing_mm
-    described = {
+    return {
         **asdict(preprocessing),
         "spacing_mm": None if spacing is None else [float(mm) for mm in spacing],
         "window": [float(value) for value in preprocessing.window],
     }
-    return {"format": layout.FORMAT, "version": layout.VERSION, "preprocessing": described}
 
 
-def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing) -> None:
-    """Write down the settings, and take away the index: until all cases are checked again nothing is vouched for."""
-    index = os.path.join(out, layout.INDEX)
-    if os.path.exists(index):
-        held = {row["case"]["id"] for row in layout.read_json(index)["scans"]}
+def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: float | None) -> float | None:
+    """Write down the settings, and take away the manifest: until all cases are checked again nothing is vouched for.
+
+    Returns:
+        Size of the packs that this cache shall have; None for folders.
+    """
+    settings_path, manifest = os.path.join(out, layout.SETTINGS), os.path.join(out, layout.MANIFEST)
+    if pack_gb is None and os.path.exists(settings_path):
+        pack_gb = layout.read_json(settings_path).get("pack_gb")
+    if os.path.exists(manifest):
+        held = held_ids(manifest)
         if held and held.isdisjoint(case.id for case in cases.cases):
             raise DataError(
                 f"{out}: holds a cache of other scans ({len(held)}, none of them in {cases.root}); choose another "
                 "folder, or delete this one."
             )
-        os.remove(index)
+        os.remove(manifest)
     shutil.rmtree(os.path.join(out, layout.UNFINISHED), ignore_errors=True)
-    layout.write_json(os.path.join(out, layout.SETTINGS), _settings(preprocessing))
+    identity = {"format": layout.FORMAT, "version": layout.VERSION}
+    layout.write_json(settings_path, identity | {"preprocessing": _described(preprocessing), "pack_gb": pack_gb})
+    return pack_gb
 
 
 def read_memo(out: str) -> Memo:
@@ -112,13 +169,14 @@ def read_memo(out: str) -> Memo:
         return {}
 
 
-def _build_all(cases: tuple[Case, ...], recipe: Recipe, num_workers: int) -> dict[str, Outcome]:
+def _build_all(cases: CaseSet, recipe: Recipe, how: Build) -> dict[str, Outcome]:
     memo = read_memo(recipe.out)
     outcomes: dict[str, Outcome] = {}
     memo_path = os.path.join(recipe.out, layout.DIGESTS)
     written = time.monotonic()
-    try:
-        for outcome in counted(_outcomes(cases, recipe, memo, num_workers), len(cases), "caching"):
+    # Closed before anything else happens after a failure: no process may write once the lock has fallen.
+    with closing(_worked(cases, recipe, dict(memo), how)) as done:
+        for outcome in counted(done, len(cases.cases), "caching"):
             outcomes[outcome.id] = outcome
             memo.update(outcome.digests)
             if outcome.write_error is not None:
@@ -126,91 +184,77 @@ def _build_all(cases: tuple[Case, ...], recipe: Recipe, num_workers: int) -> dic
             if time.monotonic() - written > _MEMO_EVERY_S:
                 layout.write_json(memo_path, memo)
                 written = time.monotonic()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"{recipe.out}: a worker process ended without a word, most likely out of memory; run again with fewer "
-            "num_workers: the cases that are finished are kept."
-        ) from error
     current = {path: entry for outcome in outcomes.values() for path, entry in outcome.digests.items()}
     layout.write_json(memo_path, current)
     return outcomes
 
 
-def _outcomes(cases: tuple[Case, ...], recipe: Recipe, memo: Memo, num_workers: int) -> Iterator[Outcome]:
-    if num_workers <= 1 or len(cases) == 1:
-        yield from (build_case(case, recipe, memo) for case in cases)
-        return
-    # Spawned, not forked: the caller may run threads (torch, progress bars), which a fork would freeze.
-    pool = ProcessPoolExecutor(
-        min(num_workers, len(cases)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(recipe.out,),
-    )
-    try:
-        with _without_main_module():
-            waiting = [pool.submit(_work, case, recipe) for case in cases]
-        for done in as_completed(waiting):
-            yield done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _worked(cases: CaseSet, recipe: Recipe, memo: Memo, how: Build) -> Generator[Outcome, None, None]:
+    if how.scheduler is None:
+        yield from build_cases(cases.cases, recipe, memo, how.num_workers)
+    else:
+        yield from build_cases_on(how.scheduler, cases.cases, recipe, memo)
 
 
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Start processes that do not run the caller's script again.
+def _write_failed(out: str, cases: CaseSet, outcomes: Mapping[str, Outcome]) -> None:
+    """Write the table of scans that could not be used.
 
-    A spawned process imports the main module, so that a script without ``if __name__ == "__main__"`` would call itself
-    in every worker; these workers need nothing of it.
+    Raises:
+        DataError: None of them can.
     """
-    main = sys.modules["__main__"]
-    spec, file = main.__spec__, getattr(main, "__file__", None)
-    main.__spec__ = None
-    if file is not None:
-        del main.__file__
-    try:
-        yield
-    finally:
-        main.__spec__ = spec
-        if file is not None:
-            main.__file__ = file
+    failed = [(case, outcomes[case.id].reason) for case in cases.cases if outcomes[case.id].folder is None]
+    with (
+        layout.durably_written(os.path.join(out, layout.FAILED)) as part,
+        # A name that is no UTF-8 is told as what it is.
+        open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        rows = csv.writer(file)
+        rows.writerow(layout.FAILED_COLUMNS)
+        rows.writerows([case.id, ";".join(case.images), case.label or "", reason] for case, reason in failed)
+    if len(failed) == len(cases.cases):
+        raise DataError(f"{cases.root}: none of {len(failed)} scans can be used; the first: {failed[0][1]}")
 
 
-def _start_worker(out: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker_memo.update(read_memo(out))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _packed(out: str, stored: Mapping[str, _Stored], pack_gb: float) -> dict[str, _Stored]:
+    """Bring cases into packs, in the order of their digests; each pack is whole before its cases' folders go."""
+    packs_dir = os.path.join(out, layout.PACKS)
+    os.makedirs(packs_dir, exist_ok=True)
+    packed: dict[str, _Stored] = {}
+    in_order = sorted(stored, key=lambda folder: (stored[folder].card["digest"], folder))
+    plan = pack_plan({folder: size_of(stored[folder].source) for folder in in_order}, int(pack_gb * 1e9))
+    for name, folders in counted(plan.items(), len(plan), "packing"):
+        path = os.path.join(packs_dir, name)
+        if not os.path.exists(path):
+            with layout.durably_written(path) as part:
+                write_pack(part, {folder: stored[folder].source for folder in folders})
+        packed |= {folder: _Stored(source) for folder, source in cases_in(path).items()}
+        for folder in folders:
+            layout.remove_case(os.path.join(out, layout.CASES, folder))
+    return packed
 
 
-def _end_with_parent() -> None:
-    """A pool's workers outlive a killed parent; these do not."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(case: Case, recipe: Recipe) -> Outcome:
-    return build_case(case, recipe, _worker_memo)
-
-
-def _finish(out: str, cases: CaseSet, outcomes: dict[str, Outcome]) -> None:
-    """Write the tables of good and bad scans, then take away what no table names."""
-    scans, failed = [], []
+def _finish(out: str, cases: CaseSet, outcomes: Mapping[str, Outcome], stored: Mapping[str, _Stored]) -> None:
+    """Write the manifest, then take away what it does not name."""
+    rows = []
     for case in cases.cases:
-        outcome = outcomes[case.id]
-        if outcome.folder is None:
-            failed.append({"id": case.id, "images": case.images, "label": case.label, "reason": outcome.reason})
-        else:
-            card = layout.read_json(os.path.join(out, layout.CASES, outcome.folder, layout.CARD))
-            scans.append({"case": asdict(case), "folder": outcome.folder, "card": card})
-    layout.write_json(os.path.join(out, layout.FAILED), {"failed": failed})
-    if not scans:
-        raise DataError(f"{cases.root}: none of {len(failed)} scans can be used; the first: {failed[0]['reason']}")
-    labels = {str(value): name for value, name in cases.labels.items()}
-    layout.write_json(os.path.join(out, layout.INDEX), {"labels": labels, "root": cases.root, "scans": scans})
-    kept = {row["folder"] for row in scans}
-    for name in os.listdir(os.path.join(out, layout.CASES)):
-        if name not in kept:
-            shutil.rmtree(os.path.join(out, layout.CASES, name), ignore_errors=True)
+        folder = outcomes[case.id].folder
+        if folder is not None:
+            item = stored[folder]
+            rows.append(row_of(case, item.card | {"size_bytes": size_of(item.source)}, folder, item.source))
+    write_manifest(os.path.join(out, layout.MANIFEST), rows, cases.labels, cases.root)
+    packs = {os.path.basename(item.source.path) for item in stored.values() if isinstance(item.source, PackedCase)}
+    _keep_only(os.path.join(out, layout.PACKS), packs)
+    loose = {folder for folder, item in stored.items() if isinstance(item.source, str)}
+    _keep_only(os.path.join(out, layout.CASES), loose)
     shutil.rmtree(os.path.join(out, layout.UNFINISHED), ignore_errors=True)
+
+
+def _keep_only(folder: str, names: set[str]) -> None:
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name)
+        if name in names:
+            continue
+        if os.path.isdir(path):
+            layout.remove_case(path)
+        else:
+            os.remove(path)

@@ -5,28 +5,40 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
 from mim3d.data import cache_files as layout
+from mim3d.data.cache_cards import Card, card_of
 from mim3d.data.case_records import Case
 from mim3d.data.digests import Memo, digest_files, require_unchanged, source_files
-from mim3d.data.foreground import body_box_of, class_counts_of, class_locations_of, foreground_of
+from mim3d.data.foreground import class_counts_of, class_locations_of
 from mim3d.data.preprocessing import Prepared, Preprocessing, prepare
-from mim3d.data.store import write_image, write_label
+from mim3d.data.store import write_group, write_image, write_label
 from mim3d.data.stored_intensity import to_stored
 from mim3d.errors import DataError
+
+#: Names of 255 bytes are common, and some encrypting file systems take 143.
+_MAX_ID_BYTES = 96
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What all cases of a cache share; the preprocessing's ``intensities`` are settled."""
+    """What all cases of a cache share.
+
+    Attributes:
+        out: The cache folder.
+        preprocessing: Its ``intensities`` are settled.
+        labels: Declared label value -> name; empty allows all.
+        packed: Case folders that lie in packs already.
+    """
 
     out: str
     preprocessing: Preprocessing
     labels: dict[int, str]
+    packed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +63,13 @@ class Outcome:
 def build_case(case: Case, recipe: Recipe, memo: Memo) -> Outcome:
     """Bring one case into the cache, or find it there. Never raises: a bad scan must not stop the others."""
     try:
-        sources, label_sources = [source_files(path) for path in case.images], []
-        if case.label is not None:
-            label_sources = source_files(case.label)
-        image_digests, entries = [], {}
-        for files in sources:
-            digest, found = digest_files(files, memo)
-            image_digests.append(digest)
-            entries.update(found)
-        label_digest, found = digest_files(label_sources, memo)
-        entries.update(found)
-        key = _key(image_digests, label_digest if label_sources else None, recipe)
-        folder = f"{case.id}.{key[:16]}"
-        if os.path.exists(os.path.join(recipe.out, layout.CASES, folder, layout.CARD)):
+        _require_name(case)
+        entries: Memo = {}
+        image_digests = [_digest(source_files(path), memo, entries) for path in case.images]
+        label_digest = None if case.label is None else _digest(source_files(case.label), memo, entries)
+        key = _key(image_digests, label_digest, recipe)
+        folder = f"{_short(case.id)}.{key[:16]}"
+        if folder in recipe.packed or os.path.exists(os.path.join(recipe.out, layout.CASES, folder, layout.CARD)):
             return Outcome(id=case.id, folder=folder, digests=entries)
         prepared = prepare(case, recipe.preprocessing, labels=recipe.labels)
         require_unchanged(entries)
@@ -73,12 +79,50 @@ def build_case(case: Case, recipe: Recipe, memo: Memo) -> Outcome:
         return Outcome(id=case.id, reason=str(error))
     except Exception as error:  # Readers of foreign formats raise anything.
         return Outcome(id=case.id, reason=f"{case.images[0]}: cannot be read ({type(error).__name__}: {error}).")
-    source_bytes = sum(stamp[0] for stamp, _ in entries.values())
+    card = {
+        "digest": key,
+        "source_digest": _joined(image_digests),
+        "source_bytes": sum(stamp[0] for stamp, _ in entries.values()),
+    }
     try:
-        _write_case(folder, prepared, {"digest": key, "source_bytes": source_bytes, "num_voxels": {}}, recipe)
+        _write_case(folder, prepared, card, recipe)
     except OSError as error:
         return Outcome(id=case.id, write_error=error.strerror or str(error), digests=entries)
+    except MemoryError:
+        return Outcome(id=case.id, reason=f"{case.images[0]}: larger than the memory left for it.")
+    except Exception as error:  # Voxels of a kind that nobody foresaw.
+        return Outcome(id=case.id, reason=f"{case.images[0]}: cannot be stored ({type(error).__name__}: {error}).")
     return Outcome(id=case.id, folder=folder, digests=entries)
+
+
+def _require_name(case: Case) -> None:
+    """Refuse a name that JSON and Parquet cannot hold: bytes of an older encoding than UTF-8.
+
+    Raises:
+        DataError: Names the file.
+    """
+    for path in (*case.images, *([] if case.label is None else [case.label])):
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            told = path.encode(errors="backslashreplace").decode()
+            raise DataError(f"{told}: its name is not valid UTF-8; rename the file or folder.") from error
+
+
+def _digest(files: Sequence[str], memo: Memo, entries: Memo) -> str:
+    digest, found = digest_files(files, memo)
+    entries.update(found)
+    return digest
+
+
+def _joined(digests: Sequence[str]) -> str:
+    """One digest of several channels; that of a single one is its own."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _short(case_id: str) -> str:
+    """An id cut to what every file system takes as part of a name; the key behind it keeps names apart."""
+    return case_id.encode()[:_MAX_ID_BYTES].decode(errors="ignore")
 
 
 def _key(image_digests: list[str], label_digest: str | None, recipe: Recipe) -> str:
@@ -93,7 +137,7 @@ def _key(image_digests: list[str], label_digest: str | None, recipe: Recipe) -> 
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _write_case(folder: str, prepared: Prepared, card: dict[str, Any], recipe: Recipe) -> None:
+def _write_case(folder: str, prepared: Prepared, card: Card, recipe: Recipe) -> None:
     """Write a case aside and rename it into place once all of it is on the disk.
 
     Raises:
@@ -106,16 +150,18 @@ def _write_case(folder: str, prepared: Prepared, card: dict[str, Any], recipe: R
         settings = recipe.preprocessing
         assert settings.intensities != "auto"
         stored, lines = to_stored(prepared.image, prepared.statistics, settings.intensities, settings.window)
+        write_group(scratch, {})
         write_image(os.path.join(scratch, layout.IMAGE), stored, lines, settings.num_levels)
-        card |= {"num_levels": settings.num_levels, "stored_intensities": [asdict(line) for line in lines]}
+        card |= card_of(prepared, lines, stored.dtype, settings.num_levels) | {"num_voxels": []}
         del stored
         if prepared.label is not None:
             write_label(os.path.join(scratch, layout.LABEL), prepared.label)
             counts = class_counts_of(prepared.label)
             places = class_locations_of(prepared.label, counts)
             np.savez_compressed(os.path.join(scratch, layout.LOCATIONS), rows=places.T.copy())
-            card["num_voxels"] = {str(value): int(n) for value, n in enumerate(counts.sum(axis=0)) if n}
-        layout.write_json(os.path.join(scratch, layout.CARD), {**card, **_card(prepared)})
+            totals = enumerate(counts.sum(axis=0).tolist())
+            card["num_voxels"] = [{"value": value, "count": count} for value, count in totals if count]
+        layout.write_json(os.path.join(scratch, layout.CARD), card)
         layout.sync_tree(scratch)
         os.chmod(scratch, 0o755)
         target = os.path.join(recipe.out, layout.CASES, folder)
@@ -124,21 +170,9 @@ def _write_case(folder: str, prepared: Prepared, card: dict[str, Any], recipe: R
         except OSError:
             # A worker of a killed build may have finished the same case in the meantime.
             if not os.path.exists(os.path.join(target, layout.CARD)):
-                raise
+                # What stands in the way without a card is left from a case whose removal was cut short.
+                layout.remove_case(target)
+                os.rename(scratch, target)
         layout.sync_folder(os.path.dirname(target))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _card(prepared: Prepared) -> dict[str, Any]:
-    foregrounds = [foreground_of(channel) for channel in prepared.image]
-    box = body_box_of(np.logical_or.reduce(foregrounds))
-    return {
-        "num_channels": prepared.image.shape[0],
-        "shape": prepared.image.shape[1:],
-        "spacing_mm": prepared.spacing_mm,
-        "affine": prepared.affine.tolist(),
-        "statistics": [asdict(channel) for channel in prepared.statistics],
-        "body_box": box,
-        "has_label": prepared.label is not None,
-    }

@@ -2,32 +2,36 @@
 
 ::
 
-    cache.json     the settings, written first
-    index.json     every cached case with its card, written last; a cache without it is unfinished
-    failed.json    scans that could not be used, each with the reason
-    digests.json   SHA-256 of source files by size and times, so that a second run need not read them
-    cases/ID.KEY   one folder per case, KEY being the digest of its sources and settings:
-                   image/0, image/1, ... (each resolution), label, locations.npz, card.json
-    unfinished/    cases being written; renamed to cases/ when complete
-    lock           held while a build runs
+    cache.json        the settings, written first
+    manifest.parquet  every cached case with its card and its place, written last; a cache without it is unfinished
+    failed.csv        scans that could not be used, each with the reason
+    digests.json      SHA-256 of source files by size and times, so that a second run need not read them
+    cases/ID.KEY/     one folder per case, KEY being the digest of its sources and settings: a zarr group of
+                      image/0, image/1, ... (each resolution) and label, with locations.npz and card.json
+    packs/            instead of cases/ where asked for: such folders in files of some GB, see mim3d.data.packs
+    unfinished/       cases and packs being written; renamed into place when complete
+    lock              held while a build runs
 """
 
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from mim3d.errors import DataError
 
 FORMAT = "mim3d-cache"
-VERSION = 2
+VERSION = 3
 SETTINGS = "cache.json"
-INDEX = "index.json"
-FAILED = "failed.json"
+MANIFEST = "manifest.parquet"
+FAILED = "failed.csv"
+FAILED_COLUMNS = ("id", "images", "label", "reason")
 DIGESTS = "digests.json"
 CASES = "cases"
+PACKS = "packs"
 UNFINISHED = "unfinished"
 IMAGE = "image"
 LABEL = "label"
@@ -43,12 +47,26 @@ def write_json(path: str, content: Any) -> None:
         OSError: The disk is full or not writable.
     """
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as file:
+    with durably_written(path) as part, open(part, "w", encoding="utf-8") as file:
         file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+
+
+@contextmanager
+def durably_written(path: str) -> Iterator[str]:
+    """A name to write a file under that becomes ``path`` once all of it is on the disk; nothing is left of a failure.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    part = f"{path}.part"
+    try:
+        yield part
+        sync_file(part)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(part)
+        raise
     sync_folder(os.path.dirname(path))
 
 
@@ -65,8 +83,8 @@ def read_json(path: str) -> Any:
         raise DataError(f"{path}: missing or damaged ({error}); run `mim3d cache` again to rebuild it.") from error
 
 
-def sync_folder(path: str) -> None:
-    """Make the names in a folder survive a power cut."""
+def sync_file(path: str) -> None:
+    """Bring a file's content to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -74,16 +92,24 @@ def sync_folder(path: str) -> None:
         os.close(handle)
 
 
+def sync_folder(path: str) -> None:
+    """Make the names in a folder survive a power cut."""
+    sync_file(path)
+
+
 def sync_tree(path: str) -> None:
     """Make every file and name below a folder survive a power cut."""
     for folder, _, names in os.walk(path):
         for name in names:
-            handle = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_file(os.path.join(folder, name))
         sync_folder(folder)
+
+
+def remove_case(path: str) -> None:
+    """Remove a case's folder; what is left of it after a power cut does not pass for finished."""
+    with suppress(OSError):
+        os.remove(os.path.join(path, CARD))
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def size_bytes(path: str) -> int:

@@ -82,7 +82,7 @@ def _path_id(path: str, root: str) -> str:
     base = root if os.path.isdir(root) else os.path.dirname(root)
     folder = os.path.dirname(os.path.relpath(path, base))
     parts = [part for part in folder.split(os.sep) if part not in ("", ".", "..")]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join([*parts, scan_id(path)]))
+    return re.sub(r"[^\w.-]+", "-", "_".join([*parts, scan_id(path)]))
 
 
 def _dicom_patient(path: str) -> str | None:

@@ -16,6 +16,7 @@ from mim3d.data.dicom_headers import read_header, read_slices
 from mim3d.data.dicom_stacks import Slice, Stack, stack
 from mim3d.data.grids import smallest_integer
 from mim3d.data.itk import simple_itk
+from mim3d.data.voxel_copies import slices_at_once
 from mim3d.errors import DataError
 
 #: Modalities whose series are scans of the body's inside in parallel slices.
@@ -80,8 +81,8 @@ def read_stack(address: str) -> Stack:
     return _checked_stack(_resolve(address), address)
 
 
-def read_stored(found: Stack) -> npt.NDArray[Any]:
-    """Voxels in stored axis order (column, row, slice), rescaled (HU for CT).
+def read_slabs(found: Stack) -> Iterator[npt.NDArray[Any]]:
+    """Voxels in stored axis order (column, row, some slices), rescaled (HU for CT), in a buffer used again.
 
     int16 where the rescaled values are whole and fit, int32 where they are whole, else float32.
 
@@ -90,7 +91,8 @@ def read_stored(found: Stack) -> npt.NDArray[Any]:
     """
     whole = all(item.slope.is_integer() and item.intercept.is_integer() for item in found.slices)
     columns, rows, num_slices = found.grid.shape
-    out: npt.NDArray[Any] = np.empty((num_slices, rows, columns), dtype=np.int16 if whole else np.float32)
+    num_at_once = min(slices_at_once(columns * rows), num_slices)
+    buffer: npt.NDArray[Any] = np.empty((num_at_once, rows, columns), dtype=np.int16 if whole else np.float32)
     frames: npt.NDArray[Any] = np.empty((0, rows, columns))
     loaded = ""
     for index, item in enumerate(found.slices):
@@ -98,10 +100,12 @@ def read_stored(found: Stack) -> npt.NDArray[Any]:
             frames, loaded = _decode(item), item.path
         if whole:
             low, high = int(frames.min()), int(frames.max())
-            needed = np.promote_types(out.dtype, smallest_integer(low, high))
-            out = out.astype(needed, copy=False)
-        out[index] = frames[item.frame or 0]
-    return out.T
+            needed = np.promote_types(buffer.dtype, smallest_integer(low, high))
+            buffer = buffer.astype(needed, copy=False)
+        place = index % num_at_once
+        buffer[place] = frames[item.frame or 0]
+        if place == num_at_once - 1 or index == num_slices - 1:
+            yield buffer[: place + 1].T
 
 
 def patient_key(address: str) -> str | None:

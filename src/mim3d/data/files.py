@@ -50,8 +50,8 @@ def check_memory(path: str, shape: Sequence[int], itemsize: int) -> int:
     available = available_memory_bytes()
     if 2 * size_bytes > available:
         raise DataError(
-            f"{path}: the header claims {times(shape)} voxels ({size_bytes / 2**30:.1f} GiB, twice that "
-            f"while reading), and {available / 2**30:.1f} GiB are available; check the header or crop the scan."
+            f"{path}: the header claims {times(shape)} voxels ({size_bytes / 2**30:.1f} GiB, up to twice that while "
+            f"they are prepared), and {available / 2**30:.1f} GiB are available; check the header or crop the scan."
         )
     return size_bytes
 

@@ -9,12 +9,15 @@ The rule for foreground, chosen to need no knowledge of the modality:
 * Where less than one voxel in a thousand is left, all of the scan is foreground.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mim3d.data.shard_reader import BLOCK
 from mim3d.types import Triple
 
 HU_BELOW = -200.0
@@ -24,6 +27,8 @@ CT_LOWEST_PADDING_HU = -1024.0
 BACKGROUND_RATIO = 0.05
 MIN_FOREGROUND_RATIO = 1e-3
 MAX_LOCATIONS = 2000
+#: Edge of the blocks that the body's box is made of; it divides the edge of stored blocks.
+BOX_BLOCK = 4
 #: Percentiles are taken over at most about this many evenly spaced voxels.
 MAX_PERCENTILE_VOXELS = 1_000_000
 
@@ -37,8 +42,10 @@ class Statistics:
         maximum: Of all voxels.
         mean: Of the foreground.
         std: Of the foreground.
+        percentile_00_1: Of the foreground, as all percentiles here; over evenly spaced voxels of it.
         percentile_00_5: Of the foreground.
         percentile_99_5: Of the foreground.
+        percentile_99_9: Of the foreground.
         low: What stands for "nothing there" outside the scan: its darkest value, for CT at least -1024 HU.
     """
 
@@ -46,63 +53,134 @@ class Statistics:
     maximum: float
     mean: float
     std: float
+    percentile_00_1: float
     percentile_00_5: float
     percentile_99_5: float
+    percentile_99_9: float
     low: float
 
 
-def foreground_of(channel: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Boolean (X, Y, Z) foreground of a channel by the rule above."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Foreground:
+    """Where the foreground of a scan lies: of all its channels together.
+
+    Attributes:
+        box: The box around it, (start, stop) in voxels with stop excluded. Blocks of 4 voxels a side count where at
+            least half of their voxels are foreground, so that noise in the air and thin tables do not stretch the
+            box; where no block counts the box is the whole scan.
+        shares: (ceil(X / 32), ceil(Y / 32), ceil(Z / 32)) uint8, in each block of 32 voxels a side the share of its
+            voxels inside the scan that are foreground, in 255ths, rounded.
+    """
+
+    box: tuple[Triple, Triple]
+    shares: npt.NDArray[np.uint8]
+
+
+def threshold_of(channel: npt.NDArray[Any]) -> float:
+    """What the foreground of an (X, Y, Z) channel lies above, by the rule above; minus infinity where all of it is."""
     minimum = float(channel.min())
     if minimum < HU_BELOW:
         threshold = CT_FOREGROUND_HU
     else:
         high = float(np.percentile(thinned(channel.ravel()), 99.5))
         threshold = minimum + BACKGROUND_RATIO * (high - minimum)
-    foreground = np.asarray(channel > threshold)
-    if np.count_nonzero(foreground) < MIN_FOREGROUND_RATIO * channel.size:
-        return np.ones(channel.shape, dtype=np.bool_)
-    return foreground
+    is_enough = _num_above(channel, threshold) >= MIN_FOREGROUND_RATIO * channel.size
+    return threshold if is_enough else -math.inf
 
 
-def statistics_of(channel: npt.NDArray[Any], foreground: npt.NDArray[np.bool_]) -> Statistics:
-    """Statistics of one (X, Y, Z) channel, given its foreground."""
-    minimum = float(channel.min())
-    voxels = channel[foreground]
-    low_high = np.percentile(thinned(voxels).astype(np.float64), (0.5, 99.5))
+def statistics_of(channel: npt.NDArray[Any], threshold: float) -> Statistics:
+    """Statistics of one (X, Y, Z) channel whose foreground lies above a threshold.
+
+    Sums are in double precision and taken plane by plane: nothing as large as the channel is made.
+    """
+    minimum, maximum = float(channel.min()), float(channel.max())
+    every = _spacing_of(_num_above(channel, threshold))
+    # Sums of differences from a value of the foreground's own size: their squares cancel nothing.
+    origin = threshold if math.isfinite(threshold) else minimum
+    seen, total, squares = 0, 0.0, 0.0
+    picked = []
+    for plane in channel:
+        voxels = plane[_above(plane, threshold)]
+        # A copy, as a view would keep all of the plane's foreground.
+        picked.append(voxels[-seen % every :: every].copy())
+        seen += voxels.size
+        differences = voxels.astype(np.float64)
+        differences -= origin
+        total += float(differences.sum())
+        squares += float(differences @ differences)
+    percentiles = np.percentile(np.concatenate(picked).astype(np.float64), (0.1, 0.5, 99.5, 99.9))
     return Statistics(
         minimum=minimum,
-        maximum=float(channel.max()),
-        mean=float(voxels.mean(dtype=np.float64)),
-        std=float(voxels.std(dtype=np.float64)),
-        percentile_00_5=float(low_high[0]),
-        percentile_99_5=float(low_high[1]),
+        maximum=maximum,
+        mean=origin + total / seen,
+        std=math.sqrt(max(squares / seen - (total / seen) ** 2, 0.0)),
+        percentile_00_1=float(percentiles[0]),
+        percentile_00_5=float(percentiles[1]),
+        percentile_99_5=float(percentiles[2]),
+        percentile_99_9=float(percentiles[3]),
         low=max(minimum, CT_LOWEST_PADDING_HU) if minimum < HU_BELOW else minimum,
     )
 
 
+def foreground_of(image_CXYZ: npt.NDArray[Any], thresholds: Sequence[float]) -> Foreground:
+    """Where the foreground of an image lies: voxels that are above the threshold of at least one channel."""
+    shape = image_CXYZ.shape[1:]
+    counts = np.empty([-(-size // BOX_BLOCK) for size in shape], dtype=np.uint8)
+    for place in range(len(counts)):
+        planes = slice(place * BOX_BLOCK, (place + 1) * BOX_BLOCK)
+        inside = _above(image_CXYZ[0, planes], thresholds[0])
+        for channel, threshold in zip(image_CXYZ[1:], thresholds[1:], strict=True):
+            inside |= _above(channel[planes], threshold)
+        counts[place] = _block_sums(inside.view(np.uint8), BOX_BLOCK)[0]
+    voxels = _block_sums(counts.astype(np.uint16), BLOCK // BOX_BLOCK)
+    shares = np.rint(255 * (voxels / _block_sizes(shape, BLOCK))).astype(np.uint8)
+    return Foreground(box=_box_around(counts * 2 >= _block_sizes(shape, BOX_BLOCK), shape), shares=shares)
+
+
 def thinned(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """At most about ``MAX_PERCENTILE_VOXELS`` of the values, evenly spaced: enough for percentiles."""
-    return values[:: max(1, values.size // MAX_PERCENTILE_VOXELS)]
+    return values[:: _spacing_of(values.size)]
 
 
-def body_box_of(foreground: npt.NDArray[np.bool_]) -> tuple[Triple, Triple]:
-    """Box around the foreground, (start, stop) with stop excluded.
+def _spacing_of(num_values: int) -> int:
+    return max(1, num_values // MAX_PERCENTILE_VOXELS)
 
-    Blocks of 4 voxels a side count where half of their voxels are foreground, so that noise in the air and thin
-    tables do not stretch the box; where no block counts the box is the whole scan.
-    """
-    edge = 4
-    counts = foreground.astype(np.int32)
-    for axis, size in enumerate(foreground.shape):
-        counts = np.add.reduceat(counts, np.arange(0, size, edge), axis=axis)
-    x, y, z = (np.minimum(edge, size - np.arange(0, size, edge)) for size in foreground.shape)
-    body = counts * 2 >= x[:, None, None] * y[None, :, None] * z[None, None, :]
+
+def _above(voxels: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.bool_]:
+    if threshold == -math.inf:
+        return np.ones(voxels.shape, dtype=np.bool_)
+    # Integers are above a number where they are above the whole number below it; comparing integers is fast.
+    return np.asarray(voxels > (math.floor(threshold) if voxels.dtype.kind in "iu" else threshold))
+
+
+def _num_above(channel: npt.NDArray[Any], threshold: float) -> int:
+    return sum(int(np.count_nonzero(_above(plane, threshold))) for plane in channel)
+
+
+def _block_sums(array: npt.NDArray[Any], edge: int) -> npt.NDArray[Any]:
+    """Sums over blocks of ``edge`` voxels a side, in the array's own type; at the far edges over what is there."""
+    for axis in range(array.ndim):
+        array = np.moveaxis(array, axis, 0)
+        sums = array[0::edge].copy()
+        for place in range(1, edge):
+            part = array[place::edge]
+            sums[: len(part)] += part
+        array = np.moveaxis(sums, 0, axis)
+    return array
+
+
+def _block_sizes(shape: Sequence[int], edge: int) -> npt.NDArray[np.uint16]:
+    """Voxels of each block inside a scan of a shape."""
+    x, y, z = (np.minimum(edge, size - np.arange(0, size, edge)).astype(np.uint16) for size in shape)
+    return np.asarray(x[:, None, None] * y[None, :, None] * z[None, None, :])
+
+
+def _box_around(is_body: npt.NDArray[np.bool_], shape: Sequence[int]) -> tuple[Triple, Triple]:
     start, stop = [], []
-    for axis, size in enumerate(foreground.shape):
-        places = np.flatnonzero(body.any(axis=tuple(other for other in range(3) if other != axis)))
-        start.append(int(places[0]) * edge if len(places) else 0)
-        stop.append(min((int(places[-1]) + 1) * edge, size) if len(places) else size)
+    for axis, size in enumerate(shape):
+        places = np.flatnonzero(is_body.any(axis=tuple(other for other in range(3) if other != axis)))
+        start.append(int(places[0]) * BOX_BLOCK if len(places) else 0)
+        stop.append(min((int(places[-1]) + 1) * BOX_BLOCK, size) if len(places) else size)
     return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
 
 
@@ -124,9 +202,10 @@ def class_locations_of(label: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -
     rows = [np.zeros((0, 4), dtype=np.int64)]
     for value in range(1, counts.shape[1]):
         before = np.concatenate([[0], np.cumsum(counts[:, value])])
-        ranks = np.arange(before[-1])
-        if len(ranks) > MAX_LOCATIONS:
+        if before[-1] > MAX_LOCATIONS:
             ranks = np.sort(np.random.default_rng(value).choice(before[-1], MAX_LOCATIONS, replace=False))
+        else:
+            ranks = np.arange(before[-1])
         first = np.searchsorted(ranks, before)
         for x in np.flatnonzero(np.diff(first)):
             places = np.flatnonzero(label[x] == value)[ranks[first[x] : first[x + 1]] - before[x]]

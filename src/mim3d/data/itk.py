@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from mim3d.data.grids import (
     volume_shape,
 )
 from mim3d.data.itk_headers import TextHeader, is_nrrd, read_text_header
+from mim3d.data.voxel_copies import slices_at_once
 from mim3d.errors import DataError
 
 
@@ -54,8 +56,10 @@ def read_grid(path: str) -> Grid:
     return Grid(shape=shape, affine=affine, path=path, itk=geometry)
 
 
-def read_stored(grid: Grid) -> npt.NDArray[Any]:
-    """Voxels in stored axis order, (i, j, k), in the type of the file.
+def read_slabs(grid: Grid) -> Iterator[npt.NDArray[Any]]:
+    """Voxels in stored axis order, (i, j, some k), slab by slab along the last axis, in the type of the file.
+
+    All voxels are unpacked at the first slab, as SimpleITK has no other way; the slabs are views of them.
 
     Raises:
         DataError: the voxels cannot be unpacked.
@@ -71,8 +75,11 @@ def read_stored(grid: Grid) -> npt.NDArray[Any]:
         raise DataError(
             f"{grid.path}: the voxels cannot be read ({_reason(error)}); copy the file again from its source."
         ) from error
-    array: npt.NDArray[Any] = simple_itk().GetArrayFromImage(image)
-    return array.T.reshape(grid.shape, order="F")
+    # The view is valid for as long as the image is referred to: as long as this function has not ended.
+    stored = simple_itk().GetArrayViewFromImage(image).T.reshape(grid.shape, order="F")
+    num_at_once = slices_at_once(grid.shape[0] * grid.shape[1])
+    for start in range(0, grid.shape[2], num_at_once):
+        yield stored[..., start : start + num_at_once]
 
 
 def write_stored(path: str, array: npt.NDArray[Any], grid: Grid) -> None:

@@ -1,12 +1,14 @@
 """NIfTI files: headers held against the file before a voxel is read, and geometry written back bit by bit."""
 
 import gzip
-import math
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import isal.igzip
+import isal.isal_zlib
 import nibabel
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +24,13 @@ from mim3d.data.grids import (
     times,
     volume_shape,
 )
+from mim3d.data.voxel_copies import slices_at_once
 from mim3d.errors import DataError
 
 # Untyped, so that calls into it are not held against the types of this package.
 nib: Any = nibabel
+igzip: Any = isal.igzip
+IsalError: Any = isal.isal_zlib.IsalError
 
 #: Millimetres per unit of length, by the lowest three bits of xyzt_units; 0 (unknown) counts as mm.
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
@@ -72,48 +77,52 @@ def read_source(path: str) -> NiftiSource:
     )
 
 
-def read_stored(source: NiftiSource) -> npt.NDArray[Any]:
-    """Voxels in stored axis order, (i, j, k): integers as integers where the scaling keeps them whole.
+def read_slabs(source: NiftiSource) -> Iterator[npt.NDArray[Any]]:
+    """Voxels in stored axis order, slab by slab along the last axis: (i, j, some k), in one buffer used again.
+
+    Integers are integers where the scaling keeps them whole; all else that is scaled is float32.
 
     Raises:
         DataError: the voxels cannot be unpacked, or their checksum is wrong.
     """
-    grid = source.grid
+    is_scaled = (source.slope, source.intercept) != (1.0, 0.0)
     try:
-        flat = _unpack(source) if _is_zipped(grid.path) else _copy(source)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{grid.path}: the voxels cannot be read ({error}); copy the file again.") from error
-    raw = flat.reshape(grid.shape, order="F")
-    native = raw.astype(raw.dtype.newbyteorder("="), copy=False)
-    if source.slope == 1.0 and source.intercept == 0.0:
-        return native
-    return scaled(native, source.slope, source.intercept)
+        for raw in _raw_slabs(source):
+            native = raw.astype(raw.dtype.newbyteorder("="), copy=False)
+            yield scaled(native, source.slope, source.intercept) if is_scaled else native
+    except (OSError, EOFError, ValueError, IsalError) as error:
+        raise DataError(f"{source.grid.path}: the voxels cannot be read ({error}); copy the file again.") from error
 
 
-def _copy(source: NiftiSource) -> npt.NDArray[Any]:
-    count = math.prod(source.grid.shape)
-    return np.fromfile(source.grid.path, dtype=source.dtype, count=count, offset=source.voxel_offset)
+def _raw_slabs(source: NiftiSource) -> Iterator[npt.NDArray[Any]]:
+    columns, rows, num_slices = source.grid.shape
+    num_at_once = min(slices_at_once(columns * rows), num_slices)
+    buffer = np.empty(columns * rows * num_at_once, dtype=source.dtype)
+    zipped = _is_zipped(source.grid.path)
+    with igzip.open(source.grid.path, "rb") if zipped else open(source.grid.path, "rb", buffering=0) as stream:
+        stream.seek(source.voxel_offset)
+        for start in range(0, num_slices, num_at_once):
+            num_here = min(num_at_once, num_slices - start)
+            flat = buffer[: columns * rows * num_here]
+            _fill(flat, stream)
+            yield flat.reshape((columns, rows, num_here), order="F")
+        # The checksum is compared where a compressed stream ends, so it has to be read to its end.
+        while zipped and stream.read(2**20):
+            pass
 
 
-def _unpack(source: NiftiSource) -> npt.NDArray[Any]:
-    flat = np.empty(math.prod(source.grid.shape), dtype=source.dtype)
+def _fill(flat: npt.NDArray[Any], stream: Any) -> None:
     plain_bytes: Any = flat.view(np.uint8)
     rest = memoryview(plain_bytes)
-    with gzip.open(source.grid.path, "rb") as stream:
-        stream.seek(source.voxel_offset)
-        while rest:
-            num_bytes = stream.readinto(rest[: 2**24])
-            if not num_bytes:
-                raise EOFError("the stream ends before the last voxel")
-            rest = rest[num_bytes:]
-        # The checksum is compared where a stream ends, so it has to be read to its end.
-        while stream.read(2**20):
-            pass
-    return flat
+    while rest:
+        num_bytes = stream.readinto(rest[: 2**24])
+        if not num_bytes:
+            raise EOFError("the stream ends before the last voxel")
+        rest = rest[num_bytes:]
 
 
 def scaled(raw: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
-    """`raw * slope + intercept`, slab by slab: whole numbers stay integers, all else becomes float32."""
+    """`raw * slope + intercept`: whole numbers stay integers that hold them, all else becomes float32."""
     whole = raw.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer()
     dtype: np.dtype[Any] = np.dtype(np.float32)
     if whole:

@@ -1,6 +1,7 @@
 """Resampling on voxel centres, axis by axis: linear with anti-aliasing for images and scores, voting for labels."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from mim3d.types import Spacing, Triple
 #: An axis is left alone where no voxel would move by more than this part of a voxel.
 TOLERANCE_VOXELS = 0.01
 
+#: About so many voxels of the input are resampled at a time.
+_SLAB_VOXELS = 2**20
+
 
 @dataclass(frozen=True)
 class Taps:
@@ -21,11 +25,13 @@ class Taps:
         index: (num_out, num_taps) input voxels; those beyond the edge are the edge voxel.
         weight: (num_out, num_taps) float32, each row summing to 1.
         num_in: Voxels of the input axis.
+        zoom: Output voxels per input voxel; that of the whole axis where these are taps of a part of it.
     """
 
     index: npt.NDArray[np.int64]
     weight: npt.NDArray[np.float32]
     num_in: int
+    zoom: float
 
     @property
     def is_identity(self) -> bool:
@@ -41,7 +47,7 @@ def plan_taps(num_in: int, num_out: int, step: float) -> Taps:
     a ramp.
     """
     if num_in == num_out and step == 1.0:
-        return Taps(np.arange(num_in)[:, None], np.ones((num_in, 1), np.float32), num_in)
+        return Taps(np.arange(num_in)[:, None], np.ones((num_in, 1), np.float32), num_in, 1.0)
     position = (np.arange(num_out) - (num_out - 1) / 2) * step + (num_in - 1) / 2
     window = float(np.sqrt(max(step**2 - 1, 0.0)))
     reach = 1 + window / 2
@@ -53,7 +59,7 @@ def plan_taps(num_in: int, num_out: int, step: float) -> Taps:
     else:
         weight = _hat_integral(distance + window / 2) - _hat_integral(distance - window / 2)
     weight /= weight.sum(axis=1, keepdims=True)
-    return Taps(np.clip(index, 0, num_in - 1), weight.astype(np.float32), num_in)
+    return Taps(np.clip(index, 0, num_in - 1), weight.astype(np.float32), num_in, num_out / num_in)
 
 
 def _hat_integral(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -90,14 +96,48 @@ def plan_resampling(shape: Triple, spacing_mm: Spacing, new_shape: Triple, new_m
     )
 
 
-def resample_linear(array: npt.NDArray[Any], taps: tuple[Taps, ...]) -> npt.NDArray[np.float32]:
-    """Resample an (X, Y, Z) array to float32 of the output shape of ``taps``."""
-    result = array.astype(np.float32)
-    # The axis that shrinks most goes first: less work for the others.
-    for axis in sorted(range(3), key=lambda axis: len(taps[axis].index) / taps[axis].num_in):
-        if not taps[axis].is_identity:
-            result = _apply(result, taps[axis], axis)
+def resample_linear(array: npt.NDArray[Any], taps: tuple[Taps, ...], dtype: npt.DTypeLike = np.float32) -> Any:
+    """Resample an (X, Y, Z) array to the output shape of ``taps``.
+
+    Computed in float32, slab by slab of the output: besides it no more than some planes are held.
+
+    Args:
+        array: Of the input shape.
+        taps: Of the three axes.
+        dtype: Of the result; integers are rounded half to even.
+
+    Returns:
+        (X, Y, Z) of ``dtype``.
+    """
+    result = np.empty([len(axis.index) for axis in taps], dtype=dtype)
+    # The axis that shrinks most goes first: less work for the others. In parts of a scan the order is that of the
+    # whole, so that sums round in the same way.
+    order = sorted(range(3), key=lambda axis: taps[axis].zoom)
+    for rows, region, cut in _slabs(array.shape, taps):
+        slab = array[region].astype(np.float32)
+        for axis in order:
+            if not cut[axis].is_identity:
+                slab = _apply(slab, cut[axis], axis)
+        result[rows] = np.rint(slab, out=slab) if result.dtype.kind in "iu" else slab
     return result
+
+
+def _slabs(shape: Sequence[int], taps: tuple[Taps, ...]) -> Iterator[tuple[slice, slice, tuple[Taps, ...]]]:
+    """Slabs of the output along X: its planes, the planes of the input that they need, and the taps between the two."""
+    first = taps[0]
+    num_out, num_taps = first.index.shape
+    plane = max(math.prod(shape[1:]), math.prod(len(axis.index) for axis in taps[1:]))
+    # Neighbouring slabs share planes of the input, as many as there are taps: a small part of each.
+    wanted = max(_SLAB_VOXELS // plane, 4 * num_taps)
+    step = max(1, wanted * num_out // first.num_in)
+    for start in range(0, num_out, step):
+        rows = slice(start, min(start + step, num_out))
+        if first.is_identity:
+            yield rows, rows, (plan_taps(rows.stop - start, rows.stop - start, 1.0), *taps[1:])
+            continue
+        index = first.index[rows]
+        low, high = int(index.min()), int(index.max()) + 1
+        yield rows, slice(low, high), (Taps(index - low, first.weight[rows], high - low, first.zoom), *taps[1:])
 
 
 def _apply(array: npt.NDArray[np.float32], taps: Taps, axis: int) -> npt.NDArray[np.float32]:
@@ -120,39 +160,48 @@ def resample_labels(labels: npt.NDArray[Any], taps: tuple[Taps, ...]) -> npt.NDA
     """
     if all(axis.is_identity for axis in taps):
         return labels.copy()
-    shape = tuple(len(axis.index) for axis in taps)
-    result = np.zeros(shape, dtype=labels.dtype)
-    best = np.zeros(shape, dtype=np.float32)
-    total = np.zeros(shape, dtype=np.float32)
+    result = np.zeros([len(axis.index) for axis in taps], dtype=labels.dtype)
+    for rows, region, cut in _slabs(labels.shape, taps):
+        _vote(labels[region], cut, result[rows])
+    return result
+
+
+def _vote(labels: npt.NDArray[Any], taps: tuple[Taps, ...], result: npt.NDArray[Any]) -> None:
+    """Write the winners over zeros."""
+    best = np.zeros(result.shape, dtype=np.float32)
+    total = np.zeros(result.shape, dtype=np.float32)
     for value, box in _label_boxes(labels):
-        region, cut, where = zip(*[_restrict(axis, *span) for axis, span in zip(taps, box, strict=True)], strict=True)
+        parts = [_restrict(axis, *span) for axis, span in zip(taps, box, strict=True)]
+        region, cut, where = zip(*parts, strict=True)
+        if not all(rows.stop for rows in where):
+            continue
         share = resample_linear(labels[region] == value, cut)
         total[where] += share
         wins = share > best[where]
         best[where][wins] = share[wins]
         result[where][wins] = value
     result[1 - total > best + 1e-6] = 0
-    return result
 
 
 def _restrict(taps: Taps, start: int, stop: int) -> tuple[slice, Taps, slice]:
-    """The part of an axis that input voxels ``start`` to ``stop`` reach: input range, its taps, output range."""
+    """The part of an axis that input voxels ``start`` to ``stop`` reach: input range, its taps, output range.
+
+    Where they reach nothing, as their weight is 0 everywhere, the output range is empty.
+    """
     reached = ((taps.index >= start) & (taps.index < stop) & (taps.weight > 0)).any(axis=1)
     rows = np.flatnonzero(reached)
+    if not len(rows):
+        return slice(start, stop), taps, slice(0, 0)
     where = slice(int(rows[0]), int(rows[-1]) + 1)
     index = taps.index[where]
     low, high = int(index.min()), int(index.max()) + 1
-    return slice(low, high), Taps(index - low, taps.weight[where], high - low), where
+    return slice(low, high), Taps(index - low, taps.weight[where], high - low, taps.zoom), where
 
 
 def _label_boxes(labels: npt.NDArray[Any]) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
-    """Each label value above 0 with its bounding box, [start, stop) per axis, in one pass per axis."""
-    num_values = int(labels.max(initial=0)) + 1
-    present = [
-        np.array([np.bincount(plane.ravel(), minlength=num_values) > 0 for plane in np.moveaxis(labels, axis, 0)])
-        for axis in range(3)
-    ]
-    for value in range(1, num_values):
-        places = [np.flatnonzero(axis[:, value]) for axis in present]
-        if len(places[0]):
-            yield value, tuple((int(place[0]), int(place[-1]) + 1) for place in places)
+    """Each label value above 0 with its bounding box, [start, stop) per axis."""
+    from scipy.ndimage import find_objects
+
+    for value, box in enumerate(find_objects(labels), start=1):
+        if box is not None:
+            yield value, tuple((axis.start, axis.stop) for axis in box)

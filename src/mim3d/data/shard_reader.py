@@ -9,7 +9,8 @@ Safe in threads, forked and spawned processes: an array holds no file and no pos
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.data.array_bytes import ArrayBytes, ByteSource, forget_open_files, open_bytes
-from mim3d.errors import DataError
+from mim3d.errors import DamagedError
 
 #: Edge of a block along X, Y and Z.
 BLOCK = 32
@@ -133,12 +134,12 @@ class ShardedArray:
         """Shape and type.
 
         Raises:
-            DataError: Missing, damaged, or not of the kind that the cache writes.
+            DamagedError: Missing, damaged, or not of the kind that the cache writes.
         """
         try:
             return _layout_of(open_bytes(self.source, f"{self.name}/{METADATA}"))
         except _OtherKind as error:
-            raise DataError(
+            raise DamagedError(
                 f"{self._where(METADATA)}: {error}, which the cache does not write and mim3d does not read; open it "
                 "with zarr."
             ) from error
@@ -146,21 +147,47 @@ class ShardedArray:
             raise self._damage(METADATA, error) from error
 
     def read(self, start: Sequence[int], out: npt.NDArray[Any]) -> None:
-        """Fill ``out`` with the voxels from ``start`` on; all of them must lie inside the array.
-
-        Args:
-            start: First voxel along each axis of the array.
-            out: Of as many axes as the array and of its type; may be a view.
+        """Fill one crop, see ``read_crops``.
 
         Raises:
-            DataError: Missing or damaged.
+            DamagedError: Missing or damaged.
+        """
+        self.read_crops([(start, out)])
+
+    def read_crops(self, crops: Sequence["Crop"]) -> None:
+        """Fill crops, all of whose voxels must lie inside the array. What several of them share is read once.
+
+        Args:
+            crops: First voxel along each axis of the array, and what to fill: of as many axes and of the array's type,
+                may be a view.
+
+        Raises:
+            DamagedError: Missing or damaged.
         """
         layout = self.layout
         try:
             shard = open_bytes(self.source, f"{self.name}/{layout.shard_name}")
-            _read_crop(shard, layout, _index_of(shard, layout), start, out)
+            _read_crops(shard, layout, _index_of(shard, layout), crops)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._damage(layout.shard_name, error) from error
+
+    def will_need(self, boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        """Let the disk begin with what is to be read soon, where the system can; nothing is waited for.
+
+        What is missing or damaged is told when it is read.
+
+        Args:
+            boxes: First voxel and number of voxels along each axis.
+        """
+        try:
+            layout = self.layout
+            shard = open_bytes(self.source, f"{self.name}/{layout.shard_name}")
+            index = _index_of(shard, layout)
+            entries = {entry for box in boxes for entry in _stored_blocks(layout, index, *box)}
+            for first, last, _ in _runs(entries):
+                shard.will_need(first, last - first)
+        except (OSError, ValueError, DamagedError):
+            return
 
     def _where(self, name: str) -> str:
         try:
@@ -168,14 +195,16 @@ class ShardedArray:
         except OSError:
             return f"{self.name}/{name}"
 
-    def _damage(self, name: str, error: Exception) -> DataError:
+    def _damage(self, name: str, error: Exception) -> DamagedError:
         # Once the file was replaced, this process shall see the new one.
         for remembered in (_layout_of, _index_of):
             remembered.cache_clear()
         forget_open_files()
         reason = getattr(error, "strerror", None) or str(error)
-        remedy = f"delete {self.source} and run" if isinstance(self.source, str) else "run"
-        return DataError(f"{self._where(name)}: missing or damaged ({reason}); {remedy} `mim3d cache` again.")
+        at_fault = self.source if isinstance(self.source, str) else self._where(name)
+        return DamagedError(
+            f"{self._where(name)}: missing or damaged ({reason}); delete {at_fault} and run `mim3d cache` again."
+        )
 
 
 class _OtherKind(Exception):
@@ -247,35 +276,53 @@ def _is_sound(data: bytes) -> bool:
     return bool(google_crc32c.value(data[:-CHECKSUM_BYTES]) == expected)
 
 
-def _read_crop(
-    shard: ArrayBytes, layout: Layout, index: npt.NDArray[np.int64], start: Sequence[int], out: npt.NDArray[Any]
-) -> None:
-    blocks, places = _touched(layout, start, out.shape)
-    entries: list[list[int]] = index[blocks].reshape(-1, 2).tolist()
+#: First voxel along each axis, and what is to be filled from there on.
+Crop = tuple[Sequence[int], npt.NDArray[Any]]
+
+#: Offset and length of a stored block.
+_Entry = tuple[int, int]
+
+#: Where a block's voxels go in a crop, and which of the block they are: one slice per axis each.
+_Place = tuple[tuple[slice, ...], tuple[slice, ...]]
+
+
+def _read_crops(shard: ArrayBytes, layout: Layout, index: npt.NDArray[np.int64], crops: Sequence[Crop]) -> None:
+    places: dict[_Entry, list[tuple[npt.NDArray[Any], tuple[slice, ...]]]] = defaultdict(list)
+    for start, out in crops:
+        blocks, in_crop = _touched(layout, start, out.shape)
+        for entry, (target, source) in zip(_entries(index, blocks), in_crop, strict=True):
+            if entry[1] < 0:
+                out[target] = layout.fill_value
+            else:
+                places[entry].append((out[target], source))
     scratch = np.empty(layout.block, dtype=layout.dtype)
-    for (target, _), (_, length) in zip(places, entries, strict=True):
-        if length < 0:
-            out[target] = layout.fill_value
-    runs = list(_runs(entries))
+    runs = list(_runs(places))
     for first, last, _ in runs:
         # A disk that is asked for all of them at once answers in little more than the time of one.
         shard.will_need(first, last - first)
-    for first, last, rows in runs:
+    for first, last, entries in runs:
         data = shard.pread(first, last - first)
-        for row in rows:
-            offset, length = entries[row]
+        for offset, length in entries:
             packed = data[offset - first : offset - first + length]
-            target, source = places[row]
-            place = out[target]
-            if place.shape == scratch.shape and place.flags.c_contiguous:
+            wanted = places[offset, length]
+            place = wanted[0][0]
+            if len(wanted) == 1 and place.shape == scratch.shape and place.flags.c_contiguous:
                 _unpack(packed, place)
-            else:
-                _unpack(packed, scratch)
+                continue
+            _unpack(packed, scratch)
+            for place, source in wanted:
                 place[...] = scratch[source]
 
 
-#: Where a block's voxels go in the crop, and which of the block they are: one slice per axis each.
-_Place = tuple[tuple[slice, ...], tuple[slice, ...]]
+def _entries(index: npt.NDArray[np.int64], blocks: tuple[slice, ...]) -> list[_Entry]:
+    return [(offset, length) for offset, length in index[blocks].reshape(-1, 2).tolist()]
+
+
+def _stored_blocks(
+    layout: Layout, index: npt.NDArray[np.int64], start: Sequence[int], size: Sequence[int]
+) -> list[_Entry]:
+    """The blocks of a box that are stored."""
+    return [entry for entry in _entries(index, _touched(layout, start, size)[0]) if entry[1] >= 0]
 
 
 def _touched(layout: Layout, start: Sequence[int], size: Sequence[int]) -> tuple[tuple[slice, ...], list[_Place]]:
@@ -290,17 +337,17 @@ def _touched(layout: Layout, start: Sequence[int], size: Sequence[int]) -> tuple
     return tuple(blocks), list(zip(product(*targets), product(*sources), strict=True))
 
 
-def _runs(entries: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, list[int]]]:
-    """First byte of each read, the byte behind its last, and the rows of the blocks in it."""
-    run: list[int] = []
+def _runs(entries: Iterable[_Entry]) -> Iterator[tuple[int, int, list[_Entry]]]:
+    """First byte of each read, the byte behind its last, and the blocks in it."""
+    run: list[_Entry] = []
     first = last = 0
-    for offset, length, row in sorted((*entry, row) for row, entry in enumerate(entries) if entry[1] >= 0):
+    for offset, length in sorted(entries):
         if run and (offset - last > MAX_GAP_BYTES or offset + length - first > MAX_READ_BYTES):
             yield first, last, run
             run = []
         if not run:
             first = last = offset
-        run.append(row)
+        run.append((offset, length))
         last = max(last, offset + length)
     if run:
         yield first, last, run

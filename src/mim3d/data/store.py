@@ -32,13 +32,21 @@ def write_image(path: str, stored_CXYZ: npt.NDArray[Any], lines: Sequence[Stored
     Raises:
         OSError: The disk is full or not writable.
     """
-    os.makedirs(path, exist_ok=True)
-    attributes = {"stored_intensities": [asdict(line) for line in lines]}
-    _write_metadata(path, {"zarr_format": 3, "node_type": "group", "attributes": attributes})
+    write_group(path, {"stored_intensities": [asdict(line) for line in lines]})
     for level, image in enumerate(levels_of(stored_CXYZ, num_levels)):
         # Noise in 8 bits: LZ4 of single bits is the fastest to unpack. More bits: Zstandard packs much better.
         fast = image.dtype.itemsize == 1
         write_array(os.path.join(path, str(level)), image, _blosc("lz4", 9, "bitshuffle") if fast else None)
+
+
+def write_group(path: str, attributes: dict[str, Any]) -> None:
+    """Make a folder a zarr group.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    os.makedirs(path, exist_ok=True)
+    _write_metadata(path, {"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
 def write_label(path: str, label_XYZ: npt.NDArray[Any]) -> None:

@@ -1,10 +1,12 @@
 """From intensities in source units to the integers of 8 to 32 bits that are stored, and the line that leads back.
 
-* ``lossless``: integers are stored as they are. So are floating point numbers that are all whole; others are stored in
-  65,536 steps from the least to the greatest.
+* ``lossless``: integers are stored as they are, bit by bit. So are floating point numbers that are all whole. Others
+  (PET in SUV, maps, images normalised before) are *not* kept bit by bit: they are stored in 65,536 even steps from the
+  channel's least to its greatest value, at most half a step off, with the scale and offset that lead back.
 * ``8-bit``: CT is clipped to a window of Hounsfield units. Any other scan, whose scale differs from file to file, is
-  clipped to the 0.1 to 99.9 percentiles of each channel's foreground. Where whole numbers span at most 256 values, as
-  in images made from 8 bits, they are stored exactly.
+  clipped to the 0.1 to 99.9 percentiles of each channel's foreground: the darkest thousandth of the foreground and all
+  of the background become one value, and so does the brightest thousandth. Where whole numbers span at most 256 values,
+  as in images made from 8 bits, they are stored exactly.
 
 What is CT and what is foreground is decided in :mod:`mim3d.data.foreground`.
 """
@@ -17,13 +19,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.data.foreground import HU_BELOW, Statistics, foreground_of, thinned
+from mim3d.data.foreground import HU_BELOW, Statistics
 
 #: Integer types that are stored, in order of preference: the first that holds every value.
 INTEGER_TYPES = (np.uint8, np.int16, np.uint16, np.int32, np.uint32)
-
-#: Of the foreground of a scan that is no CT: what 8 bits cover.
-COVERED_PERCENTILES = (0.1, 99.9)
 
 #: About so many voxels are converted at a time, in double precision.
 _SLAB_VOXELS = 2**18
@@ -69,7 +68,7 @@ def to_stored(
     dtype = _exact_type(image_CXYZ, statistics)
     if dtype is not None:
         return image_CXYZ.astype(dtype, copy=False), tuple(StoredIntensity() for _ in image_CXYZ)
-    lines = tuple(_sixteen_bits(channel) for channel in image_CXYZ)
+    lines = tuple(_sixteen_bits(channel, stats) for channel, stats in zip(image_CXYZ, statistics, strict=True))
     return _converted(image_CXYZ, lines, np.dtype(np.int16)), lines
 
 
@@ -78,19 +77,18 @@ def _eight_bits(channel: npt.NDArray[Any], stats: Statistics, window: tuple[floa
         return _line(window[0], window[1], np.dtype(np.uint8))
     if stats.maximum - stats.minimum <= 255 and _is_whole(channel):
         return StoredIntensity(1.0, stats.minimum)
-    voxels = channel[foreground_of(channel)]
-    low, high = (float(value) for value in np.percentile(thinned(voxels).astype(np.float64), COVERED_PERCENTILES))
+    low, high = stats.percentile_00_1, stats.percentile_99_9
     if low == high:
         low, high = stats.minimum, stats.maximum
     return _line(low, high, np.dtype(np.uint8))
 
 
-def _sixteen_bits(channel: npt.NDArray[Any]) -> StoredIntensity:
-    low, high = channel.min().item(), channel.max().item()
+def _sixteen_bits(channel: npt.NDArray[Any], stats: Statistics) -> StoredIntensity:
+    low, high = stats.minimum, stats.maximum
     limits = np.iinfo(np.int16)
     if high - low <= limits.max - limits.min and _is_whole(channel):
-        return StoredIntensity(1.0, 0.0 if limits.min <= low and high <= limits.max else float(low - limits.min))
-    return _line(float(low), float(high), np.dtype(np.int16))
+        return StoredIntensity(1.0, 0.0 if limits.min <= low and high <= limits.max else low - limits.min)
+    return _line(low, high, np.dtype(np.int16))
 
 
 def _line(low: float, high: float, dtype: np.dtype[Any]) -> StoredIntensity:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: Clipping range of CT pre-training, HU.
 CT_WINDOW_HU = (-1000.0, 1000.0)
 
+#: The line (factor, shift, lower and upper bound) that leaves numbers as they are.
+NO_CHANGE = (1.0, 0.0, -np.inf, np.inf)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Intensity:
@@ -48,38 +51,33 @@ class Intensity:
             channel /= width
         return image
 
-    def apply_stored(
+    def lines(
         self,
-        stored_CXYZ: np.ndarray,
-        lines: Sequence["StoredIntensity"],
+        stored: Sequence["StoredIntensity"],
         statistics: Sequence["Statistics"],
         *,
-        flips: tuple[bool, bool, bool] = (False, False, False),
         gain: float = 1.0,
         bias: float = 0.0,
     ) -> np.ndarray:
-        """Map ``(C, X, Y, Z)`` stored voxels to float32 network input: ``apply`` to their values, flipped and scaled.
+        """What makes network input of stored numbers, see ``apply_lines``: ``apply`` to their values, then scaled.
 
         Every map on the way is a straight line, so they are one multiplication, one addition and one clip.
 
         Args:
-            stored_CXYZ: as read from the cache.
-            lines: of each channel, from stored numbers to source units.
+            stored: of each channel, from stored numbers to source units.
             statistics: of each channel.
-            flips: axes along which the crop is flipped.
             gain: factor on the network input.
             bias: added to it after that.
+
+        Returns:
+            ``(C, 4)`` float32: factor, shift, lower and upper bound of each channel.
         """
-        flipped = stored_CXYZ[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
-        image = np.empty(flipped.shape, dtype=np.float32)
-        for target, channel, line, stats in zip(image, flipped, lines, statistics, strict=True):
+        bounds = (min(bias, gain + bias), max(bias, gain + bias)) if self.kind == "window" else (-np.inf, np.inf)
+        lines = np.empty((len(stored), len(NO_CHANGE)), dtype=np.float32)
+        for row, line, stats in zip(lines, stored, statistics, strict=True):
             low, width = self._zero_and_unit(stats)
-            factor = gain * line.scale / width
-            np.multiply(channel, np.float32(factor), out=target, dtype=np.float32, casting="unsafe")
-            target += np.float32(gain * (line.offset - low) / width + bias)
-            if self.kind == "window":
-                np.clip(target, min(bias, gain + bias), max(bias, gain + bias), out=target)
-        return image
+            row[:] = gain * line.scale / width, gain * (line.offset - low) / width + bias, *bounds
+        return lines
 
     def _zero_and_unit(self, stats: "Statistics") -> tuple[float, float]:
         """The intensity that becomes 0, and the step from there to 1."""
@@ -87,6 +85,18 @@ class Intensity:
             assert self.window is not None
             return self.window[0], self.window[1] - self.window[0]
         return stats.mean, max(stats.std, 1e-6)
+
+
+def apply_lines(image: Tensor, lines: np.ndarray) -> None:
+    """Make network input of stored numbers, channel by channel, in place: ``clip(number * factor + shift)``.
+
+    Args:
+        image: ``(..., C, X, Y, Z)`` float32 on any device.
+        lines: ``(C, 4)``, see ``Intensity.lines``.
+    """
+    # Bounds that are plain numbers are several times faster on a CPU than tensors of them.
+    for channel, (factor, shift, low, high) in zip(image.movedim(-4, 0), lines.tolist(), strict=True):
+        channel.mul_(factor).add_(shift).clamp_(low, high)
 
 
 def resize_image(image_NCXYZ: Tensor, size: Triple) -> Tensor:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import unicodedata
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy.typing as npt
 
 from mim3d.data.files import check_file, written_whole
 from mim3d.data.grids import Grid
+from mim3d.data.voxel_copies import copy_tiled
 from mim3d.errors import DataError
 from mim3d.types import Spacing
 
@@ -75,38 +78,77 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     return dicom.read_stack(name).grid
 
 
-def read_volume(path: str | os.PathLike[str], *, label: bool = False) -> Volume:
+def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bool = False) -> Volume:
     """Read a scan and bring it to RAS+ axes by swapping and flipping axes, never by resampling.
+
+    The voxels go from the file straight to their places: memory holds them once, and some slices more. Formats that
+    SimpleITK reads (NRRD, MetaImage) are held twice until the last voxel is in place.
 
     Args:
         path: as for `read_grid`.
         label: whole numbers are needed; a float file that holds only whole numbers is cast to integers.
+        narrow: a label is kept in the smallest of uint8, int16 and int32 that holds its values, whatever its file has.
 
     Raises:
         DataError: as for `read_grid`, voxels that cannot be unpacked, NaN or infinite voxels, or a label with
             fractions.
     """
     name = os.fspath(path)
+    grid, slabs = _open(name)
+    kept = (lambda slab: _as_label(slab, name, narrow)) if label else None
+    return Volume(array=_assembled(grid, slabs, name, kept), grid=grid)
+
+
+def _open(name: str) -> tuple[Grid, Iterator[npt.NDArray[Any]]]:
+    """A scan's grid, and its voxels in stored axis order, slab by slab along the last axis."""
     form = _form(name)
     if form == "nifti":
         from mim3d.data import nifti
 
         source = nifti.read_source(name)
-        grid, stored = source.grid, nifti.read_stored(source)
-    elif form == "itk":
+        return source.grid, nifti.read_slabs(source)
+    if form == "itk":
         from mim3d.data import itk
 
         grid = itk.read_grid(name)
-        stored = itk.read_stored(grid)
-    else:
-        from mim3d.data import dicom
+        return grid, itk.read_slabs(grid)
+    from mim3d.data import dicom
 
-        stack = dicom.read_stack(name)
-        grid, stored = stack.grid, dicom.read_stored(stack)
-    _check_finite(stored, name)
-    if label:
-        stored = _as_label(stored, name)
-    return Volume(array=np.ascontiguousarray(grid.to_ras(stored)), grid=grid)
+    stack = dicom.read_stack(name)
+    return stack.grid, dicom.read_slabs(stack)
+
+
+def _assembled(
+    grid: Grid,
+    slabs: Iterator[npt.NDArray[Any]],
+    name: str,
+    kept: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] | None,
+) -> npt.NDArray[Any]:
+    """Slabs, as what is kept of them, in their places along RAS+ axes and in one type that holds all of them.
+
+    Raises:
+        DataError: NaN or infinite voxels, or what ``kept`` raises.
+    """
+    array: npt.NDArray[Any] | None = None
+    start = num_bad = 0
+    for slab in slabs:
+        if slab.dtype.kind == "f":
+            num_bad += int(np.count_nonzero(~np.isfinite(slab)))
+        if kept is not None and not num_bad:
+            slab = kept(slab)
+        if array is None:
+            array = np.empty(grid.ras_shape, dtype=slab.dtype)
+        array = array.astype(np.promote_types(array.dtype, slab.dtype), copy=False)
+        stop = start + slab.shape[2]
+        copy_tiled(grid.from_ras(array)[..., start:stop], slab)
+        start = stop
+    assert array is not None
+    if num_bad:
+        raise DataError(
+            f"{name}: {num_bad} of {array.size} voxels are NaN or infinite; replace them (for CT by -1000) "
+            "and save the scan again."
+        )
+    return array
 
 
 def write_volume(path: str | os.PathLike[str], array: npt.NDArray[Any], grid: Grid) -> None:
@@ -161,12 +203,12 @@ def find_scans(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def scan_id(path: str | os.PathLike[str]) -> str:
-    """Name of a scan fit for a file name: the file's without suffix, or the folder's of a DICOM series."""
+    """Name of a scan fit for a file name, in any script: that of the file without suffix, or a series' folder."""
     folder, _, series = os.fspath(path).partition("::")
     name = os.path.basename(os.path.abspath(folder))
     suffix = _suffix(name)
     stem = name[: -len(suffix)] if suffix else name
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._") or "scan"
+    safe = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", stem)).strip("._") or "scan"
     return f"{safe}_{series}" if series else safe
 
 
@@ -206,32 +248,22 @@ def _form(name: str) -> str:
     )
 
 
-def _check_finite(array: npt.NDArray[Any], path: str) -> None:
-    if array.dtype.kind != "f":
-        return
-    num_bad = sum(int(np.count_nonzero(~np.isfinite(array[..., index]))) for index in range(array.shape[-1]))
-    if num_bad:
+def _as_label(slab: npt.NDArray[Any], path: str, narrow: bool) -> npt.NDArray[Any]:
+    is_integer = slab.dtype.kind in "iu"
+    if is_integer and not narrow:
+        return slab
+    broken = slab[:0] if is_integer else slab[slab != np.rint(slab)]
+    if broken.size:
         raise DataError(
-            f"{path}: {num_bad} of {array.size} voxels are NaN or infinite; replace them (for CT by -1000) "
-            "and save the scan again."
+            f"{path}: a label needs whole numbers, but voxels hold values such as {float(broken[0]):g}; "
+            "give the label map, not an image or a probability."
         )
-
-
-def _as_label(array: npt.NDArray[Any], path: str) -> npt.NDArray[Any]:
-    if array.dtype.kind in "iu":
-        return array
-    low, high = float(array.min()), float(array.max())
-    for index in range(array.shape[-1]):
-        slab = array[..., index]
-        broken = slab[slab != np.rint(slab)]
-        if broken.size:
-            raise DataError(
-                f"{path}: a label needs whole numbers, but voxels hold values such as {float(broken[0]):g}; "
-                "give the label map, not an image or a probability."
-            )
+    low, high = float(slab.min()), float(slab.max())
     for dtype in (np.uint8, np.int16, np.int32):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return array.astype(dtype)
+            return slab.astype(dtype)
+    if is_integer:
+        return slab
     raise DataError(f"{path}: label values from {low:g} to {high:g} are not plausible; give the label map.")
 
 

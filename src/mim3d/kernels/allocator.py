@@ -1,4 +1,4 @@
-"""How the C library hands out memory, tuned for training on a CPU."""
+"""How the C library hands out memory, tuned for work that takes and frees large arrays over and over."""
 
 import ctypes
 

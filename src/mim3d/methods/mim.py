@@ -40,6 +40,9 @@ class MiM(Method):
         intensity_bias: and shifted by at most this.
         pyramid: read reduced levels from the cache's coarser resolutions, on whose voxels the hierarchy then lies;
             False reads full resolution, averages it, and lets the hierarchy begin at any voxel.
+        max_air: a hierarchy of whose voxels (those that are read; the mean over its volumes) a larger share is air is
+            drawn anew, up to 8 times in all, and the one with least air is kept; null keeps every first draw, as the
+            paper does.
         chunk_size: volumes per encoder call; what suits the device when left out (4 on a CPU, else all of a level).
     """
 
@@ -57,6 +60,7 @@ class MiM(Method):
     intensity_gain: float = 0.1
     intensity_bias: float = 0.1
     pyramid: bool = True
+    max_air: float | None = 0.5
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +68,8 @@ class MiM(Method):
             raise ConfigError(f"method.temperature ({self.temperature}) must be positive; the default is 0.1.")
         if not 0 <= self.flip_prob <= 1:
             raise ConfigError(f"method.flip_prob ({self.flip_prob}) is no probability; use 0 to 1.")
+        if self.max_air is not None and not 0 <= self.max_air <= 1:
+            raise ConfigError(f"method.max_air ({self.max_air}) is no share; use 0 to 1, or null for no limit.")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ConfigError(f"method.chunk_size ({self.chunk_size}) must be at least 1 volume.")
 
@@ -118,6 +124,7 @@ class MiM(Method):
             intensity_gain=self.intensity_gain,
             intensity_bias=self.intensity_bias,
             pyramid=self.pyramid,
+            max_air=self.max_air,
         )
 
     def build(self, backbone: Backbone) -> MiMObjective:

@@ -102,7 +102,10 @@ class MiMObjective(Objective):
         self.predict.apply(init_linear)
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """Sum of the levels' reconstruction losses and the weighted alignment terms, each logged by name."""
+        """Sum of the levels' reconstruction losses and the weighted alignment terms, each logged by name.
+
+        Beside them the share of air in what was read of the scans, where the batch says it.
+        """
         levels = self.levels(batch)
         features = self._features(levels)
         logs: dict[str, Tensor] = {}
@@ -117,6 +120,8 @@ class MiMObjective(Objective):
             loss, named = self.alignment(batch, levels[index - 1], index, features[index - 1], features[index])
             losses.append(self.alignment_weight * loss)
             logs.update(named)
+        if "air" in batch:
+            logs["air"] = batch["air"].mean()
         return StepOutput(torch.stack(losses).sum(), logs)
 
     def levels(self, batch: Batch) -> list[LevelBatch]:

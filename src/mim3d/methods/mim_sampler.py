@@ -1,5 +1,6 @@
 """MiM's sampler: draws the hierarchy, its masks and one augmentation before a voxel is read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,11 @@ from mim3d.data.loading import Read, Sample
 from mim3d.data.pyramid import reduction_of
 from mim3d.methods.hierarchy import DrawnLevel, Geometry, Hierarchy
 from mim3d.types import Triple
+
+#: A hierarchy with too much air is drawn anew until it was drawn so many times; the one with least air is kept.
+MAX_DRAWS = 8
+
+Images = Mapping[str, tuple[Read, ...]]
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class MiMSampler:
         intensity_bias: largest shift of intensities.
         pyramid: lay every hierarchy on the voxels of its coarsest reduction, so that reduced crops are read from the
             scan's pyramid.
+        max_air: share of air, over the volumes read, above which a hierarchy is drawn anew; None keeps the first.
     """
 
     hierarchy: Hierarchy
@@ -30,39 +37,60 @@ class MiMSampler:
     intensity_gain: float = 0.1
     intensity_bias: float = 0.1
     pyramid: bool = True
+    max_air: float | None = 0.5
 
     def draw(self, scan: CachedScan, rng: np.random.Generator) -> Sample:
-        """Draw a hierarchy inside the scan's body box.
+        """Draw a hierarchy inside the scan's body box, with little air where that can be had.
 
         Batch keys: ``<level>`` images for levels read from the scan, ``hidden/<level>`` masks ``(n, L)``,
-        ``place/<level>`` places ``(n,)``, and ``corner/<level>`` first voxels ``(n, 3)`` in the ancestor a
-        level is sliced from.
+        ``place/<level>`` places ``(n,)``, ``corner/<level>`` first voxels ``(n, 3)`` in the ancestor a level is
+        sliced from, and ``air`` ``(1,)``, the share of air in the volumes read from the scan.
         """
         flips = tuple(bool(flip) for flip in rng.random(3) < self.flip_prob)
         gain = 1 + self.intensity_gain * rng.uniform(-1, 1)
         bias = self.intensity_bias * rng.uniform(-1, 1)
-        footprint = self.hierarchy.levels[0].level.footprint
-        root = np.array(draw_origin(scan.shape, scan.body_box, footprint, rng, self._step))
-        images, arrays = {}, {}
-        drawn = self.hierarchy.draw(rng)
-        for geometry, level in zip(self.hierarchy.levels, drawn, strict=True):
-            name = geometry.level.name
-            arrays[f"hidden/{name}"] = level.hidden
-            arrays[f"place/{name}"] = level.places
-            if geometry.source is None:
-                images[name] = tuple(
-                    self._read(geometry, root + o) for o in self._stored_offsets(geometry, level, flips)
-                )
-            else:
-                arrays[f"corner/{name}"] = relative_corners(level, drawn[geometry.source])
+        images, drawn, air = self._draw_hierarchy(scan, flips, rng)
+        for _ in range(MAX_DRAWS - 1):
+            if self.max_air is None or air <= self.max_air:
+                break
+            other = self._draw_hierarchy(scan, flips, rng)
+            images, drawn, air = min((images, drawn, air), other, key=lambda candidate: candidate[2])
         return Sample(
             images=images,
-            arrays=arrays,
+            arrays={**self._arrays(drawn), "air": np.array([air], dtype=np.float32)},
             flips=(flips[0], flips[1], flips[2]),
             gain=gain,
             bias=bias,
             pyramid=self.pyramid,
         )
+
+    def _draw_hierarchy(
+        self, scan: CachedScan, flips: tuple[bool, ...], rng: np.random.Generator
+    ) -> tuple[Images, list[DrawnLevel], float]:
+        """One hierarchy: what is read of the scan, its levels, and the mean share of air in the volumes read."""
+        footprint = self.hierarchy.levels[0].level.footprint
+        root = np.array(draw_origin(scan.shape, scan.body_box, footprint, rng, self._step))
+        drawn = self.hierarchy.draw(rng)
+        images = {
+            geometry.level.name: tuple(
+                self._read(geometry, root + offset) for offset in self._stored_offsets(geometry, level, flips)
+            )
+            for geometry, level in zip(self.hierarchy.levels, drawn, strict=True)
+            if geometry.source is None
+        }
+        bodies = [scan.foreground_ratio(read.origin, read.footprint) for reads in images.values() for read in reads]
+        return images, drawn, 1 - sum(bodies) / len(bodies)
+
+    def _arrays(self, drawn: list[DrawnLevel]) -> dict[str, np.ndarray]:
+        """Masks and places of every level, and where those that are sliced from an ancestor lie in it."""
+        arrays = {}
+        for geometry, level in zip(self.hierarchy.levels, drawn, strict=True):
+            name = geometry.level.name
+            arrays[f"hidden/{name}"] = level.hidden
+            arrays[f"place/{name}"] = level.places
+            if geometry.source is not None:
+                arrays[f"corner/{name}"] = relative_corners(level, drawn[geometry.source])
+        return arrays
 
     @cached_property
     def _step(self) -> int:
