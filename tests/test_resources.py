@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mim3d.resources import available_memory_bytes, peak_memory_bytes, resident_memory_bytes
+from mim3d.resources import available_memory_bytes, in_words, peak_memory_bytes, resident_memory_bytes
 
 GIB = 2**30
 
@@ -76,3 +76,11 @@ def test_what_the_process_holds_and_has_held(tmp_path):
     assert (resident_memory_bytes(root), peak_memory_bytes(root)) == (2**20, 2**21)
     assert resident_memory_bytes(tmp_path / "nowhere") is None
     assert peak_memory_bytes(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [(0, "0 B"), (2048, "2 KiB"), (3 * 2**20, "3 MiB"), (7 * 2**30, "7.0 GiB"), (5 * 2**40, "5.0 TiB")],
+)
+def test_sizes_are_put_into_words(num_bytes, words):
+    assert in_words(num_bytes) == words

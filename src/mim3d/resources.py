@@ -1,4 +1,4 @@
-"""Memory as the system and its control groups count it: what is free, what this process holds."""
+"""What the machine has: memory as the system and its control groups count it, and cores."""
 
 import os
 from collections.abc import Iterator
@@ -14,6 +14,21 @@ _GROUP_FILES = {
 
 #: File pages that count as used in a group but are given back when memory is short; the older version's names too.
 _RECLAIMABLE = (("total_inactive_file", "inactive_file"), ("total_active_file", "active_file"))
+
+
+def in_words(num_bytes: int) -> str:
+    """A number of bytes for people, ``3 MiB`` or ``7.0 GiB``."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB" if size < 1000 else f"{size / 1024:.1f} TiB"
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int | None:

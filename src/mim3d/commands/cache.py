@@ -1,12 +1,12 @@
 """The command that turns a data set into a cache."""
 
-import os
 from collections import defaultdict
 from typing import Literal
 
 from mim3d.data.cache import Cache, build_cache
 from mim3d.data.cases import read_cases
 from mim3d.data.preprocessing import Preprocessing
+from mim3d.resources import in_words, num_cores
 
 
 def cache(
@@ -51,7 +51,7 @@ def cache(
     preprocessing = Preprocessing(
         spacing_mm=spacing_mm, intensities=intensities, window=window, num_levels=num_levels, body_crop=body_crop
     )
-    workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
+    workers = num_cores() if num_workers is None else num_workers
     cases = read_cases(data)
     made = build_cache(cases, out, preprocessing, num_workers=workers, pack_gb=pack_gb, scheduler=scheduler)
     if made.failed:
@@ -64,7 +64,7 @@ def cache(
         more = f" (+ {others} more pair{'s' * (others > 1)})" if others else ""
         print(f"2 scans have the same content: {', '.join(copies[0])}{more}")
     ratio = made.size_bytes / max(made.source_bytes, 1)
-    print(f"{made.path}: {len(made)} scans, {_readable(made.size_bytes)}, {ratio:.2f} of the size of the sources")
+    print(f"{made.path}: {len(made)} scans, {in_words(made.size_bytes)}, {ratio:.2f} of the size of the sources")
     return made.path
 
 
@@ -74,12 +74,3 @@ def _copies(made: Cache) -> list[tuple[str, str]]:
     for scan in made:
         alike[scan.source_digest].append(scan.case.id)
     return [(ids[0], other) for ids in alike.values() for other in ids[1:]]
-
-
-def _readable(size_bytes: int) -> str:
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

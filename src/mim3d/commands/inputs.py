@@ -7,7 +7,6 @@ from typing import Any
 
 import mim3d
 from mim3d.backbones import BACKBONES, Backbone
-from mim3d.commands.training import num_cores
 from mim3d.config import to_mapping, to_named
 from mim3d.data.cache import Cache, build_cache, is_cache, open_cache
 from mim3d.data.cases import Case, CaseSet, check_cases, read_cases
@@ -16,6 +15,7 @@ from mim3d.data.resampling import target_grid
 from mim3d.data.transforms import Intensity
 from mim3d.data.volumes import read_grid
 from mim3d.errors import ConfigError, DataError
+from mim3d.resources import num_cores
 from mim3d.run import Run
 from mim3d.types import Spacing, Triple
 from mim3d.weights import weights_digest

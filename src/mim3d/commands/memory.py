@@ -10,12 +10,12 @@ from mim3d.backbones import BACKBONES, Backbone
 from mim3d.commands.training import Training
 from mim3d.config import to_mapping, to_named
 from mim3d.data.cache import CachedScan
-from mim3d.engine.memory import MemoryNeed, SampleShapes, StepMemory, can_be_known, in_words, usable_bytes
+from mim3d.engine.memory import MemoryNeed, SampleShapes, StepMemory, can_be_known, usable_bytes
 from mim3d.errors import ConfigError, Mim3dError
 from mim3d.methods import Method
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation
-from mim3d.resources import available_memory_bytes
+from mim3d.resources import available_memory_bytes, in_words
 from mim3d.run_files import is_first_process
 from mim3d.types import Triple
 

@@ -1,6 +1,5 @@
 """What the arguments of pre-training and fine-tuning have in common, and what becomes of them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -12,6 +11,7 @@ from mim3d.data.transforms import Intensity
 from mim3d.engine.plan import steps_for_epochs
 from mim3d.engine.settings import LoopSettings
 from mim3d.errors import ConfigError
+from mim3d.resources import num_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +108,3 @@ class Training:
 
         on_gpu = torch.cuda.is_available() and self.accelerator != "cpu"
         return min(8, max(1, num_cores() - 1)) if on_gpu else 0
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,7 +21,7 @@ from mim3d.engine.plan import effective_batch
 from mim3d.engine.settings import LoopSettings
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation, make_schedule
-from mim3d.resources import available_memory_bytes, peak_memory_bytes, resident_memory_bytes
+from mim3d.resources import available_memory_bytes, in_words, peak_memory_bytes, resident_memory_bytes
 
 #: Shape and type of each tensor of one sample, by batch key.
 SampleShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -80,12 +80,6 @@ class MemoryNeed:
         """What the total is made of, in words; what comes to nothing is left out."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return ", ".join(f"{name} {in_words(size)}" for name, size in parts.items() if size >= 2**19)
-
-
-def in_words(num_bytes: int) -> str:
-    """A number of bytes in MiB or GiB."""
-    mib = num_bytes / 2**20
-    return f"{mib:.0f} MiB" if mib < 1000 else f"{mib / 1024:.1f} GiB"
 
 
 class StepMemory:

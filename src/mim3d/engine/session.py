@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mim3d.engine.checkpoint import Checkpoints, read_checkpoint, restore_weights
-from mim3d.engine.memory import in_words, peak_bytes
+from mim3d.engine.memory import peak_bytes
 from mim3d.engine.meter import Meter, NonFiniteError, Throughput
 from mim3d.engine.plan import Plan
 from mim3d.engine.progress import Display
@@ -21,6 +21,7 @@ from mim3d.engine.settings import LoopSettings, RunFolder
 from mim3d.errors import CheckpointError, ConfigError, Mim3dError
 from mim3d.objective import Batch, Objective
 from mim3d.progress import clock
+from mim3d.resources import in_words
 
 Validate = Callable[[Objective], dict[str, float]]
 OnCheckpoint = Callable[[Objective, int], None]
