@@ -35,10 +35,11 @@ class ArrayScan:
     name: str = "scan"
     class_locations: dict[int, np.ndarray] = field(default_factory=dict)
     spacing_mm: Spacing = (1.0, 1.0, 1.0)
+    class_name: str | None = None
 
     @property
     def case(self) -> Case:
-        return Case(id=self.name, images=(f"{self.name}.nii.gz",), patient=self.name)
+        return Case(id=self.name, images=(f"{self.name}.nii.gz",), patient=self.name, class_name=self.class_name)
 
     @property
     def shape(self) -> Triple:

@@ -37,6 +37,15 @@ def data_set(folder: Path, size: tuple[int, int, int], num_cases: int) -> Path:
     return folder
 
 
+def list_of_classes(folder: Path) -> Path:
+    """The same data set as a list, its cases of two classes in turn."""
+    rows = ["image,label,class"]
+    for index, path in enumerate(sorted((folder / "imagesTr").iterdir())):
+        rows.append(f"imagesTr/{path.name},labelsTr/{path.name},{('one', 'other')[index % 2]}")
+    (folder / "list.csv").write_text("\n".join(rows))
+    return folder / "list.csv"
+
+
 def reduced(recipe: dict) -> list[str]:
     backbone = recipe.get("backbone", "hybrid_nano")
     if isinstance(backbone, dict):
@@ -52,6 +61,8 @@ def test_recipe_trains_two_steps(path: Path, tmp_path: Path) -> None:
     levels = recipe.get("method", {}).get("levels") if isinstance(recipe.get("method"), dict) else None
     edge = 64 if levels is None else max(levels[0]["footprint"])
     data = data_set(tmp_path / "data", (edge, edge, edge), num_cases=5)
+    if isinstance(recipe.get("task"), dict) and recipe["task"]["name"] == "classification":
+        data = list_of_classes(data)
     words = [recipe["command"], "--config", str(path), "--data", str(data), "--out", str(tmp_path / "run")]
     words += ["--max_steps", "2", "--batch_size", "1", "--accumulation", "1", "--log_every", "1", "--num_workers", "0"]
     words += ["--precision", "32-true", *reduced(recipe)]

@@ -14,7 +14,7 @@ from mim3d.config import to_named
 from mim3d.errors import CheckpointError
 from mim3d.nn.decoder import TokenDecoder
 from mim3d.nn.positions import sincos_positions
-from mim3d.weights import load_encoder, load_into, read_card, save_network
+from mim3d.weights import InputLayers, load_encoder, load_into, read_card, save_network
 
 SMALL = {
     "widths": (6, 12, 24),
@@ -131,3 +131,74 @@ def test_a_card_of_another_format_is_refused(tmp_path: Path) -> None:
     (run / "encoder" / "card.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(CheckpointError, match="format 1"):
         read_card(run)
+
+
+def test_an_encoder_runs_on_grids_of_any_size_and_shape(tmp_path: Path) -> None:
+    run, encoder = exported(tmp_path)
+    loaded = load_encoder(run)
+    with torch.no_grad():
+        for size in ((48, 48, 48), (32, 48, 16)):
+            maps = loaded.feature_maps(torch.zeros(1, 1, *size))
+            assert [tuple(one.shape[2:]) for one in maps] == [
+                tuple(axis // stride for axis in size) for stride in encoder.strides
+            ]
+            assert all(torch.isfinite(one).all() for one in maps)
+
+
+def of_channels(number: int) -> torch.nn.Module:
+    return create_model("hybrid", **SMALL, in_channels=number)
+
+
+@pytest.mark.parametrize("how", ["mean", "repeat"])
+def test_input_layers_adapted_to_more_channels_give_what_they_gave_where_all_look_alike(
+    tmp_path: Path, how: InputLayers
+) -> None:
+    run, encoder = exported(tmp_path)
+    wider = of_channels(3)
+    report = load_into(wider, run, input_layers=how)
+    assert report.adapted == ("patch_embed1.proj.weight",) and report.coverage == 1
+    assert "1 of them adapted to the input's channels" in str(report)
+    volume = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        known, adapted = (
+            net.feature_maps(x) for net, x in ((encoder, volume), (wider, volume.expand(1, 3, 16, 16, 16)))
+        )
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(known, adapted, strict=True))
+
+
+def test_fewer_channels_take_the_mean_or_the_first_ones(tmp_path: Path) -> None:
+    encoder = of_channels(4)
+    save_network(tmp_path / "encoder", encoder, {"backbone": to_named(encoder.recipe, BACKBONES)})
+    known = encoder.state_dict()["patch_embed1.proj.weight"]
+    for how, wanted in (("mean", known.mean(1, keepdim=True).expand(-1, 2, -1, -1, -1)), ("repeat", known[:, :2])):
+        narrower = of_channels(2)
+        load_into(narrower, tmp_path, input_layers=how)
+        assert torch.allclose(narrower.state_dict()["patch_embed1.proj.weight"], 2 * wanted)
+
+
+def test_new_input_layers_are_left_as_they_were_drawn_and_everything_else_is_taken(tmp_path: Path) -> None:
+    run, _ = exported(tmp_path)
+    wider = of_channels(3)
+    before = wider.state_dict()["patch_embed1.proj.weight"].clone()
+    report = load_into(wider, run, input_layers="new")
+    assert torch.equal(wider.state_dict()["patch_embed1.proj.weight"], before)
+    assert report.adapted == () and len(report.mismatched) == 1 and report.coverage > 0.9
+
+
+def test_a_published_file_that_fills_too_little_of_an_encoder_is_refused(tmp_path: Path) -> None:
+    published_file(tmp_path / "mim.pth")
+    with pytest.raises(CheckpointError, match=r"fills only .* of the encoder"):
+        load_into(create_model("hybrid_tiny", depths=(1, 1, 1, 9)), tmp_path / "mim.pth")
+    content = torch.load(tmp_path / "mim.pth", weights_only=False)
+    kept = {key: value for key, value in content["model"].items() if "blocks4" not in key or "norm" in key}
+    torch.save({"model": kept}, tmp_path / "part.pth")
+    with pytest.raises(CheckpointError, match=r"fills only .* of the encoder"):
+        load_encoder(tmp_path / "part.pth")
+
+
+def test_a_file_of_something_else_altogether_is_refused(tmp_path: Path) -> None:
+    save_file({"layer.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="the encoder it belongs to is unknown"):
+        load_encoder(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"fills only 0.0% of the encoder"):
+        load_into(of_channels(1), tmp_path / "other.safetensors")

@@ -40,8 +40,8 @@ COMMANDS = {
     "cache": Command("mim3d.commands.cache:cache", "Preprocess scans once, for fast random crops.", ("data",)),
     "pretrain": Command("mim3d.commands.pretrain:pretrain", "Learn an encoder from unlabelled scans."),
     "finetune": Command("mim3d.commands.finetune:finetune", "Learn a task from labels, with or without an encoder."),
-    "predict": Command("mim3d.commands.predict:predict", "Segment scans, each on its own grid."),
-    "evaluate": Command("mim3d.commands.evaluate:evaluate", "Score predictions against references, in mm."),
+    "predict": Command("mim3d.commands.predict:predict", "Segment or classify scans, each on its own grid."),
+    "evaluate": Command("mim3d.commands.evaluate:evaluate", "Score label maps or classes against references."),
     "report": Command("mim3d.commands.report:report", "Write one HTML page on one or more runs.", ("runs",)),
 }
 

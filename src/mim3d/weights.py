@@ -7,9 +7,9 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ CARD_NAME = "card.json"
 CARD_FORMAT = 1
 
 #: Folders of a run that hold a network, the one to prefer first.
-RUN_NETWORKS = ("encoder", "segmenter")
+RUN_NETWORKS = ("encoder", "segmenter", "classifier")
 
 #: Keys under which foreign files hold their weights, in the order they are unwrapped.
 WRAPPERS = ("model", "state_dict", "network_weights", "net", "teacher", "student")
@@ -36,6 +36,9 @@ PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 #: Share of an encoder's values that a file must fill before it counts as loaded.
 MIN_COVERAGE = 0.9
+
+#: What becomes of the layers that read the input where the number of channels differs, see :func:`adapt_input`.
+InputLayers = Literal["mean", "repeat", "new"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class CoverageReport:
         mismatched: keys whose shapes differ, with both shapes.
         left_over: keys of the file that the module has no place for.
         coverage: filled share of the module's values, 0 to 1.
+        adapted: keys among the matched whose tensors were made to fit another number of input channels.
     """
 
     matched: tuple[str, ...]
@@ -55,11 +59,13 @@ class CoverageReport:
     mismatched: tuple[str, ...]
     left_over: tuple[str, ...]
     coverage: float
+    adapted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        adapted = f", {len(self.adapted)} of them adapted to the input's channels" if self.adapted else ""
         return (
-            f"{len(self.matched)} tensors matched ({self.coverage:.1%} of the values), {len(self.missing)} missing, "
-            f"{len(self.mismatched)} of another shape, {len(self.left_over)} left over"
+            f"{len(self.matched)} tensors matched ({self.coverage:.1%} of the values{adapted}), "
+            f"{len(self.missing)} missing, {len(self.mismatched)} of another shape, {len(self.left_over)} left over"
         )
 
 
@@ -229,13 +235,20 @@ def _check_positions(key: str, value: Tensor) -> None:
         )
 
 
-def load_into(module: nn.Module, path: str | Path, *, networks: tuple[str, ...] = RUN_NETWORKS) -> CoverageReport:
+def load_into(
+    module: nn.Module,
+    path: str | Path,
+    *,
+    networks: tuple[str, ...] = RUN_NETWORKS,
+    input_layers: InputLayers = "new",
+) -> CoverageReport:
     """Fill a module with the tensors of a file that fit, and say which did.
 
     Args:
         module: an encoder, or a network with an ``encoder``.
         path: a run folder, an export folder, or a weights file (safetensors or torch).
         networks: folders of a run to look for, the preferred first.
+        input_layers: how the layers of an encoder that read the input are made to fit another number of channels.
     Raises:
         CheckpointError: when less than ``MIN_COVERAGE`` of the encoder's values (or of the module's, without an
             encoder) would be filled; nothing is changed then.
@@ -247,8 +260,9 @@ def load_into(module: nn.Module, path: str | Path, *, networks: tuple[str, ...] 
         state = {key.removeprefix("encoder."): value for key, value in state.items()}
     elif not inside_encoder and not any(key.startswith("encoder.") for key in state):
         state = {f"encoder.{key}": value for key, value in state.items()}
+    state, adapted = adapt_input(module, state, input_layers)
     fits = {key: value for key, value in state.items() if key in target and target[key].shape == value.shape}
-    report = _coverage(target, state, fits)
+    report = replace(_coverage(target, state, fits), adapted=adapted)
     judged = {key for key in target if inside_encoder or key.startswith("encoder.")} or set(target)
     filled = sum(target[key].numel() for key in judged & fits.keys())
     share = filled / max(1, sum(target[key].numel() for key in judged))
@@ -260,6 +274,40 @@ def load_into(module: nn.Module, path: str | Path, *, networks: tuple[str, ...] 
         )
     module.load_state_dict(fits, strict=False)
     return report
+
+
+def adapt_input(
+    module: nn.Module, state: Mapping[str, Tensor], how: InputLayers
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Tensors with those that read the input made to fit the module's channels, and their names.
+
+    Both ways scale by the channels of the file over those of the module, so that what such a layer gives stays about as
+    large: exactly, with "mean", where all channels look alike.
+
+    Args:
+        module: an encoder, or a network with an ``encoder``.
+        state: tensors by the names of the module.
+        how: "mean", every channel gets the mean over the channels of the file; "repeat", theirs in turn; "new", none is
+            changed, so that these layers start anew.
+    """
+    encoder = module if isinstance(module, Encoder) else getattr(module, "encoder", None)
+    if how == "new" or not isinstance(encoder, Encoder):
+        return dict(state), ()
+    target, wanted = module.state_dict(), encoder.recipe.in_channels
+    adapted = {}
+    for key, value in state.items():
+        if key in target and _differs_in_channels(value, target[key], wanted):
+            given = value.shape[1]
+            places = torch.arange(wanted) % given
+            taken = value.mean(1, keepdim=True).expand_as(target[key]) if how == "mean" else value[:, places]
+            adapted[key] = (taken * (given / wanted)).contiguous()
+    return {**state, **adapted}, tuple(sorted(adapted))
+
+
+def _differs_in_channels(value: Tensor, own: Tensor, in_channels: int) -> bool:
+    """Whether a convolution's weight ``(D, C, ...)`` has another ``C`` than the input, and no other difference."""
+    others = (value.shape[:1] + value.shape[2:], own.shape[:1] + own.shape[2:])
+    return value.ndim > 2 and others[0] == others[1] and value.shape[1] != own.shape[1] == in_channels
 
 
 def _coverage(target: Mapping[str, Tensor], state: Mapping[str, Tensor], fits: Mapping[str, Tensor]) -> CoverageReport:

@@ -13,10 +13,13 @@ import torch
 from mim3d.backbones import create_recipe
 from mim3d.commands.finetune import finetune
 from mim3d.commands.held_out import choose_split
+from mim3d.commands.predict import predict
 from mim3d.config import to_named
 from mim3d.data.cases import Case, read_cases
+from mim3d.data.train_parts import TrainPart
 from mim3d.data.transforms import Intensity
 from mim3d.errors import CheckpointError, ConfigError, DataError
+from mim3d.optimisation import Optimisation
 from mim3d.run import read_run
 from mim3d.weights import load_encoder, read_card, save_network
 from tests.commands.conftest import BACKBONE, TASK
@@ -124,15 +127,21 @@ def test_another_window_or_spacing_than_the_encoders_is_said_and_the_encoders_wi
         )
 
 
-def test_an_encoder_of_one_channel_is_adapted_to_two_and_that_is_said(tmp_path):
-    data = tmp_path / "two.csv"
+def two_channels(folder: Path) -> Path:
+    """A list of scans with two channels each."""
     rows = ["image,label"]
     for index in range(4):
         image, label = ball_scan(index)
         for name, array in ((f"{index}_a", image), (f"{index}_b", -image), (f"{index}_label", label)):
-            write_scan(tmp_path / f"{name}.nii.gz", array)
+            write_scan(folder / f"{name}.nii.gz", array)
         rows.append(f"{index}_a.nii.gz;{index}_b.nii.gz,{index}_label.nii.gz")
-    data.write_text("\n".join(rows))
+    path = folder / "two.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_an_encoder_of_one_channel_is_adapted_to_two_and_that_is_said(tmp_path):
+    data = two_channels(tmp_path)
     save_encoder(tmp_path / "pre" / "encoder")
     with pytest.warns(UserWarning, match="learned from 1 channels, but the data have 2"):
         run = tune(data, tmp_path / "run", weights=str(tmp_path / "pre"), backbone=None, num_folds=2)
@@ -236,7 +245,10 @@ def cases(number: int) -> list[Case]:
 
 
 def test_shares_of_the_training_patients_are_nested_and_never_divide_a_patient():
-    shares = [choose_split(cases(20), fold=0, num_folds=5, train_fraction=share) for share in (0.01, 0.1, 0.5, 1.0)]
+    shares = [
+        choose_split(cases(20), fold=0, num_folds=5, part=TrainPart(train_fraction=share))
+        for share in (0.01, 0.1, 0.5, 1.0)
+    ]
     patients = [{case.patient for case in split.train} for split in shares]
     assert [len(part) for part in patients] == [1, 2, 8, 16]
     assert patients[0] <= patients[1] <= patients[2] <= patients[3]
@@ -257,3 +269,92 @@ def test_a_run_is_not_resumed_from_other_weights(ball_set, tmp_path):
     save_encoder(tmp_path / "encoder", seed=2)
     with pytest.raises(ConfigError, match="other weights"):
         tune(ball_set, out, weights=str(tmp_path / "encoder"), max_steps=1, resume=True)
+
+
+REGIONS = {"ball and core": [2, 5], "core": [5]}
+
+
+def test_overlapping_regions_are_learned_scored_and_predicted(ball_set, tmp_path):
+    task = {**TASK, "regions": REGIONS, "deep_supervision": True}
+    changes = {"max_steps": 40, "batch_size": 2, "optim": Optimisation(learning_rate=5e-3)}
+    run = tune(ball_set, tmp_path / "run", task=task, **changes)
+    best = read_card(run, ("segmenter",))["scores"]
+    assert set(best) == {"dice", "dice/ball and core", "dice/core"} and best["dice"] > 0.6
+    predict(str(run), str(tmp_path / "out"))
+    predicted = {int(value) for path in (tmp_path / "out").glob("*.nii.gz") for value in np.unique(read(path))}
+    assert predicted == {0, 2, 5}
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(nibabel.load(path).dataobj)
+
+
+def test_an_ignored_label_is_neither_learned_nor_scored(ball_set, tmp_path):
+    run = tune(ball_set, tmp_path / "run", task={**TASK, "ignore_label": 5}, batch_size=1)
+    assert set(read_card(run, ("segmenter",))["scores"]) <= {"dice", "dice/ball"}
+    predict(str(run), str(tmp_path / "out"))
+    assert all(set(np.unique(read(path))) <= {0, 2} for path in (tmp_path / "out").glob("*.nii.gz"))
+
+
+def partial_list(data: Path, folder: Path, names: list[str]) -> Path:
+    """A list of the ball set with a column of annotated labels."""
+    rows = ["image,label,labels"]
+    for index, labels in enumerate(names):
+        rows.append(f"{data}/imagesTr/ball_{index}.nii.gz,{data}/labelsTr/ball_{index}.nii.gz,{labels}")
+    path = folder / "part.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_cases_annotated_in_part_are_trained_on_from_a_list_and_from_a_cache_of_it(ball_set, tmp_path, capsys):
+    data = partial_list(ball_set, tmp_path, ["", "2", "2", "5", "", "2;5"])
+    run = tune(data, tmp_path / "run", batch_size=2)
+    assert "annotated in part" in capsys.readouterr().out
+    again = tune(run / "cache", tmp_path / "again", batch_size=2)
+    assert "annotated in part" in capsys.readouterr().out
+    losses = [[line["loss"] for line in read_run(path).metrics if "loss" in line] for path in (run, again)]
+    assert losses[0] == losses[1]
+
+
+def test_an_annotated_label_that_there_is_not_is_refused(ball_set, tmp_path):
+    data = partial_list(ball_set, tmp_path, ["", "2", "7", "5", "", "2;5"])
+    with pytest.raises(DataError, match=r"annotations of '7'"):
+        tune(data, tmp_path / "run", batch_size=2)
+
+
+def test_a_frozen_encoder_is_exported_as_it_was(ball_set, tmp_path):
+    encoder = save_encoder(tmp_path / "pre" / "encoder")
+    task = {**TASK, "freeze_encoder": True}
+    run = tune(ball_set, tmp_path / "run", weights=str(tmp_path / "pre"), task=task, batch_size=1)
+    tuned = load_encoder(run).state_dict()
+    assert all(torch.equal(value, tuned[key]) for key, value in encoder.state_dict().items())
+    with pytest.warns(UserWarning, match="drawn at random"):
+        tune(ball_set, tmp_path / "scratch", task=task, batch_size=1)
+
+
+def test_few_patients_are_chosen_by_number_or_by_list(ball_set, tmp_path):
+    (tmp_path / "few.txt").write_text("ball_0\nball_1\nball_2\nball_3\nball_4\nball_5\n")
+    shared = {"cache": str(tmp_path / "cache"), "batch_size": 1}
+    one = tune(ball_set, tmp_path / "one", train_cases=1, **shared)
+    listed = tune(ball_set, tmp_path / "listed", train_list=str(tmp_path / "few.txt"), **shared)
+    other = tune(ball_set, tmp_path / "other", split_seed=1, **shared)
+    splits = [json.loads((run / "split.json").read_text()) for run in (one, listed, other)]
+    assert [len(split["train"]) for split in splits] == [1, 4, 4]
+    assert splits[0]["val"] == splits[1]["val"] != splits[2]["val"]
+
+
+@pytest.mark.parametrize("how", ["mean", "repeat"])
+def test_input_layers_are_adapted_as_asked_and_that_is_said(tmp_path, capsys, how):
+    data = two_channels(tmp_path)
+    save_encoder(tmp_path / "pre" / "encoder")
+    changes = {"weights": str(tmp_path / "pre"), "backbone": None, "num_folds": 2, "batch_size": 1}
+    with pytest.warns(UserWarning, match=rf"input_layers {how}"):
+        tune(data, tmp_path / "run", input_layers=how, **changes)
+    assert "1 of them adapted to the input's channels" in capsys.readouterr().out
+
+
+def test_regions_of_labels_that_are_not_declared_are_refused_before_the_run_folder_is_made(ball_set, tmp_path):
+    task = {**TASK, "regions": {"ball": [2, 3]}, "region_values": [2]}
+    with pytest.raises(ConfigError, match=r"region 'ball' names label value 3, but it must be one of 2, 5"):
+        tune(ball_set, tmp_path / "run", task=task)
+    assert not (tmp_path / "run").exists()

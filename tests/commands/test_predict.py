@@ -2,12 +2,17 @@
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import ndimage
 
 from mim3d.commands.predict import predict
 from mim3d.commands.predictions import input_cases
@@ -196,11 +201,18 @@ def test_an_encoder_is_no_segmenter_and_that_is_said(segmenter_run, scans, tmp_p
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"overlap": 1.0}, "overlap"), ({"batch_size": 0}, "batch size"), ({"accelerator": "tpu"}, "accelerator")],
+    [
+        ({"overlap": 1.0}, "overlap"),
+        ({"batch_size": 0}, "batch size"),
+        ({"accelerator": "tpu"}, "accelerator"),
+        ({"min_component_ml": -1.0}, "min_component_ml"),
+        ({"largest_component": ["bal"]}, "'bal'.*ball"),
+        ({"weights": []}, "--weights is empty"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused_before_any_work(segmenter_run, scans, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        predict(str(segmenter_run), str(tmp_path / "out"), input=str(scans), **changes)
+        predict(**{"weights": str(segmenter_run), "out": str(tmp_path / "out"), "input": str(scans), **changes})
     assert not (tmp_path / "out").exists()
 
 
@@ -210,6 +222,147 @@ def test_missing_and_empty_inputs_are_refused(segmenter_run, tmp_path):
         with pytest.raises(DataError, match=name):
             predict(str(segmenter_run), str(tmp_path / "out"), input=str(tmp_path / name))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def other_run(segmenter_run, tmp_path_factory) -> Path:
+    """A segmenter of the same labels and settings with slightly other weights."""
+    folder = tmp_path_factory.mktemp("other") / "run"
+    shutil.copytree(segmenter_run / "segmenter", folder / "segmenter")
+    state = load_file(folder / "segmenter" / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    changed = {
+        key: value * (1 + 0.05 * torch.randn(value.shape, generator=generator)) if value.is_floating_point() else value
+        for key, value in state.items()
+    }
+    save_file(changed, folder / "segmenter" / "model.safetensors")
+    return folder
+
+
+def probabilities_of(weights, scans, out: Path) -> np.ndarray:
+    predict(weights, str(out), input=str(scans / "new_0.nii.gz"), probabilities=True)
+    return np.asarray(nibabel.load(out / "new_0_probabilities.nii.gz").dataobj)
+
+
+def test_several_runs_are_an_ensemble_of_their_probabilities(segmenter_run, other_run, scans, tmp_path):
+    one = probabilities_of(str(segmenter_run), scans, tmp_path / "one")
+    two = probabilities_of(str(other_run), scans, tmp_path / "two")
+    both = probabilities_of([str(segmenter_run), str(other_run)], scans, tmp_path / "both")
+    assert np.abs(one - two).max() > 0.02
+    # Blended in windows as probabilities instead of logits, hence not to the last digit.
+    assert np.abs(both - (one + two) / 2).mean() < 0.01
+    content = listing(tmp_path / "both")
+    assert content["weights"] == [str(segmenter_run), str(other_run)]
+    assert content["weights_digest"] not in (
+        listing(tmp_path / "one")["weights_digest"],
+        listing(tmp_path / "two")["weights_digest"],
+    )
+
+
+def test_networks_that_do_not_belong_together_are_refused(segmenter_run, other_run, scans, tmp_path):
+    out, scan = str(tmp_path / "out"), str(scans)
+    renamed = damaged(other_run, tmp_path / "renamed", labels={"0": "background", "2": "ball", "5": "heart"})
+    resampled = damaged(other_run, tmp_path / "resampled", spacing_mm=[2.0, 2.0, 2.0])
+    mapped = damaged(other_run, tmp_path / "mapped", intensity={"kind": "window", "window": [0.0, 1.0]})
+    for other, what in ((renamed, "labels"), (resampled, "voxel size"), (mapped, "intensities")):
+        with pytest.raises(ConfigError, match=f"has other {what}"):
+            predict([str(segmenter_run), str(other)], out, input=scan)
+    with pytest.raises(ConfigError, match="same weights"):
+        predict([str(segmenter_run), str(segmenter_run / "segmenter")], out, input=scan)
+    with pytest.raises(ConfigError, match="may have learned"):
+        predict([str(segmenter_run), str(other_run)], out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_probabilities_lie_beside_the_label_map_and_decide_it(segmenter_run, scans, tmp_path):
+    out = Path(predict(str(segmenter_run), str(tmp_path / "out"), input=str(scans), probabilities=True))
+    content = listing(out)
+    assert content["channels"] == ["background", "ball", "core"]
+    assert [case["probabilities"] for case in content["cases"]] == [f"new_{i}_probabilities.nii.gz" for i in range(3)]
+    image = nibabel.load(out / "new_0_probabilities.nii.gz")
+    values = np.asarray(image.dataobj)
+    labels = nibabel.load(out / "new_0.nii.gz")
+    assert values.dtype == np.float32 and values.shape == (*labels.shape, 3)
+    assert np.array_equal(image.affine, labels.affine)
+    assert np.allclose(values.sum(-1), 1, atol=1e-5)
+    assert np.array_equal(np.array([0, 2, 5])[values.argmax(-1)], np.asarray(labels.dataobj))
+
+
+def test_probabilities_asked_for_later_are_made_then(segmenter_run, scans, tmp_path, capsys):
+    out = Path(predict(str(segmenter_run), str(tmp_path / "out"), input=str(scans)))
+    assert not list(out.glob("*probabilities*"))
+    predict(str(segmenter_run), str(out), input=str(scans), probabilities=True)
+    assert len(list(out.glob("*probabilities*"))) == 3
+    capsys.readouterr()
+    predict(str(segmenter_run), str(out), input=str(scans), probabilities=True)
+    assert "3 of them before" in capsys.readouterr().out
+
+
+def test_components_are_cleaned_by_name_and_by_volume(segmenter_run, tmp_path):
+    first, second = ball_scan(80)[0], ball_scan(81)[0]
+    # A second ball, cut in half: the smaller component of both labels.
+    write_scan(tmp_path / "scan.nii.gz", np.concatenate([first, second[:11]], axis=0))
+    runs = {
+        "all": {},
+        "balls": {"largest_component": ["ball"]},
+        "both": {"largest_component": True},
+        "large": {"min_component_ml": 0.3},
+    }
+    found = {}
+    for name, settings in runs.items():
+        out = Path(predict(str(segmenter_run), str(tmp_path / name), input=str(tmp_path / "scan.nii.gz"), **settings))
+        found[name] = np.asarray(nibabel.load(out / "scan.nii.gz").dataobj)
+    parts = {
+        name: [ndimage.label(labels == v, np.ones((3, 3, 3)))[1] for v in (2, 5)] for name, labels in found.items()
+    }
+    assert min(parts["all"]) > 1
+    assert parts["balls"][0] == 1 and parts["balls"][1] == parts["all"][1]
+    assert parts["both"] == [1, 1]
+    voxel_ml = 1.2e-3
+    sizes = np.bincount(ndimage.label(found["large"] == 2, np.ones((3, 3, 3)))[0].ravel())[1:]
+    assert len(sizes) and (sizes * voxel_ml >= 0.3).all()
+    with pytest.raises(ConfigError, match="largest_component"):
+        predict(str(segmenter_run), str(tmp_path / "all"), input=str(tmp_path / "scan.nii.gz"), largest_component=True)
+
+
+def test_the_format_can_be_chosen(segmenter_run, scans, tmp_path):
+    scan = str(scans / "new_0.nii.gz")
+    reference = None
+    for form in ("nii.gz", "nrrd", "mha"):
+        out = Path(predict(str(segmenter_run), str(tmp_path / form), input=scan, format=form))
+        written = read_volume(str(out / f"new_0.{form}"), label=True)
+        reference = written if reference is None else reference
+        assert np.array_equal(written.array, reference.array) and np.allclose(written.affine, reference.affine)
+
+
+def test_dicom_seg_is_for_dicom_series_alone(segmenter_run, scans, tmp_path):
+    with pytest.raises(ConfigError, match=r"new_0.nii.gz is no DICOM series"):
+        predict(str(segmenter_run), str(tmp_path / "out"), input=str(scans), format="dicom_seg")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dicom_series_becomes_a_dicom_seg(segmenter_run, shared_data, tmp_path):
+    highdicom = pytest.importorskip("highdicom")
+    series = str(tmp_path / "cip_ct64")
+    shutil.copytree(shared_data / "dicom" / "cip_ct64", series, ignore=shutil.ignore_patterns("*.nrrd", "*.csv"))
+    seg = Path(predict(str(segmenter_run), str(tmp_path / "seg"), input=series, format="dicom_seg", overlap=0.0))
+    nifti = Path(predict(str(segmenter_run), str(tmp_path / "nifti"), input=series, overlap=0.0))
+    assert listing(seg)["cases"][0]["prediction"] == "cip_ct64.dcm"
+    read = highdicom.seg.segread(seg / "cip_ct64.dcm")
+    assert [read.get_segment_description(number).segment_label for number in (1, 2)] == ["ball", "core"]
+    labels = read_volume(str(nifti / "cip_ct64.nii.gz"), label=True).array
+    volume = read.get_volume(combine_segments=True).array
+    assert [(volume == number).sum() for number in (1, 2)] == [(labels == value).sum() for value in (2, 5)]
+
+
+def test_a_classifier_is_handed_to_the_command_for_classes(segmenter_run, scans, tmp_path, monkeypatch):
+    folder = damaged(segmenter_run, tmp_path / "run" / "classifier", task={"name": "classification"})
+    asked = []
+    module = types.ModuleType("mim3d.commands.classify")
+    module.predict_classes = lambda *arguments: asked.append(arguments) or "table"
+    monkeypatch.setitem(sys.modules, "mim3d.commands.classify", module)
+    assert predict(str(folder.parent), str(tmp_path / "out"), input=str(scans), batch_size=2) == "table"
+    assert asked == [([str(folder.parent)], str(tmp_path / "out"), str(scans), 2, "auto", False)]
 
 
 def test_a_dicom_series_and_foreign_formats_get_label_maps_on_their_grids(segmenter_run, shared_data, tmp_path):

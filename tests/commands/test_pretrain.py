@@ -99,6 +99,25 @@ def test_fine_tuning_says_when_a_held_out_scan_was_pre_trained_on(ball_set, tmp_
         finetune(str(ball_set), str(tmp_path / "strict"), strict=True, **settings)
 
 
+def test_a_published_list_is_pre_trained_on_as_far_as_it_is_there(ball_set, tmp_path, capsys):
+    folder = tmp_path / "public" / "CT-COVID-19-August2020"
+    folder.mkdir(parents=True)
+    for index in range(2):
+        name = f"volume-covid19-A-{index:04d}.nii.gz"
+        shutil.copy(ball_set / "imagesTr" / f"ball_{index}.nii.gz", folder / name)
+    run = learn(tmp_path / "public", tmp_path / "run", preset="1k")
+    assert len(read_seen(run).scans) == 2
+    assert "TCIA Covid19 (chest): 2 of 722 scans" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="has no folds"):
+        learn(tmp_path / "public", tmp_path / "fold", preset="1k", fold=0)
+
+
+def test_folds_follow_the_seed_of_fine_tuning(ball_set, tmp_path):
+    runs = [learn(ball_set, tmp_path / f"{seed}", fold=0, num_folds=3, split_seed=seed, max_steps=1) for seed in (0, 1)]
+    digests = [{scan.digest for scan in read_seen(run).scans} for run in runs]
+    assert digests[0] != digests[1]
+
+
 def test_going_on_from_an_encoder_and_resuming_it(ball_set, tmp_path, capsys):
     first = learn(ball_set, tmp_path / "first")
     learn(ball_set, tmp_path / "second", weights=str(first))

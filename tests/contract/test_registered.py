@@ -41,6 +41,7 @@ def labelled_scan(edge: int) -> ArrayScan:
     scan.label = np.zeros((edge, edge, edge), dtype=np.uint8)
     scan.label[4:12, 4:12, 4:12], scan.label[12:20, 4:12, 4:12] = 1, 3
     scan.class_locations = {value: np.argwhere(scan.label == value) for value in (1, 3)}
+    scan.class_name = LABELS[1]
     return scan
 
 

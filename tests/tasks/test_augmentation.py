@@ -10,6 +10,14 @@ from mim3d.errors import ConfigError
 from mim3d.tasks.augmentation import Augmentation, Augmenter, sided_labels, square_planes
 
 PATCH = (12, 16, 12)
+INTENSITY_PROBS = [
+    "scale_prob",
+    "shift_prob",
+    "noise_prob",
+    "gamma_prob",
+    "blur_prob",
+    "low_resolution_prob",
+]
 STILL = Augmentation(
     flip_prob=0, rotate90_prob=0, affine_prob=0, scale_prob=0, shift_prob=0, noise_prob=0, gamma_prob=0
 ).planned({}, (1, 1, 1))
@@ -55,11 +63,33 @@ def test_an_affine_change_keeps_image_and_label_in_register():
 
 
 def test_intensity_changes_leave_the_label_alone():
-    settings = replace(STILL, scale_prob=1.0, shift_prob=1.0, noise_prob=1.0, gamma_prob=1.0)
+    settings = replace(STILL, **dict.fromkeys(INTENSITY_PROBS, 1.0))
     after = Augmenter(settings, PATCH, (1, 1, 1))(sample(), 2)
     assert torch.equal(after["label"], sample()["label"])
     assert not torch.allclose(after["image"], sample()["image"], atol=1e-3)
     assert torch.isfinite(after["image"]).all()
+
+
+@pytest.mark.parametrize("name", INTENSITY_PROBS)
+def test_each_intensity_change_has_a_probability_of_its_own(name):
+    augment = Augmenter(replace(STILL, **{name: 0.5}), PATCH, (1, 1, 1))
+    changed = [not torch.equal(augment(sample(), seed)["image"], sample()["image"]) for seed in range(12)]
+    assert any(changed) and not all(changed)
+
+
+@pytest.mark.parametrize("name", ["blur_prob", "low_resolution_prob"])
+def test_blur_and_lost_resolution_even_out_what_lies_side_by_side(name):
+    settings = replace(STILL, **{name: 1.0}, blur_sigma=(1.0, 1.0), low_resolution_zoom=(0.5, 0.5))
+    before, after = sample()["image"], Augmenter(settings, PATCH, (1, 1, 1))(sample(), 0)["image"]
+    assert after.shape == before.shape
+    assert after.diff(dim=-1).abs().mean() < 0.7 * before.diff(dim=-1).abs().mean()
+    assert abs(after.mean() - before.mean()) < 0.1
+
+
+def test_a_blur_leaves_an_even_image_even_up_to_its_borders():
+    even = {"image": torch.full((1, 1, *PATCH), 0.7), "label": torch.zeros((1, *PATCH), dtype=torch.long)}
+    after = Augmenter(replace(STILL, blur_prob=1.0), PATCH, (1, 1, 1))(even, 0)["image"]
+    assert torch.allclose(after, torch.full_like(after, 0.7), atol=1e-5)
 
 
 def test_a_sample_is_a_pure_function_of_its_seed_also_in_another_process():
@@ -112,6 +142,9 @@ def test_quarter_turns_need_equal_size_and_spacing():
         ({"noise_std": -1}, "noise_std"),
         ({"gamma": (0, 1)}, "gamma"),
         ({"flip_axes": (3,)}, "flip_axes"),
+        ({"blur_prob": -0.1}, "blur_prob is -0.1"),
+        ({"blur_sigma": (2, 1)}, "blur_sigma"),
+        ({"low_resolution_zoom": (0.5, 2)}, "low_resolution_zoom .* must not exceed 1"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings, named):

@@ -1,7 +1,7 @@
 """The segmentation task: settings that fit, a network of any depth, losses that fall, Dice that is right."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -10,12 +10,14 @@ from torch import nn
 
 from mim3d.backbones import Hybrid
 from mim3d.backbones.base import Backbone, Encoder
+from mim3d.config import to_mapping
+from mim3d.data.cases import Case
 from mim3d.data.transforms import Intensity
-from mim3d.errors import ConfigError
+from mim3d.errors import ConfigError, DataError
 from mim3d.tasks import create_task
-from mim3d.tasks.segmentation import Segmentation, class_values
-from mim3d.tasks.segmentation_objective import SegmentationObjective
-from mim3d.tasks.validation import dice_of_scans, dice_per_label
+from mim3d.tasks.segmentation import Segmentation
+from mim3d.tasks.segmentation_objective import SegmentationObjective, shrunk
+from mim3d.tasks.validation import dice_by_name, dice_of_scans
 from tests.labelled import LABELS, ball_scan
 from tests.scans import ArrayScan
 
@@ -58,6 +60,7 @@ class PoolEncoder(Encoder):
 class PlannedScan:
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    case: Case = field(default_factory=lambda: Case(id="scan", images=("scan.nii",), patient="scan"))
 
 
 def labelled_scan(seed: int = 0) -> ArrayScan:
@@ -171,18 +174,6 @@ def test_settings_out_of_range_are_refused(settings):
         Segmentation(**settings)
 
 
-def test_classes_are_background_first_whatever_is_declared():
-    assert class_values({5: "b", 0: "background", 2: "a"}) == (0, 2, 5)
-    assert class_values({1: "a"}) == (0, 1)
-
-
-def test_dice_counts_overlap_over_both_sizes_and_leaves_out_what_is_absent():
-    predicted = np.array([0, 2, 2, 5])
-    reference = np.array([2, 2, 0, 0])
-    dice = dice_per_label(predicted, reference, [2, 5, 7])
-    assert dice[2] == 0.5 and dice[5] == 0.0 and math.isnan(dice[7])
-
-
 def test_validation_gives_the_dice_of_every_label_that_is_seen_by_its_name():
     objective = Segmentation(feature_dim=4).build(Pools(), LABELS).eval()
     assert isinstance(objective, SegmentationObjective)
@@ -202,3 +193,119 @@ def test_the_same_few_scans_are_validated_every_time():
     scans = [labelled_scan(seed) for seed in range(3)]
     few = task.validate(objective, scans, Intensity(), LABELS)
     assert few == task.validate(objective, scans[:1], Intensity(), LABELS)
+
+
+REGIONS = {"ball and core": (2, 5), "core": (5,)}
+
+
+def test_regions_are_scored_by_name_and_pictures_show_label_values():
+    objective = Segmentation(feature_dim=4, regions=REGIONS).build(Pools(), LABELS).eval()
+    # Everything above each threshold is the region: the smaller one lies in the larger one.
+    objective.logits = lambda x: torch.cat([x - 0.14, x - 0.22], 1) * 1e3
+    windows = Segmentation(patch_size=(16, 16, 16)).windows()
+    scores = dice_of_scans(objective, [labelled_scan()], Intensity(window=(0.0, 1000.0)), windows, LABELS)
+    assert set(scores) == {"dice", "dice/ball and core", "dice/core"}
+    assert scores["dice"] > 0.95
+    batch = {"image": torch.full((1, 1, 1, 8, 8, 8), 0.3), "label": torch.zeros(1, 1, 8, 8, 8).long()}
+    assert objective.pictures(batch)["segmentation/prediction"].unique().tolist() == [5]
+
+
+def test_dice_by_name_counts_overlap_over_both_sizes_and_leaves_out_what_is_absent_or_ignored():
+    predicted = np.array([0, 2, 2, 5, 850])
+    reference = np.array([2, 2, 0, 0, 9])
+    structures = {"a": (2,), "b": (5,), "c": (7,), "d": (850,), "any": (2, 5)}
+    dice = dice_by_name(predicted, reference, structures, ignore_label=9)
+    assert dice["a"] == 0.5 and dice["b"] == 0.0 and dice["any"] == pytest.approx(2 * 1 / (2 + 3))
+    assert math.isnan(dice["c"]) and math.isnan(dice["d"])
+    assert dice_by_name(predicted, reference, structures)["d"] == 0.0
+
+
+def test_validation_leaves_out_structures_that_a_scan_has_no_annotations_of():
+    objective = Segmentation(feature_dim=4).build(Pools(), LABELS).eval()
+    objective.logits = lambda x: torch.cat([-(x - 0.10).abs(), -(x - 0.18).abs(), -(x - 0.26).abs()], 1) * 1e3
+    windows = Segmentation(patch_size=(16, 16, 16)).windows()
+    scan = PartialScan(labelled_scan().image, labelled_scan().label)
+    scores = dice_of_scans(objective, [scan], Intensity(window=(0.0, 1000.0)), windows, LABELS)
+    assert set(scores) == {"dice", "dice/core"}
+
+
+@dataclass
+class PartialScan(ArrayScan):
+    """A scan of whose labels the core alone was annotated."""
+
+    @property
+    def case(self) -> Case:
+        return Case(id="part", images=("part.nii",), patient="part", labelled=("core",))
+
+
+def test_a_case_annotated_in_part_says_so_in_its_samples():
+    scans = [labelled_scan(), PartialScan(labelled_scan().image, labelled_scan().label)]
+    task = Segmentation(patch_size=(8, 8, 8)).planned(BACKBONE, scans, LABELS)
+    assert any("annotated in part" in line for line in task.summary())
+    drawn = [task.sampler().draw(scan, np.random.default_rng(0)) for scan in scans]
+    assert [sample.arrays["annotated"].tolist() for sample in drawn] == [[True, True, True], [True, False, True]]
+    whole = Segmentation(patch_size=(8, 8, 8)).planned(BACKBONE, scans[:1], LABELS)
+    assert whole.sampler().draw(scans[0], np.random.default_rng(0)).arrays == {}
+    batch = {"image": torch.randn(2, 1, 1, 8, 8, 8), "label": torch.full((2, 1, 8, 8, 8), 5)}
+    batch["annotated"] = torch.tensor([sample.arrays["annotated"].tolist() for sample in drawn])
+    assert torch.isfinite(task.build(BACKBONE, LABELS)(batch, 0.0).loss)
+
+
+def test_an_annotated_label_that_the_data_set_lacks_is_named():
+    scan = PlannedScan((16, 16, 16), case=Case(id="odd", images=("o",), patient="o", labelled=("cores",)))
+    with pytest.raises(DataError, match=r"case odd is said to have annotations of 'cores'. Did you mean 'core'"):
+        Segmentation().planned(BACKBONE, [scan], LABELS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"regions": REGIONS}, {"ignore_label": 5}])
+def test_deep_supervision_gives_every_level_of_the_decoder_a_head_that_learns(settings):
+    backbone = Pools(strides=(2, 4, 8), widths=(4, 4, 6))
+    objective = Segmentation(feature_dim=4, deep_supervision=True, **settings).build(backbone, LABELS)
+    assert len(objective.decoder.deep_heads) == 2
+    batch = {"image": torch.randn(2, 1, 1, 16, 16, 16), "label": torch.randint(0, 2, (2, 1, 16, 16, 16)) * 2}
+    output = objective(batch, 0.0)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters())
+    assert output.loss.item() == pytest.approx(sum(term.item() for term in output.logs.values()), rel=1e-5)
+    assert objective.logits(batch["image"].flatten(0, 1)).shape[2:] == (16, 16, 16)
+
+
+def test_targets_of_coarser_heads_are_the_voxels_in_the_middle():
+    label = torch.arange(8).reshape(1, 8, 1, 1).expand(1, 8, 8, 8)
+    assert shrunk(label, 4)[0, :, 0, 0].tolist() == [2, 6]
+    assert shrunk(label, 1) is label
+
+
+def test_a_frozen_encoder_stays_as_it_is_while_the_decoder_learns():
+    objective = Segmentation(feature_dim=4, freeze_encoder=True).build(Pools(), LABELS).train()
+    assert not objective.encoder.training and objective.decoder.training
+    batch = {"image": torch.randn(1, 1, 1, 8, 8, 8), "label": torch.randint(0, 2, (1, 1, 8, 8, 8)) * 2}
+    objective(batch, 0.0).loss.backward()
+    assert all(parameter.grad is None for parameter in objective.encoder.parameters())
+    assert all(parameter.grad is not None for parameter in objective.decoder.parameters())
+
+
+def test_class_weights_of_a_label_that_there_is_not_are_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"class_weights names 'bal'. Did you mean 'ball'"):
+        Segmentation(class_weights={"bal": 2.0}).planned(BACKBONE, [PlannedScan((16, 16, 16))], LABELS)
+
+
+def test_crops_are_not_centred_on_ignored_voxels():
+    task = Segmentation(patch_size=(4, 4, 4), positive_ratio=1.0, ignore_label=2)
+    sampler = replace(task, augmentation=replace(task.augmentation, affine_prob=0.0)).sampler()
+    scan = ArrayScan(np.zeros((1, 40, 40, 40)), class_locations={2: np.array([[9, 9, 9]]), 5: np.array([[30, 30, 30]])})
+    for seed in range(5):
+        (read,) = sampler.draw(scan, np.random.default_rng(seed)).images["image"]
+        assert read.origin == (28, 28, 28)
+
+
+def test_regions_and_weights_by_name_come_from_yaml_and_go_back_in_their_order():
+    values = {"name": "segmentation", "regions": {"b": [1, 2], "a": [2]}, "class_weights": {"a": "2"}}
+    task = create_task(values)
+    assert list(task.regions) == ["b", "a"] and task.regions["b"] == (1, 2) and task.class_weights == {"a": 2.0}
+    assert create_task({"name": "segmentation", **to_mapping(task)}) == task
+
+
+def test_a_region_that_names_a_side_is_not_mirrored_though_no_label_does():
+    task = Segmentation(regions={"both lungs": (2, 5), "left lung": (5,)})
+    assert task.planned(BACKBONE, [PlannedScan((16, 16, 16))], LABELS).augmentation.flip_axes == (1, 2)

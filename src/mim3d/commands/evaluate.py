@@ -1,26 +1,11 @@
 """``mim3d evaluate``: predictions against references, scored on the scan's own grid."""
 
-import csv
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from mim3d.config import nearest
-from mim3d.data.case_records import listed
-from mim3d.data.files import written_whole
-from mim3d.data.grid_checks import require_same_grid
-from mim3d.data.score_pairs import Pair, Pairs, find_pairs
-from mim3d.data.volumes import Volume, read_grid, read_volume
-from mim3d.errors import ConfigError, DataError
-from mim3d.metrics import ABSENT, CONVENTIONS, SCORE_NAMES, LabelScore, score_labels, summarise, values_in
-from mim3d.progress import counted
+from mim3d.data.class_tables import is_class_table
+from mim3d.errors import ConfigError
 
 
 def evaluate(
@@ -29,55 +14,135 @@ def evaluate(
     out: str,
     nsd_tolerance_mm: float = 1.0,
     labels: list[str] | None = None,
+    regions: dict[str, list[int | str]] | None = None,
+    lesions: bool | list[str] = False,
+    lesion_overlap: float = 0.0,
+    lesion_matching: Literal["many", "one_to_one"] = "many",
+    lesion_min_ml: float = 0.0,
+    missing: Literal["leave_out", "worst"] = "leave_out",
+    compare: str | None = None,
+    num_bootstrap: int = 2000,
+    seed: int = 0,
+    tables: bool = True,
+    num_workers: int | None = None,
+    class_column: str = "class",
+    positive: str | None = None,
+    by_patient: bool = False,
+    num_bins: int = 10,
+    baseline_column: str | None = None,
 ) -> str:
-    """Score label maps against their references, per label and in the mean.
+    """Score predictions of any tool against references: label maps per label, or classes.
 
-    Dice, 95 % Hausdorff distance, normalised surface distance and volume error, in millimetres and
-    millilitres on the scan's own grid. Files are matched by name without suffix. The file of scores states
-    its conventions.
+    Label maps: Dice, 95 % Hausdorff distance, normalised surface distance and volume error, in millimetres and
+    millilitres on the scan's own grid, and the detection of lesions. Files are matched by name without suffix.
+    Classes: a table predictions.csv against a table of references, matched by id.
+    Means have 95 % bootstrap intervals over patients. The file of scores states its conventions.
 
     Args:
-        predictions: folder that `mim3d predict` wrote, or a folder of label maps by any other tool.
-        references: folder of label maps (labelsTr), label files, or any form of DATA with labels.
+        predictions: folder that `mim3d predict` wrote, a folder of label maps by any other tool, or a table of
+            classes (.csv with id, predicted and a column probability_CLASS for each class).
+        references: folder of label maps (labelsTr), label files, or any form of DATA with labels; with a table of
+            classes, a .csv with id, case or image, and a class. A column patient says which cases belong together.
         out: file of scores to write, ending in .json; a table of the cases (.csv) comes beside it.
         nsd_tolerance_mm: distance in mm up to which two surfaces agree.
         labels: names or values of the labels to score; every declared one if left out.
+        regions: unions of labels to score in place of single ones, such as '{whole tumour: [1, 2, 3]}', by value or
+            name; those that the predictions' own list declares if left out. --labels adds single ones.
+        lesions: true scores the lesions of every label one by one; names, those of these labels or regions.
+        lesion_overlap: least intersection over union for a lesion to count as found; 0 asks for one shared voxel.
+        lesion_matching: many lets a lesion count for several others, one_to_one for one at most.
+        lesion_min_ml: connected components smaller than this many ml are no lesions.
+        missing: a reference without a prediction is left out with a warning (leave_out), or scored as an empty
+            prediction (worst).
+        compare: predictions of another method, in the same form: differences case by case, with intervals and tests.
+        num_bootstrap: how often patients are drawn anew for the intervals; 0 makes none.
+        seed: of these draws.
+        tables: write Markdown (.md) and LaTeX (.tex) tables beside the file of scores.
+        num_workers: processes that score cases; if left out one per core, as far as work and memory reach.
+        class_column: column of the references that holds the class.
+        positive: the positive class of two; the last in sorted order if left out.
+        by_patient: score patients by the mean probabilities of their scans, not scans.
+        num_bins: bins of the calibration error.
+        baseline_column: a number in the references, such as a diameter, whose AUC is held against the classifier's.
 
     Returns:
         Path of the file of scores.
 
     Raises:
-        ConfigError: `out` cannot be written, the tolerance is no length, or a label is unknown.
+        ConfigError: `out` cannot be written, a setting that cannot work, or a label or class that is unknown.
         DataError: nothing to match, an unreadable file, grids that disagree, or an undeclared label value.
     """
-    _check_settings(out, nsd_tolerance_mm)
-    found = find_pairs(predictions, references)
-    declared = _distinct({value: name for value, name in found.labels.items() if value != 0})
-    chosen = declared if labels is None else _chosen(labels, declared)
-    for pair in found.pairs:
-        require_same_grid(read_grid(pair.reference), read_grid(pair.prediction))
-    scores = [
-        _score(pair, list(chosen), nsd_tolerance_mm, strict=labels is None)
-        for pair in counted(found.pairs, len(found.pairs), "scoring")
-    ]
-    names = chosen or {value: f"label_{value}" for value in sorted({v for case in scores for v in case})}
-    if not names:
-        raise DataError(f"{predictions}: neither the predictions nor the references hold a label to score.")
-    settings = {
-        "predictions": os.path.abspath(predictions),
-        "references": os.path.abspath(references) if isinstance(references, str) else references,
-        "nsd_tolerance_mm": nsd_tolerance_mm,
-        "labels": labels,
-    }
-    content = _content(found, scores, names, settings)
-    path = os.path.abspath(out)
-    _write(path, content)
-    _show(content)
-    print(f"Scores of {len(scores)} cases: {path}")
-    return path
+    given = dict(locals())
+    _check_settings(out, nsd_tolerance_mm, num_workers)
+    if is_class_table(predictions):
+        _refuse_others(given, _FOR_MAPS, "label maps", "a table of classes")
+        return _evaluate_classes(given)
+    _refuse_others(given, _FOR_CLASSES, "tables of classes", "a folder of label maps")
+    return _evaluate_labels(given)
 
 
-def _check_settings(out: str, nsd_tolerance_mm: float) -> None:
+#: Settings of one kind of predictions that mean nothing to the other, with their defaults.
+_FOR_MAPS = {
+    "nsd_tolerance_mm": 1.0,
+    "labels": None,
+    "regions": None,
+    "lesions": False,
+    "lesion_overlap": 0.0,
+    "lesion_matching": "many",
+    "lesion_min_ml": 0.0,
+    "missing": "leave_out",
+}
+_FOR_CLASSES = {
+    "class_column": "class",
+    "positive": None,
+    "by_patient": False,
+    "num_bins": 10,
+    "baseline_column": None,
+}
+
+
+def _evaluate_labels(given: dict[str, Any]) -> str:
+    from mim3d.commands.evaluate_labels import LabelEvaluation
+    from mim3d.metrics import Bootstrap, LesionSettings
+
+    lesions = {name: given.pop(f"lesion_{name}") for name in ("overlap", "matching", "min_ml")}
+    bootstrap = Bootstrap(num_bootstrap=given.pop("num_bootstrap"), seed=given.pop("seed"))
+    settings = {name: value for name, value in given.items() if name not in _FOR_CLASSES}
+    settings["out"] = os.path.abspath(settings["out"])
+    return LabelEvaluation(**settings, lesion_settings=LesionSettings(**lesions), bootstrap=bootstrap).run()
+
+
+def _evaluate_classes(given: dict[str, Any]) -> str:
+    from mim3d.commands.evaluate_classes import ClassEvaluation
+    from mim3d.metrics import Bootstrap
+
+    bootstrap = Bootstrap(num_bootstrap=given.pop("num_bootstrap"), seed=given.pop("seed"))
+    # A table is scored in no time: nothing to share among processes.
+    settings = {name: value for name, value in given.items() if name not in {*_FOR_MAPS, "num_workers"}}
+    settings["out"] = os.path.abspath(settings["out"])
+    settings["references"] = _one_table(settings["references"])
+    return ClassEvaluation(**settings, bootstrap=bootstrap).run()
+
+
+def _refuse_others(given: dict[str, Any], defaults: dict[str, Any], theirs: str, ours: str) -> None:
+    strange = [name for name, default in defaults.items() if given[name] != default]
+    if strange:
+        raise ConfigError(
+            f"{strange[0]} is {given[strange[0]]!r}, which is a setting for {theirs}, but predictions names {ours} "
+            f"({given['predictions']}); leave it out."
+        )
+
+
+def _one_table(references: str | list[str]) -> str:
+    names = [references] if isinstance(references, str) else references
+    if len(names) != 1 or not names[0].lower().endswith(".csv"):
+        raise ConfigError(
+            f"references is {references!r}, but classes are held against one table; name a .csv with a class column."
+        )
+    return names[0]
+
+
+def _check_settings(out: str, nsd_tolerance_mm: float, num_workers: int | None) -> None:
     if not out.lower().endswith(".json"):
         raise ConfigError(f"out is {out}, but a file of scores ends in .json; use {out.rstrip('/')}.json.")
     if os.path.isdir(out):
@@ -91,135 +156,5 @@ def _check_settings(out: str, nsd_tolerance_mm: float) -> None:
         raise ConfigError(f"out is {out}, but {folder} cannot be written to; choose another.")
     if not math.isfinite(nsd_tolerance_mm) or nsd_tolerance_mm < 0:
         raise ConfigError(f"nsd_tolerance_mm is {nsd_tolerance_mm}, but it takes a length in mm from 0.")
-
-
-def _distinct(names: Mapping[int, str]) -> dict[int, str]:
-    """The same names, followed by their value where two labels share one: a table needs one row each."""
-    every = list(names.values())
-    return {value: name if every.count(name) == 1 else f"{name}_{value}" for value, name in names.items()}
-
-
-def _chosen(labels: Sequence[str], declared: Mapping[int, str]) -> dict[int, str]:
-    """Value -> name of the labels asked for, by name or value; any value where nothing is declared."""
-    chosen: dict[int, str] = {}
-    for label in map(str, labels):
-        value = int(label) if label.isdigit() else 0
-        values = [known for known, name in declared.items() if name == label]
-        if not values and (value in declared or (value > 0 and not declared)):
-            values = [value]
-        if not values:
-            known_names = nearest(label, declared.values()) if declared else " None is: give values from 1."
-            raise ConfigError(f"labels holds {label!r}, which is not declared.{known_names}")
-        chosen[values[0]] = declared.get(values[0], f"label_{values[0]}")
-    if not chosen:
-        raise ConfigError("labels is empty; name the labels to score, or leave it out to score every one.")
-    return chosen
-
-
-def _score(pair: Pair, values: Sequence[int], nsd_tolerance_mm: float, *, strict: bool) -> dict[int, LabelScore]:
-    """Scores of one case by label value: of `values`, or of those it holds where there are none.
-
-    Raises:
-        DataError: where `strict`, a map holds a value that is not among `values`.
-    """
-    prediction = read_volume(pair.prediction, label=True)
-    reference = read_volume(pair.reference, label=True)
-    held = _values(prediction) | _values(reference)
-    if strict and values and not held <= set(values):
-        volume = prediction if not _values(prediction) <= set(values) else reference
-        strange = listed(sorted(_values(volume) - set(values)))
-        raise DataError(
-            f"{volume.grid.path}: holds label values that are not declared ({strange}; declared are "
-            f"{listed(values)}); correct the map, or name the labels to score with --labels."
-        )
-    return score_labels(
-        prediction.array,
-        reference.array,
-        reference.spacing_mm,
-        values or sorted(held),
-        nsd_tolerance_mm=nsd_tolerance_mm,
-    )
-
-
-def _values(volume: Volume) -> set[int]:
-    lowest = int(volume.array.min())
-    if lowest < 0:
-        raise DataError(f"{volume.grid.path}: holds the label value {lowest}, but labels count from 0.")
-    return set(values_in(volume.array))
-
-
-def _content(
-    found: Pairs,
-    scores: Sequence[Mapping[int, LabelScore]],
-    names: Mapping[int, str],
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What the file of scores holds."""
-    by_name = [{name: case.get(value, ABSENT) for value, name in names.items()} for case in scores]
-    return {
-        "labels": {str(value): name for value, name in names.items()},
-        "settings": settings,
-        "conventions": CONVENTIONS,
-        "num_cases": len(scores),
-        "not_scored": {
-            "failed": found.failed,
-            "without_reference": found.without_reference,
-            "without_prediction": found.without_prediction,
-        },
-        **summarise(by_name, list(names.values())),
-        "cases": [
-            {
-                "id": pair.id,
-                "prediction": pair.prediction,
-                "reference": pair.reference,
-                "images": pair.images,
-                "labels": {name: asdict(score) for name, score in case.items()},
-            }
-            for pair, case in zip(found.pairs, by_name, strict=True)
-        ],
-    }
-
-
-def _write(path: str, content: Mapping[str, Any]) -> None:
-    """The file of scores and beside it the table of cases, a row per case and label."""
-    with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-    with (
-        written_whole(f"{os.path.splitext(path)[0]}.csv") as scratch,
-        open(scratch, "w", encoding="utf-8", newline="") as file,
-    ):
-        rows = csv.writer(file)
-        rows.writerow(["id", "label", "status", *SCORE_NAMES])
-        for case in content["cases"]:
-            for name, score in case["labels"].items():
-                rows.writerow([case["id"], name, score["status"], *(score[key] for key in SCORE_NAMES)])
-
-
-def _show(content: Mapping[str, Any]) -> None:
-    tolerance = content["settings"]["nsd_tolerance_mm"]
-    table = Table()
-    table.add_column("Label", no_wrap=True)
-    for title in (
-        "Cases",
-        "Dice",
-        "HD95 mm",
-        f"NSD {tolerance:g} mm",
-        "Volume error ml",
-        "Missed",
-        "Invented",
-    ):
-        table.add_column(title, justify="right")
-    keys = ("dice", "hd95_mm", "nsd", "volume_error_ml")
-    for name, row in content["per_label"].items():
-        counts = [str(row[key]) for key in ("num_cases", "num_missed", "num_invented")]
-        table.add_row(Text(name), counts[0], *(_number(row[key], key) for key in keys), *counts[1:])
-    table.add_section()
-    mean = content["mean"]
-    table.add_row("mean", str(content["num_cases"]), *(_number(mean[key], key) for key in keys), "", "")
-    Console().print(table)
-
-
-def _number(value: float | None, key: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if key in ("dice", "nsd") else f"{value:.2f}"
+    if num_workers is not None and num_workers < 0:
+        raise ConfigError(f"num_workers is {num_workers}, but it takes a number from 0, or nothing for one per core.")

@@ -4,10 +4,9 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from mim3d.data.case_datasets import read_json
 from mim3d.data.cases import Case, Split, split_cases
+from mim3d.data.train_parts import TrainPart
 from mim3d.errors import ConfigError, DataError
 from mim3d.run import Run
 from mim3d.run_files import write_json
@@ -16,37 +15,39 @@ SPLIT_NAME = "split.json"
 LIST_NAME = "held_out.csv"
 
 
-def choose_split(cases: Sequence[Case], *, fold: int | None, num_folds: int, train_fraction: float) -> Split:
-    """Split the cases of a data set, and keep a share of those to train on.
+def choose_split(
+    cases: Sequence[Case],
+    *,
+    fold: int | None,
+    num_folds: int,
+    part: TrainPart = TrainPart(),
+    split_seed: int = 0,
+) -> Split:
+    """Split the cases of a data set, and keep a part of those to train on.
 
-    Folds and shares depend on the data set alone, so that methods and seeds are compared on the same cases.
+    Folds and parts depend on the data set and their own seeds alone, so that methods and training seeds are compared on
+    the same cases.
 
     Args:
         cases: all of the data set.
         fold: which fold is held out; None holds nothing out.
         num_folds: folds in all.
-        train_fraction: share of the training patients kept; a smaller share is part of a larger one.
+        part: which of the training cases are kept.
+        split_seed: of how patients are dealt out to folds.
     Raises:
-        ConfigError: a fold or share that does not exist.
-        DataError: cases that cannot be split.
+        ConfigError: a fold that does not exist, or a negative seed.
+        DataError: cases that cannot be split, or a part that cannot be taken.
     """
-    if not 0 < train_fraction <= 1:
-        raise ConfigError(f"train_fraction is {train_fraction}; it must be above 0 and at most 1.")
+    if split_seed < 0:
+        raise ConfigError(f"split_seed is {split_seed}; it must be zero or more.")
     if fold is None:
         split = Split(train=tuple(case for case in cases if case.split in (None, "train")), val=())
     else:
-        split = split_cases(cases, fold=fold, num_folds=num_folds)
+        split = split_cases(cases, fold=fold, num_folds=num_folds, seed=split_seed)
     if not split.train:
         raise DataError('No case is left to train on; mark some "train" in the list.')
-    return Split(train=_share(split.train, train_fraction), val=split.val)
-
-
-def _share(cases: Sequence[Case], ratio: float) -> tuple[Case, ...]:
-    patients = sorted({case.patient for case in cases})
-    shuffled = np.random.default_rng(0).permutation(len(patients))
-    number = max(1, int(ratio * len(patients) + 0.5))
-    kept = {patients[index] for index in shuffled[:number]}
-    return tuple(case for case in cases if case.patient in kept)
+    ids = {case.id for case in split.train}
+    return Split(train=part.take(split.train, [case for case in cases if case.id not in ids]), val=split.val)
 
 
 def write_split(run: Run, split: Split) -> None:
@@ -57,9 +58,10 @@ def write_split(run: Run, split: Split) -> None:
     write_json(run.path / SPLIT_NAME, {name: [_record(case) for case in part] for name, part in parts.items()})
     with open(run.path / LIST_NAME, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["image", "label", "class", "patient"])
+        rows.writerow(["image", "label", "class", "patient", "labels"])
         for case in split.val:
-            rows.writerow([";".join(case.images), case.label or "", case.class_name or "", case.patient])
+            names = ";".join(case.labelled or ())
+            rows.writerow([";".join(case.images), case.label or "", case.class_name or "", case.patient, names])
 
 
 def held_out_cases(run: Path) -> list[Case]:

@@ -21,12 +21,13 @@ from mim3d.types import Spacing, Triple
 from mim3d.weights import weights_digest
 
 
-def read_data(data: str, *, need_labels: bool) -> CaseSet | Cache:
+def read_data(data: str, *, need_labels: bool, keep_labels: bool = False) -> CaseSet | Cache:
     """Open a cache, or read a data set and check what headers can tell; no voxel is read.
 
     Args:
         data: any form of DATA.
         need_labels: whether every case must have a label; without, labels are left out altogether.
+        keep_labels: take labels where there are some, though none is needed.
     Raises:
         DataError: for files, lists or grids that cannot be used.
     """
@@ -35,7 +36,7 @@ def read_data(data: str, *, need_labels: bool) -> CaseSet | Cache:
         if need_labels and not all(scan.has_label for scan in cache):
             raise DataError(f"{data} was made from scans without labels; give the labelled data set instead.")
         return cache
-    cases = read_cases(data, recursive_images_only=not need_labels)
+    cases = read_cases(data, recursive_images_only=not (need_labels or keep_labels))
     check_cases(cases, need_labels=need_labels)
     return cases
 

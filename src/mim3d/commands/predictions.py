@@ -6,20 +6,29 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mim3d.data.case_datasets import read_json
 from mim3d.data.cases import Case, read_cases
 from mim3d.data.files import written_whole
+from mim3d.data.grids import split_channel
 from mim3d.errors import ConfigError, DataError
 
 LIST_NAME = "predictions.json"
 
 #: What must be the same for label maps to stand in one folder.
-IDENTITY = ("weights_digest", "overlap", "mirror_axes")
+IDENTITY = ("weights_digest", "overlap", "mirror_axes", "body_only", "largest_component", "min_component_ml")
+
+#: Formats that label maps are written in; ``auto`` is that of the source.
+Format = Literal["auto", "nii.gz", "nrrd", "mha", "dicom_seg"]
 
 #: Suffix of a scan -> suffix of its label map; all others (NIfTI, DICOM) give compressed NIfTI.
 SUFFIXES = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
+
+
+def is_dicom(case: Case) -> bool:
+    """Whether a scan is a DICOM series: named by a folder, not by a file."""
+    return not os.path.isfile(split_channel(case.images[0])[0])
 
 
 @dataclass
@@ -29,18 +38,29 @@ class Predictions:
     Attributes:
         folder: where they are written.
         identity: the network and the settings they come from.
+        format: of the label maps.
+        with_probabilities: whether the probabilities of every scan lie beside its label map.
         rows: finished scans by id.
         failures: reasons of the scans that could not be segmented, by id.
     """
 
     folder: Path
     identity: Mapping[str, Any]
+    format: Format = "auto"
+    with_probabilities: bool = False
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(
-        cls, out: str | Path, identity: Mapping[str, Any], cases: Sequence[Case], *, overwrite: bool
+        cls,
+        out: str | Path,
+        identity: Mapping[str, Any],
+        cases: Sequence[Case],
+        *,
+        overwrite: bool,
+        format: Format = "auto",
+        with_probabilities: bool = False,
     ) -> "Predictions":
         """Make the folder, or go on with one that holds label maps of the same network and settings.
 
@@ -49,14 +69,14 @@ class Predictions:
                 under the names that are to be written.
         """
         folder = Path(out)
-        predictions = cls(folder, identity)
+        predictions = cls(folder, identity, format, with_probabilities)
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file; choose a folder as --out.")
         predictions._spare_sources(cases)
         if (folder / LIST_NAME).is_file() and not overwrite:
             predictions._take_up()
         elif not overwrite:
-            taken = [path for case in cases if (path := predictions.path_of(case)).exists()]
+            taken = [path for case in cases for path in predictions._paths_of(case) if path.exists()]
             if taken:
                 raise ConfigError(f"{taken[0]} exists and is no prediction of mim3d; choose another --out.")
         try:
@@ -66,19 +86,38 @@ class Predictions:
         return predictions
 
     def path_of(self, case: Case) -> Path:
-        """Where the label map of a scan is written: in the format family of the scan."""
-        suffix = os.path.splitext(case.images[0])[1].lower() if os.path.isfile(case.images[0]) else ""
+        """Where the label map of a scan is written: by default in the format family of the scan."""
+        if self.format == "dicom_seg":
+            return self.folder / f"{case.id}.dcm"
+        if self.format != "auto":
+            return self.folder / f"{case.id}.{self.format}"
+        suffix = "" if is_dicom(case) else os.path.splitext(split_channel(case.images[0])[0])[1].lower()
         return self.folder / f"{case.id}{SUFFIXES.get(suffix, '.nii.gz')}"
 
+    def probabilities_of(self, case: Case) -> Path:
+        """Where the probabilities of a scan are written."""
+        return self.folder / f"{case.id}_probabilities.nii.gz"
+
     def is_finished(self, case: Case) -> bool:
-        """Whether the label map of exactly these images is there."""
+        """Whether all that is asked for of exactly these images is there."""
         row = self.rows.get(case.id)
-        return row is not None and row["images"] == list(case.images) and self.path_of(case).is_file()
+        return (
+            row is not None
+            and row["images"] == list(case.images)
+            and row.get("prediction") == self.path_of(case).name
+            and all(path.is_file() for path in self._paths_of(case))
+        )
+
+    def _paths_of(self, case: Case) -> list[Path]:
+        return [self.path_of(case), *([self.probabilities_of(case)] if self.with_probabilities else [])]
 
     def add(self, case: Case) -> None:
         """Record a label map that was written."""
         self.failures.pop(case.id, None)
-        self.rows[case.id] = {"id": case.id, "images": list(case.images), "prediction": self.path_of(case).name}
+        row = {"id": case.id, "images": list(case.images), "prediction": self.path_of(case).name}
+        if self.with_probabilities:
+            row["probabilities"] = self.probabilities_of(case).name
+        self.rows[case.id] = row
         self._write()
 
     def add_failure(self, case: Case, reason: str) -> None:
@@ -88,11 +127,12 @@ class Predictions:
         self._write()
 
     def _spare_sources(self, cases: Sequence[Case]) -> None:
-        sources = {os.path.realpath(path) for case in cases for path in (*case.images, case.label) if path}
-        for case in cases:
-            if os.path.realpath(self.path_of(case)) in sources:
+        named = [path for case in cases for path in (*case.images, case.label) if path]
+        sources = {os.path.realpath(split_channel(path)[0]) for path in named}
+        for path in (path for case in cases for path in self._paths_of(case)):
+            if os.path.realpath(path) in sources:
                 raise ConfigError(
-                    f"{self.path_of(case)} is one of the scans or labels themselves and would be replaced by a "
+                    f"{path} is one of the scans or labels themselves and would be replaced by a "
                     "prediction; choose another --out."
                 )
 
@@ -120,8 +160,8 @@ class Predictions:
             json.dump(content, file, indent=1)
 
 
-def input_cases(inputs: str | Sequence[str]) -> list[Case]:
-    """The scans behind files, folders, DICOM trees and lists; labels are left out.
+def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False) -> list[Case]:
+    """The scans behind files, folders, DICOM trees and lists; labels are left out unless asked for.
 
     Scans of several inputs that share an id get the name of their input in front.
 
@@ -131,7 +171,7 @@ def input_cases(inputs: str | Sequence[str]) -> list[Case]:
     names = [inputs] if isinstance(inputs, str) else list(inputs)
     if not names:
         raise DataError("--input is empty; name files, folders or lists of scans.")
-    found = [(name, case) for name in names for case in read_cases(name, recursive_images_only=True).cases]
+    found = [(name, case) for name in names for case in read_cases(name, recursive_images_only=not with_labels).cases]
     counts = Counter(case.id for _, case in found)
     cases = [
         case if counts[case.id] == 1 else replace(case, id=f"{Path(name).resolve().name.partition('.')[0]}_{case.id}")

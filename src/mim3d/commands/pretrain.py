@@ -1,6 +1,6 @@
 """The command that turns unlabelled scans into an encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -11,13 +11,14 @@ from mim3d.commands.memory import pretraining_sample, pretraining_ways, require_
 from mim3d.commands.training import Training
 from mim3d.config import to_named
 from mim3d.data.cache import Cache
-from mim3d.data.cases import Case, CaseSet, read_cases, split_cases
+from mim3d.data.cases import Case, CaseSet, check_cases, read_cases, split_cases
 from mim3d.data.loading import Loader
 from mim3d.data.plan import plan_intensity
+from mim3d.data.pretraining_lists import pretraining_list
 from mim3d.data.transforms import Intensity
 from mim3d.engine.loop import train
 from mim3d.engine.settings import TrainResult
-from mim3d.errors import DataError
+from mim3d.errors import ConfigError, DataError
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation
@@ -38,11 +39,13 @@ def pretrain(
     method: Named = "MiM",
     backbone: Named = "hybrid_base",
     weights: str | None = None,
+    preset: str | None = None,
     cache: str | None = None,
     spacing_mm: Spacing | None = None,
     intensity: Intensity | None = None,
     fold: int | None = None,
     num_folds: int = 5,
+    split_seed: int = 0,
     max_steps: int | None = None,
     max_epochs: int | None = None,
     max_time: str | None = None,
@@ -74,11 +77,13 @@ def pretrain(
         method: Pre-training method; settings as --method.temperature 0.2.
         backbone: Encoder, a name of list_models(); settings as --backbone.recompute true.
         weights: Encoder to go on from: a run, an exported folder or a published checkpoint.
+        preset: List of public data sets whose folders lie below DATA: 1k, 10k or all; every scan of DATA if not given.
         cache: Folder for the cache of preprocessed scans; OUT/cache if not given.
         spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; each scan keeps its own if not given.
         intensity: Mapping of intensities to network input; planned from the scans if not given.
         fold: Leave out the cases that `mim3d finetune --fold` of this number holds out; all cases train if not given.
         num_folds: Number of folds that `fold` counts.
+        split_seed: Of the folds, as in fine-tuning.
         max_steps: Optimiser steps.
         max_epochs: Passes over the scans, instead of max_steps; 800 if neither is given.
         max_time: Longest time of this session, HH:MM or HH:MM:SS; the run can be resumed.
@@ -100,38 +105,66 @@ def pretrain(
             scans that were learned from.
         resume: Go on with the run in OUT, or start it.
     """
-    arguments = dict(locals())
+    return _pretrain(dict(locals()))
+
+
+def _pretrain(arguments: dict[str, Any]) -> str:
+    """Everything behind the command, from its complete arguments."""
     training = Training.of(arguments)
-    asked, recipe = create_method(method), create_recipe(backbone)
-    source = read_data(data, need_labels=False)
-    cases = _training_cases(data, source, fold, num_folds)
+    asked, recipe = create_method(arguments["method"]), create_recipe(arguments["backbone"])
+    source = _source(arguments["data"], arguments["preset"], arguments["fold"])
+    cases = _training_cases(source, arguments)
     check_channels(cases, recipe)
-    shapes = shapes_of(source, cases, spacing_mm)
+    shapes = shapes_of(source, cases, arguments["spacing_mm"])
     planned = _plan(asked, recipe, shapes)
-    optim = optim.filled_from(planned.optimisation)
+    optim = arguments["optim"].filled_from(planned.optimisation)
     memory = _require_memory(training, planned, recipe, optim, shapes[0])
     settings = arguments | {"method": to_named(planned, METHODS), "backbone": to_named(recipe, BACKBONES)}
-    run = Run.create(out, command="pretrain", settings=settings, inputs=weights_input(weights), resume=resume)
+    weights = arguments["weights"]
+    inputs = weights_input(weights)
+    run = Run.create(arguments["out"], command="pretrain", settings=settings, inputs=inputs, resume=training.resume)
     run.note(memory)
     # Those held out are cached too: only their voxels tell whether one is among the others under another name.
-    every = open_scans(source, source.cases, run, cache, spacing_mm=spacing_mm, num_workers=num_workers, strict=strict)
-    scans = _learned(every, cases, strict=strict)
+    every = open_scans(
+        source,
+        source.cases,
+        run,
+        arguments["cache"],
+        spacing_mm=arguments["spacing_mm"],
+        num_workers=training.num_workers,
+        strict=bool(training.strict),
+    )
+    scans = _learned(every, cases, strict=bool(training.strict))
     record_seen(run, scans, weights)
-    mapping = intensity or plan_intensity(scans)
-    objective = _build(planned, recipe, weights, seed)
+    mapping = arguments["intensity"] or plan_intensity(scans)
+    objective = _build(planned, recipe, weights, training.seed)
     loader = training.loader(scans, planned.sampler(recipe), mapping)
     result = _learn(run, training, optim, objective, loader, encoder_card(recipe, mapping, scans))
     return _close(run, planned, result)
 
 
-def _training_cases(data: str, source: CaseSet | Cache, fold: int | None, num_folds: int) -> Sequence[Case]:
+def _source(data: str, preset: str | None, fold: int | None) -> CaseSet | Cache:
+    """The data set, or what of a published list is there."""
+    if preset is None:
+        return read_data(data, need_labels=False)
+    if fold is not None:
+        raise ConfigError(
+            f"fold {fold} of preset {preset}: a list of scans to pre-train on has no folds; leave fold out."
+        )
+    source = pretraining_list(preset, data, tell=print)
+    check_cases(source, need_labels=False)
+    return source
+
+
+def _training_cases(source: CaseSet | Cache, arguments: Mapping[str, Any]) -> Sequence[Case]:
     """All cases but those held out: by a declared split, or by the fold that fine-tuning would hold out."""
     kept = [case for case in source.cases if case.split in (None, "train")]
-    if fold is not None:
+    if arguments["fold"] is not None:
         # Fine-tuning deals out labelled cases alone; scans without a label must not shift its folds here.
-        every = source.cases if isinstance(source, Cache) else read_cases(data).cases
+        every = source.cases if isinstance(source, Cache) else read_cases(arguments["data"]).cases
         labelled = [case for case in every if case.label is not None] or every
-        held_out = {case.patient for case in split_cases(labelled, fold=fold, num_folds=num_folds).val}
+        fold, num_folds, seed = (arguments[name] for name in ("fold", "num_folds", "split_seed"))
+        held_out = {case.patient for case in split_cases(labelled, fold=fold, num_folds=num_folds, seed=seed).val}
         kept = [case for case in kept if case.patient not in held_out]
     if not kept:
         raise DataError('Every case is declared val or test, so none is left to pre-train on; mark some "train".')

@@ -12,10 +12,17 @@ from mim3d.data.cases import CaseSet
 from mim3d.data.plan import plan_intensity
 from mim3d.data.transforms import Intensity
 from mim3d.types import Named, Spacing
-from mim3d.weights import load_encoder, load_into, read_card
+from mim3d.weights import InputLayers, load_encoder, load_into, read_card
 
 #: Backbone where neither a name nor weights are given.
 DEFAULT_BACKBONE = "hybrid_base"
+
+#: What each way of adapting them does to the layers that read the input.
+_ADAPTED: dict[InputLayers, str] = {
+    "mean": "take the mean over the channels they knew for each",
+    "repeat": "take the channels they knew in turn",
+    "new": "start anew",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Start:
             used, chosen = source.preprocessing.spacing_mm, asked
         else:
             used = chosen = asked or own
-        if self.card and used != own:
+        if self.card and own is not None and used != own:
             warnings.warn(
                 f"the encoder learned at spacing_mm {_plain(own)}, but the scans are prepared at {_plain(used)}; its "
                 "features see structures at another size.",
@@ -67,13 +74,16 @@ class Start:
         return asked or own
 
 
-def choose_start(backbone: Named | None, weights: str | None, num_channels: int) -> Start:
+def choose_start(
+    backbone: Named | None, weights: str | None, num_channels: int, input_layers: InputLayers = "mean"
+) -> Start:
     """The encoder to start from, loaded and its coverage printed, before any data are read.
 
     Args:
         backbone: as asked for; None takes that of the weights.
         weights: a run, an exported folder or a file; None starts from scratch.
         num_channels: channels of the data; an encoder known by its weights alone is adapted to them.
+        input_layers: how the layers that read the input are made to fit another number of channels.
     Raises:
         ConfigError: an unknown backbone or setting.
         CheckpointError: weights that cannot be read or do not fit.
@@ -88,12 +98,12 @@ def choose_start(backbone: Named | None, weights: str | None, num_channels: int)
         if recipe.in_channels != num_channels:
             warnings.warn(
                 f"the encoder learned from {recipe.in_channels} channels, but the data have {num_channels}; the layers "
-                "that read the input start anew.",
+                f"that read the input {_ADAPTED[input_layers]} (input_layers {input_layers}).",
                 stacklevel=2,
             )
             recipe = replace(recipe, in_channels=num_channels)
     encoder = recipe.build()
-    print(f"{weights}: {load_into(encoder, weights)}")
+    print(f"{weights}: {load_into(encoder, weights, input_layers=input_layers)}")
     return Start(recipe, encoder, card)
 
 

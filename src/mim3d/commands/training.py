@@ -33,7 +33,7 @@ class Training:
     keep_checkpoints: int
     seed: int
     memory_limit: float | None = None
-    strict: bool = False
+    strict: bool | None = None
     resume: bool = False
     pictures_every: int | None = None
     validate_every: int | None = None
@@ -97,7 +97,7 @@ class Training:
             seed=self.seed,
             num_workers=self._reading_processes(),
             augment=augment,
-            strict=self.strict,
+            strict=bool(self.strict),
         )
 
     def _reading_processes(self) -> int:

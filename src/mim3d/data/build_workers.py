@@ -6,20 +6,16 @@ like a bad scan, the others go on.
 """
 
 import multiprocessing
-import os
-import signal
-import sys
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 
 from mim3d.data.cache_case import Outcome, Recipe, build_case
 from mim3d.data.case_records import Case
 from mim3d.data.digests import Memo
+from mim3d.data.worker_processes import prepare_worker, without_main_module
 from mim3d.errors import DataError
 
 #: Cases that may end their process before the first is done: beyond that it is not the scans that are at fault.
@@ -127,7 +123,7 @@ def _pool_of(
 
 def _submitted(pool: ProcessPoolExecutor, case: Case, recipe: Recipe) -> Future[Outcome]:
     try:
-        with _without_main_module():
+        with without_main_module():
             return pool.submit(_work, case)
     except OSError as error:
         raise DataError(
@@ -136,39 +132,10 @@ def _submitted(pool: ProcessPoolExecutor, case: Case, recipe: Recipe) -> Future[
         ) from error
 
 
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Start processes that do not run the caller's script again.
-
-    A spawned process imports the main module, so that a script without ``if __name__ == "__main__"`` would call itself
-    in every worker; these workers need nothing of it.
-    """
-    main = sys.modules["__main__"]
-    spec, file = main.__spec__, getattr(main, "__file__", None)
-    main.__spec__ = None
-    if file is not None:
-        del main.__file__
-    try:
-        yield
-    finally:
-        main.__spec__ = spec
-        if file is not None:
-            main.__file__ = file
-
-
 def _start_worker(recipe: Recipe, memo: Memo) -> None:
     global _shared
     _shared = recipe, memo
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A pool's workers outlive a killed parent; these do not."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    prepare_worker()
 
 
 def _work(case: Case) -> Outcome:

@@ -67,7 +67,17 @@ class Cache(Sequence[CachedScan]):
     def digest(self) -> str:
         """SHA-256 of what the scans hold: the same wherever the cache and its sources lie."""
         cases = [(scan.case, scan.digest) for scan in self._scans]
-        rows = sorted([case.id, digest, case.class_name, case.patient, case.split] for case, digest in cases)
+        rows = sorted(
+            [
+                case.id,
+                digest,
+                case.class_name,
+                case.patient,
+                case.split,
+                *([] if case.labelled is None else case.labelled),
+            ]
+            for case, digest in cases
+        )
         content = {"labels": {str(value): name for value, name in self.labels.items()}, "scans": rows}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -15,6 +15,7 @@ from mim3d.data.cache_cards import Card, card_of
 from mim3d.data.case_records import Case
 from mim3d.data.digests import Memo, digest_files, require_unchanged, source_files
 from mim3d.data.foreground import class_counts_of, class_locations_of
+from mim3d.data.grids import split_channel
 from mim3d.data.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.data.store import write_group, write_image, write_label
 from mim3d.data.stored_intensity import to_stored
@@ -65,8 +66,8 @@ def build_case(case: Case, recipe: Recipe, memo: Memo) -> Outcome:
     try:
         _require_name(case)
         entries: Memo = {}
-        image_digests = [_digest(source_files(path), memo, entries) for path in case.images]
-        label_digest = None if case.label is None else _digest(source_files(case.label), memo, entries)
+        image_digests = [_digest(path, memo, entries) for path in case.images]
+        label_digest = None if case.label is None else _digest(case.label, memo, entries)
         key = _key(image_digests, label_digest, recipe)
         folder = f"{_short(case.id)}.{key[:16]}"
         if folder in recipe.packed or os.path.exists(os.path.join(recipe.out, layout.CASES, folder, layout.CARD)):
@@ -109,10 +110,13 @@ def _require_name(case: Case) -> None:
             raise DataError(f"{told}: its name is not valid UTF-8; rename the file or folder.") from error
 
 
-def _digest(files: Sequence[str], memo: Memo, entries: Memo) -> str:
-    digest, found = digest_files(files, memo)
+def _digest(address: str, memo: Memo, entries: Memo) -> str:
+    """Digest of the files behind an address; channels of one file differ, though the file is read but once."""
+    files = source_files(address)
+    digest, found = digest_files(files, entries if all(path in entries for path in files) else memo)
     entries.update(found)
-    return digest
+    channel = split_channel(address)[1]
+    return digest if channel is None else hashlib.sha256(f"{digest}::channel={channel}".encode()).hexdigest()
 
 
 def _joined(digests: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mim3d.data.case_ids import Entry
 from mim3d.data.case_records import listed
+from mim3d.data.volumes import channels_of
 from mim3d.errors import DataError
 
 
@@ -40,6 +41,7 @@ def read_msd(description: Mapping[str, Any], path: str, *, with_labels: bool) ->
     if not isinstance(training, list) or not training:
         raise DataError(f'{path}: needs a list "training" of entries like {{"image": ..., "label": ...}}.')
     folder = os.path.dirname(path)
+    in_one_file = len(description.get("modality") or ()) > 1
     entries = []
     for number, item in enumerate(training, start=1):
         item = {"image": item} if isinstance(item, str) else item
@@ -51,6 +53,8 @@ def read_msd(description: Mapping[str, Any], path: str, *, with_labels: bool) ->
         images = tuple(os.path.abspath(os.path.join(folder, str(name))) for name in named)
         label = item.get("label") if with_labels else None
         channels = _channel_files(images[0])
+        if in_one_file and not channels and len(images) == 1 and os.path.isfile(images[0]):
+            images = channels_of(images[0])
         entries.append(
             Entry(
                 images=channels if channels and len(images) == 1 else images,

@@ -21,6 +21,7 @@ class Entry:
     patient: str | None = None
     split: str | None = None
     id: str | None = None
+    labelled: tuple[str, ...] | None = None
 
 
 def to_cases(entries: Sequence[Entry], root: str) -> tuple[Case, ...]:
@@ -43,6 +44,7 @@ def to_cases(entries: Sequence[Entry], root: str) -> tuple[Case, ...]:
             class_name=entry.class_name,
             patient=entry.patient or _dicom_patient(entry.images[0]) or case_id,
             split=entry.split,
+            labelled=entry.labelled,
         )
         for case_id, entry in zip(ids, entries, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Cases from a list a user writes: CSV or JSON with the columns image, label, class, patient, split."""
+"""Cases from a list a user writes: CSV or JSON with the columns image, label, class, patient, split, labels."""
 
 import csv
 import os
@@ -9,7 +9,7 @@ from mim3d.config import nearest
 from mim3d.data.case_ids import Entry
 from mim3d.errors import DataError
 
-COLUMNS = ("image", "label", "class", "patient", "split")
+COLUMNS = ("image", "label", "class", "patient", "split", "labels")
 SPLITS = ("train", "val", "test")
 
 
@@ -85,7 +85,15 @@ def _entry(row: Mapping[str, Any], where: str, path: str, with_labels: bool) -> 
         class_name=_text(row, "class"),
         patient=_text(row, "patient"),
         split=split,
+        labelled=_labelled(row) if with_labels else None,
     )
+
+
+def _labelled(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Labels that the map has annotations of, by name or value, separated by ``;`` or as a JSON list."""
+    value = row.get("labels")
+    names = [str(name).strip() for name in (value if isinstance(value, list) else str(value or "").split(";"))]
+    return tuple(name for name in names if name) or None
 
 
 def _text(row: Mapping[str, Any], column: str) -> str | None:

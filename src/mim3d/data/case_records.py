@@ -15,6 +15,7 @@ class Case:
         class_name: Class of the whole scan, or None.
         patient: Cases of one patient are never split apart.
         split: Declared part, "train", "val" or "test", or None.
+        labelled: Labels, by name or value, that its label map has annotations of; None for all.
     """
 
     id: str
@@ -23,6 +24,7 @@ class Case:
     class_name: str | None = None
     patient: str
     split: str | None = None
+    labelled: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class CaseSet:
 
     Attributes:
         root: The folder or list they come from.
-        form: "folder", "pairs", "msd", "nnunet", "csv" or "json".
+        form: "folder", "pairs", "msd", "nnunet", "csv", "json", "preset", "list" or "slices".
         cases: Ordered by the list, or by path for folders.
         labels: Declared label value -> name with background 0 included; empty where nothing is declared.
     """

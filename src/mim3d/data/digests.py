@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterable
 
 from mim3d.data.files import check_file
+from mim3d.data.grids import split_channel
+from mim3d.data.picture_stacks import is_slice_folder, slice_paths
 from mim3d.errors import DataError
 
 #: What tells a file apart from a later one under the same path: size, mtime, ctime (ns) and inode.
@@ -15,11 +17,14 @@ Memo = dict[str, tuple[Stamp, str]]
 
 
 def source_files(path: str) -> list[str]:
-    """Every file a scan is read from: itself, the voxels of a detached header, the slices of a DICOM series.
+    """Every file a scan is read from: itself, the voxels of a detached header, slices of DICOM or pictures.
 
     Raises:
         DataError: A file or series that is not there.
     """
+    path, _ = split_channel(path)
+    if "::" not in path and is_slice_folder(path):
+        return slice_paths(path)
     if "::" in path or os.path.isdir(path):
         from mim3d.data.dicom import read_stack
 

@@ -1,5 +1,6 @@
 """The grid of a scan: where its voxels lie, as the file stores it and as RAS+ arrays see it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ orientations: Any = _orientations
 
 #: Turns LPS millimetres (DICOM, ITK) into RAS millimetres (NIfTI, mim3d) and back.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+#: How one channel of a file with several is addressed.
+_CHANNEL = re.compile(r"(?P<file>.+)::channel=(?P<channel>\d+)", re.DOTALL)
 
 #: Axes count as perpendicular up to this cosine (0.06 degrees): headers in single precision stay far below.
 MAX_SHEAR_COSINE = 1e-3
@@ -109,6 +113,12 @@ class Grid:
         codes = "".join(str(code) for code in orientations.aff2axcodes(self.affine))
         origin = ", ".join(f"{value:.2f}" for value in self.affine[:3, 3])
         return f"{times(self.shape)} voxels of {spacing} mm, {codes}, first voxel at ({origin}) mm"
+
+
+def split_channel(address: str) -> tuple[str, int | None]:
+    """``scan.nii.gz::channel=2`` as the file and the channel, counted from 0; None for any other address."""
+    match = _CHANNEL.fullmatch(address)
+    return (match["file"], int(match["channel"])) if match else (address, None)
 
 
 def times(shape: Sequence[int]) -> str:

@@ -23,6 +23,9 @@ from mim3d.errors import DataError
 #: Kept in the file and read alone: scans are opened without them.
 FINGERPRINT = "fingerprint"
 
+#: Labels annotated in a case; missing in caches made before cases could be annotated in part.
+LABELLED = "labelled"
+
 #: Rows become Python objects of about so many times their size in the file, unpacked.
 _GROWTH = 8
 
@@ -112,8 +115,10 @@ def _read(path: str, columns: Sequence[str] | None = None) -> Any:
                     f"{path}: unpacks to more than the memory available (about {needed_bytes / 2**30:.1f} GiB with its "
                     f"{file.metadata.num_rows} rows); open it where there is more."
                 )
-            wanted = columns or [name for name in _schema().names if name != FINGERPRINT]
-            missing = set(wanted) - set(file.schema_arrow.names)
+            present = set(file.schema_arrow.names)
+            left_out = {FINGERPRINT} if LABELLED in present else {FINGERPRINT, LABELLED}
+            wanted = columns or [name for name in _schema().names if name not in left_out]
+            missing = set(wanted) - present
             if missing:
                 raise DataError(f"{path}: no column {min(missing)!r}, so it is no manifest of this version of mim3d.")
             # Not in threads: a process that forks must not have some of them waiting for the others.
@@ -133,6 +138,7 @@ def _schema() -> Any:
         "patient": pa.string(),
         "class_name": pa.string(),
         "split": pa.string(),
+        LABELLED: pa.list_(pa.string()),
         "images": pa.list_(pa.string()),
         "label": pa.string(),
         "digest": pa.string(),
@@ -161,7 +167,12 @@ def _schema() -> Any:
 
 def _case(row: Mapping[str, Any]) -> Case:
     names = ("id", "label", "class_name", "patient", "split")
-    return Case(images=tuple(row["images"]), **{name: row[name] for name in names})
+    labelled = row.get(LABELLED)
+    return Case(
+        images=tuple(row["images"]),
+        labelled=None if labelled is None else tuple(labelled),
+        **{name: row[name] for name in names},
+    )
 
 
 def _source(row: Mapping[str, Any], root: str) -> ByteSource:

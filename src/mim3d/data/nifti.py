@@ -1,6 +1,8 @@
 """NIfTI files: headers held against the file before a voxel is read, and geometry written back bit by bit."""
 
 import gzip
+import math
+import os
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -21,11 +23,13 @@ from mim3d.data.grids import (
     check_spacing,
     smallest_integer,
     spacing_of,
+    split_channel,
     times,
     volume_shape,
 )
 from mim3d.data.voxel_copies import slices_at_once
 from mim3d.errors import DataError
+from mim3d.types import Triple
 
 # Untyped, so that calls into it are not held against the types of this package.
 nib: Any = nibabel
@@ -38,43 +42,88 @@ UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NiftiSource:
-    """What a header says, checked: the grid and how the voxels are stored."""
+    """What a header says, checked: the grid and how the voxels of one volume are stored.
+
+    Attributes:
+        grid: of the volume; its path is the address that was asked for.
+        file: where the voxels lie.
+        dtype: of the voxels as stored.
+        voxel_offset: bytes before the first voxel of this volume; those of earlier channels count.
+        slope: of the rescaling.
+        intercept: of the rescaling.
+    """
 
     grid: Grid
+    file: str
     dtype: np.dtype[Any]
     voxel_offset: int
     slope: float
     intercept: float
 
 
-def read_source(path: str) -> NiftiSource:
+def read_source(address: str) -> NiftiSource:
     """Read and check the header of a .nii or .nii.gz file; no voxel is unpacked into memory.
 
+    Args:
+        address: the file, or ``file::channel=2`` for one volume of a file of four axes.
+
     Raises:
-        DataError: no NIfTI, damaged, truncated, colours or complex numbers, not 3-D, impossible geometry, or
-            more voxels than the file or the memory can hold.
+        DataError: no NIfTI, damaged, truncated, colours or complex numbers, not 3-D and no channel named, no such
+            channel, impossible geometry, or more voxels than the file or the memory can hold.
     """
+    path, channel = split_channel(address)
     files.check_file(path)
     header = _read_header(path)
     dtype = _checked_dtype(header, path)
     stored = _stored_shape(header, path)
-    shape = volume_shape(stored, path)
+    shape = _volume_of(stored, path, channel)
     check_spacing([float(value) for value in header["pixdim"][1:4]], path)
     affine = _affine_mm(header, path)
     check_affine(affine, path)
     _warn_of_two_spacings(header, affine, path)
-    size_bytes = files.check_memory(path, stored, dtype.itemsize)
+    size_bytes = files.check_memory(path, shape, dtype.itemsize)
     voxel_offset = _voxel_offset(header, path)
-    _check_extent(path, voxel_offset, size_bytes)
+    _check_extent(path, voxel_offset, math.prod(stored) * dtype.itemsize)
     slope, intercept = header.get_slope_inter()
-    grid = Grid(shape=shape, affine=affine, path=path, nifti=_geometry(header))
+    grid = Grid(shape=shape, affine=affine, path=address, nifti=_geometry(header))
     return NiftiSource(
         grid=grid,
+        file=path,
         dtype=dtype,
-        voxel_offset=voxel_offset,
+        voxel_offset=voxel_offset + (channel or 0) * size_bytes,
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
     )
+
+
+def num_channels(path: str) -> int:
+    """Volumes in a file: the sizes of the axes after the third, multiplied; 1 for a file of three axes.
+
+    Raises:
+        DataError: no NIfTI, or damaged.
+    """
+    files.check_file(path)
+    return math.prod(_stored_shape(_read_header(path), path)[3:])
+
+
+def _volume_of(stored: tuple[int, ...], path: str, channel: int | None) -> Triple:
+    """The sizes of one volume.
+
+    Raises:
+        DataError: as for ``volume_shape``, several volumes and none named, or a channel that is not there.
+    """
+    number = math.prod(stored[3:])
+    if channel is None and number > 1 and min(stored) > 0:
+        raise DataError(
+            f"{path}: the image has {len(stored)} axes ({times(stored)}), but one volume of three is needed; name one "
+            f"channel or time point as {os.path.basename(path)}::channel=0, or save each as a 3-D file of its own."
+        )
+    shape = volume_shape(stored[:3] if number > 1 else stored, path)
+    if channel is not None and channel >= number:
+        raise DataError(
+            f"{path}: channel {channel} was asked for, but the file has {number}; count the channels from 0."
+        )
+    return shape
 
 
 def read_slabs(source: NiftiSource) -> Iterator[npt.NDArray[Any]]:
@@ -91,15 +140,15 @@ def read_slabs(source: NiftiSource) -> Iterator[npt.NDArray[Any]]:
             native = raw.astype(raw.dtype.newbyteorder("="), copy=False)
             yield scaled(native, source.slope, source.intercept) if is_scaled else native
     except (OSError, EOFError, ValueError, IsalError) as error:
-        raise DataError(f"{source.grid.path}: the voxels cannot be read ({error}); copy the file again.") from error
+        raise DataError(f"{source.file}: the voxels cannot be read ({error}); copy the file again.") from error
 
 
 def _raw_slabs(source: NiftiSource) -> Iterator[npt.NDArray[Any]]:
     columns, rows, num_slices = source.grid.shape
     num_at_once = min(slices_at_once(columns * rows), num_slices)
     buffer = np.empty(columns * rows * num_at_once, dtype=source.dtype)
-    zipped = _is_zipped(source.grid.path)
-    with igzip.open(source.grid.path, "rb") if zipped else open(source.grid.path, "rb", buffering=0) as stream:
+    zipped = _is_zipped(source.file)
+    with igzip.open(source.file, "rb") if zipped else open(source.file, "rb", buffering=0) as stream:
         stream.seek(source.voxel_offset)
         for start in range(0, num_slices, num_at_once):
             num_here = min(num_at_once, num_slices - start)

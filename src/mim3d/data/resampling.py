@@ -39,16 +39,18 @@ class Taps:
         return self.index.shape == (self.num_in, 1)
 
 
-def plan_taps(num_in: int, num_out: int, step: float) -> Taps:
-    """Taps of an axis whose output voxels lie ``step`` input voxels apart, both grids sharing their centre.
+def plan_taps(num_in: int, num_out: int, step: float, shift: float = 0.0) -> Taps:
+    """Taps of an axis whose output voxels lie ``step`` input voxels apart.
+
+    The centre of the output lies ``shift`` input voxels beyond that of the input: both grids share it where it is 0.
 
     Linear interpolation; where voxels grow (``step > 1``) it is averaged over a window of ``sqrt(step^2 - 1)``
     voxels, about the extent of the new voxel, so that nothing finer than the new grid aliases into it. A ramp stays
     a ramp.
     """
-    if num_in == num_out and step == 1.0:
+    if num_in == num_out and step == 1.0 and shift == 0.0:
         return Taps(np.arange(num_in)[:, None], np.ones((num_in, 1), np.float32), num_in, 1.0)
-    position = (np.arange(num_out) - (num_out - 1) / 2) * step + (num_in - 1) / 2
+    position = (np.arange(num_out) - (num_out - 1) / 2) * step + (num_in - 1) / 2 + shift
     window = float(np.sqrt(max(step**2 - 1, 0.0)))
     reach = 1 + window / 2
     first = np.floor(position - reach).astype(np.int64) + 1

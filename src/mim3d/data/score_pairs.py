@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mim3d.data.case_datasets import read_json, read_labels
@@ -16,10 +16,19 @@ from mim3d.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A label map and its reference, and the images they belong to where a list names them."""
+    """A label map and its reference, and the images they belong to where a list names them.
+
+    Attributes:
+        id: what both are called.
+        patient: whose case it is; the id where nothing says so.
+        prediction: path of the label map; None stands for an empty one.
+        reference: path of the reference.
+        images: paths of the scan.
+    """
 
     id: str
-    prediction: str
+    patient: str
+    prediction: str | None
     reference: str
     images: tuple[str, ...] = ()
 
@@ -31,16 +40,20 @@ class Pairs:
     Attributes:
         pairs: sorted by id.
         labels: declared label value -> name, background 0 included; empty where nothing is declared.
+        regions: unions of labels that the predictions' own list declares: name -> label values or names.
         without_reference: ids of predictions that no reference belongs to.
-        without_prediction: ids of references that were not predicted.
-        failed: ids whose prediction failed, as the predictions' own list says.
+        without_prediction: ids of references that were not predicted and are left out.
+        failed: ids left out whose prediction failed, as the predictions' own list says.
+        scored_as_empty: ids of references that were not predicted and are scored as empty predictions.
     """
 
     pairs: tuple[Pair, ...]
     labels: dict[int, str]
+    regions: dict[str, list[int | str]]
     without_reference: tuple[str, ...]
     without_prediction: tuple[str, ...]
     failed: tuple[str, ...]
+    scored_as_empty: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +64,17 @@ class _Maps:
     images: dict[str, tuple[str, ...]]
     labels: dict[int, str]
     failed: tuple[str, ...] = ()
+    patients: dict[str, str] = field(default_factory=dict)
+    regions: dict[str, list[int | str]] = field(default_factory=dict)
 
 
-def find_pairs(predictions: str, references: str | Sequence[str]) -> Pairs:
+def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_empty: bool = False) -> Pairs:
     """Match label maps by id: the file name without suffix, or the id of a list.
 
     Args:
         predictions: a folder of label maps; its `predictions.json` is followed where there is one.
         references: a folder of label maps, label files, or any form of DATA with labels.
+        missing_as_empty: pair references that were not predicted with an empty prediction.
 
     Raises:
         DataError: a side is missing or empty, two maps share an id, or no id is on both sides.
@@ -70,20 +86,25 @@ def find_pairs(predictions: str, references: str | Sequence[str]) -> Pairs:
             f"{predictions}: no prediction is named like a reference; the predictions are "
             f"{listed(sorted(ours.paths))}, the references {listed(sorted(theirs.paths))}."
         )
+    unpredicted = sorted(theirs.paths.keys() - ours.paths.keys())
+    as_empty = unpredicted if missing_as_empty else []
     found = Pairs(
         pairs=tuple(
             Pair(
                 id=name,
-                prediction=ours.paths[name],
+                patient=theirs.patients.get(name, name),
+                prediction=ours.paths.get(name),
                 reference=theirs.paths[name],
                 images=ours.images.get(name) or theirs.images.get(name, ()),
             )
-            for name in shared
+            for name in sorted([*shared, *as_empty])
         ),
         labels=ours.labels or theirs.labels,
+        regions=ours.regions,
         without_reference=tuple(sorted(ours.paths.keys() - theirs.paths.keys())),
-        without_prediction=tuple(sorted(theirs.paths.keys() - ours.paths.keys())),
-        failed=ours.failed,
+        without_prediction=() if missing_as_empty else tuple(unpredicted),
+        failed=tuple(name for name in ours.failed if name not in as_empty),
+        scored_as_empty=tuple(as_empty),
     )
     _warn(found, ours.labels, theirs.labels)
     return found
@@ -97,13 +118,20 @@ def _warn(found: Pairs, ours: Mapping[int, str], theirs: Mapping[int, str]) -> N
     ):
         if names:
             warnings.warn(f"Not scored, {fault}: {listed(names)}.", stacklevel=3)
-    both = sorted(ours.keys() & theirs.keys())
-    differing = [f"{key} is {ours[key]!r} and {theirs[key]!r}" for key in both if ours[key] != theirs[key]]
+    if found.scored_as_empty:
+        warnings.warn(f"Without a prediction, scored as empty ones: {listed(found.scored_as_empty)}.", stacklevel=3)
+    differing = differing_names(ours, theirs)
     if differing:
         warnings.warn(
             f"Predictions and references name their labels differently: {listed(differing)}; check the values.",
             stacklevel=3,
         )
+
+
+def differing_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[str]:
+    """The label values that two sides name differently, for a sentence: ``1 is 'liver' and 'spleen'``."""
+    both = sorted(ours.keys() & theirs.keys())
+    return [f"{key} is {ours[key]!r} and {theirs[key]!r}" for key in both if ours[key] != theirs[key]]
 
 
 def _predicted(folder: str) -> _Maps:
@@ -121,7 +149,21 @@ def _predicted(folder: str) -> _Maps:
         images={case["id"]: tuple(map(str, case.get("images") or ())) for case in cases},
         labels=read_labels(content.get("labels"), listing),
         failed=tuple(str(case.get("id")) for case in content.get("failed") or () if isinstance(case, dict)),
+        regions=_regions(content.get("regions"), listing),
     )
+
+
+def _regions(declared: Any, listing: str) -> dict[str, list[int | str]]:
+    """Unions of labels as a list of predictions declares them: name -> label values or names."""
+    if declared is None:
+        return {}
+    if not isinstance(declared, dict) or not all(_is_region(members) for members in declared.values()):
+        raise DataError(f'{listing}: "regions" needs entries like {{"tumour core": [2, 3]}}, label values or names.')
+    return {str(name): list(members) for name, members in declared.items()}
+
+
+def _is_region(members: Any) -> bool:
+    return isinstance(members, list) and all(isinstance(each, (int, str)) for each in members)
 
 
 def _is_case(case: Any) -> bool:
@@ -141,6 +183,7 @@ def _referenced(references: str | Sequence[str]) -> _Maps:
         return _Maps(
             paths={name: str(case.label) for name, case in labelled.items()},
             images={name: case.images for name, case in labelled.items()},
+            patients={name: case.patient for name, case in labelled.items()},
             labels=cases.labels,
         )
     if os.path.isdir(references):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.data.files import check_file, written_whole
-from mim3d.data.grids import Grid
+from mim3d.data.grids import Grid, split_channel
 from mim3d.data.voxel_copies import copy_tiled
 from mim3d.errors import DataError
 from mim3d.types import Spacing
@@ -19,6 +19,7 @@ from mim3d.types import Spacing
 __all__ = [
     "Grid",
     "Volume",
+    "channels_of",
     "find_scans",
     "patient_of",
     "read_grid",
@@ -58,7 +59,8 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     """Read where the voxels of a scan lie, from its headers alone.
 
     Args:
-        path: an image file, a folder with one DICOM series, or `folder::hash` for one of several series.
+        path: an image file, `file::channel=2` for one volume of a NIfTI file of four axes, a folder with one DICOM
+            series, `folder::hash` for one of several series, or a folder of slices saved as pictures.
 
     Raises:
         DataError: whatever keeps the scan from being read as one volume, in one sentence with its remedy.
@@ -73,6 +75,10 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
         from mim3d.data import itk
 
         return itk.read_grid(name)
+    if form == "slices":
+        from mim3d.data import picture_stacks
+
+        return picture_stacks.read_grid(name)
     from mim3d.data import dicom
 
     return dicom.read_stack(name).grid
@@ -112,6 +118,11 @@ def _open(name: str) -> tuple[Grid, Iterator[npt.NDArray[Any]]]:
 
         grid = itk.read_grid(name)
         return grid, itk.read_slabs(grid)
+    if form == "slices":
+        from mim3d.data import picture_stacks
+
+        grid = picture_stacks.read_grid(name)
+        return grid, picture_stacks.read_slabs(grid)
     from mim3d.data import dicom
 
     stack = dicom.read_stack(name)
@@ -202,13 +213,34 @@ def find_scans(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(scans + series)
 
 
+def channels_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Addresses of the volumes in a file: `file::channel=0` and so on for a NIfTI of four axes, else the path alone.
+
+    Raises:
+        DataError: a NIfTI file that cannot be read.
+    """
+    name = os.fspath(path)
+    if _suffix(name) not in NIFTI_SUFFIXES or os.path.isdir(name):
+        return (name,)
+    from mim3d.data.nifti import num_channels
+
+    number = num_channels(name)
+    return (name,) if number == 1 else tuple(f"{name}::channel={channel}" for channel in range(number))
+
+
 def scan_id(path: str | os.PathLike[str]) -> str:
-    """Name of a scan fit for a file name, in any script: that of the file without suffix, or a series' folder."""
-    folder, _, series = os.fspath(path).partition("::")
+    """Name of a scan fit for a file name, in any script: that of the file without suffix, or a series' folder.
+
+    The first channel of a file is called like the file, which names a case of several channels; others by number.
+    """
+    address, channel = split_channel(os.fspath(path))
+    folder, _, series = address.partition("::")
     name = os.path.basename(os.path.abspath(folder))
     suffix = _suffix(name)
     stem = name[: -len(suffix)] if suffix else name
     safe = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", stem)).strip("._") or "scan"
+    if channel:
+        return f"{safe}_channel_{channel}"
     return f"{safe}_{series}" if series else safe
 
 
@@ -233,12 +265,19 @@ def _suffix(name: str) -> str | None:
 
 
 def _form(name: str) -> str:
-    suffix = None if os.path.isdir(name) else _suffix(name)
+    file, channel = split_channel(name)
+    suffix = None if os.path.isdir(name) else _suffix(file)
+    if channel is not None and suffix not in NIFTI_SUFFIXES:
+        raise DataError(f"{name}: a channel can be named in a NIfTI file alone; save it as a file of its own.")
     if suffix in NIFTI_SUFFIXES:
         return "nifti"
     if suffix in ITK_SUFFIXES:
         return "itk"
-    if "::" in name or os.path.isdir(name):
+    if "::" not in name and os.path.isdir(name):
+        from mim3d.data.picture_stacks import is_slice_folder
+
+        return "slices" if is_slice_folder(name) else "dicom"
+    if "::" in name:
         return "dicom"
     check_file(name)
     known = ", ".join(NIFTI_SUFFIXES + ITK_SUFFIXES)

@@ -11,7 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mim3d.errors import ConfigError
+from mim3d.reporting.class_scores import is_class_scores
 from mim3d.reporting.drawing import Theme, chart, dress
+from mim3d.reporting.marks import breakable, number, swatch
 
 #: Score, its title, whether more is better, and its decimals.
 _COLUMNS = (("dice", "Dice", True, 3), ("hd95_mm", "HD95 (mm)", False, 2), ("nsd", "NSD", True, 3))
@@ -24,6 +26,11 @@ class ScoreSet:
     name: str
     colour: str
     content: Mapping[str, Any]
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether these are scores of a classifier, not of label maps."""
+        return self.content.get("kind") == "classification"
 
     @property
     def labels(self) -> dict[int, str]:
@@ -46,7 +53,7 @@ def read_scores(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: these scores cannot be read ({error}).") from error
-    if not _is_scores(content):
+    if not _is_scores(content) and not is_class_scores(content):
         raise ConfigError(f"{path} is no file of scores; give the .json that `mim3d evaluate` wrote.")
     return content
 
@@ -84,7 +91,8 @@ def score_table(sets: Sequence[ScoreSet]) -> str:
     names = "".join(f'<th class="number">{swatch(each.colour)}{breakable(each.name)}</th>' for each in sets)
     labels = list(dict.fromkeys(name for each in sets for name in each.content["per_label"]))
     rows = [_score_row(escape(name), [each.content["per_label"].get(name, {}) for each in sets]) for name in labels]
-    rows.append(_score_row("mean", [each.content["mean"] for each in sets], "mean"))
+    means = [{**each.content["mean"], "ci95": each.content.get("mean_ci95")} for each in sets]
+    rows.append(_score_row("mean", means, "mean"))
     return (
         f'<div class="wide"><table class="scores"><thead><tr><th rowspan="2">Label</th>{top}</tr>'
         f"<tr>{names * len(_COLUMNS)}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -100,6 +108,9 @@ def _score_row(title: str, rows: Sequence[Mapping[str, Any]], css: str = "") -> 
             text = number(value, decimals)
             if spread is not None and len(rows) <= 2 and row.get("num_cases", 0) > 1:
                 text += f' <small class="faint">± {spread:.{decimals}f}</small>'
+            ends = (row.get("ci95") or {}).get(key)
+            if ends is not None and len(rows) <= 2:
+                text += f'<br><small class="faint">{number(ends[0], decimals)} to {number(ends[1], decimals)}</small>'
             if position and value is not None and first is not None:
                 text += _difference(value - first, more_is_better, decimals)
             edge = " edge" if position == 0 else ""
@@ -113,21 +124,6 @@ def _difference(difference: float, more_is_better: bool, decimals: int) -> str:
     shown = f"{difference:+.{decimals}f}".replace("-", "−")
     kind = "better" if (difference > 0) == more_is_better else "worse"
     return f' <span class="{kind}" title="{kind} than the first">{shown}</span>'
-
-
-def number(value: float | None, decimals: int) -> str:
-    """A score, or a dash where it is not defined."""
-    return "–" if value is None else f"{value:.{decimals}f}"
-
-
-def breakable(name: str) -> str:
-    """HTML of a name that a narrow column may break after an underscore or a dash."""
-    return escape(name).replace("_", "_<wbr>").replace("-", "-<wbr>").replace("/", "/<wbr>")
-
-
-def swatch(colour: str) -> str:
-    """HTML of the little square that a legend puts before a name."""
-    return f'<span class="swatch" style="background:{colour}"></span>'
 
 
 def counts_note(sets: Sequence[ScoreSet]) -> str:

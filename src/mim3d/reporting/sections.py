@@ -9,8 +9,10 @@ import numpy as np
 import yaml
 
 from mim3d.errors import Mim3dError
+from mim3d.reporting.class_scores import baseline_note, class_table, confusion_table, reliability_picture
 from mim3d.reporting.curves import curves_picture, metric_names
 from mim3d.reporting.drawing import label_colour
+from mim3d.reporting.marks import number, swatch
 from mim3d.reporting.overlays import overlay_picture, read_view
 from mim3d.reporting.page import Section, figure, folded, note, table
 from mim3d.reporting.score_tables import (
@@ -19,9 +21,7 @@ from mim3d.reporting.score_tables import (
     cases_table,
     counts_note,
     dice_picture,
-    number,
     score_table,
-    swatch,
 )
 from mim3d.reporting.sources import NamedRun, flat
 
@@ -75,23 +75,49 @@ def scores_section(sets: Sequence[ScoreSet]) -> Section:
     if not sets:
         missing = "No scores: write them to RUN/scores.json with mim3d evaluate, or name them with --scores."
         return Section("scores", "Scores", note(missing))
+    maps, classes = _by_kind(sets)
+    body = (_map_scores(maps) if maps else "") + (_class_scores(classes) if classes else "")
+    return Section("scores", "Scores", body)
+
+
+def _by_kind(sets: Sequence[ScoreSet]) -> tuple[list[ScoreSet], list[ScoreSet]]:
+    """Scores of label maps, and scores of classifiers."""
+    return [each for each in sets if not each.is_of_classes], [each for each in sets if each.is_of_classes]
+
+
+def _map_scores(sets: Sequence[ScoreSet]) -> str:
     body = counts_note(sets) + score_table(sets)
     if len(sets) > 1:
         body += note(f"Differences are to {sets[0].name}, the first.")
     body += figure(
-        dice_picture(sets), "Dice of every case; the line is the median. In the table ± is the deviation over cases."
+        dice_picture(sets),
+        "Dice of every case; the line is the median. In the table ± is the deviation over cases; below it stands the "
+        "95 % interval of the mean, where it was made.",
     )
-    body += folded("Every case", cases_table(sets))
-    conventions = sets[0].content.get("conventions")
-    if isinstance(conventions, Mapping):
-        terms = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(text))}</dd>" for key, text in conventions.items())
-        body += folded("What the numbers mean", f"<dl>{terms}</dl>")
-    return Section("scores", "Scores", body)
+    return body + folded("Every case", cases_table(sets)) + _conventions(sets[0])
+
+
+def _class_scores(sets: Sequence[ScoreSet]) -> str:
+    body = class_table(sets) + note("Beside each score stands its 95 % interval, where it was made.")
+    body += "".join(map(baseline_note, sets)) + "".join(map(confusion_table, sets))
+    body += figure(reliability_picture(sets), "Calibration: on the dotted line, what was predicted came true as often.")
+    return body + _conventions(sets[0])
+
+
+def _conventions(scores: ScoreSet) -> str:
+    conventions = scores.content.get("conventions")
+    if not isinstance(conventions, Mapping):
+        return ""
+    terms = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(text))}</dd>" for key, text in conventions.items())
+    return folded("What the numbers mean", f"<dl>{terms}</dl>")
 
 
 def segmentations_section(sets: Sequence[ScoreSet]) -> Section:
     """The worst, median and best case, every set of scores beside the others on the same slices."""
     title = "Segmentations"
+    sets, classes = _by_kind(sets)
+    if classes and not sets:
+        return Section("segmentations", title, note("No segmentations: these are scores of classes."))
     if not sets:
         return Section("segmentations", title, note("No segmentations: they are found through the files of scores."))
     labels = dict(sorted({value: name for each in sets for value, name in each.labels.items()}.items()))
@@ -122,7 +148,9 @@ def _telling_cases(sets: Sequence[ScoreSet]) -> dict[str, str]:
 
 
 def _case(case_id: str, sets: Sequence[ScoreSet], colours: Mapping[int, str]) -> str:
-    held = [each for each in sets if case_id in each.cases]
+    held = [each for each in sets if case_id in each.cases and each.cases[case_id].get("prediction") is not None]
+    if not held:
+        return note(f"{case_id} was not predicted and is scored as an empty prediction.")
     cases = [each.cases[case_id] for each in held]
     images = [path for case in cases for path in (case.get("images") or ())]
     remark = ""

@@ -5,7 +5,10 @@ from mim3d.tasks.base import Task
 from mim3d.types import Named
 
 #: Settings class of each task, imported when asked for.
-TASKS: dict[str, str] = {"segmentation": "mim3d.tasks.segmentation:Segmentation"}
+TASKS: dict[str, str] = {
+    "segmentation": "mim3d.tasks.segmentation:Segmentation",
+    "classification": "mim3d.tasks.classification:Classification",
+}
 
 
 def create_task(task: Named, *, allow_import: bool = True) -> Task:

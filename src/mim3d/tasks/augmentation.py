@@ -49,6 +49,10 @@ class Augmentation:
         noise_std: its largest standard deviation, in mapped intensities.
         gamma_prob: of a gamma curve over the crop's range of intensities.
         gamma: smallest and largest exponent.
+        blur_prob: of smoothing with a Gaussian.
+        blur_sigma: its smallest and largest width along each axis, in voxels.
+        low_resolution_prob: of a loss of resolution: fewer voxels, and back to as many as before.
+        low_resolution_zoom: smallest and largest share of the voxels that are left along each axis.
     """
 
     flip_axes: tuple[int, ...] | None = None
@@ -65,9 +69,13 @@ class Augmentation:
     noise_std: float = 0.1
     gamma_prob: float = 0.15
     gamma: tuple[float, float] = (0.7, 1.5)
+    blur_prob: float = 0.0
+    blur_sigma: tuple[float, float] = (0.5, 1.0)
+    low_resolution_prob: float = 0.0
+    low_resolution_zoom: tuple[float, float] = (0.5, 1.0)
 
     def __post_init__(self) -> None:
-        for name in ("flip", "rotate90", "affine", "scale", "shift", "noise", "gamma"):
+        for name in ("flip", "rotate90", "affine", "scale", "shift", "noise", "gamma", "blur", "low_resolution"):
             value = getattr(self, f"{name}_prob")
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name}_prob is {value}; it must lie between 0 and 1.")
@@ -77,8 +85,16 @@ class Augmentation:
         for name in ("shift", "noise_std"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be zero or more.")
-        if not 0 < self.gamma[0] <= self.gamma[1]:
-            raise ConfigError(f"gamma {self.gamma} must be two rising numbers above 0, such as [0.7, 1.5].")
+        for name, example in (
+            ("gamma", "[0.7, 1.5]"),
+            ("blur_sigma", "[0.5, 1.0]"),
+            ("low_resolution_zoom", "[0.5, 1.0]"),
+        ):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ConfigError(f"{name} {(low, high)} must be two rising numbers above 0, such as {example}.")
+        if self.low_resolution_zoom[1] > 1:
+            raise ConfigError(f"low_resolution_zoom {self.low_resolution_zoom} must not exceed 1, such as [0.5, 1.0].")
         if self.flip_axes is not None and not set(self.flip_axes) <= {0, 1, 2}:
             raise ConfigError(f"flip_axes {list(self.flip_axes)} must name axes among 0 (X), 1 (Y) and 2 (Z).")
 
@@ -171,16 +187,23 @@ def _changes(settings: Augmentation, patch_size: Triple, spacing_mm: Spacing) ->
     from monai.transforms.intensity import dictionary as intensity
     from monai.transforms.spatial import dictionary as spatial
 
+    from mim3d.tasks.blur import RandBlurd
+
     both, flip_axes = ["image", "label"], settings.flip_axes or ()
     flips = [spatial.RandFlipd(both, prob=settings.flip_prob, spatial_axis=axis) for axis in flip_axes]
     turns = [
         spatial.RandRotate90d(both, prob=settings.rotate90_prob, max_k=3, spatial_axes=plane)
         for plane in square_planes(flip_axes, patch_size, spacing_mm)
     ]
+    # In the order of nnU-Net (Isensee et al. 2021): the scanner's noise and blur before what maps intensities.
     intensities = [
         intensity.RandGaussianNoised("image", prob=settings.noise_prob, std=settings.noise_std),
+        RandBlurd("image", settings.blur_prob, settings.blur_sigma),
         intensity.RandScaleIntensityd("image", prob=settings.scale_prob, factors=settings.scale_ratio),
         intensity.RandShiftIntensityd("image", prob=settings.shift_prob, offsets=settings.shift),
+        spatial.RandSimulateLowResolutiond(
+            "image", prob=settings.low_resolution_prob, zoom_range=settings.low_resolution_zoom
+        ),
         intensity.RandAdjustContrastd("image", prob=settings.gamma_prob, gamma=settings.gamma),
     ]
     return Compose([*flips, *turns, *intensities])

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Self
 
 from mim3d.backbones.base import Backbone
-from mim3d.data.cache import CachedScan
+from mim3d.data.cache import Cache, CachedScan
+from mim3d.data.case_records import Split
 from mim3d.data.loading import Augment, Sampler
 from mim3d.data.transforms import Intensity
+from mim3d.errors import DataError
+from mim3d.inference import scores_bytes
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation
 
@@ -19,6 +22,15 @@ class Task(ABC):
 
     #: Score (higher is better) of :meth:`validate` by which the best weights are kept.
     best_by = ""
+
+    #: What every case must come with: a ``label`` map, or the ``class`` of the whole scan.
+    needs = "label"
+
+    #: Folder of a run that receives the trained network.
+    network = "segmenter"
+
+    #: Setting that makes a sample smaller.
+    sized_by = "patch_size"
 
     @property
     @abstractmethod
@@ -32,6 +44,38 @@ class Task(ABC):
         Raises:
             ConfigError: when they cannot, naming settings that do.
         """
+
+    def check_split(self, split: Split) -> None:
+        """Refuse cases that cannot be learned from, before anything is prepared; label maps are checked when read.
+
+        Raises:
+            DataError: naming the cases.
+        """
+        return
+
+    def check_labels(self, labels: Mapping[int, str]) -> None:
+        """Refuse settings that name labels which the data set lacks, before anything is prepared.
+
+        Args:
+            labels: label value -> name as the data set declares them; empty where it declares nothing.
+        Raises:
+            ConfigError: naming the label.
+        """
+        return
+
+    def classes_of(self, scans: Cache) -> dict[int, str]:
+        """Value -> name of what the network tells apart: the labels of the training scans' maps, background 0 included.
+
+        Raises:
+            DataError: there is nothing to tell apart.
+        """
+        if not any(value != 0 for value in scans.labels):
+            raise DataError(f"{scans.path}: no label but background in {len(scans)} scans; check the label files.")
+        return scans.labels
+
+    def validation_bytes(self, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> int:
+        """Bytes that a validation holds besides the network at work: scores of every label for the largest scan."""
+        return max((scores_bytes(scan.shape, len(labels)) for scan in scans), default=0)
 
     @abstractmethod
     def planned(self, backbone: Backbone, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> Self:

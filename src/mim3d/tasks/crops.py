@@ -6,6 +6,7 @@ import numpy as np
 
 from mim3d.data.cache import CachedScan
 from mim3d.data.loading import Read, Sample
+from mim3d.tasks.partial_labels import PartialLabels
 from mim3d.types import Triple
 
 
@@ -18,18 +19,23 @@ class CropSampler:
         positive_ratio: share of the crops centred on a voxel of a random class; the others lie anywhere in the scan.
         affine_prob: share of the crops that are read larger, for an affine change whose corners must hold voxels.
         margin_ratio: how much larger such a crop is read on each side, relative to the patch.
+        ignore_label: label value that no crop is centred on.
+        partial: channels that each case has annotations of, where cases are annotated in part.
     """
 
     patch_size: Triple
     positive_ratio: float
     affine_prob: float = 0.0
     margin_ratio: float = 0.0
+    ignore_label: int | None = None
+    partial: PartialLabels | None = None
 
     def draw(self, scan: CachedScan, rng: np.random.Generator) -> Sample:
         """Draw a crop from the scan's shape and class locations alone.
 
         Batch keys: ``image`` ``(1, C, *size)`` and ``label`` ``(1, *size)``; ``size`` is the patch, or the larger crop
-        from which :class:`~mim3d.tasks.augmentation.Augmenter` cuts it.
+        from which :class:`~mim3d.tasks.augmentation.Augmenter` cuts it. Where cases are annotated in part also
+        ``annotated`` ``(K,)``.
         """
         centre = self._positive_centre(scan, rng) if rng.random() < self.positive_ratio else None
         origin = [
@@ -42,13 +48,17 @@ class CropSampler:
             origin, size = [int(voxel) for voxel in np.array(origin) - margin], size + 2 * margin
         footprint = (int(size[0]), int(size[1]), int(size[2]))
         read = Read((origin[0], origin[1], origin[2]), footprint, footprint)
-        return Sample(images={"image": (read,)}, labels={"label": (read,)})
+        return Sample(images={"image": (read,)}, labels={"label": (read,)}, arrays=self._annotated(scan))
 
-    @staticmethod
-    def _positive_centre(scan: CachedScan, rng: np.random.Generator) -> np.ndarray | None:
+    def _annotated(self, scan: CachedScan) -> dict[str, np.ndarray]:
+        return {} if self.partial is None else {"annotated": np.array(self.partial.channels(scan.case))}
+
+    def _positive_centre(self, scan: CachedScan, rng: np.random.Generator) -> np.ndarray | None:
         """A voxel of a random class of the scan: rare and small structures are seen as often as large ones."""
         locations = scan.class_locations
-        classes = sorted(value for value, places in locations.items() if value != 0 and len(places))
+        classes = sorted(
+            value for value, places in locations.items() if value not in (0, self.ignore_label) and len(places)
+        )
         if not classes:
             return None
         places = locations[classes[int(rng.integers(len(classes)))]]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from mim3d.backbones.base import Backbone, check_multiple
+from mim3d.config import nearest
 from mim3d.data.cache import CachedScan
 from mim3d.data.transforms import Intensity
 from mim3d.errors import ConfigError
@@ -14,6 +15,8 @@ from mim3d.optimisation import Optimisation
 from mim3d.tasks.augmentation import Augmentation, Augmenter, sided_labels
 from mim3d.tasks.base import Task
 from mim3d.tasks.crops import CropSampler
+from mim3d.tasks.partial_labels import PartialLabels, are_partial
+from mim3d.tasks.targets import Targets, derived_values, exclusive_targets, region_targets
 from mim3d.types import Spacing, Triple
 
 #: Edge that a planned patch does not exceed.
@@ -35,10 +38,22 @@ class Segmentation(Task):
             matter less.
         dice_weight: weight of the Dice loss.
         cross_entropy_weight: weight of the cross-entropy.
+        focal_weight: weight of the focal loss.
+        focal_gamma: its exponent: the larger, the less counts what is classified well.
+        top_k_ratio: share of the voxels, those of the highest cross-entropy, that count in it.
+        class_weights: weight of labels or regions by name in cross-entropy and focal loss; others weigh 1.
+        regions: name -> label values: structures that may lie in one another, each predicted for itself (sigmoid)
+            instead of one label per voxel (softmax); from the largest to the smallest.
+        region_values: label value that each region gives in predictions, in their order, where one lies in another the
+            later one's; None derives them: the value that no later region covers.
+        ignore_label: label value of voxels that nothing is learned from, and that count in no score.
+        deep_supervision: whether coarser levels of the decoder learn too, with weights 1/2, 1/4, ...
+        freeze_encoder: whether the encoder stays as it is, so that only the decoder learns.
         overlap: share of a window that its neighbour sees too, in validation and prediction.
         mirror_axes: axes (0 X, 1 Y, 2 Z) mirrored at prediction; among the augmentation's flip axes.
         num_validation_cases: held-out cases scored at each validation; None for all.
         spacing_mm: typical voxel size of the training scans, filled in by the plan.
+        partial_labels: label value -> name, filled in by the plan where some cases are annotated in part.
     """
 
     patch_size: Triple | None = None
@@ -49,10 +64,20 @@ class Segmentation(Task):
     batch_dice: bool = True
     dice_weight: float = 1.0
     cross_entropy_weight: float = 1.0
+    focal_weight: float = 0.0
+    focal_gamma: float = 2.0
+    top_k_ratio: float = 1.0
+    class_weights: Mapping[str, float] | None = None
+    regions: Mapping[str, tuple[int, ...]] | None = None
+    region_values: tuple[int, ...] | None = None
+    ignore_label: int | None = None
+    deep_supervision: bool = False
+    freeze_encoder: bool = False
     overlap: float = 0.5
     mirror_axes: tuple[int, ...] = ()
     num_validation_cases: int | None = None
     spacing_mm: Spacing | None = None
+    partial_labels: Mapping[int, str] | None = None
 
     best_by = "dice"
 
@@ -63,12 +88,43 @@ class Segmentation(Task):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
-        weights = (self.dice_weight, self.cross_entropy_weight)
+        self._check_losses()
+        self._check_regions()
+        self.windows(patch_size=(1, 1, 1))
+
+    def _check_losses(self) -> None:
+        weights = (self.dice_weight, self.cross_entropy_weight, self.focal_weight)
         if min(weights) < 0 or sum(weights) == 0:
             raise ConfigError(
-                f"dice_weight and cross_entropy_weight {weights} must be zero or more, and one above zero."
+                f"dice_weight, cross_entropy_weight and focal_weight are {weights}; they must be zero or more, and one "
+                "of them above zero."
             )
-        self.windows(patch_size=(1, 1, 1))
+        if self.focal_gamma < 0:
+            raise ConfigError(f"focal_gamma is {self.focal_gamma}; it must be zero or more, such as 2.")
+        if not 0 < self.top_k_ratio <= 1:
+            raise ConfigError(f"top_k_ratio is {self.top_k_ratio}; it must be above 0 and at most 1, such as 0.1.")
+        for name, weight in (self.class_weights or {}).items():
+            if weight < 0:
+                raise ConfigError(f"class_weights of '{name}' is {weight}; it must be zero or more.")
+
+    def _check_regions(self) -> None:
+        if self.ignore_label is not None and self.ignore_label < 1:
+            raise ConfigError(
+                f"ignore_label is {self.ignore_label}; it must be a label value above 0 (the background)."
+            )
+        if self.regions is None:
+            if self.region_values is not None:
+                raise ConfigError("region_values is set, but there are no regions; set regions too, or leave it out.")
+            return
+        if not self.regions or not all(self.regions.values()):
+            raise ConfigError("regions must name one region or more, each with its label values, such as [1, 2, 3].")
+        if self.region_values is None:
+            derived_values(self.regions)
+        elif len(self.region_values) != len(self.regions) or min(self.region_values) < 1:
+            raise ConfigError(
+                f"region_values {list(self.region_values)} must be {len(self.regions)} label values above 0, one for "
+                f"each of {', '.join(self.regions)}."
+            )
 
     @property
     def optimisation(self) -> Optimisation:
@@ -97,40 +153,84 @@ class Segmentation(Task):
             )
         return self
 
+    def check_labels(self, labels: Mapping[int, str]) -> None:
+        """Refuse regions, weights or an ignored label that the data set lacks, where it declares any.
+
+        Raises:
+            ConfigError: naming the label.
+        """
+        if not labels:
+            return
+        targets = self.targets(labels)
+        for name in self.class_weights or {}:
+            if name not in targets.names:
+                raise ConfigError(f"class_weights names '{name}'.{nearest(name, targets.names)}")
+
     def planned(self, backbone: Backbone, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> "Segmentation":
         """These settings with patch size, spacing, flip axes and angles filled in.
 
         Raises:
-            ConfigError: when the patch does not fit the backbone, or windows would be mirrored as crops never were.
+            ConfigError: when the patch does not fit the backbone, regions or weights name labels that there are not, or
+                windows would be mirrored as crops never were.
         """
         x, y, z = (float(median(scan.spacing_mm[axis] for scan in scans)) for axis in range(3))
         spacing_mm = self.spacing_mm or (x, y, z)
-        augmentation = self.augmentation.planned(labels, spacing_mm)
+        self.check_labels(labels)
+        names = self.named_structures(labels)
+        augmentation = self.augmentation.planned(names, spacing_mm)
         patch_size = self.patch_size or _patch_for([scan.shape for scan in scans], backbone.patch_size)
         unseen = set(self.mirror_axes) - set(augmentation.flip_axes or ())
         if unseen:
             axis = min(unseen)
-            sided = sided_labels(labels, axis)
+            sided = sided_labels(names, axis)
             reason = f" (left out because of the label '{sided[0]}')" if sided else ""
             raise ConfigError(
                 f"mirror_axes names axis {axis}, which is none of the augmentation's flip axes "
                 f"{list(augmentation.flip_axes or ())}{reason}; leave it out, or set augmentation.flip_axes."
             )
-        planned = replace(self, patch_size=patch_size, augmentation=augmentation, spacing_mm=spacing_mm)
+        planned = replace(
+            self,
+            patch_size=patch_size,
+            augmentation=augmentation,
+            spacing_mm=spacing_mm,
+            partial_labels=dict(labels) if are_partial([scan.case for scan in scans], labels) else None,
+        )
         return planned.checked(backbone)
 
+    def named_structures(self, labels: Mapping[int, str]) -> dict[int, str]:
+        """Names of labels and regions alike: a region, too, may lie on one side and must not be mirrored then.
+
+        Args:
+            labels: label value -> name; regions are added below 0.
+        """
+        return {**labels, **{-number: name for number, name in enumerate(self.regions or {}, start=1)}}
+
     def summary(self) -> list[str]:
-        """Lines printed before training: the crop, and how it is varied."""
+        """Lines printed before training: the crop, how it is varied, and what is learned apart from labels."""
         size = " x ".join(map(str, self._patch_size()))
-        return [
+        lines = [
             f"crops of {size} voxels, {self.positive_ratio:.0%} of them around a structure",
             f"crops are {self.augmentation.describe()}",
         ]
+        if self.regions is not None:
+            values = derived_values(self.regions) if self.region_values is None else self.region_values
+            painted = ", ".join(f"{name} as {value}" for name, value in zip(self.regions, values, strict=True))
+            lines.append(f"regions, each for itself; predictions hold {painted}")
+        if self.partial_labels is not None:
+            lines.append("some cases are annotated in part: what they leave out counts as background there (Shi 2021)")
+        return lines
 
     def sampler(self) -> CropSampler:
         """One crop per sample, around a structure or anywhere."""
-        augmentation = self.augmentation
-        return CropSampler(self._patch_size(), self.positive_ratio, augmentation.affine_prob, augmentation.margin_ratio)
+        augmentation, names = self.augmentation, self.partial_labels
+        return CropSampler(
+            self._patch_size(),
+            self.positive_ratio,
+            augmentation.affine_prob,
+            augmentation.margin_ratio,
+            ignore_label=self.ignore_label,
+            partial=None if names is None else PartialLabels(self.targets(names).members, names),
+        )
 
     def augment(self) -> Augmenter:
         """The planned variation of crops."""
@@ -138,18 +238,42 @@ class Segmentation(Task):
 
     def build(self, backbone: Backbone, labels: Mapping[int, str]) -> Objective:
         """Encoder, decoder and losses, freshly initialised."""
+        from mim3d.tasks.segmentation_losses import LossWeights
         from mim3d.tasks.segmentation_objective import SegmentationObjective
 
         return SegmentationObjective(
             backbone.build(),
             in_channels=backbone.in_channels,
-            label_values=class_values(labels),
+            targets=self.targets(labels),
             feature_dim=self.feature_dim,
-            background_in_dice=self.background_in_dice,
-            batch_dice=self.batch_dice,
-            dice_weight=self.dice_weight,
-            cross_entropy_weight=self.cross_entropy_weight,
+            weights=LossWeights(
+                dice=self.dice_weight,
+                cross_entropy=self.cross_entropy_weight,
+                focal=self.focal_weight,
+                focal_gamma=self.focal_gamma,
+                top_k_ratio=self.top_k_ratio,
+                classes=self.class_weights,
+                background_in_dice=self.background_in_dice,
+                batch_dice=self.batch_dice,
+            ),
+            deep_supervision=self.deep_supervision,
+            freeze_encoder=self.freeze_encoder,
         )
+
+    def targets(self, labels: Mapping[int, str]) -> Targets:
+        """What the channels of the network stand for: regions, or one label each.
+
+        Args:
+            labels: label value -> name, background 0 included.
+        Raises:
+            ConfigError: a region or an ignored label that the data set lacks.
+        """
+        if self.ignore_label is not None and self.ignore_label not in labels:
+            known = ", ".join(map(str, sorted(labels)))
+            raise ConfigError(f"ignore_label is {self.ignore_label}, which is none of the label values {known}.")
+        if self.regions is None:
+            return exclusive_targets(labels, self.ignore_label)
+        return region_targets(self.regions, labels, region_values=self.region_values, ignore_label=self.ignore_label)
 
     def windows(
         self,
@@ -174,7 +298,7 @@ class Segmentation(Task):
         intensity: Intensity,
         labels: Mapping[int, str],
     ) -> dict[str, float]:
-        """Mean Dice per label and over labels on the cached grid, without mirroring."""
+        """Mean Dice per label or region and over them on the cached grid, without mirroring."""
         from mim3d.tasks.segmentation_objective import SegmentationObjective
         from mim3d.tasks.validation import dice_of_scans
 
@@ -186,11 +310,6 @@ class Segmentation(Task):
         if self.patch_size is None:
             raise ConfigError("patch_size is not planned yet; give one, such as [96, 96, 96].")
         return self.patch_size
-
-
-def class_values(labels: Mapping[int, str]) -> tuple[int, ...]:
-    """Label value of each class the network tells apart: background first, then the others in rising order."""
-    return (0, *sorted(value for value in labels if value != 0))
 
 
 def _patch_for(shapes: Sequence[Triple], edge: int) -> Triple:

@@ -1,17 +1,16 @@
-"""The segmentation network and its losses."""
-
-from collections.abc import Sequence
+"""The segmentation network and what it learns by."""
 
 import torch
-from monai.losses.dice import DiceLoss
 from torch import Tensor
-from torch.nn import functional as F
 
 from mim3d.backbones.base import Encoder
 from mim3d.objective import Batch, Objective, StepOutput
+from mim3d.tasks.frozen import freeze
+from mim3d.tasks.segmentation_losses import LossWeights, SegmentationLoss, head_weights
+from mim3d.tasks.targets import Activation, Targets
 from mim3d.tasks.unet import UNetDecoder
 
-# Shape suffixes: B samples, C channels, K classes, X Y Z space.
+# Shape suffixes: B samples, C channels of the input, K channels of the output, X Y Z space.
 
 
 class SegmentationObjective(Objective):
@@ -20,12 +19,11 @@ class SegmentationObjective(Objective):
     Args:
         encoder: gives the feature maps.
         in_channels: channels of the input.
-        label_values: label value of each class, background first.
+        targets: what the channels of the output stand for.
         feature_dim: channels of the decoder at full resolution.
-        background_in_dice: whether the background counts in the Dice loss.
-        batch_dice: one Dice over the whole batch instead of one per crop.
-        dice_weight: weight of the Dice loss.
-        cross_entropy_weight: weight of the cross-entropy.
+        weights: what the loss is made of.
+        deep_supervision: whether every resolution of the decoder has a head that learns too.
+        freeze_encoder: whether the encoder stays as it is.
     """
 
     def __init__(
@@ -33,59 +31,92 @@ class SegmentationObjective(Objective):
         encoder: Encoder,
         *,
         in_channels: int,
-        label_values: Sequence[int],
+        targets: Targets,
         feature_dim: int,
-        background_in_dice: bool,
-        batch_dice: bool,
-        dice_weight: float,
-        cross_entropy_weight: float,
+        weights: LossWeights,
+        deep_supervision: bool = False,
+        freeze_encoder: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.label_values = tuple(label_values)
-        self.dice_weight = dice_weight
-        self.cross_entropy_weight = cross_entropy_weight
+        self.encoder = freeze(encoder) if freeze_encoder else encoder
+        self.freeze_encoder = freeze_encoder
+        self.targets = targets
         self.decoder = UNetDecoder(
             in_channels=in_channels,
             strides=encoder.strides,
             widths=encoder.widths,
             feature_dim=feature_dim,
-            num_classes=len(label_values),
+            num_classes=len(targets.names),
+            deep_supervision=deep_supervision,
         )
-        self.dice = DiceLoss(include_background=background_in_dice, to_onehot_y=True, softmax=True, batch=batch_dice)
-        # Label values need not be consecutive; classes are.
-        class_of = torch.zeros(max(label_values) + 1, dtype=torch.long)
-        class_of[torch.tensor(self.label_values)] = torch.arange(len(label_values))
-        self.register_buffer("class_of", class_of, persistent=False)
-        self.class_of: Tensor
+        self.loss = SegmentationLoss(targets, weights)
+
+    @property
+    def activation(self) -> Activation:
+        """What turns logits into probabilities."""
+        return self.targets.activation
+
+    @property
+    def label_values(self) -> tuple[int, ...]:
+        """Label value that each channel of the output gives."""
+        return self.targets.painted
+
+    def probabilities(self, logits: Tensor, dim: int = 0) -> Tensor:
+        """Probability of each channel, of logits whose axis ``dim`` holds the channels."""
+        return self.targets.probabilities(logits, dim)
+
+    def labels_of(self, probabilities_K: Tensor) -> Tensor:
+        """Label values ``(...)`` int64 of probabilities ``(K, ...)``."""
+        return self.targets.labels_of(probabilities_K)
+
+    def train(self, mode: bool = True) -> "SegmentationObjective":
+        """Training mode; a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
 
     def logits(self, volume_BCXYZ: Tensor) -> Tensor:
         """Logits ``(B, K, X, Y, Z)`` of the input; its axes must be multiples of the encoder's token edge."""
-        logits: Tensor = self.decoder(volume_BCXYZ, self.encoder.feature_maps(volume_BCXYZ))
+        logits: Tensor = self.decoder(volume_BCXYZ, self.features(volume_BCXYZ))
         return logits
 
+    def features(self, volume_BCXYZ: Tensor) -> list[Tensor]:
+        """The encoder's maps; without gradients where it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            return self.encoder.feature_maps(volume_BCXYZ)
+
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """Weighted sum of Dice and cross-entropy, both logged.
+        """Weighted sum of the terms of the loss, each logged; with deep supervision their mean over the heads.
 
         Args:
-            batch: ``image`` ``(B, 1, C, X, Y, Z)`` and ``label`` ``(B, 1, X, Y, Z)`` in label values.
+            batch: ``image`` ``(B, 1, C, X, Y, Z)``, ``label`` ``(B, 1, X, Y, Z)`` in label values, and where cases are
+                annotated in part, ``annotated`` ``(B, K)``.
             progress: unused.
         """
-        logits = self.logits(batch["image"].flatten(0, 1)).float()
-        classes = self.class_of[batch["label"].flatten(0, 1)]
-        dice = self.dice(logits, classes[:, None])
-        cross_entropy = F.cross_entropy(logits, classes)
-        loss = self.dice_weight * dice + self.cross_entropy_weight * cross_entropy
-        return StepOutput(loss, {"loss/dice": dice.detach(), "loss/cross_entropy": cross_entropy.detach()})
+        image, label = batch["image"].flatten(0, 1), batch["label"].flatten(0, 1)
+        heads = self.decoder.heads_of(image, self.features(image)) if self.decoder.deep_heads else [self.logits(image)]
+        means: dict[str, Tensor] = {}
+        for share, logits in zip(head_weights(len(heads)), heads, strict=True):
+            terms = self.loss(logits.float(), shrunk(label, label.shape[1] // logits.shape[2]), batch.get("annotated"))
+            means = {name: means.get(name, 0.0) + share * term for name, term in terms.items()}
+        logs = {f"loss/{name}": term.detach() for name, term in means.items()}
+        return StepOutput(self.loss.total(means), logs)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """First crop of the batch, its reference and the prediction in label values, as ``(X, Y, Z)``."""
         image_BCXYZ = batch["image"][:1].flatten(0, 1)
-        classes = self.logits(image_BCXYZ).argmax(1)[0]
-        values = torch.tensor(self.label_values, device=classes.device)
         return {
             "segmentation/image": image_BCXYZ[0, 0],
             "segmentation/reference": batch["label"][0, 0],
-            "segmentation/prediction": values[classes],
+            "segmentation/prediction": self.labels_of(self.probabilities(self.logits(image_BCXYZ)[0])),
         }
+
+
+def shrunk(label_BXYZ: Tensor, factor: int) -> Tensor:
+    """Every ``factor``-th voxel along each axis, the one nearest to the middle of its cube."""
+    if factor == 1:
+        return label_BXYZ
+    places = slice(factor // 2, None, factor)
+    return label_BXYZ[:, places, places, places]

@@ -1,21 +1,17 @@
 """A fine-tuned segmenter as it comes back from disk: network, labels, and how its input is made."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mim3d.backbones import create_recipe
 from mim3d.config import build_settings
-from mim3d.data.cases import Case
 from mim3d.data.preprocessing import Preprocessing
 from mim3d.data.transforms import Intensity
-from mim3d.data.volumes import Grid
-from mim3d.errors import CheckpointError, DataError
-from mim3d.inference import Windows, predict_scan
+from mim3d.errors import CheckpointError
+from mim3d.inference import Readout
 from mim3d.tasks import create_task
 from mim3d.tasks.segmentation import Segmentation
 from mim3d.tasks.segmentation_objective import SegmentationObjective
@@ -50,35 +46,22 @@ class Segmenter:
     digest: str
     device: torch.device
 
-    def segment(
-        self, case: Case, windows: Windows, on_windows: Callable[[int, int], None] | None = None
-    ) -> tuple[np.ndarray, Grid]:
-        """Label values ``(X, Y, Z)`` of a scan on the RAS+ form of its own grid, and that grid.
-
-        Args:
-            case: the scan's files.
-            windows: how it is covered; see ``settings.windows()``.
-            on_windows: told the windows done and their number.
-        Raises:
-            DataError: a scan that cannot be used, or with another number of channels.
-        """
-        if len(case.images) != self.num_channels:
-            raise DataError(
-                f"{case.images[0]}: {len(case.images)} images (channels) where the network was trained on "
-                f"{self.num_channels}; list the channels of a scan separated by ';' in a CSV."
-            )
-        classes, grid = predict_scan(
-            self.network.logits,
-            case,
-            num_classes=len(self.labels),
-            preprocessing=self.preprocessing,
-            intensity=self.intensity,
-            windows=windows,
-            device=self.device,
-            on_windows=on_windows,
+    def readout(self) -> Readout:
+        """What the channels of its network mean: one label each, or regions that may lie in one another."""
+        targets = self.network.targets
+        has_background = targets.activation == "softmax"
+        dtype = torch.uint8 if max(targets.painted) < 256 else torch.int32
+        return Readout(
+            empty=tuple(float(has_background and channel == 0) for channel in range(len(targets.names))),
+            activate=targets.probabilities,
+            decide=lambda probabilities: targets.labels_of(probabilities).to(dtype),
+            order_is_enough=has_background,
         )
-        values = np.array(self.network.label_values)
-        return values.astype(np.uint8 if values.max() < 256 else np.uint16)[classes], grid
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """What the network's channels are called, in their order."""
+        return self.network.targets.names
 
 
 def load_segmenter(path: str | Path, *, device: torch.device | None = None, backbone: Named | None = None) -> Segmenter:

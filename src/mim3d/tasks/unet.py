@@ -21,11 +21,19 @@ class UNetDecoder(nn.Module):
         strides: down-sampling of each map, finest first, each a multiple of the one before.
         widths: channels of each map.
         feature_dim: channels at full resolution.
-        num_classes: output channels, background included.
+        num_classes: output channels.
+        deep_supervision: whether the coarser levels of the decoder get heads too (Lee et al. 2015).
     """
 
     def __init__(
-        self, *, in_channels: int, strides: Sequence[int], widths: Sequence[int], feature_dim: int, num_classes: int
+        self,
+        *,
+        in_channels: int,
+        strides: Sequence[int],
+        widths: Sequence[int],
+        feature_dim: int,
+        num_classes: int,
+        deep_supervision: bool = False,
     ) -> None:
         super().__init__()
         self.stem = _residual(in_channels, feature_dim)
@@ -36,16 +44,31 @@ class UNetDecoder(nn.Module):
             factor = coarser_stride // stride
             self.ups.append(UnetrUpBlock(3, coarser_width, width, 3, factor, norm_name="instance", res_block=True))
         self.head = UnetOutBlock(3, feature_dim, num_classes)
+        # The coarsest map comes from the encoder as it is; all levels between it and full resolution are the decoder's.
+        coarser = widths[:-1] if deep_supervision else ()
+        self.deep_heads = nn.ModuleList(UnetOutBlock(3, width, num_classes) for width in coarser)
 
     def forward(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """Logits ``(B, K, X, Y, Z)`` from the input and the encoder's maps ``(B, widths[i], X / strides[i], ...)``."""
+        logits: Tensor = self.head(self._levels(volume_BCXYZ, maps)[0])
+        return logits
+
+    def heads_of(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits of every head, finest first: ``(B, K, X / stride, ...)``, stride 1 before the encoder's strides."""
+        levels = self._levels(volume_BCXYZ, maps)
+        heads = [self.head, *self.deep_heads]
+        return [head(features) for head, features in zip(heads, levels[: len(heads)], strict=True)]
+
+    def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Features of the decoder at every level, finest first."""
         skips = [self.stem(volume_BCXYZ)]
         skips += [block(features) for block, features in zip(self.skips, maps, strict=True)]
         features = skips.pop()
+        levels: list[Tensor] = []
         for up in reversed(self.ups):
             features = up(features, skips.pop())
-        logits: Tensor = self.head(features)
-        return logits
+            levels.insert(0, features)
+        return levels
 
 
 def _residual(dim_in: int, dim_out: int) -> UnetrBasicBlock:

@@ -1,21 +1,20 @@
 """Scores of a label map against its reference, on the scan's own grid and in millimetres."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from monai.metrics.utils import get_mask_edges, get_surface_distance
-from scipy.ndimage import find_objects
 
 from mim3d.errors import DataError
+from mim3d.metrics.lesions import LesionScore, LesionSettings, score_lesions
+from mim3d.metrics.surfaces import hausdorff_95, surface_dice
 from mim3d.types import Spacing
 
 Status = Literal["scored", "missed", "invented", "absent"]
 Box = tuple[slice, slice, slice]
+Key = TypeVar("Key", bound=Hashable)
 
 #: Scores that enter the means, in the order of the tables.
 SCORE_NAMES = (
@@ -28,7 +27,7 @@ SCORE_NAMES = (
     "volume_error_ratio",
 )
 
-#: What every number in a score file means; written into it.
+#: What every number means; written into a file of scores.
 CONVENTIONS = {
     "grid": ("Scores are taken voxel by voxel on the scan's own grid; distances are in millimetres along its axes."),
     "dice": "2 |P and R| / (|P| + |R|), P the predicted and R the reference voxels of the label.",
@@ -53,16 +52,12 @@ CONVENTIONS = {
         "Label in the prediction only: Dice 0, NSD 0, HD95 the diagonal of the scan, volume_error_ratio null "
         "(no reference volume to divide by); in the means, counted as num_invented."
     ),
-    "means": (
-        "per_label averages over cases, std is the deviation over cases (population); mean averages "
-        "per_label over labels, so that every label weighs the same. null marks what no case defines."
-    ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelScore:
-    """Scores of one label in one case; None where :data:`CONVENTIONS` leaves a score undefined.
+    """Scores of one label or region in one case; None where :data:`CONVENTIONS` leaves a score undefined.
 
     Attributes:
         status: "scored" (in both masks), "missed" (reference only), "invented" (prediction only), "absent".
@@ -73,6 +68,7 @@ class LabelScore:
         reference_volume_ml: volume of the reference.
         volume_error_ml: absolute difference of the two.
         volume_error_ratio: the same over the reference volume.
+        lesions: its lesions one by one, where they were asked for.
     """
 
     status: Status
@@ -83,6 +79,7 @@ class LabelScore:
     reference_volume_ml: float | None = None
     volume_error_ml: float | None = None
     volume_error_ratio: float | None = None
+    lesions: LesionScore | None = None
 
 
 ABSENT = LabelScore(status="absent")
@@ -96,25 +93,43 @@ def score_labels(
     *,
     nsd_tolerance_mm: float = 1.0,
 ) -> dict[int, LabelScore]:
-    """Score each label of a label map.
+    """Score each label of a label map: :func:`score_regions` with a region for each of `labels`, from 1."""
+    regions = {label: (label,) for label in labels}
+    return score_regions(prediction_XYZ, reference_XYZ, spacing_mm, regions, nsd_tolerance_mm=nsd_tolerance_mm)
 
-    Every label is cut out of the scan first, so that the cost follows the size of the organ, not of the scan.
+
+def score_regions(
+    prediction_XYZ: npt.NDArray[Any],
+    reference_XYZ: npt.NDArray[Any],
+    spacing_mm: Spacing,
+    regions: Mapping[Key, Sequence[int]],
+    *,
+    nsd_tolerance_mm: float = 1.0,
+    lesions: LesionSettings | None = None,
+    lesions_of: Collection[Key] | None = None,
+) -> dict[Key, LabelScore]:
+    """Score unions of labels, such as the whole tumour.
+
+    Every region is cut out of the scan first, so that time and memory follow the size of the organ, not of the scan.
 
     Args:
         prediction_XYZ: whole numbers from 0, shape (X, Y, Z).
         reference_XYZ: the same grid.
         spacing_mm: voxel size along the three axes.
-        labels: values to score, from 1.
+        regions: for each, the label values it is made of, from 1.
         nsd_tolerance_mm: distance up to which two surfaces agree.
+        lesions: when lesions match; None leaves them out.
+        lesions_of: the regions whose lesions are scored; all of them if None.
 
     Returns:
-        Label value -> scores, in the order of `labels`.
+        Scores of each region, in the order of `regions`.
 
     Raises:
         DataError: the shapes differ, a map holds other than whole numbers from 0, or a label is below 1.
     """
-    if min(labels, default=1) < 1:
-        raise DataError(f"Label {min(labels)} cannot be scored; labels count from 1, 0 is the background.")
+    values = [value for members in regions.values() for value in members]
+    if min(values, default=1) < 1:
+        raise DataError(f"Label {min(values)} cannot be scored; labels count from 1, 0 is the background.")
     if prediction_XYZ.shape != reference_XYZ.shape:
         raise DataError(
             f"The prediction has {prediction_XYZ.shape} voxels, but its reference {reference_XYZ.shape}; "
@@ -123,26 +138,38 @@ def score_labels(
     # Single-precision headers give 0.99999994 or 1.0000001 mm: a tolerance of 1 mm must not tell them apart.
     x, y, z = (round(float(value), 5) for value in spacing_mm)
     spacing = (x, y, z)
-    highest = max(labels, default=0)
+    highest = max(values, default=0)
     boxes = [_boxes(array, highest) for array in (prediction_XYZ, reference_XYZ)]
     diagonal_mm = float(np.linalg.norm(np.multiply(prediction_XYZ.shape, spacing)))
     scores = {}
-    for label in labels:
-        box = _joint_box([held[label - 1] for held in boxes])
+    for key, members in regions.items():
+        asked = lesions if lesions_of is None or key in lesions_of else None
+        box = _joint_box([held[value - 1] for held in boxes for value in members])
         if box is None:
-            scores[label] = ABSENT
+            scores[key] = ABSENT if asked is None else LabelScore(status="absent", lesions=LesionScore())
             continue
-        prediction, reference = prediction_XYZ[box] == label, reference_XYZ[box] == label
-        scores[label] = _score_masks(prediction, reference, spacing, nsd_tolerance_mm, diagonal_mm)
+        prediction, reference = _mask(prediction_XYZ[box], members), _mask(reference_XYZ[box], members)
+        scores[key] = _score_masks(prediction, reference, spacing, nsd_tolerance_mm, diagonal_mm, asked)
     return scores
 
 
 def values_in(array: npt.NDArray[Any]) -> list[int]:
     """The label values from 1 that a map of whole numbers holds, sorted."""
+    from scipy.ndimage import find_objects
+
     return [value for value, box in enumerate(find_objects(array), start=1) if box is not None]
 
 
+def _mask(array: npt.NDArray[Any], members: Sequence[int]) -> npt.NDArray[np.bool_]:
+    mask: npt.NDArray[np.bool_] = array == members[0]
+    for value in members[1:]:
+        mask |= array == value
+    return mask
+
+
 def _boxes(array: npt.NDArray[Any], highest: int) -> list[Box | None]:
+    from scipy.ndimage import find_objects
+
     if not np.issubdtype(array.dtype, np.integer) or (array.size and int(array.min()) < 0):
         raise DataError(f"A label map holds whole numbers from 0; this one holds others ({array.dtype}).")
     boxes: list[Box | None] = find_objects(array, max_label=highest) if highest else []
@@ -166,93 +193,26 @@ def _score_masks(
     spacing_mm: Spacing,
     nsd_tolerance_mm: float,
     diagonal_mm: float,
+    lesions: LesionSettings | None,
 ) -> LabelScore:
     """Scores of two boolean masks on one grid, at least one of which holds a voxel."""
     num_predicted, num_reference = int(prediction.sum()), int(reference.sum())
     voxel_ml = float(np.prod(spacing_mm)) / 1000
-    volumes = {
+    shared = {
         "volume_ml": num_predicted * voxel_ml,
         "reference_volume_ml": num_reference * voxel_ml,
         "volume_error_ml": abs(num_predicted - num_reference) * voxel_ml,
         "volume_error_ratio": abs(num_predicted - num_reference) / num_reference if num_reference else None,
     }
+    found = None if lesions is None else score_lesions(prediction, reference, voxel_ml, lesions)
     if not num_predicted or not num_reference:
         status: Status = "missed" if num_reference else "invented"
-        return LabelScore(status=status, dice=0.0, hd95_mm=diagonal_mm, nsd=0.0, **volumes)
-    shared = int((prediction & reference).sum())
-    # A ring of background: a mask that touches the border of its box has its surface there.
-    padded = torch.from_numpy(np.pad(prediction, 1)), torch.from_numpy(np.pad(reference, 1))
+        return LabelScore(status=status, dice=0.0, hd95_mm=diagonal_mm, nsd=0.0, lesions=found, **shared)
     return LabelScore(
         status="scored",
-        dice=2 * shared / (num_predicted + num_reference),
-        hd95_mm=_hausdorff_95(*padded, spacing_mm),
-        nsd=_surface_dice(*padded, spacing_mm, nsd_tolerance_mm),
-        **volumes,
+        dice=2 * int((prediction & reference).sum()) / (num_predicted + num_reference),
+        hd95_mm=hausdorff_95(prediction, reference, spacing_mm),
+        nsd=surface_dice(prediction, reference, spacing_mm, nsd_tolerance_mm),
+        lesions=found,
+        **shared,
     )
-
-
-def _hausdorff_95(prediction: torch.Tensor, reference: torch.Tensor, spacing_mm: Spacing) -> float:
-    edges = get_mask_edges(prediction, reference, crop=False)
-    # MONAI's own percentile (torch.quantile) refuses surfaces of more than 16 million voxels.
-    return max(float(np.percentile(distance, 95)) for distance in _distances(edges[0], edges[1], spacing_mm))
-
-
-def _surface_dice(prediction: torch.Tensor, reference: torch.Tensor, spacing_mm: Spacing, tolerance_mm: float) -> float:
-    edges = get_mask_edges(prediction, reference, crop=False, spacing=spacing_mm)
-    near, whole = 0.0, 0.0
-    distances = _distances(edges[0], edges[1], spacing_mm)
-    for edge, area, distance in zip(edges[:2], edges[2:], distances, strict=True):
-        areas_mm2 = area[edge].double().numpy()
-        near += float(areas_mm2[distance <= tolerance_mm].sum())
-        whole += float(areas_mm2.sum())
-    return near / whole
-
-
-def _distances(
-    edge: torch.Tensor, other: torch.Tensor, spacing_mm: Spacing
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Distances in millimetres from each surface element to the other surface, both ways."""
-    there, back = (
-        np.asarray(get_surface_distance(*pair, spacing=spacing_mm)) for pair in ((edge, other), (other, edge))
-    )
-    return there, back
-
-
-def summarise(cases: Sequence[Mapping[str, LabelScore]], names: Sequence[str]) -> dict[str, Any]:
-    """Means over cases and labels, as :data:`CONVENTIONS` states them.
-
-    Args:
-        cases: for each case, label name -> scores.
-        names: label names, in the order of the table.
-
-    Returns:
-        ``{"mean": {score: value}, "per_label": {name: {score: value, "std": {...}, "num_cases": ...}}}``;
-        a value that nothing defines is None.
-    """
-    per_label: dict[str, dict[str, Any]] = {}
-    for name in names:
-        scores = [case[name] for case in cases]
-        columns = {key: [getattr(score, key) for score in scores] for key in SCORE_NAMES}
-        counts = Counter(score.status for score in scores)
-        per_label[name] = {
-            **{key: _mean(values) for key, values in columns.items()},
-            "std": {key: _std(values) for key, values in columns.items()},
-            "num_cases": len(scores) - counts["absent"],
-            **{f"num_{status}": counts[status] for status in ("missed", "invented", "absent")},
-        }
-    means = {key: _mean([per_label[name][key] for name in names]) for key in SCORE_NAMES}
-    return {"mean": means, "per_label": per_label}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = list(_known(values))
-    return float(np.mean(known)) if known else None
-
-
-def _std(values: Sequence[float | None]) -> float | None:
-    known = list(_known(values))
-    return float(np.std(known)) if known else None
-
-
-def _known(values: Sequence[float | None]) -> Iterator[float]:
-    return (value for value in values if value is not None)

@@ -1,0 +1,207 @@
+"""Label maps against their references: which, how, and the file of scores that comes of it."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mim3d.commands import score_files
+from mim3d.commands.scored_names import Scored, chosen_lesions, scored_names
+from mim3d.commands.scoring import Scoring, label_name, processes_for, scored
+from mim3d.data.case_records import listed
+from mim3d.data.grid_checks import require_same_grid
+from mim3d.data.score_pairs import Pair, Pairs, differing_names, find_pairs
+from mim3d.data.volumes import read_grid
+from mim3d.errors import DataError
+from mim3d.metrics import (
+    ABSENT,
+    CONVENTIONS,
+    Bootstrap,
+    LabelScore,
+    LesionScore,
+    LesionSettings,
+    compare_paired,
+    paired,
+    summarise,
+)
+from mim3d.progress import counted
+
+CaseScores = Mapping[str, LabelScore]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelEvaluation:
+    """The settings of `mim3d evaluate` for label maps."""
+
+    predictions: str
+    references: str | Sequence[str]
+    out: str
+    nsd_tolerance_mm: float
+    labels: Sequence[str] | None
+    regions: Mapping[str, Sequence[int | str]] | None
+    lesions: bool | Sequence[str]
+    lesion_settings: LesionSettings
+    missing: str
+    compare: str | None
+    bootstrap: Bootstrap
+    tables: bool
+    num_workers: int | None
+
+    def run(self) -> str:
+        """Score, write and show; the path of the file of scores."""
+        found = self._pairs(self.predictions)
+        names = scored_names(found.labels, self.labels, found.regions if self.regions is None else self.regions)
+        scoring = self._scoring(found, names)
+        others = None if self.compare is None else self._compared(found, self.compare)
+        pairs = [*found.pairs, *(others.pairs if others else ())]
+        for pair in pairs:
+            if pair.prediction is not None:
+                require_same_grid(read_grid(pair.reference), read_grid(pair.prediction))
+        work = scored(pairs, scoring, processes_for(pairs, self.num_workers))
+        scores = list(counted(work, len(pairs), "scoring"))
+        if not names.regions:
+            names = _held(scores, self.predictions)
+        completed = [self._complete(case, names) for case in scores]
+        ours, theirs = completed[: len(found.pairs)], completed[len(found.pairs) :]
+        content = self._content(found, ours, names)
+        if others is not None:
+            content["conventions"] = {**content["conventions"], **paired.CONVENTIONS}
+            content["comparison"] = self._comparison(found, others, ours, theirs, list(names.regions))
+        score_files.write_json(self.out, content)
+        score_files.write_label_rows(self.out, content)
+        score_files.show_labels(content)
+        if self.tables:
+            score_files.write_tables(self.out, content)
+        print(f"Scores of {len(ours)} cases: {self.out}")
+        return self.out
+
+    def _pairs(self, predictions: str) -> Pairs:
+        return find_pairs(predictions, self.references, missing_as_empty=self.missing == "worst")
+
+    def _scoring(self, found: Pairs, names: Scored) -> Scoring:
+        asked = self.lesions if isinstance(self.lesions, bool) else True
+        is_strict = self.labels is None and self.regions is None and bool(found.labels)
+        return Scoring(
+            regions=names.regions,
+            allowed=frozenset(value for value in found.labels if value) if is_strict else None,
+            nsd_tolerance_mm=self.nsd_tolerance_mm,
+            lesions=self.lesion_settings if asked else None,
+            lesions_of=chosen_lesions(self.lesions, list(names.regions)),
+        )
+
+    def _compared(self, found: Pairs, compare: str) -> Pairs:
+        """Pairs of the other method, of the cases that both have."""
+        others = self._pairs(compare)
+        differing = differing_names(found.labels, others.labels)
+        if differing:
+            warnings.warn(
+                f"{self.predictions} and {compare} name their labels differently: {listed(differing)}; check the "
+                "values.",
+                stacklevel=2,
+            )
+        shared = {pair.id for pair in found.pairs}
+        pairs = tuple(pair for pair in others.pairs if pair.id in shared)
+        if not pairs:
+            raise DataError(f"{compare}: has no prediction of a case that {self.predictions} has; compare others.")
+        return replace(others, pairs=pairs)
+
+    def _complete(self, case: CaseScores, names: Scored) -> dict[str, LabelScore]:
+        """A case's scores of every name; a label that it does not hold is absent."""
+        absent = LabelScore(status="absent", lesions=LesionScore()) if self.lesions is True else ABSENT
+        return {name: case.get(name, absent) for name in names.regions}
+
+    def _settings(self) -> dict[str, Any]:
+        references = self.references
+        return {
+            "predictions": os.path.abspath(self.predictions),
+            "references": os.path.abspath(references) if isinstance(references, str) else references,
+            "nsd_tolerance_mm": self.nsd_tolerance_mm,
+            "labels": self.labels,
+            "regions": self.regions,
+            "lesions": self.lesions,
+            **{f"lesion_{key}": value for key, value in asdict(self.lesion_settings).items()},
+            "missing": self.missing,
+            "compare": self.compare and os.path.abspath(self.compare),
+            **asdict(self.bootstrap),
+        }
+
+    def _content(self, found: Pairs, scores: Sequence[CaseScores], names: Scored) -> dict[str, Any]:
+        """What the file of scores holds."""
+        patients = [pair.patient for pair in found.pairs]
+        return {
+            "kind": "segmentation",
+            "labels": {str(value): name for value, name in names.labels.items()},
+            "regions": {name: list(members) for name, members in names.unions.items()},
+            "settings": self._settings(),
+            "conventions": {
+                **CONVENTIONS,
+                "missing": (
+                    "A reference without a prediction, one whose prediction failed included, is left out of all scores "
+                    "and named under not_scored (leave_out), or scored as an empty prediction and named under "
+                    "scored_as_empty (worst)."
+                ),
+                "regions": "A region is scored as the union of its labels; the mean is over all rows of per_label.",
+            },
+            "num_cases": len(scores),
+            "num_patients": len(set(patients)),
+            "not_scored": {
+                "failed": found.failed,
+                "without_reference": found.without_reference,
+                "without_prediction": found.without_prediction,
+            },
+            "scored_as_empty": found.scored_as_empty,
+            **summarise(scores, list(names.regions), patients, self.bootstrap),
+            "cases": [_row(pair, case) for pair, case in zip(found.pairs, scores, strict=True)],
+        }
+
+    def _comparison(
+        self,
+        found: Pairs,
+        others: Pairs,
+        ours: Sequence[CaseScores],
+        theirs: Sequence[CaseScores],
+        names: Sequence[str],
+    ) -> dict[str, Any]:
+        """Both methods on the cases that both have."""
+        by_id = {pair.id: case for pair, case in zip(found.pairs, ours, strict=True)}
+        mine = [by_id[pair.id] for pair in others.pairs]
+        patients = [pair.patient for pair in others.pairs]
+        assert self.compare is not None
+        return {
+            "predictions": os.path.abspath(self.compare),
+            "num_cases": len(others.pairs),
+            "only_in_predictions": sorted(by_id.keys() - {pair.id for pair in others.pairs}),
+            "this": summarise(mine, names, patients, self.bootstrap),
+            "compared": summarise(theirs, names, patients, self.bootstrap),
+            "paired": compare_paired(mine, theirs, names, patients, self.bootstrap),
+            "cases": [_row(pair, case) for pair, case in zip(others.pairs, theirs, strict=True)],
+        }
+
+
+def _held(scores: Sequence[CaseScores], predictions: str) -> Scored:
+    """The labels that maps hold, where nothing was declared or chosen."""
+    values = sorted({int(name.removeprefix(label_name(0)[:-1])) for case in scores for name in case})
+    if not values:
+        raise DataError(f"{predictions}: neither the predictions nor the references hold a label to score.")
+    return Scored(
+        regions={label_name(value): (value,) for value in values},
+        labels={value: label_name(value) for value in values},
+        unions={},
+    )
+
+
+def _row(pair: Pair, case: CaseScores) -> dict[str, Any]:
+    return {
+        "id": pair.id,
+        "patient": pair.patient,
+        "prediction": pair.prediction,
+        "reference": pair.reference,
+        "images": pair.images,
+        "labels": {name: _without_none_lesions(score) for name, score in case.items()},
+    }
+
+
+def _without_none_lesions(score: LabelScore) -> dict[str, Any]:
+    content = asdict(score)
+    return content if score.lesions is not None else {key: value for key, value in content.items() if key != "lesions"}

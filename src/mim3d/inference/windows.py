@@ -1,0 +1,130 @@
+"""Where windows lie over a scan, how much each of their voxels counts, and what they cut out of it."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mim3d.errors import ConfigError
+from mim3d.types import Triple
+
+#: First and last voxel (excluded) of a box.
+Box = tuple[Triple, Triple]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """How a scan is covered with windows.
+
+    Attributes:
+        patch_size: voxels of a window; a smaller scan is padded.
+        overlap: share of a window that its neighbour along an axis sees too, at least.
+        batch_size: windows per call of the network.
+        mirror_axes: axes (0 X, 1 Y, 2 Z) along which windows are mirrored too, in every combination; the
+            network's logits are averaged.
+        body_only: cover the body alone, see :func:`mim3d.inference.body.body_windows`; what no window covers is
+            background.
+    Raises:
+        ConfigError: for a value that cannot work.
+    """
+
+    patch_size: Triple
+    overlap: float = 0.5
+    batch_size: int = 4
+    mirror_axes: tuple[int, ...] = ()
+    body_only: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise ConfigError(f"overlap is {self.overlap}; it must lie between 0 and 1 (1 excluded), such as 0.5.")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch size {self.batch_size} of the windows must be at least 1.")
+        if not set(self.mirror_axes) <= {0, 1, 2}:
+            raise ConfigError(f"mirror_axes {list(self.mirror_axes)} must name axes among 0 (X), 1 (Y) and 2 (Z).")
+
+    def count(self, shape: Triple) -> int:
+        """Windows that cover all of a scan of ``shape`` voxels."""
+        return len(self.places(shape))
+
+    def places(self, shape: Triple, box: Box | None = None) -> list[Triple]:
+        """First voxel of each window that covers a box of a scan, in rising order; negative where it is padded.
+
+        Along each axis there are as many windows as MONAI's inferer lays, but evenly spaced: the first begins and the
+        last ends with the box, and neighbours overlap by ``overlap`` or a little more. MONAI keeps the overlap for all
+        but the last window, which then overlaps its neighbour by more than the others. Even spacing is that of nnU-Net.
+
+        Args:
+            shape: voxels of the scan.
+            box: what is covered; all of the scan if not given. Smaller than a window it is widened within the scan.
+        """
+        start, stop = box or ((0, 0, 0), shape)
+        axes = [
+            self._axis_places(size, first, last, edge)
+            for size, first, last, edge in zip(shape, start, stop, self.patch_size, strict=True)
+        ]
+        return [(x, y, z) for x, y, z in itertools.product(*axes)]
+
+    def _axis_places(self, size: int, start: int, stop: int, edge: int) -> list[int]:
+        if size <= edge:
+            return [-((edge - size) // 2)]
+        room = stop - start - edge
+        if room <= 0:
+            return [min(max((start + stop - edge) // 2, 0), size - edge)]
+        interval = max(1, int(edge * (1 - self.overlap)))
+        steps = math.ceil(room / interval)
+        return [start + round(index * room / steps) for index in range(steps + 1)]
+
+
+def bounds_of(places: Sequence[Triple], patch_size: Triple, shape: Triple) -> Box:
+    """The smallest box inside the scan that holds all windows."""
+    start = [max(0, min(place[axis] for place in places)) for axis in range(3)]
+    stop = [min(shape[axis], max(place[axis] for place in places) + patch_size[axis]) for axis in range(3)]
+    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
+
+
+def inside_of(place: Triple, patch_size: Triple, shape: Triple) -> Box:
+    """The part of a window that lies inside the scan, in voxels of the scan."""
+    start = [max(0, first) for first in place]
+    stop = [min(size, first + edge) for first, edge, size in zip(place, patch_size, shape, strict=True)]
+    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
+
+
+def slices_of(box: Box, origin: Triple = (0, 0, 0)) -> tuple[slice, slice, slice]:
+    """A box as slices of an array whose first voxel is ``origin``."""
+    x, y, z = (slice(first - at, last - at) for first, last, at in zip(*box, origin, strict=True))
+    return x, y, z
+
+
+def padded_window(inner_CXYZ: Tensor, place: Triple, inside: Box, size: Triple, padding: Sequence[float]) -> Tensor:
+    """A window of ``size`` voxels around the part of it that lies inside the scan.
+
+    Args:
+        inner_CXYZ: that part.
+        place: first voxel of the window in the scan.
+        inside: where the part lies in the scan.
+        size: voxels of the window.
+        padding: value of each channel beyond the scan.
+    """
+    if tuple(inner_CXYZ.shape[1:]) == size:
+        return inner_CXYZ
+    window = torch.empty((len(inner_CXYZ), *size), dtype=inner_CXYZ.dtype)
+    for channel, value in zip(window, padding, strict=True):
+        channel.fill_(value)
+    window[(slice(None), *slices_of(inside, place))] = inner_CXYZ
+    return window
+
+
+def window_weights(patch_size: Triple) -> Tensor:
+    """Gaussian weight ``(X, Y, Z)`` of each voxel of a window, an eighth of its edge wide along each axis.
+
+    Never cut off from below, as MONAI does at a thousandth of the largest: then all windows would count alike where a
+    voxel lies near the border of the scan along two axes.
+    """
+    x, y, z = (
+        torch.exp(-0.5 * ((torch.arange(size, dtype=torch.float64) - (size - 1) / 2) / (size / 8)) ** 2)
+        for size in patch_size
+    )
+    return (x[:, None, None] * y[:, None] * z).float()

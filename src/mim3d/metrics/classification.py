@@ -1,0 +1,315 @@
+"""Scores of class probabilities, with intervals over patients."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mim3d.errors import ConfigError, DataError
+from mim3d.metrics import bootstrap as resampling
+from mim3d.metrics.bootstrap import Bootstrap, Floats, grouped, interval, summed
+from mim3d.metrics.class_statistics import Ints, confusion, defined_mean, rates, reliability, weighted_auc
+
+#: Probabilities may miss a sum of 1 by this much, from rounding in a file.
+SUM_TOLERANCE = 1e-2
+
+#: What every number in a file of classification scores means; written into it.
+CONVENTIONS = {
+    "auc": (
+        "Area under the receiver operating characteristic, ties count half. Two classes: of the positive class. More: "
+        "macro, the mean over classes of each against the rest, over classes that occur."
+    ),
+    "predicted": (
+        "The class that the file of predictions names, else the one of greatest probability (the first of equal ones)."
+    ),
+    "accuracy": "Share of cases whose predicted class is theirs.",
+    "balanced_accuracy": "Mean over the classes that occur of the share of their cases that are predicted so (recall).",
+    "f1_macro": "Mean over classes that occur or are predicted of 2 TP / (2 TP + FP + FN).",
+    "sensitivity": "Two classes: share of positive cases predicted positive. specificity: the same of the negative.",
+    "brier": (
+        "Two classes: mean of (p - y)^2, p the probability of the positive class, y 1 for it and 0 otherwise. More: "
+        "mean of the sum of (p - y)^2 over classes (Brier 1950), 0 to 2."
+    ),
+    "ece": (
+        "Expected calibration error over num_bins bins of equal width from 0 to 1, closed above: mean over cases of "
+        "|mean probability - frequency| of their bin. Two classes: of the positive class. More: of the most probable "
+        "class and whether it is right (Guo et al. 2017)."
+    ),
+    "by_patient": "Where true, a patient is one case, whose probabilities are the mean over the patient's scans.",
+    "ci95": resampling.CONVENTION,
+    "baseline": (
+        "AUC of one column of the references, where a larger value speaks for the positive class, on the same cases; "
+        "difference is the AUC of the predictions less that of the baseline, with its paired interval."
+    ),
+    "comparison": (
+        "Scores on the cases of both methods; difference is predictions less compare, with its paired interval."
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifiedCases:
+    """Cases with what was predicted of them.
+
+    Attributes:
+        probabilities_NK: of each class, rows sum to 1.
+        classes_N: number of the true class, from 0.
+        class_names: K names.
+        patients: whose case each is.
+        predicted_N: number of the predicted class.
+        positive: number of the positive class.
+        baseline_N: a number of each case to be held against the classifier, or None.
+    """
+
+    probabilities_NK: Floats
+    classes_N: Ints
+    class_names: tuple[str, ...]
+    patients: tuple[str, ...]
+    predicted_N: Ints
+    positive: int
+    baseline_N: Floats | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.probabilities_NK.shape
+        if len(shape) != 2 or shape[1] < 2 or not shape[0]:
+            raise DataError(f"Probabilities have the shape {shape}; they take a row per case and two or more classes.")
+        lengths = {shape[0], len(self.classes_N), len(self.patients), len(self.predicted_N)}
+        if len(lengths) > 1 or len(self.class_names) != shape[1]:
+            raise DataError(
+                f"There are {shape[0]} rows of {shape[1]} probabilities, {len(self.classes_N)} classes, "
+                f"{len(self.patients)} patients and {len(self.class_names)} class names; give each case one of each."
+            )
+        sums = self.probabilities_NK.sum(1)
+        outside = (self.probabilities_NK < 0).any(1) | (self.probabilities_NK > 1).any(1)
+        faults = np.flatnonzero(~np.isfinite(sums) | outside | (np.abs(sums - 1) > SUM_TOLERANCE))
+        if faults.size:
+            raise DataError(
+                f"The probabilities {self.probabilities_NK[faults[0]].tolist()} of case {faults[0] + 1} are none; they "
+                "lie from 0 to 1 and sum to 1."
+            )
+        numbers = np.concatenate([self.classes_N, self.predicted_N, [self.positive]])
+        if numbers.min() < 0 or numbers.max() >= shape[1]:
+            raise DataError(f"Classes count from 0 to {shape[1] - 1}, but {numbers.max()} or {numbers.min()} is there.")
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether there are two classes."""
+        return len(self.class_names) == 2
+
+    def of_patients(self) -> "ClassifiedCases":
+        """The same with one case per patient: mean probabilities, mean baseline.
+
+        Raises:
+            DataError: a patient's scans have different classes.
+        """
+        names, of_case = grouped(self.patients)
+        counts = summed(np.ones(len(of_case)), of_case, len(names))
+        first = np.array([np.flatnonzero(of_case == place)[0] for place in range(len(names))])
+        mixed = np.flatnonzero(self.classes_N != self.classes_N[first][of_case])
+        if mixed.size:
+            raise DataError(
+                f"Patient {self.patients[mixed[0]]} has scans of different classes, so that one class for each patient "
+                "does not exist; leave by_patient out."
+            )
+        probabilities = summed(self.probabilities_NK, of_case, len(names)) / counts[:, None]
+        baseline = None if self.baseline_N is None else summed(self.baseline_N, of_case, len(names)) / counts
+        return replace(
+            self,
+            probabilities_NK=probabilities,
+            classes_N=self.classes_N[first],
+            patients=tuple(names),
+            predicted_N=probabilities.argmax(1),
+            baseline_N=baseline,
+        )
+
+
+def classification_scores(
+    probabilities: npt.ArrayLike,
+    classes: npt.ArrayLike,
+    *,
+    class_names: Sequence[str] | None = None,
+    predicted: npt.ArrayLike | None = None,
+    patients: Sequence[str] | None = None,
+    by_patient: bool = False,
+    positive: int | None = None,
+    baseline: npt.ArrayLike | None = None,
+    num_bins: int = 10,
+    bootstrap: Bootstrap | None = None,
+) -> dict[str, Any]:
+    """Score class probabilities, as :data:`CONVENTIONS` says.
+
+    Args:
+        probabilities: (N, K), rows sum to 1.
+        classes: number of the true class of each case, (N,), from 0.
+        class_names: K names; numbers if left out.
+        predicted: number of the predicted class of each case; the most probable one if left out.
+        patients: whose case each is; each is its own patient's if left out.
+        by_patient: score patients, by their mean probabilities, not scans.
+        positive: number of the positive class; the last if left out.
+        baseline: a number of each case, larger for the positive class, whose AUC is held against.
+        num_bins: of the calibration error.
+        bootstrap: how intervals are made; 2000 resamples if left out.
+
+    Returns:
+        ``{"mean": {score: value}, "mean_ci95": {score: [low, high]}, "per_class": {name: {...}}, "confusion": [[...]],
+        "reliability": [...], "num_cases", "num_patients"}``, with "baseline" where there is one.
+
+    Raises:
+        DataError: shapes that differ, probabilities that are none, or a patient of several classes by patient.
+        ConfigError: fewer than one bin.
+    """
+    values = np.asarray(probabilities, dtype=np.float64)
+    numbers = np.asarray(classes, dtype=np.int64)
+    num_cases, num_classes = values.shape if values.ndim == 2 else (0, 0)
+    cases = ClassifiedCases(
+        probabilities_NK=values,
+        classes_N=numbers,
+        class_names=tuple(class_names or map(str, range(num_classes))),
+        patients=tuple(patients or map(str, range(num_cases))),
+        predicted_N=values.argmax(-1) if predicted is None else np.asarray(predicted, dtype=np.int64),
+        positive=num_classes - 1 if positive is None else positive,
+        baseline_N=None if baseline is None else np.asarray(baseline, dtype=np.float64),
+    )
+    return score_classes(cases.of_patients() if by_patient else cases, num_bins, bootstrap or Bootstrap())
+
+
+def score_classes(cases: ClassifiedCases, num_bins: int = 10, bootstrap: Bootstrap = Bootstrap()) -> dict[str, Any]:
+    """What :func:`classification_scores` returns, of checked cases."""
+    if num_bins < 1:
+        raise ConfigError(f"num_bins is {num_bins}, but a calibration error takes one bin or more.")
+    whole = np.ones((1, len(cases.classes_N)))
+    names, of_case = grouped(cases.patients)
+    values = _statistics(cases, num_bins, whole)
+    intervals = _intervals(cases, num_bins, bootstrap)
+    matrix = confusion(cases.classes_N, cases.predicted_N, len(cases.class_names), whole)
+    content = {
+        "mean": {key: _plain(value[0]) for key, value in values.items()},
+        "mean_ci95": intervals,
+        "per_class": _per_class(cases, matrix),
+        "confusion": matrix[0].astype(int).tolist(),
+        "reliability": _reliability_rows(cases, num_bins),
+        "num_cases": len(of_case),
+        "num_patients": len(names),
+    }
+    if cases.baseline_N is not None:
+        content["baseline"] = _baseline(cases, bootstrap)
+    return content
+
+
+def compare_classes(
+    ours: ClassifiedCases, theirs: ClassifiedCases, num_bins: int, bootstrap: Bootstrap
+) -> dict[str, dict[str, Any]]:
+    """For each score, that of both methods on the same cases, and the paired interval of their difference."""
+    _, of_case = grouped(ours.patients)
+
+    def both(weights_BN: Floats) -> dict[str, tuple[Floats, Floats]]:
+        first, second = (_statistics(cases, num_bins, weights_BN) for cases in (ours, theirs))
+        return {key: (first[key], second[key]) for key in first}
+
+    point = both(np.ones((1, len(of_case))))
+    keys = list(point)
+    drawn = _resampled(ours, bootstrap, lambda w: np.stack([a - b for a, b in both(w).values()], axis=1))
+    return {
+        key: {
+            "value": _plain(first[0]),
+            "compared": _plain(second[0]),
+            "difference": _plain(first[0] - second[0]),
+            "ci95": None if drawn is None else interval(drawn[:, keys.index(key)]),
+        }
+        for key, (first, second) in point.items()
+    }
+
+
+def _plain(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _resampled(cases: ClassifiedCases, bootstrap: Bootstrap, statistic: Any) -> Floats | None:
+    """A statistic of weights (B, N) with patients drawn anew; None where that makes no interval."""
+    names, of_case = grouped(cases.patients)
+    if not bootstrap.num_bootstrap or len(names) < 2:
+        return None
+    return bootstrap.resampled(len(names), lambda counts_BP: np.asarray(statistic(counts_BP[:, of_case])))
+
+
+def _statistics(cases: ClassifiedCases, num_bins: int, weights_BN: Floats) -> dict[str, Floats]:
+    """Every score (B,) under weights."""
+    probabilities, classes = cases.probabilities_NK, cases.classes_N
+    num_classes = len(cases.class_names)
+    found = rates(confusion(classes, cases.predicted_N, num_classes, weights_BN))
+    of_classes = [weighted_auc(probabilities[:, k], classes == k, weights_BN) for k in _auc_classes(cases)]
+    scores = {"auc": defined_mean(np.stack(of_classes, axis=1))}
+    scores |= {key: found[key] for key in ("accuracy", "balanced_accuracy", "f1_macro")}
+    errors = (probabilities - np.eye(num_classes)[classes]) ** 2
+    if cases.is_binary:
+        scores["sensitivity"] = found["recall"][:, cases.positive]
+        scores["specificity"] = found["recall"][:, 1 - cases.positive]
+        errors = errors[:, [cases.positive]]
+    scores["brier"] = (weights_BN @ errors.sum(1)) / weights_BN.sum(1)
+    scores["ece"] = reliability(*_sureness(cases), num_bins, weights_BN).ece
+    return scores
+
+
+def _auc_classes(cases: ClassifiedCases) -> Sequence[int]:
+    return [cases.positive] if cases.is_binary else range(len(cases.class_names))
+
+
+def _sureness(cases: ClassifiedCases) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """The probability whose calibration is looked at, and whether its event came true."""
+    if cases.is_binary:
+        return cases.probabilities_NK[:, cases.positive], cases.classes_N == cases.positive
+    return cases.probabilities_NK.max(1), cases.probabilities_NK.argmax(1) == cases.classes_N
+
+
+def _intervals(cases: ClassifiedCases, num_bins: int, bootstrap: Bootstrap) -> dict[str, list[float] | None]:
+    keys = list(_statistics(cases, num_bins, np.ones((1, len(cases.classes_N)))))
+    drawn = _resampled(cases, bootstrap, lambda w: np.stack(list(_statistics(cases, num_bins, w).values()), axis=1))
+    return {key: None if drawn is None else interval(drawn[:, place]) for place, key in enumerate(keys)}
+
+
+def _per_class(cases: ClassifiedCases, matrix_BKK: Floats) -> dict[str, Mapping[str, Any]]:
+    found = rates(matrix_BKK)
+    whole = np.ones((1, len(cases.classes_N)))
+    return {
+        name: {
+            "num_cases": int((cases.classes_N == k).sum()),
+            "num_predicted": int((cases.predicted_N == k).sum()),
+            **{key: _plain(found[key][0, k]) for key in ("recall", "precision", "f1")},
+            "auc": _plain(weighted_auc(cases.probabilities_NK[:, k], cases.classes_N == k, whole)[0]),
+        }
+        for k, name in enumerate(cases.class_names)
+    }
+
+
+def _reliability_rows(cases: ClassifiedCases, num_bins: int) -> list[dict[str, Any]]:
+    found = reliability(*_sureness(cases), num_bins, np.ones((1, len(cases.classes_N))))
+    return [
+        {
+            "from": place / num_bins,
+            "to": (place + 1) / num_bins,
+            "num_cases": int(found.weight_BM[0, place]),
+            "mean_probability": _plain(found.mean_probability_BM[0, place]),
+            "frequency": _plain(found.frequency_BM[0, place]),
+        }
+        for place in range(num_bins)
+    ]
+
+
+def _baseline(cases: ClassifiedCases, bootstrap: Bootstrap) -> dict[str, Any]:
+    """AUC of the baseline's number and of the probability of the positive class, and their difference."""
+    assert cases.baseline_N is not None
+    is_positive = cases.classes_N == cases.positive
+    columns = (cases.probabilities_NK[:, cases.positive], cases.baseline_N)
+
+    def aucs(weights_BN: Floats) -> Floats:
+        ours, theirs = (weighted_auc(column, is_positive, weights_BN) for column in columns)
+        return np.stack([ours, theirs, ours - theirs], axis=1)
+
+    point = aucs(np.ones((1, len(is_positive))))[0]
+    drawn = _resampled(cases, bootstrap, aucs)
+    return {
+        name: {"auc": _plain(value), "ci95": None if drawn is None else interval(drawn[:, place])}
+        for place, (name, value) in enumerate(zip(("predictions", "baseline", "difference"), point, strict=True))
+    }

@@ -1,0 +1,173 @@
+"""Means of scores over cases and labels, with their intervals."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mim3d.metrics.bootstrap import Bootstrap, Floats, grouped, interval, summed
+from mim3d.metrics.label_scores import SCORE_NAMES, LabelScore
+from mim3d.metrics.lesions import detection_rates
+
+CONVENTIONS = {
+    "means": (
+        "per_label averages over cases, std is the deviation over cases (population); mean averages "
+        "per_label over labels, so that every label weighs the same; mean_std is the deviation over cases of each "
+        "case's own mean over labels. null marks what no case defines."
+    ),
+}
+
+#: Counts of lesions that are summed over cases, and what is made of them.
+_LESION_COUNTS = ("num_reference", "num_predicted", "num_detected", "num_true", "false_positives")
+LESION_RATES = ("sensitivity", "precision", "f1", "dice", "false_positives_per_scan")
+
+
+@dataclass(frozen=True)
+class _Patients:
+    """Whose case each is: the patient's number for each case, and how many there are."""
+
+    of_case: npt.NDArray[np.int64]
+    num: int
+
+
+def summarise(
+    cases: Sequence[Mapping[str, LabelScore]],
+    names: Sequence[str],
+    patients: Sequence[str] | None = None,
+    bootstrap: Bootstrap | None = None,
+) -> dict[str, Any]:
+    """Means over cases and labels, as :data:`CONVENTIONS` states them.
+
+    Args:
+        cases: for each case, label name -> scores.
+        names: label names, in the order of the table.
+        patients: whose case each is; each is its own patient's if left out.
+        bootstrap: how intervals are made; none are if left out.
+
+    Returns:
+        ``{"mean": {score: value}, "mean_std": {...}, "mean_ci95": {score: [low, high]}, "per_label": {name: {score:
+        value, "std": {...}, "ci95": {...}, "num_cases": ...}}}``, in ``per_label`` with "lesions" where they were
+        scored; a value that nothing defines is None.
+    """
+    known, of_case = grouped(patients or [str(position) for position in range(len(cases))])
+    members = _Patients(of_case, len(known))
+    resampling = bootstrap or Bootstrap(num_bootstrap=0)
+    values_NLS = np.array(
+        [[[_number(getattr(case[name], key)) for key in SCORE_NAMES] for name in names] for case in cases], dtype=float
+    ).reshape(len(cases), len(names), len(SCORE_NAMES))
+    label_intervals, mean_intervals = _intervals(values_NLS, members, resampling)
+    per_label: dict[str, dict[str, Any]] = {}
+    for place, name in enumerate(names):
+        scores = [case[name] for case in cases]
+        counts = Counter(score.status for score in scores)
+        per_label[name] = {
+            **_by_score(_nan_mean(values_NLS[:, place], 0)),
+            "std": _by_score(_nan_std(values_NLS[:, place])),
+            "ci95": dict(zip(SCORE_NAMES, label_intervals[place], strict=True)),
+            "num_cases": len(scores) - counts["absent"],
+            **{f"num_{status}": counts[status] for status in ("missed", "invented", "absent")},
+        }
+        lesions = _lesions(scores, members, resampling)
+        if lesions is not None:
+            per_label[name]["lesions"] = lesions
+    return {
+        "mean": _by_score(_nan_mean(_nan_mean(values_NLS, 0), 0)),
+        "mean_std": _by_score(_nan_std(_nan_mean(values_NLS, 1))),
+        "mean_ci95": dict(zip(SCORE_NAMES, mean_intervals, strict=True)),
+        "per_label": per_label,
+    }
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _by_score(values: Floats) -> dict[str, float | None]:
+    return {key: None if np.isnan(value) else float(value) for key, value in zip(SCORE_NAMES, values, strict=True)}
+
+
+def _nan_mean(values: Floats, axis: int) -> Floats:
+    """Means of what is defined along an axis; NaN where nothing is."""
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        means: Floats = np.where(defined, values, 0).sum(axis) / defined.sum(axis)
+    return means
+
+
+def _nan_std(values: Floats) -> Floats:
+    """Population deviation over the first axis of what is defined."""
+    return np.sqrt(_nan_mean((values - _nan_mean(values, 0)) ** 2, 0))
+
+
+Interval = list[float] | None
+
+
+def _intervals(
+    values_NLS: Floats, patients: _Patients, bootstrap: Bootstrap
+) -> tuple[list[list[Interval]], list[Interval]]:
+    """Intervals of the means (L, S) over cases, and (S,) over cases and labels."""
+    _, num_labels, num_scores = values_NLS.shape
+    defined = ~np.isnan(values_NLS)
+    sums = summed(np.where(defined, values_NLS, 0), patients.of_case, patients.num)
+    numbers = summed(defined, patients.of_case, patients.num)
+    none: list[Interval] = [None] * num_scores
+    if not bootstrap.num_bootstrap or not num_labels:
+        return [none] * num_labels, none
+
+    def means(counts_BP: Floats) -> Floats:
+        with np.errstate(invalid="ignore"):
+            return np.tensordot(counts_BP, sums, 1) / np.tensordot(counts_BP, numbers, 1)
+
+    means_BLS = bootstrap.resampled(patients.num, means)
+    # A single patient's value would pass for one that is certain.
+    enough_LS = (numbers > 0).sum(0) > 1
+    per_label = [
+        [interval(means_BLS[:, place, s]) if enough_LS[place, s] else None for s in range(num_scores)]
+        for place in range(num_labels)
+    ]
+    enough_S = (numbers > 0).any(1).sum(0) > 1
+    means_BS = _nan_mean(means_BLS, 1)
+    return per_label, [interval(means_BS[:, s]) if enough_S[s] else None for s in range(num_scores)]
+
+
+def _lesions(scores: Sequence[LabelScore], patients: _Patients, bootstrap: Bootstrap) -> dict[str, Any] | None:
+    """Lesions of all cases together; None where they were not scored."""
+    found = [score.lesions for score in scores if score.lesions is not None]
+    if not found or len(found) != len(scores):
+        return None
+    rows = [[asdict(each)[key] for key in _LESION_COUNTS] + [sum(each.reference_dice), 1] for each in found]
+    counts_PC = summed(np.array(rows, dtype=np.float64), patients.of_case, patients.num)
+    rates = _rates(counts_PC.sum(0)[None])[0]
+    intervals: list[Interval] = [None] * len(LESION_RATES)
+    if bootstrap.num_bootstrap and patients.num > 1:
+        resampled = bootstrap.resampled(patients.num, _rates_of(counts_PC))
+        intervals = [
+            interval(column) if _num_defining(counts_PC, place) > 1 else None
+            for place, column in enumerate(resampled.T)
+        ]
+    return {
+        **{key: None if np.isnan(value) else float(value) for key, value in zip(LESION_RATES, rates, strict=True)},
+        "ci95": dict(zip(LESION_RATES, intervals, strict=True)),
+        **{key: int(value) for key, value in zip(_LESION_COUNTS, counts_PC.sum(0), strict=False)},
+    }
+
+
+def _rates_of(counts_PC: Floats) -> Callable[[Floats], Floats]:
+    return lambda drawn_BP: _rates(drawn_BP @ counts_PC)
+
+
+def _num_defining(counts_PC: Floats, place: int) -> int:
+    """How many patients define the rate at this place of :data:`LESION_RATES`."""
+    return int((~np.isnan(_rates(counts_PC)[:, place])).sum())
+
+
+def _rates(counts_BC: Floats) -> Floats:
+    """:data:`LESION_RATES` (B, 5) of sums of :data:`_LESION_COUNTS`, of Dice, and of cases (B, 7)."""
+    references, predictions, detected, true, false, dice, num_cases = counts_BC.T
+    with np.errstate(invalid="ignore"):
+        return np.stack(
+            [*detection_rates(references, predictions, detected, true), dice / references, false / num_cases], axis=1
+        )

@@ -1,0 +1,283 @@
+"""Presets in fine-tuning: what they set below the user's own settings, and the whole path on sets in miniature."""
+
+import csv
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mim3d.backbones import create_recipe
+from mim3d.commands.finetune import finetune
+from mim3d.commands.presets import apply_preset, preset_settings
+from mim3d.config import to_mapping
+from mim3d.data.cache import Cache, build_cache
+from mim3d.data.datasets import PRESETS
+from mim3d.data.loading import Loader
+from mim3d.data.preprocessing import Preprocessing
+from mim3d.data.transforms import Intensity
+from mim3d.errors import ConfigError, DataError
+from mim3d.optimisation import Optimisation
+from mim3d.run import read_run
+from mim3d.tasks import create_task
+from mim3d.tasks.segmentation import Segmentation
+from tests.miniatures import MINIATURES, write_cc_ccii
+
+#: An encoder and a task that take a step in no time; what they leave out comes from the preset.
+SMALL = {"name": "hybrid", "widths": [8, 16], "depths": [1, 1], "num_heads": 2}
+SHRUNK = {"name": "segmentation", "patch_size": [16, 16, 8], "feature_dim": 8}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*are not here, the first is:UserWarning")
+
+
+def arguments(**changes) -> dict:
+    """Of ``finetune``, nothing asked for but what is given."""
+    unset = {
+        "task": "segmentation",
+        "weights": None,
+        "backbone": None,
+        "spacing_mm": None,
+        "intensity": None,
+        "fold": 0,
+        "num_folds": 5,
+        "split_seed": 0,
+        "train_fraction": 1.0,
+        "max_steps": None,
+        "max_epochs": None,
+        "optim": Optimisation(),
+        "strict": False,
+    }
+    return unset | changes
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Every miniature, written when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(key: str) -> Path:
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("set")
+            if key == "CC-CCII":
+                write_cc_ccii(made[key])
+            else:
+                MINIATURES[key].write(MINIATURES[key], made[key])
+        return made[key]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_gives_settings_that_its_task_accepts(name):
+    preset = PRESETS[name]
+    settings = preset_settings(preset, 1, 16)
+    recipe = create_recipe({"name": "hybrid_base", **settings["backbone"]})
+    task = create_task(settings["task"]).checked(recipe)
+    size = task.patch_size if isinstance(task, Segmentation) else task.size
+    assert tuple(size) == preset.patch_size and recipe.in_channels == len(preset.channels)
+    assert settings["spacing_mm"] == preset.spacing_mm and settings["intensity"] == preset.intensity
+    assert settings["optim"] == Optimisation(
+        base_learning_rate=3e-4, reference_batch=16, weight_decay=1e-5, warmup_ratio=50 / 300
+    )
+    assert settings["fold"] == 1 and settings["max_epochs"] == 300
+
+
+def test_probabilities_are_as_published_along_every_axis_and_nothing_else_is_varied():
+    task = create_task(preset_settings(PRESETS["BTCV"], 0, 16)["task"])
+    augmentation = task.augmentation
+    assert (augmentation.flip_prob, augmentation.rotate90_prob, augmentation.shift_prob) == (0.1, 0.1, 0.5)
+    assert augmentation.flip_axes == (0, 1, 2) and augmentation.shift == 0.1
+    others = ("affine_prob", "scale_prob", "noise_prob", "gamma_prob")
+    assert [getattr(augmentation, name) for name in others] == [0, 0, 0, 0]
+    covid = create_task(preset_settings(PRESETS["COVID-19-20"], 0, 16)["task"]).augmentation
+    assert (covid.affine_prob, covid.noise_prob, covid.rotate90_prob) == (0.15, 0.15, 0)
+    assert "augmentation" not in preset_settings(PRESETS["MM-WHS CT"], 0, 16)["task"]
+
+
+def test_a_patch_is_rounded_up_to_whole_tokens_and_the_run_says_so(folders, capsys):
+    assert preset_settings(PRESETS["COVID-19-20"], 0, 40)["task"]["patch_size"] == [200, 200, 40]
+    wide = {**SMALL, "widths": [4, 8, 16, 32, 64, 128], "depths": [1] * 6}
+    merged, _, _ = apply_preset("COVID-19-20", folders("COVID-19-20"), arguments(backbone=wide))
+    assert create_recipe(wide).patch_size == 64
+    assert merged["task"]["patch_size"] == [192, 192, 64]
+    assert "crops of 192 x 192 x 32 voxels, as published, are rounded up to 192 x 192 x 64" in capsys.readouterr().out
+
+
+def test_what_is_not_asked_for_comes_from_the_preset(folders, capsys):
+    given = arguments()
+    merged, source, split = apply_preset("btcv", str(folders("BTCV")), given)
+    assert given == arguments()
+    assert merged["backbone"] == {"name": "hybrid_base", "in_channels": 1}
+    assert merged["spacing_mm"] == (1.5, 1.5, 2.0) and merged["intensity"] == Intensity(window=(-175, 250))
+    assert merged["task"]["patch_size"] == [96, 96, 96] and merged["max_epochs"] == 300
+    assert merged["optim"].base_learning_rate == 3e-4
+    assert {case.id for case in split.val} == {"img0035", "img0040"} and len(source.cases) == 6
+    assert "preset BTCV (published folds): 4 cases to train on, 2 held out" in capsys.readouterr().out
+
+
+def test_what_is_asked_for_wins(folders):
+    task = {"name": "segmentation", "patch_size": [32, 32, 32], "augmentation": {"flip_prob": 0.9}}
+    merged, _, split = apply_preset(
+        "BTCV",
+        str(folders("BTCV")),
+        arguments(
+            task=task,
+            spacing_mm=(3.0, 3.0, 3.0),
+            intensity=Intensity(kind="zscore", window=None),
+            max_steps=7,
+            optim=Optimisation(learning_rate=1e-3),
+            backbone="hybrid_nano",
+            train_fraction=0.5,
+        ),
+    )
+    assert merged["task"]["patch_size"] == [32, 32, 32] and merged["task"]["overlap"] == 0.5
+    assert merged["task"]["augmentation"] == {
+        **preset_settings(PRESETS["BTCV"], 0, 8)["task"]["augmentation"],
+        "flip_prob": 0.9,
+    }
+    assert merged["spacing_mm"] == (3.0, 3.0, 3.0) and merged["intensity"].kind == "zscore"
+    assert (merged["max_steps"], merged["max_epochs"]) == (7, None)
+    assert merged["optim"].learning_rate == 1e-3 and merged["optim"].base_learning_rate is None
+    assert merged["optim"].weight_decay == 1e-5 and merged["optim"].warmup_ratio == 50 / 300
+    assert merged["backbone"] == {"name": "hybrid_nano", "in_channels": 1}
+    assert len(split.train) == 2
+
+
+def test_a_task_given_as_settings_keeps_what_differs_from_its_defaults(folders):
+    merged, _, _ = apply_preset("BTCV", folders("BTCV"), arguments(task=Segmentation(feature_dim=8, overlap=0.25)))
+    assert (merged["task"]["feature_dim"], merged["task"]["overlap"]) == (8, 0.25)
+    assert merged["task"]["patch_size"] == [96, 96, 96]
+
+
+def test_warm_up_is_fifty_epochs_but_never_more_than_its_published_share(folders):
+    shares = [
+        apply_preset("BTCV", folders("BTCV"), arguments(max_epochs=epochs))[0]["optim"].warmup_ratio
+        for epochs in (1000, 20)
+    ]
+    assert shares == [0.05, 50 / 300]
+
+
+def test_merging_twice_changes_nothing(folders):
+    once, _, _ = apply_preset("BraTS", folders("BraTS"), arguments())
+    twice, _, _ = apply_preset("BraTS", folders("BraTS"), once)
+    assert to_mapping(twice) == to_mapping(once)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_folds": 3}, "num_folds is 3, but the 5 folds of preset BTCV are fixed"),
+        ({"split_seed": 1}, "split_seed is 1"),
+        ({"fold": 5}, "folds 0 to 4, but fold is 5"),
+        ({"task": "classification"}, "preset BTCV is for segmentation, but task is classification"),
+    ],
+)
+def test_what_contradicts_a_preset_is_refused(folders, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_preset("BTCV", folders("BTCV"), arguments(**changes))
+
+
+def test_a_task_of_the_users_own_stays_as_it_is(folders, capsys):
+    merged, _, _ = apply_preset("BTCV", folders("BTCV"), arguments(task={"name": "my_lab.tasks.Mine", "size": 3}))
+    assert merged["task"] == {"name": "my_lab.tasks.Mine", "size": 3}
+    assert "those of the task my_lab.tasks.Mine itself" in capsys.readouterr().out
+
+
+def test_a_strict_run_refuses_a_fold_that_is_not_complete(folders):
+    with pytest.raises(DataError, match="4 of the 6 cases that fold 0 of BTCV holds out"):
+        apply_preset("BTCV", folders("BTCV"), arguments(strict=True))
+
+
+def test_labels_on_another_grid_are_refused_before_work(folders, tmp_path):
+    shutil.copytree(folders("MSD Spleen"), tmp_path / "set")
+    labels = tmp_path / "set" / "Task09_Spleen" / "labelsTr"
+    shutil.copy(folders("MSD Liver") / "Task03_Liver" / "labelsTr" / "liver_0.nii.gz", labels / "spleen_2.nii.gz")
+    with pytest.raises(DataError, match=r"labelsTr/spleen_2.*does not lie on the grid of .*imagesTr/spleen_2"):
+        apply_preset("MSD Spleen", tmp_path / "set", arguments())
+
+
+@pytest.mark.parametrize("key", MINIATURES)
+def test_a_network_learns_from_a_published_folder_with_the_settings_of_its_preset(key, folders, tmp_path):
+    name = MINIATURES[key].name
+    merged, source, split = apply_preset(name, folders(key), arguments(backbone=SMALL, task=SHRUNK))
+    recipe = create_recipe(merged["backbone"])
+    scans = build_cache(source, tmp_path / "cache", Preprocessing(spacing_mm=merged["spacing_mm"]))
+    assert not scans.failed
+    learned = scans.subset(split.train)
+    task = create_task(merged["task"]).checked(recipe).planned(recipe, learned, scans.labels)
+    loader = Loader(learned, task.sampler(), merged["intensity"], batch_size=2, seed=0, augment=task.augment())
+    torch.manual_seed(0)
+    objective = task.build(recipe, scans.labels)
+    batches = loader.batches(0)
+    loss = objective(next(batches), 0.0).loss
+    batches.close()
+    loss.backward()
+    gradients = [value.grad for value in objective.encoder.parameters() if value.grad is not None]
+    assert bool(torch.isfinite(loss)) and any(bool(gradient.any()) for gradient in gradients)
+    assert merged["task"]["overlap"] == 0.5 and recipe.in_channels == len(PRESETS[name].channels)
+
+
+def test_a_cache_of_a_published_folder_stands_where_the_folder_stood(folders, tmp_path):
+    _, source, split = apply_preset("AMOS22", folders("AMOS22"), arguments())
+    build_cache(source, tmp_path / "cache", Preprocessing(spacing_mm=(1.5, 1.5, 2.0)))
+    _, again, cached = apply_preset("AMOS22", str(tmp_path / "cache"), arguments())
+    assert isinstance(again, Cache)
+    assert [case.id for case in cached.val] == [case.id for case in split.val]
+    assert {case.id for case in cached.train} == {case.id for case in split.train}
+
+
+#: One of each kind: names of their own, odd label values, thick slices, several channels.
+WHOLE = ("BTCV", "MM-WHS CT", "COVID-19-20", "BraTS")
+
+
+@pytest.mark.parametrize("key", WHOLE)
+def test_the_command_fine_tunes_with_a_preset(key, folders, tmp_path):
+    out = finetune(
+        str(folders(key)),
+        str(tmp_path / "run"),
+        preset=key,
+        task=SHRUNK,
+        backbone=SMALL,
+        max_steps=2,
+        batch_size=1,
+        num_workers=0,
+        validate_every=2,
+        pictures_every=None,
+        strict=False,
+    )
+    record = read_run(out)
+    split = json.loads((Path(out) / "split.json").read_text())
+    assert len(split["val"]) == len(MINIATURES[key].val) and len(split["train"]) == len(MINIATURES[key].train)
+    assert record.config["preset"] == key and record.config["task"]["patch_size"] == SHRUNK["patch_size"]
+    assert record.config["spacing_mm"] == list(PRESETS[key].spacing_mm)
+    assert any("val/dice" in line for line in record.metrics)
+    card = json.loads((Path(out) / "segmenter" / "card.json").read_text())
+    assert {int(value): name for value, name in card["labels"].items()} == PRESETS[key].labels
+
+
+def test_the_command_refuses_a_published_fold_whose_held_out_cases_are_missing(folders, tmp_path):
+    with pytest.raises(DataError, match="fold 0"):
+        finetune(str(folders("BTCV")), str(tmp_path / "run"), preset="BTCV", task=SHRUNK, backbone=SMALL, max_steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_classifies_scans_published_as_slices(folders, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = finetune(
+            str(folders("CC-CCII")),
+            str(tmp_path / "run"),
+            preset="CC-CCII",
+            task={"name": "classification", "size": [16, 16, 8]},
+            backbone=SMALL,
+            max_steps=2,
+            batch_size=2,
+            num_workers=0,
+            pictures_every=None,
+        )
+    with open(Path(out) / "held_out.csv", encoding="utf-8", newline="") as rows:
+        held_out = list(csv.DictReader(rows))
+    assert {row["class"] for row in held_out} == set(PRESETS["CC-CCII"].classes)
+    assert read_run(out).config["task"]["fit"] == "scan"

@@ -1,0 +1,87 @@
+"""Segmenters in use: what their channels mean on a whole scan, one label each or regions in one another."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mim3d.backbones import create_recipe
+from mim3d.data.cases import Case
+from mim3d.data.preprocessing import Preprocessing, prepare
+from mim3d.data.transforms import Intensity
+from mim3d.errors import DataError
+from mim3d.inference import padding_values, sliding_logits
+from mim3d.tasks.ensemble import Ensemble
+from mim3d.tasks.segmentation import Segmentation
+from mim3d.tasks.segmenter import Segmenter
+from tests.labelled import ball_scan, write_scan
+
+LABELS = {0: "background", 1: "oedema", 2: "core", 4: "enhancing"}
+REGIONS = {"whole": (1, 2, 4), "core": (2, 4), "enhancing": (4,)}
+INTENSITY = Intensity(window=(0.0, 400.0))
+
+
+def segmenter_of(settings: Segmentation, seed: int = 0) -> Segmenter:
+    """A segmenter that learned nothing."""
+    torch.manual_seed(seed)
+    recipe = create_recipe({"name": "hybrid", "widths": [8, 16], "depths": [1, 1], "num_heads": 2})
+    return Segmenter(
+        network=settings.build(recipe, LABELS).eval(),
+        settings=settings,
+        labels=LABELS,
+        num_channels=1,
+        preprocessing=Preprocessing(),
+        intensity=INTENSITY,
+        digest=str(seed),
+        device=torch.device("cpu"),
+    )
+
+
+def scan_of(folder: Path) -> Case:
+    write_scan(folder / "scan.nii.gz", ball_scan(0)[0])
+    return Case(id="scan", images=(str(folder / "scan.nii.gz"),), patient="scan")
+
+
+@pytest.mark.parametrize("regions", [None, REGIONS])
+def test_label_values_and_probabilities_are_those_of_the_networks_targets(tmp_path, regions):
+    segmenter = segmenter_of(Segmentation(patch_size=(16, 16, 16), regions=regions))
+    case, windows = scan_of(tmp_path), segmenter.settings.windows()
+    filled = np.empty((22, 20, 18, len(segmenter.channel_names)), dtype=np.float32)
+    labels, _ = Ensemble((segmenter,)).segment(case, windows, probability_target=lambda grid, channels: filled)
+    prepared = prepare(case, Preprocessing(), with_label=False)
+    with torch.no_grad():
+        logits = sliding_logits(
+            segmenter.network.logits,
+            torch.from_numpy(INTENSITY.apply(prepared.image, prepared.statistics)),
+            windows,
+            padding=padding_values(INTENSITY, prepared.statistics),
+            device=torch.device("cpu"),
+        )
+    whole = segmenter.network.probabilities(logits)
+    assert np.abs(filled - whole.movedim(0, -1).numpy()).max() < 1e-5
+    agree = labels == segmenter.network.labels_of(whole).numpy()
+    assert agree.mean() > 0.999 and labels.dtype == np.uint8
+    assert set(np.unique(labels)) <= set(LABELS) and labels.any()
+    assert segmenter.channel_names == (tuple(REGIONS) if regions else tuple(LABELS.values()))
+
+
+def test_an_ensemble_of_regions_averages_their_probabilities(tmp_path):
+    settings = Segmentation(patch_size=(32, 32, 32), regions=REGIONS)
+    members = [segmenter_of(settings, seed) for seed in (0, 1)]
+    case, found = scan_of(tmp_path), []
+    for chosen in ([members[0]], [members[1]], members):
+        filled = np.empty((22, 20, 18, 3), dtype=np.float32)
+        Ensemble(tuple(chosen)).segment(case, settings.windows(), probability_target=lambda grid, k, to=filled: to)
+        found.append(filled)
+    assert np.abs(found[0] - found[1]).max() > 0.01
+    # One window covers the scan, so that it does not matter what is blended.
+    assert np.abs(found[2] - (found[0] + found[1]) / 2).max() < 1e-5
+
+
+def test_channels_that_do_not_match_are_refused(tmp_path):
+    case = scan_of(tmp_path)
+    two = Case(id="two", images=case.images * 2, patient="two")
+    segmenter = segmenter_of(Segmentation(patch_size=(16, 16, 16)))
+    with pytest.raises(DataError, match=r"2 images \(channels\).*trained on 1"):
+        Ensemble((segmenter,)).segment(two, segmenter.settings.windows())
