@@ -13,7 +13,7 @@ from mim3d.commands.class_table import FAILED_NAME, ClassTable
 from mim3d.commands.devices import choose_device
 from mim3d.commands.held_out import held_out_cases
 from mim3d.commands.predictions import input_cases
-from mim3d.commands.scan_progress import ScanProgress
+from mim3d.commands.scan_progress import ScanProgress, close_scans
 from mim3d.data.cases import Case
 from mim3d.data.preprocessing import Prepared
 from mim3d.errors import ConfigError, DataError
@@ -64,7 +64,8 @@ def predict_classes(
         for start in range(0, len(remaining), batch_size):
             _classify(classifiers, remaining[start : start + batch_size], table, progress)
             table.write()
-    return _close(table, cases, num_before=len(cases) - len(remaining))
+    num_before = len(cases) - len(remaining)
+    return close_scans(cases, table.failures, "classified", table.folder, FAILED_NAME, num_before=num_before)
 
 
 def _classify(
@@ -154,15 +155,3 @@ def _identity(classifiers: Sequence[Classifier], weights: Sequence[str]) -> dict
         "classes": list(classifiers[0].classes),
         "mirror_axes": [list(classifier.settings.mirror_axes) for classifier in classifiers],
     }
-
-
-def _close(table: ClassTable, cases: Sequence[Case], *, num_before: int) -> str:
-    failed = [case.id for case in cases if case.id in table.failures]
-    before = f", {num_before} of them before" if num_before else ""
-    print(f"{len(cases) - len(failed)} of {len(cases)} scans classified{before}: {table.folder}")
-    if failed:
-        raise DataError(
-            f"{len(failed)} of {len(cases)} scans could not be classified, the first because of "
-            f"{table.failures[failed[0]]} All reasons are in {table.folder / FAILED_NAME}."
-        )
-    return str(table.folder)

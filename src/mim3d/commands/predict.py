@@ -11,7 +11,7 @@ from mim3d.commands.devices import choose_device
 from mim3d.commands.held_out import held_out_cases
 from mim3d.commands.label_maps import Cleaning, check_format, segment_to_files
 from mim3d.commands.predictions import LIST_NAME, Format, Predictions, input_cases
-from mim3d.commands.scan_progress import ScanProgress
+from mim3d.commands.scan_progress import ScanProgress, close_scans
 from mim3d.data.cases import Case
 from mim3d.data.volumes import channels_of
 from mim3d.errors import ConfigError, DataError
@@ -91,7 +91,8 @@ def predict(
     )
     remaining = [case for case in cases if not predictions.is_finished(case)]
     _segment_all(ensemble, remaining, windows, cleaning, predictions)
-    return _close(predictions, cases, num_before=len(cases) - len(remaining))
+    num_before = len(cases) - len(remaining)
+    return close_scans(cases, predictions.failures, "segmented", predictions.folder, LIST_NAME, num_before=num_before)
 
 
 def _is_classifier(path: str) -> bool:
@@ -172,15 +173,3 @@ def _reason(case: Case, error: BaseException) -> str:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"{case.images[0]}: not enough memory; use a smaller --batch_size, or fine-tune at a larger spacing_mm."
     return str(error)
-
-
-def _close(predictions: Predictions, cases: Sequence[Case], *, num_before: int) -> str:
-    failed = [case.id for case in cases if case.id in predictions.failures]
-    before = f", {num_before} of them before" if num_before else ""
-    print(f"{len(cases) - len(failed)} of {len(cases)} scans segmented{before}: {predictions.folder}")
-    if failed:
-        raise DataError(
-            f"{len(failed)} of {len(cases)} scans could not be segmented, the first because of "
-            f"{predictions.failures[failed[0]]} All reasons are in {predictions.folder / LIST_NAME}."
-        )
-    return str(predictions.folder)

@@ -2,9 +2,13 @@
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mim3d.data.cases import Case
+from mim3d.errors import DataError
 from mim3d.progress import PLAIN_EVERY_S, clock
 
 
@@ -82,3 +86,31 @@ def _make_bar(num_scans: int) -> tuple[Any, Any]:
         console=Console(stderr=True),
     )
     return bar, bar.add_task("segmenting", total=num_scans, name="")
+
+
+def close_scans(
+    cases: Sequence[Case], failures: Mapping[str, str], done: str, folder: Path, list_name: str, *, num_before: int
+) -> str:
+    """Say how many scans are done and where.
+
+    Args:
+        cases: all of them.
+        failures: id -> reason of those that could not be done.
+        done: what was done to them, ``segmented``.
+        folder: where the results lie.
+        list_name: file in it that has all reasons.
+        num_before: those that were done before.
+    Returns:
+        The folder.
+    Raises:
+        DataError: some could not be done.
+    """
+    failed = [case.id for case in cases if case.id in failures]
+    before = f", {num_before} of them before" if num_before else ""
+    print(f"{len(cases) - len(failed)} of {len(cases)} scans {done}{before}: {folder}")
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(cases)} scans could not be {done}, the first because of {failures[failed[0]]} All "
+            f"reasons are in {folder / list_name}."
+        )
+    return str(folder)

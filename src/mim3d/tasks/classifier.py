@@ -3,54 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mim3d.backbones import create_recipe
-from mim3d.config import build_settings
 from mim3d.data.cases import Case
 from mim3d.data.foreground import class_counts_of, class_locations_of
-from mim3d.data.preprocessing import Prepared, Preprocessing, prepare
-from mim3d.data.transforms import Intensity
-from mim3d.errors import CheckpointError, DataError
+from mim3d.data.preprocessing import Prepared, prepare
+from mim3d.errors import DataError
 from mim3d.inference import padding_values
-from mim3d.tasks import create_task
 from mim3d.tasks.classification import Classification
-from mim3d.tasks.classification_objective import ClassificationObjective
 from mim3d.tasks.cubes import Point, centre_of_label, centre_of_scan, cut_from
+from mim3d.tasks.trained import Trained, load_trained
 from mim3d.types import Named
-from mim3d.weights import load_into, read_card, weights_digest
-
-#: Folder of a run that holds a classifier.
-NETWORKS = (Classification.network,)
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A network with all it takes to use it.
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Trained[Classification]):
+    """A classification network with all it takes to use it."""
 
-    Attributes:
-        network: in evaluation mode, on ``device``.
-        settings: of the task it was trained for.
-        classes: their names, in the order of the network's outputs.
-        num_channels: images per scan.
-        preprocessing: as in training.
-        intensity: as in training.
-        digest: SHA-256 of its weights.
-        device: where it computes.
-    """
-
-    network: ClassificationObjective
-    settings: Classification
-    classes: tuple[str, ...]
-    num_channels: int
-    preprocessing: Preprocessing
-    intensity: Intensity
-    digest: str
-    device: torch.device
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the network's outputs."""
+        return tuple(name for _, name in sorted(self.labels.items()))
 
     @property
     def needs_label(self) -> bool:
@@ -110,43 +86,5 @@ class Classifier:
 def load_classifier(
     path: str | Path, *, device: torch.device | None = None, backbone: Named | None = None
 ) -> Classifier:
-    """Load a classifier with its card; nothing in its files can run code.
-
-    Args:
-        path: a run of ``mim3d finetune --task classification``, or a folder with an exported classifier.
-        device: where it shall compute; the CPU if not given.
-        backbone: the encoder, where the card names a class that is not mim3d's own.
-    Raises:
-        CheckpointError: no classifier, an unreadable card, or weights that do not fill the network.
-        ConfigError: a card with names or settings that this mim3d does not know.
-    """
-    card = read_card(path, NETWORKS)
-    try:
-        labels = {int(value): str(name) for value, name in card["labels"].items()}
-        recipe = create_recipe(backbone or card["backbone"], allow_import=backbone is not None)
-        preprocessing = build_settings(Preprocessing, {"spacing_mm": card["spacing_mm"]}, "card")
-        intensity = build_settings(Intensity, card["intensity"], "card intensity")
-        settings = create_task(card["task"], allow_import=False)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the card of {path} is that of no classifier, incomplete or damaged ({error!r}); fine-tune with --task "
-            "classification, or export the run again."
-        ) from None
-    if not isinstance(settings, Classification):
-        raise CheckpointError(f"{path} was trained for another task than classification.")
-    objective: Any = settings.build(recipe, labels)
-    report = load_into(objective, path, networks=NETWORKS)
-    if report.missing or report.mismatched:
-        first = next(iter(report.mismatched or report.missing))
-        raise CheckpointError(f"{path} does not fill its network ({report}; first: {first}); copy or export it again.")
-    where = device or torch.device("cpu")
-    return Classifier(
-        network=objective.to(where).eval(),
-        settings=settings,
-        classes=tuple(name for _, name in sorted(labels.items())),
-        num_channels=recipe.in_channels,
-        preprocessing=preprocessing,
-        intensity=intensity,
-        digest=weights_digest(path, NETWORKS),
-        device=where,
-    )
+    """Load a classifier with its card, see ``load_trained``."""
+    return load_trained(path, Classifier, Classification, device=device, backbone=backbone)
