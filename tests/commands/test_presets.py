@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mim3d.backbones import create_recipe
+from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
+from mim3d.commands.predict import predict
 from mim3d.commands.presets import apply_preset, preset_settings
 from mim3d.config import to_mapping
 from mim3d.data.cache import Cache, build_cache
@@ -228,16 +230,14 @@ def test_a_cache_of_a_published_folder_stands_where_the_folder_stood(folders, tm
     assert {case.id for case in cached.train} == {case.id for case in split.train}
 
 
-#: One of each kind: names of their own, odd label values, thick slices, several channels.
-WHOLE = ("BTCV", "MM-WHS CT", "COVID-19-20", "BraTS")
-
-
-@pytest.mark.parametrize("key", WHOLE)
-def test_the_command_fine_tunes_with_a_preset(key, folders, tmp_path):
+@pytest.mark.parametrize("key", MINIATURES)
+def test_a_published_folder_goes_from_its_preset_to_scores(key, folders, tmp_path):
+    mini = MINIATURES[key]
+    preset = mini.preset
     out = finetune(
         str(folders(key)),
         str(tmp_path / "run"),
-        preset=key,
+        preset=preset.name,
         task=SHRUNK,
         backbone=SMALL,
         max_steps=2,
@@ -249,12 +249,18 @@ def test_the_command_fine_tunes_with_a_preset(key, folders, tmp_path):
     )
     record = read_run(out)
     split = json.loads((Path(out) / "split.json").read_text())
-    assert len(split["val"]) == len(MINIATURES[key].val) and len(split["train"]) == len(MINIATURES[key].train)
-    assert record.config["preset"] == key and record.config["task"]["patch_size"] == SHRUNK["patch_size"]
-    assert record.config["spacing_mm"] == list(PRESETS[key].spacing_mm)
+    assert len(split["val"]) == len(mini.val) and len(split["train"]) == len(mini.train)
+    assert record.config["preset"] == preset.name and record.config["task"]["patch_size"] == SHRUNK["patch_size"]
+    assert record.config["spacing_mm"] == list(preset.spacing_mm)
     assert any("val/dice" in line for line in record.metrics)
     card = json.loads((Path(out) / "segmenter" / "card.json").read_text())
-    assert {int(value): name for value, name in card["labels"].items()} == PRESETS[key].labels
+    assert {int(value): name for value, name in card["labels"].items()} == preset.labels
+    predictions = predict(weights=out, out=str(tmp_path / "predictions"))
+    path = evaluate(predictions, f"{out}/held_out.csv", str(tmp_path / "scores.json"), num_workers=1, num_bootstrap=0)
+    scores = json.loads(Path(path).read_text())
+    assert len(scores["cases"]) == len(mini.val)
+    named = preset.regions or {name: (value,) for value, name in preset.labels.items() if value != 0}
+    assert set(scores["per_label"]) == set(named)
 
 
 def test_the_command_refuses_a_published_fold_whose_held_out_cases_are_missing(folders, tmp_path):
