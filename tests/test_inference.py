@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from mim3d.data.cases import Case
+from mim3d.data.foreground import foreground_of, threshold_of
 from mim3d.data.preprocessing import Preprocessing, prepare, restore
 from mim3d.data.transforms import Intensity
 from mim3d.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ from mim3d.inference import (
     predict_scan,
     sliding_logits,
 )
-from mim3d.inference.body import body_blocks, body_windows
+from mim3d.inference.body import body_windows
 from mim3d.inference.sweep import Sweep, run_sweep
 from mim3d.inference.windows import padded_window
 from tests.labelled import ball_scan, write_scan
@@ -259,6 +260,10 @@ def test_skipped_rows_are_background_on_a_resampled_grid_too(tmp_path):
     )
     assert (filled[38:45] == [1, 0, 0]).all() and (labels[38:45] == 0).all()
     assert np.allclose(filled.sum(-1), 1, atol=1e-5)
+
+
+def body_blocks(image):
+    return foreground_of(image, [threshold_of(channel) for channel in image]).blocks
 
 
 def test_blocks_of_the_body_are_those_of_the_foreground_rule():

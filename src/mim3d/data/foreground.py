@@ -65,13 +65,14 @@ class Foreground:
     """Where the foreground of a scan lies: of all its channels together.
 
     Attributes:
-        box: The box around it, (start, stop) in voxels with stop excluded. Blocks of 4 voxels a side count where at
-            least half of their voxels are foreground, so that noise in the air and thin tables do not stretch the
-            box; where no block counts the box is the whole scan.
+        blocks: (ceil(X / 4), ceil(Y / 4), ceil(Z / 4)) bool, whether at least half of the voxels of a block of 4 voxels
+            a side are foreground, so that noise in the air and thin tables do not count.
+        box: The box around those blocks, (start, stop) in voxels with stop excluded; the whole scan without any.
         shares: (ceil(X / 32), ceil(Y / 32), ceil(Z / 32)) uint8, in each block of 32 voxels a side the share of its
             voxels inside the scan that are foreground, in 255ths, rounded.
     """
 
+    blocks: npt.NDArray[np.bool_]
     box: tuple[Triple, Triple]
     shares: npt.NDArray[np.uint8]
 
@@ -134,7 +135,8 @@ def foreground_of(image_CXYZ: npt.NDArray[Any], thresholds: Sequence[float]) -> 
         counts[place] = _block_sums(inside.view(np.uint8), BOX_BLOCK)[0]
     voxels = _block_sums(counts.astype(np.uint16), BLOCK // BOX_BLOCK)
     shares = np.rint(255 * (voxels / _block_sizes(shape, BLOCK))).astype(np.uint8)
-    return Foreground(box=_box_around(counts * 2 >= _block_sizes(shape, BOX_BLOCK), shape), shares=shares)
+    blocks = counts * 2 >= _block_sizes(shape, BOX_BLOCK)
+    return Foreground(blocks=blocks, box=_box_around(blocks, shape), shares=shares)
 
 
 def thinned(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

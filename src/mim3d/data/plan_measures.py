@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mim3d.data.components import connected
 from mim3d.data.foreground import Statistics, class_counts_of
 from mim3d.types import Spacing
 
@@ -80,19 +81,18 @@ def measure_scan(
 
 
 def _measure_classes(label_XYZ: npt.NDArray[Any], spacing_mm: Spacing) -> dict[int, ClassMeasures]:
-    from scipy import ndimage
+    from scipy.ndimage import find_objects
 
     num_voxels = class_counts_of(label_XYZ).sum(axis=0)
-    touching = np.ones((3, 3, 3), dtype=bool)
     measures = {}
-    for value, box in enumerate(ndimage.find_objects(label_XYZ), start=1):
+    for value, box in enumerate(find_objects(label_XYZ), start=1):
         if box is None:
             continue
-        _, num_components = ndimage.label(label_XYZ[box] == value, touching)
+        _, num_components = connected(label_XYZ[box] == value)
         x, y, z = ((axis.stop - axis.start) * mm for axis, mm in zip(box, spacing_mm, strict=True))
         measures[value] = ClassMeasures(
             volume_ml=int(num_voxels[value]) * math.prod(spacing_mm) / 1000,
-            num_components=int(num_components),
+            num_components=num_components,
             extent_mm=(x, y, z),
         )
     return measures

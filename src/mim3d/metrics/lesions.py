@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mim3d.data.components import connected
 from mim3d.errors import ConfigError
 
 Mask = npt.NDArray[np.bool_]
@@ -196,11 +197,8 @@ def detection_rates(
 
 def _overlaps(prediction: Mask, reference: Mask) -> _Overlaps:
     """Number the components of both masks from 1 and find the pairs that share voxels."""
-    from scipy.ndimage import label
-
-    neighbours = np.ones((3, 3, 3), dtype=bool)
-    ours, num_ours = label(prediction, neighbours)
-    theirs, num_theirs = label(reference, neighbours)
+    ours, num_ours = connected(prediction)
+    theirs, num_theirs = connected(reference)
     both = prediction & reference
     pairs, shared = np.unique(theirs[both].astype(np.int64) * (num_ours + 1) + ours[both], return_counts=True)
     return _Overlaps(
