@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from mim3d.commands.classify import predict_classes
 from mim3d.commands.devices import choose_device
+from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
+from mim3d.commands.predict import predict
 from mim3d.data.cases import Case
 from mim3d.data.transforms import Intensity
 from mim3d.errors import CheckpointError, ConfigError, DataError
@@ -19,6 +22,7 @@ from mim3d.tasks.classifier import load_classifier
 from mim3d.weights import load_encoder, read_card
 from tests.commands.conftest import BACKBONE
 from tests.labelled import write_scan
+from tests.miniatures import write_cc_ccii
 
 TASK = {"name": "classification", "cube_mm": 16, "size": 8, "augmentation": {"flip_axes": [0]}, "mirror_axes": [0]}
 
@@ -65,7 +69,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def classify(weights: list[Path], out: Path, inputs: Path | None = None, **changes: object) -> Path:
-    settings = {"batch_size": 3, "accelerator": "cpu", "overwrite": False, **changes}
+    settings = {"batch_size": 3, "backbone": None, "accelerator": "cpu", "overwrite": False, **changes}
     names = [str(path) for path in weights]
     return Path(predict_classes(names, str(out), None if inputs is None else str(inputs), **settings))
 
@@ -209,3 +213,72 @@ def test_devices_are_chosen_by_name():
     assert choose_device("cpu").type == "cpu"
     with pytest.raises(ConfigError, match="use one of auto, cpu"):
         choose_device("tpu")
+
+
+def files_of_one_name(folder: Path) -> dict[str, object]:
+    """Scans that only their folders tell apart."""
+    rows = [f"{index}/ct.nii.gz,{'ab'[index % 2]},p{index}" for index in range(6)]
+    for index in range(6):
+        write_scan(folder / str(index) / "ct.nii.gz", np.random.default_rng(index).normal(size=(8, 8, 8)))
+    (folder / "list.csv").write_text("\n".join(["image,class,patient", *rows]))
+    return {"data": folder / "list.csv"}
+
+
+def channels(folder: Path) -> dict[str, object]:
+    """Scans of two channels, in files of one name as well."""
+    rows = [f"{index}/t1.nii.gz;{index}/t2.nii.gz,{'ab'[index % 2]},p{index}" for index in range(6)]
+    for index in range(6):
+        for name in ("t1", "t2"):
+            write_scan(folder / str(index) / f"{name}.nii.gz", np.random.default_rng(index).normal(size=(8, 8, 8)))
+    (folder / "list.csv").write_text("\n".join(["image,class,patient", *rows]))
+    return {"data": folder / "list.csv", "backbone": {**BACKBONE, "in_channels": 2}}
+
+
+def slice_folders(folder: Path) -> dict[str, object]:
+    """CC-CCII in miniature."""
+    write_cc_ccii(folder)
+    return {"data": folder, "preset": "CC-CCII", "num_folds": 5, "intensity": None}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("write", [files_of_one_name, channels, slice_folders])
+def test_the_list_of_held_out_cases_serves_prediction_and_scoring_alike(write, tmp_path):
+    quick = {"max_steps": 2, "validate_every": 2, "pictures_every": None}
+    run = tune(
+        **{"out": tmp_path / "run", "task": {"name": "classification", "size": 8}, **quick, **write(tmp_path / "data")}
+    )
+    listed = rows_of(run / "held_out.csv")
+    assert [row["id"] for row in listed] == [case["id"] for case in json.loads((run / "split.json").read_text())["val"]]
+    for name, inputs in (("held_out", None), ("list", str(run / "held_out.csv"))):
+        folder = predict(str(run), str(tmp_path / name), input=inputs, accelerator="cpu")
+        assert [row["id"] for row in rows_of(Path(folder) / "predictions.csv")] == [row["id"] for row in listed]
+        path = evaluate(folder, str(run / "held_out.csv"), str(tmp_path / f"{name}.json"), num_bootstrap=0)
+        scores = json.loads(Path(path).read_text())
+        assert scores["num_cases"] == len(listed) > 0
+        assert scores["not_scored"] == {"without_reference": [], "without_prediction": []}
+
+
+def test_the_list_that_was_trained_on_names_its_scans_as_prediction_does(run, class_list, tmp_path):
+    for index in (0, 2):
+        for kind in ("image", "label"):
+            write = tmp_path / str(index) / f"{kind}.nii.gz"
+            write.parent.mkdir(exist_ok=True)
+            write.write_bytes((class_list.parent / f"{kind}_{index}.nii.gz").read_bytes())
+    rows = [f"{index}/image.nii.gz,{index}/label.nii.gz,{name}" for index, name in ((0, "dark"), (2, "bright"))]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label,class", *rows]))
+    out = classify([run], tmp_path / "out", tmp_path / "list.csv")
+    path = evaluate(str(out), str(tmp_path / "list.csv"), str(tmp_path / "scores.json"), num_bootstrap=0)
+    assert json.loads(Path(path).read_text())["num_cases"] == 2
+
+
+def test_a_backbone_of_ones_own_reaches_the_loading_of_classifiers(run, class_list, tmp_path):
+    card = json.loads((run / "classifier" / "card.json").read_text())
+    foreign = tmp_path / "run" / "classifier"
+    shutil.copytree(run / "classifier", foreign)
+    (foreign / "card.json").write_text(json.dumps({**card, "backbone": {"name": "my_lab.Own"}}))
+    with pytest.raises(ConfigError, match="my_lab"):
+        predict(str(foreign), str(tmp_path / "refused"), input=str(class_list), accelerator="cpu")
+    out = predict(
+        str(foreign), str(tmp_path / "out"), input=str(class_list), backbone=card["backbone"], accelerator="cpu"
+    )
+    assert len(rows_of(Path(out) / "predictions.csv")) == 12

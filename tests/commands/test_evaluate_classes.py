@@ -111,6 +111,21 @@ def test_references_may_name_images(tables):
     assert run(tables, references=str(tables / "list.csv"), class_column="class")["mean"]["auc"] == 14 / 16
 
 
+def test_images_of_one_name_are_told_apart_by_their_folders(tables):
+    rows = [[f"p{n // 2}/ct.nii.gz", name] for n, name in enumerate(TRUTH)][::2]
+    write_table(tables / "list.csv", ["image", "class"], rows)
+    table = (tables / "pred" / "predictions.csv").read_text(encoding="utf-8")
+    lines = [
+        table.splitlines()[0],
+        *[f"p{n // 2}_ct,{line.partition(',')[2]}" for n, line in enumerate(table.splitlines()[1:])][::2],
+    ]
+    (tables / "pred" / "predictions.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert run(tables, references=str(tables / "list.csv"), class_column="class")["num_cases"] == 4
+    write_table(tables / "list.csv", ["image", "class"], [*rows, rows[0]])
+    with pytest.raises(DataError, match=r"list\.csv, line 6: .*p0/ct\.nii\.gz.* is there twice"):
+        run(tables, references=str(tables / "list.csv"), class_column="class")
+
+
 def test_cases_of_one_table_alone_are_a_warning(tables):
     write_predictions(tables / "pred" / "predictions.csv", [*PROBABILITIES, 0.5])
     with pytest.warns(UserWarning, match="predicted without a reference: n8"):
@@ -159,6 +174,7 @@ def test_tables_that_cannot_be_used_say_what_is_wrong(tables, file, old, new, me
     [
         ({"lesions": True}, "lesions is True, which is a setting for label maps"),
         ({"missing": "worst"}, "missing is 'worst'"),
+        ({"preset": "CC-CCII"}, "preset is 'CC-CCII', which is a setting for label maps"),
         ({"references": "labels"}, "name a .csv with a class column"),
         ({"num_bins": 0}, "num_bins is 0"),
         ({"compare": "folder"}, "compare is folder"),

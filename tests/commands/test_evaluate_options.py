@@ -89,9 +89,86 @@ def test_regions_come_from_the_list_of_predictions(folders):
         run(folders)
 
 
+def test_a_preset_gives_tolerance_names_and_regions(folders):
+    (folders / "dataset.json").unlink()
+    found = run(folders, preset="brats")
+    regions = {"whole tumour": [1, 2, 3], "tumour core": [2, 3], "enhancing tumour": [3]}
+    assert found["regions"] == regions and list(found["per_label"]) == list(regions)
+    assert found["labels"] == {"1": "oedema", "2": "non-enhancing tumour", "3": "enhancing tumour"}
+    assert (found["settings"]["preset"], found["settings"]["nsd_tolerance_mm"]) == ("BraTS", 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:The preset")
+def test_flags_win_over_the_preset_one_by_one(folders):
+    assert run(folders, preset="BraTS", nsd_tolerance_mm=3.0)["settings"]["nsd_tolerance_mm"] == 3.0
+    found = run(folders, preset="BraTS", regions={"core": ["non-enhancing tumour", 3]}, labels=["oedema"])
+    assert list(found["per_label"]) == ["core", "oedema"]
+
+
+def test_the_tolerance_of_a_preset_reaches_the_scores(folders):
+    for side in ("pred", "ref"):
+        for path in (folders / side).iterdir():
+            write(path, np.asarray(nib.load(path).dataobj) == 3)
+        for name in "abcde":
+            write(folders / "pred" / f"{name}.nii.gz", np.roll(tumour() == 3, 2, axis=0))
+    (folders / "dataset.json").unlink()
+    found = run(folders, preset="COVID-19-20")
+    assert list(found["per_label"]) == ["lesion"]
+    assert (found["settings"]["nsd_tolerance_mm"], found["mean"]["nsd"]) == (2.0, 1.0)
+    assert run(folders, preset="COVID-19-20", nsd_tolerance_mm=1.0)["mean"]["nsd"] < 1.0
+
+
+def test_a_preset_with_other_names_than_the_predictions_is_a_warning(folders):
+    with pytest.warns(UserWarning, match="The preset BraTS and .*2 is 'non-enhancing tumour' and 'necrosis'"):
+        found = run(folders, preset="BraTS")
+    assert found["labels"]["2"] == "non-enhancing tumour"
+
+
+def test_values_that_the_preset_does_not_know_are_refused(folders):
+    (folders / "dataset.json").unlink()
+    with pytest.raises(DataError, match=r"not declared \(2, 3; declared are 1\)"):
+        run(folders, preset="MSD Spleen")
+
+
+def write_seg(path):
+    """The header of a DICOM Segmentation in place of a label map."""
+    pydicom = pytest.importorskip("pydicom")
+    header = pydicom.Dataset()
+    header.SOPClassUID, header.SOPInstanceUID = pydicom.uid.SegmentationStorage, pydicom.uid.generate_uid()
+    header.SeriesInstanceUID, header.Modality = pydicom.uid.generate_uid(), "SEG"
+    header.file_meta = pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    path.unlink()
+    header.save_as(path.with_name(path.name.replace(".nii.gz", ".dcm")), enforce_file_format=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out, no scan")
+@pytest.mark.parametrize("side", ["pred", "other"])
+def test_dicom_seg_is_refused_with_the_way_out_before_any_score(folders, side):
+    cases = [{"id": name, "prediction": f"{name}.dcm"} for name in "abcde"]
+    content = {"cases": cases, "labels": json.loads(LABELS)["labels"]}
+    (folders / side / "predictions.json").write_text(json.dumps(content))
+    for name in "abcde":
+        write_seg(folders / side / f"{name}.nii.gz")
+    with pytest.raises(DataError, match=rf"{side}.a\.dcm: is a DICOM-SEG.*mim3d predict.*--format nii\.gz"):
+        run(folders, compare=folders / "other")
+    (folders / side / "predictions.json").unlink()
+    with pytest.raises(DataError, match=rf"{side}.a\.dcm: is a DICOM-SEG.*--format nii\.gz"):
+        run(folders, compare=folders / "other")
+    assert not (folders / "s.json").exists()
+
+
+def test_references_in_dicom_seg_are_refused_too(folders):
+    write_seg(folders / "ref" / "a.nii.gz")
+    with pytest.raises(DataError, match=r"a\.dcm: is a DICOM-SEG.*convert it to NIfTI"):
+        run(folders, references=[str(folders / "ref" / "a.dcm")])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"preset": "COVID-19-2O"}, "no preset 'COVID-19-2O'.*COVID-19-20"),
+        ({"preset": "CC-CCII"}, "CC-CCII is for classification"),
         ({"regions": {"core": []}}, r"regions\.core is empty"),
         ({"regions": {"core": [7]}}, r"regions\.core holds '7', which is not declared"),
         ({"regions": {"core": ["necrose"]}}, "Did you mean 'necrosis'"),

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from mim3d.backbones import create_recipe
+from mim3d.commands.cache import cache
 from mim3d.commands.finetune import finetune
 from mim3d.commands.held_out import choose_split
 from mim3d.commands.predict import predict
+from mim3d.commands.pretrain import pretrain
 from mim3d.config import to_named
 from mim3d.data.cases import Case, read_cases
 from mim3d.data.train_parts import TrainPart
@@ -168,6 +170,31 @@ def test_a_cache_can_be_the_data_and_can_be_shared_by_runs_of_any_share(ball_set
     trains = [{case["id"] for case in split["train"]} for split in splits]
     assert len(trains[0]) == 2 and trains[0] < trains[1] == trains[2]
     assert splits[0]["val"] == splits[1]["val"]
+
+
+def test_the_cache_of_pretraining_is_refused_as_labelled_data_with_the_way_to_one(ball_set, tmp_path):
+    levels = [{"name": "only", "footprint": [16] * 3, "size": [16] * 3, "mask_ratio": 0.5}]
+    run = Path(
+        pretrain(
+            str(ball_set),
+            str(tmp_path / "pre"),
+            method={"name": "MiM", "levels": levels},
+            backbone=BACKBONE,
+            max_steps=1,
+            num_workers=0,
+            pictures_every=10,
+        )
+    )
+    expected = (
+        rf"^{run / 'cache'} is a cache of scans without labels, such as pre-training makes \(ball_0, .* and 1 more\); "
+        r"make one from the labelled data set first \(mim3d cache DATA --out CACHE\), or give the data set itself\.$"
+    )
+    for fold in (0, "all"):
+        with pytest.raises(DataError, match=expected):
+            tune(run / "cache", tmp_path / "run", fold=fold, weights=str(run), backbone=None)
+    assert not (tmp_path / "run").exists()
+    labelled = cache(str(ball_set), str(tmp_path / "labelled"))
+    tune(Path(labelled), tmp_path / "run", weights=str(run), backbone=None, max_steps=1, batch_size=1)
 
 
 def test_without_a_fold_all_cases_train_and_the_last_weights_are_kept(ball_set, tmp_path):

@@ -2,18 +2,30 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+import torch
 
+from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.cli import main
 from mim3d.commands.finetune import finetune
 from mim3d.commands.folds import tune_folds
-from mim3d.commands.tuning import Tuned
-from mim3d.errors import ConfigError, DataError
-from mim3d.weights import read_card
+from mim3d.commands.leakage import SEEN_NAME, labelled, seen_from, write_seen
+from mim3d.commands.presets import apply_preset
+from mim3d.commands.tuning import Tuned, tune
+from mim3d.config import read_yaml, to_named
+from mim3d.data.cache import build_cache, open_cache
+from mim3d.data.cases import read_cases
+from mim3d.data.fold_lists import fold_numbers
+from mim3d.data.preprocessing import Preprocessing
+from mim3d.errors import CheckpointError, ConfigError, DataError
+from mim3d.run import read_run
+from mim3d.weights import read_card, save_network
 from tests.commands.conftest import BACKBONE, TASK
+from tests.miniatures import MINIATURES, Miniature
 
 SETTINGS = {
     "task": TASK,
@@ -81,6 +93,7 @@ def test_existing_folds_are_refused_without_resume(ball_set: Path, folds: Path) 
         ({"num_folds": 1}, ConfigError, "num_folds >= 2"),
         ({"devices": 2}, ConfigError, "one device"),
         ({"train_cases": 5}, DataError, "there are 4 patients"),
+        ({"task": "segmentatoin"}, ConfigError, "segmentation"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_fold(ball_set, tmp_path, changes, error, message):
@@ -108,7 +121,7 @@ def arguments(data: Path, out: Path, **changes: object) -> dict[str, object]:
 def test_a_fold_that_stops_ends_the_session_and_later_folds_wait(ball_set: Path, tmp_path: Path, capsys) -> None:
     seen = []
 
-    def stopped(given) -> Tuned:
+    def stopped(given, every_fold) -> Tuned:
         seen.append(given["fold"])
         return Tuned(Path(given["out"]), finished=given["fold"] == 0, step=1, scores={"dice": 0.5})
 
@@ -125,9 +138,196 @@ def test_the_longest_time_is_that_of_all_folds_together(ball_set: Path, tmp_path
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
     seen = []
 
-    def quick(given) -> Tuned:
+    def quick(given, every_fold) -> Tuned:
         seen.append(given["max_time"])
         return Tuned(Path(given["out"]), finished=True, step=1, scores={})
 
     tune_folds(arguments(ball_set, tmp_path / "out", max_time="00:01:00"), quick)
     assert seen == ["00:01:00", "00:00:20"]
+
+
+#: One case of every published fold of BTCV, in the order of the folds.
+CASES = ("35", "29", "23", "7", "1")
+
+PRESET = {
+    "preset": "BTCV",
+    "task": {**TASK, "patch_size": [16, 16, 8]},
+    "fold": "all",
+    "max_steps": 2,
+    "batch_size": 1,
+    "num_workers": 0,
+    "pictures_every": None,
+    "strict": False,
+}
+
+
+def write_encoder(folder: Path, seen=()) -> Path:
+    """A run of pre-training, as far as fine-tuning looks at it, that learned from some scans."""
+    torch.manual_seed(1)
+    recipe = create_recipe(BACKBONE)
+    folder.mkdir(parents=True)
+    write_seen(folder, seen_from(list(seen), None))
+    card = {"backbone": to_named(recipe, BACKBONES), "spacing_mm": None}
+    save_network(folder / "encoder", recipe.build(), card, beside=[folder / SEEN_NAME])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def btcv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of BTCV in which every fold holds one case out."""
+    folder = tmp_path_factory.mktemp("btcv")
+    mini = MINIATURES["BTCV"]
+    mini.write(Miniature(mini.name, CASES[1:], CASES[:1], mini.write), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(btcv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder that learned from the cases that fold 0 trains on, stored as pre-training does."""
+    root = tmp_path_factory.mktemp("pretrained")
+    cases = read_cases(str(btcv / "imagesTr"), recursive_images_only=True)
+    scans = build_cache(cases, root / "cache", Preprocessing(intensities="8-bit"))
+    seen = [scan for scan in labelled(scans) if "0035" not in scan.id]
+    assert len(seen) == len(CASES) - 1
+    return write_encoder(root / "run", seen)
+
+
+@pytest.fixture(scope="module")
+def preset_folds(btcv: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory):
+    """All folds of the preset from the encoder, killed between fold 2 and fold 3, and the warnings of each fold."""
+    out = tmp_path_factory.mktemp("preset") / "all"
+    told: dict[int, list[str]] = {}
+
+    def killed(given, every_fold) -> Tuned:
+        if given["fold"] == 3:
+            raise KeyboardInterrupt
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = tune(given, every_fold=every_fold)
+        told[given["fold"]] = [str(warning.message) for warning in caught]
+        return result
+
+    from mim3d.commands import finetune as module
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "tune", killed)
+        finetune(str(btcv), str(out), weights=str(pretrained), **PRESET)
+    return out, told
+
+
+def test_each_fold_of_a_preset_holds_out_its_published_cases_and_starts_from_the_weights(preset_folds):
+    out, _ = preset_folds
+    for fold in range(3):
+        split = json.loads((out / f"fold_{fold}" / "split.json").read_text())
+        assert [case["id"][-4:] for case in split["val"]] == [CASES[fold].zfill(4)]
+        assert CASES[fold] in fold_numbers("BTCV")[fold] and len(split["train"]) == len(CASES) - 1
+        config = read_run(out / f"fold_{fold}").config
+        assert config["intensity"]["window"] == [-175.0, 250.0] and config["spacing_mm"] == [1.5, 1.5, 2.0]
+        assert config["backbone"]["widths"] == BACKBONE["widths"]
+    assert {scan.case.id[-4:] for scan in open_cache(out / "cache")} == {number.zfill(4) for number in CASES}
+
+
+def test_every_fold_but_the_one_that_pretraining_left_out_says_that_its_case_was_seen(preset_folds, pretrained):
+    _, told = preset_folds
+    seen = {fold: [line for line in lines if "in the pre-training data of" in line] for fold, lines in told.items()}
+    assert [len(seen[fold]) for fold in range(3)] == [0, 1, 1]
+    for fold in (1, 2):
+        expected = f"1 of 1 held-out cases is in the pre-training data of {pretrained}: img{CASES[fold].zfill(4)} ("
+        assert seen[fold][0].startswith(expected)
+
+
+def test_what_is_missing_is_told_by_its_fold_alone(preset_folds):
+    _, told = preset_folds
+    for fold, lines in told.items():
+        missing = [line for line in lines if "are not here" in line]
+        assert len(missing) == 2 and all(f"fold {fold} of BTCV" in line for line in missing)
+
+
+def test_killed_between_two_folds_it_has_a_summary_and_goes_on_to_the_end(preset_folds, capsys):
+    out, _ = preset_folds
+    before = json.loads((out / "summary.json").read_text())
+    assert [fold["fold"] for fold in before["folds"]] == [0, 1, 2] and before["num_folds"] == 5
+    metrics = {fold: (out / f"fold_{fold}" / "metrics.jsonl").read_text() for fold in range(3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["finetune", "--config", str(out / "config.yaml"), "--out", str(out), "--resume", "true"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("preset BTCV (published folds): 4 cases to train on, 1 held out") == 5
+    assert f"mim3d predict --weights {out}/fold_*" in told
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["folds"][:3] == before["folds"] and [fold["path"] for fold in summary["folds"][3:]] == [
+        "fold_3",
+        "fold_4",
+    ]
+    scores = [read_card(out / f"fold_{fold}", ("segmenter",))["scores"]["dice"] for fold in range(5)]
+    assert summary["mean"]["dice"] == pytest.approx(fmean(scores))
+    assert metrics == {fold: (out / f"fold_{fold}" / "metrics.jsonl").read_text() for fold in range(3)}
+
+
+def test_resumed_from_other_weights_it_is_refused_and_can_still_go_on_as_it_was(preset_folds, btcv, tmp_path):
+    out, _ = preset_folds
+    config = read_yaml(out / "config.yaml")
+    torch.manual_seed(2)
+    other = write_encoder(tmp_path / "other")
+    with pytest.raises(ConfigError, match="other"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        finetune(str(btcv), str(out), weights=str(other), resume=True, **PRESET)
+    assert read_yaml(out / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_folds": 3}, ConfigError, "the 5 folds of preset BTCV are fixed"),
+        ({"split_seed": 1}, ConfigError, "split_seed is 1"),
+        ({"strict": None}, DataError, "5 of the 6 cases that fold 0 of BTCV holds out"),
+        ({"preset": "BCTV"}, ConfigError, "Did you mean 'BTCV'"),
+    ],
+)
+def test_what_a_preset_is_not_for_is_refused_before_the_first_of_all_folds(btcv, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        finetune(str(btcv), str(tmp_path / "out"), **{**PRESET, **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_of_which_a_fold_has_no_case_is_refused_before_the_first_fold(tmp_path):
+    mini = MINIATURES["BTCV"]
+    mini.write(mini, tmp_path / "set")
+    with pytest.raises(DataError, match="6 of the 6 cases that fold 2 of BTCV holds out"):
+        finetune(str(tmp_path / "set"), str(tmp_path / "out"), **PRESET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_of_a_preset_serves_all_folds(btcv, tmp_path):
+    arguments_ = dict.fromkeys(("weights", "backbone", "spacing_mm", "intensity", "fold", "max_steps", "max_epochs"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, source, _ = apply_preset("BTCV", str(btcv), {**arguments_, "task": "segmentation", "num_folds": 5})
+        build_cache(source, tmp_path / "cache", Preprocessing(spacing_mm=(1.5, 1.5, 2.0)))
+        seen = []
+
+        def quick(given, every_fold) -> Tuned:
+            seen.append((given["fold"], every_fold))
+            return Tuned(Path(given["out"]), finished=True, step=1, scores={"dice": 0.1 * given["fold"]})
+
+        given = arguments(tmp_path / "cache", tmp_path / "out", num_folds=5, preset="BTCV", strict=False)
+        tune_folds(given, quick)
+    assert seen == [(0, True), (1, False), (2, False), (3, False), (4, False)]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["mean"]["dice"] == pytest.approx(0.2)
+
+
+def test_strict_refuses_weights_that_saw_what_a_later_fold_holds_out_before_the_first_is_trained(ball_set, tmp_path):
+    scans = build_cache(read_cases(str(ball_set)), tmp_path / "cache", Preprocessing())
+    held_out = {"ball_0", "ball_5"}
+    encoder = write_encoder(tmp_path / "pre", [scan for scan in labelled(scans) if scan.id in held_out])
+    given = {**SETTINGS, "backbone": None, "weights": str(encoder), "strict": True}
+    with pytest.raises(DataError, match=r"2 of 6 held-out cases are in the pre-training data .*strict: refused"):
+        finetune(str(ball_set), str(tmp_path / "out"), **given)
+    assert not (tmp_path / "out" / "fold_0" / "segmenter").exists()
+    assert not (tmp_path / "out" / "fold_1").exists()
+
+
+def test_weights_that_are_not_there_are_refused_before_a_fold_is_made(ball_set, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        finetune(str(ball_set), str(tmp_path / "out"), **{**SETTINGS, "weights": str(tmp_path / "nowhere")})
+    assert not (tmp_path / "out" / "fold_0").exists()

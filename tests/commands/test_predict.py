@@ -14,10 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 
+from mim3d.commands.held_out import held_out_cases, write_split
 from mim3d.commands.predict import predict
 from mim3d.commands.predictions import input_cases
+from mim3d.data.cases import Case, Split
 from mim3d.data.volumes import read_volume
 from mim3d.errors import CheckpointError, ConfigError, DataError
+from mim3d.run import Run
 from tests.labelled import ball_scan, write_scan
 
 
@@ -269,9 +272,40 @@ def test_networks_that_do_not_belong_together_are_refused(segmenter_run, other_r
             predict([str(segmenter_run), str(other)], out, input=scan)
     with pytest.raises(ConfigError, match="same weights"):
         predict([str(segmenter_run), str(segmenter_run / "segmenter")], out, input=scan)
-    with pytest.raises(ConfigError, match="may have learned"):
-        predict([str(segmenter_run), str(other_run)], out)
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_are_an_ensemble_of_the_cases_that_all_of_them_held_out_and_of_no_others(
+    segmenter_run, other_run, tmp_path
+):
+    weights = [str(segmenter_run), str(other_run)]
+    split = json.loads((segmenter_run / "split.json").read_text())
+    exchanged = {"train": [*split["train"][1:], split["val"][0]], "val": [split["train"][0], *split["val"][1:]]}
+    (other_run / "split.json").write_text(json.dumps(exchanged))
+    with pytest.raises(ConfigError, match=r"held out different cases.*--input"):
+        predict(weights, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    shutil.copy(segmenter_run / "split.json", other_run)
+    out = predict(weights, str(tmp_path / "out"))
+    assert [case["id"] for case in listing(Path(out))["cases"]] == [case["id"] for case in split["val"]]
+    (other_run / "split.json").unlink()
+
+
+def test_held_out_cases_keep_their_ids_in_their_list(tmp_path):
+    cases = [
+        # As nnU-Net names them, as a folder of slices and as one of two files of a name.
+        Case(
+            id="brain_1",
+            images=(str(tmp_path / "brain_1_0000.nii.gz"), str(tmp_path / "brain_1_0001.nii.gz")),
+            patient="a",
+        ),
+        Case(id="NCP_7_12", images=(str(tmp_path / "NCP" / "7" / "12"),), patient="7"),
+        Case(id="first_ct", images=(str(tmp_path / "first" / "ct.nii.gz"),), patient="first_ct"),
+    ]
+    run = Run.create(tmp_path / "run", command="finetune", settings={}, inputs={})
+    write_split(run, Split(train=(), val=tuple(cases)))
+    assert held_out_cases(tmp_path / "run") == cases
+    assert input_cases(str(tmp_path / "run" / "held_out.csv")) == cases
 
 
 def test_probabilities_lie_beside_the_label_map_and_decide_it(segmenter_run, scans, tmp_path):
@@ -362,7 +396,7 @@ def test_a_classifier_is_handed_to_the_command_for_classes(segmenter_run, scans,
     module.predict_classes = lambda *arguments: asked.append(arguments) or "table"
     monkeypatch.setitem(sys.modules, "mim3d.commands.classify", module)
     assert predict(str(folder.parent), str(tmp_path / "out"), input=str(scans), batch_size=2) == "table"
-    assert asked == [([str(folder.parent)], str(tmp_path / "out"), str(scans), 2, "auto", False)]
+    assert asked == [([str(folder.parent)], str(tmp_path / "out"), str(scans), 2, None, "auto", False)]
 
 
 def test_a_dicom_series_and_foreign_formats_get_label_maps_on_their_grids(segmenter_run, shared_data, tmp_path):

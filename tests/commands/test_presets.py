@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from mim3d.backbones import create_recipe
+from mim3d.cli import main
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
 from mim3d.commands.presets import apply_preset, preset_settings
 from mim3d.config import to_mapping
 from mim3d.data.cache import Cache, build_cache
+from mim3d.data.cases import read_cases
 from mim3d.data.datasets import PRESETS
 from mim3d.data.loading import Loader
 from mim3d.data.preprocessing import Preprocessing
@@ -96,6 +98,51 @@ def test_probabilities_are_as_published_along_every_axis_and_nothing_else_is_var
     covid = create_task(preset_settings(PRESETS["COVID-19-20"], 0, 16)["task"]).augmentation
     assert (covid.affine_prob, covid.noise_prob, covid.rotate90_prob) == (0.15, 0.15, 0)
     assert "augmentation" not in preset_settings(PRESETS["MM-WHS CT"], 0, 16)["task"]
+
+
+SIDED = {
+    "BTCV": "right kidney, left kidney, right adrenal gland, left adrenal gland, inferior vena cava",
+    "AMOS22": "right kidney, left kidney, right adrenal gland, left adrenal gland, inferior vena cava",
+    "FLARE22": "right kidney, right adrenal gland, left adrenal gland, left kidney, inferior vena cava",
+}
+
+
+@pytest.mark.parametrize("key", ["BTCV", "AMOS22", "FLARE22", "MSD Spleen", "MM-WHS CT", "BraTS", "COVID-19-20"])
+def test_a_preset_that_mirrors_sided_labels_says_so_in_one_line_with_the_remedy(key, folders, capsys):
+    apply_preset(MINIATURES[key].name, folders(key), arguments(backbone="hybrid_nano"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "mirrored" in line]
+    expected = (
+        f"crops are mirrored along X, Y, Z, as published, although labels name a side ({SIDED.get(key)}); "
+        "to keep the sides apart: --task.augmentation.flip_axes 1"
+    )
+    assert told == ([expected] if key in SIDED else [])
+
+
+@pytest.mark.parametrize("changed", [{"flip_axes": [1]}, {"flip_prob": 0.0}])
+def test_nothing_is_said_of_mirroring_once_the_remedy_is_taken(changed, folders, capsys):
+    task = {"name": "segmentation", "augmentation": changed}
+    merged, _, _ = apply_preset("BTCV", folders("BTCV"), arguments(task=task))
+    assert "mirrored" not in capsys.readouterr().out
+    assert merged["task"]["augmentation"]["flip_prob"] == changed.get("flip_prob", 0.1)
+
+
+def test_the_remedy_against_mirroring_is_understood_by_the_command_line(folders, tmp_path, capsys):
+    words = ["finetune", "--preset", "BTCV", "--data", str(folders("BTCV")), "--out", str(tmp_path / "run")]
+    words += ["--backbone", "hybrid_nano", "--task.patch_size", "16", "16", "16", "--task.augmentation.flip_axes", "1"]
+    words += ["--max_steps", "1", "--batch_size", "1", "--num_workers", "0", "--strict", "false"]
+    assert main(words) == 0
+    assert read_run(tmp_path / "run").config["task"]["augmentation"]["flip_axes"] == [1]
+    assert "as published, although" not in capsys.readouterr().out
+
+
+def test_a_cache_of_scans_without_labels_is_refused_with_the_way_to_one_with_labels(folders, tmp_path):
+    cases = read_cases(str(folders("BTCV") / "imagesTr"), recursive_images_only=True)
+    build_cache(cases, tmp_path / "cache", Preprocessing(intensities="8-bit"))
+    expected = (
+        r"cache is a cache of scans without labels.*from the folder of BTCV first \(mim3d cache DATA --out CACHE\)"
+    )
+    with pytest.raises(DataError, match=expected):
+        apply_preset("BTCV", str(tmp_path / "cache"), arguments())
 
 
 def test_a_patch_is_rounded_up_to_whole_tokens_and_the_run_says_so(folders, capsys):

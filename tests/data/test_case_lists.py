@@ -45,6 +45,12 @@ def test_a_json_list_takes_the_same_keys_and_may_declare_labels(tmp_path):
     assert declared.cases == plain.cases
 
 
+def test_a_list_may_name_its_cases(tmp_path):
+    found = read(tmp_path, "id,image\nfirst,a/ct.nii.gz\n,b/ct.nii.gz\n")
+    assert [case.id for case in found.cases] == ["first", "ct"]
+    assert [case.patient for case in found.cases] == ["first", "ct"]
+
+
 def test_images_only_drops_labels_of_a_list(tmp_path):
     path = tmp_path / "list.csv"
     path.write_text("image,label\nx.nii.gz,y.nii.gz\n")
@@ -62,6 +68,8 @@ def test_images_only_drops_labels_of_a_list(tmp_path):
         ("image,label\n,y.nii\n", "line 2: no image"),
         ("image\na.nii;;b.nii\n", "line 2: no image"),
         ("image\na,b.nii\n", "line 2: 2 cells but 1 columns"),
+        ("id,image\na,x.nii\nA,y.nii\n", "line 3: the id 'A' is that of an earlier row"),
+        ("id,image\n../a,x.nii\n", r"line 2: the id '\.\./a' cannot be the name of a file"),
         ("image,split\nx.nii,trian\n", "unknown split 'trian'.*train"),
         ("image\nx.nii\ny.nii\nx.nii\n", "entries 1 and 3 are the same image"),
     ],

@@ -19,6 +19,88 @@ def touch(root: Path, *paths: str) -> None:
         (root / path).write_bytes(b"x")
 
 
+#: An image of each set as it lies below the set's folder, by the name of the set.
+IMAGES = {
+    "BTCV": ("imagesTr/img0001.nii.gz", "RawData/Training/img/img0034.nii.gz"),
+    "TCIA Covid19": ("volume-covid19-A-0000.nii.gz", "data/volume-covid19-A-0721_day008.nii.gz"),
+    "LUNA16": ("subset0/1.3.6.1.mhd", "subset9/subset9/1.3.6.2.mhd", "subset_0/1.3.6.1.nii.gz"),
+    "STOIC 2021": ("data/mha/10.mha", "nii_gz/10.nii.gz"),
+    "FLARE23": ("imagesTr2200/FLARE23_0001_0000.nii.gz", "unlabeledTr1800/FLARE23_2201_0000.nii.gz"),
+    "TotalSegmentator": ("s0000/ct.nii.gz", "s1405/ct.nii.gz"),
+}
+
+#: Files that lie beside the images and are none of the list's.
+OTHERS = {
+    "BTCV": ("labelsTr/label0001.nii.gz", "imagesTs/img0061.nii.gz", "imagesTr/img0035.nii.gz"),
+    "TCIA Covid19": ("volume-covid19-A-0003_seg.nii.gz",),
+    "LUNA16": ("seg-lungs-LUNA16/1.3.6.1.mhd", "annotations.csv"),
+    "STOIC 2021": ("metadata/reference.csv",),
+    "FLARE23": (
+        "labelsTr2200/FLARE23_0001.nii.gz",
+        "validation/FLARE23Ts_0001_0000.nii.gz",
+        "val-gt-50cases-for-sanity-check/FLARE23Ts_0001.nii.gz",
+        "imagesTr2200-pseudo-labels/FLARE23_0001.nii.gz",
+    ),
+    "TotalSegmentator": ("s0000/segmentations/spleen.nii.gz",),
+}
+
+FOLDERS = [(scans, folder) for scans in LISTS["all"] for folder in scans.folders]
+
+
+@pytest.mark.parametrize(("scans", "folder"), FOLDERS, ids=[folder for _, folder in FOLDERS])
+def test_every_accepted_folder_is_found_with_its_images_alone(scans, folder, tmp_path):
+    images = IMAGES.get(scans.name, ("00001.nii.gz", "patient/study/series.nii.gz"))
+    touch(tmp_path / "manifest-1600709154662" / folder, *images, *OTHERS.get(scans.name, ("notes.csv",)))
+    lines: list[str] = []
+    with pytest.warns(UserWarning, match="14 of the 15 sets"):
+        cases = pretraining_list("all", tmp_path, tell=lines.append)
+    assert names(cases) == sorted(f"manifest-1600709154662/{folder}/{image}" for image in images)
+    of_all = "" if scans.num_scans is None else f" of {scans.num_scans:,}"
+    assert f"{scans.name} ({scans.region}): {len(images)}{of_all} scans in {tmp_path}" in "\n".join(lines)
+
+
+def test_no_folder_belongs_to_two_sets():
+    plain = [re.sub(r"[^a-z0-9]", "", folder.lower()) for _, folder in FOLDERS]
+    assert len(plain) == len(set(plain))
+
+
+@pytest.mark.parametrize(
+    "scans", [scans for scans in LISTS["all"] if scans.name in IMAGES], ids=lambda scans: scans.name
+)
+def test_what_a_message_expects_is_what_is_read(scans):
+    example = re.findall(r"\S+\.(?:nii\.gz|mhd|mha)", scans.expected)[-1]
+    assert any(image.endswith(example) for image in IMAGES[scans.name])
+
+
+def test_other_collections_of_like_names_are_not_taken(tmp_path):
+    for folder in ("COVID-19-AR", "HNSCC-3DCT-RT", "DICOM-LIDC-IDRI-Nodules", "FLARE22", "LUNA25"):
+        touch(tmp_path / folder, "00001.nii.gz", "subset0/1.mhd", "imagesTr/FLARE_0001_0000.nii.gz")
+    with pytest.raises(DataError, match="holds none of the sets of the list all"):
+        pretraining_list("all", tmp_path)
+
+
+def test_a_folder_of_another_layout_is_told_with_what_was_expected_in_it(tmp_path):
+    touch(tmp_path, "LUNA16/images/1.3.6.1.mhd")
+    expected = (
+        r"LUNA16: no scan of LUNA16 in here; expected the folders subset0 to subset9 with files such as .*\.mhd\.$"
+    )
+    with pytest.raises(DataError, match=expected):
+        pretraining_list("10k", tmp_path)
+    touch(tmp_path, "stoic21/data/mha/1.mha")
+    with pytest.warns(UserWarning) as told:
+        cases = pretraining_list("10k", tmp_path)
+    assert names(cases) == ["stoic21/data/mha/1.mha"]
+    assert len(told) == 2 and re.search(expected, str(told[0].message))
+
+
+def test_more_scans_than_the_list_has_are_said_to_be_more(tmp_path):
+    touch(tmp_path, *(f"Head-Neck-PET-CT/{index:05d}.nii.gz" for index in range(385)))
+    lines: list[str] = []
+    with pytest.warns(UserWarning, match="not here"):
+        pretraining_list("all", tmp_path, tell=lines.append)
+    assert any(line.startswith("HN-PET (head and neck): 385 scans, of which the list has 384, in /") for line in lines)
+
+
 @pytest.fixture
 def tree(tmp_path):
     """Sets as their owners publish them, with their masks, their test scans, and other folders."""
@@ -108,7 +190,7 @@ def test_a_line_for_each_set_says_what_is_there(tree):
     assert len(lines) == 8
     assert lines[0] == f"BTCV (abdomen): 24 of 24 scans in {tree / 'BTCV'}"
     assert lines[1].startswith("TCIA Covid19 (chest): 1 of 722 scans in ")
-    assert lines[5] == "LIDC (chest): 0 of 589 scans: no folder named LIDC-IDRI or LIDC"
+    assert lines[5] == "LIDC (chest): 0 of 589 scans: no folder named LIDC-IDRI, LIDC or LIDC_convert_v1"
 
 
 def test_the_folder_of_a_single_set_will_do(tree):

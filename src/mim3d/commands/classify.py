@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,14 @@ import torch
 
 from mim3d.commands.class_table import FAILED_NAME, ClassTable
 from mim3d.commands.devices import choose_device
-from mim3d.commands.held_out import held_out_cases
+from mim3d.commands.held_out import held_out_by_all
 from mim3d.commands.predictions import input_cases
 from mim3d.commands.scan_progress import ScanProgress, close_scans
 from mim3d.data.cases import Case
 from mim3d.data.preprocessing import Prepared
 from mim3d.errors import ConfigError, DataError
 from mim3d.tasks.classifier import Classifier, load_classifier
+from mim3d.types import Named
 
 #: What one classifier sees of one scan.
 Box = npt.NDArray[np.float32]
@@ -28,6 +28,7 @@ def predict_classes(
     out: str,
     input: str | list[str] | None,
     batch_size: int,
+    backbone: Named | None,
     accelerator: str,
     overwrite: bool,
 ) -> str:
@@ -42,6 +43,7 @@ def predict_classes(
         out: folder for the table.
         input: scans, with labels where boxes lie around them; the held-out cases of the runs if None.
         batch_size: scans per call of a network.
+        backbone: encoder, where a card names a class that is not mim3d's own.
         accelerator: auto, cpu, cuda or mps.
         overwrite: do scans again that are finished, and replace predictions of other networks.
     Returns:
@@ -55,9 +57,9 @@ def predict_classes(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.")
     device = choose_device(accelerator)
-    classifiers = [load_classifier(path, device=device) for path in weights]
+    classifiers = [load_classifier(path, device=device, backbone=backbone) for path in weights]
     _require_same_classes(classifiers, weights)
-    cases = _held_out(weights) if input is None else input_cases(input, with_labels=True)
+    cases = held_out_by_all(weights) if input is None else input_cases(input, with_labels=True)
     table = ClassTable.open(out, _identity(classifiers, weights), overwrite=overwrite)
     remaining = [case for case in cases if not table.is_finished(case)]
     with ScanProgress(len(remaining)) as progress:
@@ -128,23 +130,6 @@ def _require_same_classes(classifiers: Sequence[Classifier], weights: Sequence[s
                     f"{path} has {what} {other}, but {weights[0]} has {one}; only classifiers of the same data "
                     "can be averaged."
                 )
-
-
-def _held_out(weights: Sequence[str]) -> list[Case]:
-    """The cases that all of the runs held out.
-
-    Raises:
-        ConfigError: runs that held out different cases, so that one learned from what another is tested on.
-        DataError: a run that held out nothing.
-    """
-    first, *others = [held_out_cases(Path(path)) for path in weights]
-    for cases, path in zip(others, weights[1:], strict=True):
-        if {case.images for case in cases} != {case.images for case in first}:
-            raise ConfigError(
-                f"{weights[0]} and {path} held out different cases, so each learned from cases of the other; predict "
-                "with one run at a time, or name new scans with --input."
-            )
-    return first
 
 
 def _identity(classifiers: Sequence[Classifier], weights: Sequence[str]) -> dict[str, Any]:

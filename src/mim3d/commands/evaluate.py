@@ -2,17 +2,21 @@
 
 import math
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mim3d.data.class_tables import is_class_table
 from mim3d.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mim3d.data.datasets import Preset
 
 
 def evaluate(
     predictions: str,
     references: str | list[str],
     out: str,
-    nsd_tolerance_mm: float = 1.0,
+    preset: str | None = None,
+    nsd_tolerance_mm: float | None = None,
     labels: list[str] | None = None,
     regions: dict[str, list[int | str]] | None = None,
     lesions: bool | list[str] = False,
@@ -44,10 +48,13 @@ def evaluate(
         references: folder of label maps (labelsTr), label files, or any form of DATA with labels; with a table of
             classes, a .csv with id, case or image, and a class. A column patient says which cases belong together.
         out: file of scores to write, ending in .json; a table of the cases (.csv) comes beside it.
-        nsd_tolerance_mm: distance in mm up to which two surfaces agree.
+        preset: published data set, such as COVID-19-20, that gives the tolerance of surfaces, the names of labels and
+            the regions, as far as the settings below do not.
+        nsd_tolerance_mm: distance in mm up to which two surfaces agree; that of the preset, or 1 mm, if left out.
         labels: names or values of the labels to score; every declared one if left out.
         regions: unions of labels to score in place of single ones, such as '{whole tumour: [1, 2, 3]}', by value or
-            name; those that the predictions' own list declares if left out. --labels adds single ones.
+            name; if left out, those of the preset, or that the predictions' own list declares. --labels adds single
+            ones.
         lesions: true scores the lesions of every label one by one; names, those of these labels or regions.
         lesion_overlap: least intersection over union for a lesion to count as found; 0 asks for one shared voxel.
         lesion_matching: many lets a lesion count for several others, one_to_one for one at most.
@@ -69,8 +76,9 @@ def evaluate(
         Path of the file of scores.
 
     Raises:
-        ConfigError: `out` cannot be written, a setting that cannot work, or a label or class that is unknown.
-        DataError: nothing to match, an unreadable file, grids that disagree, or an undeclared label value.
+        ConfigError: `out` cannot be written, a setting that cannot work, or a preset, label or class that is unknown.
+        DataError: nothing to match, an unreadable file (a DICOM-SEG for one), grids that disagree, or an undeclared
+            label value.
     """
     given = dict(locals())
     _check_settings(out, nsd_tolerance_mm, num_workers)
@@ -81,9 +89,13 @@ def evaluate(
     return _evaluate_labels(given)
 
 
+#: Distance up to which two surfaces agree where neither a flag nor a preset says so.
+NSD_TOLERANCE_MM = 1.0
+
 #: Settings of one kind of predictions that mean nothing to the other, with their defaults.
 _FOR_MAPS = {
-    "nsd_tolerance_mm": 1.0,
+    "preset": None,
+    "nsd_tolerance_mm": None,
     "labels": None,
     "regions": None,
     "lesions": False,
@@ -109,7 +121,19 @@ def _evaluate_labels(given: dict[str, Any]) -> str:
     bootstrap = Bootstrap(num_bootstrap=given.pop("num_bootstrap"), seed=given.pop("seed"))
     settings = {name: value for name, value in given.items() if name not in _FOR_CLASSES}
     settings["out"] = os.path.abspath(settings["out"])
+    preset = settings["preset"] = None if settings["preset"] is None else _segmentation_preset(settings["preset"])
+    if settings["nsd_tolerance_mm"] is None:
+        settings["nsd_tolerance_mm"] = NSD_TOLERANCE_MM if preset is None else preset.nsd_tolerance_mm
     return LabelEvaluation(**settings, lesion_settings=LesionSettings(**lesions), bootstrap=bootstrap).run()
+
+
+def _segmentation_preset(name: str) -> "Preset":
+    from mim3d.data.datasets import find_preset
+
+    preset = find_preset(name)
+    if preset.task != "segmentation":
+        raise ConfigError(f"preset {preset.name} is for {preset.task}, but predictions are label maps; leave it out.")
+    return preset
 
 
 def _evaluate_classes(given: dict[str, Any]) -> str:
@@ -142,7 +166,7 @@ def _one_table(references: str | list[str]) -> str:
     return names[0]
 
 
-def _check_settings(out: str, nsd_tolerance_mm: float, num_workers: int | None) -> None:
+def _check_settings(out: str, nsd_tolerance_mm: float | None, num_workers: int | None) -> None:
     if not out.lower().endswith(".json"):
         raise ConfigError(f"out is {out}, but a file of scores ends in .json; use {out.rstrip('/')}.json.")
     if os.path.isdir(out):
@@ -154,7 +178,7 @@ def _check_settings(out: str, nsd_tolerance_mm: float, num_workers: int | None) 
         raise ConfigError(f"out is {out}, but {folder} cannot be made ({error.strerror}).") from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"out is {out}, but {folder} cannot be written to; choose another.")
-    if not math.isfinite(nsd_tolerance_mm) or nsd_tolerance_mm < 0:
+    if nsd_tolerance_mm is not None and (not math.isfinite(nsd_tolerance_mm) or nsd_tolerance_mm < 0):
         raise ConfigError(f"nsd_tolerance_mm is {nsd_tolerance_mm}, but it takes a length in mm from 0.")
     if num_workers is not None and num_workers < 0:
         raise ConfigError(f"num_workers is {num_workers}, but it takes a number from 0, or nothing for one per core.")

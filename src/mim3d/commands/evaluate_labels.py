@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mim3d.commands import score_files
 from mim3d.commands.scored_names import Scored, chosen_lesions, scored_names
@@ -27,6 +27,12 @@ from mim3d.metrics import (
 )
 from mim3d.progress import counted
 
+if TYPE_CHECKING:
+    from mim3d.data.datasets import Preset
+
+#: SOP classes of DICOM-SEG: Segmentation Storage and Label Map Segmentation Storage (PS3.4 B.5).
+_DICOM_SEG = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+
 CaseScores = Mapping[str, LabelScore]
 
 
@@ -37,6 +43,7 @@ class LabelEvaluation:
     predictions: str
     references: str | Sequence[str]
     out: str
+    preset: "Preset | None"
     nsd_tolerance_mm: float
     labels: Sequence[str] | None
     regions: Mapping[str, Sequence[int | str]] | None
@@ -77,7 +84,16 @@ class LabelEvaluation:
         return self.out
 
     def _pairs(self, predictions: str) -> Pairs:
-        return find_pairs(predictions, self.references, missing_as_empty=self.missing == "worst")
+        """What is to be scored, under the names of the preset."""
+        try:
+            found = find_pairs(predictions, self.references, missing_as_empty=self.missing == "worst")
+        except DataError:
+            # A folder of nothing but DICOM-SEG seems to hold no label map at all.
+            references = [self.references] if isinstance(self.references, str) else self.references
+            _refuse_dicom_seg([*_files(predictions), *(file for path in references for file in _files(path))])
+            raise
+        _refuse_dicom_seg([path for pair in found.pairs for path in (pair.prediction, pair.reference) if path])
+        return found if self.preset is None else _renamed(found, self.preset, predictions)
 
     def _scoring(self, found: Pairs, names: Scored) -> Scoring:
         asked = self.lesions if isinstance(self.lesions, bool) else True
@@ -116,6 +132,7 @@ class LabelEvaluation:
         return {
             "predictions": os.path.abspath(self.predictions),
             "references": os.path.abspath(references) if isinstance(references, str) else references,
+            "preset": self.preset and self.preset.name,
             "nsd_tolerance_mm": self.nsd_tolerance_mm,
             "labels": self.labels,
             "regions": self.regions,
@@ -177,6 +194,47 @@ class LabelEvaluation:
             "paired": compare_paired(mine, theirs, names, patients, self.bootstrap),
             "cases": [_row(pair, case) for pair, case in zip(others.pairs, theirs, strict=True)],
         }
+
+
+def _files(path: str) -> list[str]:
+    """The files that lie in a folder, or the file itself."""
+    if not os.path.isdir(path):
+        return [path]
+    return sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+
+
+def _refuse_dicom_seg(paths: Sequence[str]) -> None:
+    """Refuse DICOM-SEG: its segments are no label values, and frames without any are left out."""
+    for path in paths:
+        if path.lower().endswith(".dcm") and _is_dicom_seg(path):
+            raise DataError(
+                f"{path}: is a DICOM-SEG, which cannot be scored; run mim3d predict with --format nii.gz, or convert "
+                "it to NIfTI."
+            )
+
+
+def _is_dicom_seg(path: str) -> bool:
+    from mim3d.data.dicom_headers import read_header
+
+    try:
+        header, _ = read_header(path)
+    except DataError:
+        return False
+    return header.get("SOPClassUID") in _DICOM_SEG
+
+
+def _renamed(found: Pairs, preset: "Preset", predictions: str) -> Pairs:
+    """Pairs under the label names of a preset, and its regions where it has some."""
+    differing = differing_names(preset.labels, found.labels)
+    if differing:
+        warnings.warn(
+            f"The preset {preset.name} and {predictions} or its references name their labels differently: "
+            f"{listed(differing)}; check the values.",
+            stacklevel=2,
+        )
+    if preset.regions is None:
+        return replace(found, labels=preset.labels)
+    return replace(found, labels=preset.labels, regions={name: [*values] for name, values in preset.regions.items()})
 
 
 def _held(scores: Sequence[CaseScores], predictions: str) -> Scored:

@@ -1,38 +1,41 @@
 """All folds of a data set by one command: one complete run after the other, and what their validations say together."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from mim3d.commands.held_out import choose_split
+from mim3d.commands.inputs import read_data
 from mim3d.commands.planning import PLAN_NAME
+from mim3d.commands.presets import require_own_folds
 from mim3d.commands.tuning import Tuned
 from mim3d.config import parse_duration, read_yaml, to_mapping, to_named, write_yaml
-from mim3d.data.cache import is_cache, open_cache
-from mim3d.data.cases import read_cases
+from mim3d.data.cache import Cache, is_cache, open_cache
+from mim3d.data.cases import CaseSet
 from mim3d.data.dataset_layouts import declare_fold, read_preset
-from mim3d.data.datasets import Preset, find_preset
+from mim3d.data.datasets import find_preset
 from mim3d.data.train_parts import TrainPart
 from mim3d.errors import ConfigError
 from mim3d.run_files import require_usable, write_json
-from mim3d.tasks import TASKS
+from mim3d.tasks import TASKS, create_task
 
 SUMMARY_NAME = "summary.json"
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.json"
 
 
-def tune_folds(arguments: Mapping[str, Any], tune: Callable[[Mapping[str, Any]], Tuned]) -> str:
+def tune_folds(arguments: Mapping[str, Any], tune: Callable[..., Tuned]) -> str:
     """Fine-tune once for each fold, into OUT/fold_0, OUT/fold_1, ...; they share OUT/cache and the plan of the first.
 
     Folds that are finished stay as they are when the command is run again with ``resume``, and one that is not goes on.
-    What the validations of all folds say is printed and written to OUT/summary.json.
+    What the validations say is written to OUT/summary.json after every fold, and printed at the end.
 
     Args:
         arguments: of ``finetune``, complete.
-        tune: fine-tunes once.
+        tune: fine-tunes once; called as :func:`mim3d.commands.tuning.tune`.
     Returns:
         OUT.
     Raises:
@@ -44,10 +47,11 @@ def tune_folds(arguments: Mapping[str, Any], tune: Callable[[Mapping[str, Any]],
     _check(arguments, out, folders)
     if not _is_begun(out):
         require_usable(out)
-    write_yaml(out / CONFIG_NAME, {"command": "finetune", **_as_given(arguments)})
+    if not any((folder / MANIFEST_NAME).exists() for folder in folders):
+        _write_config(out, arguments)
     finished = [run for run in _tune_each(arguments, out, folders, tune) if run.finished]
     if finished:
-        _summarise(out, finished, num_folds=len(folders))
+        _print_summary(out, finished)
     if len(finished) < len(folders):
         again = f"mim3d finetune --config {out / CONFIG_NAME} --out {out} --resume true"
         print(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
@@ -57,7 +61,7 @@ def tune_folds(arguments: Mapping[str, Any], tune: Callable[[Mapping[str, Any]],
 
 
 def _tune_each(
-    arguments: Mapping[str, Any], out: Path, folders: Sequence[Path], tune: Callable[[Mapping[str, Any]], Tuned]
+    arguments: Mapping[str, Any], out: Path, folders: Sequence[Path], tune: Callable[..., Tuned]
 ) -> list[Tuned]:
     """One run after the other, until all are finished, one is stopped, or the time is over."""
     clock = _Session(arguments["max_time"])
@@ -76,9 +80,13 @@ def _tune_each(
         plan = folders[0] / PLAN_NAME
         if fold and arguments["plan"] is None and plan.is_file():
             changes["plan"] = str(plan)
-        tuned.append(tune({**arguments, **changes}))
+        tuned.append(tune({**arguments, **changes}, every_fold=fold == 0))
+        if fold == 0:
+            # Only now: settings with which no fold can be resumed must not take the place of those that can.
+            _write_config(out, arguments)
         if not tuned[-1].finished:
             break
+        _write_summary(out, tuned, num_folds=len(folders))
     return tuned
 
 
@@ -96,9 +104,10 @@ def _check(arguments: Mapping[str, Any], out: Path, folders: Sequence[Path]) -> 
         raise ConfigError(f"{begun[0]} holds a run already; go on by --resume true, or choose another --out.")
     data = arguments["data"]
     if arguments["preset"] is not None:
-        _check_preset(find_preset(arguments["preset"]), data, len(folders), strict=arguments["strict"])
+        _check_preset(arguments, data, len(folders))
         return
-    cases = open_cache(data).cases if is_cache(data) else read_cases(data).cases
+    needs_label = create_task(arguments["task"]).needs == "label"
+    cases = read_data(data, need_labels=needs_label, keep_labels=True).cases
     if any(case.split == "val" for case in cases):
         raise ConfigError(
             f"{data} declares which cases validate, so that all folds would be the same; use --fold 0, or leave the "
@@ -109,13 +118,21 @@ def _check(arguments: Mapping[str, Any], out: Path, folders: Sequence[Path]) -> 
         choose_split(cases, fold=fold, num_folds=len(folders), part=part, split_seed=seed)
 
 
-def _check_preset(preset: Preset, data: str, num_folds: int, *, strict: bool | None) -> None:
-    """Refuse a data set that lacks cases of some fold."""
-    for fold in range(num_folds):
-        if is_cache(data):
-            declare_fold(preset, data, open_cache(data).cases, fold, strict=strict)
-        else:
-            read_preset(preset, data, fold, strict=strict)
+def _check_preset(arguments: Mapping[str, Any], data: str, num_folds: int) -> None:
+    """Refuse settings that a preset is not for, and a data set that lacks cases of some fold."""
+    preset = find_preset(arguments["preset"])
+    require_own_folds(preset, arguments)
+    with warnings.catch_warnings():
+        # Every fold says itself which of its cases are missing.
+        warnings.simplefilter("ignore")
+        source: Cache | CaseSet = open_cache(data) if is_cache(data) else read_preset(preset, data, None)[0]
+        for fold in range(num_folds):
+            cases = declare_fold(preset, data, source.cases, fold, strict=arguments["strict"])
+            choose_split(cases, fold=fold, num_folds=num_folds, part=TrainPart.of(arguments))
+
+
+def _write_config(out: Path, arguments: Mapping[str, Any]) -> None:
+    write_yaml(out / CONFIG_NAME, {"command": "finetune", **_as_given(arguments)})
 
 
 def _is_begun(out: Path) -> bool:
@@ -149,10 +166,14 @@ class _Session:
         return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def _summarise(out: Path, runs: Sequence[Tuned], *, num_folds: int) -> None:
-    """Print and write scores of every fold with their mean and standard deviation over folds."""
-    names = list(dict.fromkeys(name for run in runs for name in run.scores))
-    by_name = {name: [run.scores[name] for run in runs if name in run.scores] for name in names}
+def _by_name(runs: Sequence[Tuned]) -> dict[str, list[float]]:
+    names = dict.fromkeys(name for run in runs for name in run.scores)
+    return {name: [run.scores[name] for run in runs if name in run.scores] for name in names}
+
+
+def _write_summary(out: Path, runs: Sequence[Tuned], *, num_folds: int) -> None:
+    """Write scores of every fold with their mean and standard deviation over folds."""
+    by_name = _by_name(runs)
     summary = {
         "num_folds": num_folds,
         "folds": [
@@ -163,7 +184,10 @@ def _summarise(out: Path, runs: Sequence[Tuned], *, num_folds: int) -> None:
         "standard_deviation": {name: stdev(values) if len(values) > 1 else None for name, values in by_name.items()},
     }
     write_json(out / SUMMARY_NAME, summary)
-    for line in table(runs, by_name):
+
+
+def _print_summary(out: Path, runs: Sequence[Tuned]) -> None:
+    for line in table(runs, _by_name(runs)):
         print(line)
     print(f"summary: {out / SUMMARY_NAME}")
 

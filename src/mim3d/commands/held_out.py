@@ -58,10 +58,12 @@ def write_split(run: Run, split: Split) -> None:
     write_json(run.path / SPLIT_NAME, {name: [_record(case) for case in part] for name, part in parts.items()})
     with open(run.path / LIST_NAME, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["image", "label", "class", "patient", "labels"])
+        # The ids too: those of a whole data set are not always what a shorter list would make of the same images.
+        rows.writerow(["id", "image", "label", "class", "patient", "labels"])
         for case in split.val:
             names = ";".join(case.labelled or ())
-            rows.writerow([";".join(case.images), case.label or "", case.class_name or "", case.patient, names])
+            cells = [case.id, ";".join(case.images), case.label or "", case.class_name or "", case.patient, names]
+            rows.writerow(cells)
 
 
 def held_out_cases(run: Path) -> list[Case]:
@@ -90,6 +92,23 @@ def held_out_cases(run: Path) -> list[Case]:
     if not cases:
         raise DataError(f"{run} held no case out; name the scans with --input.")
     return cases
+
+
+def held_out_by_all(runs: Sequence[str]) -> list[Case]:
+    """The cases that every one of some runs held out, see ``held_out_cases``.
+
+    Raises:
+        ConfigError: runs that held out different cases, so that one learned from what another is tested on.
+        DataError: a run that holds no split, or held out nothing.
+    """
+    first, *others = [held_out_cases(Path(run)) for run in runs]
+    for cases, run in zip(others, runs[1:], strict=True):
+        if {case.images for case in cases} != {case.images for case in first}:
+            raise ConfigError(
+                f"{runs[0]} and {run} held out different cases, so each may have learned from cases of the other; "
+                "predict with one run at a time, or name new scans with --input."
+            )
+    return first
 
 
 def _record(case: Case) -> dict[str, object]:

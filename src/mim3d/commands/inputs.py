@@ -9,6 +9,7 @@ import mim3d
 from mim3d.backbones import BACKBONES, Backbone
 from mim3d.config import to_mapping, to_named
 from mim3d.data.cache import Cache, build_cache, is_cache, open_cache
+from mim3d.data.case_records import listed
 from mim3d.data.cases import Case, CaseSet, check_cases, read_cases
 from mim3d.data.preprocessing import Preprocessing
 from mim3d.data.resampling import target_grid
@@ -33,8 +34,12 @@ def read_data(data: str, *, need_labels: bool, keep_labels: bool = False) -> Cas
     """
     if is_cache(data):
         cache = open_cache(data)
-        if need_labels and not all(scan.has_label for scan in cache):
-            raise DataError(f"{data} was made from scans without labels; give the labelled data set instead.")
+        unlabelled = [scan.case.id for scan in cache if not scan.has_label] if need_labels else []
+        if unlabelled:
+            raise DataError(
+                f"{data} is a cache of scans without labels, such as pre-training makes ({listed(unlabelled)}); make "
+                "one from the labelled data set first (mim3d cache DATA --out CACHE), or give the data set itself."
+            )
         return cache
     cases = read_cases(data, recursive_images_only=not (need_labels or keep_labels))
     check_cases(cases, need_labels=need_labels)

@@ -3,18 +3,17 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from mim3d.commands.devices import choose_device
-from mim3d.commands.held_out import held_out_cases
+from mim3d.commands.held_out import held_out_by_all
 from mim3d.commands.label_maps import Cleaning, check_format, segment_to_files
 from mim3d.commands.predictions import LIST_NAME, Format, Predictions, input_cases
 from mim3d.commands.scan_progress import ScanProgress, close_scans
 from mim3d.data.cases import Case
 from mim3d.data.volumes import channels_of
-from mim3d.errors import ConfigError, DataError
+from mim3d.errors import DataError
 from mim3d.inference import Windows
 from mim3d.tasks.ensemble import Ensemble, load_ensemble
 from mim3d.types import Named
@@ -50,7 +49,8 @@ def predict(
         weights: Run of `mim3d finetune`, or a folder with an exported segmenter; several, such as the folds of a
             cross-validation, are an ensemble: the mean of their probabilities decides.
         out: Folder for the label maps.
-        input: Scans: files, folders, DICOM trees, CSV or JSON lists; the held-out cases of the run if not given.
+        input: Scans: files, folders, DICOM trees, CSV or JSON lists; if not given, the held-out cases of the run, or
+            those that all of several runs held out.
         overlap: Share of a window that its neighbour sees too; that of the task if not given.
         batch_size: Windows per call of the network.
         mirror: Average over mirrored windows, along the axes mirrored in training; as the task says if not given.
@@ -79,11 +79,12 @@ def predict(
     if paths and _is_classifier(paths[0]):
         from mim3d.commands.classify import predict_classes
 
-        return predict_classes(paths, out, input, batch_size, accelerator, overwrite)
+        return predict_classes(paths, out, input, batch_size, backbone, accelerator, overwrite)
     ensemble = load_ensemble(paths, device=choose_device(accelerator), backbone=backbone)
     windows = _windows(ensemble, overlap=overlap, batch_size=batch_size, mirror=mirror, body_only=body_only)
     cleaning = Cleaning.of(largest_component, min_component_ml, ensemble.first.labels)
-    cases = _held_out(paths) if input is None else _channels_apart(input_cases(input), ensemble.first.num_channels)
+    num_channels = ensemble.first.num_channels
+    cases = held_out_by_all(paths) if input is None else _channels_apart(input_cases(input), num_channels)
     check_format(format, cases)
     identity = _identity(ensemble, paths, windows, cleaning)
     predictions = Predictions.open(
@@ -124,15 +125,6 @@ def _windows(
         mirror_axes = tuple(sorted(set.intersection(*seen)))
     windows = settings.windows(overlap=overlap, batch_size=batch_size, mirror_axes=mirror_axes)
     return replace(windows, body_only=body_only)
-
-
-def _held_out(paths: Sequence[str]) -> list[Case]:
-    if len(paths) > 1:
-        raise ConfigError(
-            f"{len(paths)} runs are named as --weights, and the cases that one held out the others may have learned "
-            "from; name scans that none of them saw with --input."
-        )
-    return held_out_cases(Path(paths[0]))
 
 
 def _identity(ensemble: Ensemble, paths: Sequence[str], windows: Windows, cleaning: Cleaning) -> dict[str, object]:

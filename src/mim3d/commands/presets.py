@@ -9,6 +9,7 @@ from mim3d.commands.held_out import choose_split
 from mim3d.commands.start import DEFAULT_BACKBONE
 from mim3d.config import to_named
 from mim3d.data.cache import Cache, is_cache, open_cache
+from mim3d.data.case_records import listed
 from mim3d.data.cases import CaseSet, Split, check_cases
 from mim3d.data.dataset_layouts import declare_fold, read_preset
 from mim3d.data.datasets import Preset, Variation, find_preset
@@ -16,7 +17,9 @@ from mim3d.data.train_parts import TrainPart
 from mim3d.errors import ConfigError, DataError
 from mim3d.optimisation import Optimisation
 from mim3d.run_files import is_first_process
-from mim3d.tasks import TASKS
+from mim3d.tasks import TASKS, create_task
+from mim3d.tasks.augmentation import sided_labels
+from mim3d.tasks.segmentation import Segmentation
 from mim3d.types import Named, Triple
 from mim3d.weights import load_encoder, read_card
 
@@ -43,7 +46,7 @@ def apply_preset(name: str, data: str, arguments: Mapping[str, Any]) -> tuple[di
     preset = find_preset(name)
     edge = _token_edge(arguments.get("backbone"), arguments.get("weights"))
     fold, strict = arguments.get("fold"), arguments.get("strict")
-    _require_own_folds(preset, arguments)
+    require_own_folds(preset, arguments)
     merged = _merged(preset, preset_settings(preset, fold, edge), arguments)
     source: CaseSet | Cache
     if is_cache(data):
@@ -51,7 +54,10 @@ def apply_preset(name: str, data: str, arguments: Mapping[str, Any]) -> tuple[di
         cases = declare_fold(preset, source.path, source.cases, fold, strict=strict)
         unlabelled = [scan.case.id for scan in source.subset(cases) if not scan.has_label]
         if preset.task == "segmentation" and unlabelled:
-            raise DataError(f"{data} was made from scans without labels; give the folder of {preset.name} instead.")
+            raise DataError(
+                f"{data} is a cache of scans without labels, such as pre-training makes ({listed(unlabelled)}); make "
+                f"one from the folder of {preset.name} first (mim3d cache DATA --out CACHE), or give that folder."
+            )
     else:
         source, _ = read_preset(preset, data, fold, strict=strict)
         check_cases(source, need_labels=preset.task == "segmentation")
@@ -62,7 +68,7 @@ def apply_preset(name: str, data: str, arguments: Mapping[str, Any]) -> tuple[di
     return merged, source, split
 
 
-def _require_own_folds(preset: Preset, arguments: Mapping[str, Any]) -> None:
+def require_own_folds(preset: Preset, arguments: Mapping[str, Any]) -> None:
     """Refuse other folds than those of the preset.
 
     Raises:
@@ -141,6 +147,28 @@ def _say(preset: Preset, split: Split, task: Any, edge: int) -> None:
     if rounded != preset.patch_size and used is not None and tuple(used) == rounded:
         told, taken = (" x ".join(map(str, size)) for size in (preset.patch_size, rounded))
         print(f"crops of {told} voxels, as published, are rounded up to {taken}: whole tokens of {edge} voxels")
+    mirrored = _mirrored(preset, task)
+    if mirrored:
+        print(mirrored)
+
+
+def _mirrored(preset: Preset, task: Any) -> str | None:
+    """A line where structures whose names tell left from right (or another side) are mirrored; None elsewhere."""
+    if preset.variation is None or not isinstance(task, Mapping) or task.get("name") not in TASKS:
+        return None
+    asked = create_task(dict(task))
+    if not isinstance(asked, Segmentation) or asked.augmentation.flip_prob == 0:
+        return None
+    axes = asked.augmentation.flip_axes or ()
+    sided = dict.fromkeys(name for axis in axes for name in sided_labels(preset.labels, axis))
+    if not sided:
+        return None
+    free = " ".join(str(axis) for axis in axes if not sided_labels(preset.labels, axis))
+    remedy = f"--task.augmentation.flip_axes {free}" if free else "--task.augmentation.flip_prob 0"
+    return (
+        f"crops are mirrored along {', '.join('XYZ'[axis] for axis in axes)}, as published, although labels name a "
+        f"side ({listed(list(sided))}); to keep the sides apart: {remedy}"
+    )
 
 
 def _token_edge(backbone: Named | None, weights: str | None) -> int:

@@ -56,11 +56,13 @@ class Tuned:
     scores: Mapping[str, float]
 
 
-def tune(arguments: Mapping[str, Any]) -> Tuned:
+def tune(arguments: Mapping[str, Any], *, every_fold: bool = False) -> Tuned:
     """Fine-tune once.
 
     Args:
         arguments: of ``finetune``, complete; ``fold`` is one fold or None.
+        every_fold: the first of all folds: with ``strict``, weights that saw what a later one holds out are refused
+            before this one is trained.
     Raises:
         ConfigError: settings that cannot work, before any work begins.
         CheckpointError: weights that cannot be read or do not fit.
@@ -93,7 +95,7 @@ def tune(arguments: Mapping[str, Any]) -> Tuned:
         # A held-out case, too, must not turn out to name a label that there is not once it is validated on.
         are_partial(scans.cases, scans.labels)
     write_split(run, split)
-    _check_leakage(run, split, scans, weights, strict=bool(training.strict))
+    _check_leakage(run, split, scans, weights, strict=bool(training.strict), every_fold=every_fold)
     return _train(run, training, arguments["optim"], asked, start, split, scans, arguments["intensity"])
 
 
@@ -130,7 +132,9 @@ def _cases(arguments: Mapping[str, Any], asked: Task) -> tuple[dict[str, Any], C
     return dict(arguments), source, split
 
 
-def _check_leakage(run: Run, split: Split, scans: Cache, weights: str | None, *, strict: bool) -> None:
+def _check_leakage(
+    run: Run, split: Split, scans: Cache, weights: str | None, *, strict: bool, every_fold: bool
+) -> None:
     """Say which held-out scans were learned from, by the encoder or by this run, and write down what it learns from.
 
     Raises:
@@ -139,6 +143,8 @@ def _check_leakage(run: Run, split: Split, scans: Cache, weights: str | None, *,
     learned = scans.subset(split.train)
     if split.val:
         held_out = labelled(scans.subset(split.val))
+        if strict and every_fold:
+            check_pretraining(weights, labelled(scans), strict=True)
         check_pretraining(weights, held_out, strict=strict)
         check_split(labelled(learned), held_out, strict=strict)
     record_seen(run, learned, weights)

@@ -35,7 +35,7 @@ def to_cases(entries: Sequence[Entry], root: str) -> tuple[Case, ...]:
         DataError: The same image is listed twice.
     """
     _refuse_repeated_images(entries, root)
-    ids = _unique_ids(entries, root)
+    ids = unique_ids(entries, root)
     return tuple(
         Case(
             id=case_id,
@@ -61,8 +61,12 @@ def _refuse_repeated_images(entries: Sequence[Entry], root: str) -> None:
         first_row[entry.images] = row
 
 
-def _unique_ids(entries: Sequence[Entry], root: str) -> list[str]:
-    """File-name ids; clashing ones (case is ignored, as some file systems do) become path ids."""
+def unique_ids(entries: Sequence[Entry], root: str) -> list[str]:
+    """File-name ids; clashing ones (case is ignored, as some file systems do) become path ids.
+
+    Raises:
+        DataError: Two entries that would still share an id.
+    """
     ids = [entry.id or scan_id(entry.images[0]) for entry in entries]
     rows = defaultdict(list)
     for row, name in enumerate(ids):

@@ -1,4 +1,4 @@
-"""Cases from a list a user writes: CSV or JSON with the columns image, label, class, patient, split, labels."""
+"""Cases from a list a user writes: CSV or JSON with the columns image, label, class, patient, split, labels, id."""
 
 import csv
 import os
@@ -9,7 +9,7 @@ from mim3d.config import nearest
 from mim3d.data.case_ids import Entry
 from mim3d.errors import DataError
 
-COLUMNS = ("image", "label", "class", "patient", "split", "labels")
+COLUMNS = ("image", "label", "class", "patient", "split", "labels", "id")
 SPLITS = ("train", "val", "test")
 
 
@@ -17,7 +17,8 @@ def read_csv(path: str, *, with_labels: bool) -> list[Entry]:
     """Cases of a CSV list; paths are relative to the list's folder, ``;`` separates channels.
 
     Raises:
-        DataError: Unreadable, no rows, an unknown or missing column, or a row without an image.
+        DataError: Unreadable, no rows, an unknown or missing column, a row without an image, or an id that is there
+            twice or cannot be a file's name.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -27,36 +28,51 @@ def read_csv(path: str, *, with_labels: bool) -> list[Entry]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
     _check_columns(header, path)
-    entries = []
+    entries = {}
     for line, row in rows:
         if len(row) > len(header):
             raise DataError(
                 f"{path}, line {line}: {len(row)} cells but {len(header)} columns; quote cells that hold a comma."
             )
-        entries.append(_entry(dict(zip(header, row, strict=False)), f"{path}, line {line}", path, with_labels))
-    return _not_empty(entries, path)
+        where = f"{path}, line {line}"
+        entries[where] = _entry(dict(zip(header, row, strict=False)), where, path, with_labels)
+    return _checked(entries, path)
 
 
 def read_json_list(items: Sequence[Any], path: str, *, with_labels: bool) -> list[Entry]:
     """Cases of a JSON list of objects with the same keys as the CSV columns; ``image`` may be a list.
 
     Raises:
-        DataError: An entry that is no object, an unknown key, or no image.
+        DataError: An entry that is no object, an unknown key, no image, or an id as in ``read_csv``.
     """
-    entries = []
+    entries = {}
     for number, item in enumerate(items, start=1):
         where = f"{path}, entry {number}"
         if not isinstance(item, dict):
             raise DataError(f'{where}: must be an object like {{"image": "scan.nii.gz"}}.')
         _check_columns(list(item), where)
-        entries.append(_entry(item, where, path, with_labels))
-    return _not_empty(entries, path)
+        entries[where] = _entry(item, where, path, with_labels)
+    return _checked(entries, path)
 
 
-def _not_empty(entries: list[Entry], path: str) -> list[Entry]:
+def _checked(entries: Mapping[str, Entry], path: str) -> list[Entry]:
+    """The entries by where they stand, which must be some, and of ids that can be names of files of their own."""
     if not entries:
         raise DataError(f"{path}: lists no cases; add at least one row with an image.")
-    return entries
+    first: dict[str, str] = {}
+    for where, entry in entries.items():
+        if entry.id is None:
+            continue
+        if entry.id.startswith(".") or any(mark in entry.id for mark in '/\\:*?"<>|'):
+            raise DataError(f"{where}: the id {entry.id!r} cannot be the name of a file; use letters, digits, _ and -.")
+        # Case is ignored, as some file systems do.
+        if entry.id.casefold() in first:
+            raise DataError(
+                f"{where}: the id {entry.id!r} is that of an earlier row ({first[entry.id.casefold()]}); give every "
+                "case its own."
+            )
+        first[entry.id.casefold()] = entry.id
+    return list(entries.values())
 
 
 def _check_columns(names: Sequence[str], where: str) -> None:
@@ -85,6 +101,7 @@ def _entry(row: Mapping[str, Any], where: str, path: str, with_labels: bool) -> 
         class_name=_text(row, "class"),
         patient=_text(row, "patient"),
         split=split,
+        id=_text(row, "id"),
         labelled=_labelled(row) if with_labels else None,
     )
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mim3d.coercion import nearest
+from mim3d.data.case_ids import Entry, unique_ids
 from mim3d.data.case_records import listed
-from mim3d.data.volumes import scan_id
 from mim3d.errors import DataError
 
 #: Name of the table that prediction writes into its folder.
 TABLE_NAME = "predictions.csv"
 
-#: Columns that may name a case, the first that is there counts; an image is named by its file.
+#: Columns that may name a case, the first that is there counts; an image is named as cases of a list are.
 ID_COLUMNS = ("id", "case", "image")
 _PROBABILITY = "probability_"
 
@@ -88,7 +88,7 @@ def read_class_tables(
 
     Args:
         predictions: a table with the columns id, predicted and a probability_CLASS for each class, or its folder.
-        references: a table with a column id, case or image (the name of the file counts), and a class.
+        references: a table with a column id, case or image (whose id is that of a case of a list), and a class.
         class_column: column of the references that holds the class.
         baseline_column: column of the references that holds a number to compare with.
 
@@ -141,11 +141,20 @@ def _read(path: str) -> _Table:
         if len(cells) != len(header):
             raise DataError(f"{path}, line {line}: {len(cells)} cells but {len(header)} columns; quote commas.")
         row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-        name = scan_id(row[key].split(";")[0]) if key == "image" else row[key]
+        name = row[key]
         if not name or name in rows:
             raise DataError(f"{path}, line {line}: the case {name!r} is there twice or has no name; give each its own.")
         rows[name] = row
-    return _Table(path, header, rows)
+    names = _image_ids(list(rows), path) if key == "image" else list(rows)
+    return _Table(path, header, dict(zip(names, rows.values(), strict=True)))
+
+
+def _image_ids(images: Sequence[str], path: str) -> list[str]:
+    """What prediction calls the images of a list: channels are separated by ``;``, paths lie below its folder."""
+    root = os.path.abspath(path)
+    folder = os.path.dirname(root)
+    channels = [[os.path.join(folder, name.strip()) for name in cell.split(";")] for cell in images]
+    return unique_ids([Entry(images=tuple(paths)) for paths in channels], root)
 
 
 def _row(

@@ -1,13 +1,14 @@
 """Published lists of scans to pre-train on: which sets they draw from, and the scans of a list below one folder.
 
 Nothing is downloaded. The lists name public sets; what is there is found by the names of the folders in which their
-owners publish them, whatever lies between them and the folder that is given.
+owners publish them, or in which the authors of the lists do so converted to NIfTI (``HNSCC_convert_v1``), whatever lies
+between them and the folder that is given.
 """
 
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mim3d.config import nearest
@@ -33,8 +34,9 @@ class ScanSet:
     Attributes:
         name: as the list calls it.
         region: of the body.
-        num_scans: in the list; None where the number is not published.
-        folders: names of the folder its owners publish it in; case and punctuation do not matter.
+        num_scans: in the list; None where the number is not published. Owners may publish more than the list takes.
+        folders: names of the folder it is published in; case and punctuation do not matter.
+        expected: what lies in that folder, in words for a message.
         image: pattern of the end of an image's path; None takes every scan that is no mask.
         left_out: pattern of the names of folders whose scans are not of the list.
         held_out_fold: fold of the preset of this name whose held-out cases are left out.
@@ -44,6 +46,7 @@ class ScanSet:
     region: str
     num_scans: int | None
     folders: tuple[str, ...]
+    expected: str = "DICOM series of CT, or images such as 00001.nii.gz"
     image: str | None = None
     left_out: str | None = None
     held_out_fold: int | None = None
@@ -56,6 +59,7 @@ _BTCV = ScanSet(
     region="abdomen",
     num_scans=24,
     folders=("BTCV", "Synapse"),
+    expected="files such as imagesTr/img0001.nii.gz",
     image=LAYOUTS["BTCV"].image,
     held_out_fold=0,
 )
@@ -64,6 +68,7 @@ _COVID = ScanSet(
     region="chest",
     num_scans=722,
     folders=("TCIA Covid19", "CT Images in COVID-19", "CT-COVID-19-August2020", "CT-COVID-19-December2020"),
+    expected="files such as volume-covid19-A-0000.nii.gz",
 )
 
 _MORE = (
@@ -71,43 +76,67 @@ _MORE = (
         name="LUNA16",
         region="chest",
         num_scans=843,
-        folders=("LUNA16", "LUNA"),
-        image=r"subset\d+/[^/]+\.(mhd|nii\.gz)",
+        folders=("LUNA16", "LUNA", "Luna16-jx"),
+        expected="the folders subset0 to subset9 with files such as 1.3.6.1.mhd",
+        image=r"subset_?\d+/[^/]+\.(mhd|nii\.gz)",
     ),
-    ScanSet(name="STOIC 2021", region="chest", num_scans=2000, folders=("STOIC2021", "STOIC", "stoic2021-training")),
+    ScanSet(
+        name="STOIC 2021",
+        region="chest",
+        num_scans=2000,
+        folders=("STOIC2021", "STOIC", "stoic2021-training", "stoic21"),
+        expected="files such as data/mha/10.mha",
+    ),
     ScanSet(
         name="FLARE23",
         region="abdomen",
         num_scans=4000,
-        folders=("FLARE23", "FLARE2023"),
+        folders=("FLARE23", "FLARE2023", "MICCAI-FLARE23"),
+        expected="the folders imagesTr2200 and unlabeledTr1800 with files such as FLARE23_0001_0000.nii.gz",
         image=rf"[^/]+{_NIFTI}",
-        # The list is of its training set.
-        left_out=r"(images)?(val|ts|test).*",
+        # The list is of its training set; label maps that others predicted are published beside it.
+        left_out=r"(images)?(val|ts|test).*|.*pseudo.*",
     ),
-    ScanSet(name="LIDC", region="chest", num_scans=589, folders=("LIDC-IDRI", "LIDC")),
-    ScanSet(name="HNSCC", region="head and neck", num_scans=1071, folders=("HNSCC",)),
+    ScanSet(name="LIDC", region="chest", num_scans=589, folders=("LIDC-IDRI", "LIDC", "LIDC_convert_v1")),
+    ScanSet(name="HNSCC", region="head and neck", num_scans=1071, folders=("HNSCC", "HNSCC_convert_v1")),
     ScanSet(
         name="TotalSegmentator",
         region="whole body",
         num_scans=1203,
         folders=("TotalSegmentator", "Totalsegmentator_dataset", "Totalsegmentator_dataset_v201"),
+        expected="a folder for each case with its image, such as s0000/ct.nii.gz",
         image=rf"s\d+/ct{_NIFTI}",
     ),
 )
 
 _LARGER = (
-    ScanSet(name="OPC", region="head and neck", num_scans=606, folders=("OPC-Radiomics", "OPC")),
-    ScanSet(name="TCGA-HNSC", region="head and neck", num_scans=762, folders=("TCGA-HNSC",)),
-    ScanSet(name="QIN Head-Neck", region="head and neck", num_scans=892, folders=("QIN-HEADNECK", "QIN Head-Neck")),
-    ScanSet(name="HN-PET", region="head and neck", num_scans=384, folders=("Head-Neck-PET-CT", "HN-PET")),
+    ScanSet(name="OPC", region="head and neck", num_scans=606, folders=("OPC-Radiomics", "OPC", "OPC_convert_v1")),
+    ScanSet(name="TCGA-HNSC", region="head and neck", num_scans=762, folders=("TCGA-HNSC", "TCGA-HNSC_convert_v1")),
+    ScanSet(name="QIN Head-Neck", region="head and neck", num_scans=892, folders=("QIN-HEADNECK", "QIN_convert_v1")),
+    ScanSet(
+        name="HN-PET",
+        region="head and neck",
+        num_scans=384,
+        folders=("Head-Neck-PET-CT", "HN-PET", "HNPC_convert_v1"),
+    ),
     ScanSet(
         name="CT colonography",
         region="abdomen",
         num_scans=1730,
-        folders=("CT COLONOGRAPHY", "ACRIN 6664", "CT COLONOGRAPHY (ACRIN 6664)"),
+        folders=(
+            "CT COLONOGRAPHY",
+            "ACRIN 6664",
+            "CT COLONOGRAPHY (ACRIN 6664)",
+            "CT_COLONOGRAPHY_converted_v1",
+        ),
     ),
-    ScanSet(name="Stony Brook chest", region="chest", num_scans=2316, folders=("COVID-19-NY-SBU", "Stony Brook")),
-    ScanSet(name="NLST", region="chest", num_scans=None, folders=("NLST",)),
+    ScanSet(
+        name="Stony Brook chest",
+        region="chest",
+        num_scans=2316,
+        folders=("COVID-19-NY-SBU", "Stony Brook", "StonyBrookChestCT_v1"),
+    ),
+    ScanSet(name="NLST", region="chest", num_scans=None, folders=("NLST", "NLST_convert_v1")),
 )
 
 #: The sets of each list; ``all`` is 10k with the sets that larger lists of the same group add.
@@ -131,7 +160,7 @@ def pretraining_list(name: str, root: str | os.PathLike[str], *, tell: Callable[
 
     Raises:
         ConfigError: no such list; names those that there are.
-        DataError: no folder, or no scan of any of the sets.
+        DataError: no folder, or no scan of any of the sets; where there is a set's folder, what was expected in it.
     """
     if name not in LISTS:
         raise ConfigError(f"There is no pre-training list '{name}'.{nearest(name, LISTS)}")
@@ -139,20 +168,23 @@ def pretraining_list(name: str, root: str | os.PathLike[str], *, tell: Callable[
     if not os.path.isdir(top):
         raise DataError(f"{root}: no such folder; give the one that holds the folders of the data sets.")
     entries: list[Entry] = []
-    missing: list[str] = []
+    missing, unread = list[str](), list[str]()
     for scans in LISTS[name]:
         folders = list(_folders_of(scans, top))
         images = [image for folder in folders for image in _images(scans, folder)]
         entries += [Entry(images=(image,)) for image in images]
-        of_all = "" if scans.num_scans is None else f" of {scans.num_scans:,}"
         if tell is not None:
-            where = f" in {', '.join(folders)}" if folders else f": no folder named {' or '.join(scans.folders)}"
-            tell(f"{scans.name} ({scans.region}): {len(images):,}{of_all} scans{where}")
+            tell(_told(scans, folders, len(images)))
         if not images:
-            missing.append(f"{scans.name}{of_all.replace(' of', '')}")
+            missing.append(scans.name if scans.num_scans is None else f"{scans.name} {scans.num_scans:,}")
+            if folders:
+                unread.append(f"{', '.join(folders)}: no scan of {scans.name} in here; expected {scans.expected}.")
     if not entries:
         every = ", ".join(scans.folders[0] for scans in LISTS[name])
-        raise DataError(f"{root}: holds none of the sets of the list {name}; expected folders named {every}.")
+        unread.append(f"{root}: holds none of the sets of the list {name}; expected folders named {every}.")
+        raise DataError(unread[0])
+    for sentence in unread:
+        warnings.warn(sentence, stacklevel=2)
     if missing:
         warnings.warn(
             f"{root}: {len(missing)} of the {len(LISTS[name])} sets of the list {name} are not here "
@@ -160,6 +192,19 @@ def pretraining_list(name: str, root: str | os.PathLike[str], *, tell: Callable[
             stacklevel=2,
         )
     return CaseSet(root=top, form="list", cases=to_cases(entries, top), labels={})
+
+
+def _told(scans: ScanSet, folders: Sequence[str], num_images: int) -> str:
+    """A line: what is there of what the list has of a set."""
+    of_all = "" if scans.num_scans is None else f" of {scans.num_scans:,}"
+    *others, last = scans.folders
+    named = f"{', '.join(others)} or {last}" if others else last
+    where = f" in {', '.join(folders)}" if folders else f": no folder named {named}"
+    more = scans.num_scans is not None and num_images > scans.num_scans
+    counted = (
+        f"{num_images:,} scans, of which the list has {scans.num_scans:,}," if more else f"{num_images:,}{of_all} scans"
+    )
+    return f"{scans.name} ({scans.region}): {counted}{where}"
 
 
 def _folders_of(scans: ScanSet, root: str) -> Iterator[str]:
