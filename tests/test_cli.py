@@ -251,12 +251,16 @@ def test_an_unknown_setting_in_a_file_names_the_file_and_the_nearest(tmp_path, c
         ("train D --out O --size 1 2", "--size has 2 values"),
         ("train D --out O --kind XR", "--kind is 'XR'. Known: CT, MRI."),
         ("train D --out O --optim.betas 1 x", "--optim.betas"),
-        ("train D --out O --backbone.depth 3", "--backbone has settings but no name"),
+        ('train D --out O --backbone {"name":3}', "--backbone has settings but no name"),
         ("train D --out O --config absent.yaml", "absent.yaml does not exist"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(words, sentence, capsys):
     assert sentence in refused(capsys, *words.split())
+
+
+def test_settings_without_a_name_are_the_commands_to_place_where_no_name_is_the_default():
+    assert called("train", "D", "--out", "O", "--backbone.depth", "3")["backbone"] == {"depth": "3"}
 
 
 def test_an_error_of_ours_is_one_line_and_a_traceback_only_when_asked(capsys):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mim3d.config import (
     build_settings,
+    flat,
     nearest,
     parse_duration,
     parse_yaml,
@@ -281,3 +282,7 @@ def test_a_piece_of_yaml_names_its_place_when_it_is_wrong():
     assert parse_yaml("{name: MiM, rate: 1e-3}", "--method") == {"name": "MiM", "rate": 0.001}
     with pytest.raises(ConfigError, match="--method is no valid YAML"):
         parse_yaml("{name: ", "--method")
+
+
+def test_settings_are_flattened_by_dotted_key():
+    assert flat({"a": {"b": 1, "c": {"d": [2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [2], "e": {}}

@@ -23,14 +23,14 @@ def make(out: Path, resume: bool = False, command: str = "pretrain", digest: str
 
 
 def test_a_new_run_writes_settings_that_run_again_and_a_manifest(tmp_path: Path) -> None:
-    run = make(tmp_path / "deep" / "run")
+    run = make(tmp_path / "deep" / "run", split_seed=1)
     config = read_yaml(run.config_path)
     assert config["command"] == "pretrain"
     assert config["optim"] == {"learning_rate": 1e-3, "betas": [0.9, 0.95]}
     assert "resume" not in config
     manifest = json.loads(run.manifest_path.read_text())
     assert manifest["inputs"] == {"data": "aa"}
-    assert manifest["seed"] == 3
+    assert manifest["seeds"] == {"seed": 3, "split_seed": 1}
     assert {"mim3d", "python", "torch", "monai"} <= manifest["versions"].keys()
     assert "hardware" in manifest
 

@@ -16,6 +16,8 @@ _HOMES = {
     "finetune": "mim3d.commands.finetune",
     "predict": "mim3d.commands.predict",
     "evaluate": "mim3d.commands.evaluate",
+    "export": "mim3d.commands.export",
+    "probe": "mim3d.commands.probe",
     "report": "mim3d.commands.report",
     "create_model": "mim3d.backbones",
     "list_models": "mim3d.backbones",
@@ -31,12 +33,14 @@ __all__ = [
     "cache",
     "create_model",
     "evaluate",
+    "export",
     "finetune",
     "list_models",
     "load_encoder",
     "phantom",
     "predict",
     "pretrain",
+    "probe",
     "report",
 ]
 
@@ -44,10 +48,12 @@ if TYPE_CHECKING:
     from mim3d.backbones import create_model, list_models
     from mim3d.commands.cache import cache
     from mim3d.commands.evaluate import evaluate
+    from mim3d.commands.export import export
     from mim3d.commands.finetune import finetune
     from mim3d.commands.phantom import phantom
     from mim3d.commands.predict import predict
     from mim3d.commands.pretrain import pretrain
+    from mim3d.commands.probe import probe
     from mim3d.commands.report import report
     from mim3d.data.monai_dataset import CachedDataset
     from mim3d.weights import load_encoder

@@ -265,7 +265,9 @@ def _typed(name: str, value: Any, signature: Signature) -> Any:
         return update_settings(default, value, where)
     if is_named(hint) and isinstance(value, Mapping):
         value = _overlay(_named(default, hint), value) if "name" not in value else dict(value)
-        if not isinstance(value.get("name"), str):
+        # Where nothing is the default, the command knows best what settings without a name belong to.
+        nameless = default is None and name in signature.defaults and "name" not in value
+        if not nameless and not isinstance(value.get("name"), str):
             raise ConfigError(f"{where} has settings but no name; write {where} NAME.")
-        return value if len(value) > 1 else value["name"]
+        return value if nameless or len(value) > 1 else value["name"]
     return coerce(value, hint, where)

@@ -42,6 +42,8 @@ COMMANDS = {
     "finetune": Command("mim3d.commands.finetune:finetune", "Learn a task from labels, with or without an encoder."),
     "predict": Command("mim3d.commands.predict:predict", "Segment or classify scans, each on its own grid."),
     "evaluate": Command("mim3d.commands.evaluate:evaluate", "Score label maps or classes against references."),
+    "probe": Command("mim3d.commands.probe:probe", "Score frozen features by simple classifiers."),
+    "export": Command("mim3d.commands.export:export", "Bring a network into the formats of other programs."),
     "report": Command("mim3d.commands.report:report", "Write one HTML page on one or more runs.", ("runs",)),
 }
 

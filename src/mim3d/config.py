@@ -20,6 +20,7 @@ __all__ = [
     "build_settings",
     "coerce",
     "describe",
+    "flat",
     "nearest",
     "parse_duration",
     "parse_yaml",
@@ -50,6 +51,17 @@ def to_mapping(settings: Any) -> Any:
     if hasattr(settings, "item") and callable(settings.item):
         return settings.item()
     return settings
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def to_named(settings: Any, registry: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,37 @@
 """The one contract between learning and engine: a module that maps a batch to a loss and named logs."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from mim3d.backbones.base import Encoder
+from mim3d.types import Triple
 
 Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one kind of volume in a sample.
+
+    Attributes:
+        name: of the kind: a level of a hierarchy, ``crop``.
+        num_volumes: volumes of this kind in one sample.
+        visible: tokens of each that the encoder is shown.
+        hidden: tokens of each that are to be predicted.
+    """
+
+    name: str
+    num_volumes: int
+    visible: int
+    hidden: int = 0
+
+
+def crop_tokens(size: Triple, patch_size: int) -> tuple[Tokens, ...]:
+    """Tokens of a sample that is one crop of ``size`` voxels, all of it shown; tokens have ``patch_size`` per edge."""
+    return (Tokens("crop", 1, math.prod(voxels // patch_size for voxels in size)),)
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,9 @@ class Objective(nn.Module, ABC):
     """What the loop trains; ``encoder`` is what export takes away."""
 
     encoder: Encoder
+
+    #: Tokens of one sample by kind of volume, to be told before training; empty where nobody counted them.
+    tokens_per_sample: tuple[Tokens, ...] = ()
 
     @abstractmethod
     def forward(self, batch: Batch, progress: float) -> StepOutput:

@@ -26,6 +26,8 @@ class Optimisation:
         warmup_steps: optimiser steps of linear warm-up.
         warmup_ratio: the same as a share of all steps.
         clip_norm: largest norm of the whole gradient; 0 leaves it unclipped.
+        layer_decay: factor on the learning rate from each layer of the encoder to the one below it; 1 for none.
+        ema_decay: decay of an average of the weights, which is validated and exported in their place; 0 for none.
     Raises:
         ConfigError: for a value out of range, or two settings that say the same thing.
     """
@@ -38,6 +40,8 @@ class Optimisation:
     warmup_steps: int | None = None
     warmup_ratio: float | None = None
     clip_norm: float | None = None
+    layer_decay: float | None = None
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         for one, other in (("learning_rate", "base_learning_rate"), ("warmup_steps", "warmup_ratio")):
@@ -53,6 +57,10 @@ class Optimisation:
             raise ConfigError(f"warmup_ratio is {self.warmup_ratio}; it must lie between 0 and 1.")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas is {self.betas}; both must lie in [0, 1).")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1, such as 0.75.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay is {self.ema_decay}; it must be 0 or more and below 1, such as 0.999.")
 
     def filled_from(self, defaults: "Optimisation") -> "Optimisation":
         """This, with everything unset taken from ``defaults``.
@@ -85,6 +93,8 @@ class Schedule:
         max_steps: optimiser steps until zero.
         clip_norm: largest gradient norm; infinite where nothing is clipped.
         derivations: one line per derived number, for people.
+        layer_decay: factor on the learning rate from each layer of the encoder to the one below.
+        ema_decay: decay of the average of the weights; 0 where there is none.
     """
 
     learning_rate: float
@@ -94,6 +104,8 @@ class Schedule:
     max_steps: int
     clip_norm: float
     derivations: tuple[str, ...]
+    layer_decay: float = 1.0
+    ema_decay: float = 0.0
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimiser step ``step`` (1 is the first): linear warm-up, then half a cosine.
@@ -123,6 +135,8 @@ def make_schedule(settings: Optimisation, *, effective_batch: int, max_steps: in
     clip_norm = settings.clip_norm or math.inf
     clip_line = f"gradient norm clipped at {clip_norm:g}" if settings.clip_norm else "gradients not clipped"
     adamw_line = f"AdamW with weight decay {weight_decay:g} and betas {betas[0]:g}, {betas[1]:g}; {clip_line}"
+    ema_decay = settings.ema_decay or 0.0
+    average_lines = [_average_line(ema_decay)] if ema_decay else []
     return Schedule(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
@@ -130,8 +144,19 @@ def make_schedule(settings: Optimisation, *, effective_batch: int, max_steps: in
         warmup_steps=warmup_steps,
         max_steps=max_steps,
         clip_norm=clip_norm,
-        derivations=(rate_line, warmup_line, adamw_line),
+        derivations=(rate_line, warmup_line, adamw_line, *average_lines),
+        layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,
+        ema_decay=ema_decay,
     )
+
+
+def average_decay(ema_decay: float, num_updates: int) -> float:
+    """Decay of the average of the weights at its ``num_updates``-th update, from 1 on: lower at the beginning.
+
+    The warm-up of TensorFlow's ExponentialMovingAverage, (1 + t) / (10 + t): without it the first weights, drawn at
+    random or of another task, would weigh on the average for 1 / (1 - decay) steps.
+    """
+    return min(ema_decay, (1 + num_updates) / (10 + num_updates))
 
 
 def _learning_rate(settings: Optimisation, effective_batch: int) -> tuple[float, str]:
@@ -153,6 +178,15 @@ def _learning_rate(settings: Optimisation, effective_batch: int) -> tuple[float,
     if 0 < rate < TINY_LEARNING_RATE:
         line += "; that is next to nothing: give --optim.learning_rate (1e-3 for small networks) or a larger batch"
     return rate, line
+
+
+def _average_line(ema_decay: float) -> str:
+    # Where (1 + t) / (10 + t) reaches the decay; rounded first, lest 80.00000000000001 steps take one more.
+    steps = max(0, math.ceil(round((10 * ema_decay - 1) / (1 - ema_decay), 6)))
+    return (
+        f"weights averaged over about {1 / (1 - ema_decay):.4g} steps (decay {ema_decay:g}, reached after {steps}); "
+        "the average is validated and exported"
+    )
 
 
 def _warmup(settings: Optimisation, max_steps: int) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """The folder a run leaves behind: settings, metrics, manifest, checkpoints and pictures."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ import numpy as np
 
 from mim3d.config import read_yaml, to_mapping, write_yaml
 from mim3d.errors import ConfigError
+from mim3d.provenance import environment
 from mim3d.run_files import (
-    environment,
     finite_or_none,
     is_first_process,
     picture_files,
@@ -29,9 +30,14 @@ from mim3d.run_files import (
 
 #: Settings that a resumed run may change, because they change nothing of what is learned.
 FREE_ON_RESUME = frozenset(
-    {"out", "resume", "max_time", "max_time_s", "num_workers", "memory_limit"}
-    | {"log_every", "checkpoint_every", "keep_checkpoints", "pictures_every"}
+    {"out", "resume", "max_time", "max_time_s", "num_workers", "read_timeout", "memory_limit", "tracking"}
+    | {"strategy", "max_bad_steps", "rank_timeout_s"}
+    | {"log_every", "checkpoint_every", "keep_checkpoints", "pictures_every", "patience"}
 )
+
+#: Settings whose product is the samples of a step, which are the same however they are dealt out: free together, as
+#: long as the product stays.
+SPLIT_OF_A_STEP = ("batch_size", "accumulation", "devices", "num_nodes")
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,7 @@ class Run:
                 f"{self.path} holds a run of mim3d {manifest['command']}, not of mim3d {self.command}; "
                 "choose another --out."
             )
-        changed = _differences(manifest["settings"], values)
+        changed = _differences(manifest["settings"], _dealt_out_as(manifest["settings"], values))
         if changed:
             raise ConfigError(
                 f"{self.path} was started with other settings: {'; '.join(changed)}. "
@@ -226,9 +232,11 @@ class Run:
         if fresh:
             # The manifest comes first: a folder with one is a run, whatever else a kill prevented.
             manifest = {"command": self.command, "settings": values, "inputs": dict(inputs)}
-            started = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seed": values.get("seed")}
-            write_json(self.manifest_path, {**manifest, **started, **environment()})
+            write_json(self.manifest_path, {**manifest, "seeds": _seeds(values), **_session()})
             write_text(self.metrics_path, "")
+        else:
+            manifest = read_manifest(self.manifest_path)
+            write_json(self.manifest_path, {**manifest, "resumed": [*manifest.get("resumed", []), _session()]})
         self.checkpoints_dir.mkdir(exist_ok=True)
         again = {key: value for key, value in values.items() if key != "resume"}
         write_yaml(self.config_path, {"command": self.command, **again})
@@ -269,6 +277,24 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         manifest=read_manifest(run.manifest_path),
         pictures=picture_files(run.path),
     )
+
+
+def _session() -> dict[str, Any]:
+    """When a session began, by which command line, with which code and packages, on what."""
+    return {"started": datetime.now(UTC).isoformat(timespec="seconds"), **environment()}
+
+
+def _seeds(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that random numbers begin from."""
+    return {name: value for name, value in values.items() if name == "seed" or name.endswith("_seed")}
+
+
+def _dealt_out_as(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The settings of now; with the split of a step of before, if that is of as many samples."""
+    sizes = [math.prod(settings.get(name) or 1 for name in SPLIT_OF_A_STEP) for settings in (before, now)]
+    if sizes[0] != sizes[1]:
+        return now
+    return {**now, **{name: before[name] for name in SPLIT_OF_A_STEP if name in before}}
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:

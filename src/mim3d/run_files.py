@@ -4,21 +4,20 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import mim3d
 from mim3d.errors import ConfigError, Mim3dError
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 _LEAST_FREE_BYTES = 50 * 2**20
+_LOCK_PATIENCE_S = 3.0
 _PICTURES = re.compile(r"step_(\d{8})\.npz")
 
 
@@ -34,45 +33,28 @@ def picture_files(path: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), file) for match, file in matches if match))
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for the manifest; nothing that names a person or a machine."""
-    import torch
-
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return {
-        "versions": {
-            "mim3d": mim3d.__version__,
-            "python": sys.version.split()[0],
-            **{name: _version(name) for name in ("torch", "monai", "lightning-fabric", "numpy")},
-        },
-        "hardware": {
-            "cpu_count": os.cpu_count(),
-            "gpus": [torch.cuda.get_device_name(index) for index in range(num_gpus)],
-        },
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def try_lock(descriptor: int) -> bool:
-    """Try to lock an open file; the system lets go of it when the process ends, however it ends."""
+    """Try to lock an open file; the system lets go of it when the process ends, however it ends.
+
+    The readers of a trainer that was killed end a moment after it, and hold its lock until then: that is waited for.
+    """
     if os.name == "nt":
         return True
     import fcntl
 
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # Some network file systems know no locks; a run there is worth more than the guard.
-        return True
-    return True
+    end = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        except OSError:
+            # Some network file systems know no locks; a run there is worth more than the guard.
+            return True
+        else:
+            return True
 
 
 def require_usable(path: Path) -> None:

@@ -161,7 +161,7 @@ def test_unknown_memory_refuses_nothing(capsys, monkeypatch):
 
 
 def test_a_validation_that_does_not_fit_is_refused_before_training():
-    with pytest.raises(ConfigError, match=r"Validating the largest held-out scan needs about .* \(--fold null\)"):
+    with pytest.raises(ConfigError, match=r"Validating needs about .* besides the network, .* \(--fold null\)"):
         require_memory(training(), [Way("", Plain)], SAMPLE, OPTIM, smaller="", validation_bytes=2**50)
 
 

@@ -15,6 +15,7 @@ from mim3d.errors import ConfigError, DataError
 from mim3d.methods.hierarchy import Hierarchy, Level
 from mim3d.optimisation import Optimisation
 from mim3d.run import read_run
+from mim3d.tracking import Tracking
 from mim3d.weights import load_encoder, read_card
 from tests.commands.conftest import BACKBONE, TASK
 
@@ -40,7 +41,7 @@ def test_the_run_holds_encoder_card_metrics_and_a_config_that_runs_again(ball_se
     assert {"loss/coarse", "loss/middle", "loss/align_middle"} <= set(record.metrics[0])
     assert list(record.pictures) == [2]
     again = {key: value for key, value in read_yaml(run / "config.yaml").items() if key != "command"}
-    again |= {"out": str(tmp_path / "again"), "optim": Optimisation(learning_rate=1e-3)}
+    again |= {"out": str(tmp_path / "again"), "optim": Optimisation(learning_rate=1e-3), "tracking": Tracking()}
     repeated = read_run(pretrain(**again)).metrics
     assert [line["loss"] for line in repeated] == [line["loss"] for line in record.metrics]
 

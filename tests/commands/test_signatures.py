@@ -11,7 +11,17 @@ from mim3d.manual import manual
 
 
 def test_the_commands_are_those_that_work():
-    assert list(COMMANDS) == ["phantom", "cache", "pretrain", "finetune", "predict", "evaluate", "report"]
+    assert list(COMMANDS) == [
+        "phantom",
+        "cache",
+        "pretrain",
+        "finetune",
+        "predict",
+        "evaluate",
+        "probe",
+        "export",
+        "report",
+    ]
     listed = [line.split()[0] for line in overview().splitlines() if line.startswith("  ")]
     assert listed == list(COMMANDS)
 

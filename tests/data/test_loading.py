@@ -19,7 +19,7 @@ from mim3d.data.loading import MAX_DAMAGED_IN_A_ROW, Loader, Read, Sample, Sampl
 from mim3d.data.preprocessing import Preprocessing
 from mim3d.data.stored_images import StoredImages
 from mim3d.data.transforms import Intensity, flip, resize_image
-from mim3d.errors import DamagedError
+from mim3d.errors import DamagedError, Mim3dError
 from tests.batches import on_cpu
 from tests.nifti import write_nifti
 from tests.scans import ArrayScan
@@ -313,3 +313,21 @@ def test_a_strict_loader_ends_at_the_first_damaged_scan(num_workers):
             assert len([next(batches) for _ in range(order.index("scan2"))]) == order.index("scan2")
         with pytest.raises(DamagedError, match="scan2/image"):
             next(batches)
+
+
+class HungScan(ArrayScan):
+    """Its disk has stopped to answer."""
+
+    def read(self, origin, size, level=0):
+        time.sleep(600)
+
+
+def test_a_disk_that_does_not_answer_is_told_of_with_the_scan():
+    scans = numbered_scans()
+    order = [loader_of(scans, 1).dataset._scan_of(index).name for index in range(6)]
+    scans[int(order[4][-1])].__class__ = HungScan
+    batches = loader_of(scans, 2, batch_size=1, timeout_s=1.0).batches(0)
+    for _ in range(4):
+        next(batches)
+    with pytest.raises(Mim3dError, match=rf"has been at scan {order[4]} for 0.0167 min"):
+        next(batches)

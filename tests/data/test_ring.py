@@ -115,6 +115,24 @@ def test_a_killed_process_is_an_error_at_once():
         assert time.monotonic() - start < 2
 
 
+def test_a_process_that_hangs_is_an_error_that_says_what_it_is_at():
+    with Ring(Stuck(), 2, SLOT_BYTES, timeout_s=0.6, describe="scans of batch {}".format) as ring:
+        next(ring)
+        start = time.monotonic()
+        with pytest.raises(Mim3dError, match=r"\) has been at scans of batch 1 for 0.01 min; .*--read_timeout"):
+            next(ring)
+        assert 0.5 < time.monotonic() - start < 5
+
+
+def test_a_scheduler_s_signals_to_every_process_of_a_job_are_left_to_the_trainer():
+    with Ring(numbered, 2, SLOT_BYTES) as ring:
+        assert value(next(ring)) == 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for worker in ring._workers:
+                os.kill(worker.process.pid, number)
+        assert [value(next(ring)) for _ in range(6)] == list(range(1, 7))
+
+
 def test_a_process_that_was_killed_before_its_turn_is_an_error_all_the_same():
     with Ring(numbered, 3, SLOT_BYTES) as ring:
         next(ring)

@@ -1,8 +1,10 @@
 """Checkpoint files: written whole or not at all, few of them, and nothing in them runs."""
 
+import os
 import pickle
 import resource
 import shutil
+import stat
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,41 @@ def test_what_came_after_the_resumed_step_is_dropped(tmp_path: Path) -> None:
     (tmp_path / ".step_00000006.pt.partial").write_bytes(b"half")
     checkpoints.drop_after(2)
     assert names(tmp_path) == ["step_00000002.pt"]
+
+
+def test_a_kill_between_the_best_weights_and_the_checkpoint_loses_neither_the_best_before(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    module = torch.nn.Linear(1, 1)
+    checkpoints.save_best(2, module, {"dice": 0.2})
+    checkpoints.save(4, WEIGHTS)
+    checkpoints.save_best(6, module, {"dice": 0.6})
+    # Here the power goes, and the run is resumed.
+    again = Checkpoints(tmp_path, keep=1)
+    newest = again.newest()
+    assert newest == tmp_path / "step_00000004.pt"
+    again.drop_after(4)
+    assert names(tmp_path) == ["best_00000002.pt", "step_00000004.pt"]
+    assert load_best(tmp_path, torch.nn.Linear(1, 1)) == {"step": 2, "values": {"dice": 0.2}}
+
+
+def test_a_write_is_durable_before_anything_older_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    fsync, unlink = os.fsync, Path.unlink
+
+    def synced(descriptor: int) -> None:
+        happened.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def unlinked(self: Path, missing_ok: bool = False) -> None:
+        happened.append(self.name)
+        unlink(self, missing_ok)
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, WEIGHTS)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    checkpoints.save(2, WEIGHTS)
+    assert happened == ["file", "folder", "step_00000001.pt"]
 
 
 def test_a_write_that_fails_leaves_no_trace_and_the_ones_before(tmp_path: Path) -> None:

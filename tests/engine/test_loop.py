@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from mim3d.engine.bad_steps import NonFiniteError
 from mim3d.engine.checkpoint import load_best
-from mim3d.engine.meter import NonFiniteError
 from mim3d.errors import ConfigError
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation
@@ -132,7 +132,7 @@ def test_mixed_precision_trains_and_keeps_targets_in_full_precision(tmp_path: Pa
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_a_loss_that_is_not_finite_stops_with_step_term_rate_and_remedy(tmp_path: Path, precision: str) -> None:
-    settings: dict[str, Any] = {"bad_sample": 30.0, "checkpoint_every": 3, "log_every": 10, "precision": precision}
+    settings: dict[str, Any] = {"bad_sample": 30.0, "max_bad_steps": 0, "checkpoint_every": 3, "precision": precision}
     with pytest.raises(NonFiniteError) as error:
         toy_run(tmp_path / "run", **settings)
     message = str(error.value)

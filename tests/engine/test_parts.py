@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mim3d.engine.loop as loop_module
+from mim3d.engine.bad_steps import NonFiniteError
 from mim3d.engine.launch import launch, seed_step, usable_precision
-from mim3d.engine.meter import Meter, NonFiniteError, Throughput
+from mim3d.engine.meter import Meter, Throughput
 from mim3d.engine.optim import build_optimizer, decay_groups
 from mim3d.engine.plan import steps_for_epochs
 from mim3d.engine.progress import Display

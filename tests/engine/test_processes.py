@@ -71,7 +71,7 @@ def test_a_signal_to_one_process_stops_both_and_they_resume_to_the_same_bits(tmp
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path: Path) -> None:
     # Sample 34 goes to the second process.
-    process = start(tmp_path / "run", batch_size=2, bad_sample=34.0)
+    process = start(tmp_path / "run", batch_size=2, bad_sample=34.0, max_bad_steps=0)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert "At step 9, loss/penalty became infinite or not a number" in errors

@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from mim3d.errors import CheckpointError
+from mim3d.engine.meter import Meter
+from mim3d.errors import CheckpointError, ConfigError
 from mim3d.objective import Batch
-from mim3d.run import read_run
+from mim3d.run import Run, read_run
 from tests.engine import toy_training
+from tests.engine.test_processes import start
 from tests.engine.toy_training import ToySource, comparable, toy_run
+
+CPU = torch.device("cpu")
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 24,
@@ -67,7 +71,7 @@ def test_stopped_by_the_time_limit_and_resumed(tmp_path: Path, uninterrupted: An
     assert_same(run.path, objective, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_stopped_by_a_signal_and_resumed(
     tmp_path: Path,
     uninterrupted: Any,
@@ -174,6 +178,96 @@ def test_a_finished_run_resumes_to_nothing_and_reads_no_data(tmp_path: Path, uni
     assert result.best is not None
     assert objective.seen == []
     assert_same(run.path, objective, uninterrupted)
+
+
+def test_the_samples_of_a_step_may_be_dealt_out_in_another_way(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SETTINGS, "dropout": 0.0}
+    _, whole, reference = toy_run(tmp_path / "whole", **settings)
+    toy_run(tmp_path / "run", **settings, max_time_s=1e-6)
+    begin = 1
+    for split in ({"batch_size": 8, "accumulation": 1}, {"batch_size": 1, "accumulation": 8}):
+        stopped, objective, run = toy_run(tmp_path / "run", **{**settings, **split}, max_time_s=1e-6)
+        assert objective.seen == [float(sample) for sample in range(8 * begin, 8 * stopped.step)]
+        begin = stopped.step
+    result, objective, run = toy_run(tmp_path / "run", **settings)
+    assert result.finished
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(objective.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    for one, other in zip(*(comparable(read_run(each.path).metrics) for each in (run, reference)), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_means_go_on_when_other_processes_take_over_the_windows() -> None:
+    values = torch.rand((4, 6), generator=torch.Generator().manual_seed(0))
+    whole, meters = Meter(CPU), [Meter(CPU) for _ in values]
+    for step, column in enumerate(values.T):
+        for meter, value in zip(meters, column, strict=True):
+            meter.add(step, {"loss": value})
+            whole.add(step, {"loss": value})
+    state = [meter.own_state() for meter in meters]
+    for world_size in (1, 2, 3, 4, 7):
+        rows = []
+        for rank in range(world_size):
+            taken_over = Meter(CPU)
+            taken_over.restore(state, rank, world_size)
+            rows += taken_over.own_state()
+        sums, counts = (sum(row[name][0] for row in rows) for name in ("sums", "counts"))
+        # Six steps, each as often as it is added from now on.
+        assert counts == pytest.approx(6 * world_size)
+        assert sums / counts == pytest.approx(whole.read()["loss"])
+    same = Meter(CPU)
+    same.restore(state, 2, 4)
+    assert same.own_state() == state[2]
+
+
+def test_a_split_of_as_many_samples_is_no_other_setting(tmp_path: Path) -> None:
+    def create(**settings: int) -> None:
+        Run.create(tmp_path / "run", command="pretrain", settings=settings, inputs={}, resume=True)
+
+    create(batch_size=2, accumulation=4, devices=1, num_nodes=1)
+    create(batch_size=1, accumulation=2, devices=2, num_nodes=2)
+    create(batch_size=2, accumulation=4, devices=1, num_nodes=1)
+    with pytest.raises(ConfigError, match="devices was 1 and is now 2"):
+        create(batch_size=2, accumulation=4, devices=2, num_nodes=1)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {
+        "dropout": 0.0,
+        "max_steps": 12,
+        "log_every": 4,
+        "checkpoint_every": 3,
+        "validate_every": 6,
+    }
+    _, whole, reference = toy_run(tmp_path / "whole", **shared, batch_size=4, accumulation=1)
+    for devices, seconds in ((2, 0.05), (1, 0.05), (4, 0.05), (2, None)):
+        process = start(
+            tmp_path / "run", **shared, batch_size=4 // devices, devices=devices, max_time_s=seconds, wait_s=0.02
+        )
+        output, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+    assert json.loads(output.splitlines()[-1])["finished"]
+    weights = torch.load(tmp_path / "run" / "final.pt", weights_only=True)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
+    for one, other in zip(*(comparable(read_run(p).metrics) for p in (tmp_path / "run", reference.path)), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_a_kill_between_the_last_checkpoint_and_its_export_is_made_good(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(objective: torch.nn.Module, step: int) -> None:
+        if step == 24:
+            raise Killed
+
+    with pytest.raises(Killed):
+        toy_run(tmp_path / "run", **SETTINGS, on_checkpoint=kill)
+    exported = []
+    result, _, _ = toy_run(tmp_path / "run", **SETTINGS, on_checkpoint=lambda objective, step: exported.append(step))
+    assert (result.finished, exported) == (True, [24])
 
 
 def test_resuming_with_another_batch_is_refused(tmp_path: Path) -> None:

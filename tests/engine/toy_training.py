@@ -138,7 +138,7 @@ def toy_run(out: Path, **settings: Any) -> tuple[TrainResult, ToyObjective, Run]
 
 def comparable(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of metrics without what depends on the clock."""
-    clock = ("time_s", "samples_per_s", "data_wait_ratio")
+    clock = ("time_s", "samples_per_s", "data_wait_ratio", "memory_bytes")
     return [{name: value for name, value in line.items() if name not in clock} for line in metrics]
 
 

@@ -1,6 +1,6 @@
 """Names and colours of runs and scores."""
 
-from mim3d.reporting.sources import flat, short_names
+from mim3d.reporting.sources import short_names
 
 
 def test_names_are_as_short_as_they_can_be():
@@ -15,7 +15,3 @@ def test_names_that_clash_get_the_folder_that_tells_them_apart():
 def test_a_path_inside_another_has_a_name_of_its_own():
     names = short_names(["/a/b", "/b"])
     assert len(set(names.values())) == 2
-
-
-def test_settings_are_flattened_by_dotted_key():
-    assert flat({"a": {"b": 1, "c": {"d": [2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [2], "e": {}}

@@ -36,6 +36,41 @@ class Encoder(nn.Module, ABC):
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
         """One map ``(B, widths[i], X / strides[i], ...)`` per stage, finest first, nothing hidden."""
 
+    @property
+    def num_layers(self) -> int:
+        """Layers above the stem: one for each block, and the output above them."""
+        return len(self._blocks()) + 1
+
+    def layer_of(self, name: str) -> int:
+        """How deep a parameter lies: 0 for the stem, then block by block, ``num_layers`` for the output.
+
+        As numbered for layer-wise learning rates by BEiT (Bao et al. 2022) and MAE (He et al. 2022): tokens and
+        positions belong to the stem, the last norm to the output. By default the members of the outermost module lists
+        are the blocks, in the order in which they were registered; what was registered between two of them belongs to
+        the later one. An encoder that registers its parts in another order says otherwise.
+
+        Args:
+            name: as ``named_parameters`` gives it.
+        """
+        blocks = self._blocks()
+        held = [number for number, prefix in enumerate(blocks, start=1) if name.startswith(prefix)]
+        if held:
+            return held[0]
+        if "." not in name:
+            return 0
+        parts = [part for part, _ in self.named_children()]
+        place = parts.index(name.partition(".")[0])
+        before = sum(parts.index(prefix.partition(".")[0]) < place for prefix in blocks)
+        return before + 1 if before else 0
+
+    def _blocks(self) -> list[str]:
+        """Prefixes of the parameters of every block, in order of depth."""
+        lists: dict[str, int] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+                lists[name] = len(module)
+        return [f"{name}.{number}." for name, length in lists.items() for number in range(length)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone(ABC):

@@ -4,6 +4,7 @@ Zhuang et al., "MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Im
 names and shapes are those of the published checkpoints.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,9 @@ from mim3d.nn.positions import sincos_positions
 
 # Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, N volumes or blocks, E embedding.
 
+# Parameters of a stage: its patch embedding, and its blocks with their numbers.
+_STAGED = re.compile(r"(?:patch_embed|blocks)(?P<stage>\d+)(?:\.(?P<block>\d+))?\.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid(Backbone):
@@ -38,6 +42,8 @@ class Hybrid(Backbone):
         num_heads: attention heads of the transformer.
         mlp_ratio: hidden per token channels of every MLP.
         recompute: trade time for memory: recompute the convolution blocks in the backward pass.
+        drop_path: chance that a sample goes without a branch of the last block, in training; falls linearly to the
+            first block (stochastic depth).
     """
 
     widths: tuple[int, ...] = (48, 96, 192, 384)
@@ -45,8 +51,11 @@ class Hybrid(Backbone):
     num_heads: int = 12
     mlp_ratio: float = 4.0
     recompute: bool = False
+    drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"drop_path is {self.drop_path}; it must lie between 0 and 1 (1 excluded), such as 0.1.")
         if len(self.widths) != len(self.depths) or len(self.widths) < 2:
             raise ConfigError(
                 f"backbone widths {list(self.widths)} and depths {list(self.depths)} must have "
@@ -65,6 +74,15 @@ class Hybrid(Backbone):
     def patch_size(self) -> int:
         """Voxels per token edge: every stage halves the grid."""
         return int(2 ** len(self.widths))
+
+    @property
+    def drop_paths(self) -> tuple[tuple[float, ...], ...]:
+        """``drop_path`` of each stage's blocks: l / L of the last one's for block l of L (Huang et al. 2016, eq. 4)."""
+        total, before = sum(self.depths), (sum(self.depths[:stage]) for stage in range(len(self.depths)))
+        return tuple(
+            tuple(self.drop_path * (first + block + 1) / total for block in range(depth))
+            for first, depth in zip(before, self.depths, strict=True)
+        )
 
     def build(self) -> "HybridEncoder":
         """The encoder, freshly initialised."""
@@ -87,12 +105,15 @@ class HybridEncoder(Encoder):
         self.patch_size = recipe.patch_size
         self.embed_dim = recipe.widths[-1]
         dims_in = (recipe.in_channels, *recipe.widths[:-1])
-        for stage, (dim_in, dim, depth) in enumerate(zip(dims_in, recipe.widths, recipe.depths, strict=True), start=1):
+        stages = zip(dims_in, recipe.widths, recipe.drop_paths, strict=True)
+        for stage, (dim_in, dim, drop_paths) in enumerate(stages, start=1):
             self.add_module(f"patch_embed{stage}", PatchEmbed(dim_in, dim))
             last = stage == self.num_stages
             blocks = (
-                TransformerBlock(dim, recipe.num_heads, recipe.mlp_ratio) if last else ConvBlock(dim, recipe.mlp_ratio)
-                for _ in range(depth)
+                TransformerBlock(dim, recipe.num_heads, recipe.mlp_ratio, drop_path)
+                if last
+                else ConvBlock(dim, recipe.mlp_ratio, drop_path=drop_path)
+                for drop_path in drop_paths
             )
             self.add_module(f"blocks{stage}", nn.ModuleList(blocks))
             if not last:
@@ -107,7 +128,8 @@ class HybridEncoder(Encoder):
         grid = token_grid(tuple(volume_BCXYZ.shape), self.patch_size)
         layout = VisibleBlocks(visible_BV, grid)
         blocks_NsssC = layout.gather(volume_BCXYZ, self.patch_size)
-        maps, tokens_NE = self._convolution_stages(blocks_NsssC, layout.depthwise)
+        # The blocks of one volume are one sample to drop path, as the volume is when nothing is hidden.
+        maps, tokens_NE = self._convolution_stages(blocks_NsssC, layout.depthwise, len(volume_BCXYZ))
         positions_LE = sincos_positions(grid, self.embed_dim).to(tokens_NE)
         tokens_BVE = tokens_NE.reshape(*visible_BV.shape, self.embed_dim)
         tokens_BVE = self._transform(tokens_BVE + positions_LE[visible_BV])
@@ -121,15 +143,37 @@ class HybridEncoder(Encoder):
         """
         check_multiple(tuple(volume_BCXYZ.shape[2:]), self.patch_size)
         grid = token_grid(tuple(volume_BCXYZ.shape), self.patch_size)
-        maps, tokens_BxyzE = self._convolution_stages(volume_BCXYZ.permute(0, 2, 3, 4, 1), depthwise_dense)
+        features_BXYZC = volume_BCXYZ.permute(0, 2, 3, 4, 1)
+        # Not len(): it would make the number of samples a constant of exported programs.
+        maps, tokens_BxyzE = self._convolution_stages(features_BXYZC, depthwise_dense, volume_BCXYZ.shape[0])
         tokens_BLE = tokens_BxyzE.flatten(1, 3)
         tokens_BLE = self._transform(tokens_BLE + sincos_positions(grid, self.embed_dim).to(tokens_BLE))
         tokens_BLE = self.norm(tokens_BLE + self._stage_tokens(maps).reshape_as(tokens_BLE))
-        maps.append(tokens_BLE.reshape(len(tokens_BLE), *grid, -1))
+        maps.append(tokens_BLE.unflatten(1, grid))
         return [features.permute(0, 4, 1, 2, 3) for features in maps]
 
+    @property
+    def num_layers(self) -> int:
+        """Layers above the stem: every block, then the output."""
+        return sum(self.recipe.depths) + 1
+
+    def layer_of(self, name: str) -> int:
+        """Layer of a parameter: a stage's patch embedding belongs to its first block (as in ConvNeXt, Liu et al. 2022).
+
+        The first one is the stem. The projections that bring convolution stages to the tokens are added below the last
+        norm: like it, they are part of the output.
+        """
+        match = _STAGED.match(name)
+        if match is None:
+            return self.num_layers
+        if name.startswith("patch_embed1."):
+            return 0
+        # The embedding numbered after the last stage is the second half of that stage's own.
+        stage, block = min(int(match["stage"]), self.num_stages), int(match["block"] or 0)
+        return sum(self.recipe.depths[: stage - 1]) + 1 + block
+
     def _convolution_stages(
-        self, features_NXYZC: Tensor, depthwise: DepthwiseConvolution
+        self, features_NXYZC: Tensor, depthwise: DepthwiseConvolution, num_samples: int
     ) -> tuple[list[Tensor], Tensor]:
         """Outputs of the convolution stages, and the embedded tokens that enter the transformer."""
         maps = []
@@ -137,9 +181,9 @@ class HybridEncoder(Encoder):
             features_NXYZC = self.get_submodule(f"patch_embed{stage}")(features_NXYZC)
             for block in self.get_submodule(f"blocks{stage}").children():
                 if self.recipe.recompute and torch.is_grad_enabled():
-                    features_NXYZC = checkpoint(block, features_NXYZC, depthwise, use_reentrant=False)
+                    features_NXYZC = checkpoint(block, features_NXYZC, depthwise, num_samples, use_reentrant=False)
                 else:
-                    features_NXYZC = block(features_NXYZC, depthwise)
+                    features_NXYZC = block(features_NXYZC, depthwise, num_samples)
             maps.append(features_NXYZC)
         tokens = self.get_submodule(f"patch_embed{self.num_stages}")(features_NXYZC)
         return maps, self.get_submodule(f"patch_embed{self.num_stages + 1}")(tokens)

@@ -1,6 +1,5 @@
 """Prediction with classifiers: probabilities of every class for every scan, in one table."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from mim3d.data.preprocessing import Prepared
 from mim3d.errors import ConfigError, DataError
 from mim3d.tasks.classifier import Classifier, load_classifier
 from mim3d.types import Named
+from mim3d.weights import full_path
 
 #: What one classifier sees of one scan.
 Box = npt.NDArray[np.float32]
@@ -135,7 +135,7 @@ def _require_same_classes(classifiers: Sequence[Classifier], weights: Sequence[s
 def _identity(classifiers: Sequence[Classifier], weights: Sequence[str]) -> dict[str, Any]:
     return {
         "task": "classification",
-        "weights": [os.path.abspath(path) for path in weights],
+        "weights": [full_path(path) for path in weights],
         "weights_digests": [classifier.digest for classifier in classifiers],
         "classes": list(classifiers[0].classes),
         "mirror_axes": [list(classifier.settings.mirror_axes) for classifier in classifiers],

@@ -3,9 +3,11 @@
 from typing import Literal
 
 from mim3d.commands.folds import tune_folds
+from mim3d.commands.training import with_processes
 from mim3d.commands.tuning import tune
 from mim3d.data.transforms import Intensity
 from mim3d.optimisation import Optimisation
+from mim3d.tracking import Tracking
 from mim3d.types import Named, Spacing
 from mim3d.weights import InputLayers
 
@@ -36,16 +38,23 @@ def finetune(
     accumulation: int = 1,
     optim: Optimisation = Optimisation(),
     precision: str = "32-true",
-    devices: int = 1,
-    num_nodes: int = 1,
+    tf32: bool = False,
+    compile: bool = False,
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    strategy: str = "auto",
     accelerator: str = "auto",
     num_workers: int | None = None,
+    read_timeout: float = 10.0,
     memory_limit: float | None = None,
     log_every: int = 10,
     validate_every: int | None = None,
+    patience: int | None = None,
     checkpoint_every: int = 200,
     pictures_every: int | None = 500,
     keep_checkpoints: int = 2,
+    max_bad_steps: int = 3,
+    tracking: Tracking = Tracking(),
     seed: int = 0,
     strict: bool | None = None,
     resume: bool = False,
@@ -60,7 +69,7 @@ def finetune(
         out: Folder of the run.
         task: What to learn; settings as --task.patch_size 96 96 96.
         weights: Pre-trained encoder: a run, an exported folder or a published checkpoint; from scratch if not given.
-        backbone: Encoder, a name of list_models(); that of the weights if not given, hybrid_base from scratch.
+        backbone: Encoder, a name of list_models(); that of the weights (settings alone change it), else hybrid_base.
         input_layers: For another number of channels than the weights know: mean, repeat (in turn) or new.
         preset: Name of a published data set; gives what is not given.
         plan: Plan to use instead of a new one: a plan.yaml of a run, edited or not.
@@ -81,20 +90,28 @@ def finetune(
         accumulation: Micro-batches whose gradients are averaged into one step.
         optim: Optimiser; what is not given is the task's own.
         precision: 32-true, bf16-mixed or 16-mixed.
-        devices: Processes, one per device, on each node.
-        num_nodes: Machines.
+        tf32: Let a GPU round the factors of float32 products to TF32: several times as fast, 10 bits instead of 23.
+        compile: Compile the blocks of the network (torch.compile); a minute at the start.
+        devices: Processes, one per device, on each node; as torchrun or srun started them, or 1, if not given.
+        num_nodes: Machines; as torchrun or srun started the processes, or 1, if not given.
+        strategy: ddp (every process has all weights), fsdp (each has a slice of them) or auto (ddp).
         accelerator: auto, cpu, cuda or mps.
         num_workers: Reading processes; none on a CPU and most cores beside a GPU if not given.
+        read_timeout: Minutes that a reading process may take over a batch before the run stops; 0 waits for ever.
         memory_limit: GiB that training may use (on a GPU: of each); what is free if not given, 0 for no check.
         log_every: Steps between two lines of metrics.
         validate_every: Steps between two validations; ten in all if not given.
+        patience: Validations without a better one after which training ends; all steps are done if not given.
         checkpoint_every: Steps between two checkpoints.
         pictures_every: Steps between two sets of pictures.
         keep_checkpoints: Newest checkpoints kept.
+        max_bad_steps: Steps of the whole run that may go wrong: not finite, and skipped, or out of memory, and taken
+            once more; a run with more of them stops.
+        tracking: TensorBoard, Weights & Biases or MLflow beside metrics.jsonl.
         seed: Of weights, order and crops; never of the folds.
         strict: true refuses scans that cannot be used or were learned from, instead of warning; false goes on even
             where held-out cases of a published fold are missing.
         resume: Go on with the run in OUT, or start it.
     """
-    arguments = dict(locals())
+    arguments = with_processes(dict(locals()))
     return tune_folds(arguments, tune) if fold == "all" else str(tune(arguments).path)

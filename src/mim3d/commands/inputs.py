@@ -1,8 +1,11 @@
 """From DATA to scans in a cache, for pre-training and fine-tuning alike."""
 
+import socket
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mim3d
@@ -15,11 +18,15 @@ from mim3d.data.preprocessing import Preprocessing
 from mim3d.data.resampling import target_grid
 from mim3d.data.transforms import Intensity
 from mim3d.data.volumes import read_grid
+from mim3d.engine.processes import Company
 from mim3d.errors import ConfigError, DataError
 from mim3d.resources import num_cores
 from mim3d.run import Run
 from mim3d.types import Spacing, Triple
 from mim3d.weights import weights_digest
+
+#: Longest time after which a network disk shows a file that another machine has written, with a margin.
+SHARED_DISK_PATIENCE_S = 90.0
 
 
 def read_data(data: str, *, need_labels: bool, keep_labels: bool = False) -> CaseSet | Cache:
@@ -50,6 +57,7 @@ def open_scans(
     source: CaseSet | Cache,
     cases: Sequence[Case],
     run: Run,
+    processes: Company,
     cache_dir: str | None,
     *,
     spacing_mm: Spacing | None,
@@ -58,19 +66,22 @@ def open_scans(
 ) -> Cache:
     """The cached scans of ``cases``: built or brought up to date from a data set, or those of the cache given.
 
-    The run is bound to what they hold: it cannot be resumed on other data.
+    The run is bound to what they hold: it cannot be resumed on other data. The first process builds; the others wait,
+    and must find the same on their own machine.
 
     Args:
         source: what :func:`read_data` gave.
         cases: those of its cases that are wanted.
         run: the run that they are for.
+        processes: those that run this command.
         cache_dir: where a cache is built that other runs may share; the run's own folder when None.
         spacing_mm: voxel size to resample to; None keeps each scan's own.
         num_workers: processes that build it; None for one per core.
         strict: refuse scans that cannot be used instead of leaving them out.
     Raises:
         ConfigError: when a given cache has another spacing.
-        DataError: when nothing can be used, or ``strict`` and something cannot.
+        DataError: when nothing can be used, or ``strict`` and something cannot; when another machine has other scans.
+        Mim3dError: when another process has failed.
     """
     if isinstance(source, Cache):
         if spacing_mm is not None and source.preprocessing.spacing_mm != spacing_mm:
@@ -84,13 +95,50 @@ def open_scans(
         wanted = replace(source, cases=tuple(cases)) if cache_dir is None else source
         workers = num_cores() if num_workers is None else num_workers
         preprocessing = Preprocessing(spacing_mm=spacing_mm)
-        scans = build_cache(wanted, cache_dir or run.path / "cache", preprocessing, num_workers=workers).subset(cases)
+        place = cache_dir or run.path / "cache"
+        if processes.is_first:
+            cache = build_cache(wanted, place, preprocessing, num_workers=workers)
+            processes.announce("cache", cache.digest)
+        else:
+            cache = _seen_here(place, processes.awaited("cache"))
+        scans = cache.subset(cases)
         for row in scans.failed:
             if strict:
                 raise DataError(f"{row['reason']} (strict: nothing is left out)")
             warnings.warn(f"left out: {row['reason']}", stacklevel=2)
     run.bind_input("data", scans.digest)
+    if processes.is_first:
+        processes.announce("scans", scans.digest)
+    elif processes.awaited("scans") not in (None, scans.digest):
+        raise DataError(
+            f"{scans.path} on {socket.gethostname()} holds other scans than on the machine of the first process; copy "
+            "the same cache to every machine, or use one in a folder that all of them share."
+        )
+    processes.meet()
     return scans
+
+
+def _seen_here(place: str | Path, digest: str | None) -> Cache:
+    """The cache that the first process has built, as this machine sees it.
+
+    Raises:
+        DataError: when it does not.
+    """
+    # A network disk may show another machine's files up to a minute late.
+    end = time.monotonic() + SHARED_DISK_PATIENCE_S
+    while True:
+        try:
+            cache = open_cache(place)
+            if digest in (None, cache.digest):
+                return cache
+        except DataError:
+            pass
+        if time.monotonic() > end:
+            raise DataError(
+                f"{place} is not on {socket.gethostname()} as the first process has built it; put --cache and --out in "
+                "a folder that all machines share, or build the cache first (mim3d cache) and copy it to each."
+            )
+        time.sleep(0.5)
 
 
 def shapes_of(source: CaseSet | Cache, cases: Sequence[Case], spacing_mm: Spacing | None) -> list[Triple]:

@@ -113,6 +113,7 @@ def require_memory(
     *,
     smaller: str,
     validation_bytes: int = 0,
+    less_validation: str = "prepare the scans with a larger spacing_mm, or train without validation (--fold null)",
 ) -> dict[str, Any]:
     """Say what training will need, measured by a dry run, and refuse what does not fit.
 
@@ -123,6 +124,7 @@ def require_memory(
         optim: the optimiser's settings, filled from the defaults of the method or task.
         smaller: what to make smaller when nothing else helps, in the words of an error.
         validation_bytes: what a validation holds on the CPU besides the network at work.
+        less_validation: what to do where that is too much, in the words of an error.
     Returns:
         What to note in the manifest; nothing where the need is not known beforehand.
     Raises:
@@ -147,7 +149,7 @@ def require_memory(
     print(f"memory: about {_total(need, loop.devices)} ({need.parts()}){room}")
     if usable is not None and need.total > usable:
         raise ConfigError(_refusal(training, [asked, *others], need, usable, smaller))
-    _require_validation(asked, usable)
+    _require_validation(asked, usable, less_validation)
     return {"memory_need_bytes": {field.name: getattr(need, field.name) for field in fields(need)}}
 
 
@@ -164,14 +166,13 @@ def _refusal(training: Training, ways: Sequence[_Measured], need: MemoryNeed, us
     return f"{sentence}{at_least} {smaller}, or a machine with more memory (--memory_limit 0 trains all the same)."
 
 
-def _require_validation(asked: _Measured, usable: int | None) -> None:
+def _require_validation(asked: _Measured, usable: int | None, less: str) -> None:
     on_cpu = asked.memory.device == "cpu"
     needed, free = (asked.validation(), usable) if on_cpu else (asked.scores_bytes, available_memory_bytes())
     if asked.scores_bytes and free is not None and needed > free:
         raise ConfigError(
-            f"Validating the largest held-out scan needs about {in_words(needed)} of memory, "
-            f"{in_words(asked.scores_bytes)} of it for its scores, but {in_words(free)} can be used; prepare the scans "
-            "with a larger spacing_mm, or train without validation (--fold null)."
+            f"Validating needs about {in_words(needed)} of memory, {in_words(asked.scores_bytes)} of it besides the "
+            f"network, but {in_words(free)} can be used; {less}."
         )
 
 

@@ -1,6 +1,5 @@
 """The command that segments scans with fine-tuned networks, each on its own grid."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from mim3d.errors import DataError
 from mim3d.inference import Windows
 from mim3d.tasks.ensemble import Ensemble, load_ensemble
 from mim3d.types import Named
-from mim3d.weights import read_card
+from mim3d.weights import full_path, read_card
 
 #: Folders of a run that hold a network this command can use.
 NETWORKS = ("segmenter", "classifier")
@@ -129,7 +128,7 @@ def _windows(
 
 def _identity(ensemble: Ensemble, paths: Sequence[str], windows: Windows, cleaning: Cleaning) -> dict[str, object]:
     """What label maps come from, for their list."""
-    absolute = [os.path.abspath(path) for path in paths]
+    absolute = [full_path(path) for path in paths]
     return {
         "weights": absolute[0] if len(absolute) == 1 else absolute,
         "weights_digest": ensemble.digest,

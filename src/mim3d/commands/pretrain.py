@@ -1,14 +1,16 @@
 """The command that turns unlabelled scans into an encoder."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, create_recipe
 from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
-from mim3d.commands.leakage import SEEN_NAME, check_split, labelled, record_seen
+from mim3d.commands.leakage import check_split, labelled, record_seen
 from mim3d.commands.memory import pretraining_sample, pretraining_ways, require_memory
-from mim3d.commands.training import Training
+from mim3d.commands.probe_monitor import BEST_BY, EncoderKeeper, LastEncoder, ProbeMonitor, ProbePlan
+from mim3d.commands.training import Training, together, with_processes
 from mim3d.config import to_named
 from mim3d.data.cache import Cache
 from mim3d.data.cases import Case, CaseSet, check_cases, read_cases, split_cases
@@ -17,14 +19,17 @@ from mim3d.data.plan import plan_intensity
 from mim3d.data.pretraining_lists import pretraining_list
 from mim3d.data.transforms import Intensity
 from mim3d.engine.loop import train
+from mim3d.engine.memory import SampleShapes
+from mim3d.engine.processes import Company
 from mim3d.engine.settings import TrainResult
 from mim3d.errors import ConfigError, DataError
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation
 from mim3d.run import Run, read_run
+from mim3d.tracking import TrackedRun, Tracking
 from mim3d.types import Named, Spacing, Triple
-from mim3d.weights import load_into, save_network
+from mim3d.weights import load_into
 
 #: Passes over the data where nothing else is asked for (the paper's 800 epochs).
 DEFAULT_EPOCHS = 800
@@ -53,15 +58,23 @@ def pretrain(
     accumulation: int = 1,
     optim: Optimisation = Optimisation(),
     precision: str = "32-true",
-    devices: int = 1,
-    num_nodes: int = 1,
+    tf32: bool = False,
+    compile: bool = False,
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    strategy: str = "auto",
     accelerator: str = "auto",
     num_workers: int | None = None,
+    read_timeout: float = 10.0,
     memory_limit: float | None = None,
     log_every: int = 10,
     checkpoint_every: int = 200,
     pictures_every: int = 500,
     keep_checkpoints: int = 2,
+    probe: str | None = None,
+    probe_every: int | None = None,
+    max_bad_steps: int = 3,
+    tracking: Tracking = Tracking(),
     seed: int = 0,
     strict: bool = False,
     resume: bool = False,
@@ -91,24 +104,35 @@ def pretrain(
         accumulation: Micro-batches whose gradients are averaged into one step.
         optim: Optimiser; what is not given is the method's own.
         precision: 32-true, bf16-mixed or 16-mixed.
-        devices: Processes, one per device, on each node.
-        num_nodes: Machines.
+        tf32: Let a GPU round the factors of float32 products to TF32: several times as fast, 10 bits instead of 23.
+        compile: Compile the blocks of the network (torch.compile); a minute at the start.
+        devices: Processes, one per device, on each node; as torchrun or srun started them, or 1, if not given.
+        num_nodes: Machines; as torchrun or srun started the processes, or 1, if not given.
+        strategy: ddp (every process has all weights), fsdp (each has a slice of them) or auto (ddp).
         accelerator: auto, cpu, cuda or mps.
         num_workers: Reading processes; none on a CPU and most cores beside a GPU if not given.
+        read_timeout: Minutes that a reading process may take over a batch before the run stops; 0 waits for ever.
         memory_limit: GiB that training may use (on a GPU: of each); what is free if not given, 0 for no check.
         log_every: Steps between two lines of metrics.
         checkpoint_every: Steps between two checkpoints.
         pictures_every: Steps between two sets of reconstructions.
         keep_checkpoints: Newest checkpoints kept.
+        probe: Labelled scans, or `phantom`, to score features on; OUT/encoder is then the best, encoder_last the last.
+        probe_every: Steps between two probings; ten in all if not given.
+        max_bad_steps: Steps of the whole run that may go wrong: not finite, and skipped, or out of memory, and taken
+            once more; a run with more of them stops.
+        tracking: TensorBoard, Weights & Biases or MLflow beside metrics.jsonl.
         seed: Of weights, order, crops and masks.
         strict: Refuse what is otherwise told in a warning: scans that cannot be used or prove damaged, and held-out
             scans that were learned from.
         resume: Go on with the run in OUT, or start it.
     """
-    return _pretrain(dict(locals()))
+    arguments = with_processes(dict(locals()))
+    with together(arguments) as processes:
+        return _pretrain(arguments, processes)
 
 
-def _pretrain(arguments: dict[str, Any]) -> str:
+def _pretrain(arguments: dict[str, Any], processes: Company) -> str:
     """Everything behind the command, from its complete arguments."""
     training = Training.of(arguments)
     asked, recipe = create_method(arguments["method"]), create_recipe(arguments["backbone"])
@@ -118,7 +142,9 @@ def _pretrain(arguments: dict[str, Any]) -> str:
     shapes = shapes_of(source, cases, arguments["spacing_mm"])
     planned = _plan(asked, recipe, shapes)
     optim = arguments["optim"].filled_from(planned.optimisation)
-    memory = _require_memory(training, planned, recipe, optim, shapes[0])
+    sample = pretraining_sample(planned, recipe, shapes[0])
+    asked_probe = ProbePlan.of(arguments, recipe, sample)
+    memory = _require_memory(training, planned, recipe, optim, sample, asked_probe)
     settings = arguments | {"method": to_named(planned, METHODS), "backbone": to_named(recipe, BACKBONES)}
     weights = arguments["weights"]
     inputs = weights_input(weights)
@@ -129,6 +155,7 @@ def _pretrain(arguments: dict[str, Any]) -> str:
         source,
         source.cases,
         run,
+        processes,
         arguments["cache"],
         spacing_mm=arguments["spacing_mm"],
         num_workers=training.num_workers,
@@ -139,8 +166,13 @@ def _pretrain(arguments: dict[str, Any]) -> str:
     mapping = arguments["intensity"] or plan_intensity(scans)
     objective = _build(planned, recipe, weights, training.seed)
     loader = training.loader(scans, planned.sampler(recipe), mapping)
-    result = _learn(run, training, optim, objective, loader, encoder_card(recipe, mapping, scans))
-    return _close(run, planned, result)
+    card = encoder_card(recipe, mapping, scans)
+    keeper: EncoderKeeper = LastEncoder(run, card)
+    if asked_probe is not None:
+        items = asked_probe.prepared(run, training, objective.encoder, card) if run.writes else None
+        keeper = ProbeMonitor(run, card, asked_probe, items, lambda: planned.build(recipe))
+    result = _learn(run, training, optim, objective, loader, keeper)
+    return _close(run, planned, result, keeper)
 
 
 def _source(data: str, preset: str | None, fold: int | None) -> CaseSet | Cache:
@@ -193,15 +225,22 @@ def _plan(asked: Method, recipe: Backbone, shapes: Sequence[Triple]) -> Method:
 
 
 def _require_memory(
-    training: Training, method: Method, recipe: Backbone, optim: Optimisation, shape: Triple
+    training: Training,
+    method: Method,
+    recipe: Backbone,
+    optim: Optimisation,
+    sample: SampleShapes,
+    probe: ProbePlan | None,
 ) -> dict[str, Any]:
     """Refuse what does not fit into memory, before a run folder or a cache is made; returns what to note."""
     return require_memory(
         training,
         pretraining_ways(method, recipe),
-        pretraining_sample(method, recipe, shape),
+        sample,
         optim,
         smaller="a smaller backbone or smaller levels of the hierarchy",
+        validation_bytes=0 if probe is None else probe.num_bytes(recipe.in_channels),
+        less_validation="leave --probe out, or give it scans with fewer channels",
     )
 
 
@@ -216,21 +255,26 @@ def _build(method: Method, recipe: Backbone, weights: str | None, seed: int) -> 
 
 
 def _learn(
-    run: Run, training: Training, optim: Optimisation, objective: Objective, loader: Loader, card: dict[str, Any]
+    run: Run, training: Training, optim: Optimisation, objective: Objective, loader: Loader, keeper: EncoderKeeper
 ) -> TrainResult:
-    return train(
-        objective,
-        loader,
-        run=run,
-        loop=training.loop(training.num_steps(loader, DEFAULT_EPOCHS)),
-        optim=optim,
-        on_checkpoint=lambda trained, step: save_network(
-            run.path / "encoder", trained.encoder, {**card, "step": step}, beside=[run.path / SEEN_NAME]
-        ),
-    )
+    num_steps = training.num_steps(loader, DEFAULT_EPOCHS)
+    monitor = keeper if isinstance(keeper, ProbeMonitor) else None
+    with TrackedRun.of(run, training.tracking) as tracked:
+        return train(
+            objective,
+            loader,
+            run=tracked,
+            loop=replace(
+                training.loop(num_steps), validate_every=None if monitor is None else monitor.every(num_steps)
+            ),
+            optim=optim,
+            validate=monitor,
+            best_by=None if monitor is None else BEST_BY,
+            on_checkpoint=keeper.save,
+        )
 
 
-def _close(run: Run, method: Method, result: TrainResult) -> str:
+def _close(run: Run, method: Method, result: TrainResult, keeper: EncoderKeeper) -> str:
     """Say what was learned, and where it lies."""
     lines = read_run(run.path).metrics
     last = lines[-max(1, len(lines) // 10) :]
@@ -243,5 +287,5 @@ def _close(run: Run, method: Method, result: TrainResult) -> str:
             print(f"warning: {sentence}")
     if not result.finished:
         print(f"stopped at step {result.step}: {result.reason}; go on with: {run.how_to_resume}")
-    print(f"encoder: {run.path / 'encoder'}")
+    print(keeper.conclusion(result.best))
     return str(run.path)

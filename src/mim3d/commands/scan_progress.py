@@ -1,15 +1,13 @@
 """How far a command over many scans has come: a bar on a terminal, a plain line now and then elsewhere."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from mim3d.data.cases import Case
 from mim3d.errors import DataError
-from mim3d.progress import PLAIN_EVERY_S, clock
+from mim3d.progress import PLAIN_EVERY_S, Bar, clock
 
 
 class ScanProgress:
@@ -25,19 +23,15 @@ class ScanProgress:
         self._part = 0.0
         self._name = ""
         self._start = self._last_line = time.monotonic()
-        self._bar: Any = None
+        self._bar = Bar("{task.completed:.1f} of {task.total} scans", "{task.fields[name]}", num_scans, name="")
 
     def __enter__(self) -> "ScanProgress":
-        if self._num_scans and sys.stderr.isatty():
-            self._bar, self._task = _make_bar(self._num_scans)
-            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def begin(self, name: str) -> None:
         """A scan begins."""
@@ -56,15 +50,12 @@ class ScanProgress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self._bar.say(text)
 
     def _show(self) -> None:
         position = self._done + self._part
-        if self._bar is not None:
-            self._bar.update(self._task, completed=position, name=self._name)
+        if self._bar.is_shown:
+            self._bar.update(position, name=self._name)
             return
         now = time.monotonic()
         last = self._done == self._num_scans
@@ -72,20 +63,6 @@ class ScanProgress:
             self._last_line = now
             left = (now - self._start) / position * (self._num_scans - position)
             self.say(f"{position:.3g} of {self._num_scans} scans  {clock(left)} left")
-
-
-def _make_bar(num_scans: int) -> tuple[Any, Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn("{task.completed:.1f} of {task.total} scans"),
-        BarColumn(bar_width=24),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[name]}"),
-        console=Console(stderr=True),
-    )
-    return bar, bar.add_task("segmenting", total=num_scans, name="")
 
 
 def close_scans(

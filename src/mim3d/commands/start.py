@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mim3d.backbones import Backbone, Encoder, create_recipe
-from mim3d.config import build_settings
+from mim3d.config import build_settings, update_settings
 from mim3d.data.cache import Cache
 from mim3d.data.cases import CaseSet
 from mim3d.data.plan import plan_intensity
@@ -80,7 +80,7 @@ def choose_start(
     """The encoder to start from, loaded and its coverage printed, before any data are read.
 
     Args:
-        backbone: as asked for; None takes that of the weights.
+        backbone: as asked for; None takes that of the weights, and settings without a name change it.
         weights: a run, an exported folder or a file; None starts from scratch.
         num_channels: channels of the data; an encoder known by its weights alone is adapted to them.
         input_layers: how the layers that read the input are made to fit another number of channels.
@@ -88,11 +88,14 @@ def choose_start(
         ConfigError: an unknown backbone or setting.
         CheckpointError: weights that cannot be read or do not fit.
     """
+    named, changes = backbone, {}
+    if isinstance(backbone, Mapping) and "name" not in backbone:
+        named, changes = None, dict(backbone)
     if weights is None:
-        return Start(create_recipe(DEFAULT_BACKBONE if backbone is None else backbone))
+        return Start(create_recipe({"name": DEFAULT_BACKBONE, **changes} if named is None else named))
     card = read_card(weights)
-    if backbone is not None:
-        recipe = create_recipe(backbone)
+    if named is not None:
+        recipe = create_recipe(named)
     else:
         recipe = create_recipe(card["backbone"], allow_import=False) if card else load_encoder(weights).recipe
         if recipe.in_channels != num_channels:
@@ -102,6 +105,7 @@ def choose_start(
                 stacklevel=2,
             )
             recipe = replace(recipe, in_channels=num_channels)
+        recipe = update_settings(recipe, changes, "backbone of the weights")
     encoder = recipe.build()
     print(f"{weights}: {load_into(encoder, weights, input_layers=input_layers)}")
     return Start(recipe, encoder, card)

@@ -1,7 +1,10 @@
 """What the arguments of pre-training and fine-tuning have in common, and what becomes of them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from mim3d.config import parse_duration
@@ -9,9 +12,12 @@ from mim3d.data.cache import CachedScan
 from mim3d.data.loading import Augment, Loader, Sampler
 from mim3d.data.transforms import Intensity
 from mim3d.engine.plan import steps_for_epochs
+from mim3d.engine.processes import Company, choose_processes, company
+from mim3d.engine.requeue import requeued_when_stopped
 from mim3d.engine.settings import LoopSettings
 from mim3d.errors import ConfigError
 from mim3d.resources import num_cores
+from mim3d.tracking import Tracking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +30,26 @@ class Training:
     batch_size: int
     accumulation: int
     precision: str
+    tf32: bool = False
+    compile: bool = False
     devices: int
     num_nodes: int
+    strategy: str = "auto"
     accelerator: str
     num_workers: int | None
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
     seed: int
+    max_bad_steps: int = 3
+    read_timeout: float = 10.0
     memory_limit: float | None = None
     strict: bool | None = None
     resume: bool = False
+    tracking: Tracking = field(default_factory=Tracking)
     pictures_every: int | None = None
     validate_every: int | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_epochs is not None:
@@ -49,8 +62,11 @@ class Training:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
         if self.num_workers is not None and self.num_workers < 0:
             raise ConfigError(f"num_workers is {self.num_workers}; it must be 0 or more.")
+        if self.read_timeout < 0:
+            raise ConfigError(f"read_timeout is {self.read_timeout} min; it must be above 0, or 0 to wait for ever.")
         if self.memory_limit is not None and self.memory_limit < 0:
             raise ConfigError(f"memory_limit is {self.memory_limit} GiB; it must be above 0, or 0 for no check.")
+        self.tracking.require_packages()
         self.loop(self.max_steps or 1)
 
     @classmethod
@@ -60,7 +76,10 @@ class Training:
         Raises:
             ConfigError: for a value that cannot work.
         """
-        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
+        known = {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
+        # Not given, and no launcher was asked: see with_processes.
+        alone = {name: 1 for name in ("devices", "num_nodes") if known.get(name, 1) is None}
+        return cls(**known | alone)
 
     def loop(self, max_steps: int) -> LoopSettings:
         """The loop's settings for a run of ``max_steps``."""
@@ -98,6 +117,7 @@ class Training:
             num_workers=self._reading_processes(),
             augment=augment,
             strict=bool(self.strict),
+            timeout_s=60 * self.read_timeout or None,
         )
 
     def _reading_processes(self) -> int:
@@ -108,3 +128,34 @@ class Training:
 
         on_gpu = torch.cuda.is_available() and self.accelerator != "cpu"
         return min(8, max(1, num_cores() - 1)) if on_gpu else 0
+
+
+def with_processes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a command with ``devices`` and ``num_nodes`` as given, else as torchrun or srun says, else 1.
+
+    Raises:
+        ConfigError: when what is given contradicts the launcher.
+    """
+    devices, num_nodes = choose_processes(arguments["devices"], arguments["num_nodes"])
+    return {**arguments, "devices": devices, "num_nodes": num_nodes}
+
+
+@contextmanager
+def together(arguments: Mapping[str, Any]) -> Iterator[Company]:
+    """Join the processes that run this command; all but the first say nothing but their errors.
+
+    In a batch job of SLURM, one that is stopped before or after training asks for it again.
+
+    Raises:
+        Mim3dError: when the first process cannot be reached.
+    """
+    with (
+        company(arguments["devices"], arguments["num_nodes"]) as processes,
+        requeued_when_stopped(asks=processes.is_first),
+    ):
+        if processes.is_first:
+            yield processes
+            return
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield processes

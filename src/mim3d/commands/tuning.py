@@ -14,7 +14,7 @@ from mim3d.commands.memory import finetuning_ways, require_memory
 from mim3d.commands.planning import plan_finetuning, save_plan
 from mim3d.commands.presets import apply_preset
 from mim3d.commands.start import Start, choose_start
-from mim3d.commands.training import Training
+from mim3d.commands.training import Training, together
 from mim3d.config import to_mapping, to_named
 from mim3d.data.cache import Cache, CachedScan
 from mim3d.data.cases import CaseSet, Split
@@ -23,13 +23,16 @@ from mim3d.data.train_parts import TrainPart
 from mim3d.data.transforms import Intensity
 from mim3d.engine.checkpoint import load_best
 from mim3d.engine.loop import train
+from mim3d.engine.processes import Company
 from mim3d.engine.settings import TrainResult
+from mim3d.errors import ConfigError
 from mim3d.objective import Objective
 from mim3d.optimisation import Optimisation
 from mim3d.run import Run
 from mim3d.tasks import TASKS, create_task
 from mim3d.tasks.base import Task
 from mim3d.tasks.partial_labels import are_partial
+from mim3d.tracking import TrackedRun
 from mim3d.weights import save_network
 
 #: Passes over the training scans where nothing else is asked for.
@@ -68,10 +71,22 @@ def tune(arguments: Mapping[str, Any], *, every_fold: bool = False) -> Tuned:
         CheckpointError: weights that cannot be read or do not fit.
         DataError: cases that cannot be used.
     """
+    with together(arguments) as processes:
+        return _tune(arguments, processes, every_fold=every_fold)
+
+
+def _tune(arguments: Mapping[str, Any], processes: Company, *, every_fold: bool) -> Tuned:
     # What cannot work whatever the data is refused before they are read.
     Training.of({**arguments, "batch_size": 1} if arguments["batch_size"] is None else arguments)
     arguments, source, split = _cases(arguments, create_task(arguments["task"]))
+    if arguments["patience"] is not None and not split.val:
+        raise ConfigError(
+            f"patience is {arguments['patience']}, but no case is held out to validate on; give a fold, or no patience."
+        )
     start = _start(arguments, source, split)
+    if not processes.is_first:
+        # They take the plan that it saves; here they learn when it fails before.
+        processes.awaited("plan")
     planned = plan_finetuning(source, split, start, arguments, arguments["out"])
     arguments, weights = planned.arguments, planned.arguments["weights"]
     asked = create_task(arguments["task"]).checked(start.recipe)
@@ -82,10 +97,13 @@ def tune(arguments: Mapping[str, Any], *, every_fold: bool = False) -> Tuned:
     inputs = weights_input(weights)
     run = Run.create(arguments["out"], command="finetune", settings=settings, inputs=inputs, resume=training.resume)
     save_plan(run, planned)
+    if processes.is_first:
+        processes.announce("plan", "saved")
     scans = open_scans(
         source,
         [*split.train, *split.val],
         run,
+        processes,
         arguments["cache"],
         spacing_mm=spacing_mm,
         num_workers=training.num_workers,
@@ -108,12 +126,13 @@ def _start(arguments: Mapping[str, Any], source: CaseSet | Cache, split: Split) 
     check_channels([*split.train, *split.val], start.recipe)
     asked.checked(start.recipe)
     asked.check_labels(source.labels)
-    if weights is None and getattr(asked, "freeze_encoder", False):
-        warnings.warn(
-            "freeze_encoder keeps an encoder as it was drawn at random, since there are no weights; give --weights, "
-            "unless random features are what you want to see.",
-            stacklevel=3,
-        )
+    for frozen in ("freeze_encoder", "unfreeze_ratio"):
+        if weights is None and getattr(asked, frozen, None):
+            warnings.warn(
+                f"{frozen} keeps an encoder as it was drawn at random, since there are no weights; give --weights, "
+                "unless random features are what you want to see.",
+                stacklevel=3,
+            )
     return start
 
 
@@ -225,15 +244,27 @@ def _learn(
 ) -> TrainResult:
     num_steps = training.num_steps(loader, DEFAULT_EPOCHS)
     every = training.validate_every or -(-num_steps // DEFAULT_VALIDATIONS)
-    return train(
-        objective,
-        loader,
-        run=run,
-        loop=replace(training.loop(num_steps), validate_every=every),
-        optim=optim,
-        validate=(lambda trained: task.validate(trained, held_out, mapping, labels)) if held_out else None,
-        best_by=task.best_by if held_out else None,
-    )
+    _check_patience(training.patience, -(-num_steps // every))
+    with TrackedRun.of(run, training.tracking) as tracked:
+        return train(
+            objective,
+            loader,
+            run=tracked,
+            loop=replace(training.loop(num_steps), validate_every=every),
+            optim=optim,
+            validate=(lambda trained: task.validate(trained, held_out, mapping, labels)) if held_out else None,
+            best_by=task.best_by if held_out else None,
+        )
+
+
+def _check_patience(patience: int | None, num_validations: int) -> None:
+    """Warn of patience that outlasts the run: the first validation is always a better one."""
+    if patience is not None and patience >= num_validations:
+        warnings.warn(
+            f"patience {patience} never ends this run, which validates {num_validations} times; give a smaller one, or "
+            "a smaller --validate_every.",
+            stacklevel=2,
+        )
 
 
 def _card(start: Start, task: Task, mapping: Intensity, scans: Cache, labels: dict[int, str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ epoch's order stands in for it.
 """
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -158,6 +159,27 @@ class SampleDataset:
                 for level, boxes in _boxes(drawn.scan, reads, drawn.sample).items():
                     drawn.scan.will_need(list(boxes.values()), level)
 
+    def num_values(self, index: int) -> int:
+        """Values that a sample reads of its scan, labels among them; none is read for this.
+
+        Raises:
+            DamagedError: the scan is damaged.
+        """
+        drawn = self._draw(index, self._scan_of(index))
+        scan, sample = drawn.scan, drawn.sample
+        crops = [
+            math.prod(size)
+            for reads in sample.images.values()
+            for boxes in _boxes(scan, reads, sample).values()
+            for _, size in boxes.values()
+        ]
+        labels = [math.prod(read.footprint) for reads in sample.labels.values() for read in reads]
+        return scan.num_channels * sum(crops) + sum(labels)
+
+    def case_id(self, index: int) -> str:
+        """The case that a sample is drawn from, unless it proves damaged."""
+        return self._scan_of(index).case.id
+
     def _taken(self, index: int) -> "_Drawn | None":
         """A sample that was announced; once, since its generator is used up."""
         return self._drawn_ahead.pop(index) if index in self._drawn_ahead else None
@@ -274,6 +296,10 @@ class _BatchReader:
         damaged, self.dataset.damaged = self.dataset.damaged, {}
         return Filled(pack(samples, allocate), damaged)
 
+    def cases(self, number: int) -> str:
+        """The scans that a micro-batch is read from, in words."""
+        return "scan " + ", ".join(dict.fromkeys(self.dataset.case_id(index) for index in self._indices(number)))
+
     def _indices(self, number: int) -> range:
         start = self.first_sample + (number * self.world_size + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
@@ -294,6 +320,7 @@ class Loader:
         num_workers: reading processes; 0 reads in the training process.
         augment: changes one finished sample, given an integer seed.
         strict: raise where a scan is damaged, instead of leaving it out with a warning.
+        timeout_s: seconds that a batch of a reading process is waited for; None for ever.
     Raises:
         DataError: when there is no scan.
     """
@@ -309,18 +336,30 @@ class Loader:
         num_workers: int = 0,
         augment: Augment | None = None,
         strict: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         if not scans:
             raise DataError("There is no scan to train on; check the data folder and the split.")
         self.dataset = SampleDataset(scans, sampler, intensity, seed, augment, strict=strict)
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.timeout_s = timeout_s
         self._named: set[str] = set()
 
     @property
     def samples_per_epoch(self) -> int:
         """Samples in one pass over the scans."""
         return len(self.dataset.scans)
+
+    @property
+    def voxels_per_sample(self) -> int | None:
+        """Values read of the first sample's scan, labels among them; None where that scan is damaged.
+
+        The other samples are alike, unless their scans have fewer reduced levels to read from.
+        """
+        with suppress(DamagedError):
+            return self.dataset.num_values(0)
+        return None
 
     def batches(self, first_sample: int, *, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
         """Endless micro-batches of this process, beginning at sample ``first_sample`` of the whole run.
@@ -332,14 +371,15 @@ class Loader:
 
         Raises:
             DamagedError: all scans are damaged, or one is and the loader is ``strict``.
-            Mim3dError: a reading process ended; whatever error it met is raised here.
+            Mim3dError: a reading process ended or hangs; whatever error it met is raised here.
         """
         num_readers = max(1, self.num_workers)
         reader = _BatchReader(self.dataset, first_sample, self.batch_size, rank, world_size, num_readers)
         if self.num_workers == 0:
             for number in itertools.count():
                 yield self._opened(reader(number, np.empty))
-        with Ring(reader, self.num_workers, slot_bytes(self.dataset[0].values(), self.batch_size)) as ring:
+        num_bytes = slot_bytes(self.dataset[0].values(), self.batch_size)
+        with Ring(reader, self.num_workers, num_bytes, timeout_s=self.timeout_s, describe=reader.cases) as ring:
             for filled in ring:
                 yield self._opened(filled)
 

@@ -7,7 +7,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,6 +22,10 @@ from mim3d.kernels.allocator import keep_freed_memory
 
 #: Seconds between two looks of an idle reading process at whether its trainer is still there.
 TRAINER_CHECK_S = 1.0
+
+#: Ctrl-C in a terminal and a scheduler's signals reach every process of a job. What becomes of them is the trainer's to
+#: decide, which may need some more batches before it can write a checkpoint.
+_OF_THE_TRAINER = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 #: Arrays begin at multiples of so many bytes.
 ALIGNMENT = 64
@@ -182,7 +186,20 @@ def _requests(channel: Connection, trainer: int) -> Iterator[tuple[int, int]]:
 def _prepare() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
-    # Ctrl-C in a terminal and a scheduler's signal reach every process of a job. What becomes of them is the trainer's
-    # to decide, which may need some more batches before it can write a checkpoint.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _OF_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_TRAINER)
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Hold back, in processes started inside, what they will ignore once they run."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_TRAINER)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
@@ -24,7 +24,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mim3d.data.reading_processes import Done, Failed, Fill, Filled, aligned, read_batches
+from mim3d.data.reading_processes import Done, Failed, Fill, Filled, aligned, read_batches, signals_held_back
 from mim3d.data.stored_images import MAX_VOXEL_BYTES
 from mim3d.data.transforms import NO_CHANGE
 from mim3d.errors import Mim3dError
@@ -34,6 +34,9 @@ SLOTS_PER_WORKER = 2
 
 #: Seconds that a killed process is waited for.
 _END_S = 5.0
+
+#: Looks at a process within the time that it may take over a batch.
+_LOOKS = 20
 
 # torch leaves it without types.
 _cuda: Any = torch.cuda
@@ -84,11 +87,24 @@ class Ring(Iterator[Filled]):
         num_workers: reading processes.
         slot_bytes: bytes of the largest batch.
         start_method: how processes are started; what suits the system if not given.
+        timeout_s: seconds that a batch is waited for; None for ever.
+        describe: says what a batch is made of, by its number.
     """
 
-    def __init__(self, fill: Fill, num_workers: int, slot_bytes: int, *, start_method: str | None = None) -> None:
+    def __init__(
+        self,
+        fill: Fill,
+        num_workers: int,
+        slot_bytes: int,
+        *,
+        start_method: str | None = None,
+        timeout_s: float | None = None,
+        describe: Callable[[int], str] = "batch {}".format,
+    ) -> None:
         method = start_method or ("fork" if sys.platform == "linux" else "spawn")
         self._num_slots = SLOTS_PER_WORKER * num_workers
+        self._timeout_s = timeout_s
+        self._describe = describe
         memory = _shared_bytes(self._num_slots * slot_bytes, method)
         self._memory = memory.numpy()
         self._workers: list[_Worker] = []
@@ -102,7 +118,8 @@ class Ring(Iterator[Filled]):
             ours, theirs = context.Pipe()
             arguments = (theirs, os.getpid(), fill, memory, slot_bytes)
             process = context.Process(target=read_batches, args=arguments, daemon=True)
-            process.start()
+            with signals_held_back():
+                process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours))
         for number in range(self._num_slots):
@@ -113,7 +130,7 @@ class Ring(Iterator[Filled]):
         """The next batch.
 
         Raises:
-            Mim3dError: a reading process ended by itself; and whatever error one met.
+            Mim3dError: a reading process ended by itself, or hangs; and whatever error one met.
         """
         self._give_back()
         message = self._receive(self._workers[self._number % len(self._workers)])
@@ -156,7 +173,12 @@ class Ring(Iterator[Filled]):
 
     def _receive(self, worker: _Worker) -> Done | Failed:
         # All of them are watched: a process that is gone is told of at once, not when its turn comes.
-        ready = wait([worker.channel, *(other.process.sentinel for other in self._workers)])
+        watched: list[Any] = [worker.channel, *(other.process.sentinel for other in self._workers)]
+        # In many looks, as a job that was suspended for hours finds but one of them gone by.
+        look_s = None if self._timeout_s is None else self._timeout_s / _LOOKS
+        ready = next((ready for _ in range(_LOOKS) if (ready := wait(watched, look_s))), [])
+        if not ready:
+            raise self._hangs(worker)
         for other in self._workers:
             if other.process.sentinel in ready:
                 raise _ended(other)
@@ -165,6 +187,12 @@ class Ring(Iterator[Filled]):
         except (EOFError, OSError):
             raise _ended(worker) from None
         return message
+
+    def _hangs(self, worker: _Worker) -> Mim3dError:
+        return Mim3dError(
+            f"A reading process (id {worker.process.pid}) has been at {self._describe(self._number)} for "
+            f"{(self._timeout_s or 0) / 60:.3g} min; look whether the disk answers, or raise --read_timeout."
+        )
 
 
 def _shared_bytes(num_bytes: int, start_method: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 
 from mim3d.errors import CheckpointError, ConfigError, Mim3dError
 
-_FORMAT = "mim3d training checkpoint 1"
+_FORMAT = "mim3d training checkpoint 2"
 _STEP_FILE = re.compile(r"step_(\d{8})\.pt")
 _BEST_FILE = re.compile(r"best_(\d{8})\.pt")
 
@@ -89,14 +89,18 @@ class Checkpoints:
         for leftover in self.folder.glob(".*.partial"):
             leftover.unlink()
 
-    def require_space(self, module: nn.Module) -> None:
+    def require_space(self, module: nn.Module, *, averaged: bool = False) -> None:
         """Check that the disk can hold the checkpoints of a run that trains ``module``.
 
+        Args:
+            module: what is trained.
+            averaged: whether an average of its weights is stored beside them.
         Raises:
             ConfigError: with the space needed and the space there is.
         """
         weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-        moments = 8 * sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        moments = (12 if averaged else 8) * trained
         existing = sum(path.stat().st_size for path in self.folder.glob("*.pt"))
         needed = (self._keep + 1) * (weights + moments) + 2 * weights - existing
         free = shutil.disk_usage(self.folder).free

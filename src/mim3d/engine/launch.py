@@ -9,13 +9,19 @@ import lightning_fabric
 import numpy as np
 import torch
 from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning_fabric.strategies.strategy import Strategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.wrappers import _FabricModule as FabricModule
 from torch import Tensor, nn
 
+from mim3d.engine.processes import Launched, choose_processes, launched, meeting_place
 from mim3d.engine.settings import LoopSettings
-from mim3d.errors import ConfigError
+from mim3d.engine.sharding import shard
+from mim3d.errors import ConfigError, Mim3dError
 from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.objective import Batch, Objective
 
@@ -55,36 +61,131 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
         ConfigError: when the machine lacks what was asked for.
     """
     accelerator = choose_accelerator(loop.accelerator)
-    precision: dict[str, Any] = {"precision": "32-true"}
+    # Where a launcher has started other numbers than these: a refusal, not a wait for processes that never come.
+    choose_processes(loop.devices, loop.num_nodes)
+    place = launched()
+    _check_devices(loop, accelerator, place)
+    plugins: list[Any] = [LightningEnvironment() if place is None else StartedElsewhere(place)]
     if loop.precision != "32-true":
         device = accelerator if accelerator in ("cpu", "mps") else "cuda"
-        usable = usable_precision(loop.precision, device)
-        precision = {"plugins": [InputKeepingMixedPrecision(usable, device)]}  # type: ignore[arg-type]
-    # Networks may hold parameters that one objective does not train: such as mask tokens during fine-tuning.
-    several = loop.world_size > 1
-    strategy = DDPStrategy(find_unused_parameters=True, timeout=_PATIENCE) if several else "auto"
+        plugins.append(InputKeepingMixedPrecision(usable_precision(loop.precision, device), device))  # type: ignore[arg-type]
     try:
         fabric = lightning_fabric.Fabric(
             accelerator=accelerator,
-            strategy=strategy,
+            strategy=_strategy(loop),
             devices=loop.devices,
             num_nodes=loop.num_nodes,
-            **precision,
+            plugins=plugins,
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"devices {loop.devices}, num_nodes {loop.num_nodes}, accelerator '{loop.accelerator}' and "
             f"precision '{loop.precision}' do not work on this machine: {' '.join(str(error).split())}"
         ) from error
-    fabric.launch()
+    _meet(fabric)
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    if fabric.world_size != loop.world_size:
-        raise ConfigError(
-            f"{fabric.world_size} processes were started, but devices {loop.devices} x num_nodes "
-            f"{loop.num_nodes} make {loop.world_size}; give --devices and --num_nodes as they were launched."
-        )
+    allow_tf32(loop.tf32)
     return fabric
+
+
+def _meet(fabric: lightning_fabric.Fabric) -> None:
+    """Start what is still to be started, and wait until all are there.
+
+    Raises:
+        Mim3dError: when the others cannot be reached.
+    """
+    try:
+        fabric.launch()
+    except torch.distributed.DistError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Mim3dError(
+            f"The {fabric.world_size} processes of this run did not find each other ({reason}); look whether one of "
+            "them has ended before, and whether the network lets them reach MASTER_ADDR at MASTER_PORT."
+        ) from error
+
+
+def _strategy(loop: LoopSettings) -> Strategy | str:
+    """How the processes keep their weights the same."""
+    if loop.world_size == 1:
+        return "auto"
+    if loop.strategy == "fsdp":
+        sizes = {"data_parallel_size": loop.world_size, "tensor_parallel_size": 1}
+        return ModelParallelStrategy(shard, timeout=_PATIENCE, **sizes)  # type: ignore[arg-type]
+    # Networks may hold parameters that one objective does not train, such as mask tokens during fine-tuning, and others
+    # that some batches leave out.
+    return DDPStrategy(find_unused_parameters=True, timeout=_PATIENCE)
+
+
+def _check_devices(loop: LoopSettings, accelerator: str, place: Launched | None) -> None:
+    """Refuse more processes on a machine than it shows GPUs.
+
+    Raises:
+        ConfigError: with what SLURM must be asked for, where it hides GPUs from its tasks.
+    """
+    if accelerator != "cuda" or not torch.cuda.is_available() or torch.cuda.device_count() >= loop.devices:
+        return
+    remedy = "use fewer --devices"
+    if place is not None and place.by == "srun":
+        remedy = "ask for --gpus-per-node instead of --gpus-per-task, so that every task sees all of its machine"
+    raise ConfigError(f"devices is {loop.devices}, but this process sees {torch.cuda.device_count()} GPUs; {remedy}.")
+
+
+class StartedElsewhere(ClusterEnvironment):
+    """A process that torchrun or srun has started, as Fabric asks about it.
+
+    Fabric's own reader of SLURM's variables takes a shell inside an allocation for a task, and then waits for others
+    that never come; this one is for real tasks of one step.
+
+    Args:
+        place: where the launcher has put it.
+    """
+
+    def __init__(self, place: Launched) -> None:
+        super().__init__()
+        self._place = place
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """All are there already."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Host of the first process."""
+        return meeting_place(self._place)[0]
+
+    @property
+    def main_port(self) -> int:
+        """Port on that host."""
+        return meeting_place(self._place)[1]
+
+    @staticmethod
+    def detect() -> bool:
+        """Whether a launcher has started several processes."""
+        return launched() is not None
+
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self._place.world_size
+
+    def set_world_size(self, size: int) -> None:
+        """Nothing: the launcher has decided."""
+
+    def global_rank(self) -> int:
+        """Number of this process."""
+        return self._place.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Nothing: the launcher has decided."""
+
+    def local_rank(self) -> int:
+        """Number of this process on its machine, and of its device."""
+        return self._place.local_rank
+
+    def node_rank(self) -> int:
+        """Number of this machine."""
+        return self._place.node_rank
 
 
 def usable_precision(precision: str, device: str) -> str:
@@ -93,6 +194,12 @@ def usable_precision(precision: str, device: str) -> str:
         warnings.warn("this GPU has no bfloat16; precision 16-mixed (float16 with loss scaling) is used.", stacklevel=2)
         return "16-mixed"
     return precision
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let float32 products and convolutions on a GPU be computed in TF32, or not; the library allows half of it."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def choose_accelerator(name: str) -> str:

@@ -1,18 +1,26 @@
 """The only training loop: pre-training and fine-tuning, from the first step to the last."""
 
-from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 
+from mim3d.engine.averaging import Average
+from mim3d.engine.bad_steps import BadSteps, NonFiniteError, skip_if_not_finite, with_gradient_of_its_kind
 from mim3d.engine.checkpoint import Checkpoints
+from mim3d.engine.compiling import compile_blocks
+from mim3d.engine.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat
 from mim3d.engine.launch import FabricModule, StepModule, device_name, launch, seed_step
 from mim3d.engine.memory import is_out_of_memory
-from mim3d.engine.meter import Meter, NonFiniteError, gradient_terms
+from mim3d.engine.meter import Meter, gradient_terms
 from mim3d.engine.optim import build_optimizer, clip_gradients, set_learning_rate
 from mim3d.engine.plan import make_plan
 from mim3d.engine.progress import Display
+from mim3d.engine.retry import Feed, attempt
 from mim3d.engine.session import Hooks, OnCheckpoint, Session, Validate
 from mim3d.engine.settings import BatchSource, LoopSettings, RunFolder, TrainResult
+from mim3d.engine.sharding import Weights, check_sharding
 from mim3d.engine.stop import StopRequests
 from mim3d.objective import Batch, Objective
 from mim3d.optimisation import Optimisation
@@ -35,7 +43,8 @@ def train(
     the same numbers. On a CPU the weights and metrics are the same bits as those of a run never stopped.
 
     Args:
-        objective: what is trained, in place; on several devices every process ends with the same weights.
+        objective: what is trained, in place; on several devices every process ends with the same weights, and with
+            ``optim.ema_decay`` these are the averaged ones.
         source: micro-batches.
         run: the folder that receives metrics, checkpoints and pictures.
         loop: how long, how often, on what.
@@ -47,7 +56,8 @@ def train(
     Raises:
         ConfigError: before any work, when the settings cannot work on this machine.
         CheckpointError: when a checkpoint does not fit or none can be read.
-        NonFiniteError: when the loss or the gradient stops being finite; earlier checkpoints are kept.
+        NonFiniteError: when the loss or the gradient stops being finite more often than ``loop.max_bad_steps``; the
+            weights of the good steps are kept in a checkpoint.
         Mim3dError: when a checkpoint cannot be written, or memory runs out; earlier ones are kept.
     """
     stop = StopRequests(loop.max_time_s)
@@ -55,14 +65,28 @@ def train(
     plan = make_plan(objective, source, loop, optim, device_name(fabric.device))
     checkpoints = Checkpoints(run.checkpoints_dir, loop.keep_checkpoints)
     if fabric.is_global_zero:
-        checkpoints.require_space(objective)
-    optimizer = build_optimizer(objective, plan.schedule, loop.precision)
-    model, optimizer = fabric.setup(StepModule(objective), optimizer)
-    meter = Meter(fabric.device)
-    hooks = Hooks(validate, best_by, on_checkpoint)
+        checkpoints.require_space(objective, averaged=plan.schedule.ema_decay > 0)
+    sharded = loop.strategy == "fsdp"
+    if sharded:
+        check_sharding(loop, fabric.device.type, objective, averaged=plan.schedule.ema_decay > 0)
+    weights = Weights.of(objective, sharded=sharded)
+    if loop.compile:
+        compile_blocks(weights.trained, fabric.device.type)
+    model = fabric.setup_module(StepModule(weights.trained))
+    # Only now: sharding replaces the parameters.
+    optimizer: Any = fabric.setup_optimizers(build_optimizer(weights.trained, plan.schedule, loop.precision))
+    average = Average(objective, plan.schedule.ema_decay)
+    hooks = Hooks(validate, best_by, on_checkpoint, loop.patience)
 
-    with run.exclusive(), stop, Display(loop.max_steps, silent=not fabric.is_global_zero) as display:
-        session = Session(fabric, objective, optimizer, plan, loop, run, display, checkpoints, meter, hooks)
+    with ExitStack() as held:
+        held.enter_context(run.exclusive())
+        held.enter_context(stop)
+        display = held.enter_context(Display(loop.max_steps, silent=not fabric.is_global_zero))
+        heart = Heartbeat(fabric.global_rank, fabric.world_size, display.say, loop.rank_timeout_s)
+        held.enter_context(heart)
+        meter = Meter(fabric.device, BadSteps(loop.max_bad_steps, display.say))
+        parts = (optimizer, plan, loop, run, display, checkpoints, meter, hooks, average, weights, heart)
+        session = Session(fabric, objective, *parts)
         start = session.resume()
         try:
             step, reason = _run_steps(session, model, source, start, stop)
@@ -72,8 +96,8 @@ def train(
             if is_out_of_memory(error):
                 raise session.out_of_memory() from error
             raise
-        session.end(step, reason)
-    return TrainResult(step, step >= loop.max_steps, session.best, reason)
+        session.end(step, reason, to_be_continued=stop.to_be_continued)
+    return TrainResult(step, session.all_done(step) is not None, session.best, reason)
 
 
 def _run_steps(
@@ -81,15 +105,16 @@ def _run_steps(
 ) -> tuple[int, str]:
     """Every step after ``start``; returns the last one done and why it was the last."""
     loop = session.loop
-    finished = f"all {loop.max_steps} steps are done"
-    if start >= loop.max_steps:
-        return start, finished
-    rank, world_size = session.fabric.global_rank, session.fabric.world_size
-    batches = source.batches(start * session.plan.effective_batch, rank=rank, world_size=world_size)
-    session.objective.train()
+    done = session.all_done(start)
+    if done is not None:
+        # A kill between the last checkpoint and the export that belongs to it left an older one.
+        session.export(start)
+        return start, done
+    feed = Feed(session, source, start)
+    session.weights.trained.train()
     for step in range(start + 1, loop.max_steps + 1):
-        seed_step(loop.seed, step, rank)
-        batch = _take_step(session, model, batches, step)
+        batch = attempt(session, feed, step, partial(_take_step, session, model, feed, step))
+        session.step = step
         session.display.advance(step)
 
         last = step == loop.max_steps
@@ -99,31 +124,39 @@ def _run_steps(
             session.picture(step, batch)
         if last or (loop.validate_every and step % loop.validate_every == 0):
             session.validate(step)
-        reason = finished if last else stop.reason()
+        reason = session.all_done(step) or stop.reason()
         if reason or step % loop.checkpoint_every == 0:
             session.save(step)
         if reason:
             break
-    return step, reason or finished
+    return step, str(reason)
 
 
-def _take_step(session: Session, model: FabricModule, batches: Iterator[Batch], step: int) -> Batch:
+def _take_step(session: Session, model: FabricModule, feed: Feed, step: int) -> Batch:
     """One optimiser step over all its micro-batches, without waiting for the device; returns the last one."""
     fabric, loop, schedule = session.fabric, session.loop, session.plan.schedule
     progress = (step - 1) / max(loop.max_steps - 1, 1)
+    seed_step(loop.seed, step, fabric.global_rank)
     set_learning_rate(session.optimizer, schedule.learning_rate_at(step))
     for micro in range(loop.accumulation):
+        session.heart.at(step, READING)
         with session.speed.waiting():
-            batch: Batch = fabric.to_device(next(batches))
+            batch = next(feed)
+        session.heart.at(step, COMPUTING)
         with fabric.no_backward_sync(model, enabled=micro + 1 < loop.accumulation):
             loss, logs = model(batch, progress)
-            fabric.backward(loss / loop.accumulation)
+            fabric.backward(with_gradient_of_its_kind(loss) / loop.accumulation)
         session.meter.add(step, {"loss": loss, **logs})
     norm = clip_gradients(fabric, model, session.optimizer, schedule.clip_norm)
-    session.meter.add(step, gradient_terms(norm, loop.precision))
+    session.meter.add(step, gradient_terms(norm, loop.precision), once=True)
+    skip_if_not_finite(session.optimizer, norm)
+    session.updating = True
     session.optimizer.step()
     session.optimizer.zero_grad(set_to_none=True)
+    session.average.update(step)
     with torch.no_grad():
-        session.objective.after_step(progress)
+        session.weights.trained.after_step(progress)
+    session.updating = False
+    session.heart.at(step, BETWEEN)
     session.speed.add_samples(session.plan.effective_batch)
     return batch

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mim3d.engine.averaging import Average
 from mim3d.engine.launch import choose_accelerator
 from mim3d.engine.optim import build_optimizer
 from mim3d.engine.plan import effective_batch
@@ -56,7 +57,7 @@ class MemoryNeed:
     Attributes:
         parameters: with buffers.
         gradients: those present at that moment.
-        optimiser: its moments.
+        optimiser: its moments, and the average of the weights.
         batch: the micro-batch at work, and the one before, which pictures are drawn from.
         activations: everything else that is computed.
         program: the interpreter and its libraries, on the CPU.
@@ -179,7 +180,7 @@ class _Step:
     Attributes:
         parameters: with buffers.
         gradients: all of them.
-        optimiser: its moments.
+        optimiser: its moments, and the average of the weights.
         batch: one micro-batch.
         forward: the fullest moment of the forward pass.
         backward: and of the backward pass, in which gradients come one by one.
@@ -229,12 +230,14 @@ def _dry_run(
         with torch.device(device):
             objective = build().train()
             parameters = ledger.live
+            average = Average(objective, optim.ema_decay or 0.0).size_bytes
             batch = {key: torch.empty((num_samples, *shape), dtype=dtype) for key, (shape, dtype) in sample.items()}
         constant = ledger.live
         optimizer = _optimizer(objective, num_samples, device, loop, optim)
         ledger.watch_gradients(objective)
         with torch.autocast(device, dtype=precision) if precision else nullcontext():
-            loss = objective(batch, 0.0).loss
+            # At the end of training, when everything learns that ever does.
+            loss = objective(batch, 1.0).loss
         forward = ledger.fullest(constant)
         (loss / loop.accumulation).backward()
         accumulating, backward = ledger.most_beside_gradients - constant, ledger.fullest(constant)
@@ -243,7 +246,7 @@ def _dry_run(
         moments = sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
         batch_bytes = constant - parameters
         work = (forward, backward, accumulating, ledger.fullest(constant + moments))
-        return _Step(parameters, ledger.gradients, moments, batch_bytes, *work, ledger.convolves)
+        return _Step(parameters, ledger.gradients, moments + average, batch_bytes, *work, ledger.convolves)
 
 
 def _optimizer(

@@ -1,41 +1,37 @@
 """Means of the logged terms, kept on the device: reading them is the only time the host waits for it."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mim3d.errors import Mim3dError
+from mim3d.engine.bad_steps import BadSteps
 
-_NEVER = 2**62
-
-
-class NonFiniteError(Mim3dError):
-    """The loss or the gradient stopped being a number.
-
-    Attributes:
-        step: the first optimiser step at which it happened.
-        terms: what was not finite then.
-    """
-
-    def __init__(self, step: int, terms: list[str], advice: str = "") -> None:
-        what = "the gradient" if terms == ["grad_norm"] else " and ".join(terms)
-        super().__init__(f"At step {step}, {what} became infinite or not a number.{advice}")
-        self.step = step
-        self.terms = terms
+#: Values of a window that wait on the device to be summed; beyond, the host waits for the device once.
+_MOST_WAITING = 4096
 
 
 @dataclass
 class _Window:
-    """Sums of terms that were logged together since the last line."""
+    """Terms that were logged together since the last line.
 
-    sums: Tensor
-    first_bad: Tensor
-    count: int = 0
+    Attributes:
+        sums: of the finite values, float32, by term.
+        counts: how many those are.
+        once: whether they are added once in a step, not with every micro-batch.
+        waiting: step and values, still on the device, which are not in the sums yet.
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+    once: bool
+    waiting: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
 class Meter:
@@ -43,38 +39,48 @@ class Meter:
 
     Args:
         device: where the terms live.
+        bad_steps: is told of steps with terms that are not finite; those are left out of the means.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, bad_steps: BadSteps | None = None) -> None:
         self._device = device
         self._windows: dict[tuple[str, ...], _Window] = {}
+        self.bad_steps = bad_steps or BadSteps()
+        self._found: dict[int, list[str]] = {}
 
-    def add(self, step: int, terms: Mapping[str, Tensor]) -> None:
-        """Add scalars of one micro-batch or step; does not wait for the device."""
+    def add(self, step: int, terms: Mapping[str, Tensor], *, once: bool = False) -> None:
+        """Add scalars of one micro-batch or, ``once``, of one step; does not wait for the device."""
         names = tuple(terms)
         scalars = [value.detach().reshape(()) for value in terms.values()]
         values = torch.stack([value.to(self._device, torch.float32, non_blocking=True) for value in scalars])
         window = self._windows.get(names)
         if window is None:
-            window = self._windows[names] = self._new_window(torch.zeros_like(values))
-        window.sums += values
-        window.first_bad = torch.where(values.isfinite(), window.first_bad, window.first_bad.clamp(max=step))
-        window.count += 1
+            window = self._windows[names] = _new_window(len(names), once)
+        if len(window.waiting) >= _MOST_WAITING:
+            self._sum(names, window)
+        window.waiting.append((step, values))
+
+    def forget(self, step: int) -> None:
+        """Leave out what was added for a step that was not finished."""
+        for window in self._windows.values():
+            window.waiting = [(at, values) for at, values in window.waiting if at != step]
 
     def read(self) -> dict[str, float]:
         """Means over all processes since the last reset; a collective call.
 
+        A term that was never finite is not a number.
+
         Raises:
-            NonFiniteError: when any process met a value that is not finite.
+            NonFiniteError: when more steps than may be skipped had a value that is not finite.
         """
         totals: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        counts: dict[str, float] = {}
         for rows in self.state():
             for row in rows:
-                for name, total in zip(row["names"], row["sums"], strict=True):
+                for name, total, count in zip(row["names"], row["sums"], row["counts"], strict=True):
                     totals[name] = totals.get(name, 0.0) + total
-                    counts[name] = counts.get(name, 0) + row["count"]
-        return {name: total / counts[name] for name, total in totals.items()}
+                    counts[name] = counts.get(name, 0.0) + count
+        return {name: total / counts[name] if counts[name] else math.nan for name, total in totals.items()}
 
     def reset(self) -> None:
         """Begin the next window."""
@@ -84,33 +90,65 @@ class Meter:
         """The unfinished window of every process, for a checkpoint; a collective call.
 
         Raises:
-            NonFiniteError: when any process met a value that is not finite.
+            NonFiniteError: when more steps than may be skipped had a value that is not finite.
         """
-        state = _gathered(self._rows())
-        _refuse_non_finite([row for rows in state for row in rows])
-        return state
+        everybody = _gathered((self.own_state(), self._found))
+        self._found = {}
+        found: dict[int, list[str]] = {}
+        for _, of_one in everybody:
+            for step, names in of_one.items():
+                found.setdefault(step, []).extend(names)
+        self.bad_steps.add(found)
+        return [rows for rows, _ in everybody]
 
-    def restore(self, state: list[list[dict[str, Any]]], rank: int) -> None:
-        """Go on with the window that :meth:`state` gave."""
-        self._windows.clear()
-        for row in state[rank] if rank < len(state) else []:
-            window = self._new_window(torch.tensor(row["sums"], dtype=torch.float32, device=self._device))
-            window.count = row["count"]
-            self._windows[tuple(row["names"])] = window
-
-    def _new_window(self, sums: Tensor) -> _Window:
-        return _Window(sums, torch.full(sums.shape, _NEVER, dtype=torch.int64, device=self._device))
-
-    def _rows(self) -> list[dict[str, Any]]:
+    def own_state(self) -> list[dict[str, Any]]:
+        """The unfinished window of this process alone."""
+        for names, window in self._windows.items():
+            self._sum(names, window)
         return [
-            {
-                "names": list(names),
-                "sums": window.sums.tolist(),
-                "first_bad": window.first_bad.tolist(),
-                "count": window.count,
-            }
+            {"names": list(names), "sums": window.sums.tolist(), "counts": window.counts.tolist(), "once": window.once}
             for names, window in self._windows.items()
         ]
+
+    def restore(
+        self, state: list[list[dict[str, Any]]], rank: int, world_size: int = 1, micro_batches: float = 1.0
+    ) -> None:
+        """Go on with the window that :meth:`state` gave.
+
+        Where it was that of more processes, each takes over the windows of several; of fewer, some begin empty. Either
+        way a step counts for as much as those to come.
+
+        Args:
+            state: of the processes then.
+            rank: of this process.
+            world_size: number of processes now.
+            micro_batches: of a step in a process now, relative to then.
+        """
+        self._windows.clear()
+        processes = world_size / max(len(state), 1)
+        for row in (row for rows in state[rank::world_size] for row in rows):
+            window = self._windows.setdefault(tuple(row["names"]), _new_window(len(row["names"]), row["once"]))
+            share = processes if row["once"] else processes * micro_batches
+            window.sums += np.array(row["sums"], np.float32) * np.float32(share)
+            window.counts += np.array(row["counts"]) * share
+
+    def _sum(self, names: tuple[str, ...], window: _Window) -> None:
+        """Bring the waiting values into the sums, one by one, as a sum kept on the device would be."""
+        if not window.waiting:
+            return
+        steps, tensors = zip(*window.waiting, strict=True)
+        window.waiting = []
+        for step, values in zip(steps, torch.stack(tensors).cpu().numpy(), strict=True):
+            finite = np.isfinite(values)
+            window.sums += np.where(finite, values, np.float32(0))
+            window.counts += finite
+            if not finite.all():
+                bad = [name for name, good in zip(names, finite, strict=True) if not good]
+                self._found.setdefault(step, []).extend(bad)
+
+
+def _new_window(num_terms: int, once: bool) -> _Window:
+    return _Window(np.zeros(num_terms, np.float32), np.zeros(num_terms), once)
 
 
 def gradient_terms(norm: Tensor, precision: str) -> dict[str, Tensor]:
@@ -120,24 +158,12 @@ def gradient_terms(norm: Tensor, precision: str) -> dict[str, Tensor]:
     return {"grad_norm": norm}
 
 
-def _gathered(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _gathered(own: Any) -> list[Any]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [rows]
+        return [own]
     everybody: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everybody, rows)
+    torch.distributed.all_gather_object(everybody, own)
     return everybody
-
-
-def _refuse_non_finite(rows: list[dict[str, Any]]) -> None:
-    step = min((first for row in rows for first in row["first_bad"]), default=_NEVER)
-    if step == _NEVER:
-        return
-    terms = dict.fromkeys(
-        name for row in rows for name, first in zip(row["names"], row["first_bad"], strict=True) if first == step
-    )
-    # The total follows from its terms, and the gradient from the total: name what comes first.
-    named = [name for name in terms if name not in ("loss", "grad_norm")]
-    raise NonFiniteError(step, named or (["loss"] if "loss" in terms else list(terms)))
 
 
 class Throughput:

@@ -1,4 +1,4 @@
-"""AdamW with weight decay only where it belongs."""
+"""AdamW with weight decay only where it belongs, and a learning rate for every layer of the encoder."""
 
 import re
 from collections.abc import Iterable
@@ -7,6 +7,8 @@ import lightning_fabric
 import torch
 from torch import Tensor, nn
 
+from mim3d.backbones.base import Encoder
+from mim3d.engine.sharding import whole_tensor
 from mim3d.optimisation import Schedule
 
 _TOKEN_OR_POSITION = re.compile(r"(^|[._])(mask_token|cls_token|pos_embed|positions?|positional)([._]|$)")
@@ -26,18 +28,47 @@ def decay_groups(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, 
     return decayed, plain
 
 
+def layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Factor on the learning rate of every parameter of ``module.encoder``, by name; all others have 1.
+
+    ``layer_decay ** (num_layers - layer)`` as in BEiT (Bao et al. 2022, appendix) and MAE (He et al. 2022, table 9):
+    the output of the encoder and what is built on it learn at the full rate, the stem slowest.
+    """
+    encoder = getattr(module, "encoder", None)
+    if layer_decay == 1 or not isinstance(encoder, Encoder):
+        return {}
+    layers = {name: encoder.layer_of(name) for name, _ in encoder.named_parameters()}
+    return {f"encoder.{name}": layer_decay ** (encoder.num_layers - layer) for name, layer in layers.items()}
+
+
+def layer_lines(module: nn.Module, schedule: Schedule) -> list[str]:
+    """What layer-wise learning rates come to, in a sentence; nothing where all layers learn alike."""
+    scales = layer_scales(module, schedule.layer_decay)
+    if not scales:
+        return []
+    low, high = min(scales.values()), max(scales.values())
+    return [
+        f"the encoder's layers learn at {low:.3g} (lowest) to {high:.3g} (highest) times the learning rate = "
+        f"{schedule.layer_decay:g} ^ layers above, {low * schedule.learning_rate:.3g} to "
+        f"{high * schedule.learning_rate:.3g}; everything built on it at all of it"
+    ]
+
+
 def build_optimizer(module: nn.Module, schedule: Schedule, precision: str = "32-true") -> torch.optim.AdamW:
     """AdamW over the trainable parameters of ``module``; empty groups are left out.
 
     Fused into one pass over each parameter, three times as fast on a CPU; not with float16, whose loss scaling must see
     the gradients before the step.
     """
-    decayed, plain = decay_groups(module)
-    groups = [
-        {"params": list(parameters.values()), "weight_decay": weight_decay}
-        for parameters, weight_decay in ((decayed, schedule.weight_decay), (plain, 0.0))
-        if parameters
-    ]
+    scales = layer_scales(module, schedule.layer_decay)
+    groups = []
+    for parameters, weight_decay in zip(decay_groups(module), (schedule.weight_decay, 0.0), strict=True):
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            by_scale.setdefault(scales.get(name, 1.0), []).append(parameter)
+        groups += [
+            {"params": members, "weight_decay": weight_decay, "lr_scale": scale} for scale, members in by_scale.items()
+        ]
     fused = precision != "16-mixed"
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=schedule.betas, fused=fused)
 
@@ -48,13 +79,14 @@ def clip_gradients(
     """Clip the whole gradient to ``max_norm`` (infinite: leave it); returns the norm it had, unread."""
     norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm, error_if_nonfinite=False)
     assert norm is not None
-    return norm
+    return whole_tensor(norm)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every group the learning rate of the coming step."""
+    """Give every group the learning rate of the coming step, times its own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        # Checkpoints from before there were scales have none.
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def num_values(parameters: Iterable[nn.Parameter]) -> int:

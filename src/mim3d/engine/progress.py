@@ -1,12 +1,14 @@
 """What a person sees while it trains: a bar on a terminal, a plain line now and then elsewhere."""
 
-import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
-from mim3d.progress import PLAIN_EVERY_S, clock
+from mim3d.progress import PLAIN_EVERY_S, Bar, clock
+from mim3d.resources import in_words
+
+#: Seconds over which the speed is averaged: validations and checkpoints come seldom and take long.
+_STEADY_S = 300.0
 
 
 class Display:
@@ -23,7 +25,7 @@ class Display:
         self._silent = silent
         self._start = time.monotonic()
         self._last_line = -PLAIN_EVERY_S
-        self._bar: Any = None
+        self._bar = Bar("", "", 0, silent=silent)
 
     def __enter__(self) -> "Display":
         return self
@@ -31,33 +33,35 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def begin(self, first_step: int) -> None:
         """Start the clock and the bar; ``first_step`` steps were done in earlier sessions."""
+        self._bar.stop()
         self._first_step = first_step
         self._start = time.monotonic()
-        if not self._silent and sys.stderr.isatty():
-            self._bar, self._task = _make_bar(self._max_steps, first_step)
-            self._bar.start()
+        self._bar = Bar(
+            "step {task.completed:.0f}/{task.total}",
+            "{task.fields[values]}",
+            self._max_steps,
+            completed=first_step,
+            silent=self._silent,
+            steady_s=_STEADY_S,
+            values="",
+        )
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        elif not self._silent:
-            print(text, file=sys.stderr, flush=True)
+        self._bar.say(text)
 
     def advance(self, step: int) -> None:
         """Step ``step`` is done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        self._bar.update(step)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show a line of metrics."""
-        if self._bar is not None:
-            self._bar.update(self._task, values=summary(values))
+        if self._bar.is_shown:
+            self._bar.update(values=summary(values))
             return
         now = time.monotonic()
         if not self._silent and (now - self._last_line >= PLAIN_EVERY_S or step == self._max_steps):
@@ -70,24 +74,10 @@ class Display:
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """Loss, learning rate, speed and data waiting of one line of metrics."""
+    """Loss, learning rate, speed, data waiting and, where it is known, the most memory held, of one line of metrics."""
+    memory = values.get("memory_bytes")
     return (
         f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
         f"{values['samples_per_s']:.3g} samples/s  {values['data_wait_ratio']:.0%} waiting for data"
+        + ("" if memory is None else f"  {in_words(int(memory))} held")
     )
-
-
-def _make_bar(max_steps: int, first_step: int) -> tuple[Any, Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[values]}"),
-        console=Console(stderr=True),
-        speed_estimate_period=300,
-    )
-    return bar, bar.add_task("training", total=max_steps, completed=first_step, values="")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mim3d.engine.averaging import Average
+from mim3d.engine.bad_steps import BudgetSpentError, NonFiniteError
 from mim3d.engine.checkpoint import Checkpoints, read_checkpoint, restore_weights
+from mim3d.engine.heartbeat import BETWEEN, Heartbeat
 from mim3d.engine.memory import peak_bytes
-from mim3d.engine.meter import Meter, NonFiniteError, Throughput
+from mim3d.engine.meter import Meter, Throughput
 from mim3d.engine.plan import Plan
 from mim3d.engine.progress import Display
+from mim3d.engine.requeue import requeue
 from mim3d.engine.settings import LoopSettings, RunFolder
+from mim3d.engine.sharding import Weights
 from mim3d.errors import CheckpointError, ConfigError, Mim3dError
 from mim3d.objective import Batch, Objective
 from mim3d.progress import clock
@@ -32,16 +37,19 @@ class Hooks:
     """What the caller of the loop wants done on the way.
 
     Raises:
-        ConfigError: when the best is to be kept, but nothing is validated.
+        ConfigError: when the best is to be kept, but nothing is validated; when patience has no score to go by.
     """
 
     validate: Validate | None = None
     best_by: str | None = None
     on_checkpoint: OnCheckpoint | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.best_by is not None and self.validate is None:
             raise ConfigError(f"best_by is '{self.best_by}', but there is no validation; leave it out.")
+        if self.patience is not None and self.best_by is None:
+            raise ConfigError(f"patience is {self.patience}, but no score is validated by; leave it out.")
 
 
 @dataclass
@@ -50,7 +58,11 @@ class Session:
 
     Attributes:
         best: step and values of the best validation so far.
+        weights: of the objective, which may be sharded; the objective itself is whole.
+        stale: validations since then.
         speed: clock of this session and those before it.
+        step: the last optimiser step that is done.
+        updating: whether weights are being changed, so that they are those of no step.
     """
 
     fabric: lightning_fabric.Fabric
@@ -63,8 +75,14 @@ class Session:
     checkpoints: Checkpoints
     meter: Meter
     hooks: Hooks
+    average: Average
+    weights: Weights
+    heart: Heartbeat
     best: dict[str, float] | None = None
+    stale: int = 0
     speed: Throughput = field(default_factory=Throughput)
+    step: int = 0
+    updating: bool = False
 
     def resume(self) -> int:
         """Take up the newest checkpoint, drop what was written after it, and return its step (0: none).
@@ -73,7 +91,7 @@ class Session:
             CheckpointError: when it does not fit, or every one is damaged.
         """
         path: Path | None = self.fabric.broadcast(self.checkpoints.newest() if self.fabric.is_global_zero else None)
-        step = 0 if path is None else self._take_up(path)
+        step = self.step = 0 if path is None else self._take_up(path)
         if self.fabric.is_global_zero:
             self.checkpoints.drop_after(step)
             self.run.cut_metrics(step)
@@ -93,10 +111,14 @@ class Session:
                 f"{self.plan.effective_batch}; resume with the same batch size, accumulation and devices."
             )
         restore_weights(self.objective, content, path)
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.weights.scatter()
+        self.weights.load_optimizer_state(self.optimizer, content["optimizer"])
         self.fabric.strategy.precision.load_state_dict(content["precision"])
-        self.meter.restore(content["meter"], self.fabric.global_rank)
-        self.best = content["best"]
+        micro_batches = self.loop.accumulation / content["accumulation"]
+        self.meter.restore(content["meter"], self.fabric.global_rank, self.fabric.world_size, micro_batches)
+        self.meter.bad_steps.restore(content["bad_steps"])
+        self.average.load_state_dict(content.get("average", {}))
+        self.best, self.stale = content["best"], content.get("stale", 0)
         self.speed = Throughput(content["elapsed_s"])
         return int(content["step"])
 
@@ -104,13 +126,18 @@ class Session:
         """Write one line of metrics: means since the last one.
 
         Raises:
-            NonFiniteError: when a term or the gradient was not finite since then.
+            NonFiniteError: when a term or the gradient was not finite, more often than may be passed over.
         """
         means = self.meter.read()
         self.meter.reset()
+        skipped = self.meter.bad_steps.num_skipped
+        faults = {"skipped_steps": skipped} if skipped else {}
         self._require_usable_scale(step)
         rate = self.plan.schedule.learning_rate_at(step)
-        values = {**means, "learning_rate": rate, **self.speed.read()}
+        # Counted by the allocator or the system: the device is not asked.
+        held = peak_bytes(self.fabric.device)
+        memory = {} if held is None else {"memory_bytes": held}
+        values = {**means, "learning_rate": rate, **self.speed.read(), **memory, **faults}
         self.run.log(step, values)
         self.display.show(step, values)
 
@@ -122,7 +149,9 @@ class Session:
         """
         if self.hooks.validate is None:
             return
+        self.heart.at(step, "validates")
         with self.speed.paused():
+            self.weights.gather()
             scores: dict[str, float] = {}
             if self.fabric.is_global_zero:
                 with self._looking():
@@ -130,10 +159,17 @@ class Session:
             scores = self.fabric.broadcast(scores)
             self.run.log(step, {f"val/{name}": value for name, value in scores.items()})
             self.display.say(f"step {step}  " + "  ".join(f"val/{name} {value:.4f}" for name, value in scores.items()))
-            if self.hooks.best_by is not None and self._is_best(scores, self.hooks.best_by):
-                self.best = {"step": step, **scores}
-                if self.fabric.is_global_zero:
-                    self.checkpoints.save_best(step, self.objective, scores)
+            if self.hooks.best_by is not None:
+                self._keep_best(step, scores, self.hooks.best_by)
+
+    def _keep_best(self, step: int, scores: dict[str, float], best_by: str) -> None:
+        if not self._is_best(scores, best_by):
+            self.stale += 1
+            return
+        self.best, self.stale = {"step": step, **scores}, 0
+        if self.fabric.is_global_zero:
+            with self.average.in_place():
+                self.checkpoints.save_best(step, self.objective, scores)
 
     def _is_best(self, scores: dict[str, float], best_by: str) -> bool:
         if best_by not in scores:
@@ -142,7 +178,9 @@ class Session:
         return scores[best_by] > (-math.inf if self.best is None else self.best[best_by])
 
     def picture(self, step: int, batch: Batch) -> None:
-        """Let the objective draw what it sees in ``batch``."""
+        """Let the objective draw what it sees in ``batch``; a collective call."""
+        self.heart.at(step, "draws pictures")
+        self.weights.gather()
         if self.fabric.is_global_zero:
             with self.speed.paused(), self._looking():
                 pictures = {name: _as_array(volume) for name, volume in self.objective.pictures(batch).items()}
@@ -156,31 +194,90 @@ class Session:
             NonFiniteError: instead of saving weights that are not finite.
             Mim3dError: when it cannot be written.
         """
+        self.heart.at(step, "writes a checkpoint")
         with self.speed.paused():
             window = self.meter.state()
+            self.weights.gather()
             self._require_finite_weights(step)
-            if not self.fabric.is_global_zero:
-                return
-            state: dict[str, Any] = {
-                "objective": self.objective.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "precision": self.fabric.strategy.precision.state_dict(),
-                "meter": window,
-                "best": self.best,
-                "elapsed_s": self.speed.elapsed_s,
-                "effective_batch": self.plan.effective_batch,
-            }
-            self.checkpoints.save(step, state)
-            if self.hooks.on_checkpoint is not None:
-                with self._looking():
-                    self.hooks.on_checkpoint(self.objective, step)
+            optimizer = self.weights.optimizer_state(self.optimizer)
+            if self.fabric.is_global_zero:
+                self.checkpoints.save(step, self._state(window, optimizer))
+                self.export(step)
+        self.heart.at(step, BETWEEN)
 
-    def end(self, step: int, reason: str) -> None:
-        """Wait until every process is done, note the peak of memory, and say how it ended; a collective call."""
+    def _state(self, window: list[list[dict[str, Any]]], optimizer: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint carries."""
+        return {
+            "objective": self.objective.state_dict(),
+            "optimizer": optimizer,
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "meter": window,
+            "bad_steps": self.meter.bad_steps.state(),
+            "average": self.average.state_dict(),
+            "best": self.best,
+            "stale": self.stale,
+            "elapsed_s": self.speed.elapsed_s,
+            "effective_batch": self.plan.effective_batch,
+            "accumulation": self.loop.accumulation,
+        }
+
+    def export(self, step: int) -> None:
+        """Let the caller of the loop take what it wants of the weights, in the first process."""
+        if self.fabric.is_global_zero and self.hooks.on_checkpoint is not None:
+            with self._looking():
+                self.hooks.on_checkpoint(self.objective, step)
+
+    def forget_step(self, step: int) -> None:
+        """Undo what a step that failed before the optimiser left behind, so that it can be taken once more."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meter.forget(step)
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        if scaler is not None and scaler._per_optimizer_states:
+            # Gradients that it has unscaled are gone; the same scale holds for those to come.
+            scaler.update(scaler.get_scale())
+
+    def rescue(self) -> None:
+        """Save the state after the last whole step, when the one after it fails in this process.
+
+        Not collective, as others may never come: only the first process saves, and of the metrics since the last line
+        its own. Sharded weights, and weights that are half updated, are past saving; so is what a broken device holds.
+        """
+        saved = self.checkpoints.last_step() or 0
+        if not self.fabric.is_global_zero or self.weights.sharded or self.updating or self.step <= saved:
+            return
+        try:
+            self.forget_step(self.step + 1)
+            window = [self.meter.own_state()]
+            self._require_finite_weights(self.step)
+            optimizer = self.weights.optimizer_state(self.optimizer)
+            path = self.checkpoints.save(self.step, self._state(window, optimizer))
+        except (RuntimeError, MemoryError, OSError, Mim3dError) as error:
+            self.display.say(f"the state after step {self.step} could not be saved: {' '.join(str(error).split())}")
+            return
+        self.display.say(f"step {self.step + 1} failed; the state before it is saved ({path})")
+
+    def all_done(self, step: int) -> str | None:
+        """Why there is nothing left to train after ``step``, the same in every process; None when there is."""
+        if step >= self.loop.max_steps:
+            return f"all {self.loop.max_steps} steps are done"
+        if self.hooks.patience is not None and self.stale >= self.hooks.patience:
+            return f"no better {self.hooks.best_by} in {self.stale} validations, after step {step}"
+        return None
+
+    def end(self, step: int, reason: str, *, to_be_continued: bool = False) -> None:
+        """Leave the averaged weights, note the peak of memory, and say how it ended; a collective call.
+
+        Args:
+            step: the last one done.
+            reason: why it was the last.
+            to_be_continued: a scheduler stopped the run, and is asked to start it again.
+        """
+        self.heart.at(step, "ends")
+        self.average.take_place()
         self.fabric.barrier()
         peak = peak_bytes(self.fabric.device)
         self.run.note({"peak_memory_bytes": peak})
-        if step >= self.loop.max_steps:
+        if self.all_done(step):
             held = "" if peak is None else f"; at most {in_words(peak)} of memory"
             self.display.say(f"{reason}, in {clock(self.speed.elapsed_s)}{held}")
         else:
@@ -189,8 +286,18 @@ class Session:
                 f"{self.checkpoints.folder}. To go on: {self.run.how_to_resume}"
             )
 
+        if to_be_continued and self.fabric.is_global_zero:
+            asked = requeue()
+            if asked is not None:
+                self.display.say(asked)
+
     def explained(self, error: NonFiniteError) -> NonFiniteError:
-        """The same error with where things stand and what to do."""
+        """The same error with where things stand and what to do; the weights of the good steps are saved first."""
+        go_on = "Start"
+        if isinstance(error, BudgetSpentError) and self.step < self.loop.max_steps:
+            with suppress(Mim3dError):
+                self.save(self.step)
+            go_on = f"Go on with a larger --max_bad_steps ({self.run.how_to_resume}), or start"
         rate = self.plan.schedule.learning_rate_at(error.step)
         lower = [f"a lower learning rate (it was {rate:.3g} at that step)"]
         if math.isinf(self.plan.schedule.clip_norm):
@@ -198,7 +305,7 @@ class Session:
         if self.loop.precision != "32-true":
             lower.append(f"precision 32-true (it was {self.loop.precision})")
         advice = (
-            f" Training stopped; {self._kept()}. Start a new run with {', or '.join(lower)}; "
+            f" Training stopped; {self._kept()}. {go_on} a new run with {', or '.join(lower)}; "
             "should it happen at the same step again, look for faulty values in the data."
         )
         return NonFiniteError(error.step, error.terms, advice)
@@ -217,10 +324,11 @@ class Session:
 
     @contextmanager
     def _looking(self) -> Iterator[None]:
-        """Evaluation mode without gradients, in the run's precision; training mode again afterwards."""
+        """Averaged weights, evaluation mode, no gradients, the run's precision; all as it was afterwards."""
         self.objective.eval()
         try:
-            with torch.no_grad(), self.fabric.autocast():
+            shown = self.weights.shown_on(self.fabric.device)
+            with shown, self.average.in_place(), torch.no_grad(), self.fabric.autocast():
                 yield
         finally:
             self.objective.train()

@@ -12,6 +12,7 @@ from mim3d.errors import ConfigError
 from mim3d.objective import Batch
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+STRATEGIES = ("auto", "ddp", "fsdp")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 
 
@@ -28,11 +29,20 @@ class LoopSettings:
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: newest checkpoints kept on disk; the best weights are kept besides.
         validate_every: steps between two validations; None validates after the last step only.
+        max_bad_steps: steps of the whole run that may go wrong: one whose loss or gradient is not finite is skipped,
+            one that runs out of memory is taken once more. More of them end the run; 0 ends it at the first.
+        rank_timeout_s: seconds without progress in a step after which processes that wait for a hung one are ended;
+            after a sixth of them the first process says which.
+        patience: validations without a better one after which training ends; None goes on to the last step.
         pictures_every: steps between two sets of pictures; None makes none.
         seed: of dropout and everything else drawn on the way.
         precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+        tf32: whether a GPU may round the factors of float32 products to 10 bits (TF32), which is several times as fast.
+        compile: whether the blocks of the network go through ``torch.compile``.
         devices: processes (one per device) on each node.
         num_nodes: machines.
+        strategy: how several processes keep their weights the same: ``ddp`` (each has all of them; ``auto`` too) or
+            ``fsdp`` (each has a slice).
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
     Raises:
         ConfigError: for a value that cannot work.
@@ -45,25 +55,37 @@ class LoopSettings:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     validate_every: int | None = None
+    patience: int | None = None
+    max_bad_steps: int = 3
+    rank_timeout_s: float = 1800.0
     pictures_every: int | None = None
     seed: int = 0
     precision: str = "32-true"
+    tf32: bool = False
+    compile: bool = False
     devices: int = 1
     num_nodes: int = 1
+    strategy: str = "auto"
     accelerator: str = "auto"
 
     def __post_init__(self) -> None:
         names = "max_steps accumulation log_every checkpoint_every keep_checkpoints devices num_nodes"
-        for name in (*names.split(), "validate_every", "pictures_every"):
+        for name in (*names.split(), "validate_every", "patience", "pictures_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
         if self.max_time_s is not None and self.max_time_s <= 0:
             raise ConfigError(f"max_time_s is {self.max_time_s}; it must be more than zero seconds.")
+        if self.max_bad_steps < 0:
+            raise ConfigError(f"max_bad_steps is {self.max_bad_steps}; it must be 0 or more.")
+        if self.rank_timeout_s <= 0:
+            raise ConfigError(f"rank_timeout_s is {self.rank_timeout_s}; it must be more than zero seconds.")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must be zero or more.")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision is '{self.precision}'; use one of {', '.join(PRECISIONS)}.")
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(f"strategy is '{self.strategy}'; use one of {', '.join(STRATEGIES)}.")
         if self.accelerator not in ACCELERATORS:
             raise ConfigError(f"accelerator is '{self.accelerator}'; use one of {', '.join(ACCELERATORS)}.")
 
@@ -131,7 +153,7 @@ class TrainResult:
 
     Attributes:
         step: optimiser steps done in all, earlier sessions included.
-        finished: whether that is all of them.
+        finished: whether nothing is left to train: all steps are done, or patience ran out.
         best: step and values of the best validation, or None without one.
         reason: why it ended, for people.
     """

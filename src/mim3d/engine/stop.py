@@ -9,31 +9,41 @@ from typing import Any
 
 import torch
 
-_GO_ON, _TIME_IS_UP, _SIGNALLED = 0, 1, 2
+_GO_ON, _TIME_IS_UP = 0, 1
+
+#: Signals that ask to stop; where processes were sent different ones, the last of these counts.
+_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+_FIRST_SIGNAL = _TIME_IS_UP + 1
 
 # A terminal and a wrapping process often deliver the same Ctrl-C twice.
 _SAME_REQUEST_S = 2.0
 
 
 class StopRequests:
-    """Watches for SIGTERM, SIGINT and the time limit; a second signal, seconds later, ends the process.
+    """Watches for SIGTERM, SIGUSR1, SIGINT and the time limit; who asks twice, seconds apart, ends the process.
+
+    A scheduler's SIGTERM after its SIGUSR1 is the same request: the checkpoint in the making is still finished.
 
     Args:
         max_time_s: seconds from now until training should stop; None for no limit.
+    Attributes:
+        to_be_continued: whether the reason to stop is the machine's, not the user's: SIGTERM or SIGUSR1, by which a
+            scheduler announces that it needs the machine or that the job's time is up.
     """
 
     def __init__(self, max_time_s: float | None) -> None:
         self._max_time_s = max_time_s
         self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
-        self._signal: int | None = None
+        self._signal: signal.Signals | None = None
         self._signalled_at = 0.0
         self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
         self._group: Any = None
+        self.to_be_continued = False
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._on_signal)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # On the host, so that agreeing at every step never waits for the device.
@@ -51,31 +61,34 @@ class StopRequests:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             request = _TIME_IS_UP
         if self._signal is not None:
-            request = _SIGNALLED
+            request = _FIRST_SIGNAL + _SIGNALS.index(self._signal)
         if self._group is not None:
             agreed = torch.tensor(request)
             torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self._group)
             request = int(agreed)
         if request == _TIME_IS_UP:
             return f"the time limit of {self._max_time_s:g} s was reached"
-        if request == _SIGNALLED:
-            name = signal.Signals(self._signal).name if self._signal is not None else "a signal to another process"
-            return f"{name} asked to stop"
+        if request >= _FIRST_SIGNAL:
+            asked = _SIGNALS[request - _FIRST_SIGNAL]
+            self.to_be_continued = asked != signal.SIGINT
+            return f"{asked.name} asked to stop"
         return None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
-            # A forked reader inherits this: Ctrl-C is the trainer's to decide, anything else ends the reader.
-            if number != signal.SIGINT:
+            # A forked reader inherits this: SIGTERM ends it, all else is the trainer's to decide.
+            if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
         now = time.monotonic()
-        if self._signal is None:
-            self._signal, self._signalled_at = number, now
-        elif now - self._signalled_at > _SAME_REQUEST_S:
+        if self._signal is not None and now - self._signalled_at <= _SAME_REQUEST_S:
+            return
+        if self._signal is not None and (number == signal.SIGINT or number == self._signal == signal.SIGTERM):
             self._give_back()
             os.kill(os.getpid(), number)
+        else:
+            self._signal, self._signalled_at = signal.Signals(number), now
 
     def _give_back(self) -> None:
         for number, handler in self._previous.items():

@@ -1,5 +1,6 @@
 """MiM's network and losses: reconstruction at every level, alignment between adjacent levels."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from mim3d.nn.decoder import TokenDecoder
 from mim3d.nn.losses import reconstruction_loss
 from mim3d.nn.masks import split_tokens, split_units, take_tokens
 from mim3d.nn.patches import patchify, unpatchify
-from mim3d.objective import Batch, Objective, StepOutput
+from mim3d.objective import Batch, Objective, StepOutput, Tokens
 from mim3d.types import Triple
 
 # Shape suffixes: B samples, n volumes of a level per sample, M = B x n, C channels, X Y Z space, L tokens, V visible
@@ -91,6 +92,7 @@ class MiMObjective(Objective):
         self.temperature = temperature
         self.batch_negatives = batch_negatives
         self.chunk_size = chunk_size
+        self.tokens_per_sample = tuple(_tokens(geometry) for geometry in hierarchy.levels)
         voxels = encoder.patch_size**3 * in_channels
         self.decoder = TokenDecoder(encoder.embed_dim, decoder_dim, decoder_depth, decoder_num_heads, voxels)
         children = [geometry.level.name for geometry in hierarchy.levels[1:]]
@@ -211,6 +213,11 @@ class MiMObjective(Objective):
                 volume = unpatchify(tokens, level.geometry.token_grid, self.encoder.patch_size)
                 pictures[f"{level.geometry.level.name}/{kind}"] = volume[0, 0]
         return pictures
+
+
+def _tokens(geometry: Geometry) -> Tokens:
+    hidden = geometry.num_hidden_tokens
+    return Tokens(geometry.level.name, geometry.num_volumes, math.prod(geometry.token_grid) - hidden, hidden)
 
 
 def slice_volumes(volume_NCXYZ: Tensor, corners_M3: Tensor, footprint: tuple[int, int, int]) -> Tensor:

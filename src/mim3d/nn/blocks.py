@@ -104,6 +104,42 @@ class Depthwise(nn.Module):
         return depthwise(features_NXYZC, self.weight, self.bias)
 
 
+class DropPath(nn.Module):
+    """Leaves a residual branch out of training steps at random, sample by sample (stochastic depth).
+
+    Huang et al. 2016, "Deep Networks with Stochastic Depth". A branch that is kept counts 1 / (1 - prob), so that its
+    expectation is what evaluation computes with all branches (there they are scaled in evaluation instead, equation 5).
+
+    Args:
+        prob: chance that a sample goes without the branch.
+    """
+
+    def __init__(self, prob: float) -> None:
+        super().__init__()
+        self.prob = prob
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is left out: in training, with a chance above 0."""
+        return self.training and self.prob > 0
+
+    def weights(self, features: Tensor, num_samples: int | None = None) -> Tensor:
+        """What a branch counts for each row of ``features`` ``(N, ...)``: ``(N, 1, ...)``, 0 or 1 / (1 - prob).
+
+        Args:
+            features: rows; those of one sample follow each other.
+            num_samples: samples that the rows belong to, as many each; None where every row is one.
+        """
+        rows = len(features)
+        samples = rows if num_samples is None else num_samples
+        kept = features.new_empty(samples).bernoulli_(1 - self.prob) / (1 - self.prob)
+        return kept.repeat_interleave(rows // samples).reshape(rows, *(1,) * (features.ndim - 1))
+
+    def extra_repr(self) -> str:
+        """The chance."""
+        return f"prob={self.prob:g}"
+
+
 class PointwiseMlp(nn.Module):
     """Two 1x1x1 convolutions with GELU between them, behind a norm and around them the residual.
 
@@ -131,9 +167,10 @@ class ConvBlock(nn.Module):
         dim: channels.
         mlp_ratio: hidden channels of the MLP per channel.
         kernel_size: edge of the depth-wise kernel.
+        drop_path: chance that a sample goes without a branch, in training.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float = 4.0, kernel_size: int = 5) -> None:
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, kernel_size: int = 5, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
         self.conv1 = Pointwise(dim, dim)
@@ -141,10 +178,19 @@ class ConvBlock(nn.Module):
         self.conv2 = Pointwise(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.mlp = PointwiseMlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
 
-    def forward(self, features_NXYZC: Tensor, depthwise: DepthwiseConvolution) -> Tensor:
-        features_NXYZC = features_NXYZC + self.conv2(self.attn(self.conv1(self.norm1(features_NXYZC)), depthwise))
-        return self.mlp(features_NXYZC, self.norm2)
+    def forward(
+        self, features_NXYZC: Tensor, depthwise: DepthwiseConvolution, num_samples: int | None = None
+    ) -> Tensor:
+        """Features as they came; ``num_samples`` says how many volumes the ``N`` rows belong to (None: one each)."""
+        branch_NXYZC = self.conv2(self.attn(self.conv1(self.norm1(features_NXYZC)), depthwise))
+        if not self.drop_path.active:
+            return self.mlp(features_NXYZC + branch_NXYZC, self.norm2)
+        features_NXYZC = features_NXYZC + self.drop_path.weights(branch_NXYZC, num_samples) * branch_NXYZC
+        # The kernel adds the residual itself: weight 0 gives the features back exactly, 1 / (1 - prob) more than all.
+        weights = self.drop_path.weights(features_NXYZC, num_samples)
+        return torch.lerp(features_NXYZC, self.mlp(features_NXYZC, self.norm2), weights)
 
 
 def attend(query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor) -> Tensor:
@@ -207,18 +253,26 @@ class TransformerBlock(nn.Module):
         dim: token width.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP per token width.
+        drop_path: chance that a sample goes without a branch, in training.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens_BLE: Tensor) -> Tensor:
-        tokens_BLE = tokens_BLE + self.attn(self.norm1(tokens_BLE))
-        return tokens_BLE + self.mlp(self.norm2(tokens_BLE))
+        tokens_BLE = self._added(tokens_BLE, self.attn(self.norm1(tokens_BLE)))
+        return self._added(tokens_BLE, self.mlp(self.norm2(tokens_BLE)))
+
+    def _added(self, tokens_BLE: Tensor, branch_BLE: Tensor) -> Tensor:
+        """Tokens plus a branch, which some samples may go without."""
+        if self.drop_path.active:
+            branch_BLE = self.drop_path.weights(branch_BLE) * branch_BLE
+        return tokens_BLE + branch_BLE
 
 
 def init_linear(module: nn.Module) -> None:

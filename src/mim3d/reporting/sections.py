@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mim3d.config import flat
 from mim3d.errors import Mim3dError
 from mim3d.reporting.class_scores import baseline_note, class_table, confusion_table, reliability_picture
 from mim3d.reporting.curves import curves_picture, metric_names
@@ -23,7 +24,7 @@ from mim3d.reporting.score_tables import (
     dice_picture,
     score_table,
 )
-from mim3d.reporting.sources import NamedRun, flat
+from mim3d.reporting.sources import NamedRun
 
 #: A caption names the Dice of each label up to so many labels.
 _NAMED_LABELS = 4
@@ -54,7 +55,7 @@ def runs_section(runs: Sequence[NamedRun]) -> Section:
                 f"{dice.max():.4f}" if dice.size else "–",
                 _duration(curves.series("time_s")[1].tolist()),
                 f"{np.median(speed):.3g}" if speed.size else "–",
-                _shown(run.record.manifest.get("seed")),
+                _shown(run.record.config.get("seed")),
             ]
         )
     return Section("runs", "Runs", table(heads, rows))
@@ -196,7 +197,7 @@ def settings_section(runs: Sequence[NamedRun]) -> Section:
     for run in runs:
         text = yaml.safe_dump(run.record.config, sort_keys=False, allow_unicode=True, width=100)
         body += folded(f"Settings of {run.name}", f"<pre>{escape(text)}</pre>")
-    hidden = ("settings", "command")
+    hidden = ("settings", "command", "resumed")
     facts = [flat({k: v for k, v in run.record.manifest.items() if k not in hidden}) for run in runs]
     rows = [
         [key, *(_shown(each.get(key)) for each in facts)] for key in dict.fromkeys(k for each in facts for k in each)

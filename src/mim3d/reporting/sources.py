@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mim3d.reporting.curves import Curves
 from mim3d.reporting.drawing import run_colour
@@ -86,14 +85,3 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
             length += 1
         names[path] = "/".join(own[-length:])
     return names
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found.update(flat(value, f"{prefix}{key}."))
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

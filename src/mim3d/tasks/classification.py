@@ -12,12 +12,13 @@ from mim3d.data.cache import Cache, CachedScan
 from mim3d.data.case_records import Split, listed
 from mim3d.data.transforms import Intensity
 from mim3d.errors import ConfigError, DataError
-from mim3d.objective import Objective
+from mim3d.objective import Objective, crop_tokens
 from mim3d.optimisation import Optimisation
 from mim3d.tasks.augmentation import Augmentation, Augmenter, sided_labels
 from mim3d.tasks.base import Task
 from mim3d.tasks.cube_plan import covered_ratio, has_labels, planned_edges_mm, planned_size, planned_whole_size
 from mim3d.tasks.cubes import Cube, CubeFinisher, CubeSampler
+from mim3d.tasks.frozen import check_freezing, freezing_lines
 from mim3d.types import Spacing, Triple
 
 
@@ -42,6 +43,8 @@ class Classification(Task):
         label_smoothing: share of the target that is spread over all classes.
         augmentation: how boxes are varied. Where size tells classes apart, keep zoom_ratio small.
         freeze_encoder: train pooling and the last layer alone (linear probing).
+        unfreeze_ratio: share of training after which the whole encoder learns; until then its layers begin to, one
+            after the other, from its output down to the stem. None lets all of it learn from the beginning.
         mirror_axes: axes (0 X, 1 Y, 2 Z) mirrored at prediction, in every combination; among the augmentation's flip
             axes.
         class_counts: class -> training scans, filled in by the plan.
@@ -59,6 +62,7 @@ class Classification(Task):
     label_smoothing: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     freeze_encoder: bool = False
+    unfreeze_ratio: float | None = None
     mirror_axes: tuple[int, ...] = ()
     class_counts: dict[str, int] | None = None
     covered: float | None = None
@@ -69,6 +73,7 @@ class Classification(Task):
     sized_by = "size"
 
     def __post_init__(self) -> None:
+        check_freezing(self.freeze_encoder, self.unfreeze_ratio)
         for name in ("shift_ratio", "dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1 (1 excluded).")
@@ -187,7 +192,7 @@ class Classification(Task):
             f"{name} {count} scans (weight {weight:.3g})"
             for (name, count), weight in zip((self.class_counts or {}).items(), weights, strict=False)
         )
-        frozen = ["the encoder is frozen: pooling and the last layer are trained"] if self.freeze_encoder else []
+        frozen = freezing_lines(self.freeze_encoder, self.unfreeze_ratio, "pooling and the last layer are")
         return [box, f"boxes are {self.augmentation.describe()}", f"classes: {classes}", *frozen]
 
     def sampler(self) -> CubeSampler:
@@ -213,7 +218,7 @@ class Classification(Task):
         """Encoder, pooling and last layer, freshly initialised."""
         from mim3d.tasks.classification_objective import ClassificationObjective
 
-        return ClassificationObjective(
+        objective = ClassificationObjective(
             backbone.build(),
             num_classes=len(labels),
             pooling=self.pooling,
@@ -221,7 +226,11 @@ class Classification(Task):
             dropout=self.dropout,
             label_smoothing=self.label_smoothing,
             freeze_encoder=self.freeze_encoder,
+            unfreeze_ratio=self.unfreeze_ratio,
         )
+        if self.size is not None:
+            objective.tokens_per_sample = crop_tokens(_whole(self.size), backbone.patch_size)
+        return objective
 
     def validate(
         self,

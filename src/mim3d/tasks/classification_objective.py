@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mim3d.backbones.base import Encoder
 from mim3d.objective import Batch, Objective, StepOutput
-from mim3d.tasks.frozen import freeze
+from mim3d.tasks.frozen import Freezing
 
 # Shape suffixes: B samples, C channels, K classes, L tokens, E their width, X Y Z space.
 
@@ -56,6 +56,7 @@ class ClassificationObjective(Objective):
         dropout: share of the pooled features that a training step leaves out.
         label_smoothing: share of the target that is spread over all classes.
         freeze_encoder: train pooling and linear layer alone, on features that stay as they are.
+        unfreeze_ratio: share of training after which all of the encoder learns, see ``Freezing``.
     """
 
     def __init__(
@@ -67,12 +68,13 @@ class ClassificationObjective(Objective):
         class_weights: Sequence[float],
         dropout: float,
         label_smoothing: float,
-        freeze_encoder: bool,
+        freeze_encoder: bool = False,
+        unfreeze_ratio: float | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = freeze(encoder) if freeze_encoder else encoder
+        self.encoder = encoder
+        self.freezing = Freezing(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
         self.label_smoothing = label_smoothing
-        self.freeze_encoder = freeze_encoder
         width = encoder.widths[-1]
         self.pool = AttentionPool(width) if pooling == "attention" else MeanPool()
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -84,15 +86,15 @@ class ClassificationObjective(Objective):
         self.class_weights: Tensor
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode; a frozen encoder stays in evaluation mode."""
+        """Training mode; what of the encoder is frozen stays in evaluation mode."""
         super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()
+        if mode:
+            self.freezing.set_modes()
         return self
 
     def logits(self, volume_BCXYZ: Tensor) -> Tensor:
         """Logits ``(B, K)`` of the input; its axes must be multiples of the encoder's token edge."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.freezing.learns):
             tokens_BLE = self.encoder.feature_maps(volume_BCXYZ)[-1].flatten(2).transpose(1, 2)
         logits: Tensor = self.head(self.dropout(self.norm(self.pool(tokens_BLE))))
         return logits
@@ -102,8 +104,10 @@ class ClassificationObjective(Objective):
 
         Args:
             batch: ``image`` ``(B, 1, C, X, Y, Z)`` and ``class`` ``(B, 1)``, numbers from 0.
-            progress: unused.
+            progress: decides which layers of the encoder learn.
         """
+        if self.training:
+            self.freezing.at(progress)
         logits = self.logits(batch["image"].flatten(0, 1)).float()
         classes = batch["class"].flatten()
         loss = F.cross_entropy(logits, classes, self.class_weights, label_smoothing=self.label_smoothing)

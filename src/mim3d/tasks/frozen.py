@@ -1,8 +1,95 @@
-"""Encoders that are used as they are, so that only what is built on them learns."""
+"""Which part of an encoder learns: all of it, none, or more and more of it from its output down to the stem."""
+
+import math
+
+from torch import nn
 
 from mim3d.backbones.base import Encoder
+from mim3d.errors import ConfigError
 
 
-def freeze(encoder: Encoder) -> Encoder:
-    """The encoder without gradients, in evaluation mode: it stays as it is."""
-    return encoder.requires_grad_(False).eval()
+def check_freezing(freeze_encoder: bool, unfreeze_ratio: float | None) -> None:
+    """Refuse settings that cannot work.
+
+    Raises:
+        ConfigError: a ratio out of range, or one for an encoder that stays frozen.
+    """
+    if unfreeze_ratio is None:
+        return
+    if not 0 < unfreeze_ratio <= 1:
+        raise ConfigError(f"unfreeze_ratio is {unfreeze_ratio}; it must be above 0 and at most 1, such as 0.3.")
+    if freeze_encoder:
+        raise ConfigError("freeze_encoder and unfreeze_ratio are both set; give only one of them.")
+
+
+def freezing_lines(freeze_encoder: bool, unfreeze_ratio: float | None, learns: str) -> list[str]:
+    """What is printed before training; nothing where the whole encoder learns from the beginning.
+
+    Args:
+        freeze_encoder: whether it never learns.
+        unfreeze_ratio: share of training after which all of it does.
+        learns: what learns beside it, with its verb.
+    """
+    if freeze_encoder:
+        return [f"the encoder is frozen: {learns} trained"]
+    if unfreeze_ratio is not None:
+        return [
+            f"the encoder is frozen at first: its layers begin to learn one after the other, from its output down to "
+            f"the stem, until all learn after {unfreeze_ratio:.0%} of training"
+        ]
+    return []
+
+
+class Freezing:
+    """Keeps layers of an encoder as they are: without gradients and in evaluation mode.
+
+    A parameter without a gradient is left alone by the optimiser, its weight decay included.
+
+    Args:
+        encoder: told which of its parameters learn, again whenever that changes.
+        freeze_encoder: whether none ever does.
+        unfreeze_ratio: share of training after which all do, one layer after the other until then, the output first and
+            the stem last (gradual unfreezing, Howard & Ruder 2018); None for all from the beginning.
+    """
+
+    def __init__(self, encoder: Encoder, *, freeze_encoder: bool = False, unfreeze_ratio: float | None = None) -> None:
+        self._encoder = encoder
+        self._ratio = unfreeze_ratio
+        # Before training every layer counts as learning that ever will, so that optimiser and processes know of it.
+        self._num_learning = 0 if freeze_encoder else encoder.num_layers + 1
+        if freeze_encoder:
+            self._apply()
+
+    @property
+    def learns(self) -> bool:
+        """Whether any layer learns now."""
+        return self._num_learning > 0
+
+    def at(self, progress: float) -> None:
+        """Let those layers learn that do at ``progress`` (0 at the first step of training, 1 at the last)."""
+        if self._ratio is None:
+            return
+        layers = self._encoder.num_layers + 1
+        # Rounded first: 0.6 / 0.8 of four layers are three, not 2.9999999999999996.
+        learning = min(layers, math.floor(round(progress / self._ratio * layers, 9)))
+        if learning != self._num_learning:
+            self._num_learning = learning
+            self._apply()
+
+    def set_modes(self) -> None:
+        """Evaluation mode for what does not learn, training mode for the rest."""
+        _set_modes(self._encoder, learns=self.learns)
+
+    def _apply(self) -> None:
+        lowest = self._encoder.num_layers + 1 - self._num_learning
+        for name, parameter in self._encoder.named_parameters():
+            parameter.requires_grad_(self._encoder.layer_of(name) >= lowest)
+        self.set_modes()
+
+
+def _set_modes(module: nn.Module, *, learns: bool) -> None:
+    """Training mode where a parameter of the module learns; what has none goes with the module around it."""
+    parameters = list(module.parameters())
+    module.training = any(parameter.requires_grad for parameter in parameters) if parameters else learns
+    for child in module.children():
+        _set_modes(child, learns=module.training)

@@ -10,11 +10,12 @@ from mim3d.data.cache import CachedScan
 from mim3d.data.transforms import Intensity
 from mim3d.errors import ConfigError
 from mim3d.inference import Windows
-from mim3d.objective import Objective
+from mim3d.objective import Objective, crop_tokens
 from mim3d.optimisation import Optimisation
 from mim3d.tasks.augmentation import Augmentation, Augmenter, sided_labels
 from mim3d.tasks.base import Task
 from mim3d.tasks.crops import CropSampler
+from mim3d.tasks.frozen import check_freezing, freezing_lines
 from mim3d.tasks.partial_labels import PartialLabels, are_partial
 from mim3d.tasks.targets import Targets, derived_values, exclusive_targets, region_targets
 from mim3d.types import Spacing, Triple
@@ -49,6 +50,8 @@ class Segmentation(Task):
         ignore_label: label value of voxels that nothing is learned from, and that count in no score.
         deep_supervision: whether coarser levels of the decoder learn too, with weights 1/2, 1/4, ...
         freeze_encoder: whether the encoder stays as it is, so that only the decoder learns.
+        unfreeze_ratio: share of training after which the whole encoder learns; until then its layers begin to, one
+            after the other, from its output down to the stem. None lets all of it learn from the beginning.
         overlap: share of a window that its neighbour sees too, in validation and prediction.
         mirror_axes: axes (0 X, 1 Y, 2 Z) mirrored at prediction; among the augmentation's flip axes.
         num_validation_cases: held-out cases scored at each validation; None for all.
@@ -73,6 +76,7 @@ class Segmentation(Task):
     ignore_label: int | None = None
     deep_supervision: bool = False
     freeze_encoder: bool = False
+    unfreeze_ratio: float | None = None
     overlap: float = 0.5
     mirror_axes: tuple[int, ...] = ()
     num_validation_cases: int | None = None
@@ -88,6 +92,7 @@ class Segmentation(Task):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
+        check_freezing(self.freeze_encoder, self.unfreeze_ratio)
         self._check_losses()
         self._check_regions()
         self.windows(patch_size=(1, 1, 1))
@@ -218,7 +223,7 @@ class Segmentation(Task):
             lines.append(f"regions, each for itself; predictions hold {painted}")
         if self.partial_labels is not None:
             lines.append("some cases are annotated in part: what they leave out counts as background there (Shi 2021)")
-        return lines
+        return [*lines, *freezing_lines(self.freeze_encoder, self.unfreeze_ratio, "the decoder is")]
 
     def sampler(self) -> CropSampler:
         """One crop per sample, around a structure or anywhere."""
@@ -241,7 +246,7 @@ class Segmentation(Task):
         from mim3d.tasks.segmentation_losses import LossWeights
         from mim3d.tasks.segmentation_objective import SegmentationObjective
 
-        return SegmentationObjective(
+        objective = SegmentationObjective(
             backbone.build(),
             in_channels=backbone.in_channels,
             targets=self.targets(labels),
@@ -258,7 +263,11 @@ class Segmentation(Task):
             ),
             deep_supervision=self.deep_supervision,
             freeze_encoder=self.freeze_encoder,
+            unfreeze_ratio=self.unfreeze_ratio,
         )
+        if self.patch_size is not None:
+            objective.tokens_per_sample = crop_tokens(self.patch_size, backbone.patch_size)
+        return objective
 
     def targets(self, labels: Mapping[int, str]) -> Targets:
         """What the channels of the network stand for: regions, or one label each.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mim3d.backbones.base import Encoder
 from mim3d.objective import Batch, Objective, StepOutput
-from mim3d.tasks.frozen import freeze
+from mim3d.tasks.frozen import Freezing
 from mim3d.tasks.segmentation_losses import LossWeights, SegmentationLoss, head_weights
 from mim3d.tasks.targets import Activation, Targets
 from mim3d.tasks.unet import UNetDecoder
@@ -24,6 +24,7 @@ class SegmentationObjective(Objective):
         weights: what the loss is made of.
         deep_supervision: whether every resolution of the decoder has a head that learns too.
         freeze_encoder: whether the encoder stays as it is.
+        unfreeze_ratio: share of training after which all of it learns, see ``Freezing``.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class SegmentationObjective(Objective):
         weights: LossWeights,
         deep_supervision: bool = False,
         freeze_encoder: bool = False,
+        unfreeze_ratio: float | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = freeze(encoder) if freeze_encoder else encoder
-        self.freeze_encoder = freeze_encoder
+        self.encoder = encoder
+        self.freezing = Freezing(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
         self.targets = targets
         self.decoder = UNetDecoder(
             in_channels=in_channels,
@@ -70,10 +72,10 @@ class SegmentationObjective(Objective):
         return self.targets.labels_of(probabilities_K)
 
     def train(self, mode: bool = True) -> "SegmentationObjective":
-        """Training mode; a frozen encoder stays in evaluation mode."""
+        """Training mode; what of the encoder is frozen stays in evaluation mode."""
         super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()
+        if mode:
+            self.freezing.set_modes()
         return self
 
     def logits(self, volume_BCXYZ: Tensor) -> Tensor:
@@ -82,8 +84,8 @@ class SegmentationObjective(Objective):
         return logits
 
     def features(self, volume_BCXYZ: Tensor) -> list[Tensor]:
-        """The encoder's maps; without gradients where it is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+        """The encoder's maps; without gradients where all of it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.freezing.learns):
             return self.encoder.feature_maps(volume_BCXYZ)
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
@@ -92,8 +94,10 @@ class SegmentationObjective(Objective):
         Args:
             batch: ``image`` ``(B, 1, C, X, Y, Z)``, ``label`` ``(B, 1, X, Y, Z)`` in label values, and where cases are
                 annotated in part, ``annotated`` ``(B, K)``.
-            progress: unused.
+            progress: decides which layers of the encoder learn.
         """
+        if self.training:
+            self.freezing.at(progress)
         image, label = batch["image"].flatten(0, 1), batch["label"].flatten(0, 1)
         heads = self.decoder.heads_of(image, self.features(image)) if self.decoder.deep_heads else [self.logits(image)]
         means: dict[str, Tensor] = {}

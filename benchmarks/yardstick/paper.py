@@ -1,0 +1,154 @@
+"""A model on paper of many GPUs: what they exchange and read in a step, and what network and disks that needs.
+
+Gradients are summed by rings (Patarasuk & Yuan, J. Parallel Distrib. Comput. 2009): every process sends and receives
+``2 (N - 1) / N`` times their bytes. Where a machine has several GPUs, the ring enters and leaves it once, so that this
+is also what passes each machine's network card. DistributedDataParallel sends a bucket while the backward pass goes on
+below it (Li et al., VLDB 2020); only the last bucket has nothing left to hide behind.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mim3d.backbones import create_recipe
+from yardstick.batches import mim_with_children
+from yardstick.flops import count_flops
+
+GPUS = (8, 16, 32, 64, 128, 256, 512)
+GPUS_PER_MACHINE = 8
+SAMPLES_PER_GPU = 4
+#: Network of each machine, in Gbit/s.
+NETWORKS = (10, 25, 100, 200, 400)
+#: What one GPU sustains of the needed operations, in TFLOP/s: an assumption, high, since a quick step needs most.
+SUSTAINED_TFLOPS = 50.0
+#: Share of a step in which gradients come about: two of three parts of its operations.
+BACKWARD_SHARE = 2 / 3
+BUCKET_BYTES = 25 * 2**20
+#: One hop of a ring: an assumption.
+HOP_S = 10e-6
+#: Memory-to-memory between the GPUs of a machine, in Gbyte/s: an assumption (NVLink of an A100 is 300 each way).
+IN_MACHINE_GB_PER_S = 150.0
+MARK = 0.95
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one GPU.
+
+    Attributes:
+        parameters: numbers that are trained.
+        gradient_bytes: their gradients, float32.
+        seconds: of its computation.
+        read_bytes: from disk, of its samples.
+        read_ms: one reading process's time for one sample.
+    """
+
+    parameters: int
+    gradient_bytes: int
+    seconds: float
+    read_bytes: float
+    read_ms: float
+
+
+def paper_step(results: Path) -> Step:
+    """The step of MiM with ``hybrid_base`` on the full hierarchy.
+
+    Args:
+        results: folder of ``data_loading_cpu.json``.
+    """
+    recipe = create_recipe("hybrid_base")
+    method = mim_with_children(recipe.patch_size, 4)
+    objective = method.build(recipe)
+    parameters = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+    seconds = SAMPLES_PER_GPU * count_flops(method, recipe).needed / (SUSTAINED_TFLOPS * 1e12)
+    rows = json.loads((results / "data_loading_cpu.json").read_text())["rows"]
+    read_ms = next(
+        row["mim3d_ms"]
+        for row in rows
+        if row["part"] == "loader" and row["root"] == [192, 192, 192] and row["num_workers"] == 1 and row["cold"]
+    )
+    return Step(parameters, 4 * parameters, seconds, SAMPLES_PER_GPU * sample_bytes(rows), read_ms)
+
+
+def sample_bytes(rows: list[dict[str, object]]) -> float:
+    """Stored bytes that a sample of one root and four children touches, each 96^3 voxels at its resolution.
+
+    Whole blocks of 32^3 are read: a crop of n voxels touches n + 31 along an axis on average. Crops that share blocks
+    need less.
+    """
+    stored = next(row["bytes"] for row in rows if row["part"] == "build" and row["store"] == "mim3d 8-bit")
+    voxels = next(row["voxels"] for row in rows if row["part"] == "voxels")
+    per_voxel = stored / (voxels * (1 + 1 / 8 + 1 / 64))
+    return 5 * (96 + 31) ** 3 * per_voxel
+
+
+def exchange_s(step: Step, gpus: int, network_gbit_per_s: float) -> float:
+    """Seconds of one ring all-reduce of all gradients."""
+    sent = 2 * (gpus - 1) / gpus * step.gradient_bytes
+    slowest = IN_MACHINE_GB_PER_S * 1e9
+    if gpus > GPUS_PER_MACHINE:
+        slowest = min(slowest, network_gbit_per_s * 1e9 / 8)
+    buckets = -(-step.gradient_bytes // BUCKET_BYTES)
+    return sent / slowest + buckets * 2 * (gpus - 1) * HOP_S
+
+
+def efficiency(step: Step, gpus: int, network_gbit_per_s: float) -> float:
+    """Share of the time that is computation; the exchange hides behind the backward pass but for its last bucket."""
+    exchange = exchange_s(step, gpus, network_gbit_per_s)
+    last = exchange * min(1.0, BUCKET_BYTES / step.gradient_bytes)
+    hidden = min(exchange - last, BACKWARD_SHARE * step.seconds)
+    return step.seconds / (step.seconds + exchange - hidden)
+
+
+def needed_gbit_per_s(step: Step, gpus: int) -> float | None:
+    """Network of each machine from which on the efficiency is 95 %; None where no network is enough."""
+    if efficiency(step, gpus, 1e9) < MARK:
+        return None
+    low, high = 0.01, 1e6
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if efficiency(step, gpus, middle) >= MARK else (middle, high)
+    return high
+
+
+def print_paper() -> None:
+    """Print assumptions and tables as they stand in docs/concepts/scaling.md."""
+    step = paper_step(Path(__file__).parents[1] / "results")
+    print(
+        f"{step.parameters / 1e6:.1f} M trained parameters: {step.gradient_bytes / 1e6:.0f} MB of gradients a step, in "
+        f"{-(-step.gradient_bytes // BUCKET_BYTES)} buckets. {SAMPLES_PER_GPU} samples per GPU: {step.seconds:.3f} s a "
+        f"step at {SUSTAINED_TFLOPS:g} TFLOP/s; {step.read_bytes / SAMPLES_PER_GPU / 1e6:.1f} MB read per sample.\n"
+    )
+    print(_table(_network_lines(step)) + "\n")
+    print(_table(_disk_lines(step)))
+
+
+def _network_lines(step: Step) -> list[list[str]]:
+    """Efficiency by number of GPUs and network."""
+    heads = ["GPUs", "machines", "MB sent by each", *(f"{network} Gbit/s" for network in NETWORKS), "95 % needs"]
+    lines = [heads]
+    for gpus in GPUS:
+        inside = gpus <= GPUS_PER_MACHINE
+        needed = needed_gbit_per_s(step, gpus)
+        last = "no network" if inside else "more than bandwidth" if needed is None else f"{needed:.0f} Gbit/s"
+        sent = f"{2 * (gpus - 1) / gpus * step.gradient_bytes / 1e6:.0f}"
+        shares = (f"{efficiency(step, gpus, network):.0%}" for network in NETWORKS)
+        lines.append([str(gpus), str(gpus // GPUS_PER_MACHINE), sent, *shares, last])
+    return lines
+
+
+def _disk_lines(step: Step) -> list[list[str]]:
+    """What is read, when no GPU waits for another or for the disk."""
+    lines = [["GPUs", "effective batch", "samples/s", "GB/s read", "GB/s per machine", "reading processes per GPU"]]
+    for gpus in GPUS:
+        rate = gpus * SAMPLES_PER_GPU / step.seconds
+        read = gpus * step.read_bytes / step.seconds / 1e9
+        per_machine, workers = read * GPUS_PER_MACHINE / gpus, rate / gpus * step.read_ms / 1e3
+        numbers = (f"{rate:.0f}", f"{read:.1f}", f"{per_machine:.2f}", f"{workers:.1f}")
+        lines.append([str(gpus), str(gpus * SAMPLES_PER_GPU), *numbers])
+    return lines
+
+
+def _table(lines: list[list[str]]) -> str:
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)

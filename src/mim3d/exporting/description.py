@@ -1,0 +1,90 @@
+"""What a user outside Python must know to feed a network and to read its outputs: plain JSON, and sentences."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mim3d.exporting.networks import Exported
+from mim3d.exporting.parity import Parity
+
+
+def described(network: Exported, parity: Mapping[str, Parity], outputs: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """The content of ``metadata.json`` beside a program.
+
+    Args:
+        network: the network.
+        parity: differences that were measured at export.
+        outputs: shape of each output.
+    """
+    card = network.card
+    content: dict[str, Any] = {
+        "format": 1,
+        "network": network.kind,
+        "input": {
+            "name": "image",
+            "dtype": "float32",
+            "shape": ["batch", network.num_channels, *network.patch_size],
+            "axes": "samples, channels, then X (to the right), Y (to the front), Z (to the head): RAS+ voxel order",
+        },
+        "preprocessing": preprocessing_of(network),
+        "outputs": [
+            {"name": name, "dtype": "float32", "shape": outputs[name], "meaning": _meaning(network, name)}
+            for name in network.outputs
+        ],
+        "parity": {name: {"absolute": value.absolute, "relative": value.relative} for name, value in parity.items()},
+        "card": {key: card[key] for key in ("backbone", "data_digest", "mim3d_version", "scores") if key in card},
+    }
+    if network.channels:
+        content["channels"] = list(network.channels)
+        content["activation"] = network.activation
+    if network.painted:
+        content["label_values"] = list(network.painted)
+        content["label_map"] = label_rule(network)
+    return content
+
+
+def preprocessing_of(network: Exported) -> dict[str, Any]:
+    """How a scan becomes input: orientation, voxel size, intensities, and padding."""
+    intensity = network.card.get("intensity")
+    steps: dict[str, Any] = {
+        "orientation": network.card.get("orientation", "RAS+"),
+        "spacing_mm": network.card.get("spacing_mm"),
+        "intensity": intensity,
+        "intensity_formula": formula(intensity),
+        "padding": "the scan's darkest value (of CT at least -1024 HU), mapped like all others",
+    }
+    if network.kind == "classifier":
+        task: Any = network.task
+        cube = task.cube()
+        steps["box"] = {
+            "voxels": list(cube.size),
+            "voxel_mm": None if cube.voxel_mm is None else list(cube.voxel_mm),
+            "centre": task.centre,
+        }
+    return steps
+
+
+def formula(intensity: Mapping[str, Any] | None) -> str:
+    """The mapping of intensities in words that leave nothing open."""
+    if intensity is None:
+        return "not recorded"
+    if intensity.get("kind") == "zscore" or intensity.get("window") is None:
+        return (
+            "(v - mean) / std for each channel, both over its foreground: voxels above darkest + 5 % of (99.5th "
+            "percentile - darkest), or above -950 where the darkest voxel lies below -200; all voxels where that "
+            "leaves less than one in a thousand"
+        )
+    low, high = intensity["window"]
+    return f"(clip(v, {low:g}, {high:g}) - ({low:g})) / {high - low:g}"
+
+
+def label_rule(network: Exported) -> str:
+    """How probabilities become label values."""
+    if network.activation == "softmax":
+        return "label_values[index of the largest logit]"
+    return "0; then for each channel in order: its label value wherever sigmoid(logit) > 0.5"
+
+
+def _meaning(network: Exported, name: str) -> str:
+    if network.kind == "encoder":
+        return f"feature map, one voxel for every {name.removeprefix('features_stride')} of the input along each axis"
+    return f"logits of the channels; {network.activation} gives probabilities"

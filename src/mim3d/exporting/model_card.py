@@ -1,0 +1,128 @@
+"""The README of an exported network: what it is, how its input is made, what it scored, how to load it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+import mim3d
+from mim3d.exporting.description import formula
+from mim3d.exporting.networks import Exported
+
+#: What Hugging Face calls what a network does.
+PIPELINES = {
+    "encoder": "image-feature-extraction",
+    "segmenter": "image-segmentation",
+    "classifier": "image-classification",
+}
+
+_PURPOSE = {
+    "encoder": "An encoder for volumes: feature maps at several resolutions, for fine-tuning.",
+    "segmenter": "A segmentation network for volumes: one label map for each scan.",
+    "classifier": "A classification network for volumes: one class for each scan.",
+}
+
+_LOADING = {
+    "encoder": """```python
+import mim3d
+encoder = mim3d.load_encoder("PATH_OR_OWNER/NAME")     # a local folder, or the id of this repository
+maps = encoder.feature_maps(volume)                    # (B, C, X, Y, Z) float32, mapped as above; finest map first
+```
+
+```
+mim3d finetune --data DATA --out runs/mine --weights PATH_OR_OWNER/NAME
+```""",
+    "segmenter": """```
+mim3d predict --weights PATH_OR_OWNER/NAME --input SCANS --out predictions
+```
+
+`mim3d.load_encoder("PATH_OR_OWNER/NAME")` gives its encoder alone.""",
+    "classifier": """```
+mim3d predict --weights PATH_OR_OWNER/NAME --input SCANS --out predictions
+```
+
+`mim3d.load_encoder("PATH_OR_OWNER/NAME")` gives its encoder alone.""",
+}
+
+
+def model_card(network: Exported, *, license: str | None, modality: str | None, has_seen: bool) -> str:
+    """Markdown with YAML front matter, as Hugging Face reads it; no patients, no paths.
+
+    Args:
+        network: the network.
+        license: id of the licence of the weights; none is named if not given.
+        modality: what the scans are, in the user's words.
+        has_seen: whether the list of scans that it learned from lies beside it.
+    """
+    parts = [
+        f"---\n{yaml.safe_dump(front_matter(network, license), sort_keys=False, allow_unicode=True)}---",
+        f"# {network.kind.capitalize()} made with mim3d",
+        f"{_PURPOSE[network.kind]} Made with mim3d {network.card.get('mim3d_version', mim3d.__version__)}.",
+        f"## Input\n\n{_table(_input_rows(network, modality))}",
+        *_results(network),
+        f"## Training data\n\n{_data(network, has_seen)}",
+        f"## Use\n\n{_LOADING[network.kind]}\n\nHugging Face ids need `pip install 'mim3d[hub]'`. "
+        "`card.json` holds all settings; the tensors in `model.safetensors` cannot run code.",
+        "A research tool, no medical device.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(network: Exported, license: str | None) -> dict[str, Any]:
+    """What Hugging Face reads of a model card."""
+    named: dict[str, Any] = {} if license is None else {"license": license}
+    return {
+        **named,
+        "library_name": "mim3d",
+        "pipeline_tag": PIPELINES[network.kind],
+        "tags": ["mim3d", "medical-imaging", "3d", network.kind],
+    }
+
+
+def _input_rows(network: Exported, modality: str | None) -> dict[str, str]:
+    card = network.card
+    spacing = card.get("spacing_mm")
+    return {
+        "modality": modality or "not recorded",
+        "channels (images per scan)": str(network.num_channels),
+        "orientation": str(card.get("orientation", "RAS+")),
+        "voxel size": "of each scan" if spacing is None else " x ".join(f"{size:g}" for size in spacing) + " mm",
+        "intensities": formula(card.get("intensity")),
+        "window": " x ".join(map(str, network.patch_size)) + " voxels",
+        "sizes must be multiples of": f"{card['patch_size']} voxels" if "patch_size" in card else "not recorded",
+    }
+
+
+def _results(network: Exported) -> list[str]:
+    parts = []
+    if network.channels:
+        named = {str(number): name for number, name in enumerate(network.channels)}
+        parts.append(f"## Output\n\nChannels ({network.activation} gives probabilities):\n\n{_table(named)}")
+    scores = network.card.get("scores") or {}
+    if scores:
+        rows = {name: f"{value:.4f}" for name, value in scores.items()}
+        parts.append(
+            "## Scores\n\nOf these weights on the cases held out in training, by which they were chosen; no test on "
+            f"other data.\n\n{_table(rows)}"
+        )
+    return parts
+
+
+def _data(network: Exported, has_seen: bool) -> str:
+    digest = network.card.get("data_digest")
+    first = "Its data are not recorded." if digest is None else f"Digest of the prepared scans: `{digest}`."
+    if has_seen:
+        return (
+            f"{first} `seen.json` lists digests and coarse fingerprints of the scans it learned from, so that mim3d "
+            "can warn when a held-out scan is among them."
+        )
+    return (
+        f"{first} The list of scans it learned from is not published: whoever has a scan could tell from it whether "
+        "it was among them. So mim3d cannot warn when a held-out scan was learned from; hold your test cases against "
+        "the description of the data."
+    )
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    escaped = [(key.replace("|", "\\|"), value.replace("|", "\\|")) for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in escaped)])

@@ -1,0 +1,193 @@
+"""The configuration of a MONAI bundle: how MONAI's own runner segments scans with an exported program.
+
+What differs from ``mim3d predict`` is listed in :data:`DIFFERENCES`, which every bundle's README repeats.
+"""
+
+from typing import Any
+
+from mim3d.exporting.networks import Exported
+
+#: In which label maps of a bundle may differ from those of ``mim3d predict``.
+DIFFERENCES = (
+    "Windows: MONAI keeps the overlap and shifts the last window; mim3d spaces them evenly and, unless told "
+    "`--body_only false`, covers the body alone.",
+    "Resampling, where a voxel size is set: MONAI interpolates linearly from the first voxel's centre; mim3d averages "
+    "where voxels grow, keeps whole numbers whole, and keeps the centre of the scan.",
+    "Mirrored windows and clean-up of components are left out.",
+    "Images are read by nibabel: NIfTI alone.",
+)
+
+_EPSILON = 1e-6
+
+
+def inference_config(network: Exported) -> dict[str, Any]:
+    """The content of ``configs/inference.json``.
+
+    Overridable on the command line: ``--bundle_root``, ``--dataset_dir``, ``--output_dir``, ``--datalist``,
+    ``--sw_batch_size``, ``--overlap``, ``--device``.
+    """
+    task: Any = network.task
+    return {
+        "imports": [
+            "$import collections",
+            "$import functools",
+            "$import glob",
+            "$import monai",
+            "$import numpy",
+            "$import torch",
+        ],
+        "bundle_root": ".",
+        "dataset_dir": "$@bundle_root + '/images'",
+        "output_dir": "$@bundle_root + '/predictions'",
+        "datalist": _datalist(network.num_channels),
+        "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
+        "model_path": "$@bundle_root + '/models/model.pt2'",
+        "network_def": "$torch.export.unflatten(torch.export.load(@model_path))",
+        "network": "$@network_def.to(@device).eval()",
+        **_intensity_helpers(network),
+        "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(network)},
+        "dataset": {
+            "_target_": "Dataset",
+            "data": "$[{'image': image} for image in @datalist]",
+            "transform": "@preprocessing",
+        },
+        "sw_batch_size": 4,
+        "overlap": task.windows().overlap,
+        "inferer": {
+            "_target_": "SlidingWindowInferer",
+            "roi_size": list(network.patch_size),
+            "sw_batch_size": "@sw_batch_size",
+            "overlap": "@overlap",
+            "mode": "gaussian",
+            "sigma_scale": 0.125,
+            "padding_mode": "constant",
+        },
+        # MONAI cuts Gaussian weights off at a thousandth of the largest; these go on, as in mim3d.
+        "edge_weights": (
+            "$lambda size: torch.exp(-0.5 * ((torch.arange(size, dtype=torch.float64) - (size - 1) / 2)"
+            " / (size / 8)) ** 2)"
+        ),
+        "weights": (
+            "$torch.einsum('x,y,z->xyz', *[@edge_weights(size) for size in @inferer.roi_size]).float()[None, None]"
+        ),
+        "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(network)},
+        "infer": "$torch.no_grad()(lambda image: @inferer(image[None].to(@device), @network)[0].cpu())",
+        # A scan smaller than a window is padded with its darkest value, as in training.
+        "padded_with": "$lambda image: setattr(@inferer, 'cval', float(image.min()))",
+        "segment": (
+            "$lambda item: (@padded_with(item['image']), "
+            "@postprocessing({**item, 'pred': @infer(item['image'].as_tensor())}))"
+        ),
+        "initialize": ["$setattr(@inferer, 'roi_weight_map', @weights)"],
+        "run": ["$collections.deque((@segment(item) for item in @dataset), maxlen=0)"],
+    }
+
+
+def _datalist(num_channels: int) -> str:
+    """Files of ``dataset_dir``; of several channels as nnU-Net names them."""
+    if num_channels == 1:
+        return "$sorted(glob.glob(@dataset_dir + '/*.nii*'))"
+    return (
+        "$[[first.replace('_0000.nii', f'_{channel:04d}.nii') for channel in range("
+        f"{num_channels})] for first in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))]"
+    )
+
+
+def _preprocessing(network: Exported) -> list[dict[str, Any]]:
+    spacing_mm, intensity = network.card.get("spacing_mm"), network.card["intensity"]
+    steps: list[dict[str, Any]] = [
+        {"_target_": "LoadImaged", "keys": "image", "reader": "NibabelReader"},
+        {"_target_": "EnsureChannelFirstd", "keys": "image"},
+        {"_target_": "EnsureTyped", "keys": "image", "dtype": "$torch.float32"},
+        {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": None},
+    ]
+    if spacing_mm is not None:
+        steps.append({"_target_": "Spacingd", "keys": "image", "pixdim": list(spacing_mm), "mode": "bilinear"})
+    if _standardises(network):
+        steps.append({"_target_": "Lambdad", "keys": "image", "func": "@standardised"})
+    else:
+        low, high = intensity["window"]
+        steps.append(
+            {
+                "_target_": "ScaleIntensityRanged",
+                "keys": "image",
+                "a_min": low,
+                "a_max": high,
+                "b_min": 0.0,
+                "b_max": 1.0,
+                "clip": True,
+            }
+        )
+    return steps
+
+
+def _standardises(network: Exported) -> bool:
+    intensity = network.card["intensity"]
+    return intensity["kind"] == "zscore" or intensity.get("window") is None
+
+
+def _intensity_helpers(network: Exported) -> dict[str, str]:
+    """The foreground's mean and standard deviation by mim3d's rule, see ``mim3d.data.foreground``."""
+    if not _standardises(network):
+        return {}
+    return {
+        "values": "$lambda channel: channel.as_tensor().numpy().ravel()",
+        "high": "$lambda values: float(numpy.percentile(values[:: max(1, values.size // 1000000)], 99.5))",
+        "threshold": (
+            "$lambda values: -950.0 if values.min() < -200 else "
+            "float(values.min()) + 0.05 * (@high(values) - float(values.min()))"
+        ),
+        "above": "$lambda values: values[values > @threshold(values)]",
+        "foreground": (
+            "$lambda values: (@above(values) if @above(values).size >= 0.001 * values.size else values)"
+            ".astype(numpy.float64)"
+        ),
+        "column": "$lambda numbers: torch.tensor(numbers, dtype=torch.float32)[:, None, None, None]",
+        "means": "$lambda image: @column([@foreground(@values(channel)).mean() for channel in image])",
+        "deviations": (
+            f"$lambda image: @column([max(@foreground(@values(channel)).std(), {_EPSILON}) for channel in image])"
+        ),
+        "standardised": "$lambda image: (image - @means(image)) / @deviations(image)",
+    }
+
+
+def _postprocessing(network: Exported) -> list[dict[str, Any]]:
+    return [
+        {"_target_": "Lambdad", "keys": "pred", "func": _activation(network)},
+        {
+            "_target_": "Invertd",
+            "keys": "pred",
+            "transform": "@preprocessing",
+            "orig_keys": "image",
+            "nearest_interp": False,
+            "to_tensor": True,
+        },
+        {"_target_": "Lambdad", "keys": "pred", "func": _label_values(network)},
+        {
+            "_target_": "SaveImaged",
+            "keys": "pred",
+            "output_dir": "@output_dir",
+            "output_ext": ".nii.gz",
+            "output_postfix": "",
+            "output_dtype": "$numpy.uint8" if max(network.painted) < 256 else "$numpy.int32",
+            "separate_folder": False,
+            "resample": False,
+        },
+    ]
+
+
+def _activation(network: Exported) -> str:
+    return "$lambda logits: torch.softmax(logits, 0)" if network.activation == "softmax" else "$torch.sigmoid"
+
+
+def _label_values(network: Exported) -> str:
+    """Label values ``(1, X, Y, Z)`` of probabilities ``(K, X, Y, Z)``, with the grid and name of their scan."""
+    painted = list(network.painted)
+    if network.activation == "softmax":
+        values = f"torch.tensor({painted})[scores.as_tensor().argmax(0, keepdim=True)]"
+    else:
+        values = (
+            "functools.reduce(lambda labels, channel: torch.where(channel[0][None] > 0.5, channel[1], labels), "
+            f"zip(scores.as_tensor(), {painted}), torch.zeros(1, *scores.shape[1:], dtype=torch.int64))"
+        )
+    return f"$lambda scores: monai.data.MetaTensor({values}, meta=scores.meta)"

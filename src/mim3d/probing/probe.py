@@ -1,0 +1,115 @@
+"""One probe: features of a probe set, the two classifiers on them, and what they score."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mim3d.backbones.base import Encoder
+from mim3d.errors import DataError
+from mim3d.nn.positions import sincos_positions
+from mim3d.probing.classifiers import Standardised, linear_probabilities, neighbour_probabilities
+from mim3d.probing.collapse import Collapse, measure_collapse
+from mim3d.probing.features import Watch, batch_size_for, features_of
+from mim3d.probing.items import ProbeSet, classes_of, patients_of, raw_of
+from mim3d.probing.scores import Scored
+from mim3d.probing.settings import Probing
+
+#: Width of the embedding of places.
+PLACE_DIM = 48
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a set of features is worth.
+
+    Attributes:
+        linear: the linear classifier on held-out items.
+        neighbours: the nearest-neighbour classifier on them.
+        collapse: measures of the features to learn from; None for raw values.
+        num_features: D.
+    """
+
+    linear: Scored
+    neighbours: Scored
+    collapse: Collapse | None
+    num_features: int
+
+
+def probe_encoder(encoder: Encoder, items: ProbeSet, probing: Probing, watch: Watch | None = None) -> Probed:
+    """Probe the features of an encoder, in evaluation mode and as it is.
+
+    Args:
+        encoder: on any device.
+        items: made for its tokens.
+        probing: how.
+        watch: passes batches of views on, to show progress.
+    Raises:
+        DataError: features that are not finite.
+    """
+    batch_size = batch_size_for(items.size)
+    training_ND, held_out_MD = (
+        features_of(encoder, views, probing.features, batch_size=batch_size, watch=watch)
+        for views in (items.training, items.held_out)
+    )
+    if not (bool(training_ND.isfinite().all()) and bool(held_out_MD.isfinite().all())):
+        raise DataError(
+            "The encoder gives features that are not finite numbers; look at its weights and at the mapping of "
+            "intensities."
+        )
+    return _probe(training_ND, held_out_MD, items, probing, measure_collapse(training_ND))
+
+
+def probe_raw(items: ProbeSet, probing: Probing) -> Probed:
+    """The same for the mean and deviation of each item's voxels: what needs no encoder."""
+    return _probe(
+        torch.from_numpy(raw_of(items.training)), torch.from_numpy(raw_of(items.held_out)), items, probing, None
+    )
+
+
+def probe_place(items: ProbeSet, probing: Probing) -> Probed:
+    """The same for the place of each token in its view, by the fixed embedding that encoders add to their tokens.
+
+    Where scans lie alike, place alone tells much: features are worth what they have over it.
+    """
+    x, y, z = (edge // items.token_edge for edge in items.size)
+    places_LE = sincos_positions((x, y, z), PLACE_DIM).double()
+    training_NE, held_out_ME = (
+        torch.cat([places_LE[torch.from_numpy(view.tokens_n)] for view in views if view.tokens_n is not None])
+        for views in (items.training, items.held_out)
+    )
+    return _probe(training_NE, held_out_ME, items, probing, None)
+
+
+def without_encoder(items: ProbeSet, probing: Probing) -> dict[str, Probed]:
+    """What intensities are worth, and, of tokens, their places."""
+    place = {"place": probe_place(items, probing)} if items.target == "labels" else {}
+    return {"intensities": probe_raw(items, probing), **place}
+
+
+def random_encoder(encoder: Encoder, seed: int) -> Encoder:
+    """An encoder of the same settings with weights drawn at random; global generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return encoder.recipe.build().to(next(encoder.parameters()).device).eval()
+
+
+def _probe(
+    training_ND: Tensor, held_out_MD: Tensor, items: ProbeSet, probing: Probing, collapse: Collapse | None
+) -> Probed:
+    scale = Standardised.of(training_ND)
+    known, asked = scale.apply(training_ND), scale.apply(held_out_MD)
+    classes_N = torch.from_numpy(classes_of(items.training))
+    number = len(items.names)
+    linear = linear_probabilities(known, classes_N, asked, number, l2=probing.l2)
+    neighbours = neighbour_probabilities(
+        known,
+        classes_N,
+        asked,
+        number,
+        num_neighbours=probing.num_neighbours,
+        temperature=probing.temperature,
+    )
+    truth, patients = classes_of(items.held_out), tuple(patients_of(items.held_out))
+    scored = [Scored(found.numpy(), truth, patients, items.target == "classes") for found in (linear, neighbours)]
+    return Probed(scored[0], scored[1], collapse, training_ND.shape[1])

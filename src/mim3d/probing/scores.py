@@ -1,0 +1,115 @@
+"""Scores of a classifier of items, and their intervals over patients.
+
+Legend: B weightings, N items, K classes, P patients.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mim3d.metrics import bootstrap as resampling
+from mim3d.metrics.bootstrap import Bootstrap, grouped, interval
+from mim3d.metrics.class_statistics import defined_mean, rates, weighted_auc
+from mim3d.probing.items import Floats, Ints
+
+CONVENTIONS = {
+    "balanced_accuracy": "Mean over the labels or classes that occur of the share of their items that are told right.",
+    "f1_macro": "Mean over labels or classes that occur or are predicted of 2 TP / (2 TP + FP + FN), a Dice of items.",
+    "auc": (
+        "Classes of scans alone: area under the receiver operating characteristic, ties count half; the mean over "
+        "classes of each against the rest."
+    ),
+    "ci95": resampling.CONVENTION,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a classifier made of held-out items.
+
+    Attributes:
+        probabilities_NK: of each class.
+        classes_N: the true ones.
+        patients: whose item each is.
+        with_auc: whether items are scans, whose probabilities are ranked too.
+    """
+
+    probabilities_NK: Floats
+    classes_N: Ints
+    patients: tuple[str, ...]
+    with_auc: bool = False
+
+    def statistics(self, counts_BP: Floats) -> dict[str, Floats]:
+        """Every score (B,), each patient counted so many times."""
+        confusion_BKK = np.tensordot(counts_BP, self.confusion_PKK(), axes=1)
+        found = rates(confusion_BKK)
+        scores = {name: found[name] for name in ("balanced_accuracy", "f1_macro")}
+        if self.with_auc:
+            weights_BN = counts_BP[:, grouped(self.patients)[1]]
+            columns = [
+                weighted_auc(self.probabilities_NK[:, k], self.classes_N == k, weights_BN)
+                for k in range(self.probabilities_NK.shape[1])
+            ]
+            scores["auc"] = defined_mean(np.stack(columns, axis=1))
+        return scores
+
+    def confusion_PKK(self) -> Floats:
+        """Items of each patient by class (rows) and predicted class (columns)."""
+        names, of_item = grouped(self.patients)
+        num_classes = self.probabilities_NK.shape[1]
+        counts = np.zeros((len(names), num_classes, num_classes))
+        np.add.at(counts, (of_item, self.classes_N, self.probabilities_NK.argmax(1)), 1)
+        return counts
+
+    @property
+    def patient_names(self) -> list[str]:
+        """P of them, in the order of their first items."""
+        return grouped(self.patients)[0]
+
+    @property
+    def num_patients(self) -> int:
+        """P."""
+        return len(self.patient_names)
+
+    def values(self) -> dict[str, float]:
+        """Every score."""
+        return {name: float(value[0]) for name, value in self.statistics(np.ones((1, self.num_patients))).items()}
+
+    def f1(self) -> list[float | None]:
+        """F1 of each class; None where it neither occurs nor is predicted."""
+        found = rates(self.confusion_PKK().sum(0)[None])["f1"][0]
+        return [None if np.isnan(value) else float(value) for value in found]
+
+
+def intervals(scored: Scored, bootstrap: Bootstrap) -> dict[str, list[float] | None]:
+    """The interval of each score; None where none can be made."""
+    return _intervals(scored.statistics, scored.num_patients, bootstrap)
+
+
+def differences(ours: Scored, theirs: Scored, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+    """Each score of ours less theirs on the same patients, with its paired interval."""
+    first, second = ours.values(), theirs.values()
+
+    def both(counts_BP: Floats) -> dict[str, Floats]:
+        one, other = ours.statistics(counts_BP), theirs.statistics(counts_BP)
+        return {name: one[name] - other[name] for name in one}
+
+    found = _intervals(both, ours.num_patients, bootstrap)
+    return {name: {"difference": first[name] - second[name], "ci95": found[name]} for name in first}
+
+
+def _intervals(
+    statistic: Callable[[Floats], Mapping[str, Floats]], num_patients: int, bootstrap: Bootstrap
+) -> dict[str, list[float] | None]:
+    names = list(statistic(np.ones((1, num_patients))))
+    if not bootstrap.num_bootstrap or num_patients < 2:
+        return dict.fromkeys(names)
+
+    def stacked(counts_BP: Floats) -> Floats:
+        found = statistic(counts_BP)
+        return np.stack([found[name] for name in names], axis=1)
+
+    drawn = bootstrap.resampled(num_patients, stacked)
+    return {name: interval(drawn[:, place]) for place, name in enumerate(names)}

@@ -1,0 +1,263 @@
+"""Items from label maps: tokens of scans that carry one label clearly, as many of each label as of any other."""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from statistics import median
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mim3d.backbones.base import Encoder, check_multiple
+from mim3d.data.cache import CachedScan
+from mim3d.data.case_records import listed
+from mim3d.data.transforms import Intensity
+from mim3d.errors import DataError
+from mim3d.nn.patches import to_blocks
+from mim3d.probing.items import Floats, Ints, ProbeSet, View
+from mim3d.probing.settings import Probing
+from mim3d.tasks.crops import place_crop
+from mim3d.tasks.partial_labels import annotated_values
+from mim3d.types import Triple
+
+#: Edge in voxels that a planned crop does not exceed.
+LARGEST_PLANNED_EDGE = 96
+
+#: Background whose voxels vary less than this (in mapped intensities) is air: it would be told without any feature.
+CONSTANT_STD = 1e-3
+
+#: Passes scans on and shows how many have come.
+Watch = Callable[[Sequence[CachedScan]], Iterable[CachedScan]]
+
+
+def planned_size(scans: Sequence[CachedScan], token_edge: int, largest: Triple | None = None) -> Triple:
+    """Voxels of a crop in whole tokens: those of the median scan, limited along each axis."""
+    limits = largest or (LARGEST_PLANNED_EDGE,) * 3
+    voxels = (min(int(median(scan.shape[axis] for scan in scans)), limits[axis]) for axis in range(3))
+    x, y, z = (max(1, edge // token_edge) * token_edge for edge in voxels)
+    return x, y, z
+
+
+def label_set(
+    training: Sequence[CachedScan],
+    held_out: Sequence[CachedScan],
+    names: Mapping[int, str],
+    encoder: Encoder,
+    intensity: Intensity,
+    probing: Probing,
+    *,
+    seed: int = 0,
+    largest: Triple | None = None,
+    watch: Watch | None = None,
+) -> ProbeSet:
+    """Tokens of scans with label maps.
+
+    Which tokens of a scan are taken depends on the scan, the encoder's tokens, the settings and the seed alone.
+
+    Args:
+        training: scans to learn from.
+        held_out: scans to score on.
+        names: label value -> name, background 0 included.
+        encoder: whose tokens they are.
+        intensity: mapping of stored intensities to network input.
+        probing: how tokens are chosen.
+        seed: of places and tokens.
+        largest: edges that a planned crop does not exceed.
+        watch: passes the scans on, to show progress.
+    Raises:
+        ConfigError: a crop that is no multiple of the token edge.
+        DataError: fewer than two labels have clear tokens, or none is left to score on.
+    """
+    size = _size(probing.crop_size, training, encoder, largest)
+    chooser = _Chooser(names, size, encoder.strides[-1], intensity, probing, seed)
+    scans = [*training, *held_out]
+    of_scan = [chooser.views(scan, number) for number, scan in enumerate(scans if watch is None else watch(scans))]
+    parts = [list(chain(*part)) for part in (of_scan[: len(training)], of_scan[len(training) :])]
+    known = sorted({int(value) for view in parts[0] for value in view.classes_n})
+    numbered = [_numbered(part, known) for part in parts]
+    absent = tuple(name for value, name in sorted(names.items()) if value not in known)
+    _check(numbered, absent, probing.clear_ratio, chooser.token_edge)
+    return ProbeSet(
+        target="labels",
+        names=tuple(names[value] for value in known),
+        training=numbered[0],
+        held_out=numbered[1],
+        size=size,
+        token_edge=chooser.token_edge,
+        num_scans=(len(training), len(held_out)),
+        left_out=absent,
+    )
+
+
+def _check(parts: Sequence[Sequence[View]], absent: Sequence[str], clear_ratio: float, token_edge: int) -> None:
+    """Refuse items that nothing can be told apart by.
+
+    Raises:
+        DataError: one label to learn, or none, or no item to score on.
+    """
+    remedy = (
+        f"a token is {token_edge} voxels wide; probe an encoder with smaller tokens, prepare the scans with a smaller "
+        "spacing_mm, or lower probing.clear_ratio."
+    )
+    if len({int(value) for view in parts[0] for value in view.classes_n}) < 2:
+        raise DataError(
+            f"Fewer than two labels fill {clear_ratio:.0%} of a token in the training scans (none does for "
+            f"{listed(absent)}): {remedy}"
+        )
+    if not parts[1]:
+        raise DataError(f"No label fills {clear_ratio:.0%} of a token in the held-out scans: {remedy}")
+
+
+def _size(asked: int | Triple | None, scans: Sequence[CachedScan], encoder: Encoder, largest: Triple | None) -> Triple:
+    if asked is None:
+        return planned_size(scans, encoder.patch_size, largest)
+    x, y, z = (asked, asked, asked) if isinstance(asked, int) else asked
+    check_multiple((x, y, z), encoder.patch_size, "probing.crop_size")
+    return x, y, z
+
+
+def _numbered(views: Sequence[View], known: Sequence[int]) -> tuple[View, ...]:
+    """Views with places in ``known`` for label values; items of other labels, and views without any, are left out."""
+    kept = []
+    for view in views:
+        keep_n = np.isin(view.classes_n, known)
+        if keep_n.any():
+            classes_n = np.searchsorted(known, view.classes_n[keep_n])
+            tokens_n = None if view.tokens_n is None else view.tokens_n[keep_n]
+            kept.append(replace(view, tokens_n=tokens_n, classes_n=classes_n, raw_nF=view.raw_nF[keep_n]))
+    return tuple(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """A crop of a scan that can be read: network input, in full resolution."""
+
+    scan: CachedScan
+    origin: Triple
+    size: Triple
+    intensity: Intensity
+
+    def __call__(self) -> Tensor:
+        """``(C, *size)`` float32."""
+        stored = self.scan.read(self.origin, self.size)
+        return torch.from_numpy(self.intensity.apply(self.scan.to_values(stored), self.scan.statistics))
+
+    def label(self, values: Sequence[int], token_edge: int) -> tuple[Ints, Floats]:
+        """Of each token (L,), the label value that most of its voxels carry, and their share of all its voxels.
+
+        Args:
+            values: label values that count; voxels of others, and those beyond the scan, carry none.
+            token_edge: voxels per token edge.
+        """
+        label = self.scan.read_label(self.origin, self.size)
+        x, y, z = (
+            (start + np.arange(edge) >= 0) & (start + np.arange(edge) < voxels)
+            for start, edge, voxels in zip(self.origin, self.size, self.scan.shape, strict=True)
+        )
+        inside_XYZ = x[:, None, None] & y[:, None] & z
+        return token_labels(np.where(inside_XYZ, label.astype(np.int64), -1), values, token_edge)
+
+
+def token_labels(label_XYZ: npt.NDArray[np.int64], values: Sequence[int], token_edge: int) -> tuple[Ints, Floats]:
+    """Of each token (L,) in raster order, the value that most of its voxels carry, and their share of its voxels.
+
+    Args:
+        label_XYZ: label values; what is none of ``values`` counts for no label.
+        values: label values, rising.
+        token_edge: voxels per token edge, a divisor of every axis.
+    """
+    blocks = to_blocks(torch.from_numpy(label_XYZ)[None, None], token_edge)[0].flatten(1).numpy()
+    places = np.searchsorted(values, blocks).clip(max=len(values) - 1)
+    known = np.asarray(values)[places] == blocks
+    token = np.broadcast_to(np.arange(len(blocks))[:, None], blocks.shape)
+    counts = np.bincount(token[known] * len(values) + places[known], minlength=len(blocks) * len(values))
+    counts_LK = counts.reshape(len(blocks), len(values))
+    return np.asarray(values, dtype=np.int64)[counts_LK.argmax(1)], counts_LK.max(1) / blocks.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Chooser:
+    """Chooses crops and tokens of one scan after the other; the classes of its views are label values."""
+
+    names: Mapping[int, str]
+    size: Triple
+    token_edge: int
+    intensity: Intensity
+    probing: Probing
+    seed: int
+
+    def views(self, scan: CachedScan, number: int) -> list[View]:
+        """The views of scan ``number`` with the tokens that were drawn."""
+        rng = np.random.default_rng((self.seed, zlib.crc32(scan.case.id.encode())))
+        values = self._values(scan)
+        crops = [Crop(scan, origin, self.size, self.intensity) for origin in self._origins(scan, values, number, rng)]
+        raw = [raw_of_tokens(crop(), self.token_edge) for crop in crops]
+        labels = [self._clear(crop, values, each) for crop, each in zip(crops, raw, strict=True)]
+        drawn = self._draw(labels, values, rng)
+        return [
+            View(
+                load=crop,
+                tokens_n=tokens,
+                classes_n=value_L[tokens],
+                raw_nF=raw_LF[tokens],
+                patient=scan.case.patient,
+            )
+            for crop, tokens, value_L, raw_LF in zip(crops, drawn, labels, raw, strict=True)
+            if len(tokens)
+        ]
+
+    def _values(self, scan: CachedScan) -> list[int]:
+        """Label values that the scan has annotations of; its background counts where it has those of all labels."""
+        annotated = annotated_values(scan.case, self.names)
+        every = annotated is None or annotated >= set(self.names)
+        return [v for v in sorted(self.names) if annotated is None or (v in annotated and (v != 0 or every))]
+
+    def _origins(self, scan: CachedScan, values: Sequence[int], number: int, rng: np.random.Generator) -> list[Triple]:
+        """Where crops begin: a token is centred on a voxel of each label in turn, as far as the scan reaches."""
+        places = scan.class_locations
+        present = [value for value in values if value != 0 and len(places.get(value, ()))]
+        # The middle of a crop lies between two tokens where their number is even.
+        shift = [self.token_edge // 2 * (edge // self.token_edge % 2 == 0) for edge in self.size]
+        origins = []
+        for crop in range(self.probing.crops_per_scan):
+            centre: list[int | None] = [None, None, None]
+            if present:
+                # Each scan goes on where the one before it ended, so that all labels have their turn.
+                voxels = places[present[(number * self.probing.crops_per_scan + crop) % len(present)]]
+                voxel = voxels[int(rng.integers(len(voxels)))]
+                centre = [int(at) - by for at, by in zip(voxel, shift, strict=True)]
+            x, y, z = (
+                place_crop(shape, edge, at, rng) for shape, edge, at in zip(scan.shape, self.size, centre, strict=True)
+            )
+            origins.append((x, y, z))
+        return list(dict.fromkeys(origins))
+
+    def _clear(self, crop: Crop, values: Sequence[int], raw_LF: Floats) -> Ints:
+        """Label value of each token (L,); -1 where none is clear, and for background without structure."""
+        value_L, share_L = crop.label(values, self.token_edge)
+        deviation_LC = raw_LF[:, raw_LF.shape[1] // 2 :]
+        is_air_L = (value_L == 0) & (deviation_LC.max(1) < CONSTANT_STD)
+        return np.where((share_L >= self.probing.clear_ratio) & ~is_air_L, value_L, -1)
+
+    def _draw(self, labels: Sequence[Ints], values: Sequence[int], rng: np.random.Generator) -> list[Ints]:
+        """Tokens of each crop, at most so many of each label over all of them."""
+        crop_T = np.concatenate([np.full(len(value_L), place) for place, value_L in enumerate(labels)])
+        token_T = np.concatenate([np.arange(len(value_L)) for value_L in labels])
+        value_T = np.concatenate(labels)
+        chosen = []
+        for value in values:
+            candidates = np.flatnonzero(value_T == value)
+            number = min(len(candidates), self.probing.tokens_per_label)
+            chosen.append(rng.choice(candidates, number, replace=False))
+        places = np.sort(np.concatenate(chosen))
+        return [token_T[places[crop_T[places] == place]] for place in range(len(labels))]
+
+
+def raw_of_tokens(image_CXYZ: Tensor, token_edge: int) -> Floats:
+    """Mean, then deviation, of each channel over each token's voxels: ``(L, 2 C)``."""
+    blocks_LVC = to_blocks(image_CXYZ[None].double(), token_edge)[0].flatten(1, 3)
+    raw: Floats = torch.cat([blocks_LVC.mean(1), blocks_LVC.std(1, correction=0)], dim=1).numpy()
+    return raw

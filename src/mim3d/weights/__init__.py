@@ -1,0 +1,41 @@
+"""Weights on disk: our own export (safetensors and a card), foreign checkpoints in, and what of them fitted.
+
+Wherever weights are asked for, a run, an exported folder, a file or a Hugging Face id will do.
+"""
+
+from mim3d.weights.folders import (
+    CARD_FORMAT,
+    CARD_NAME,
+    RUN_NETWORKS,
+    WEIGHTS_NAME,
+    locate,
+    read_card,
+    save_network,
+    weights_digest,
+)
+from mim3d.weights.hub import full_path, is_hub_id
+from mim3d.weights.loading import MIN_COVERAGE, CoverageReport, InputLayers, adapt_input, load_encoder, load_into
+from mim3d.weights.states import PREFIXES, WRAPPERS, read_state, to_own_names
+
+__all__ = [
+    "CARD_FORMAT",
+    "CARD_NAME",
+    "MIN_COVERAGE",
+    "PREFIXES",
+    "RUN_NETWORKS",
+    "WEIGHTS_NAME",
+    "WRAPPERS",
+    "CoverageReport",
+    "InputLayers",
+    "adapt_input",
+    "full_path",
+    "is_hub_id",
+    "load_encoder",
+    "load_into",
+    "locate",
+    "read_card",
+    "read_state",
+    "save_network",
+    "to_own_names",
+    "weights_digest",
+]

@@ -1,0 +1,176 @@
+"""Weights into modules, with a report of what fitted; encoders ready to use."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mim3d.backbones import create_recipe
+from mim3d.backbones.base import Encoder
+from mim3d.errors import CheckpointError
+from mim3d.weights.folders import RUN_NETWORKS, read_card
+from mim3d.weights.states import read_state, to_own_names
+
+#: Share of an encoder's values that a file must fill before it counts as loaded.
+MIN_COVERAGE = 0.9
+
+#: What becomes of the layers that read the input where the number of channels differs, see :func:`adapt_input`.
+InputLayers = Literal["mean", "repeat", "new"]
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """How a file's tensors met a module's.
+
+    Attributes:
+        matched: keys of the module that were filled.
+        missing: keys of the module that the file lacks.
+        mismatched: keys whose shapes differ, with both shapes.
+        left_over: keys of the file that the module has no place for.
+        coverage: filled share of the module's values, 0 to 1.
+        adapted: keys among the matched whose tensors were made to fit another number of input channels.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    left_over: tuple[str, ...]
+    coverage: float
+    adapted: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        adapted = f", {len(self.adapted)} of them adapted to the input's channels" if self.adapted else ""
+        return (
+            f"{len(self.matched)} tensors matched ({self.coverage:.1%} of the values{adapted}), "
+            f"{len(self.missing)} missing, {len(self.mismatched)} of another shape, {len(self.left_over)} left over"
+        )
+
+
+def load_into(
+    module: nn.Module,
+    path: str | Path,
+    *,
+    networks: tuple[str, ...] = RUN_NETWORKS,
+    input_layers: InputLayers = "new",
+) -> CoverageReport:
+    """Fill a module with the tensors of a file that fit, and say which did.
+
+    Args:
+        module: an encoder, or a network with an ``encoder``.
+        path: a run folder, an export folder, or a weights file (safetensors or torch).
+        networks: folders of a run to look for, the preferred first.
+        input_layers: how the layers of an encoder that read the input are made to fit another number of channels.
+    Raises:
+        CheckpointError: when less than ``MIN_COVERAGE`` of the encoder's values (or of the module's, without an
+            encoder) would be filled; nothing is changed then.
+    """
+    state = to_own_names(read_state(path, networks))
+    target = module.state_dict()
+    inside_encoder = isinstance(module, Encoder)
+    if inside_encoder and any(key.startswith("encoder.") for key in state):
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}
+    elif not inside_encoder and not any(key.startswith("encoder.") for key in state):
+        state = {f"encoder.{key}": value for key, value in state.items()}
+    state, adapted = adapt_input(module, state, input_layers)
+    fits = {key: value for key, value in state.items() if key in target and target[key].shape == value.shape}
+    report = replace(_coverage(target, state, fits), adapted=adapted)
+    judged = {key for key in target if inside_encoder or key.startswith("encoder.")} or set(target)
+    filled = sum(target[key].numel() for key in judged & fits.keys())
+    share = filled / max(1, sum(target[key].numel() for key in judged))
+    if share < MIN_COVERAGE:
+        example = next(iter(report.mismatched or report.missing), "none")
+        raise CheckpointError(
+            f"{path} fills only {share:.1%} of the encoder ({report}; first: {example}); "
+            "it belongs to another backbone or settings."
+        )
+    module.load_state_dict(fits, strict=False)
+    return report
+
+
+def adapt_input(
+    module: nn.Module, state: Mapping[str, Tensor], how: InputLayers
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Tensors with those that read the input made to fit the module's channels, and their names.
+
+    Both ways scale by the channels of the file over those of the module, so that what such a layer gives stays about as
+    large: exactly, with "mean", where all channels look alike.
+
+    Args:
+        module: an encoder, or a network with an ``encoder``.
+        state: tensors by the names of the module.
+        how: "mean", every channel gets the mean over the channels of the file; "repeat", theirs in turn; "new", none is
+            changed, so that these layers start anew.
+    """
+    encoder = module if isinstance(module, Encoder) else getattr(module, "encoder", None)
+    if how == "new" or not isinstance(encoder, Encoder):
+        return dict(state), ()
+    target, wanted = module.state_dict(), encoder.recipe.in_channels
+    adapted = {}
+    for key, value in state.items():
+        if key in target and _differs_in_channels(value, target[key], wanted):
+            given = value.shape[1]
+            places = torch.arange(wanted) % given
+            taken = value.mean(1, keepdim=True).expand_as(target[key]) if how == "mean" else value[:, places]
+            adapted[key] = (taken * (given / wanted)).contiguous()
+    return {**state, **adapted}, tuple(sorted(adapted))
+
+
+def _differs_in_channels(value: Tensor, own: Tensor, in_channels: int) -> bool:
+    """Whether a convolution's weight ``(D, C, ...)`` has another ``C`` than the input, and no other difference."""
+    others = (value.shape[:1] + value.shape[2:], own.shape[:1] + own.shape[2:])
+    return value.ndim > 2 and others[0] == others[1] and value.shape[1] != own.shape[1] == in_channels
+
+
+def _coverage(target: Mapping[str, Tensor], state: Mapping[str, Tensor], fits: Mapping[str, Tensor]) -> CoverageReport:
+    total = sum(value.numel() for value in target.values())
+    mismatched = sorted(key for key in state if key in target and key not in fits)
+    return CoverageReport(
+        matched=tuple(sorted(fits)),
+        missing=tuple(sorted(key for key in target if key not in state)),
+        mismatched=tuple(f"{key}: {tuple(state[key].shape)} for {tuple(target[key].shape)}" for key in mismatched),
+        left_over=tuple(sorted(key for key in state if key not in target)),
+        coverage=sum(value.numel() for value in fits.values()) / max(1, total),
+    )
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder of a run, an export folder, a Hugging Face id or a published MiM checkpoint, ready to use.
+
+    Args:
+        path: a run, an export folder or a weights file; ``owner/name`` that is no local path, or
+            ``hf://owner/name@revision``, is fetched from Hugging Face (extra ``hub``).
+    Raises:
+        CheckpointError: when the file is unreadable, or no recipe can be read from its card or its shapes.
+    """
+    card = read_card(path)
+    named = card["backbone"] if card else _hybrid_recipe(to_own_names(read_state(path)), path)
+    recipe = create_recipe(named, allow_import=False)
+    encoder = recipe.build()
+    load_into(encoder, path)
+    return encoder.eval()
+
+
+def _hybrid_recipe(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
+    """The recipe of a published MiM encoder, read from its shapes; its heads are 32 wide."""
+    widths: list[int] = []
+    depths: list[int] = []
+    while (weight := state.get(f"encoder.patch_embed{len(widths) + 1}.proj.weight")) is not None:
+        widths.append(weight.shape[0])
+        prefix = f"encoder.blocks{len(widths)}."
+        depths.append(len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}))
+    if not widths:
+        raise CheckpointError(
+            f"{path} has no card and is no published MiM checkpoint; the encoder it belongs to is unknown."
+        )
+    in_channels = state["encoder.patch_embed1.proj.weight"].shape[1]
+    heads = widths[-1] // 32
+    return {
+        "name": "hybrid",
+        "widths": widths,
+        "depths": depths,
+        "num_heads": heads,
+        "in_channels": in_channels,
+    }

@@ -1,0 +1,100 @@
+"""Tensors by name out of weights files, our own and foreign ones; nothing in a file can run code."""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mim3d.errors import CheckpointError
+from mim3d.nn.positions import sincos_positions
+from mim3d.weights.folders import RUN_NETWORKS, WEIGHTS_NAME, locate
+
+#: Keys under which foreign files hold their weights, in the order they are unwrapped.
+WRAPPERS = ("model", "state_dict", "network_weights", "net", "teacher", "student")
+
+#: Prefixes that wrappers of training frameworks leave on every key.
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+
+def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Tensor]:
+    """All tensors of a weights file by name, unwrapped and without framework prefixes; never runs code from the file.
+
+    Raises:
+        CheckpointError: when the file is damaged, holds no tensors, or would need arbitrary unpickling.
+    """
+    located = locate(path, networks)
+    file = located / WEIGHTS_NAME if located.is_dir() else located
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is no readable safetensors file ({error}); copy or export it again."
+            ) from None
+    return _unwrap(_read_torch(file), file)
+
+
+def _read_torch(file: Path) -> Any:
+    try:
+        # Some published files carry their command line beside the weights: a Namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{file} cannot be read as plain weights ({reason}); "
+            "it is damaged, no torch file, or holds code that mim3d does not run."
+        ) from None
+
+
+def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    state = (
+        {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    )
+    if not state:
+        raise CheckpointError(f"{file} holds no tensors by name, at the top or under {', '.join(WRAPPERS)}.")
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name the tensors of a published MiM checkpoint as ours: ``encoder.*``, ``decoder.*``; others stay as they are.
+
+    Raises:
+        CheckpointError: when its position embeddings are not the fixed ones that mim3d computes.
+    """
+    if "patch_embed1.proj.weight" not in state or "pos_embed" not in state:
+        return dict(state)
+    named: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key in ("pos_embed", "decoder_pos_embed"):
+            _check_positions(key, value)
+        elif key == "mask_token":
+            named["decoder.mask_token"] = value
+        elif key.startswith("decoder_"):
+            named[f"decoder.{key.removeprefix('decoder_')}"] = value
+        elif key.startswith("aggregate_"):
+            named[key] = value
+        else:
+            named[f"encoder.{key}"] = value
+    return named
+
+
+def _check_positions(key: str, value: Tensor) -> None:
+    edge = round(value.shape[1] ** (1 / 3))
+    if not torch.allclose(value[0].float(), sincos_positions((edge, edge, edge), value.shape[2]), atol=1e-4):
+        raise CheckpointError(
+            f"{key} of the file is not the fixed sine-cosine embedding of a {edge}x{edge}x{edge} grid."
+        )

@@ -1,0 +1,207 @@
+"""Probing as a command, and during pre-training: what it says, what it refuses, what it leaves as it was."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mim3d.commands import probe_cases
+from mim3d.commands.pretrain import pretrain
+from mim3d.commands.probe import probe
+from mim3d.config import write_yaml
+from mim3d.data.cache import open_cache
+from mim3d.data.phantom_set import PhantomSettings
+from mim3d.engine.checkpoint import read_checkpoint
+from mim3d.errors import CheckpointError, ConfigError, DataError
+from mim3d.optimisation import Optimisation
+from mim3d.probing.settings import Probing
+from mim3d.reporting.curves import Curves, metric_names
+from mim3d.run import read_run
+from mim3d.weights import load_encoder, read_card
+from tests.commands.conftest import BACKBONE
+from tests.commands.test_pretrain import METHOD
+from tests.labelled import ball_scan, write_scan
+
+SMALL = {"num_folds": 3, "num_workers": 0, "num_bootstrap": 100, "probing": Probing(clear_ratio=0.5)}
+
+
+def learn(data: Path, out: Path, **changes: object) -> Path:
+    settings = {"method": METHOD, "backbone": BACKBONE, "max_steps": 4, "num_workers": 0, "log_every": 1}
+    settings |= {"memory_limit": 0.0, **changes}
+    return Path(pretrain(str(data), str(out), optim=Optimisation(learning_rate=1e-3), **settings))
+
+
+@pytest.fixture(scope="module")
+def watched(ball_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of pre-training with a probe on the same scans."""
+    out = tmp_path_factory.mktemp("watched") / "run"
+    return learn(ball_set, out, probe=str(ball_set), probe_every=2, checkpoint_every=2, memory_limit=None)
+
+
+def test_every_set_of_features_is_scored_with_intervals_and_held_against_random_and_raw(ball_set, watched, tmp_path):
+    out = tmp_path / "probe.json"
+    content = probe([str(watched), str(watched / "encoder_last")], str(ball_set), str(out), **SMALL)
+    assert json.loads(out.read_text()) == content
+    kinds = [row["kind"] for row in content["features"]]
+    assert kinds == ["encoder", "encoder", "random", "intensities", "place"]
+    first, second, random, raw, _ = content["features"]
+    assert content["num_scans"] == {"training": 4, "held_out": 2}
+    assert set(first["items"]) == {"background", "ball", "core"}
+    assert set(first["linear"]["per_class_f1"]) == set(first["items"])
+    low, high = first["linear"]["ci95"]["balanced_accuracy"]
+    assert low <= first["linear"]["balanced_accuracy"] <= high
+    less = first["linear"]["less"]["random"]["balanced_accuracy"]
+    expected = first["linear"]["balanced_accuracy"] - random["linear"]["balanced_accuracy"]
+    assert less["difference"] == pytest.approx(expected)
+    assert first["name"] in second["linear"]["less"]
+    assert raw["collapse"] is None and 1 <= random["collapse"]["effective_rank"] <= 16
+    # Balls differ from their surroundings in brightness alone: intensities tell them.
+    assert raw["linear"]["balanced_accuracy"] > 0.8
+
+
+def test_the_same_probe_gives_the_same_numbers(ball_set, watched):
+    one, other = (probe(str(watched), str(ball_set), **SMALL) for _ in range(2))
+    assert one == other
+
+
+def test_all_maps_make_wider_features(ball_set, watched):
+    content = probe(str(watched), str(ball_set), **{**SMALL, "probing": Probing(features="all", clear_ratio=0.5)})
+    assert content["features"][0]["num_features"] == 8 + 16
+
+
+def test_classes_of_scans_are_probed_with_auc(watched, tmp_path):
+    rows = ["image,class,patient"]
+    for index in range(8):
+        image, _ = ball_scan(index)
+        write_scan(tmp_path / f"{index}.nii.gz", image * (1 + index % 2))
+        rows.append(f"{index}.nii.gz,{('dim', 'bright')[index % 2]},p{index}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    content = probe(str(watched), str(tmp_path / "list.csv"), **{**SMALL, "num_folds": 2})
+    assert content["target"] == "classes"
+    assert set(content["features"][0]["items"]) == {"dim", "bright"}
+    assert all(0 <= row[kind]["auc"] <= 1 for row in content["features"] for kind in ("linear", "neighbours"))
+
+
+def test_held_out_scans_that_were_learned_from_are_told_and_refused_under_strict(ball_set, watched):
+    with pytest.warns(UserWarning, match="2 of 2 held-out cases are in the pre-training data"):
+        probe(str(watched), str(ball_set), **SMALL)
+    with pytest.raises(DataError, match="strict: refused"):
+        probe(str(watched), str(ball_set), strict=True, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"out": "scores.txt"}, "ends in .json"),
+        ({"out": "/nowhere/scores.json"}, "no folder that can be written to"),
+        ({"weights": []}, "weights is empty"),
+        ({"fold": 7}, "fold 7 of 3 does not exist"),
+        ({"probing": Probing(crop_size=6)}, "is not a multiple of stride 4"),
+        ({"num_bootstrap": 5}, "makes no interval"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(ball_set, watched, changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        probe(**{"weights": str(watched), "data": str(ball_set), **SMALL, **changes})
+
+
+def test_scans_without_labels_and_labels_finer_than_tokens_are_refused(ball_set, watched, tmp_path):
+    with pytest.raises(DataError, match="no scan has a label map or a class"):
+        probe(str(watched), str(ball_set / "imagesTr"), **SMALL)
+    shutil.copytree(ball_set, tmp_path / "data")
+    for path in (tmp_path / "data" / "labelsTr").iterdir():
+        _, label = ball_scan(0, (22 + int(path.name[5]), 20, 18))
+        sparse = label * 0
+        sparse[10, 10, 9] = 2
+        write_scan(path, sparse)
+    with pytest.raises(DataError, match=r"Fewer than two labels fill 60% of a token.*none does for ball, core"):
+        probe(str(watched), str(tmp_path / "data"), **{**SMALL, "probing": Probing()})
+
+
+def test_the_curve_lies_beside_the_loss_and_the_references_in_the_manifest(watched):
+    record = read_run(watched)
+    lines = [line for line in record.metrics if "val/probe_linear" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert {"val/probe_knn", "val/feature_std", "val/effective_rank"} <= set(lines[0])
+    drawn, _ = metric_names([Curves("run", "#000000", record.metrics)])
+    assert {"val/probe_linear", "val/probe_knn", "val/feature_std", "val/effective_rank"} <= set(drawn)
+    noted = record.manifest["derived"]["probe"]
+    assert set(noted["random"]) > {"probe_linear", "probe_knn"} == set(noted["intensities"]) == set(noted["place"])
+
+
+def test_the_encoder_is_the_best_one_and_says_its_step_and_scores(watched):
+    lines = {line["step"]: line for line in read_run(watched).metrics if "val/probe_linear" in line}
+    best = max(sorted(lines), key=lambda step: lines[step]["val/probe_linear"])
+    card, last = read_card(watched), read_card(watched / "encoder_last")
+    assert (card["step"], last["step"]) == (best, 4)
+    assert card["probe"]["probe_linear"] == lines[best]["val/probe_linear"]
+    trained = read_checkpoint(watched / "checkpoints" / "step_00000004.pt")["objective"]
+    for name, value in load_encoder(watched / "encoder_last").state_dict().items():
+        assert torch.equal(value, trained[f"encoder.{name}"])
+
+
+def test_a_probe_changes_nothing_of_what_is_learned(ball_set, watched, tmp_path):
+    alone = learn(ball_set, tmp_path / "alone")
+    one, other = (load_encoder(path).state_dict() for path in (alone, watched / "encoder_last"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    losses = [[line["loss"] for line in read_run(path).metrics if "loss" in line] for path in (alone, watched)]
+    assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_has_the_curve_and_the_encoders_of_one_that_was_never_stopped(ball_set, watched, tmp_path):
+    settings = {"probe": str(ball_set), "probe_every": 2, "checkpoint_every": 2}
+    run = learn(ball_set, tmp_path / "run", **settings)
+    # As if it had been killed after step 2.
+    for path in (run / "checkpoints").glob("*_00000004.pt"):
+        path.unlink()
+    again = learn(ball_set, run, resume=True, **settings)
+    curves = [[line for line in read_run(path).metrics if "val/probe_linear" in line] for path in (again, watched)]
+    assert [line["val/effective_rank"] for line in curves[0]] == [line["val/effective_rank"] for line in curves[1]]
+    assert read_card(again)["step"] == read_card(watched)["step"]
+    one, other = (load_encoder(path).state_dict() for path in (again, watched))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_fold_that_fine_tuning_holds_out_takes_no_part_in_the_choice(ball_set, tmp_path):
+    run = learn(ball_set, tmp_path / "run", probe=str(ball_set), fold=0, num_folds=3, max_steps=1)
+    cases = {scan.case.id for scan in open_cache(run / "probe" / "cache")}
+    assert len(cases) == 4
+
+
+def test_phantoms_stand_in_for_labelled_scans(ball_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe_cases, "PHANTOMS", PhantomSettings(num_cases=3, size=(32, 32, 32), seed=0))
+    run = learn(ball_set, tmp_path / "run", probe="phantom", max_steps=1)
+    assert "lungs" in read_run(run).manifest["derived"]["probe"]["names"]
+
+
+def test_a_probe_that_cannot_work_is_refused_before_anything_is_made(ball_set, tmp_path):
+    with pytest.raises(ConfigError, match="probe_every is 5, but there is no probe"):
+        learn(ball_set, tmp_path / "run", probe_every=5)
+    with pytest.raises(DataError, match="no scan has a label map or a class"):
+        learn(ball_set, tmp_path / "run", probe=str(ball_set / "imagesTr"))
+    scan = ball_set / "imagesTr" / "ball_0.nii.gz"
+    (tmp_path / "two.csv").write_text(f"image\n{scan};{scan}\n")
+    with pytest.raises(ConfigError, match="phantom, which has one channel"):
+        learn(tmp_path / "two.csv", tmp_path / "run", probe="phantom", backbone={**BACKBONE, "in_channels": 2})
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_there_are_named(ball_set, tmp_path):
+    with pytest.raises(CheckpointError, match="nothing does not exist"):
+        probe(str(tmp_path / "nothing"), str(ball_set), **SMALL)
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_probes(ball_set, tmp_path):
+    write_yaml(tmp_path / "two.yaml", {"method": METHOD, "backbone": BACKBONE})
+    command = f"{sys.executable} -m mim3d pretrain --config {tmp_path}/two.yaml --data {ball_set} --out {tmp_path}/run"
+    flags = f"--probe {ball_set} --max_steps 2 --probe_every 1 --devices 2 --accelerator cpu --num_workers 0"
+    done = subprocess.run([*command.split(), *flags.split()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line["step"] for line in read_run(tmp_path / "run").metrics if "val/probe_linear" in line]
+    assert lines == [1, 2]
+    assert "the best by the probe" in done.stdout

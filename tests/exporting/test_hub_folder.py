@@ -1,0 +1,133 @@
+"""The folder for Hugging Face: read back as it was, a README that says what it is, nothing that must stay private."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+import mim3d
+from mim3d.commands.export import export
+from mim3d.errors import CheckpointError, ConfigError
+from mim3d.tasks.classifier import load_classifier
+from mim3d.tasks.segmenter import load_segmenter
+from mim3d.weights import read_card
+
+LOADERS = {"encoder": mim3d.load_encoder, "segmenter": load_segmenter, "classifier": load_classifier}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_network_comes_back_as_it_was(make, kind, tmp_path):
+    run = make(kind)
+    out = export(str(run), str(tmp_path / "out"))
+    assert read_card(out) == read_card(run)
+    before, after = (LOADERS[kind](path) for path in (run, out))
+    states = [getattr(loaded, "network", loaded).state_dict() for loaded in (before, after)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    # Exported again, it is the same folder.
+    again = export(out, str(tmp_path / "again"))
+    assert read_card(again) == read_card(out)
+
+
+def test_the_encoder_can_be_taken_out_of_a_segmenter(make, tmp_path):
+    run = make("segmenter")
+    out = export(str(run), str(tmp_path / "out"), network="encoder")
+    assert not {"task", "labels", "scores", "step"} & read_card(out).keys()
+    maps = [mim3d.load_encoder(path).feature_maps(torch.ones(1, 1, 8, 8, 8)) for path in (run, out)]
+    assert all(torch.equal(a, b) for a, b in zip(*maps, strict=True))
+
+
+def test_the_readme_has_front_matter_and_says_what_the_network_takes(make, tmp_path):
+    run = make("segmenter", spacing_mm=[1.5, 1.5, 2.0])
+    out = tmp_path / "out"
+    export(str(run), str(out), license="cc-by-4.0", modality="CT")
+    _, front, body = (out / "README.md").read_text().split("---\n", 2)
+    content = yaml.safe_load(front)
+    assert content["library_name"] == "mim3d" and content["license"] == "cc-by-4.0" and "mim3d" in content["tags"]
+    for text in ("1.5 x 1.5 x 2 mm", "clip(v, -160, 240)", "| modality | CT |", "ab" * 32, "| dice | 0.5000 |"):
+        assert text in body
+    # A bar in a label's name is no new column.
+    assert "| 1 | liver \\| left |" in body
+    assert json.loads((out / "config.json").read_text())["library_name"] == "mim3d"
+
+
+def test_nothing_private_goes_along(make, tmp_path):
+    out = tmp_path / "out"
+    export(str(make("segmenter")), str(out))
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "card.json", "config.json", "README.md"}
+    for name in ("card.json", "config.json", "README.md"):
+        assert str(tmp_path) not in (out / name).read_text() and "mueller" not in (out / name).read_text()
+    assert "license" not in (out / "README.md").read_text().split("---\n")[1]
+
+
+def test_the_list_of_scans_is_published_when_asked_for(make, tmp_path):
+    run = make("encoder")
+    export(str(run), str(tmp_path / "out"), include_seen=True)
+    assert (tmp_path / "out" / "seen.json").read_bytes() == (run / "seen.json").read_bytes()
+    assert "`seen.json` lists" in (tmp_path / "out" / "README.md").read_text()
+    (run / "encoder" / "seen.json").unlink()
+    with pytest.raises(ConfigError, match=r"without seen\.json; leave out --include_seen"):
+        export(str(run), str(tmp_path / "other"), include_seen=True)
+
+
+def test_foreign_weights_without_a_card_get_one(tmp_path):
+    encoder = mim3d.create_model("hybrid_tiny")
+    state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    # The recipe of a published checkpoint is read from its shapes.
+    torch.save({"model": state}, tmp_path / "published.pt")
+    out = export(str(tmp_path / "published.pt"), str(tmp_path / "out"))
+    assert mim3d.load_encoder(out).recipe.widths == encoder.recipe.widths
+    assert "not recorded" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "onxx"}, r"no format 'onxx'.*onnx"),
+        ({"network": "segmentor"}, r"network is 'segmentor'.*segmenter"),
+        ({"license": "CC BY 4.0"}, r"license is 'CC BY 4.0'; give an id"),
+        ({"format": "torch-export", "patch_size": (8, 8, 10)}, r"patch_size axis Z \(10\).* use 8 or 12"),
+        ({"format": []}, r"format is empty"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(make, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        export(str(make("segmenter")), str(tmp_path / "out"), **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_cannot_be_exported_are_refused_with_one_sentence(make, tmp_path):
+    run = make("encoder")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export(str(tmp_path / "none"), str(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match=r"without model\.safetensors \(its own or in segmenter"):
+        export(str(run), str(tmp_path / "out"), network="segmenter")
+    with pytest.raises(CheckpointError, match="exported as encoder, but a MONAI bundle is made of a segmenter"):
+        export(str(run), str(tmp_path / "out"), format=["monai", "safetensors"])
+    file = run / "encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="no readable safetensors file"):
+        export(str(run), str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_what_is_in_the_way_is_spared(make, tmp_path):
+    run, out = make("segmenter"), tmp_path / "out"
+    with pytest.raises(ConfigError, match="holds other things than an export"):
+        export(str(run), str(run))
+    export(str(run), str(out))
+    with pytest.raises(ConfigError, match="--overwrite true"):
+        export(str(run), str(out))
+    export(str(run), str(out), license="mit", overwrite=True)
+    assert "license: mit" in (out / "README.md").read_text()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="is no folder"):
+        export(str(run), str(tmp_path / "file"), overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "out", "file"}
+
+
+def test_several_formats_get_a_folder_each(make, tmp_path):
+    export(str(make("encoder")), str(tmp_path / "out"), format=["safetensors", "torch-export"], patch_size=(8, 8, 8))
+    assert (tmp_path / "out" / "safetensors" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "torch-export" / "model.pt2").is_file()
