@@ -46,12 +46,13 @@ class Trainer:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        rank, cores = int(os.environ.get("LOCAL_RANK", 0)), sorted(os.sched_getaffinity(0))
-        if arguments.device == "cpu":
-            # As on a GPU, where no process has a share of another's.
-            os.sched_setaffinity(0, {cores[rank % len(cores)]})
         loop = LoopSettings(max_steps=1, devices=arguments.worker, accelerator=arguments.device)
         self.fabric = launch(loop)
+        rank = self.fabric.local_rank
+        if arguments.device == "cpu":
+            # As on a GPU, where no process has a share of another's. Only now: processes that are started inherit it.
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[rank % len(cores)]})
         prepare(self.fabric.device)
         recipe = create_recipe(f"hybrid_{arguments.size}")
         method = mim_with_children(recipe.patch_size, arguments.children)
