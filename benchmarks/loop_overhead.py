@@ -4,8 +4,8 @@ Run: ``OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/loop_overhead.py`` (or `
 network, batch, optimiser and clipping for both; they take turns in one process, a few steps each, and the median over
 the rounds counts. The loop runs as the commands start it: seeds, schedule, meter, metrics every 10 steps, progress, the
 look for signals. Steps are those of whole hierarchies, 21 volumes a sample; one of 3 volumes stands beside them, the
-shortest step there is. What comes once in 200 steps, a checkpoint, is measured apart. Reading data is not part of either
-(benchmarks/data_loading.py). Writes benchmarks/results/loop_overhead_*.json.
+shortest step there is. What comes once in 200 steps, a checkpoint, is measured apart. Reading data is not part of
+either (benchmarks/data_loading.py). Writes benchmarks/results/loop_overhead_*.json.
 """
 
 import argparse
@@ -148,7 +148,8 @@ def main() -> None:
         rows.append(row)
         verdict = "PASS" if row["overhead_ratio"] <= MARK else "FAIL"
         print(
-            f"hybrid_{size:5} {row['num_volumes']:2} volumes   bare step {row['bare_s'] * 1e3:9.2f} ms   in the loop {row['loop_s'] * 1e3:9.2f} ms   "
+            f"hybrid_{size:5} {row['num_volumes']:2} volumes   bare step {row['bare_s'] * 1e3:9.2f} ms   "
+            f"in the loop {row['loop_s'] * 1e3:9.2f} ms   "
             f"overhead {row['overhead_ratio']:+.2%}   mark: at most {MARK:.0%}  {verdict}   "
             f"(means {row['mean_bare_s'] * 1e3:.2f} and {row['mean_loop_s'] * 1e3:.2f} ms; "
             f"checkpoint and end {row['checkpoint_and_end_s']:.2f} s)",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,10 +22,11 @@ from mim3d.optimisation import Optimisation
 from mim3d.probing.settings import Probing
 from mim3d.reporting.curves import Curves, metric_names
 from mim3d.run import read_run
-from mim3d.weights import load_encoder, read_card
+from mim3d.weights import load_encoder, read_card, weights_digest
 from tests.commands.conftest import BACKBONE
 from tests.commands.test_pretrain import METHOD
 from tests.labelled import ball_scan, write_scan
+from tests.test_weights import published_file
 
 SMALL = {"num_folds": 3, "num_workers": 0, "num_bootstrap": 100, "probing": Probing(clear_ratio=0.5)}
 
@@ -188,6 +190,21 @@ def test_a_probe_that_cannot_work_is_refused_before_anything_is_made(ball_set, t
     with pytest.raises(ConfigError, match="phantom, which has one channel"):
         learn(tmp_path / "two.csv", tmp_path / "run", probe="phantom", backbone={**BACKBONE, "in_channels": 2})
     assert not (tmp_path / "run").exists()
+
+
+def test_published_weights_of_others_are_probed_as_they_come(tmp_path):
+    published_file(tmp_path / "mim.pth")
+    # Its tokens are 16 voxels wide, wider than the balls.
+    halves = np.zeros((48, 32, 32), np.uint8)
+    halves[:16] = 1
+    for case in range(4):
+        noise = np.random.default_rng(case).normal(0, 10, halves.shape)
+        write_scan(tmp_path / f"data/imagesTr/half_{case}.nii.gz", (noise + 100 * halves).astype(np.float32))
+        write_scan(tmp_path / f"data/labelsTr/half_{case}.nii.gz", halves)
+    content = probe(str(tmp_path / "mim.pth"), str(tmp_path / "data"), num_folds=2, num_workers=0, num_bootstrap=100)
+    encoder = content["features"][0]
+    assert encoder["backbone"]["widths"] == [12, 24, 48, 96]
+    assert encoder["weights_sha256"] == weights_digest(tmp_path / "mim.pth")
 
 
 def test_weights_that_are_not_there_are_named(ball_set, tmp_path):

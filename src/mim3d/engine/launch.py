@@ -27,6 +27,9 @@ from mim3d.objective import Batch, Objective
 
 __all__ = ["FabricModule", "StepModule", "choose_accelerator", "device_name", "launch", "seed_step"]
 
+# torch leaves it without types.
+_cuda: Any = torch.cuda
+
 # The other processes wait while the first one validates, so the usual half hour is too short.
 _PATIENCE = timedelta(hours=3)
 
@@ -226,8 +229,8 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 def _seed_torch(seed: int) -> None:
     """As ``torch.manual_seed``, which formats a traceback at every call where no GPU is in use: a tenth of a ms."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
+    if _cuda.is_initialized():
+        _cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
 
