@@ -152,9 +152,15 @@ def test_processes_that_start_once_all_is_made_wait_for_nothing() -> None:
 def test_what_cannot_be_sharded_is_refused(
     changes: dict[str, Any], objective: type[Objective], averaged: bool, told: str
 ) -> None:
-    loop = LoopSettings(**{"max_steps": 1, "devices": 2, "strategy": "fsdp", **changes})
     with pytest.raises(ConfigError, match=f"strategy fsdp does not work here: .*{told}"):
-        check_sharding(loop, "cpu", objective(), averaged=averaged)
+        LoopSettings(**{"max_steps": 1, "devices": 2, "strategy": "fsdp", **changes})
+        check_sharding("cpu", objective(), averaged=averaged)
+
+
+@pytest.mark.parametrize("name", ["devices", "num_nodes"])
+def test_a_number_of_processes_below_one_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
+        choose_processes(**{"devices": None, "num_nodes": None, name: 0})
 
 
 def losses(run: Path) -> list[float]:

@@ -68,7 +68,7 @@ def train(
         checkpoints.require_space(objective, averaged=plan.schedule.ema_decay > 0)
     sharded = loop.strategy == "fsdp"
     if sharded:
-        check_sharding(loop, fabric.device.type, objective, averaged=plan.schedule.ema_decay > 0)
+        check_sharding(fabric.device.type, objective, averaged=plan.schedule.ema_decay > 0)
     weights = Weights.of(objective, sharded=sharded)
     if loop.compile:
         compile_blocks(weights.trained, fabric.device.type)

@@ -103,8 +103,12 @@ def choose_processes(devices: int | None, num_nodes: int | None) -> tuple[int, i
     """Processes on each machine, and machines: as given, else as launched, else one.
 
     Raises:
-        ConfigError: when what is given contradicts the launcher, or several machines are asked for without one.
+        ConfigError: when what is given is below 1 or contradicts the launcher, or several machines are asked for
+            without one.
     """
+    for name, given in (("devices", devices), ("num_nodes", num_nodes)):
+        if given is not None and given < 1:
+            raise ConfigError(f"{name} is {given}; it must be at least 1.")
     place = launched()
     if place is None:
         chosen = (devices or 1, num_nodes or 1)

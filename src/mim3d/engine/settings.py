@@ -88,6 +88,20 @@ class LoopSettings:
             raise ConfigError(f"strategy is '{self.strategy}'; use one of {', '.join(STRATEGIES)}.")
         if self.accelerator not in ACCELERATORS:
             raise ConfigError(f"accelerator is '{self.accelerator}'; use one of {', '.join(ACCELERATORS)}.")
+        if self.strategy == "fsdp":
+            self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        if self.world_size == 1:
+            raise ConfigError(
+                "strategy fsdp does not work here: there is one process, over which nothing can be spread; use "
+                "--devices, or strategy auto."
+            )
+        if self.precision == "16-mixed":
+            raise ConfigError(
+                "strategy fsdp does not work here: it goes without the loss scaling of float16; use precision "
+                "bf16-mixed, or strategy ddp."
+            )
 
     @property
     def world_size(self) -> int:

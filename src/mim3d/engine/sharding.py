@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mim3d.engine.settings import LoopSettings
 from mim3d.errors import ConfigError
 from mim3d.objective import Objective
 
@@ -42,18 +41,14 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check_sharding(loop: LoopSettings, device_type: str, objective: Objective, *, averaged: bool) -> None:
-    """Refuse what FSDP cannot train.
+def check_sharding(device_type: str, objective: Objective, *, averaged: bool) -> None:
+    """Refuse what FSDP cannot train; settings alone are checked by :class:`LoopSettings`.
 
     Raises:
-        ConfigError: for one process, float16, a device without collective operations, or weights that something else
-            than the optimiser reads or changes at every step.
+        ConfigError: for a device without collective operations, or weights that something else than the optimiser reads
+            or changes at every step.
     """
-    if loop.world_size == 1:
-        reason, remedy = "there is one process, over which nothing can be spread", "use --devices, or strategy auto"
-    elif loop.precision == "16-mixed":
-        reason, remedy = "it goes without the loss scaling of float16", "use precision bf16-mixed, or strategy ddp"
-    elif device_type not in ("cpu", "cuda"):
+    if device_type not in ("cpu", "cuda"):
         reason, remedy = f"{device_type} devices cannot exchange slices", "use strategy auto"
     elif averaged:
         reason, remedy = "optim.ema_decay averages whole weights at every step", "use strategy ddp, or ema_decay 0"
