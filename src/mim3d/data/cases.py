@@ -20,8 +20,8 @@ def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> Case
 
     Known forms: a folder of scans or DICOM series at any depth; a folder with ``images`` or ``imagesTr`` beside
     ``labels``, ``labelsTr`` or ``masks`` holding files of the same names; a Medical Segmentation Decathlon folder or
-    its ``dataset.json``; an nnU-Net raw folder; a CSV or JSON list with the columns image, label, class, patient and
-    split; a single scan.
+    its ``dataset.json``; an nnU-Net raw folder; a CSV or JSON list with the columns image, label, class, patient,
+    split, labels and id; a single scan.
 
     Args:
         data: The folder, list or scan.
