@@ -119,6 +119,18 @@ def test_a_damaged_file_is_one_clear_sentence(tmp_path: Path, name: str) -> None
         load_encoder(tmp_path / name)
 
 
+def test_a_file_of_an_early_torch_is_read_and_text_is_refused(tmp_path: Path) -> None:
+    _, encoder = exported(tmp_path)
+    state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "early.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(next(load_encoder(tmp_path / "early.pth").parameters()), next(encoder.parameters()))
+    for text in ("image,class\na,b\n", "", "cposix\nsystem\n", "\x80\x02}q\x00.", "(lp0\n"):
+        (tmp_path / "text.pth").write_text(text)
+        with pytest.raises(CheckpointError, match=r"text\.pth cannot be read as plain weights") as refused:
+            load_encoder(tmp_path / "text.pth")
+        assert "weights_only" not in str(refused.value)
+
+
 def test_a_folder_without_weights_and_a_missing_path_say_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is a folder without model.safetensors"):
         load_encoder(tmp_path)

@@ -200,4 +200,4 @@ def _warmup(settings: Optimisation, max_steps: int) -> tuple[int, str]:
     steps = min(wanted, max_steps)
     if steps < wanted:
         source = f" ({wanted} were asked for, but the run has only {max_steps})"
-    return steps, f"warm-up {steps} steps{source}, then a cosine to 0 at step {max_steps}"
+    return steps, f"warm-up {steps} steps{source}, then a cosine that would reach 0 at step {max_steps + 1}"

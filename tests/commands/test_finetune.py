@@ -219,9 +219,13 @@ def test_without_a_fold_all_cases_train_and_the_last_weights_are_kept(ball_set, 
         ({"precision": "8-bit"}, ConfigError, "precision"),
         ({"weights": "nowhere"}, CheckpointError, "nowhere"),
         ({"validate_every": 0}, ConfigError, "validate_every"),
+        ({"accelerator": "mps", "devices": 1}, ConfigError, "this machine shows no such device"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_run_folder_is_made(ball_set, tmp_path, changes, error, message):
+def test_what_cannot_work_is_refused_before_the_run_folder_is_made(
+    ball_set, tmp_path, changes, error, message, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(error, match=message):
         tune(ball_set, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Presets in fine-tuning: what they set below the user's own settings, and the whole path on sets in miniature."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import warnings
@@ -15,6 +16,7 @@ from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
 from mim3d.commands.presets import apply_preset, preset_settings
+from mim3d.commands.start import asked_recipe, choose_start
 from mim3d.config import to_mapping
 from mim3d.data.cache import Cache, build_cache
 from mim3d.data.cases import read_cases
@@ -27,6 +29,7 @@ from mim3d.optimisation import Optimisation
 from mim3d.run import read_run
 from mim3d.tasks import create_task
 from mim3d.tasks.segmentation import Segmentation
+from mim3d.weights import save_network
 from tests.miniatures import MINIATURES, write_cc_ccii
 
 #: An encoder and a task that take a step in no time; what they leave out comes from the preset.
@@ -152,6 +155,19 @@ def test_a_patch_is_rounded_up_to_whole_tokens_and_the_run_says_so(folders, caps
     assert create_recipe(wide).patch_size == 64
     assert merged["task"]["patch_size"] == [192, 192, 64]
     assert "crops of 192 x 192 x 32 voxels, as published, are rounded up to 192 x 192 x 64" in capsys.readouterr().out
+
+
+def test_settings_of_the_backbone_without_a_name_change_that_of_the_weights_or_the_default(folders, tmp_path):
+    changes = {"drop_path": 0.1}
+    merged, _, _ = apply_preset("BTCV", folders("BTCV"), arguments(backbone=changes))
+    assert asked_recipe(merged["backbone"], None) == create_recipe({"name": "hybrid_base", **changes})
+    recipe = create_recipe(SMALL)
+    save_network(tmp_path / "encoder", recipe.build(), {"backbone": SMALL})
+    weights = str(tmp_path / "encoder")
+    merged, _, _ = apply_preset("BraTS", folders("BraTS"), arguments(backbone=changes, weights=weights))
+    with pytest.warns(UserWarning, match="learned from 1 channels, but the data have 4"):
+        start = choose_start(merged["backbone"], weights, 4)
+    assert start.recipe == dataclasses.replace(recipe, drop_path=0.1, in_channels=4)
 
 
 def test_what_is_not_asked_for_comes_from_the_preset(folders, capsys):

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from mim3d.commands.finetune import finetune
+from mim3d.commands.inputs import open_scans
 from mim3d.commands.leakage import read_seen
 from mim3d.commands.pretrain import pretrain
 from mim3d.config import read_yaml
 from mim3d.data.cache import open_cache
+from mim3d.data.cases import read_cases, split_cases
 from mim3d.errors import ConfigError, DataError
 from mim3d.methods.hierarchy import Hierarchy, Level
 from mim3d.optimisation import Optimisation
@@ -18,17 +23,21 @@ from mim3d.run import read_run
 from mim3d.tracking import Tracking
 from mim3d.weights import load_encoder, read_card
 from tests.commands.conftest import BACKBONE, TASK
+from tests.labelled import ball_scan, write_scan
 
 LEVELS = [
     {"name": "coarse", "footprint": [16, 16, 16], "size": [16, 16, 16], "mask_ratio": 0.5, "num_children": 2},
     {"name": "middle", "footprint": [8, 8, 8], "size": [16, 16, 16], "mask_ratio": 0.5},
 ]
+pretrain_module = sys.modules["mim3d.commands.pretrain"]
+
 METHOD = {"name": "MiM", "levels": LEVELS}
 
 
 def learn(data: Path, out: Path, **changes: object) -> Path:
-    settings = {"method": METHOD, "backbone": BACKBONE, "max_steps": 2, "num_workers": 0, "log_every": 1, **changes}
-    return Path(pretrain(str(data), str(out), optim=Optimisation(learning_rate=1e-3), **settings))
+    settings = {"method": METHOD, "backbone": BACKBONE, "max_steps": 2, "num_workers": 0, "log_every": 1}
+    optim = Optimisation(learning_rate=1e-3)
+    return Path(pretrain(str(data), str(out), **{"optim": optim, **settings, **changes}))
 
 
 def test_the_run_holds_encoder_card_metrics_and_a_config_that_runs_again(ball_set, tmp_path):
@@ -68,6 +77,24 @@ def test_a_fold_leaves_out_exactly_what_fine_tuning_holds_out(ball_set, tmp_path
     ids = {scan.case.id for scan in open_cache(run / "cache") if scan.source_digest in seen}
     assert ids == {row["id"] for row in split["train"]}
     assert not ids & {row["id"] for row in split["val"]}
+
+
+def test_a_fold_leaves_out_what_either_task_holds_out_where_only_some_cases_have_label_maps(tmp_path):
+    rows = ["image,label,class,patient"]
+    for number in range(8):
+        write_scan(tmp_path / f"scan_{number}.nii.gz", ball_scan(number)[0])
+        write_scan(tmp_path / f"label_{number}.nii.gz", ball_scan(number)[1])
+        label = tmp_path / f"label_{number}.nii.gz" if number < 4 else ""
+        rows.append(f"{tmp_path / f'scan_{number}.nii.gz'},{label},{'good' if number % 2 else 'bad'},patient_{number}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    cases = read_cases(tmp_path / "list.csv").cases
+    kept = learn(tmp_path / "list.csv", tmp_path / "run", fold=0, num_folds=4)
+    seen = {scan.digest for scan in read_seen(kept).scans}
+    learned = {scan.case.id for scan in open_cache(kept / "cache") if scan.source_digest in seen}
+    parts = ([case for case in cases if case.label], cases)
+    segmentation, classification = ({c.id for c in split_cases(part, fold=0, num_folds=4).val} for part in parts)
+    assert classification - segmentation
+    assert learned == {case.id for case in cases} - segmentation - classification
 
 
 def test_a_held_out_scan_that_is_learned_from_by_another_name_is_told_and_refused_under_strict(ball_set, tmp_path):
@@ -143,12 +170,25 @@ def test_going_on_from_an_encoder_and_resuming_it(ball_set, tmp_path, capsys):
         ({"backbone": {**BACKBONE, "in_channels": 2}}, "1 images"),
         ({"max_steps": 2, "max_epochs": 2}, "both set"),
         ({"batch_size": 0}, "at least 1"),
+        ({"accelerator": "cuda"}, "this machine shows no such device; use accelerator cpu"),
+        ({"devices": 2, "strategy": "fsdp", "optim": Optimisation(ema_decay=0.9)}, "ema_decay averages whole weights"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_run_folder_is_made(ball_set, tmp_path, changes, words):
+def test_what_cannot_work_is_refused_before_the_run_folder_is_made(ball_set, tmp_path, changes, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=words):
         learn(ball_set, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_time_limit_counts_from_the_beginning_of_the_command(ball_set, tmp_path, monkeypatch, capsys):
+    def slow(*args, **kwargs):
+        time.sleep(1.1)
+        return open_scans(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain_module, "open_scans", slow)
+    learn(ball_set, tmp_path / "run", max_steps=100_000, max_time="00:00:01")
+    assert "stopped at step 1: the time limit of 1 s was reached" in capsys.readouterr().out
 
 
 def test_levels_left_out_are_planned_and_written_into_the_config(ball_set, tmp_path):

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from mim3d.commands import probe_cases
+from mim3d.commands.held_out import choose_split
 from mim3d.commands.pretrain import pretrain
 from mim3d.commands.probe import probe
+from mim3d.commands.probe_monitor import ProbePlan
 from mim3d.config import write_yaml
 from mim3d.data.cache import open_cache
+from mim3d.data.case_records import Case, CaseSet
 from mim3d.data.phantom_set import PhantomSettings
 from mim3d.engine.checkpoint import read_checkpoint
 from mim3d.errors import CheckpointError, ConfigError, DataError
@@ -68,6 +71,32 @@ def test_every_set_of_features_is_scored_with_intervals_and_held_against_random_
 def test_the_same_probe_gives_the_same_numbers(ball_set, watched):
     one, other = (probe(str(watched), str(ball_set), **SMALL) for _ in range(2))
     assert one == other
+
+
+def test_layers_that_the_weights_do_not_fill_are_drawn_from_the_seed(ball_set, watched, tmp_path):
+    rows = ["image,label"]
+    for image in sorted((ball_set / "imagesTr").glob("*.nii.gz")):
+        rows.append(f"{image};{image},{ball_set / 'labelsTr' / image.name}")
+    (tmp_path / "two.csv").write_text("\n".join(rows))
+    found = []
+    for _ in range(2):
+        torch.rand(1)
+        with pytest.warns(UserWarning, match="the layers that read the input start anew"):
+            found.append(probe(str(watched), str(tmp_path / "two.csv"), input_layers="new", **SMALL))
+    assert found[0] == found[1]
+
+
+def test_a_table_cuts_no_number_short_on_80_columns(ball_set, watched, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    shutil.copytree(watched, tmp_path / "a_run_with_a_name_that_is_longer_than_what_fits_into_a_column")
+    paths = [str(watched), *map(str, tmp_path.iterdir())]
+    content = probe(paths, str(ball_set), **SMALL)
+    shown = capsys.readouterr().out
+    assert "\u2026" not in shown and max(map(len, shown.splitlines()[-40:])) <= 80
+    for row in content["features"]:
+        low, high = row["neighbours"]["ci95"]["balanced_accuracy"]
+        assert f"{low:.3f} to {high:.3f}" in shown
+        assert f"{row['linear']['balanced_accuracy']:.3f}" in shown
 
 
 def test_all_maps_make_wider_features(ball_set, watched):
@@ -172,6 +201,19 @@ def test_the_fold_that_fine_tuning_holds_out_takes_no_part_in_the_choice(ball_se
     run = learn(ball_set, tmp_path / "run", probe=str(ball_set), fold=0, num_folds=3, max_steps=1)
     cases = {scan.case.id for scan in open_cache(run / "probe" / "cache")}
     assert len(cases) == 4
+
+
+def test_neither_fold_of_label_maps_nor_fold_of_classes_takes_part_in_the_choice():
+    cases = [
+        Case(id=f"{n}", images=("a",), patient=f"{n}", label="l" if n % 3 else None, class_name="xy"[n % 2])
+        for n in range(18)
+    ]
+    source = CaseSet(root="", form="csv", cases=tuple(cases), labels={})
+    plan = ProbePlan("data", None, None, (0, 3, 0), (8, 8, 8), seed=0)
+    chosen = {case.patient for case in plan.choose(source).cases}
+    for dealt in (cases, [case for case in cases if case.label is not None]):
+        held_out = {case.patient for case in choose_split(dealt, fold=0, num_folds=3).val}
+        assert held_out and not held_out & chosen
 
 
 def test_phantoms_stand_in_for_labelled_scans(ball_set, tmp_path, monkeypatch):

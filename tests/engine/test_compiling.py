@@ -8,6 +8,8 @@ from torch import nn
 
 from mim3d.engine import compiling
 from mim3d.engine.compiling import compile_blocks
+from mim3d.engine.launch import check_machine
+from mim3d.engine.settings import LoopSettings
 from mim3d.errors import ConfigError
 from mim3d.kernels.compiling import find_compiler
 from mim3d.nn.blocks import TransformerBlock
@@ -19,7 +21,7 @@ def test_compiled_blocks_give_the_same_numbers_and_gradients_under_the_same_name
     torch.manual_seed(0)
     plain = nn.Sequential(TransformerBlock(16, 2, 2.0), TransformerBlock(16, 2, 2.0))
     compiled = copy.deepcopy(plain)
-    assert compile_blocks(compiled, "cpu") == 2
+    assert compile_blocks(compiled) == 2
     assert list(compiled.state_dict()) == list(plain.state_dict())
     tokens = torch.rand(2, 9, 16)
     for network in (plain, compiled):
@@ -31,10 +33,10 @@ def test_compiled_blocks_give_the_same_numbers_and_gradients_under_the_same_name
 
 def test_a_network_without_such_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="no blocks that mim3d compiles"):
-        compile_blocks(nn.Linear(2, 2), "cuda")
+        compile_blocks(nn.Linear(2, 2))
 
 
 def test_a_cpu_without_a_compiler_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "find_compiler", lambda: None)
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
-        compile_blocks(TransformerBlock(16, 2, 2.0), "cpu")
+        check_machine(LoopSettings(max_steps=1, accelerator="cpu", compile=True))

@@ -118,6 +118,49 @@ def test_one_bad_step_too_many_stops_with_the_last_good_state_and_resumes(
     assert comparable(read_run(run.path).metrics) == comparable(read_run(reference.path).metrics)
 
 
+@pytest.mark.parametrize("bad", [(17.0, 25.0), (17.0, 47.0)])
+def test_what_was_due_at_the_step_that_spent_the_budget_is_not_missing_from_the_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: tuple[float, ...]
+) -> None:
+    # At step 8, or at the last one, the meter is read, the score is the best one so far, and pictures are due.
+    settings: dict[str, Any] = {"log_every": 4, "validate_every": 4, "pictures_every": 4, "checkpoint_every": 100}
+    spoil(monkeypatch, *bad)
+    whole, objective, reference = toy_run(tmp_path / "whole", **settings)
+    with pytest.raises(NonFiniteError, match="Go on with a larger --max_bad_steps"):
+        toy_run(tmp_path / "run", **settings, max_bad_steps=1)
+    result, resumed, run = toy_run(tmp_path / "run", **settings)
+    assert (result.step, result.best, result.finished) == (12, whole.best, True)
+    assert_same_bits(dict(resumed.state_dict()), dict(objective.state_dict()))
+    assert comparable(read_run(run.path).metrics) == comparable(read_run(reference.path).metrics)
+    assert read_run(run.path).pictures.keys() == read_run(reference.path).pictures.keys()
+
+
+def test_a_run_that_spent_its_budget_is_not_resumed_with_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 17.0, 25.0)
+    settings: dict[str, Any] = {"max_bad_steps": 1, "log_every": 4, "validating": False}
+    with pytest.raises(NonFiniteError):
+        toy_run(tmp_path / "run", **settings)
+    with pytest.raises(ConfigError, match=r"max_bad_steps is 1, but 2 steps .+ go on with --max_bad_steps 2 or more"):
+        toy_run(tmp_path / "run", **settings)
+
+
+def test_steps_skipped_since_the_last_line_are_not_forgotten_when_a_later_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"log_every": 10, "checkpoint_every": 100, "validating": False}
+    spoil(monkeypatch, 17.0)
+    _, _, reference = toy_run(tmp_path / "whole", **settings)
+    monkeypatch.setattr(toy_training, "ToySource", UnforeseenSource)
+    with pytest.raises(KeyError):
+        toy_run(tmp_path / "run", **settings)
+    monkeypatch.setattr(toy_training, "ToySource", ToySource)
+    _, objective, run = toy_run(tmp_path / "run", **settings)
+    assert objective.seen[0] == 6 * 4
+    assert comparable(read_run(run.path).metrics) == comparable(read_run(reference.path).metrics)
+
+
 def test_the_budget_is_that_of_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, 1.0, 17.0)
     settings: dict[str, Any] = {"max_bad_steps": 1, "log_every": 1, "checkpoint_every": 1, "validating": False}
@@ -197,6 +240,15 @@ def test_memory_that_runs_out_while_weights_change_is_not_tried_again(
     with pytest.raises(Mim3dError, match="ran out of memory; the checkpoint of step 4 is kept"):
         toy_run(tmp_path / "run", **SETTINGS)
     assert count == 6
+
+
+class UnforeseenSource(ToySource):
+    """Fails at sample 25, of step 7, with an error that nobody has thought of."""
+
+    def sample(self, number: int) -> Batch:
+        if number == 25:
+            raise KeyError(number)
+        return super().sample(number)
 
 
 class HungSource(ToySource):

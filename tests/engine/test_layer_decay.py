@@ -89,6 +89,27 @@ def test_an_encoder_that_says_nothing_is_numbered_by_its_module_lists() -> None:
     }
 
 
+class Nested(Plain):
+    """An encoder whose layers lie in a module of its own, such as one of another library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.Module()
+        for name, child in list(self.named_children()):
+            delattr(self, name)
+            inner.add_module(name, child)
+        del self.positions
+        inner.positions = nn.Parameter(torch.zeros(1))
+        self.body = inner
+
+
+def test_layers_inside_another_module_are_numbered_as_they_are_outside() -> None:
+    outside, inside = Plain(), Nested()
+    assert inside.num_layers == outside.num_layers
+    layers = {name: inside.layer_of(name) for name, _ in inside.named_parameters()}
+    assert layers == {f"body.{name}": outside.layer_of(name) for name, _ in outside.named_parameters()}
+
+
 def test_scales_are_powers_of_the_decay_and_1_above_the_encoder() -> None:
     module = Wrapped(Plain())
     scales = layer_scales(module, 0.5)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_killed_at_once_and_resumed(tmp_path: Path, uninterrupted: Any) -> None:
 def test_metrics_after_the_last_checkpoint_are_written_anew_not_twice(tmp_path: Path, uninterrupted: Any) -> None:
     out = tmp_path / "run"
 
-    class LostPower(Exception):
+    class LostPower(BaseException):
         pass
 
     class FailingSource(ToySource):
@@ -169,6 +170,14 @@ def test_only_damaged_checkpoints_are_an_error_not_a_new_beginning(tmp_path: Pat
         path.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="None of the 2 checkpoints"):
         toy_run(tmp_path / "run", **SETTINGS)
+
+
+def test_checkpoints_that_a_kill_left_are_pruned_by_the_next_session(tmp_path: Path) -> None:
+    _, _, run = toy_run(tmp_path / "run", **SETTINGS)
+    newest = run.checkpoints_dir / "step_00000024.pt"
+    shutil.copy(newest, newest.with_name("step_00000016.pt"))
+    toy_run(tmp_path / "run", **SETTINGS)
+    assert len(list(run.checkpoints_dir.glob("step_*.pt"))) == 2
 
 
 def test_a_finished_run_resumes_to_nothing_and_reads_no_data(tmp_path: Path, uninterrupted: Any) -> None:

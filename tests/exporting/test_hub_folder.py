@@ -1,6 +1,7 @@
 """The folder for Hugging Face: read back as it was, a README that says what it is, nothing that must stay private."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import yaml
 
 import mim3d
 from mim3d.commands.export import export
-from mim3d.errors import CheckpointError, ConfigError
+from mim3d.errors import CheckpointError, ConfigError, DataError
 from mim3d.tasks.classifier import load_classifier
 from mim3d.tasks.segmenter import load_segmenter
 from mim3d.weights import read_card
@@ -52,6 +53,44 @@ def test_the_readme_has_front_matter_and_says_what_the_network_takes(make, tmp_p
     assert json.loads((out / "config.json").read_text())["library_name"] == "mim3d"
 
 
+def test_the_readme_of_a_classifier_tells_the_box_that_it_sees(make, tmp_path):
+    export(str(make("classifier")), str(tmp_path / "out"))
+    assert (
+        "| box | 8 x 8 x 8 voxels of 2 x 2 x 2 mm around the middle of the scan |"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
+
+
+def test_a_readme_tells_the_window_of_training_and_none_where_there_was_none(make, tmp_path):
+    run = make("segmenter")
+    both = {"format": ["safetensors", "torch-export"], "patch_size": (8, 8, 8)}
+    export(str(run), str(tmp_path / "both"), **both)
+    export(str(run), str(tmp_path / "encoder"), network="encoder")
+    folder = tmp_path / "both" / "safetensors"
+    # `mim3d predict` goes by the card: a program's own size says nothing of it.
+    assert "| window | 8 x 8 x 12 voxels |" in (folder / "README.md").read_text()
+    assert json.loads((folder / "config.json").read_text())["input_size"] == [8, 8, 12]
+    export(str(tmp_path / "encoder"), str(tmp_path / "again"))
+    assert "| window |" not in (tmp_path / "again" / "README.md").read_text()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["input_size"] is None
+
+
+def test_an_earlier_export_is_put_back_where_the_new_one_cannot_take_its_place(make, tmp_path, monkeypatch):
+    run, out = make("encoder"), tmp_path / "out"
+    export(str(run), str(out))
+    replace = os.replace
+
+    def failing(source, target):
+        if os.path.basename(source) == "new" and str(target) == str(out):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(DataError, match="nothing was changed"):
+        export(str(run), str(out), license="mit", overwrite=True)
+    assert "license" not in (out / "README.md").read_text().split("---\n")[1]
+
+
 def test_nothing_private_goes_along(make, tmp_path):
     out = tmp_path / "out"
     export(str(make("segmenter")), str(out))
@@ -89,6 +128,8 @@ def test_foreign_weights_without_a_card_get_one(tmp_path):
         ({"license": "CC BY 4.0"}, r"license is 'CC BY 4.0'; give an id"),
         ({"format": "torch-export", "patch_size": (8, 8, 10)}, r"patch_size axis Z \(10\).* use 8 or 12"),
         ({"format": []}, r"format is empty"),
+        ({"patch_size": (8, 8, 8)}, r"patch_size is \[8, 8, 8\], but safetensors takes windows as in training"),
+        ({"format": "onnx", "include_seen": True}, r"include_seen is true, but onnx has no place for the list"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, tmp_path, changes, message):

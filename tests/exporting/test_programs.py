@@ -1,8 +1,10 @@
 """Exported programs: plain operators, any number of samples, any device, the same numbers as the network."""
 
 import json
+import os
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -53,7 +55,7 @@ def test_the_way_a_projection_is_computed_ties_no_program_to_a_number_of_samples
 @pytest.mark.parametrize("kind", ["encoder", "classifier"])
 def test_a_pt2_archive_computes_what_its_network_does(make, kind, tmp_path, capsys):
     run = make(kind)
-    export(str(run), str(tmp_path / "out"), format="torch-export")
+    export(str(run), str(tmp_path / "out"), format="torch-export", license="mit", modality="CT")
     described = json.loads((tmp_path / "out" / "metadata.json").read_text())
     network = load_exported(str(run))
     image = torch.randn(3, *described["input"]["shape"][1:])
@@ -62,6 +64,7 @@ def test_a_pt2_archive_computes_what_its_network_does(make, kind, tmp_path, caps
         given, expected = outputs_of(module(image)), outputs_of(network.program(image))
     assert difference(expected, given).relative < 1e-5
     assert [["batch", *tensor.shape[1:]] for tensor in expected] == [out["shape"] for out in described["outputs"]]
+    assert (described["license"], described["modality"]) == ("mit", "CT")
     assert "random input: largest difference" in capsys.readouterr().out
 
 
@@ -82,6 +85,20 @@ assert not [name for name in sys.modules if name.startswith("mim3d")]
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], check=True, cwd=tmp_path)
     assert np.allclose(np.load(tmp_path / "logits.npy"), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch-export", "onnx"])
+def test_a_program_names_no_folder_of_the_machine_that_made_it(make, name, tmp_path):
+    if name == "onnx":
+        pytest.importorskip("onnxscript")
+    export(str(make("segmenter")), str(tmp_path / "out"), format=name)
+    (path,) = (tmp_path / "out").glob("model.*")
+    contents = [path.read_bytes()]
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            contents = [archive.read(member) for member in archive.namelist()]
+    for folder in (os.path.dirname(mim3d.__file__), os.path.dirname(torch.__file__), str(tmp_path)):
+        assert not [content for content in contents if folder.encode() in content]
 
 
 def test_a_program_that_computes_something_else_is_refused_and_deleted(make, tmp_path, monkeypatch):

@@ -135,3 +135,12 @@ def test_crops_are_as_large_as_scans_and_limits_let_them_be():
     assert planned_size(scans, 4) == (8, 28, 96)
     assert planned_size(scans, 16) == (16, 16, 96)
     assert planned_size(scans, 4, (32, 16, 16)) == (8, 16, 16)
+
+
+def test_encoders_of_other_tokens_are_not_scored_on_the_same_items():
+    scans = [halves(0), halves(1)], [halves(2)]
+    wide = create_model("hybrid", widths=(8, 8, 16), depths=(1, 1, 1), num_heads=2).eval()
+    probing = Probing(tokens_per_label=1)
+    one, same, other = (label_set(*scans, NAMES, net, ZSCORE, probing) for net in (encoder(), encoder(), wide))
+    assert one.is_scored_as(same) and not one.is_scored_as(other)
+    assert not one.is_scored_as(label_set(*scans, NAMES, encoder(), ZSCORE, probing, seed=1))

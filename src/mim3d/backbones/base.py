@@ -56,11 +56,11 @@ class Encoder(nn.Module, ABC):
         held = [number for number, prefix in enumerate(blocks, start=1) if name.startswith(prefix)]
         if held:
             return held[0]
-        if "." not in name:
-            return 0
-        parts = [part for part, _ in self.named_children()]
-        place = parts.index(name.partition(".")[0])
-        before = sum(parts.index(prefix.partition(".")[0]) < place for prefix in blocks)
+        # Modules in the order of registration, each before what it holds: tokens and positions of the module around the
+        # blocks come before them, wherever they are registered.
+        order = [module for module, _ in self.named_modules()]
+        place = order.index(name.rpartition(".")[0])
+        before = sum(order.index(prefix.removesuffix(".")) < place for prefix in blocks)
         return before + 1 if before else 0
 
     def _blocks(self) -> list[str]:

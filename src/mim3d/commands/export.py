@@ -44,7 +44,7 @@ def export(
         patch_size: Voxels of a program's input along X, Y, Z; those of training if not given (96 for an encoder).
         license: Id of the licence of the weights, as Hugging Face lists them, such as cc-by-4.0; none is named if not
             given.
-        modality: What the scans are, such as CT or T1-weighted MRI, for the README and the metadata.
+        modality: What the scans are, such as CT or T1-weighted MRI, for the README or the metadata.
         include_seen: Publish seen.json too (safetensors): digests and fingerprints of the scans it learned from, so
             that others are warned when they test on one. Whoever has a scan can tell from it whether it was among them.
         overwrite: Replace an earlier export in OUT.
@@ -58,6 +58,7 @@ def export(
             else than its network.
     """
     formats = _formats(format)
+    _check_uses(formats, patch_size, include_seen)
     folder = Path(out)
     targets = {name: folder / name if len(formats) > 1 else folder for name in formats}
     check_license(license)
@@ -74,9 +75,9 @@ def export(
             if name == "safetensors":
                 write_hub_folder(exported, scratch, license=license, modality=modality, seen=seen)
             elif name == "onnx":
-                write_onnx(exported, scratch)
+                write_onnx(exported, scratch, license=license, modality=modality)
             elif name == "torch-export":
-                write_torch_program(exported, scratch)
+                write_torch_program(exported, scratch, license=license, modality=modality)
             else:
                 write_monai_bundle(exported, scratch, license=license, modality=modality)
         print(f"{name}: {exported.kind} in {target}")
@@ -91,6 +92,24 @@ def _formats(format: str | Sequence[str]) -> list[str]:
     if not names:
         raise ConfigError(f"format is empty; name one or more of {', '.join(FORMATS)}.")
     return names
+
+
+def _check_uses(formats: Sequence[str], patch_size: Triple | None, include_seen: bool) -> None:
+    """Refuse what none of the formats has a use for.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if patch_size is not None and formats == ["safetensors"]:
+        raise ConfigError(
+            f"patch_size is {list(patch_size)}, but safetensors takes windows as in training, whatever is exported; "
+            "leave it out, or name a format of programs: onnx, torch-export or monai."
+        )
+    if include_seen and "safetensors" not in formats:
+        raise ConfigError(
+            f"include_seen is true, but {' and '.join(formats)} has no place for the list; leave it out, or name "
+            "safetensors too."
+        )
 
 
 def _seen(exported: Exported, weights: str) -> Path:

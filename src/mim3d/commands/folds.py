@@ -97,6 +97,8 @@ def _check(arguments: Mapping[str, Any], out: Path, folders: Sequence[Path]) -> 
             "fold all trains on one device, since several start the command anew for every run; use --devices 1, or "
             f"one command for each of --fold 0 to {len(folders) - 1} with the same --cache."
         )
+    if len(folders) < 2:
+        raise ConfigError(f"num_folds is {arguments['num_folds']}, but fold all needs num_folds >= 2, such as 5.")
     if (out / MANIFEST_NAME).exists():
         raise ConfigError(f"{out} holds a single run already; choose another --out for all folds.")
     begun = [folder for folder in folders if (folder / MANIFEST_NAME).exists()]

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mim3d.backbones import create_recipe
 from mim3d.commands.held_out import choose_split
-from mim3d.commands.start import DEFAULT_BACKBONE
+from mim3d.commands.start import DEFAULT_BACKBONE, asked_recipe
 from mim3d.config import to_named
 from mim3d.data.cache import Cache, is_cache, open_cache
 from mim3d.data.case_records import listed
@@ -20,8 +19,7 @@ from mim3d.run_files import is_first_process
 from mim3d.tasks import TASKS, create_task
 from mim3d.tasks.augmentation import sided_labels
 from mim3d.tasks.segmentation import Segmentation
-from mim3d.types import Named, Triple
-from mim3d.weights import load_encoder, read_card
+from mim3d.types import Triple
 
 #: Tasks that a preset replaces when it is for another one: what the command takes where nothing is asked for.
 _UNASKED_TASK = "segmentation"
@@ -44,7 +42,7 @@ def apply_preset(name: str, data: str, arguments: Mapping[str, Any]) -> tuple[di
         DataError: cases that are missing or cannot be used.
     """
     preset = find_preset(name)
-    edge = _token_edge(arguments.get("backbone"), arguments.get("weights"))
+    edge = asked_recipe(arguments.get("backbone"), arguments.get("weights")).patch_size
     fold, strict = arguments.get("fold"), arguments.get("strict")
     require_own_folds(preset, arguments)
     merged = _merged(preset, preset_settings(preset, fold, edge), arguments)
@@ -169,16 +167,6 @@ def _mirrored(preset: Preset, task: Any) -> str | None:
         f"crops are mirrored along {', '.join('XYZ'[axis] for axis in axes)}, as published, although labels name a "
         f"side ({listed(list(sided))}); to keep the sides apart: {remedy}"
     )
-
-
-def _token_edge(backbone: Named | None, weights: str | None) -> int:
-    if backbone is not None:
-        return create_recipe(backbone).patch_size
-    if weights is None:
-        return create_recipe(DEFAULT_BACKBONE).patch_size
-    card = read_card(weights)
-    recipe = create_recipe(card["backbone"], allow_import=False) if card else load_encoder(weights).recipe
-    return recipe.patch_size
 
 
 def _merged(preset: Preset, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

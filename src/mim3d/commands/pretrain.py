@@ -135,6 +135,7 @@ def pretrain(
 def _pretrain(arguments: dict[str, Any], processes: Company) -> str:
     """Everything behind the command, from its complete arguments."""
     training = Training.of(arguments)
+    training.check_machine(arguments["optim"])
     asked, recipe = create_method(arguments["method"]), create_recipe(arguments["backbone"])
     source = _source(arguments["data"], arguments["preset"], arguments["fold"])
     cases = _training_cases(source, arguments)
@@ -192,11 +193,16 @@ def _training_cases(source: CaseSet | Cache, arguments: Mapping[str, Any]) -> Se
     """All cases but those held out: by a declared split, or by the fold that fine-tuning would hold out."""
     kept = [case for case in source.cases if case.split in (None, "train")]
     if arguments["fold"] is not None:
-        # Fine-tuning deals out labelled cases alone; scans without a label must not shift its folds here.
+        # Segmentation deals out cases with label maps alone, classification those of a class; others must not shift
+        # their folds here.
         every = source.cases if isinstance(source, Cache) else read_cases(arguments["data"]).cases
-        labelled = [case for case in every if case.label is not None] or every
+        groups = [[case for case in every if case.label], [case for case in every if case.class_name]]
         fold, num_folds, seed = (arguments[name] for name in ("fold", "num_folds", "split_seed"))
-        held_out = {case.patient for case in split_cases(labelled, fold=fold, num_folds=num_folds, seed=seed).val}
+        splits = [
+            split_cases(dealt, fold=fold, num_folds=num_folds, seed=seed)
+            for dealt in [group for group in groups if group] or [list(every)]
+        ]
+        held_out = {case.patient for split in splits for case in split.val}
         kept = [case for case in kept if case.patient not in held_out]
     if not kept:
         raise DataError('Every case is declared val or test, so none is left to pre-train on; mark some "train".')
@@ -275,7 +281,9 @@ def _learn(
 
 
 def _close(run: Run, method: Method, result: TrainResult, keeper: EncoderKeeper) -> str:
-    """Say what was learned, and where it lies."""
+    """Say what was learned, and where it lies; all but the first process have nothing to say."""
+    if not run.writes:
+        return str(run.path)
     lines = read_run(run.path).metrics
     last = lines[-max(1, len(lines) // 10) :]
     names = {name for line in last for name in line}

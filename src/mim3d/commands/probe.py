@@ -21,8 +21,9 @@ from mim3d.data.transforms import Intensity
 from mim3d.errors import ConfigError
 from mim3d.metrics import Bootstrap
 from mim3d.probing.items import ProbeSet, View
-from mim3d.probing.probe import Probed, probe_encoder, random_encoder, without_encoder
+from mim3d.probing.probe import Probed, drawn_from, probe_encoder, random_encoder, without_encoder
 from mim3d.probing.settings import Probing
+from mim3d.probing.tokens import check_crop_size
 from mim3d.progress import counted
 from mim3d.reporting.sources import short_names
 from mim3d.types import Named, Spacing
@@ -73,7 +74,7 @@ def probe(
         num_bootstrap: Resamples of the held-out patients for 95 % intervals; 0 for none.
         accelerator: auto, cpu, cuda or mps.
         num_workers: Processes that prepare scans; one per core if not given.
-        seed: Of the choice of tokens, and of the random encoder.
+        seed: Of the choice of tokens, of the random encoder, and of layers that the weights do not fill.
         strict: Refuse what is otherwise told in a warning: scans that cannot be used, and held-out scans that were
             learned from.
 
@@ -135,11 +136,14 @@ def _starts(paths: Sequence[str], cases: ProbeCases, arguments: Mapping[str, Any
     device = choose_device(arguments["accelerator"])
     starts = {}
     for path in paths:
-        start = choose_start(
-            arguments["backbone"], path, len(cases.cases[0].images), input_layers=arguments["input_layers"]
-        )
+        # Layers that the weights do not fill are drawn.
+        with drawn_from(arguments["seed"]):
+            start = choose_start(
+                arguments["backbone"], path, len(cases.cases[0].images), input_layers=arguments["input_layers"]
+            )
         check_channels(cases.cases, start.recipe)
         assert start.encoder is not None
+        check_crop_size(arguments["probing"].crop_size, start.encoder)
         start.encoder.to(device).eval()
         starts[path] = start
     return starts
@@ -181,7 +185,7 @@ class Bench:
     arguments: Mapping[str, Any]
 
     def rows(self, starts: Mapping[str, Start]) -> list[Row]:
-        """Every encoder, then what learned nothing, for each kind; later encoders against the first too."""
+        """Every encoder, then what learned nothing, for each kind; later ones against the first where items agree."""
         names = short_names([os.path.abspath(path) for path in starts])
         probing: Probing = self.arguments["probing"]
         found: list[Row] = []
@@ -197,7 +201,7 @@ class Bench:
             compared = beside[key]
             probed = probe_encoder(encoder, compared.items, probing, watch=_watch)
             against = dict(compared.references)
-            if found:
+            if found and found[0].items.is_scored_as(compared.items):
                 against[found[0].name] = found[0].probed
             about = {
                 "weights": os.path.abspath(path),
@@ -205,7 +209,7 @@ class Bench:
                 "backbone": to_named(start.recipe, BACKBONES),
                 "intensity": to_mapping(mapping),
             }
-            found.append(Row(name, "encoder", about, compared.items, probed, _of_same_patients(probed, against)))
+            found.append(Row(name, "encoder", about, compared.items, probed, against))
         several = len(beside) > 1
         for title in next(iter(beside.values())).references:
             for key, compared in beside.items():
@@ -218,12 +222,6 @@ class Bench:
         items = self.cases.items(self.scans, encoder, mapping, probing, seed=seed)
         random = probe_encoder(random_encoder(encoder, seed), items, probing, watch=_watch)
         return Compared(items, {"random": random, **without_encoder(items, probing)})
-
-
-def _of_same_patients(probed: Probed, others: Mapping[str, Probed]) -> dict[str, Probed]:
-    """Those that were scored on the same patients: tokens of another size may be clear in others."""
-    own = probed.linear.patient_names
-    return {name: other for name, other in others.items() if other.linear.patient_names == own}
 
 
 def _watch(batches: Sequence[Sequence[View]]) -> Iterator[Sequence[View]]:

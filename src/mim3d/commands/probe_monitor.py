@@ -111,16 +111,10 @@ class ProbePlan:
         Raises:
             DataError: no labelled cases, or those of one patient alone.
         """
-        fold, num_folds, split_seed = self.fold
         target, cases = labelled_cases(source, None, self.data)
         usable = [case for case in cases if case.split in (None, "train")]
-        # As pre-training deals them out: labelled cases alone, where there are some.
-        dealt = [case for case in source.cases if case.label is not None] or list(source.cases)
-        if fold is not None and self.data != PHANTOM and len({case.patient for case in dealt}) >= num_folds:
-            held_out = {
-                case.patient for case in split_cases(dealt, fold=fold, num_folds=num_folds, seed=split_seed).val
-            }
-            usable = [case for case in usable if case.patient not in held_out]
+        held_out = set() if self.data == PHANTOM else self._held_out(source.cases)
+        usable = [case for case in usable if case.patient not in held_out]
         patients = {case.patient for case in usable}
         if len(patients) < 2:
             raise DataError(
@@ -134,6 +128,21 @@ class ProbePlan:
         chosen = ProbeCases(source, target, Split(self._some(split.train, num_train), self._some(split.val, num_val)))
         check_classes(chosen)
         return chosen
+
+    def _held_out(self, cases: Sequence[Case]) -> set[str]:
+        """Patients of the fold, as segmentation deals out cases with label maps, and classification those of a class.
+
+        Where all cases have both, these are the same patients.
+        """
+        fold, num_folds, split_seed = self.fold
+        labelled = [case for case in cases if case.label is not None]
+        classed = [case for case in cases if case.class_name is not None]
+        found: set[str] = set()
+        for dealt in (labelled, classed):
+            if fold is not None and len({case.patient for case in dealt}) >= num_folds:
+                split = split_cases(dealt, fold=fold, num_folds=num_folds, seed=split_seed)
+                found |= {case.patient for case in split.val}
+        return found
 
     def _some(self, cases: Sequence[Case], number: int) -> tuple[Case, ...]:
         order = np.random.default_rng(self.seed).permutation(len(cases))[:number]

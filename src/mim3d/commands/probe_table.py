@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +18,9 @@ from mim3d.probing.scores import CONVENTIONS, Scored, differences, intervals
 
 #: Names of both classifiers, as fields of :class:`Probed`, and for people.
 CLASSIFIERS = {"linear": "Linear", "neighbours": "k-NN"}
+
+#: Sets of features in one table of labels.
+COLUMNS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -80,53 +85,52 @@ def _classifier(row: Row, name: str, bootstrap: Bootstrap) -> dict[str, Any]:
 
 
 def show(content: Mapping[str, Any]) -> None:
-    """Print one line for each set of features, F1 of every label, and the differences."""
+    """Print scores, intervals and differences, measures of collapse, and F1 of every label, on 80 columns."""
     rows = content["features"]
     names = ["balanced_accuracy", "f1_macro", *(["auc"] if content["target"] == "classes" else [])]
     heads = {"balanced_accuracy": "acc.", "f1_macro": "F1", "auc": "AUC"}
-    columns = [f"{title} {heads[name]}" for title in CLASSIFIERS.values() for name in names]
     _print(
         f"{content['num_scans']['held_out']} held-out scans, {content['num_scans']['training']} to learn from "
         "(acc.: balanced accuracy)",
-        ["Features", *columns, "Spread", "Rank", "Cosine"],
-        [
-            [
-                row["name"],
-                *(_number(row[kind][name]) for kind in CLASSIFIERS for name in names),
-                *_collapse(row["collapse"]),
-            ]
-            for row in rows
-        ],
+        ["Features", *(f"{title}\n{heads[name]}" for title in CLASSIFIERS.values() for name in names)],
+        [[row["name"], *(_number(row[kind][name]) for kind in CLASSIFIERS for name in names)] for row in rows],
     )
     _print(
         "Balanced accuracy: 95 % intervals over patients, and paired differences",
-        ["Features", "", "Interval", *(f"Less {name}" for name in _others(rows))],
-        [
-            [
-                row["name"],
-                title,
-                _interval(row[kind]["ci95"]["balanced_accuracy"]),
-                *(_difference(row[kind]["less"].get(name)) for name in _others(rows)),
-            ]
-            for row in rows
-            for kind, title in CLASSIFIERS.items()
-        ],
+        ["Features", *chain.from_iterable((title, "95 % interval") for title in CLASSIFIERS.values())],
+        [line for row in rows for line in _with_differences(row)],
+    )
+    _print(
+        "Spread of the features to learn from: 1 is even, 0 is collapsed",
+        ["Features", "Number", "Spread", "Rank", "Cosine"],
+        [[row["name"], str(row["num_features"]), *_collapse(row["collapse"])] for row in rows if row["collapse"]],
     )
     labels = list(dict.fromkeys(name for row in rows for name in row["items"]))
-    _print(
-        f"F1 of each {'label' if content['target'] == 'labels' else 'class'}, linear",
-        ["", *(row["name"] for row in rows)],
-        [[name, *(_number(row["linear"]["per_class_f1"].get(name)) for row in rows)] for name in labels],
-    )
+    for start in range(0, len(rows), COLUMNS_AT_ONCE):
+        part = rows[start : start + COLUMNS_AT_ONCE]
+        _print(
+            f"F1 of each {'label' if content['target'] == 'labels' else 'class'}, linear",
+            ["", *("\n".join(wrap(row["name"], 11)) for row in part)],
+            [[name, *(_number(row["linear"]["per_class_f1"].get(name)) for row in part)] for name in labels],
+        )
 
 
-def _others(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row["linear"]["less"]))
+def _with_differences(row: Mapping[str, Any]) -> list[list[str]]:
+    """A line for features, and one for each row that they are held against."""
+    found, name = [row[kind] for kind in CLASSIFIERS], "balanced_accuracy"
+    lines = [[row["name"]]]
+    for each in found:
+        lines[0] += [_number(each[name]), _interval(each["ci95"][name])]
+    for other in found[0]["less"]:
+        line = [f"  less {other}"]
+        for each in found:
+            less = each["less"][other][name]
+            line += [f"{less['difference']:+.3f}", _interval(less["ci95"])]
+        lines.append(line)
+    return lines
 
 
-def _collapse(found: Mapping[str, float] | None) -> list[str]:
-    if found is None:
-        return ["-"] * 3
+def _collapse(found: Mapping[str, float]) -> list[str]:
     return [f"{found['feature_std']:.3f}", f"{found['effective_rank']:.1f}", f"{found['mean_cosine']:.3f}"]
 
 
@@ -138,17 +142,16 @@ def _interval(ends: Sequence[float] | None) -> str:
     return "-" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    each = found["balanced_accuracy"]
-    return f"{each['difference']:+.3f} ({_interval(each['ci95'])})"
-
-
 def _print(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for place, head in enumerate(heads):
-        table.add_column(Text(head), justify="left" if place == 0 else "right", no_wrap=place == 0)
+        # Where the terminal is narrow, names give way: a number that is cut short says nothing.
+        if place == 0:
+            table.add_column(Text(head), overflow="fold")
+        else:
+            table.add_column(Text(head), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    console.print(Text(title))
+    console.print(table)

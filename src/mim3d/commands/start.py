@@ -88,27 +88,46 @@ def choose_start(
         ConfigError: an unknown backbone or setting.
         CheckpointError: weights that cannot be read or do not fit.
     """
-    named, changes = backbone, {}
-    if isinstance(backbone, Mapping) and "name" not in backbone:
-        named, changes = None, dict(backbone)
+    recipe = asked_recipe(backbone, weights)
     if weights is None:
-        return Start(create_recipe({"name": DEFAULT_BACKBONE, **changes} if named is None else named))
-    card = read_card(weights)
-    if named is not None:
-        recipe = create_recipe(named)
-    else:
-        recipe = create_recipe(card["backbone"], allow_import=False) if card else load_encoder(weights).recipe
-        if recipe.in_channels != num_channels:
+        return Start(recipe)
+    if not _is_named(backbone):
+        learned = _recipe_of(weights).in_channels
+        if learned != num_channels:
             warnings.warn(
-                f"the encoder learned from {recipe.in_channels} channels, but the data have {num_channels}; the layers "
-                f"that read the input {_ADAPTED[input_layers]} (input_layers {input_layers}).",
+                f"the encoder learned from {learned} channels, but the data have {num_channels}; the layers that read "
+                f"the input {_ADAPTED[input_layers]} (input_layers {input_layers}).",
                 stacklevel=2,
             )
+        if recipe.in_channels == learned:
             recipe = replace(recipe, in_channels=num_channels)
-        recipe = update_settings(recipe, changes, "backbone of the weights")
     encoder = recipe.build()
     print(f"{weights}: {load_into(encoder, weights, input_layers=input_layers)}")
-    return Start(recipe, encoder, card)
+    return Start(recipe, encoder, read_card(weights))
+
+
+def asked_recipe(backbone: Named | None, weights: str | None) -> Backbone:
+    """The backbone's settings: as named; else those of the weights or the default, changed by settings without a name.
+
+    Raises:
+        ConfigError: an unknown backbone or setting.
+        CheckpointError: weights from which no settings can be read.
+    """
+    if backbone is not None and _is_named(backbone):
+        return create_recipe(backbone)
+    changes = dict(backbone) if isinstance(backbone, Mapping) else {}
+    if weights is None:
+        return create_recipe({"name": DEFAULT_BACKBONE, **changes})
+    return update_settings(_recipe_of(weights), changes, "backbone of the weights")
+
+
+def _is_named(backbone: Named | None) -> bool:
+    return backbone is not None and not (isinstance(backbone, Mapping) and "name" not in backbone)
+
+
+def _recipe_of(weights: str) -> Backbone:
+    card = read_card(weights)
+    return create_recipe(card["backbone"], allow_import=False) if card else load_encoder(weights).recipe
 
 
 def _plain(spacing_mm: Spacing | None) -> str:

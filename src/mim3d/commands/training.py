@@ -1,6 +1,7 @@
 """What the arguments of pre-training and fine-tuning have in common, and what becomes of them."""
 
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -16,13 +17,18 @@ from mim3d.engine.processes import Company, choose_processes, company
 from mim3d.engine.requeue import requeued_when_stopped
 from mim3d.engine.settings import LoopSettings
 from mim3d.errors import ConfigError
+from mim3d.optimisation import Optimisation
 from mim3d.resources import num_cores
 from mim3d.tracking import Tracking
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How long, how often and on what to train, as the commands take it; their docstrings describe each argument."""
+    """How long, how often and on what to train, as the commands take it; their docstrings describe each argument.
+
+    Attributes:
+        started_at: when the command read them, on the monotonic clock: preparing the data counts for ``max_time``.
+    """
 
     max_steps: int | None
     max_epochs: int | None
@@ -50,6 +56,7 @@ class Training:
     pictures_every: int | None = None
     validate_every: int | None = None
     patience: int | None = None
+    started_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_epochs is not None:
@@ -80,6 +87,21 @@ class Training:
         # Not given, and no launcher was asked: see with_processes.
         alone = {name: 1 for name in ("devices", "num_nodes") if known.get(name, 1) is None}
         return cls(**known | alone)
+
+    def check_machine(self, optim: Optimisation) -> None:
+        """Refuse what this machine cannot train, before data are read or a cache is built.
+
+        Args:
+            optim: the optimiser's settings, filled as far as they are known.
+        Raises:
+            ConfigError: for a device, a compiler or a strategy that does not work here.
+        """
+        from mim3d.engine.launch import check_machine, choose_accelerator
+        from mim3d.engine.sharding import check_sharding
+
+        check_machine(self.loop(1))
+        if self.strategy == "fsdp":
+            check_sharding(choose_accelerator(self.accelerator), None, averaged=bool(optim.ema_decay))
 
     def loop(self, max_steps: int) -> LoopSettings:
         """The loop's settings for a run of ``max_steps``."""

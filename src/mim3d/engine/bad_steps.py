@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim3d.errors import Mim3dError
+from mim3d.errors import ConfigError, Mim3dError
 
 #: Where one of these is not finite, so is the gradient, and the step was skipped.
 _DECIDING = ("loss", "grad_norm")
@@ -36,6 +36,8 @@ class BadSteps:
     Args:
         limit: how many may be; 0 stops at the first.
         tell: told one sentence of each.
+    Attributes:
+        beyond: the first step beyond a limit above 0; None within it.
     """
 
     def __init__(self, limit: int = 0, tell: Callable[[str], None] = lambda sentence: None) -> None:
@@ -43,6 +45,12 @@ class BadSteps:
         self._tell = tell
         self._skipped: dict[int, list[str]] = {}
         self._retried: list[int] = []
+        self.beyond: BudgetSpentError | None = None
+
+    @property
+    def num_bad(self) -> int:
+        """Steps that were skipped or taken twice."""
+        return len(self._skipped) + len(self._retried)
 
     @property
     def num_skipped(self) -> int:
@@ -52,35 +60,47 @@ class BadSteps:
     def add(self, found: Mapping[int, Sequence[str]]) -> None:
         """Take note of steps at which terms were not finite; those already known are passed over.
 
+        A limit above 0 that is passed is only noted, see :meth:`require_within_limit`: what is due after the step is
+        done first, so that a run which goes on with a higher limit lacks nothing.
+
         Args:
             found: step -> all that was not finite.
         Raises:
-            NonFiniteError: for the first step beyond the limit, once all of them are noted.
+            NonFiniteError: for the first step, where none may go wrong, once all of them are noted.
         """
-        fresh = sorted(found.keys() - self._skipped.keys())
-        beyond: NonFiniteError | None = None
-        for step in fresh:
+        at_once: NonFiniteError | None = None
+        for step in sorted(found.keys() - self._skipped.keys()):
             terms = _causes(found[step])
             self._skipped[step] = terms
-            if self._spent > self._limit:
-                kind = BudgetSpentError if self._limit else NonFiniteError
-                beyond = beyond or kind(step, terms)
+            if self._limit == 0:
+                at_once = at_once or NonFiniteError(step, terms)
+            elif self.num_bad > self._limit:
+                self.beyond = self.beyond or BudgetSpentError(step, terms)
             else:
                 fate = "was skipped" if set(_DECIDING) & set(found[step]) else "does not depend on it and was taken"
                 self._tell(
                     f"warning: at step {step}, {_in_words(terms)} became infinite or not a number; the step {fate} "
-                    f"({self._spent} of at most {self._limit} bad steps)"
+                    f"({self.num_bad} of at most {self._limit} bad steps)"
                 )
-        if beyond is not None:
-            raise beyond
+        if at_once is not None:
+            raise at_once
+
+    def require_within_limit(self) -> None:
+        """Stop a run that has passed its limit.
+
+        Raises:
+            BudgetSpentError: for the first step beyond it.
+        """
+        if self.beyond is not None:
+            raise self.beyond
 
     def may_retry(self, step: int) -> bool:
         """Whether a step that ran out of memory may be taken once more; then it is counted."""
-        if self._spent >= self._limit:
+        if self.num_bad >= self._limit:
             return False
         self._retried.append(step)
         self._tell(
-            f"warning: step {step} ran out of memory and is taken once more ({self._spent} of at most {self._limit} "
+            f"warning: step {step} ran out of memory and is taken once more ({self.num_bad} of at most {self._limit} "
             "bad steps)"
         )
         return True
@@ -90,13 +110,18 @@ class BadSteps:
         return {"skipped": {step: list(terms) for step, terms in self._skipped.items()}, "retried": list(self._retried)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Go on from :meth:`state`.
+
+        Raises:
+            ConfigError: when more steps have gone wrong already than may.
+        """
         self._skipped = {int(step): list(terms) for step, terms in state["skipped"].items()}
         self._retried = list(state["retried"])
-
-    @property
-    def _spent(self) -> int:
-        return len(self._skipped) + len(self._retried)
+        if self.num_bad > self._limit:
+            raise ConfigError(
+                f"max_bad_steps is {self._limit}, but {self.num_bad} steps of this run have gone wrong already; go on "
+                f"with --max_bad_steps {self.num_bad} or more."
+            )
 
 
 def with_gradient_of_its_kind(loss: Tensor) -> Tensor:

@@ -88,6 +88,8 @@ class Checkpoints:
                     path.unlink()
         for leftover in self.folder.glob(".*.partial"):
             leftover.unlink()
+        # A session that was killed right after it had written one left those before it.
+        self._prune()
 
     def require_space(self, module: nn.Module, *, averaged: bool = False) -> None:
         """Check that the disk can hold the checkpoints of a run that trains ``module``.

@@ -12,17 +12,25 @@ from mim3d.nn.blocks import ConvBlock, TransformerBlock
 NUM_SHAPES = 64
 
 
-def compile_blocks(module: nn.Module, device_type: str) -> int:
+def require_compiler(device_type: str) -> None:
+    """Refuse to compile where nothing can.
+
+    Raises:
+        ConfigError: on a CPU without a C++ compiler.
+    """
+    if device_type == "cpu" and find_compiler() is None:
+        raise ConfigError("compile is true, but this machine has no C++ compiler; install one, or leave it out.")
+
+
+def compile_blocks(module: nn.Module) -> int:
     """Let every convolution and transformer block be compiled when it is first used; returns how many there are.
 
     Blocks of one kind and shape share what is compiled for them, so that it takes seconds where a whole network takes
     minutes. Names and values of parameters stay as they are.
 
     Raises:
-        ConfigError: on a CPU without a C++ compiler, or for a network without such blocks.
+        ConfigError: for a network without such blocks.
     """
-    if device_type == "cpu" and find_compiler() is None:
-        raise ConfigError("compile is true, but this machine has no C++ compiler; install one, or leave it out.")
     blocks = [part for part in module.modules() if isinstance(part, (ConvBlock, TransformerBlock))]
     if not blocks:
         raise ConfigError("compile is true, but this network has no blocks that mim3d compiles; leave it out.")

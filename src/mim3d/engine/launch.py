@@ -18,6 +18,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.wrappers import _FabricModule as FabricModule
 from torch import Tensor, nn
 
+from mim3d.engine.compiling import require_compiler
 from mim3d.engine.processes import Launched, choose_processes, launched, meeting_place
 from mim3d.engine.settings import LoopSettings
 from mim3d.engine.sharding import shard
@@ -25,7 +26,7 @@ from mim3d.errors import ConfigError, Mim3dError
 from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.objective import Batch, Objective
 
-__all__ = ["FabricModule", "StepModule", "choose_accelerator", "device_name", "launch", "seed_step"]
+__all__ = ["FabricModule", "StepModule", "check_machine", "choose_accelerator", "device_name", "launch", "seed_step"]
 
 # torch leaves it without types.
 _cuda: Any = torch.cuda
@@ -63,11 +64,8 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
     Raises:
         ConfigError: when the machine lacks what was asked for.
     """
-    accelerator = choose_accelerator(loop.accelerator)
-    # Where a launcher has started other numbers than these: a refusal, not a wait for processes that never come.
-    choose_processes(loop.devices, loop.num_nodes)
-    place = launched()
-    _check_devices(loop, accelerator, place)
+    check_machine(loop)
+    accelerator, place = choose_accelerator(loop.accelerator), launched()
     plugins: list[Any] = [LightningEnvironment() if place is None else StartedElsewhere(place)]
     if loop.precision != "32-true":
         device = accelerator if accelerator in ("cpu", "mps") else "cuda"
@@ -120,15 +118,26 @@ def _strategy(loop: LoopSettings) -> Strategy | str:
     return DDPStrategy(find_unused_parameters=True, timeout=_PATIENCE)
 
 
-def _check_devices(loop: LoopSettings, accelerator: str, place: Launched | None) -> None:
-    """Refuse more processes on a machine than it shows GPUs.
+def check_machine(loop: LoopSettings) -> None:
+    """Refuse a device that is not there, and more processes on a machine than it shows GPUs; nothing is started.
 
     Raises:
         ConfigError: with what SLURM must be asked for, where it hides GPUs from its tasks.
     """
-    if accelerator != "cuda" or not torch.cuda.is_available() or torch.cuda.device_count() >= loop.devices:
+    # Where a launcher has started other numbers than these: a refusal, not a wait for processes that never come.
+    choose_processes(loop.devices, loop.num_nodes)
+    accelerator = choose_accelerator(loop.accelerator)
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not found[accelerator]:
+        raise ConfigError(
+            f"accelerator is '{loop.accelerator}', but this machine shows no such device; use accelerator "
+            f"{' or '.join(name for name, there in found.items() if there)}, or auto."
+        )
+    if loop.compile:
+        require_compiler(accelerator)
+    if accelerator != "cuda" or torch.cuda.device_count() >= loop.devices:
         return
-    remedy = "use fewer --devices"
+    remedy, place = "use fewer --devices", launched()
     if place is not None and place.by == "srun":
         remedy = "ask for --gpus-per-node instead of --gpus-per-task, so that every task sees all of its machine"
     raise ConfigError(f"devices is {loop.devices}, but this process sees {torch.cuda.device_count()} GPUs; {remedy}.")

@@ -57,10 +57,10 @@ def train(
         ConfigError: before any work, when the settings cannot work on this machine.
         CheckpointError: when a checkpoint does not fit or none can be read.
         NonFiniteError: when the loss or the gradient stops being finite more often than ``loop.max_bad_steps``; the
-            weights of the good steps are kept in a checkpoint.
+            weights of the good steps are saved first, unless that is 0.
         Mim3dError: when a checkpoint cannot be written, or memory runs out; earlier ones are kept.
     """
-    stop = StopRequests(loop.max_time_s)
+    stop = StopRequests(loop.max_time_s, loop.started_at)
     fabric = launch(loop)
     plan = make_plan(objective, source, loop, optim, device_name(fabric.device))
     checkpoints = Checkpoints(run.checkpoints_dir, loop.keep_checkpoints)
@@ -71,7 +71,7 @@ def train(
         check_sharding(fabric.device.type, objective, averaged=plan.schedule.ema_decay > 0)
     weights = Weights.of(objective, sharded=sharded)
     if loop.compile:
-        compile_blocks(weights.trained, fabric.device.type)
+        compile_blocks(weights.trained)
     model = fabric.setup_module(StepModule(weights.trained))
     # Only now: sharding replaces the parameters.
     optimizer: Any = fabric.setup_optimizers(build_optimizer(weights.trained, plan.schedule, loop.precision))
@@ -125,8 +125,10 @@ def _run_steps(
         if last or (loop.validate_every and step % loop.validate_every == 0):
             session.validate(step)
         reason = session.all_done(step) or stop.reason()
-        if reason or step % loop.checkpoint_every == 0:
+        bad_steps = session.meter.bad_steps
+        if reason or bad_steps.beyond or step % loop.checkpoint_every == 0:
             session.save(step)
+        bad_steps.require_within_limit()
         if reason:
             break
     return step, str(reason)

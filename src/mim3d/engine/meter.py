@@ -71,7 +71,7 @@ class Meter:
         A term that was never finite is not a number.
 
         Raises:
-            NonFiniteError: when more steps than may be skipped had a value that is not finite.
+            NonFiniteError: when a step had a value that is not finite, and none may.
         """
         totals: dict[str, float] = {}
         counts: dict[str, float] = {}
@@ -90,9 +90,20 @@ class Meter:
         """The unfinished window of every process, for a checkpoint; a collective call.
 
         Raises:
-            NonFiniteError: when more steps than may be skipped had a value that is not finite.
+            NonFiniteError: when a step had a value that is not finite, and none may.
         """
-        everybody = _gathered((self.own_state(), self._found))
+        return self._noted(_gathered((self.own_state(), self._found)))
+
+    def state_alone(self) -> list[list[dict[str, Any]]]:
+        """As :meth:`state`, of this process alone, when others may never come.
+
+        Raises:
+            NonFiniteError: when a step had a value that is not finite, and none may.
+        """
+        return self._noted([(self.own_state(), self._found)])
+
+    def _noted(self, everybody: list[Any]) -> list[list[dict[str, Any]]]:
+        """The windows of some processes, once what they found is noted."""
         self._found = {}
         found: dict[int, list[str]] = {}
         for _, of_one in everybody:

@@ -9,7 +9,6 @@ from mim3d.engine.memory import is_out_of_memory
 from mim3d.engine.session import Session
 from mim3d.engine.settings import BatchSource
 from mim3d.engine.upload import on_device
-from mim3d.errors import Mim3dError
 from mim3d.objective import Batch
 
 
@@ -54,11 +53,11 @@ def attempt(session: Session, feed: Feed, step: int, take: Callable[[], Batch]) 
         step: the optimiser step.
         take: takes it.
     Raises:
-        RuntimeError, MemoryError, OSError, Mim3dError: what ``take`` raised; the state before the step is saved.
+        Exception: what ``take`` raised; the state before the step is saved.
     """
     try:
         return take()
-    except (RuntimeError, MemoryError, OSError, Mim3dError) as error:
+    except Exception as error:
         if not _may_retry(session, step, error):
             session.rescue()
             raise
@@ -70,7 +69,7 @@ def attempt(session: Session, feed: Feed, step: int, take: Callable[[], Batch]) 
     feed.begin_after(step - 1)
     try:
         return take()
-    except (RuntimeError, MemoryError, OSError, Mim3dError):
+    except Exception:
         session.rescue()
         raise
 

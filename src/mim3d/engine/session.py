@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class Session:
 
         Raises:
             CheckpointError: when it does not fit, or every one is damaged.
+            ConfigError: when more steps have gone wrong already than may.
         """
         path: Path | None = self.fabric.broadcast(self.checkpoints.newest() if self.fabric.is_global_zero else None)
         step = self.step = 0 if path is None else self._take_up(path)
@@ -126,7 +127,7 @@ class Session:
         """Write one line of metrics: means since the last one.
 
         Raises:
-            NonFiniteError: when a term or the gradient was not finite, more often than may be passed over.
+            NonFiniteError: when a term or the gradient was not finite, and none may be passed over.
         """
         means = self.meter.read()
         self.meter.reset()
@@ -191,7 +192,7 @@ class Session:
         """Write a checkpoint; a collective call.
 
         Raises:
-            NonFiniteError: instead of saving weights that are not finite.
+            NonFiniteError: instead of saving weights that are not finite, or when a term was not and none may be.
             Mim3dError: when it cannot be written.
         """
         self.heart.at(step, "writes a checkpoint")
@@ -247,7 +248,7 @@ class Session:
             return
         try:
             self.forget_step(self.step + 1)
-            window = [self.meter.own_state()]
+            window = self.meter.state_alone()
             self._require_finite_weights(self.step)
             optimizer = self.weights.optimizer_state(self.optimizer)
             path = self.checkpoints.save(self.step, self._state(window, optimizer))
@@ -292,11 +293,11 @@ class Session:
                 self.display.say(asked)
 
     def explained(self, error: NonFiniteError) -> NonFiniteError:
-        """The same error with where things stand and what to do; the weights of the good steps are saved first."""
+        """The same error with where things stand and what to do; a collective call where a budget is spent."""
         go_on = "Start"
-        if isinstance(error, BudgetSpentError) and self.step < self.loop.max_steps:
-            with suppress(Mim3dError):
-                self.save(self.step)
+        if isinstance(error, BudgetSpentError):
+            # The first process may still be at the checkpoint that is told of.
+            self.fabric.barrier()
             go_on = f"Go on with a larger --max_bad_steps ({self.run.how_to_resume}), or start"
         rate = self.plan.schedule.learning_rate_at(error.step)
         lower = [f"a lower learning rate (it was {rate:.3g} at that step)"]

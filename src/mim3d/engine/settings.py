@@ -22,8 +22,9 @@ class LoopSettings:
 
     Attributes:
         max_steps: steps of the whole run; the learning rate's schedule ends there.
-        max_time_s: seconds this session may train; then it stops with a checkpoint and can be resumed. It
+        max_time_s: seconds this session may take; then it stops with a checkpoint and can be resumed. It
             shortens the session, never the schedule.
+        started_at: when the session began, on the monotonic clock; None where it begins with training.
         accumulation: micro-batches whose gradients are averaged into one step.
         log_every: steps between two lines of metrics, and between two looks at whether the loss is finite.
         checkpoint_every: steps between two checkpoints.
@@ -50,6 +51,7 @@ class LoopSettings:
 
     max_steps: int
     max_time_s: float | None = None
+    started_at: float | None = None
     accumulation: int = 1
     log_every: int = 10
     checkpoint_every: int = 200

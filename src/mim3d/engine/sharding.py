@@ -41,9 +41,13 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check_sharding(device_type: str, objective: Objective, *, averaged: bool) -> None:
+def check_sharding(device_type: str, objective: Objective | None, *, averaged: bool) -> None:
     """Refuse what FSDP cannot train; settings alone are checked by :class:`LoopSettings`.
 
+    Args:
+        device_type: on what it would train.
+        objective: what it would train; None where that is not built yet.
+        averaged: whether an average of the weights is kept.
     Raises:
         ConfigError: for a device without collective operations, or weights that something else than the optimiser reads
             or changes at every step.
@@ -52,7 +56,7 @@ def check_sharding(device_type: str, objective: Objective, *, averaged: bool) ->
         reason, remedy = f"{device_type} devices cannot exchange slices", "use strategy auto"
     elif averaged:
         reason, remedy = "optim.ema_decay averages whole weights at every step", "use strategy ddp, or ema_decay 0"
-    elif type(objective).after_step is not Objective.after_step:
+    elif objective is not None and type(objective).after_step is not Objective.after_step:
         reason = f"{type(objective).__name__} updates weights outside the optimiser, for which they must be whole"
         remedy = "use strategy ddp"
     else:

@@ -25,15 +25,17 @@ class StopRequests:
     A scheduler's SIGTERM after its SIGUSR1 is the same request: the checkpoint in the making is still finished.
 
     Args:
-        max_time_s: seconds from now until training should stop; None for no limit.
+        max_time_s: seconds until training should stop; None for no limit.
+        since: when they began, on the monotonic clock; now if not given.
     Attributes:
         to_be_continued: whether the reason to stop is the machine's, not the user's: SIGTERM or SIGUSR1, by which a
             scheduler announces that it needs the machine or that the job's time is up.
     """
 
-    def __init__(self, max_time_s: float | None) -> None:
+    def __init__(self, max_time_s: float | None, since: float | None = None) -> None:
         self._max_time_s = max_time_s
-        self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
+        began = time.monotonic() if since is None else since
+        self._deadline = None if max_time_s is None else began + max_time_s
         self._signal: signal.Signals | None = None
         self._signalled_at = 0.0
         self._owner = os.getpid()

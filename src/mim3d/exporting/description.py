@@ -1,24 +1,35 @@
 """What a user outside Python must know to feed a network and to read its outputs: plain JSON, and sentences."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mim3d.exporting.networks import Exported
 from mim3d.exporting.parity import Parity
 
 
-def described(network: Exported, parity: Mapping[str, Parity], outputs: Mapping[str, list[Any]]) -> dict[str, Any]:
+def described(
+    network: Exported,
+    parity: Mapping[str, Parity],
+    outputs: Mapping[str, list[Any]],
+    *,
+    license: str | None = None,
+    modality: str | None = None,
+) -> dict[str, Any]:
     """The content of ``metadata.json`` beside a program.
 
     Args:
         network: the network.
         parity: differences that were measured at export.
         outputs: shape of each output.
+        license: id of the licence of the weights.
+        modality: what the scans are.
     """
     card = network.card
     content: dict[str, Any] = {
         "format": 1,
         "network": network.kind,
+        "license": license,
+        "modality": modality,
         "input": {
             "name": "image",
             "dtype": "float32",
@@ -50,17 +61,28 @@ def preprocessing_of(network: Exported) -> dict[str, Any]:
         "spacing_mm": network.card.get("spacing_mm"),
         "intensity": intensity,
         "intensity_formula": formula(intensity),
-        "padding": "the scan's darkest value (of CT at least -1024 HU), mapped like all others",
+        "padding": "each channel's darkest value (of CT at least -1024 HU), mapped like all others",
     }
-    if network.kind == "classifier":
-        task: Any = network.task
-        cube = task.cube()
-        steps["box"] = {
-            "voxels": list(cube.size),
-            "voxel_mm": None if cube.voxel_mm is None else list(cube.voxel_mm),
-            "centre": task.centre,
-        }
-    return steps
+    box = box_of(network)
+    return steps if box is None else {**steps, "box": box}
+
+
+def box_of(network: Exported) -> dict[str, Any] | None:
+    """The box of a scan that a classifier sees; no voxel size where it is the whole scan. None for other networks."""
+    if network.kind != "classifier":
+        return None
+    task: Any = network.task
+    cube = task.cube()
+    return {
+        "voxels": list(cube.size),
+        "voxel_mm": None if cube.voxel_mm is None else list(cube.voxel_mm),
+        "centre": task.centre,
+    }
+
+
+def millimetres(sizes: Sequence[float] | None, otherwise: str) -> str:
+    """Voxel sizes along X, Y, Z for people; something else where there are none."""
+    return otherwise if sizes is None else " x ".join(f"{size:.4g}" for size in sizes) + " mm"
 
 
 def formula(intensity: Mapping[str, Any] | None) -> str:

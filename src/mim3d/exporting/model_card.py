@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 import mim3d
-from mim3d.exporting.description import formula
+from mim3d.exporting.description import box_of, formula, millimetres
 from mim3d.exporting.networks import Exported
 
 #: What Hugging Face calls what a network does.
@@ -81,16 +81,29 @@ def front_matter(network: Exported, license: str | None) -> dict[str, Any]:
 
 def _input_rows(network: Exported, modality: str | None) -> dict[str, str]:
     card = network.card
-    spacing = card.get("spacing_mm")
     return {
         "modality": modality or "not recorded",
         "channels (images per scan)": str(network.num_channels),
         "orientation": str(card.get("orientation", "RAS+")),
-        "voxel size": "of each scan" if spacing is None else " x ".join(f"{size:g}" for size in spacing) + " mm",
+        "voxel size": millimetres(card.get("spacing_mm"), "of each scan"),
         "intensities": formula(card.get("intensity")),
-        "window": " x ".join(map(str, network.patch_size)) + " voxels",
+        **_view_rows(network),
         "sizes must be multiples of": f"{card['patch_size']} voxels" if "patch_size" in card else "not recorded",
     }
+
+
+def _view_rows(network: Exported) -> dict[str, str]:
+    """How much of a scan it sees at once; nothing where that is not recorded."""
+    if network.trained_size is None:
+        return {}
+    size = " x ".join(map(str, network.trained_size)) + " voxels"
+    box = box_of(network)
+    if box is None:
+        return {"window": size}
+    if box["voxel_mm"] is None:
+        return {"box": f"the whole scan, brought to {size}"}
+    middle = "the middle of the scan" if box["centre"] == "scan" else "the label's centre of mass"
+    return {"box": f"{size} of {millimetres(box['voxel_mm'], '')} around {middle}"}
 
 
 def _results(network: Exported) -> list[str]:

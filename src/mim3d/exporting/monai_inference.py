@@ -14,6 +14,7 @@ DIFFERENCES = (
     "Resampling, where a voxel size is set: MONAI interpolates linearly from the first voxel's centre; mim3d averages "
     "where voxels grow, keeps whole numbers whole, and keeps the centre of the scan.",
     "Mirrored windows and clean-up of components are left out.",
+    "Scans smaller than a window, of several channels: all are padded with one value.",
     "Images are read by nibabel: NIfTI alone.",
 )
 

@@ -41,7 +41,8 @@ class Exported:
         task: settings of the task; None for an encoder.
         card: what a reader must know to use it.
         num_channels: images per scan.
-        patch_size: voxels of the input.
+        patch_size: voxels of a program's input.
+        trained_size: voxels that it saw in training; None where that is not recorded.
         located: folder or file that the weights come from.
     """
 
@@ -56,6 +57,7 @@ class Exported:
     card: Mapping[str, Any]
     num_channels: int
     patch_size: Triple
+    trained_size: Triple | None
     located: Path
 
 
@@ -137,6 +139,7 @@ def _encoder(weights: str, card: Mapping[str, Any], patch_size: Triple | None) -
         card=own or {"backbone": to_named(encoder.recipe, BACKBONES), "patch_size": edge},
         num_channels=encoder.recipe.in_channels,
         patch_size=_checked(patch_size or _trained_patch(card) or (longest, longest, longest), edge),
+        trained_size=_trained_patch(card),
         located=locate(weights),
     )
 
@@ -165,6 +168,7 @@ def _segmenter(weights: str, patch_size: Triple | None) -> Exported:
         card=read_card(weights, ("segmenter",)),
         num_channels=loaded.num_channels,
         patch_size=_checked(patch_size or loaded.settings.windows().patch_size, loaded.network.encoder.patch_size),
+        trained_size=loaded.settings.windows().patch_size,
         located=locate(weights, ("segmenter",)),
     )
 
@@ -184,6 +188,7 @@ def _classifier(weights: str, patch_size: Triple | None) -> Exported:
         card=read_card(weights, ("classifier",)),
         num_channels=loaded.num_channels,
         patch_size=_checked(patch_size or loaded.settings.cube().size, loaded.network.encoder.patch_size),
+        trained_size=loaded.settings.cube().size,
         located=locate(weights, ("classifier",)),
     )
 

@@ -32,9 +32,14 @@ def check_onnx() -> None:
     require_packages(PACKAGES, "--format onnx", "onnx")
 
 
-def write_onnx(network: Exported, folder: Path) -> None:
+def write_onnx(network: Exported, folder: Path, *, license: str | None, modality: str | None) -> None:
     """Write ``model.onnx`` and ``metadata.json`` into a folder.
 
+    Args:
+        network: the network.
+        folder: where to; it exists and is empty.
+        license: id of the licence of the weights.
+        modality: what the scans are.
     Raises:
         CheckpointError: ONNX Runtime computes something else.
     """
@@ -54,7 +59,7 @@ def write_onnx(network: Exported, folder: Path) -> None:
     session = _session(path)
     parity = compared(network, lambda image: _run(session, image), MODEL_NAME)
     shapes = {output.name: ["batch", *output.shape[1:]] for output in session.get_outputs()}
-    write_json(folder / "metadata.json", described(network, parity, shapes))
+    write_json(folder / "metadata.json", described(network, parity, shapes, license=license, modality=modality))
 
 
 def _session(path: Path) -> Any:

@@ -47,7 +47,12 @@ def written_folder(folder: Path) -> Iterator[Path]:
         yield new
         if folder.exists():
             os.replace(folder, scratch / "old")
-        os.replace(new, folder)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if (scratch / "old").exists():
+                os.replace(scratch / "old", folder)
+            raise
     except OSError as error:
         raise DataError(f"{folder}: writing failed ({error.strerror or error}); nothing was changed.") from None
     finally:

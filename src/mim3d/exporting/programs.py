@@ -58,6 +58,7 @@ def traced(program: nn.Module, num_channels: int, patch_size: Triple) -> Exporte
         graph = torch.export.export(program, (example,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False)
         graph = graph.run_decompositions({torch.ops.mim3d.residual_mlp.default: plain_residual_mlp})
     _free_of_devices(graph)
+    _free_of_paths(graph)
     # They would be stored with the program, and may be larger than it.
     graph.example_inputs = None
     return graph
@@ -106,6 +107,15 @@ def _free_of_devices(program: ExportedProgram) -> None:
             assert spec.target is not None
             program.state_dict[spec.target] = program.constants.pop(spec.target)
             inputs[place] = InputSpec(InputKind.BUFFER, spec.arg, spec.target, persistent=True)
+
+
+def _free_of_paths(program: ExportedProgram) -> None:
+    """Drop the records of the lines of source code that each node came from: they name folders of this machine."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+                node.meta.pop("from_node", None)
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:

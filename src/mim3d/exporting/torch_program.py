@@ -14,14 +14,20 @@ from mim3d.run_files import write_json
 PROGRAM_NAME = "model.pt2"
 
 
-def write_torch_program(network: Exported, folder: Path) -> None:
+def write_torch_program(network: Exported, folder: Path, *, license: str | None, modality: str | None) -> None:
     """Write ``model.pt2`` and ``metadata.json`` into a folder.
 
+    Args:
+        network: the network.
+        folder: where to; it exists and is empty.
+        license: id of the licence of the weights.
+        modality: what the scans are.
     Raises:
         CheckpointError: the program computes something else once it is read back.
     """
     graph, parity = written_program(network, folder / PROGRAM_NAME)
-    write_json(folder / "metadata.json", described(network, parity, _shapes(network, graph)))
+    content = described(network, parity, _shapes(network, graph), license=license, modality=modality)
+    write_json(folder / "metadata.json", content)
 
 
 def written_program(network: Exported, path: Path) -> tuple[ExportedProgram, dict[str, Parity]]:

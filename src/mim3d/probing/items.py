@@ -64,9 +64,21 @@ class ProbeSet:
         per_part = [Counter(classes_of(views).tolist()) for views in (self.training, self.held_out)]
         return {name: (per_part[0][place], per_part[1][place]) for place, name in enumerate(self.names)}
 
+    def is_scored_as(self, other: "ProbeSet") -> bool:
+        """Whether both score on the same items: the same tokens of the same crops, or the same scans."""
+        if self.target == "labels" and (self.size, self.token_edge) != (other.size, other.token_edge):
+            return False
+        return self.names == other.names and [_key(view) for view in self.held_out] == [
+            _key(view) for view in other.held_out
+        ]
+
     def in_memory(self) -> "ProbeSet":
         """The same with every view read once and kept."""
         return replace(self, training=_kept(self.training), held_out=_kept(self.held_out))
+
+
+def _key(view: View) -> tuple[str, list[int] | None, list[int]]:
+    return view.patient, None if view.tokens_n is None else view.tokens_n.tolist(), view.classes_n.tolist()
 
 
 def _kept(views: Sequence[View]) -> tuple[View, ...]:

@@ -1,5 +1,7 @@
 """One probe: features of a probe set, the two classifiers on them, and what they score."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -87,10 +89,17 @@ def without_encoder(items: ProbeSet, probing: Probing) -> dict[str, Probed]:
     return {"intensities": probe_raw(items, probing), **place}
 
 
-def random_encoder(encoder: Encoder, seed: int) -> Encoder:
-    """An encoder of the same settings with weights drawn at random; global generators are left as they were."""
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Draw from a seed inside; the CPU's global generator, by which weights are drawn, is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        yield
+
+
+def random_encoder(encoder: Encoder, seed: int) -> Encoder:
+    """An encoder of the same settings with weights drawn at random."""
+    with drawn_from(seed):
         return encoder.recipe.build().to(next(encoder.parameters()).device).eval()
 
 

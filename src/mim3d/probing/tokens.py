@@ -92,6 +92,16 @@ def label_set(
     )
 
 
+def check_crop_size(asked: int | Triple | None, encoder: Encoder) -> None:
+    """Refuse a crop that is no multiple of the token edge.
+
+    Raises:
+        ConfigError: naming the sizes beside it.
+    """
+    if asked is not None:
+        check_multiple((asked,) * 3 if isinstance(asked, int) else asked, encoder.patch_size, "probing.crop_size")
+
+
 def _check(parts: Sequence[Sequence[View]], absent: Sequence[str], clear_ratio: float, token_edge: int) -> None:
     """Refuse items that nothing can be told apart by.
 
@@ -114,9 +124,8 @@ def _check(parts: Sequence[Sequence[View]], absent: Sequence[str], clear_ratio: 
 def _size(asked: int | Triple | None, scans: Sequence[CachedScan], encoder: Encoder, largest: Triple | None) -> Triple:
     if asked is None:
         return planned_size(scans, encoder.patch_size, largest)
-    x, y, z = (asked, asked, asked) if isinstance(asked, int) else asked
-    check_multiple((x, y, z), encoder.patch_size, "probing.crop_size")
-    return x, y, z
+    check_crop_size(asked, encoder)
+    return (asked, asked, asked) if isinstance(asked, int) else asked
 
 
 def _numbered(views: Sequence[View], known: Sequence[int]) -> tuple[View, ...]:

@@ -166,7 +166,7 @@ def _hybrid_recipe(state: Mapping[str, Tensor], path: str | Path) -> dict[str, A
             f"{path} has no card and is no published MiM checkpoint; the encoder it belongs to is unknown."
         )
     in_channels = state["encoder.patch_embed1.proj.weight"].shape[1]
-    heads = widths[-1] // 32
+    heads = max(1, widths[-1] // 32)
     return {
         "name": "hybrid",
         "widths": widths,

@@ -2,6 +2,8 @@
 
 import argparse
 import pickle
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,19 @@ WRAPPERS = ("model", "state_dict", "network_weights", "net", "teacher", "student
 
 #: Prefixes that wrappers of training frameworks leave on every key.
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+#: What reading a file that is damaged or no torch file raises; on bytes that are no pickle it depends on the bytes.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Tensor]:
@@ -44,9 +59,13 @@ def _read_torch(file: Path) -> Any:
     try:
         # Some published files carry their command line beside the weights: a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            # Files of before torch 1.6 are no zip archives, which alone can be mapped into memory.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except _UNREADABLE as error:
+        # Before its own reason torch advises to let the file run code.
+        said = str(error).rpartition("WeightsUnpickler error:")[2]
+        lines = [line.strip() for line in said.splitlines() if line.strip() and "weights_only" not in line]
+        reason = lines[0] if lines else type(error).__name__
         raise CheckpointError(
             f"{file} cannot be read as plain weights ({reason}); "
             "it is damaged, no torch file, or holds code that mim3d does not run."
