@@ -15,6 +15,15 @@ SPLIT_NAME = "split.json"
 LIST_NAME = "held_out.csv"
 
 
+def dealt_out(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases that each task deals out to folds: segmentation those with label maps, classification those of a class.
+
+    Where all cases have both, the two are the same; a task that no case is for is left out.
+    """
+    groups = ([c for c in cases if c.label is not None], [c for c in cases if c.class_name is not None])
+    return [group for group in groups if group]
+
+
 def choose_split(
     cases: Sequence[Case],
     *,

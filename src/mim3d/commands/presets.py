@@ -42,7 +42,7 @@ def apply_preset(name: str, data: str, arguments: Mapping[str, Any]) -> tuple[di
         DataError: cases that are missing or cannot be used.
     """
     preset = find_preset(name)
-    edge = asked_recipe(arguments.get("backbone"), arguments.get("weights")).patch_size
+    edge = asked_recipe(arguments.get("backbone"), arguments.get("weights"))[0].patch_size
     fold, strict = arguments.get("fold"), arguments.get("strict")
     require_own_folds(preset, arguments)
     merged = _merged(preset, preset_settings(preset, fold, edge), arguments)

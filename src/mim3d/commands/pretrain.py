@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, create_recipe
+from mim3d.commands.held_out import dealt_out
 from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
 from mim3d.commands.leakage import check_split, labelled, record_seen
 from mim3d.commands.memory import pretraining_sample, pretraining_ways, require_memory
@@ -193,14 +194,11 @@ def _training_cases(source: CaseSet | Cache, arguments: Mapping[str, Any]) -> Se
     """All cases but those held out: by a declared split, or by the fold that fine-tuning would hold out."""
     kept = [case for case in source.cases if case.split in (None, "train")]
     if arguments["fold"] is not None:
-        # Segmentation deals out cases with label maps alone, classification those of a class; others must not shift
-        # their folds here.
+        # Cases that no task deals out must not shift its folds here.
         every = source.cases if isinstance(source, Cache) else read_cases(arguments["data"]).cases
-        groups = [[case for case in every if case.label], [case for case in every if case.class_name]]
         fold, num_folds, seed = (arguments[name] for name in ("fold", "num_folds", "split_seed"))
         splits = [
-            split_cases(dealt, fold=fold, num_folds=num_folds, seed=seed)
-            for dealt in [group for group in groups if group] or [list(every)]
+            split_cases(dealt, fold=fold, num_folds=num_folds, seed=seed) for dealt in dealt_out(every) or [list(every)]
         ]
         held_out = {case.patient for split in splits for case in split.val}
         kept = [case for case in kept if case.patient not in held_out]

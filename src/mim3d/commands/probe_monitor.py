@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mim3d.backbones import Backbone, Encoder
+from mim3d.commands.held_out import dealt_out
 from mim3d.commands.inputs import check_channels
 from mim3d.commands.leakage import SEEN_NAME
 from mim3d.commands.probe_cases import PHANTOM, ProbeCases, check_classes, labelled_cases, read_source
@@ -130,15 +131,10 @@ class ProbePlan:
         return chosen
 
     def _held_out(self, cases: Sequence[Case]) -> set[str]:
-        """Patients of the fold, as segmentation deals out cases with label maps, and classification those of a class.
-
-        Where all cases have both, these are the same patients.
-        """
+        """Patients of the fold, by whichever task deals them out."""
         fold, num_folds, split_seed = self.fold
-        labelled = [case for case in cases if case.label is not None]
-        classed = [case for case in cases if case.class_name is not None]
         found: set[str] = set()
-        for dealt in (labelled, classed):
+        for dealt in dealt_out(cases):
             if fold is not None and len({case.patient for case in dealt}) >= num_folds:
                 split = split_cases(dealt, fold=fold, num_folds=num_folds, seed=split_seed)
                 found |= {case.patient for case in split.val}

@@ -88,17 +88,15 @@ def choose_start(
         ConfigError: an unknown backbone or setting.
         CheckpointError: weights that cannot be read or do not fit.
     """
-    recipe = asked_recipe(backbone, weights)
+    recipe, learned = asked_recipe(backbone, weights)
     if weights is None:
         return Start(recipe)
-    if not _is_named(backbone):
-        learned = _recipe_of(weights).in_channels
-        if learned != num_channels:
-            warnings.warn(
-                f"the encoder learned from {learned} channels, but the data have {num_channels}; the layers that read "
-                f"the input {_ADAPTED[input_layers]} (input_layers {input_layers}).",
-                stacklevel=2,
-            )
+    if learned is not None and learned != num_channels:
+        warnings.warn(
+            f"the encoder learned from {learned} channels, but the data have {num_channels}; the layers that read the "
+            f"input {_ADAPTED[input_layers]} (input_layers {input_layers}).",
+            stacklevel=2,
+        )
         if recipe.in_channels == learned:
             recipe = replace(recipe, in_channels=num_channels)
     encoder = recipe.build()
@@ -106,28 +104,23 @@ def choose_start(
     return Start(recipe, encoder, read_card(weights))
 
 
-def asked_recipe(backbone: Named | None, weights: str | None) -> Backbone:
+def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone, int | None]:
     """The backbone's settings: as named; else those of the weights or the default, changed by settings without a name.
 
+    Returns:
+        The settings, and the number of channels that the weights learned from where the settings are theirs.
     Raises:
         ConfigError: an unknown backbone or setting.
         CheckpointError: weights from which no settings can be read.
     """
-    if backbone is not None and _is_named(backbone):
-        return create_recipe(backbone)
-    changes = dict(backbone) if isinstance(backbone, Mapping) else {}
+    if isinstance(backbone, str) or (backbone is not None and "name" in backbone):
+        return create_recipe(backbone), None
+    changes = dict(backbone or {})
     if weights is None:
-        return create_recipe({"name": DEFAULT_BACKBONE, **changes})
-    return update_settings(_recipe_of(weights), changes, "backbone of the weights")
-
-
-def _is_named(backbone: Named | None) -> bool:
-    return backbone is not None and not (isinstance(backbone, Mapping) and "name" not in backbone)
-
-
-def _recipe_of(weights: str) -> Backbone:
+        return create_recipe({"name": DEFAULT_BACKBONE, **changes}), None
     card = read_card(weights)
-    return create_recipe(card["backbone"], allow_import=False) if card else load_encoder(weights).recipe
+    own = create_recipe(card["backbone"], allow_import=False) if card else load_encoder(weights).recipe
+    return update_settings(own, changes, "backbone of the weights"), own.in_channels
 
 
 def _plain(spacing_mm: Spacing | None) -> str:
