@@ -306,6 +306,39 @@ def test_help_is_complete(capsys):
         assert f"--{name}" in text
 
 
+@dataclass(frozen=True, kw_only=True)
+class WarmOptim(Optim):
+    """Settings of an optimiser that warms up.
+
+    Attributes:
+        warmup_steps: steps of a linear rise, of which there may be so many that the sentence about them needs more
+            than one line.
+    """
+
+    warmup_steps: int = 0
+
+
+def rise(*, optim: WarmOptim | None = None) -> None:
+    """Rise.
+
+    Args:
+        optim: The optimiser; planned if not given.
+    """
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_help_is_as_wide_as_the_terminal_and_describes_inherited_settings(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setitem(cli.COMMANDS, "rise", cli.Command(f"{__name__}:rise", "Rise."))
+    assert cli.main(["rise", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert columns - 20 < max(map(len, text.splitlines())) <= columns
+    assert "\nThe optimiser; planned if not given:\n  --optim.learning_rate VALUE " in text
+    assert "\n  --optim.warmup_steps VALUE " in text and "default 0.9 0.95)" in text
+    assert "more than one line. (a whole number; default 0)" in " ".join(text.split())
+    assert "\x1b" not in text
+
+
 def test_the_overview_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out

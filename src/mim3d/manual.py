@@ -1,52 +1,74 @@
 """The text of ``mim3d COMMAND --help``, read from the function's signature and docstring."""
 
-import argparse
+import dataclasses
 import inspect
+import re
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from mim3d.arguments import Signature, is_named, settings_type, word_limit
 from mim3d.config import describe, to_mapping
 
+#: Widest column of flags on a narrow terminal; what is longer goes on in the next line.
+FLAG_COLUMN = 30
+
+
+@dataclass(frozen=True)
+class FlagHelp:
+    """One flag as the help shows it.
+
+    Attributes:
+        usage: The flag with what stands after it, such as ``--optim.betas VALUE VALUE``.
+        meaning: What the docstring says of it.
+        facts: Its type in words, its default as in YAML, and whether it is required or needs no flag.
+    """
+
+    usage: str
+    meaning: str
+    facts: tuple[str, ...] = ()
+
+
+#: Flags that no command has as a parameter.
+EVERY_COMMAND = (
+    FlagHelp("--config FILE.yaml", "Settings from a file, such as the config.yaml of a run; flags win."),
+    FlagHelp("--debug true|false", "Show the traceback of a refusal."),
+)
+
 
 def manual(function: Callable[..., Any], name: str, positional: tuple[str, ...]) -> str:
-    """The help of a command: usage, description, and every flag with its meaning, type and default."""
+    """The help of a command, as wide as the terminal; 80 columns and no colours where there is none.
+
+    Args:
+        function: The function of the command, with a Google-style docstring.
+        name: Name of the command.
+        positional: Parameters that need no flag.
+    """
     signature = Signature.of(function, name, positional)
-    parser = ArgumentParser(
-        prog=f"mim3d {name}",
-        usage=_usage(signature),
-        description=_description(function),
-        formatter_class=_Formatter,
-        exit_on_error=False,
-        add_help=False,
-    )
-    nested = {key: kind for key, hint in signature.hints.items() if (kind := settings_type(hint)) is not None}
-    parser.add_function_arguments(function, skip=set(nested), sub_configs=False)
-    for key, kind in nested.items():
-        parser.add_class_arguments(kind, key, sub_configs=False)
-    for group in parser._action_groups:
-        group._group_actions = [action for action in group._group_actions if action.dest not in nested]
-        if any(action.dest in signature.hints for action in group._group_actions):
-            group.title = "flags"
-        for action in group._group_actions:
-            _reword(action, signature)
-    common = parser.add_argument_group("every command")
-    common.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        help="Settings from a file, such as the config.yaml of a run; flags win.",
-    )
-    common.add_argument("--debug", metavar="true|false", help="Show the traceback of a refusal.")
-    return parser.format_help().rstrip()
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Plain argparse, wide enough to read."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=100)
+    groups = {**_flag_groups(function, signature), "every command": EVERY_COMMAND}
+    console = Console(width=shutil.get_terminal_size().columns, highlight=False)
+    longest = max(len(flag.usage) for flags in groups.values() for flag in flags)
+    description = re.split(r"\n(?:Args|Returns|Raises):\n", inspect.getdoc(function) or "")[0].strip()
+    with console.capture() as capture:
+        console.print(Text(f"usage: {_usage(signature)}"))
+        for paragraph in re.split(r"\n\s*\n", description):
+            console.print("", Text(" ".join(paragraph.split())), sep="\n")
+        for title, flags in groups.items():
+            table = Table.grid(padding=(0, 2, 0, 0))
+            table.add_column(width=min(longest, max(FLAG_COLUMN, console.width // 4)))
+            for flag in flags:
+                facts = f"({'; '.join(flag.facts)})" if flag.facts else ""
+                table.add_row(
+                    Text(flag.usage, style="bold"), Text.assemble(f"{flag.meaning} ".lstrip(), (facts, "dim"))
+                )
+            console.print("", Text(f"{title}:", style="bold"), Padding(table, (0, 0, 0, 2)), sep="\n")
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def _usage(signature: Signature) -> str:
@@ -54,22 +76,51 @@ def _usage(signature: Signature) -> str:
         name.upper() + (" ..." if word_limit(signature.hints[name]) is None else "") for name in signature.positional
     ]
     required = [
-        f"--{name} {_values(signature.hints[name])}"
-        for name in signature.hints
+        f"--{name} {_values(hint)}"
+        for name, hint in signature.hints.items()
         if name not in signature.defaults and name not in signature.positional
     ]
     return " ".join(["mim3d", signature.command, *places, *required, "[flags]"])
 
 
-def _description(function: Callable[..., Any]) -> str:
-    text = inspect.getdoc(function) or ""
-    for section in ("Args:", "Returns:", "Raises:"):
-        text = text.split(f"\n{section}")[0]
-    return text.rstrip()
+def _flag_groups(function: Callable[..., Any], signature: Signature) -> dict[str, list[FlagHelp]]:
+    """Title -> flags: those of the command first, then those of each parameter that is a dataclass of settings."""
+    meanings = documented(function, "Args")
+    plain: list[FlagHelp] = []
+    groups = {"flags": plain}
+    for name, hint in signature.hints.items():
+        settings = settings_type(hint)
+        if settings is None:
+            plain.append(_flag_help(name, meanings.get(name, ""), signature.defaults.get(name), signature))
+            continue
+        # Settings that are left to the command as a whole still have the defaults of their own class.
+        defaults = signature.defaults.get(name) or settings
+        described = documented(settings, "Attributes")
+        groups[meanings.get(name, name).rstrip(".")] = [
+            _flag_help(f"{name}.{field.name}", described.get(field.name, ""), default, signature)
+            for field in dataclasses.fields(settings)
+            if field.init
+            for default in [getattr(defaults, field.name, None)]
+        ]
+    return groups
+
+
+def _flag_help(key: str, meaning: str, default: Any, signature: Signature) -> FlagHelp:
+    """One flag with as many values as it takes, its type in words and its default as in YAML."""
+    hint = signature.hint_of(key)
+    facts = [f"a name; its settings as --{key}.SETTING VALUE" if is_named(hint) else describe(hint)]
+    if key in signature.hints and key not in signature.defaults:
+        facts.append("required")
+    default = to_mapping(default)
+    if default is not None:
+        facts.append(f"default {_shown(default)}")
+    if key in signature.positional:
+        facts.append("needs no flag")
+    return FlagHelp(f"--{key} {_values(hint)}", meaning, tuple(facts))
 
 
 def _values(hint: Any) -> str:
-    """What stands after a flag in the help."""
+    """What stands after a flag."""
     limit = word_limit(hint)
     if describe(hint).startswith("true or false"):
         return "true|false"
@@ -78,40 +129,31 @@ def _values(hint: Any) -> str:
     return "NAME" if is_named(hint) else " ".join(["VALUE"] * limit)
 
 
-def _reword(action: argparse.Action, signature: Signature) -> None:
-    """One flag in our own syntax: as many values as it takes, its type in words, its default as in YAML."""
-    name = action.dest
-    hint = signature.hint_of(name)
-    action.option_strings = [f"--{name}"]
-    action.metavar = _values(hint)
-    facts = [describe(hint)]
-    if is_named(hint):
-        facts = ["a name; its settings as --" + name + ".SETTING VALUE"]
-    if name in signature.hints and name not in signature.defaults:
-        facts.append("required")
-    default = to_mapping(_default_of(name, signature))
-    if default is not None:
-        facts.append(f"default {_shown(default)}")
-    if name in signature.positional:
-        facts.append("needs no flag")
-    text = (action.help or "").strip()
-    action.help = f"{text} ({'; '.join(facts)})".strip().replace("%", "%%")
-
-
-def _default_of(key: str, signature: Signature) -> Any:
-    """The default of a dotted key; a setting of an optional group has its own class's default."""
-    name, *parts = key.split(".")
-    value = signature.defaults.get(name)
-    if parts and value is None:
-        value = settings_type(signature.hints[name])
-    for part in parts:
-        value = getattr(value, part, None)
-    return value
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_shown, value)) or "none"
     if isinstance(value, bool):
         return str(value).lower()
     return str(value.get("name", value)) if isinstance(value, dict) else str(value)
+
+
+def documented(thing: Any, section: str) -> dict[str, str]:
+    """Name -> meaning in a section of a Google-style docstring.
+
+    Args:
+        thing: A function or a class; the docstrings of the classes that it inherits from count too.
+        section: The section's title, ``Args`` or ``Attributes``.
+    """
+    found: dict[str, str] = {}
+    for owner in reversed(inspect.getmro(thing) if isinstance(thing, type) else [thing]):
+        inside, name = False, ""
+        for line in inspect.cleandoc(owner.__doc__ or "").splitlines():
+            entry = re.match(r" {4}(\w+): (.*)", line)
+            if line and not line.startswith(" "):
+                inside = line == f"{section}:"
+            elif inside and entry:
+                name = entry[1]
+                found[name] = entry[2]
+            elif inside and line.strip():
+                found[name] += f" {line.strip()}"
+    return found

@@ -39,7 +39,7 @@ def test_the_help_of_every_command_describes_every_flag(name):
     command = COMMANDS[name]
     function = command.load()
     text = manual(function, name, command.positional)
-    assert inspect.getdoc(function).splitlines()[0] in text
+    assert inspect.getdoc(function).splitlines()[0] in " ".join(text.split())
     entries = text.replace("\n  --", "\0--").split("\0")[1:]
     words = {entry.split()[0]: entry.split("(")[0] for entry in entries}
     for flag in Signature.of(function, name, command.positional).hints:
