@@ -8,7 +8,8 @@ whose gradients stay where they are; its bytes are counted by a hook as they are
 of it (benchmarks/data_loading.py). Writes benchmarks/results/scaling_*.json.
 
 ``--paper`` measures nothing: it prints the tables of docs/concepts/scaling.md, what 8 to 512 GPUs need of network and
-disks, from figures in the repository and assumptions that it names (``yardstick/paper.py``).
+disks and how large a network one GPU holds, from figures in the repository and assumptions that it names
+(``yardstick/paper.py``).
 """
 
 import argparse

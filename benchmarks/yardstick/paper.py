@@ -1,17 +1,25 @@
-"""A model on paper of many GPUs: what they exchange and read in a step, and what network and disks that needs.
+"""A model on paper of many GPUs: what they hold, exchange and read in a step, and which memory, network and disks do.
 
 Gradients are summed by rings (Patarasuk & Yuan, J. Parallel Distrib. Comput. 2009): every process sends and receives
 ``2 (N - 1) / N`` times their bytes. Where a machine has several GPUs, the ring enters and leaves it once, so that this
 is also what passes each machine's network card. DistributedDataParallel sends a bucket while the backward pass goes on
 below it (Li et al., VLDB 2020); only the last bucket has nothing left to hide behind.
+
+Every process holds all weights, so that the memory of one GPU bounds the network. Activations are counted by a step on
+fake tensors (``mim3d.engine.memory``) and extended to other sizes as networks get wider: parameters grow with the
+square of the width, activations with the width.
 """
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mim3d.backbones import create_recipe
-from yardstick.batches import mim_with_children
+from mim3d.engine.memory import RESERVE, SCRATCH_BYTES, StepMemory
+from mim3d.engine.settings import LoopSettings
+from mim3d.optimisation import Optimisation
+from yardstick.batches import mim_with_children, random_batch
 from yardstick.flops import count_flops
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
@@ -29,6 +37,11 @@ HOP_S = 10e-6
 #: Memory-to-memory between the GPUs of a machine, in Gbyte/s: an assumption (NVLink of an A100 is 300 each way).
 IN_MACHINE_GB_PER_S = 150.0
 MARK = 0.95
+#: Memory of a GPU, in GB.
+GPU_MEMORIES = (24, 40, 80, 141)
+#: Float32 weights, gradients and AdamW's two moments, and the buckets through which gradients are exchanged.
+BYTES_PER_PARAMETER = 4 + 4 + 2 * 4 + 4
+LARGEST = "hybrid_huge"
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,49 @@ def needed_gbit_per_s(step: Step, gpus: int) -> float | None:
     return high
 
 
+@dataclass(frozen=True)
+class Held:
+    """What the largest network holds in a step of one sample, with bfloat16 and recomputation.
+
+    Attributes:
+        encoder: Parameters of the encoder.
+        parameters: Parameters that pre-training trains, those of the decoder included.
+        activation_bytes: Bytes of everything that is computed, when they are most.
+    """
+
+    encoder: int
+    parameters: int
+    activation_bytes: int
+
+    def needed_bytes(self, parameters: float) -> float:
+        """Memory of one of several GPUs that train a network of this kind with that many parameters."""
+        activations = self.activation_bytes * math.sqrt(parameters / self.parameters)
+        tensors = BYTES_PER_PARAMETER * parameters + activations
+        return (1 + RESERVE["cuda"]) * tensors + SCRATCH_BYTES["cuda"]
+
+    def most_parameters(self, memory_bytes: float) -> float:
+        """Parameters of the largest network of this kind that fits."""
+        low, high = 1.0, memory_bytes
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.needed_bytes(middle) <= memory_bytes else (low, middle)
+        return low
+
+
+def paper_held() -> Held:
+    """What MiM with the largest network on the full hierarchy holds."""
+    recipe = replace(create_recipe(LARGEST), recompute=True)
+    method = mim_with_children(recipe.patch_size, 4)
+    sample = {key: (tuple(value.shape[1:]), value.dtype) for key, value in random_batch(method, recipe, 1).items()}
+    loop = LoopSettings(max_steps=1, accelerator="cpu", precision="bf16-mixed", devices=2)
+    optim = Optimisation(learning_rate=1e-4, weight_decay=0.05)
+    need = StepMemory(lambda: method.build(recipe), sample, loop, optim).need(1, 1)
+    objective = method.build(recipe)
+    trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+    encoder = sum(parameter.numel() for parameter in recipe.build().parameters())
+    return Held(encoder, trained, need.activations)
+
+
 def print_paper() -> None:
     """Print assumptions and tables as they stand in docs/concepts/scaling.md."""
     step = paper_step(Path(__file__).parents[1] / "results")
@@ -120,7 +176,15 @@ def print_paper() -> None:
         f"step at {SUSTAINED_TFLOPS:g} TFLOP/s; {step.read_bytes / SAMPLES_PER_GPU / 1e6:.1f} MB read per sample.\n"
     )
     print(_table(_network_lines(step)) + "\n")
-    print(_table(_disk_lines(step)))
+    print(_table(_disk_lines(step)) + "\n")
+    held = paper_held()
+    print(
+        f"{LARGEST}: {held.encoder / 1e6:.0f} M parameters, {16 * held.encoder / 1e9:.1f} GB with gradients and "
+        f"moments; with its decoder {held.parameters / 1e6:.0f} M and {16 * held.parameters / 1e9:.1f} GB, "
+        f"{BYTES_PER_PARAMETER * held.parameters / 1e9:.1f} GB with buckets, {held.activation_bytes / 1e9:.1f} GB of "
+        f"activations, {held.needed_bytes(held.parameters) / 1e9:.1f} GB in all.\n"
+    )
+    print(_table(_memory_lines(held)))
 
 
 def _network_lines(step: Step) -> list[list[str]]:
@@ -146,6 +210,15 @@ def _disk_lines(step: Step) -> list[list[str]]:
         per_machine, workers = read * GPUS_PER_MACHINE / gpus, rate / gpus * step.read_ms / 1e3
         numbers = (f"{rate:.0f}", f"{read:.1f}", f"{per_machine:.2f}", f"{workers:.1f}")
         lines.append([str(gpus), str(gpus * SAMPLES_PER_GPU), *numbers])
+    return lines
+
+
+def _memory_lines(held: Held) -> list[list[str]]:
+    """The largest network that DDP trains, by the memory of each GPU."""
+    lines = [["memory of each GPU", "weights, gradients, moments and buckets alone", "one sample with recomputation"]]
+    for gigabytes in GPU_MEMORIES:
+        alone, trained = gigabytes * 1e9 / BYTES_PER_PARAMETER, held.most_parameters(gigabytes * 1e9)
+        lines.append([f"{gigabytes} GB", *(f"{parameters / 1e9:.2f} billion" for parameters in (alone, trained))])
     return lines
 
 

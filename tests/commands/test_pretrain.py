@@ -171,7 +171,7 @@ def test_going_on_from_an_encoder_and_resuming_it(ball_set, tmp_path, capsys):
         ({"max_steps": 2, "max_epochs": 2}, "both set"),
         ({"batch_size": 0}, "at least 1"),
         ({"accelerator": "cuda"}, "this machine shows no such device; use accelerator cpu"),
-        ({"devices": 2, "strategy": "fsdp", "optim": Optimisation(ema_decay=0.9)}, "ema_decay averages whole weights"),
+        ({"devices": 2, "strategy": "fsdp"}, "strategy is 'fsdp', which was removed; use ddp"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run_folder_is_made(ball_set, tmp_path, changes, words, monkeypatch):

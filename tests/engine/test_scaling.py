@@ -21,9 +21,7 @@ from mim3d.config import write_yaml
 from mim3d.engine.checkpoint import read_checkpoint
 from mim3d.engine.processes import Company, Launched, choose_processes, launched
 from mim3d.engine.settings import LoopSettings
-from mim3d.engine.sharding import check_sharding
 from mim3d.errors import ConfigError, Mim3dError
-from mim3d.objective import Objective
 from mim3d.run import read_run
 from tests.engine import uneven_training
 from tests.engine.launching import (
@@ -37,7 +35,6 @@ from tests.engine.launching import (
     start,
     step_variables,
 )
-from tests.engine.toy_training import ToyObjective
 from tests.engine.uneven_training import UnevenObjective, uneven_run
 from tests.labelled import write_ball_set
 
@@ -140,21 +137,11 @@ def test_processes_that_start_once_all_is_made_wait_for_nothing() -> None:
     assert Company(Launched("mim3d", 1, 1, 0, 2, 1), None).awaited("cache") is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "objective", "averaged", "told"),
-    [
-        ({"devices": 1}, UnevenObjective, False, "there is one process"),
-        ({"precision": "16-mixed"}, UnevenObjective, False, "loss scaling of float16"),
-        ({}, UnevenObjective, True, "ema_decay averages whole weights"),
-        ({}, ToyObjective, False, "ToyObjective updates weights outside the optimiser"),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused(
-    changes: dict[str, Any], objective: type[Objective], averaged: bool, told: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"strategy fsdp does not work here: .*{told}"):
-        LoopSettings(**{"max_steps": 1, "devices": 2, "strategy": "fsdp", **changes})
-        check_sharding("cpu", objective(), averaged=averaged)
+def test_the_strategy_that_was_removed_is_refused_with_the_remedy() -> None:
+    with pytest.raises(
+        ConfigError, match=r"strategy is 'fsdp', which was removed; use ddp, .* --backbone\.recompute true"
+    ):
+        LoopSettings(max_steps=1, devices=2, strategy="fsdp")
 
 
 @pytest.mark.parametrize("name", ["devices", "num_nodes"])
@@ -191,29 +178,17 @@ def test_parameters_that_are_not_used_or_only_sometimes_change_nothing_about_two
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_sharded_weights_learn_the_same_and_their_checkpoints_are_whole(tmp_path: Path) -> None:
+def test_checkpoints_of_two_processes_hold_what_those_of_one_do(tmp_path: Path) -> None:
     whole = uneven_run(tmp_path / "one", accumulation=2, sometimes=False).state_dict()
-    for weights in uneven(tmp_path / "two", strategy="fsdp", sometimes=False, pictures_every=3):
+    for weights in uneven(tmp_path / "two", sometimes=False, pictures_every=3):
         assert_close(weights, whole)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     files = [f"checkpoints/{name}" for name in ("step_00000003.pt", "step_00000006.pt", "best_00000006.pt")]
     one, two = ([read_checkpoint(tmp_path / run / file) for file in files] for run in ("one", "two"))
-    for single, sharded in zip(one, two, strict=True):
-        assert_close(sharded["objective"], single["objective"])
+    for single, several in zip(one, two, strict=True):
+        assert_close(several["objective"], single["objective"])
     for index, moments in one[1]["optimizer"]["state"].items():
         assert_close(two[1]["optimizer"]["state"][index], moments)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [("fsdp", "ddp"), ("ddp", "fsdp")])
-def test_sharded_and_unsharded_runs_resume_each_other(tmp_path: Path, first: str, second: str) -> None:
-    whole = uneven_run(tmp_path / "one", accumulation=2, sometimes=False).state_dict()
-    uneven(tmp_path / "two", strategy=first, sometimes=False)
-    # As if it had been killed between its two checkpoints.
-    (tmp_path / "two" / "checkpoints" / "step_00000006.pt").unlink()
-    for weights in uneven(tmp_path / "two", strategy=second, sometimes=False):
-        assert_close(weights, whole)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 LEVELS = [

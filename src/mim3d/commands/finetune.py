@@ -94,7 +94,7 @@ def finetune(
         compile: Compile the blocks of the network (torch.compile); a minute at the start.
         devices: Processes, one per device, on each node; as torchrun or srun started them, or 1, if not given.
         num_nodes: Machines; as torchrun or srun started the processes, or 1, if not given.
-        strategy: ddp (every process has all weights), fsdp (each has a slice of them) or auto (ddp).
+        strategy: ddp (every process has all weights) or auto (ddp).
         accelerator: auto, cpu, cuda or mps.
         num_workers: Reading processes; none on a CPU and most cores beside a GPU if not given.
         read_timeout: Minutes that a reading process may take over a batch before the run stops; 0 waits for ever.

@@ -109,7 +109,7 @@ def pretrain(
         compile: Compile the blocks of the network (torch.compile); a minute at the start.
         devices: Processes, one per device, on each node; as torchrun or srun started them, or 1, if not given.
         num_nodes: Machines; as torchrun or srun started the processes, or 1, if not given.
-        strategy: ddp (every process has all weights), fsdp (each has a slice of them) or auto (ddp).
+        strategy: ddp (every process has all weights) or auto (ddp).
         accelerator: auto, cpu, cuda or mps.
         num_workers: Reading processes; none on a CPU and most cores beside a GPU if not given.
         read_timeout: Minutes that a reading process may take over a batch before the run stops; 0 waits for ever.
@@ -136,7 +136,7 @@ def pretrain(
 def _pretrain(arguments: dict[str, Any], processes: Company) -> str:
     """Everything behind the command, from its complete arguments."""
     training = Training.of(arguments)
-    training.check_machine(arguments["optim"])
+    training.check_machine()
     asked, recipe = create_method(arguments["method"]), create_recipe(arguments["backbone"])
     source = _source(arguments["data"], arguments["preset"], arguments["fold"])
     cases = _training_cases(source, arguments)

@@ -17,7 +17,6 @@ from mim3d.engine.processes import Company, choose_processes, company
 from mim3d.engine.requeue import requeued_when_stopped
 from mim3d.engine.settings import LoopSettings
 from mim3d.errors import ConfigError
-from mim3d.optimisation import Optimisation
 from mim3d.resources import num_cores
 from mim3d.tracking import Tracking
 
@@ -88,20 +87,15 @@ class Training:
         alone = {name: 1 for name in ("devices", "num_nodes") if known.get(name, 1) is None}
         return cls(**known | alone)
 
-    def check_machine(self, optim: Optimisation) -> None:
+    def check_machine(self) -> None:
         """Refuse what this machine cannot train, before data are read or a cache is built.
 
-        Args:
-            optim: the optimiser's settings, filled as far as they are known.
         Raises:
             ConfigError: for a device, a compiler or a strategy that does not work here.
         """
-        from mim3d.engine.launch import check_machine, choose_accelerator
-        from mim3d.engine.sharding import check_sharding
+        from mim3d.engine.launch import check_machine
 
         check_machine(self.loop(1))
-        if self.strategy == "fsdp":
-            check_sharding(choose_accelerator(self.accelerator), None, averaged=bool(optim.ema_decay))
 
     def loop(self, max_steps: int) -> LoopSettings:
         """The loop's settings for a run of ``max_steps``."""

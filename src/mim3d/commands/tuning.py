@@ -78,7 +78,7 @@ def tune(arguments: Mapping[str, Any], *, every_fold: bool = False) -> Tuned:
 def _tune(arguments: Mapping[str, Any], processes: Company, *, every_fold: bool) -> Tuned:
     # What cannot work whatever the data is refused before they are read.
     stated = {**arguments, "batch_size": 1} if arguments["batch_size"] is None else arguments
-    Training.of(stated).check_machine(arguments["optim"])
+    Training.of(stated).check_machine()
     arguments, source, split = _cases(arguments, create_task(arguments["task"]))
     if arguments["patience"] is not None and not split.val:
         raise ConfigError(

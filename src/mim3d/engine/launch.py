@@ -12,7 +12,6 @@ from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning_fabric.strategies.strategy import Strategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.wrappers import _FabricModule as FabricModule
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from mim3d.engine.compiling import require_compiler
 from mim3d.engine.processes import Launched, choose_processes, launched, meeting_place
 from mim3d.engine.settings import LoopSettings
-from mim3d.engine.sharding import shard
 from mim3d.errors import ConfigError, Mim3dError
 from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.objective import Batch, Objective
@@ -110,9 +108,6 @@ def _strategy(loop: LoopSettings) -> Strategy | str:
     """How the processes keep their weights the same."""
     if loop.world_size == 1:
         return "auto"
-    if loop.strategy == "fsdp":
-        sizes = {"data_parallel_size": loop.world_size, "tensor_parallel_size": 1}
-        return ModelParallelStrategy(shard, timeout=_PATIENCE, **sizes)  # type: ignore[arg-type]
     # Networks may hold parameters that one objective does not train, such as mask tokens during fine-tuning, and others
     # that some batches leave out.
     return DDPStrategy(find_unused_parameters=True, timeout=_PATIENCE)

@@ -20,7 +20,6 @@ from mim3d.engine.progress import Display
 from mim3d.engine.retry import Feed, attempt
 from mim3d.engine.session import Hooks, OnCheckpoint, Session, Validate
 from mim3d.engine.settings import BatchSource, LoopSettings, RunFolder, TrainResult
-from mim3d.engine.sharding import Weights, check_sharding
 from mim3d.engine.stop import StopRequests
 from mim3d.objective import Batch, Objective
 from mim3d.optimisation import Optimisation
@@ -66,15 +65,10 @@ def train(
     checkpoints = Checkpoints(run.checkpoints_dir, loop.keep_checkpoints)
     if fabric.is_global_zero:
         checkpoints.require_space(objective, averaged=plan.schedule.ema_decay > 0)
-    sharded = loop.strategy == "fsdp"
-    if sharded:
-        check_sharding(fabric.device.type, objective, averaged=plan.schedule.ema_decay > 0)
-    weights = Weights.of(objective, sharded=sharded)
     if loop.compile:
-        compile_blocks(weights.trained)
-    model = fabric.setup_module(StepModule(weights.trained))
-    # Only now: sharding replaces the parameters.
-    optimizer: Any = fabric.setup_optimizers(build_optimizer(weights.trained, plan.schedule, loop.precision))
+        compile_blocks(objective)
+    model = fabric.setup_module(StepModule(objective))
+    optimizer: Any = fabric.setup_optimizers(build_optimizer(objective, plan.schedule, loop.precision))
     average = Average(objective, plan.schedule.ema_decay)
     hooks = Hooks(validate, best_by, on_checkpoint, loop.patience)
 
@@ -85,7 +79,7 @@ def train(
         heart = Heartbeat(fabric.global_rank, fabric.world_size, display.say, loop.rank_timeout_s)
         held.enter_context(heart)
         meter = Meter(fabric.device, BadSteps(loop.max_bad_steps, display.say))
-        parts = (optimizer, plan, loop, run, display, checkpoints, meter, hooks, average, weights, heart)
+        parts = (optimizer, plan, loop, run, display, checkpoints, meter, hooks, average, heart)
         session = Session(fabric, objective, *parts)
         start = session.resume()
         try:
@@ -111,7 +105,7 @@ def _run_steps(
         session.export(start)
         return start, done
     feed = Feed(session, source, start)
-    session.weights.trained.train()
+    session.objective.train()
     for step in range(start + 1, loop.max_steps + 1):
         batch = attempt(session, feed, step, partial(_take_step, session, model, feed, step))
         session.step = step
@@ -157,7 +151,7 @@ def _take_step(session: Session, model: FabricModule, feed: Feed, step: int) -> 
     session.optimizer.zero_grad(set_to_none=True)
     session.average.update(step)
     with torch.no_grad():
-        session.weights.trained.after_step(progress)
+        session.objective.after_step(progress)
     session.updating = False
     session.heart.at(step, BETWEEN)
     session.speed.add_samples(session.plan.effective_batch)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from mim3d.backbones.base import Encoder
-from mim3d.engine.sharding import whole_tensor
 from mim3d.optimisation import Schedule
 
 _TOKEN_OR_POSITION = re.compile(r"(^|[._])(mask_token|cls_token|pos_embed|positions?|positional)([._]|$)")
@@ -79,7 +78,7 @@ def clip_gradients(
     """Clip the whole gradient to ``max_norm`` (infinite: leave it); returns the norm it had, unread."""
     norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm, error_if_nonfinite=False)
     assert norm is not None
-    return whole_tensor(norm)
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

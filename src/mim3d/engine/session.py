@@ -22,7 +22,6 @@ from mim3d.engine.plan import Plan
 from mim3d.engine.progress import Display
 from mim3d.engine.requeue import requeue
 from mim3d.engine.settings import LoopSettings, RunFolder
-from mim3d.engine.sharding import Weights
 from mim3d.errors import CheckpointError, ConfigError, Mim3dError
 from mim3d.objective import Batch, Objective
 from mim3d.progress import clock
@@ -58,7 +57,6 @@ class Session:
 
     Attributes:
         best: step and values of the best validation so far.
-        weights: of the objective, which may be sharded; the objective itself is whole.
         stale: validations since then.
         speed: clock of this session and those before it.
         step: the last optimiser step that is done.
@@ -76,7 +74,6 @@ class Session:
     meter: Meter
     hooks: Hooks
     average: Average
-    weights: Weights
     heart: Heartbeat
     best: dict[str, float] | None = None
     stale: int = 0
@@ -112,8 +109,7 @@ class Session:
                 f"{self.plan.effective_batch}; resume with the same batch size, accumulation and devices."
             )
         restore_weights(self.objective, content, path)
-        self.weights.scatter()
-        self.weights.load_optimizer_state(self.optimizer, content["optimizer"])
+        self.optimizer.load_state_dict(content["optimizer"])
         self.fabric.strategy.precision.load_state_dict(content["precision"])
         micro_batches = self.loop.accumulation / content["accumulation"]
         self.meter.restore(content["meter"], self.fabric.global_rank, self.fabric.world_size, micro_batches)
@@ -152,7 +148,6 @@ class Session:
             return
         self.heart.at(step, "validates")
         with self.speed.paused():
-            self.weights.gather()
             scores: dict[str, float] = {}
             if self.fabric.is_global_zero:
                 with self._looking():
@@ -179,9 +174,8 @@ class Session:
         return scores[best_by] > (-math.inf if self.best is None else self.best[best_by])
 
     def picture(self, step: int, batch: Batch) -> None:
-        """Let the objective draw what it sees in ``batch``; a collective call."""
+        """Let the objective of the first process draw what it sees in ``batch``."""
         self.heart.at(step, "draws pictures")
-        self.weights.gather()
         if self.fabric.is_global_zero:
             with self.speed.paused(), self._looking():
                 pictures = {name: _as_array(volume) for name, volume in self.objective.pictures(batch).items()}
@@ -198,19 +192,17 @@ class Session:
         self.heart.at(step, "writes a checkpoint")
         with self.speed.paused():
             window = self.meter.state()
-            self.weights.gather()
             self._require_finite_weights(step)
-            optimizer = self.weights.optimizer_state(self.optimizer)
             if self.fabric.is_global_zero:
-                self.checkpoints.save(step, self._state(window, optimizer))
+                self.checkpoints.save(step, self._state(window))
                 self.export(step)
         self.heart.at(step, BETWEEN)
 
-    def _state(self, window: list[list[dict[str, Any]]], optimizer: dict[str, Any]) -> dict[str, Any]:
+    def _state(self, window: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """What a checkpoint carries."""
         return {
             "objective": self.objective.state_dict(),
-            "optimizer": optimizer,
+            "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "meter": window,
             "bad_steps": self.meter.bad_steps.state(),
@@ -241,17 +233,16 @@ class Session:
         """Save the state after the last whole step, when the one after it fails in this process.
 
         Not collective, as others may never come: only the first process saves, and of the metrics since the last line
-        its own. Sharded weights, and weights that are half updated, are past saving; so is what a broken device holds.
+        its own. Weights that are half updated are past saving; so is what a broken device holds.
         """
         saved = self.checkpoints.last_step() or 0
-        if not self.fabric.is_global_zero or self.weights.sharded or self.updating or self.step <= saved:
+        if not self.fabric.is_global_zero or self.updating or self.step <= saved:
             return
         try:
             self.forget_step(self.step + 1)
             window = self.meter.state_alone()
             self._require_finite_weights(self.step)
-            optimizer = self.weights.optimizer_state(self.optimizer)
-            path = self.checkpoints.save(self.step, self._state(window, optimizer))
+            path = self.checkpoints.save(self.step, self._state(window))
         except (RuntimeError, MemoryError, OSError, Mim3dError) as error:
             self.display.say(f"the state after step {self.step} could not be saved: {' '.join(str(error).split())}")
             return
@@ -328,8 +319,7 @@ class Session:
         """Averaged weights, evaluation mode, no gradients, the run's precision; all as it was afterwards."""
         self.objective.eval()
         try:
-            shown = self.weights.shown_on(self.fabric.device)
-            with shown, self.average.in_place(), torch.no_grad(), self.fabric.autocast():
+            with self.average.in_place(), torch.no_grad(), self.fabric.autocast():
                 yield
         finally:
             self.objective.train()

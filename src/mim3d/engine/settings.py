@@ -12,7 +12,7 @@ from mim3d.errors import ConfigError
 from mim3d.objective import Batch
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-STRATEGIES = ("auto", "ddp", "fsdp")
+STRATEGIES = ("auto", "ddp")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 
 
@@ -42,8 +42,8 @@ class LoopSettings:
         compile: whether the blocks of the network go through ``torch.compile``.
         devices: processes (one per device) on each node.
         num_nodes: machines.
-        strategy: how several processes keep their weights the same: ``ddp`` (each has all of them; ``auto`` too) or
-            ``fsdp`` (each has a slice).
+        strategy: how several processes keep their weights the same: ``ddp`` (each has all of them), or ``auto``, which
+            means the same.
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
     Raises:
         ConfigError: for a value that cannot work.
@@ -86,24 +86,14 @@ class LoopSettings:
             raise ConfigError(f"seed is {self.seed}; it must be zero or more.")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision is '{self.precision}'; use one of {', '.join(PRECISIONS)}.")
+        if self.strategy == "fsdp":
+            raise ConfigError(
+                "strategy is 'fsdp', which was removed; use ddp, and where memory is short --backbone.recompute true."
+            )
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy is '{self.strategy}'; use one of {', '.join(STRATEGIES)}.")
         if self.accelerator not in ACCELERATORS:
             raise ConfigError(f"accelerator is '{self.accelerator}'; use one of {', '.join(ACCELERATORS)}.")
-        if self.strategy == "fsdp":
-            self._check_sharding()
-
-    def _check_sharding(self) -> None:
-        if self.world_size == 1:
-            raise ConfigError(
-                "strategy fsdp does not work here: there is one process, over which nothing can be spread; use "
-                "--devices, or strategy auto."
-            )
-        if self.precision == "16-mixed":
-            raise ConfigError(
-                "strategy fsdp does not work here: it goes without the loss scaling of float16; use precision "
-                "bf16-mixed, or strategy ddp."
-            )
 
     @property
     def world_size(self) -> int:
