@@ -43,7 +43,7 @@ from yardstick.machine import describe, options, prepare, write_results
 from yardstick.marks import print_ratios
 from yardstick.page_cache import drop, files_below, load
 
-from mim3d.types import Triple
+from mim3d.core.types import Triple
 
 #: For scans that hold none of the other crops.
 SMALL = (48, 48, 48)

@@ -23,12 +23,12 @@ from yardstick.batches import mim_with_children, random_batch
 from yardstick.machine import describe, options, prepare, write_results
 
 from mim3d.backbones import create_recipe
-from mim3d.engine.loop import train
-from mim3d.engine.optim import build_optimizer
-from mim3d.engine.settings import LoopSettings
+from mim3d.core.run_folder import Run
 from mim3d.objective import Batch, Objective
-from mim3d.optimisation import Optimisation, make_schedule
-from mim3d.run import Run
+from mim3d.training.loop import train
+from mim3d.training.optim import build_optimizer
+from mim3d.training.optimisation import Optimisation, make_schedule
+from mim3d.training.settings import LoopSettings
 
 OPTIM = Optimisation(learning_rate=1e-6, weight_decay=0.05, clip_norm=1.0)
 #: The loop may take this much longer than its steps.

@@ -37,12 +37,12 @@ from yardstick.marks import Ratio, print_ratios
 from yardstick.sliding_schemes import monai_labels, nnunet_labels
 
 from mim3d.backbones import create_recipe
-from mim3d.data.cases import Case
-from mim3d.data.preprocessing import Preprocessing
-from mim3d.data.preprocessing import prepare as prepare_case
-from mim3d.data.transforms import Intensity
+from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.preprocessing import prepare as prepare_case
+from mim3d.datasets.cases import Case
 from mim3d.inference import Windows, classes_readout, predict_scan
-from mim3d.tasks.segmentation import Segmentation
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks.segmentation.task import Segmentation
 
 NUM_CLASSES = 14
 OURS, OURS_ALL, MONAI = "mim3d", "mim3d, all windows", "MONAI"

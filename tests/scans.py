@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mim3d.data.cases import Case
-from mim3d.data.preprocessing import Statistics
-from mim3d.data.stored_intensity import StoredIntensity
-from mim3d.types import Spacing, Triple
+from mim3d.caching.preprocessing import Statistics
+from mim3d.caching.stored_intensity import StoredIntensity
+from mim3d.core.types import Spacing, Triple
+from mim3d.datasets.cases import Case
 
 
 def statistics_of(image_XYZ: np.ndarray) -> Statistics:

@@ -11,40 +11,36 @@ SOURCE = Path(__file__).parents[1] / "src" / "mim3d"
 
 #: Rooms from the ground up; a room imports only from rooms before it. Rooms of one line stand side by side.
 ROOMS = [
-    "errors",
-    "types",
-    "coercion",
-    "config",
-    "progress",
-    "resources",
+    "core",
     "kernels",
+    "scans",
     "nn",
-    "data",
-    "metrics",
-    "backbones",
-    "inference",
-    "objective",
-    "optimisation",
-    "methods",
-    "weights",
-    "tasks",
-    "probing",
-    "engine",
-    "provenance",
-    "run_files",
-    "run",
     "tracking",
+    "metrics",
+    "datasets",
+    "phantoms",
+    "backbones",
     "reporting",
+    "caching",
+    "objective",
+    "weights",
+    "inference",
+    "planning",
+    "loading",
+    "distributed",
+    "training",
+    "tasks",
+    "methods",
+    "probing",
     "exporting",
+    "workflows",
     "commands",
-    "arguments",
-    "manual",
     "cli",
     "__main__",
 ]
 
 #: Rooms that may not be imported although they lie below.
-FORBIDDEN = {"engine": {"methods", "tasks", "probing", "data"}, "nn": {"config"}}
+FORBIDDEN = {"training": {"loading", "planning", "inference", "weights", "caching", "datasets"}}
 
 #: What a room may import from outside, where that is part of its purpose.
 PURE = {"torch", "triton", "numpy", "math", "collections", "dataclasses", "typing", "functools", "itertools"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mim3d.arguments import Signature, command_arguments, split_line
 from mim3d.cli import COMMANDS
+from mim3d.cli.arguments import Signature, command_arguments, split_line
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from mim3d.backbones.hybrid import Hybrid
-from mim3d.methods.mim import MiM
-from mim3d.methods.mim_sampler import relative_corners
-from mim3d.methods.planning import full_levels
+from mim3d.methods.mim.method import MiM
+from mim3d.methods.mim.planning import full_levels
+from mim3d.methods.mim.sampler import relative_corners
 from mim3d.objective import Batch
 
 

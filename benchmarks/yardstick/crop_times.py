@@ -9,7 +9,7 @@ from statistics import median
 
 import numpy as np
 
-from mim3d.types import Triple
+from mim3d.core.types import Triple
 from yardstick.data_stores import Store
 from yardstick.page_cache import drop, load, share_in_memory
 

@@ -9,8 +9,8 @@ import nibabel
 import numpy as np
 
 import mim3d
-from mim3d.data.volumes import find_scans, read_volume, scan_id
-from mim3d.types import Triple
+from mim3d.core.types import Triple
+from mim3d.scans.volumes import find_scans, read_volume, scan_id
 
 NIFTI = (".nii.gz", ".nii")
 

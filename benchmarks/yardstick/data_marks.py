@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mim3d.types import Triple
+from mim3d.core.types import Triple
 from yardstick.data_stores import (
     EXACT,
     EXACT_STORED,

@@ -10,9 +10,10 @@ import nibabel
 import numpy as np
 import torch
 
-from mim3d.data.cache import CachedScan, open_cache
-from mim3d.data.transforms import CT_WINDOW_HU, Intensity, apply_lines, resize_image
-from mim3d.types import Triple
+from mim3d.caching.cache import CachedScan, open_cache
+from mim3d.core.types import Triple
+from mim3d.nn.resizing import resize_image
+from mim3d.scans.intensity import CT_WINDOW_HU, Intensity, apply_lines
 from yardstick.blosc_partition import blosc_partition
 from yardstick.ct_scans import Scan
 from yardstick.page_cache import files_below

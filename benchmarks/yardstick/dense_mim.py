@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mim3d.backbones.hybrid import Hybrid
-from mim3d.methods.mim_objective import MiMObjective
+from mim3d.methods.mim.objective import MiMObjective
 from mim3d.nn.positions import sincos_positions
 from mim3d.objective import Batch
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from mim3d.backbones.hybrid import Hybrid
-from mim3d.methods.mim import MiM
+from mim3d.methods.mim.method import MiM
 
 #: A backward pass costs two forward passes: one product for the gradient of the input, one for that of the weight.
 WITH_BACKWARD = 3

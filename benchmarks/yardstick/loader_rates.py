@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from mim3d.backbones import create_recipe
-from mim3d.data.cache import CachedScan
-from mim3d.data.loading import Loader, Sample, Sampler
-from mim3d.data.plan import plan_intensity
-from mim3d.methods.hierarchy import Level
-from mim3d.methods.mim import MiM
-from mim3d.methods.planning import full_levels
-from mim3d.types import Triple
+from mim3d.caching.cache import CachedScan
+from mim3d.core.types import Triple
+from mim3d.loading.loader import Loader, Sample, Sampler
+from mim3d.methods.mim.hierarchy import Level
+from mim3d.methods.mim.method import MiM
+from mim3d.methods.mim.planning import full_levels
+from mim3d.planning.plan import plan_intensity
 from yardstick.page_cache import drop
 from yardstick.published_loader import PublishedSamples
 

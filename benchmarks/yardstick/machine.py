@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from mim3d.core.resources import peak_memory_bytes
 from mim3d.kernels.allocator import keep_freed_memory
-from mim3d.resources import peak_memory_bytes
 
 RESULTS = Path(__file__).parents[1] / "results"
 

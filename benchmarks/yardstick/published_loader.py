@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from mim3d.types import Triple
+from mim3d.core.types import Triple
 from yardstick.page_cache import drop
 
 WINDOW_HU = (-1000.0, 1000.0)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mim3d.core.types import Triple
 from mim3d.inference import Network, Windows
-from mim3d.types import Triple
 
 
 def monai_labels(network: Network, image_CXYZ: Tensor, windows: Windows) -> np.ndarray:

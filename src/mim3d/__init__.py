@@ -22,10 +22,10 @@ _HOMES = {
     "create_model": "mim3d.backbones",
     "list_models": "mim3d.backbones",
     "load_encoder": "mim3d.weights",
-    "CachedDataset": "mim3d.data.monai_dataset",
+    "CachedDataset": "mim3d.loading.monai_dataset",
 }
 
-_ROOMS = ("backbones", "data", "metrics", "weights")
+_ROOMS = ("backbones", "caching", "datasets", "metrics", "weights")
 
 __all__ = [
     "CachedDataset",
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from mim3d.commands.pretrain import pretrain
     from mim3d.commands.probe import probe
     from mim3d.commands.report import report
-    from mim3d.data.monai_dataset import CachedDataset
+    from mim3d.loading.monai_dataset import CachedDataset
     from mim3d.weights import load_encoder
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from mim3d.backbones.base import Encoder
-from mim3d.types import Triple
+from mim3d.backbones.contract import Encoder
+from mim3d.core.types import Triple
 
 Batch = dict[str, Tensor]
 

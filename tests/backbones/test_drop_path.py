@@ -10,17 +10,17 @@ from torch.utils.data import default_collate
 
 from mim3d.backbones import BACKBONES, Hybrid, create_model, create_recipe
 from mim3d.backbones.hybrid import HybridEncoder
-from mim3d.config import resolve, to_named
-from mim3d.data.loading import SampleDataset
-from mim3d.data.transforms import Intensity
-from mim3d.engine.memory import StepMemory
-from mim3d.engine.settings import LoopSettings
-from mim3d.errors import ConfigError
+from mim3d.core.config import resolve, to_named
+from mim3d.core.errors import ConfigError
 from mim3d.kernels.depthwise import depthwise_dense
+from mim3d.loading.loader import SampleDataset
 from mim3d.methods import Method, create_method
 from mim3d.nn.blocks import ConvBlock, DropPath, TransformerBlock
 from mim3d.objective import Objective
-from mim3d.optimisation import Optimisation
+from mim3d.scans.intensity import Intensity
+from mim3d.training.memory import StepMemory
+from mim3d.training.optimisation import Optimisation
+from mim3d.training.settings import LoopSettings
 from tests.scans import random_scan
 
 RECIPE = Hybrid(widths=(6, 12, 24), depths=(1, 2, 2), num_heads=2, decoder_dim=12, decoder_num_heads=2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.yardstick.dense_mim import DenseEncoder
 from mim3d.backbones import create_model, list_models
 from mim3d.backbones.hybrid import HybridEncoder
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
 from mim3d.nn.decoder import TokenDecoder
 from mim3d.nn.losses import reconstruction_loss
 from mim3d.nn.masks import split_tokens, take_tokens

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from mim3d.caching.cache import open_cache
 from mim3d.cli import main
 from mim3d.commands.cache import cache
-from mim3d.data.cache import open_cache
-from mim3d.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError
 from tests.nifti import noise, write_nifti
 
 

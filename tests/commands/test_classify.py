@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mim3d.commands.classify import predict_classes
-from mim3d.commands.devices import choose_device
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
-from mim3d.data.cases import Case
-from mim3d.data.transforms import Intensity
-from mim3d.errors import CheckpointError, ConfigError, DataError
-from mim3d.optimisation import Optimisation
-from mim3d.run import read_run
-from mim3d.tasks.classifier import load_classifier
+from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.run_folder import read_run
+from mim3d.datasets.cases import Case
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks.classification.classifier import load_classifier
+from mim3d.training.optimisation import Optimisation
 from mim3d.weights import load_encoder, read_card
+from mim3d.workflows.predict.classify import predict_classes
+from mim3d.workflows.shared.devices import choose_device
 from tests.commands.conftest import BACKBONE
 from tests.labelled import write_scan
 from tests.miniatures import write_cc_ccii
@@ -181,9 +181,9 @@ def test_masks_are_not_needed_then_boxes_lie_in_the_middle_of_scans(class_list, 
 
 
 def test_the_box_of_a_file_is_the_box_of_the_cache(run, class_list):
-    from mim3d.data.cache import open_cache
-    from mim3d.data.loading import SampleDataset
-    from mim3d.tasks.cubes import CubeFinisher
+    from mim3d.caching.cache import open_cache
+    from mim3d.loading.loader import SampleDataset
+    from mim3d.tasks.classification.cubes import CubeFinisher
 
     classifier = load_classifier(run)
     for scan in list(open_cache(run / "cache"))[:3]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mim3d.commands.evaluate import evaluate
-from mim3d.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 

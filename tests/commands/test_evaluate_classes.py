@@ -8,8 +8,8 @@ import pytest
 
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.report import report
-from mim3d.errors import ConfigError, DataError
-from mim3d.run import Run
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.run_folder import Run
 
 DIAMETERS = [3.0, 4.0, 9.0, 5.0, 12.0, 15.0, 8.0, 6.0]
 TRUTH = ["Benign"] * 4 + ["Malign"] * 4

@@ -10,13 +10,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mim3d.commands import evaluate_labels
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.report import report
-from mim3d.commands.scoring import Scoring, processes_for, scored
-from mim3d.data.score_pairs import find_pairs
-from mim3d.errors import ConfigError, DataError
-from mim3d.run import Run
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.run_folder import Run
+from mim3d.datasets.score_pairs import find_pairs
+from mim3d.workflows.evaluate import labels as evaluate_labels
+from mim3d.workflows.evaluate.scoring import Scoring, processes_for, scored
 
 LABELS = '{"labels": {"0": "background", "1": "oedema", "2": "necrosis", "3": "enhancing"}}'
 REGIONS = {"whole tumour": [1, 2, 3], "tumour core": ["necrosis", 3]}
@@ -329,10 +329,10 @@ def test_small_sets_stay_in_one_process_and_large_ones_within_memory(folders, mo
     pairs = find_pairs(str(folders / "pred"), str(folders / "ref")).pairs
     assert processes_for(pairs, None) == 1
     assert processes_for(pairs, 3) == 3 and processes_for(pairs, 30) == 5 and processes_for(pairs, 0) == 1
-    monkeypatch.setattr("mim3d.commands.scoring.SMALL_VOXELS", 100)
-    monkeypatch.setattr("mim3d.commands.scoring.num_cores", lambda: 4)
+    monkeypatch.setattr("mim3d.workflows.evaluate.scoring.SMALL_VOXELS", 100)
+    monkeypatch.setattr("mim3d.workflows.evaluate.scoring.num_cores", lambda: 4)
     assert processes_for(pairs, None) == 4
-    monkeypatch.setattr("mim3d.commands.scoring.available_memory_bytes", lambda: 2 * 24 * 16 * 14 * 12 + 5)
+    monkeypatch.setattr("mim3d.workflows.evaluate.scoring.available_memory_bytes", lambda: 2 * 24 * 16 * 14 * 12 + 5)
     assert processes_for(pairs, None) == 2
 
 

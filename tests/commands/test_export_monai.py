@@ -12,7 +12,7 @@ import torch
 
 from mim3d.commands.export import export
 from mim3d.commands.predict import predict
-from mim3d.errors import CheckpointError
+from mim3d.core.errors import CheckpointError
 from mim3d.exporting.monai_inference import inference_config
 from mim3d.exporting.networks import load_exported
 from tests.labelled import ball_scan, write_scan

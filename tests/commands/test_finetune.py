@@ -13,17 +13,17 @@ import torch
 from mim3d.backbones import create_recipe
 from mim3d.commands.cache import cache
 from mim3d.commands.finetune import finetune
-from mim3d.commands.held_out import choose_split
 from mim3d.commands.predict import predict
 from mim3d.commands.pretrain import pretrain
-from mim3d.config import to_named
-from mim3d.data.cases import Case, read_cases
-from mim3d.data.train_parts import TrainPart
-from mim3d.data.transforms import Intensity
-from mim3d.errors import CheckpointError, ConfigError, DataError
-from mim3d.optimisation import Optimisation
-from mim3d.run import read_run
+from mim3d.core.config import to_named
+from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.run_folder import read_run
+from mim3d.datasets.cases import Case, read_cases
+from mim3d.datasets.train_parts import TrainPart
+from mim3d.scans.intensity import Intensity
+from mim3d.training.optimisation import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network
+from mim3d.workflows.shared.held_out import choose_split
 from tests.commands.conftest import BACKBONE, TASK
 from tests.labelled import ball_scan, write_ball_set, write_scan
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from mim3d.backbones import BACKBONES, create_recipe
+from mim3d.caching.cache import build_cache, open_cache
+from mim3d.caching.preprocessing import Preprocessing
 from mim3d.cli import main
 from mim3d.commands.finetune import finetune
-from mim3d.commands.folds import tune_folds
-from mim3d.commands.leakage import SEEN_NAME, labelled, seen_from, write_seen
-from mim3d.commands.presets import apply_preset
-from mim3d.commands.tuning import Tuned, tune
-from mim3d.config import read_yaml, to_named
-from mim3d.data.cache import build_cache, open_cache
-from mim3d.data.cases import read_cases
-from mim3d.data.fold_lists import fold_numbers
-from mim3d.data.preprocessing import Preprocessing
-from mim3d.errors import CheckpointError, ConfigError, DataError
-from mim3d.run import read_run
+from mim3d.core.config import read_yaml, to_named
+from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.run_folder import read_run
+from mim3d.datasets.cases import read_cases
+from mim3d.datasets.published.folds import fold_numbers
 from mim3d.weights import read_card, save_network
+from mim3d.workflows.finetune.folds import tune_folds
+from mim3d.workflows.finetune.presets import apply_preset
+from mim3d.workflows.finetune.run import Tuned, tune
+from mim3d.workflows.shared.leakage import SEEN_NAME, labelled, seen_from, write_seen
 from tests.commands.conftest import BACKBONE, TASK
 from tests.miniatures import MINIATURES, Miniature
 
@@ -133,7 +133,7 @@ def test_a_fold_that_stops_ends_the_session_and_later_folds_wait(ball_set: Path,
 
 
 def test_the_longest_time_is_that_of_all_folds_together(ball_set: Path, tmp_path: Path, monkeypatch) -> None:
-    from mim3d.commands import folds as module
+    from mim3d.workflows.finetune import folds as module
 
     now = iter([0.0, 0.0, 40.0, 61.0])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))

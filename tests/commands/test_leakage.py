@@ -5,7 +5,14 @@ import warnings
 import numpy as np
 import pytest
 
-from mim3d.commands.leakage import (
+from mim3d.caching.cache import build_cache
+from mim3d.caching.leaks import Labelled
+from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.errors import CheckpointError, DataError
+from mim3d.datasets.cases import read_cases
+from mim3d.phantoms.body import make_phantom
+from mim3d.weights import WEIGHTS_NAME
+from mim3d.workflows.shared.leakage import (
     SEEN_NAME,
     Seen,
     check_leakage,
@@ -16,13 +23,6 @@ from mim3d.commands.leakage import (
     seen_from,
     write_seen,
 )
-from mim3d.data.cache import build_cache
-from mim3d.data.cases import read_cases
-from mim3d.data.leaks import Labelled
-from mim3d.data.phantom import make_phantom
-from mim3d.data.preprocessing import Preprocessing
-from mim3d.errors import CheckpointError, DataError
-from mim3d.weights import WEIGHTS_NAME
 from tests.nifti import write_nifti
 
 

@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import nn
 
-from mim3d.arguments import Signature, command_arguments, split_line
 from mim3d.backbones import Hybrid, create_recipe
 from mim3d.cli import COMMANDS, main
-from mim3d.commands import memory
-from mim3d.commands.memory import Way, finetuning_ways, pretraining_sample, pretraining_ways, require_memory
-from mim3d.commands.training import Training
-from mim3d.config import write_yaml
-from mim3d.data.loading import Loader
-from mim3d.data.transforms import Intensity
-from mim3d.engine import memory as engine_memory
-from mim3d.errors import ConfigError
+from mim3d.cli.arguments import Signature, command_arguments, split_line
+from mim3d.core.config import write_yaml
+from mim3d.core.errors import ConfigError
+from mim3d.core.run_folder import read_run
+from mim3d.loading.loader import Loader
 from mim3d.methods import create_method
-from mim3d.methods.mim import MiM
+from mim3d.methods.mim.method import MiM
 from mim3d.objective import Batch, Objective, StepOutput
-from mim3d.optimisation import Optimisation
-from mim3d.run import read_run
+from mim3d.scans.intensity import Intensity
+from mim3d.training import memory as engine_memory
+from mim3d.training.optimisation import Optimisation
+from mim3d.workflows.shared import memory
+from mim3d.workflows.shared.memory import Way, finetuning_ways, pretraining_sample, pretraining_ways, require_memory
+from mim3d.workflows.shared.training import Training
 from tests.commands.conftest import BACKBONE, TASK
 
 LEVELS = [
@@ -199,9 +199,9 @@ def test_offered_flags_of_fine_tuning_name_the_same_backbone(recipe):
 
 
 def test_a_sample_has_the_shapes_that_were_foreseen_from_headers(ball_set, tmp_path):
-    from mim3d.data.cache import build_cache
-    from mim3d.data.cases import read_cases
-    from mim3d.data.preprocessing import Preprocessing
+    from mim3d.caching.cache import build_cache
+    from mim3d.caching.preprocessing import Preprocessing
+    from mim3d.datasets.cases import read_cases
 
     scans = build_cache(read_cases(ball_set), tmp_path / "cache", Preprocessing(), num_workers=1)
     recipe = create_recipe(PRETRAIN["backbone"])

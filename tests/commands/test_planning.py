@@ -11,10 +11,17 @@ import pytest
 
 from mim3d.backbones import create_recipe
 from mim3d.cli import main
-from mim3d.commands import planning
 from mim3d.commands.finetune import finetune
-from mim3d.commands.inputs import read_data
-from mim3d.commands.planning import (
+from mim3d.core.config import read_yaml, to_mapping, write_yaml
+from mim3d.core.errors import ConfigError
+from mim3d.core.run_folder import Run, read_run
+from mim3d.datasets.cases import Split, split_cases
+from mim3d.planning.patch import FILLED_SHARE
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks import create_task
+from mim3d.training import memory as engine_memory
+from mim3d.workflows.finetune import planning
+from mim3d.workflows.finetune.planning import (
     FINGERPRINT_NAME,
     PLAN_NAME,
     Planned,
@@ -22,18 +29,11 @@ from mim3d.commands.planning import (
     read_plan,
     save_plan,
 )
-from mim3d.commands.planning_memory import training_memory
-from mim3d.commands.planning_table import describe_plan
-from mim3d.commands.start import Start
-from mim3d.commands.training import Training
-from mim3d.config import read_yaml, to_mapping, write_yaml
-from mim3d.data.cases import Split, split_cases
-from mim3d.data.plan_patch import FILLED_SHARE
-from mim3d.data.transforms import Intensity
-from mim3d.engine import memory as engine_memory
-from mim3d.errors import ConfigError
-from mim3d.run import Run, read_run
-from mim3d.tasks import create_task
+from mim3d.workflows.finetune.planning_memory import training_memory
+from mim3d.workflows.finetune.planning_table import describe_plan
+from mim3d.workflows.finetune.start import Start
+from mim3d.workflows.shared.inputs import read_data
+from mim3d.workflows.shared.training import Training
 from tests.commands.conftest import BACKBONE
 from tests.labelled import ball_scan, write_scan
 from tests.nifti import affine_of

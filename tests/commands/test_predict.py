@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 
-from mim3d.commands.held_out import held_out_cases, write_split
 from mim3d.commands.predict import predict
-from mim3d.commands.predictions import input_cases
-from mim3d.data.cases import Case, Split
-from mim3d.data.volumes import read_volume
-from mim3d.errors import CheckpointError, ConfigError, DataError
-from mim3d.run import Run
+from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.run_folder import Run
+from mim3d.datasets.cases import Case, Split
+from mim3d.scans.volumes import read_volume
+from mim3d.workflows.predict.predictions import input_cases
+from mim3d.workflows.shared.held_out import held_out_cases, write_split
 from tests.labelled import ball_scan, write_scan
 
 
@@ -392,9 +392,9 @@ def test_a_dicom_series_becomes_a_dicom_seg(segmenter_run, shared_data, tmp_path
 def test_a_classifier_is_handed_to_the_command_for_classes(segmenter_run, scans, tmp_path, monkeypatch):
     folder = damaged(segmenter_run, tmp_path / "run" / "classifier", task={"name": "classification"})
     asked = []
-    module = types.ModuleType("mim3d.commands.classify")
+    module = types.ModuleType("mim3d.workflows.predict.classify")
     module.predict_classes = lambda *arguments: asked.append(arguments) or "table"
-    monkeypatch.setitem(sys.modules, "mim3d.commands.classify", module)
+    monkeypatch.setitem(sys.modules, "mim3d.workflows.predict.classify", module)
     assert predict(str(folder.parent), str(tmp_path / "out"), input=str(scans), batch_size=2) == "table"
     assert asked == [([str(folder.parent)], str(tmp_path / "out"), str(scans), 2, None, "auto", False)]
 

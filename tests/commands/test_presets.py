@@ -11,25 +11,25 @@ import pytest
 import torch
 
 from mim3d.backbones import create_recipe
+from mim3d.caching.cache import Cache, build_cache
+from mim3d.caching.preprocessing import Preprocessing
 from mim3d.cli import main
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
-from mim3d.commands.presets import apply_preset, preset_settings
-from mim3d.commands.start import asked_recipe, choose_start
-from mim3d.config import to_mapping
-from mim3d.data.cache import Cache, build_cache
-from mim3d.data.cases import read_cases
-from mim3d.data.datasets import PRESETS
-from mim3d.data.loading import Loader
-from mim3d.data.preprocessing import Preprocessing
-from mim3d.data.transforms import Intensity
-from mim3d.errors import ConfigError, DataError
-from mim3d.optimisation import Optimisation
-from mim3d.run import read_run
+from mim3d.core.config import to_mapping
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.run_folder import read_run
+from mim3d.datasets.cases import read_cases
+from mim3d.datasets.published.presets import PRESETS
+from mim3d.loading.loader import Loader
+from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
-from mim3d.tasks.segmentation import Segmentation
+from mim3d.tasks.segmentation.task import Segmentation
+from mim3d.training.optimisation import Optimisation
 from mim3d.weights import save_network
+from mim3d.workflows.finetune.presets import apply_preset, preset_settings
+from mim3d.workflows.finetune.start import asked_recipe, choose_start
 from tests.miniatures import MINIATURES, write_cc_ccii
 
 #: An encoder and a task that take a step in no time; what they leave out comes from the preset.

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from mim3d.caching.cache import open_cache
 from mim3d.commands.finetune import finetune
-from mim3d.commands.inputs import open_scans
-from mim3d.commands.leakage import read_seen
 from mim3d.commands.pretrain import pretrain
-from mim3d.config import read_yaml
-from mim3d.data.cache import open_cache
-from mim3d.data.cases import read_cases, split_cases
-from mim3d.errors import ConfigError, DataError
-from mim3d.methods.hierarchy import Hierarchy, Level
-from mim3d.optimisation import Optimisation
-from mim3d.run import read_run
+from mim3d.core.config import read_yaml
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.run_folder import read_run
+from mim3d.datasets.cases import read_cases, split_cases
+from mim3d.methods.mim.hierarchy import Hierarchy, Level
 from mim3d.tracking import Tracking
+from mim3d.training.optimisation import Optimisation
 from mim3d.weights import load_encoder, read_card
+from mim3d.workflows.shared.inputs import open_scans
+from mim3d.workflows.shared.leakage import read_seen
 from tests.commands.conftest import BACKBONE, TASK
 from tests.labelled import ball_scan, write_scan
 

@@ -10,26 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from mim3d.commands import probe_cases
-from mim3d.commands.held_out import choose_split
+from mim3d.caching.cache import open_cache
 from mim3d.commands.pretrain import pretrain
 from mim3d.commands.probe import probe
-from mim3d.commands.probe_monitor import ProbePlan
-from mim3d.config import write_yaml
-from mim3d.data.cache import open_cache
-from mim3d.data.case_records import Case, CaseSet
-from mim3d.data.phantom_set import PhantomSettings
-from mim3d.engine.checkpoint import read_checkpoint
-from mim3d.errors import CheckpointError, ConfigError, DataError
-from mim3d.optimisation import Optimisation
+from mim3d.core.config import write_yaml
+from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.run_folder import read_run
+from mim3d.datasets.records import Case, CaseSet
+from mim3d.phantoms.dataset import PhantomSettings
 from mim3d.probing.settings import Probing
 from mim3d.reporting.curves import Curves, metric_names
-from mim3d.run import read_run
+from mim3d.training.checkpoint import read_checkpoint
+from mim3d.training.optimisation import Optimisation
 from mim3d.weights import load_encoder, read_card, weights_digest
+from mim3d.workflows.probe import cases as probe_cases
+from mim3d.workflows.probe.monitor import ProbePlan
+from mim3d.workflows.shared.held_out import choose_split
 from tests.commands.conftest import BACKBONE
 from tests.commands.test_pretrain import METHOD
 from tests.labelled import ball_scan, write_scan
-from tests.test_weights import published_file
+from tests.weights.test_weights import published_file
 
 SMALL = {"num_folds": 3, "num_workers": 0, "num_bootstrap": 100, "probing": Probing(clear_ratio=0.5)}
 

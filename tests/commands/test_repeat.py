@@ -18,10 +18,10 @@ from safetensors import safe_open
 
 import mim3d
 from mim3d.cli import main
-from mim3d.run import read_run
+from mim3d.core.run_folder import read_run
 from tests.commands.conftest import BACKBONE, TASK
 from tests.commands.test_pretrain import METHOD
-from tests.engine.toy_training import comparable
+from tests.training.toy_training import comparable
 
 SHARED = {"backbone": BACKBONE, "num_workers": 0, "log_every": 1, "optim": {"learning_rate": 1e-3}, "pictures_every": 2}
 PRETRAIN = {**SHARED, "method": METHOD, "max_steps": 4, "batch_size": 2}

@@ -9,8 +9,8 @@ import pytest
 
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.report import report
-from mim3d.errors import ConfigError
-from mim3d.run import Run
+from mim3d.core.errors import ConfigError
+from mim3d.core.run_folder import Run
 
 
 def make_run(folder, command="finetune", **settings):

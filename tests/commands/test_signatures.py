@@ -5,9 +5,9 @@ import inspect
 import pytest
 
 import mim3d
-from mim3d.arguments import RESERVED, Signature
 from mim3d.cli import COMMANDS, overview
-from mim3d.manual import manual
+from mim3d.cli.arguments import RESERVED, Signature
+from mim3d.cli.help import manual
 
 
 def test_the_commands_are_those_that_work():

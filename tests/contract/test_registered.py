@@ -8,11 +8,11 @@ import torch
 from torch.utils.data import default_collate
 
 from mim3d.backbones import BACKBONES, Backbone, Hybrid, create_recipe
-from mim3d.config import resolve, to_named
-from mim3d.data.loading import SampleDataset
-from mim3d.data.transforms import Intensity
+from mim3d.core.config import resolve, to_named
+from mim3d.loading.loader import SampleDataset
 from mim3d.methods import METHODS, create_method
 from mim3d.objective import Objective, StepOutput
+from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task
 from tests.scans import ArrayScan, random_scan
 

@@ -9,9 +9,9 @@ import yaml
 
 import mim3d
 from mim3d.commands.export import export
-from mim3d.errors import CheckpointError, ConfigError, DataError
-from mim3d.tasks.classifier import load_classifier
-from mim3d.tasks.segmenter import load_segmenter
+from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.tasks.classification.classifier import load_classifier
+from mim3d.tasks.segmentation.segmenter import load_segmenter
 from mim3d.weights import read_card
 
 LOADERS = {"encoder": mim3d.load_encoder, "segmenter": load_segmenter, "classifier": load_classifier}

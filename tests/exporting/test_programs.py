@@ -12,7 +12,7 @@ import torch
 
 import mim3d
 from mim3d.commands.export import export
-from mim3d.errors import CheckpointError
+from mim3d.core.errors import CheckpointError
 from mim3d.exporting import programs
 from mim3d.exporting.networks import EncoderProgram, load_exported
 from mim3d.exporting.parity import difference

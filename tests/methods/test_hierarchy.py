@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mim3d.errors import ConfigError
-from mim3d.methods.hierarchy import Hierarchy, Level
-from mim3d.methods.planning import check_padding, full_levels, padding_ratio, plan_levels
+from mim3d.core.errors import ConfigError
+from mim3d.methods.mim.hierarchy import Hierarchy, Level
+from mim3d.methods.mim.planning import check_padding, full_levels, padding_ratio, plan_levels
 from mim3d.nn.masks import unit_index
 
 PAPER = full_levels(16)

@@ -9,17 +9,18 @@ from torch.utils.data import default_collate
 
 from mim3d.backbones import create_recipe
 from mim3d.backbones.hybrid import Hybrid
-from mim3d.data.loading import Loader, SampleDataset
-from mim3d.data.transforms import Intensity, flip, resize_image
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
+from mim3d.loading.loader import Loader, SampleDataset
 from mim3d.methods import create_method
-from mim3d.methods.hierarchy import Level
-from mim3d.methods.mim import MiM
-from mim3d.methods.mim_objective import MiMObjective, slice_volumes
-from mim3d.methods.mim_sampler import draw_origin
+from mim3d.methods.mim.hierarchy import Level
+from mim3d.methods.mim.method import MiM
+from mim3d.methods.mim.objective import MiMObjective, slice_volumes
+from mim3d.methods.mim.sampler import draw_origin
 from mim3d.nn.losses import reconstruction_loss
 from mim3d.nn.masks import take_tokens
 from mim3d.nn.patches import patchify
+from mim3d.nn.resizing import flip, resize_image
+from mim3d.scans.intensity import Intensity
 from tests.batches import on_cpu
 from tests.scans import ArrayScan, random_scan
 

@@ -11,9 +11,9 @@ from benchmarks.yardstick.batches import random_batch
 from benchmarks.yardstick.dense_mim import DenseMiM
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.kernels.masked_depthwise import kernel_forced
-from mim3d.methods.hierarchy import Level
-from mim3d.methods.mim import MiM
-from mim3d.methods.mim_objective import MiMObjective
+from mim3d.methods.mim.hierarchy import Level
+from mim3d.methods.mim.method import MiM
+from mim3d.methods.mim.objective import MiMObjective
 
 BACKBONE = Hybrid(
     widths=(6, 12, 24), depths=(2, 1, 2), num_heads=2, decoder_dim=24, decoder_depth=2, decoder_num_heads=2

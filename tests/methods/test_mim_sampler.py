@@ -5,15 +5,16 @@ import pytest
 import torch
 
 from mim3d.backbones.hybrid import Hybrid
-from mim3d.data.cache import build_cache
-from mim3d.data.cases import read_cases
-from mim3d.data.loading import SampleDataset, level_of
-from mim3d.data.preprocessing import Preprocessing
-from mim3d.data.transforms import Intensity, flip, resize_image
-from mim3d.errors import ConfigError
-from mim3d.methods.hierarchy import Level
-from mim3d.methods.mim import MiM
-from mim3d.methods.mim_sampler import MAX_DRAWS, draw_origin
+from mim3d.caching.cache import build_cache
+from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.errors import ConfigError
+from mim3d.datasets.cases import read_cases
+from mim3d.loading.loader import SampleDataset, level_of
+from mim3d.methods.mim.hierarchy import Level
+from mim3d.methods.mim.method import MiM
+from mim3d.methods.mim.sampler import MAX_DRAWS, draw_origin
+from mim3d.nn.resizing import flip, resize_image
+from mim3d.scans.intensity import Intensity
 from tests.nifti import write_nifti
 from tests.scans import random_scan
 

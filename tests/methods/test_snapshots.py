@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from mim3d.backbones import Hybrid
-from mim3d.data.loading import Augment, Loader, Sampler
-from mim3d.data.transforms import Intensity
-from mim3d.engine.loop import train
-from mim3d.engine.settings import LoopSettings
+from mim3d.core.run_folder import Run, read_run
+from mim3d.loading.loader import Augment, Loader, Sampler
 from mim3d.methods import METHODS, create_method
 from mim3d.objective import Objective
-from mim3d.optimisation import Optimisation
-from mim3d.run import Run, read_run
+from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task
+from mim3d.training.loop import train
+from mim3d.training.optimisation import Optimisation
+from mim3d.training.settings import LoopSettings
 from tests.scans import ArrayScan, random_scan
 
 SNAPSHOTS = Path(__file__).with_name("snapshots.json")

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mim3d.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError
 from mim3d.metrics import Bootstrap, classification_scores
 from mim3d.metrics.class_statistics import weighted_auc
 

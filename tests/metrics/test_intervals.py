@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
 from mim3d.metrics import ABSENT, Bootstrap, LabelScore, compare_paired, summarise
 from mim3d.metrics.paired import holm, signed_rank_p
 

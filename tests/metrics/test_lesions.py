@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
 from mim3d.metrics import LesionScore, LesionSettings, score_regions, summarise
 from mim3d.metrics.lesions import score_lesions
 

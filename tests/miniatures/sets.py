@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mim3d.data.datasets import PRESETS, Preset
+from mim3d.datasets.published.presets import PRESETS, Preset
 from tests.miniatures.bodies import SHAPE, affine_of, ct, label_map, mri, save, turned
 
 #: The layout of a preset's files: case number -> paths of image and label, as the owners name them.

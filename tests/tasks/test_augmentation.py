@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mim3d.errors import ConfigError
-from mim3d.tasks.augmentation import Augmentation, Augmenter, sided_labels, square_planes
+from mim3d.core.errors import ConfigError
+from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels, square_planes
 
 PATCH = (12, 16, 12)
 INTENSITY_PROBS = [

@@ -8,15 +8,15 @@ import torch
 from torch.utils.data import default_collate
 
 from mim3d.backbones import Hybrid
-from mim3d.data.cases import Case, Split
-from mim3d.data.loading import SampleDataset
-from mim3d.data.transforms import Intensity
-from mim3d.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.datasets.cases import Case, Split
+from mim3d.loading.loader import SampleDataset
+from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
-from mim3d.tasks.augmentation import Augmentation
-from mim3d.tasks.class_validation import class_scores
-from mim3d.tasks.classification import Classification
-from mim3d.tasks.classification_objective import AttentionPool, ClassificationObjective
+from mim3d.tasks.classification.objective import AttentionPool, ClassificationObjective
+from mim3d.tasks.classification.task import Classification
+from mim3d.tasks.classification.validation import class_scores
+from mim3d.tasks.segmentation.augmentation import Augmentation
 from tests.scans import ArrayScan
 
 BACKBONE = Hybrid(widths=(8, 16), depths=(1, 1), num_heads=2)

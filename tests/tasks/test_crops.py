@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mim3d.tasks.crops import CropSampler, place_crop
+from mim3d.tasks.segmentation.crops import CropSampler, place_crop
 from tests.scans import ArrayScan
 
 

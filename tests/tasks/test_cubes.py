@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mim3d.data.loading import SampleDataset
-from mim3d.data.transforms import Intensity
 from mim3d.inference import padding_values
-from mim3d.tasks.cubes import Cube, CubeFinisher, CubeSampler, centre_of_label, centre_of_scan, cut_from
+from mim3d.loading.loader import SampleDataset
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler, centre_of_label, centre_of_scan, cut_from
 from tests.scans import ArrayScan
 
 PLAIN = Intensity(window=(0.0, 1.0))

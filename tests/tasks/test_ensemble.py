@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from mim3d.backbones import create_recipe
-from mim3d.data.cases import Case
-from mim3d.data.preprocessing import Preprocessing, prepare
-from mim3d.data.transforms import Intensity
-from mim3d.errors import DataError
+from mim3d.caching.preprocessing import Preprocessing, prepare
+from mim3d.core.errors import DataError
+from mim3d.datasets.cases import Case
 from mim3d.inference import padding_values, sliding_logits
-from mim3d.tasks.ensemble import Ensemble
-from mim3d.tasks.segmentation import Segmentation
-from mim3d.tasks.segmenter import Segmenter
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks.segmentation.ensemble import Ensemble
+from mim3d.tasks.segmentation.segmenter import Segmenter
+from mim3d.tasks.segmentation.task import Segmentation
 from tests.labelled import ball_scan, write_scan
 
 LABELS = {0: "background", 1: "oedema", 2: "core", 4: "enhancing"}

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mim3d.backbones import Hybrid
-from mim3d.backbones.base import Encoder
-from mim3d.engine.launch import StepModule
-from mim3d.engine.memory import StepMemory
-from mim3d.engine.optim import build_optimizer
-from mim3d.engine.settings import LoopSettings
-from mim3d.errors import ConfigError
+from mim3d.backbones.contract import Encoder
+from mim3d.core.errors import ConfigError
 from mim3d.objective import Batch, Objective
-from mim3d.optimisation import Optimisation, make_schedule
-from mim3d.tasks.base import Task
-from mim3d.tasks.classification import Classification
+from mim3d.tasks.classification.task import Classification
+from mim3d.tasks.contract import Task
 from mim3d.tasks.frozen import Freezing
-from mim3d.tasks.segmentation import Segmentation
+from mim3d.tasks.segmentation.task import Segmentation
+from mim3d.training.launch import StepModule
+from mim3d.training.memory import StepMemory
+from mim3d.training.optim import build_optimizer
+from mim3d.training.optimisation import Optimisation, make_schedule
+from mim3d.training.settings import LoopSettings
 
 #: Layers: stem, two blocks, output.
 BACKBONE = Hybrid(widths=(8, 16), depths=(1, 1), num_heads=2)

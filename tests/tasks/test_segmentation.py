@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from mim3d.backbones import Hybrid
-from mim3d.backbones.base import Backbone, Encoder
-from mim3d.config import to_mapping
-from mim3d.data.cases import Case
-from mim3d.data.transforms import Intensity
-from mim3d.errors import ConfigError, DataError
+from mim3d.backbones.contract import Backbone, Encoder
+from mim3d.core.config import to_mapping
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.datasets.cases import Case
+from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
-from mim3d.tasks.segmentation import Segmentation
-from mim3d.tasks.segmentation_objective import SegmentationObjective, shrunk
-from mim3d.tasks.validation import dice_by_name, dice_of_scans
+from mim3d.tasks.segmentation.objective import SegmentationObjective, shrunk
+from mim3d.tasks.segmentation.task import Segmentation
+from mim3d.tasks.segmentation.validation import dice_by_name, dice_of_scans
 from tests.labelled import LABELS, ball_scan
 from tests.scans import ArrayScan
 

@@ -5,8 +5,8 @@ import torch
 from monai.losses.dice import DiceLoss
 from torch.nn import functional as F
 
-from mim3d.tasks.segmentation import Segmentation
-from mim3d.tasks.segmentation_losses import LossWeights, SegmentationLoss, head_weights
+from mim3d.tasks.segmentation.losses import LossWeights, SegmentationLoss, head_weights
+from mim3d.tasks.segmentation.task import Segmentation
 from tests.tasks.test_targets import BRATS, REGIONS
 
 LABEL = torch.randint(0, 4, (2, 4, 4, 4), generator=torch.Generator().manual_seed(0))

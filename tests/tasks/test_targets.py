@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mim3d.errors import ConfigError
-from mim3d.tasks.segmentation import Segmentation
-from mim3d.tasks.targets import channels_of, derived_values, exclusive_targets
+from mim3d.core.errors import ConfigError
+from mim3d.tasks.segmentation.targets import channels_of, derived_values, exclusive_targets
+from mim3d.tasks.segmentation.task import Segmentation
 
 BRATS = {0: "background", 1: "oedema", 2: "non-enhancing", 3: "enhancing"}
 REGIONS = {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour": (3,)}

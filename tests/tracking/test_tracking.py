@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mim3d.commands.pretrain import pretrain
-from mim3d.errors import ConfigError
-from mim3d.run import Run, read_run
+from mim3d.core.errors import ConfigError
+from mim3d.core.run_folder import Run, read_run
 from mim3d.tracking import TrackedRun, Tracking
 from mim3d.tracking.mlflow import places, plain
 from mim3d.tracking.pictures import middle_slices

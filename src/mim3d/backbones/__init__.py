@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from mim3d.backbones.base import Backbone, Encoder
+from mim3d.backbones.contract import Backbone, Encoder
 from mim3d.backbones.hybrid import Hybrid
-from mim3d.config import resolve
-from mim3d.types import Named
+from mim3d.core.config import resolve
+from mim3d.core.types import Named
 
 #: Recipes by name: a settings class with its defaults, or a ready size.
 BACKBONES: dict[str, type[Backbone] | Backbone] = {

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mim3d.backbones.base import Backbone, Encoder, check_multiple
+from mim3d.backbones.contract import Backbone, Encoder, check_multiple
 from mim3d.backbones.layouts import VisibleBlocks
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
 from mim3d.kernels.depthwise import depthwise_dense
 from mim3d.nn.blocks import (
     ConvBlock,

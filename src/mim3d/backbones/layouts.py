@@ -4,10 +4,10 @@ import math
 
 from torch import Tensor
 
+from mim3d.core.types import Triple
 from mim3d.kernels.masked_depthwise import masked_depthwise
 from mim3d.nn.neighbours import block_neighbours, flat_tokens
 from mim3d.nn.patches import to_blocks
-from mim3d.types import Triple
 
 # Shape suffixes: B batch, V visible tokens, N = B x V blocks, s edge of a block, C channels.
 

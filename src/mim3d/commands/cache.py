@@ -3,10 +3,10 @@
 from collections import defaultdict
 from typing import Literal
 
-from mim3d.data.cache import Cache, build_cache
-from mim3d.data.cases import read_cases
-from mim3d.data.preprocessing import Preprocessing
-from mim3d.resources import in_words, num_cores
+from mim3d.caching.cache import Cache, build_cache
+from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.resources import in_words, num_cores
+from mim3d.datasets.cases import read_cases
 
 
 def cache(

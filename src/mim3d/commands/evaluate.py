@@ -4,11 +4,11 @@ import math
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from mim3d.data.class_tables import is_class_table
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
+from mim3d.datasets.class_tables import is_class_table
 
 if TYPE_CHECKING:
-    from mim3d.data.datasets import Preset
+    from mim3d.datasets.published.presets import Preset
 
 
 def evaluate(
@@ -114,8 +114,8 @@ _FOR_CLASSES = {
 
 
 def _evaluate_labels(given: dict[str, Any]) -> str:
-    from mim3d.commands.evaluate_labels import LabelEvaluation
     from mim3d.metrics import Bootstrap, LesionSettings
+    from mim3d.workflows.evaluate.labels import LabelEvaluation
 
     lesions = {name: given.pop(f"lesion_{name}") for name in ("overlap", "matching", "min_ml")}
     bootstrap = Bootstrap(num_bootstrap=given.pop("num_bootstrap"), seed=given.pop("seed"))
@@ -128,7 +128,7 @@ def _evaluate_labels(given: dict[str, Any]) -> str:
 
 
 def _segmentation_preset(name: str) -> "Preset":
-    from mim3d.data.datasets import find_preset
+    from mim3d.datasets.published.presets import find_preset
 
     preset = find_preset(name)
     if preset.task != "segmentation":
@@ -137,8 +137,8 @@ def _segmentation_preset(name: str) -> "Preset":
 
 
 def _evaluate_classes(given: dict[str, Any]) -> str:
-    from mim3d.commands.evaluate_classes import ClassEvaluation
     from mim3d.metrics import Bootstrap
+    from mim3d.workflows.evaluate.classes import ClassEvaluation
 
     bootstrap = Bootstrap(num_bootstrap=given.pop("num_bootstrap"), seed=given.pop("seed"))
     # A table is scored in no time: nothing to share among processes.

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mim3d.commands.leakage import SEEN_NAME
-from mim3d.config import nearest
-from mim3d.errors import ConfigError
+from mim3d.core.config import nearest
+from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
 from mim3d.exporting.hub_folder import check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import write_monai_bundle
 from mim3d.exporting.networks import Exported, load_exported, require_segmenter
 from mim3d.exporting.onnx_file import check_onnx, write_onnx
 from mim3d.exporting.output import check_target, written_folder
 from mim3d.exporting.torch_program import write_torch_program
-from mim3d.types import Triple
 from mim3d.weights import WEIGHTS_NAME
+from mim3d.workflows.shared.leakage import SEEN_NAME
 
 FORMATS = ("safetensors", "onnx", "torch-export", "monai")
 

@@ -2,14 +2,14 @@
 
 from typing import Literal
 
-from mim3d.commands.folds import tune_folds
-from mim3d.commands.training import with_processes
-from mim3d.commands.tuning import tune
-from mim3d.data.transforms import Intensity
-from mim3d.optimisation import Optimisation
+from mim3d.core.types import Named, Spacing
+from mim3d.scans.intensity import Intensity
 from mim3d.tracking import Tracking
-from mim3d.types import Named, Spacing
+from mim3d.training.optimisation import Optimisation
 from mim3d.weights import InputLayers
+from mim3d.workflows.finetune.folds import tune_folds
+from mim3d.workflows.finetune.run import tune
+from mim3d.workflows.shared.training import with_processes
 
 
 def finetune(

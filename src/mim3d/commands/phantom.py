@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mim3d.data.phantom_set import PhantomSettings, open_set, plan_cases, write_cases, write_dataset
-from mim3d.progress import counted
+from mim3d.core.progress import counted
+from mim3d.phantoms.dataset import PhantomSettings, open_set, plan_cases, write_cases, write_dataset
 
 
 def phantom(

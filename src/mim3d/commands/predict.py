@@ -5,18 +5,18 @@ from dataclasses import replace
 
 import torch
 
-from mim3d.commands.devices import choose_device
-from mim3d.commands.held_out import held_out_by_all
-from mim3d.commands.label_maps import Cleaning, check_format, segment_to_files
-from mim3d.commands.predictions import LIST_NAME, Format, Predictions, input_cases
-from mim3d.commands.scan_progress import ScanProgress, close_scans
-from mim3d.data.cases import Case
-from mim3d.data.volumes import channels_of
-from mim3d.errors import DataError
+from mim3d.core.errors import DataError
+from mim3d.core.types import Named
+from mim3d.datasets.cases import Case
 from mim3d.inference import Windows
-from mim3d.tasks.ensemble import Ensemble, load_ensemble
-from mim3d.types import Named
+from mim3d.scans.volumes import channels_of
+from mim3d.tasks.segmentation.ensemble import Ensemble, load_ensemble
 from mim3d.weights import full_path, read_card
+from mim3d.workflows.predict.label_maps import Cleaning, check_format, segment_to_files
+from mim3d.workflows.predict.predictions import LIST_NAME, Format, Predictions, input_cases
+from mim3d.workflows.shared.devices import choose_device
+from mim3d.workflows.shared.held_out import held_out_by_all
+from mim3d.workflows.shared.scan_progress import ScanProgress, close_scans
 
 #: Folders of a run that hold a network this command can use.
 NETWORKS = ("segmenter", "classifier")
@@ -76,7 +76,7 @@ def predict(
     """
     paths = [weights] if isinstance(weights, str) else list(weights)
     if paths and _is_classifier(paths[0]):
-        from mim3d.commands.classify import predict_classes
+        from mim3d.workflows.predict.classify import predict_classes
 
         return predict_classes(paths, out, input, batch_size, backbone, accelerator, overwrite)
     ensemble = load_ensemble(paths, device=choose_device(accelerator), backbone=backbone)

@@ -6,31 +6,31 @@ from statistics import fmean
 from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, create_recipe
-from mim3d.commands.held_out import dealt_out
-from mim3d.commands.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
-from mim3d.commands.leakage import check_split, labelled, record_seen
-from mim3d.commands.memory import pretraining_sample, pretraining_ways, require_memory
-from mim3d.commands.probe_monitor import BEST_BY, EncoderKeeper, LastEncoder, ProbeMonitor, ProbePlan
-from mim3d.commands.training import Training, together, with_processes
-from mim3d.config import to_named
-from mim3d.data.cache import Cache
-from mim3d.data.cases import Case, CaseSet, check_cases, read_cases, split_cases
-from mim3d.data.loading import Loader
-from mim3d.data.plan import plan_intensity
-from mim3d.data.pretraining_lists import pretraining_list
-from mim3d.data.transforms import Intensity
-from mim3d.engine.loop import train
-from mim3d.engine.memory import SampleShapes
-from mim3d.engine.processes import Company
-from mim3d.engine.settings import TrainResult
-from mim3d.errors import ConfigError, DataError
+from mim3d.caching.cache import Cache
+from mim3d.core.config import to_named
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.run_folder import Run, read_run
+from mim3d.core.types import Named, Spacing, Triple
+from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases, split_cases
+from mim3d.datasets.published.pretraining_lists import pretraining_list
+from mim3d.distributed.processes import Company
+from mim3d.loading.loader import Loader
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective
-from mim3d.optimisation import Optimisation
-from mim3d.run import Run, read_run
+from mim3d.planning.plan import plan_intensity
+from mim3d.scans.intensity import Intensity
 from mim3d.tracking import TrackedRun, Tracking
-from mim3d.types import Named, Spacing, Triple
+from mim3d.training.loop import train
+from mim3d.training.memory import SampleShapes
+from mim3d.training.optimisation import Optimisation
+from mim3d.training.settings import TrainResult
 from mim3d.weights import load_into
+from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, LastEncoder, ProbeMonitor, ProbePlan
+from mim3d.workflows.shared.held_out import dealt_out
+from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
+from mim3d.workflows.shared.leakage import check_split, labelled, record_seen
+from mim3d.workflows.shared.memory import pretraining_sample, pretraining_ways, require_memory
+from mim3d.workflows.shared.training import Training, together, with_processes
 
 #: Passes over the data where nothing else is asked for (the paper's 800 epochs).
 DEFAULT_EPOCHS = 800

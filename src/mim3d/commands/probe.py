@@ -8,26 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from mim3d.backbones import BACKBONES, Encoder
-from mim3d.commands import score_files
-from mim3d.commands.devices import choose_device
-from mim3d.commands.inputs import check_channels
-from mim3d.commands.leakage import check_pretraining, check_split, labelled
-from mim3d.commands.probe_cases import ProbeCases, Target, choose_cases, read_source
-from mim3d.commands.probe_table import Row, content_of, show
-from mim3d.commands.start import Start, choose_start
-from mim3d.config import to_mapping, to_named
-from mim3d.data.cache import Cache
-from mim3d.data.transforms import Intensity
-from mim3d.errors import ConfigError
+from mim3d.caching.cache import Cache
+from mim3d.core.config import to_mapping, to_named
+from mim3d.core.errors import ConfigError
+from mim3d.core.progress import counted
+from mim3d.core.types import Named, Spacing
 from mim3d.metrics import Bootstrap
 from mim3d.probing.items import ProbeSet, View
 from mim3d.probing.probe import Probed, drawn_from, probe_encoder, random_encoder, without_encoder
 from mim3d.probing.settings import Probing
 from mim3d.probing.tokens import check_crop_size
-from mim3d.progress import counted
 from mim3d.reporting.sources import short_names
-from mim3d.types import Named, Spacing
+from mim3d.scans.intensity import Intensity
 from mim3d.weights import InputLayers, locate, weights_digest
+from mim3d.workflows.evaluate import score_files
+from mim3d.workflows.finetune.start import Start, choose_start
+from mim3d.workflows.probe.cases import ProbeCases, Target, choose_cases, read_source
+from mim3d.workflows.probe.table import Row, content_of, show
+from mim3d.workflows.shared.devices import choose_device
+from mim3d.workflows.shared.inputs import check_channels
+from mim3d.workflows.shared.leakage import check_pretraining, check_split, labelled
 
 
 def probe(

@@ -4,8 +4,8 @@ import os
 from datetime import datetime
 
 from mim3d import __version__
-from mim3d.data.files import written_whole
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
+from mim3d.scans.files import written_whole
 
 
 def report(runs: list[str], out: str, scores: list[str] | None = None) -> str:

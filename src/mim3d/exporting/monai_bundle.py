@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from mim3d.errors import CheckpointError
+from mim3d.core.errors import CheckpointError
+from mim3d.core.run_files import write_json, write_text
 from mim3d.exporting.description import formula, label_rule
 from mim3d.exporting.monai_inference import DIFFERENCES, inference_config
 from mim3d.exporting.networks import Exported
 from mim3d.exporting.programs import read_own_program
 from mim3d.exporting.torch_program import PROGRAM_NAME, written_program
-from mim3d.run_files import write_json, write_text
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 

@@ -128,7 +128,7 @@ def _standardises(network: Exported) -> bool:
 
 
 def _intensity_helpers(network: Exported) -> dict[str, str]:
-    """The foreground's mean and standard deviation by mim3d's rule, see ``mim3d.data.foreground``."""
+    """The foreground's mean and standard deviation by mim3d's rule, see ``mim3d.caching.foreground``."""
     if not _standardises(network):
         return {}
     return {

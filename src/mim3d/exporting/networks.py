@@ -8,12 +8,12 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from mim3d.backbones import BACKBONES
-from mim3d.backbones.base import Encoder, check_multiple
-from mim3d.config import nearest, to_named
-from mim3d.errors import CheckpointError, ConfigError
+from mim3d.backbones.contract import Encoder, check_multiple
+from mim3d.core.config import nearest, to_named
+from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.types import Triple
 from mim3d.tasks import create_task
-from mim3d.tasks.base import Task
-from mim3d.types import Triple
+from mim3d.tasks.contract import Task
 from mim3d.weights import RUN_NETWORKS, load_encoder, locate, read_card
 
 #: What a run can hold.
@@ -152,7 +152,7 @@ def _trained_patch(card: Mapping[str, Any]) -> Triple | None:
 
 
 def _segmenter(weights: str, patch_size: Triple | None) -> Exported:
-    from mim3d.tasks.segmenter import load_segmenter
+    from mim3d.tasks.segmentation.segmenter import load_segmenter
 
     loaded = load_segmenter(weights)
     targets = loaded.network.targets
@@ -174,7 +174,7 @@ def _segmenter(weights: str, patch_size: Triple | None) -> Exported:
 
 
 def _classifier(weights: str, patch_size: Triple | None) -> Exported:
-    from mim3d.tasks.classifier import load_classifier
+    from mim3d.tasks.classification.classifier import load_classifier
 
     loaded = load_classifier(weights)
     return Exported(

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mim3d.core.run_files import write_json
 from mim3d.exporting.description import described
 from mim3d.exporting.networks import Exported
 from mim3d.exporting.output import require_packages
 from mim3d.exporting.parity import compared
 from mim3d.exporting.programs import quiet, traced
-from mim3d.run_files import write_json
 
 MODEL_NAME = "model.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mim3d.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError
 
 #: Of each format a file, below its folder, by which an earlier export is known.
 MARKS = ("card.json", "metadata.json", "configs/metadata.json")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mim3d.errors import CheckpointError
+from mim3d.core.errors import CheckpointError
 from mim3d.exporting.networks import Exported
 from mim3d.exporting.programs import outputs_of
 

@@ -18,8 +18,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.nn import functional as F
 
+from mim3d.core.types import Triple
 from mim3d.nn.blocks import Projection
-from mim3d.types import Triple
 
 # Shape suffixes: R rows (voxels), C channels, H hidden channels.
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from mim3d.core.run_files import write_json
 from mim3d.exporting.description import described
 from mim3d.exporting.networks import Exported
 from mim3d.exporting.parity import Parity, compared
 from mim3d.exporting.programs import outputs_of, read_own_program, save_program, traced
-from mim3d.run_files import write_json
 
 PROGRAM_NAME = "model.pt2"
 

@@ -5,16 +5,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.data.foreground import BOX_BLOCK
-from mim3d.data.preprocessing import CROP_MARGIN, Prepared
+from mim3d.caching.foreground import BOX_BLOCK
+from mim3d.caching.preprocessing import CROP_MARGIN, Prepared
+from mim3d.core.types import Triple
 from mim3d.inference.windows import Box, Windows, inside_of
-from mim3d.types import Triple
 
 
 def body_windows(prepared: Prepared, windows: Windows) -> list[Triple]:
     """First voxel of each window that sees some of the body.
 
-    The body is what ``mim3d.data.foreground`` makes its box of: blocks of 4 voxels a side of which at least half lie
+    The body is what ``mim3d.caching.foreground`` makes its box of: blocks of 4 voxels a side of which at least half lie
     above the threshold of foreground in some channel (-950 HU in CT; in other scans 5 % of the way from the darkest
     voxel to the 99.5th percentile), so that noise in the air and thin tables do not count. Windows are laid over the
     box around it and 8 voxels more on every side, and those that touch none of its blocks are left out. A scan with

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mim3d.data.resampling import Taps
+from mim3d.caching.resampling import Taps
 from mim3d.inference.readout import Readout
 from mim3d.inference.sweep import Sweep
 

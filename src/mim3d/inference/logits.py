@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mim3d.core.types import Triple
 from mim3d.inference.networks import Network, mirrored_logits
 from mim3d.inference.sweep import Sweep, run_sweep
 from mim3d.inference.windows import Windows, inside_of, padded_window, slices_of
-from mim3d.types import Triple
 
 # Shape suffixes: B windows, C channels, K classes, X Y Z space; R rows along the sweep, U V the two axes across it.
 

@@ -8,20 +8,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mim3d.data.cases import Case
-from mim3d.data.files import available_memory_bytes
-from mim3d.data.preprocessing import Prepared, Preprocessing, Statistics, prepare
-from mim3d.data.resampling import plan_resampling
-from mim3d.data.transforms import Intensity
-from mim3d.data.volumes import Grid
-from mim3d.errors import DataError
+from mim3d.caching.preprocessing import Prepared, Preprocessing, Statistics, prepare
+from mim3d.caching.resampling import plan_resampling
+from mim3d.core.errors import DataError
+from mim3d.core.types import Triple
+from mim3d.datasets.cases import Case
 from mim3d.inference.body import body_windows
 from mim3d.inference.finishing import OnGrid, Outputs, Resampled
 from mim3d.inference.networks import Network, ensemble_of
 from mim3d.inference.readout import Readout
 from mim3d.inference.sweep import CHUNK_SCORES, Sweep, run_sweep
 from mim3d.inference.windows import Windows, inside_of, padded_window, slices_of
-from mim3d.types import Triple
+from mim3d.scans.files import available_memory_bytes
+from mim3d.scans.intensity import Intensity
+from mim3d.scans.volumes import Grid
 
 #: Told the grid of a scan and the number of channels, gives an array ``(X, Y, Z, K)`` float32 along RAS+ axes to fill.
 ProbabilityTarget = Callable[[Grid, int], npt.NDArray[np.float32]]

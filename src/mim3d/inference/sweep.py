@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mim3d.core.types import Triple
 from mim3d.inference.networks import Network
 from mim3d.inference.windows import Box, Windows, bounds_of, inside_of, window_weights
-from mim3d.types import Triple
 
 # Shape suffixes: B windows, C channels, K scores, X Y Z space; R rows along the sweep, U V the two axes across it.
 

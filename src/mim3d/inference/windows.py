@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mim3d.errors import ConfigError
-from mim3d.types import Triple
+from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
 
 #: First and last voxel (excluded) of a box.
 Box = tuple[Triple, Triple]

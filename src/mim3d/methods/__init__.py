@@ -1,13 +1,13 @@
 """Pre-training methods by name. A new method is one file and one line here; a user's own is named by dotted path."""
 
-from mim3d.config import resolve
-from mim3d.methods.base import Method
-from mim3d.types import Named
+from mim3d.core.config import resolve
+from mim3d.core.types import Named
+from mim3d.methods.contract import Method
 
 __all__ = ["METHODS", "Method", "create_method"]
 
 #: Settings class of each method, imported when asked for.
-METHODS: dict[str, str] = {"MiM": "mim3d.methods.mim:MiM"}
+METHODS: dict[str, str] = {"MiM": "mim3d.methods.mim.method:MiM"}
 
 
 def create_method(method: Named) -> Method:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
 
 Floats = npt.NDArray[np.float64]
 

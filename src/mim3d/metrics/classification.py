@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError
 from mim3d.metrics import bootstrap as resampling
 from mim3d.metrics.bootstrap import Bootstrap, Floats, grouped, interval, summed
 from mim3d.metrics.class_statistics import Ints, confusion, defined_mean, rates, reliability, weighted_auc

@@ -7,10 +7,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.errors import DataError
+from mim3d.core.errors import DataError
+from mim3d.core.types import Spacing
 from mim3d.metrics.lesions import LesionScore, LesionSettings, score_lesions
 from mim3d.metrics.surfaces import hausdorff_95, surface_dice
-from mim3d.types import Spacing
 
 Status = Literal["scored", "missed", "invented", "absent"]
 Box = tuple[slice, slice, slice]

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.data.components import connected
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
+from mim3d.scans.components import connected
 
 Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.types import Spacing
+from mim3d.core.types import Spacing
 
 #: Voxels that a slab of planes has at most, if a single plane has not more.
 SLAB_VOXELS = 2**23

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mim3d.core.types import Triple
 from mim3d.nn.blocks import TransformerBlock, init_linear
 from mim3d.nn.masks import take_tokens
 from mim3d.nn.positions import sincos_positions
-from mim3d.types import Triple
 
 # Shape suffixes: B batch, L all tokens, V visible, H hidden, E encoder width, D decoder width, P voxels of a patch.
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim3d.types import Triple
+from mim3d.core.types import Triple
 
 
 def num_hidden(num_units: int, hidden_ratio: float) -> int:

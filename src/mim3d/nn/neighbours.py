@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim3d.types import Triple
+from mim3d.core.types import Triple
 
 # Shape suffixes: B batch, V visible tokens, L all tokens, N = B x V blocks.
 

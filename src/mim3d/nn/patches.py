@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mim3d.types import Triple
+from mim3d.core.types import Triple
 
 
 def token_grid(shape: tuple[int, ...], patch_size: int) -> Triple:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim3d.types import Triple
+from mim3d.core.types import Triple
 
 
 def sincos_positions(grid: Triple, embed_dim: int) -> Tensor:

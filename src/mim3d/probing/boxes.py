@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from mim3d.backbones.base import Encoder
-from mim3d.data.cache import Cache, CachedScan
-from mim3d.data.loading import SampleDataset
-from mim3d.data.transforms import Intensity
+from mim3d.backbones.contract import Encoder
+from mim3d.caching.cache import Cache, CachedScan
+from mim3d.loading.loader import SampleDataset
 from mim3d.probing.items import ProbeSet, View
 from mim3d.probing.settings import Probing
 from mim3d.probing.tokens import Watch
-from mim3d.tasks.classification import Classification
-from mim3d.tasks.cubes import CubeFinisher, CubeSampler
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks.classification.cubes import CubeFinisher, CubeSampler
+from mim3d.tasks.classification.task import Classification
 
 
 def class_set(

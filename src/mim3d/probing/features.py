@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mim3d.backbones.base import Encoder
+from mim3d.backbones.contract import Encoder
+from mim3d.core.types import Triple
 from mim3d.probing.items import View
-from mim3d.types import Triple
 
 #: Voxels of the views that go through the encoder together, and views at most.
 _BATCH_VOXELS, _BATCH_VIEWS = 2 * 96**3, 8

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from mim3d.types import Triple
+from mim3d.core.types import Triple
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

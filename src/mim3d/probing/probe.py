@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mim3d.backbones.base import Encoder
-from mim3d.errors import DataError
+from mim3d.backbones.contract import Encoder
+from mim3d.core.errors import DataError
 from mim3d.nn.positions import sincos_positions
 from mim3d.probing.classifiers import Standardised, linear_probabilities, neighbour_probabilities
 from mim3d.probing.collapse import Collapse, measure_collapse

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mim3d.errors import ConfigError
-from mim3d.types import Triple
+from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
 
 
 @dataclass(frozen=True, kw_only=True)

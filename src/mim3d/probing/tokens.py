@@ -11,17 +11,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mim3d.backbones.base import Encoder, check_multiple
-from mim3d.data.cache import CachedScan
-from mim3d.data.case_records import listed
-from mim3d.data.transforms import Intensity
-from mim3d.errors import DataError
+from mim3d.backbones.contract import Encoder, check_multiple
+from mim3d.caching.cache import CachedScan
+from mim3d.core.errors import DataError
+from mim3d.core.types import Triple
+from mim3d.datasets.records import listed
 from mim3d.nn.patches import to_blocks
 from mim3d.probing.items import Floats, Ints, ProbeSet, View
 from mim3d.probing.settings import Probing
-from mim3d.tasks.crops import place_crop
-from mim3d.tasks.partial_labels import annotated_values
-from mim3d.types import Triple
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks.segmentation.crops import place_crop
+from mim3d.tasks.segmentation.partial_labels import annotated_values
 
 #: Edge in voxels that a planned crop does not exceed.
 LARGEST_PLANNED_EDGE = 96

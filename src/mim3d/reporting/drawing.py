@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from mim3d.types import Spacing
+from mim3d.core.types import Spacing
 
 #: Runs on a chart: told apart with colour-blind eyes too, on white and on black (after Okabe and Ito).
 RUN_COLOURS = ("#1f86cc", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8f7ee7", "#b8a400")

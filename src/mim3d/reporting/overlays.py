@@ -11,10 +11,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from mim3d.data.grid_checks import require_same_grid
-from mim3d.data.volumes import read_volume
+from mim3d.core.types import Spacing
+from mim3d.datasets.grid_checks import require_same_grid
 from mim3d.reporting.drawing import FILM, FILM_INK, PLANES, Plane, film, grey_range
-from mim3d.types import Spacing
+from mim3d.scans.volumes import read_volume
 
 #: The scan is shown around its labels: this much of their size on every side, and at least so many millimetres.
 _MARGIN_RATIO, _MARGIN_MM = 0.35, 15.0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
 from mim3d.reporting.class_scores import is_class_scores
 from mim3d.reporting.drawing import Theme, chart, dress
 from mim3d.reporting.marks import breakable, number, swatch

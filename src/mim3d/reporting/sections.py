@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mim3d.config import flat
-from mim3d.errors import Mim3dError
+from mim3d.core.config import flat
+from mim3d.core.errors import Mim3dError
 from mim3d.reporting.class_scores import baseline_note, class_table, confusion_table, reliability_picture
 from mim3d.reporting.curves import curves_picture, metric_names
 from mim3d.reporting.drawing import label_colour

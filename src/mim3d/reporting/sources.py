@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mim3d.core.run_folder import RunRecord, read_run
 from mim3d.reporting.curves import Curves
 from mim3d.reporting.drawing import run_colour
 from mim3d.reporting.score_tables import ScoreSet, read_scores
-from mim3d.run import RunRecord, read_run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.errors import DataError
+from mim3d.core.errors import DataError
 from mim3d.reporting.drawing import PLANES, label_colour
 from mim3d.reporting.overlays import View, busiest_slice, overlay_picture
 from mim3d.reporting.page import Section, figure, folded, note

@@ -1,13 +1,13 @@
 """Tasks by name. A new task is one file and one line here; a user's own is named by dotted path."""
 
-from mim3d.config import resolve
-from mim3d.tasks.base import Task
-from mim3d.types import Named
+from mim3d.core.config import resolve
+from mim3d.core.types import Named
+from mim3d.tasks.contract import Task
 
 #: Settings class of each task, imported when asked for.
 TASKS: dict[str, str] = {
-    "segmentation": "mim3d.tasks.segmentation:Segmentation",
-    "classification": "mim3d.tasks.classification:Classification",
+    "segmentation": "mim3d.tasks.segmentation.task:Segmentation",
+    "classification": "mim3d.tasks.classification.task:Classification",
 }
 
 

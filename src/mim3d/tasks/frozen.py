@@ -4,8 +4,8 @@ import math
 
 from torch import nn
 
-from mim3d.backbones.base import Encoder
-from mim3d.errors import ConfigError
+from mim3d.backbones.contract import Encoder
+from mim3d.core.errors import ConfigError
 
 
 def check_freezing(freeze_encoder: bool, unfreeze_ratio: float | None) -> None:

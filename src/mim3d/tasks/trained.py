@@ -7,13 +7,13 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from mim3d.backbones import create_recipe
-from mim3d.config import build_settings
-from mim3d.data.preprocessing import Preprocessing
-from mim3d.data.transforms import Intensity
-from mim3d.errors import CheckpointError
+from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.config import build_settings
+from mim3d.core.errors import CheckpointError
+from mim3d.core.types import Named
+from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
-from mim3d.tasks.base import Task
-from mim3d.types import Named
+from mim3d.tasks.contract import Task
 from mim3d.weights import load_into, read_card, weights_digest
 
 Kind = TypeVar("Kind", bound=Task)

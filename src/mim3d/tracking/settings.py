@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from mim3d.errors import ConfigError
+from mim3d.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

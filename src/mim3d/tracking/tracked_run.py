@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from mim3d.config import flat, read_yaml
-from mim3d.run import Run
-from mim3d.run_files import write_json
+from mim3d.core.config import flat, read_yaml
+from mim3d.core.run_files import write_json
+from mim3d.core.run_folder import Run
 from mim3d.tracking.mlflow import MLflow
 from mim3d.tracking.pictures import middle_slices
 from mim3d.tracking.settings import Tracking

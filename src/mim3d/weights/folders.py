@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from mim3d.errors import CheckpointError
+from mim3d.core.errors import CheckpointError
 from mim3d.weights.hub import fetched
 
 WEIGHTS_NAME = "model.safetensors"

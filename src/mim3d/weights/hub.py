@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from textwrap import shorten
 
-from mim3d.errors import CheckpointError
+from mim3d.core.errors import CheckpointError
 
 #: Files of a repository that are fetched; ``config.json`` is what Hugging Face counts downloads by.
 WANTED = ("model.safetensors", "card.json", "config.json", "seen.json")

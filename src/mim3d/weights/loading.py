@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mim3d.backbones import create_recipe
-from mim3d.backbones.base import Encoder
-from mim3d.errors import CheckpointError
+from mim3d.backbones.contract import Encoder
+from mim3d.core.errors import CheckpointError
 from mim3d.weights.folders import RUN_NETWORKS, read_card
 from mim3d.weights.states import read_state, to_own_names
 

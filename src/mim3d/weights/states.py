@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mim3d.errors import CheckpointError
+from mim3d.core.errors import CheckpointError
 from mim3d.nn.positions import sincos_positions
 from mim3d.weights.folders import RUN_NETWORKS, WEIGHTS_NAME, locate
 

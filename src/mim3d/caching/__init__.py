@@ -1,0 +1,1 @@
+"""The cache: scans preprocessed once, then read crop by crop."""

@@ -1,0 +1,217 @@
+"""A build on the workers of a Dask cluster that is running already: the same cases, the same bytes.
+
+What all cases share (settings, digests known, cases in packs) is a task of its own, on which the others depend: it is
+sent once, workers hand it on to each other, and it is made again if every worker that holds it ends. Scattered data
+would be lost then.
+
+Dask gives the cases of a worker that ends to others, a few times over. It then gives up all that were waiting on such
+workers, guilty or not, so these are read again at the end, one at a time.
+"""
+
+import asyncio
+import importlib
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mim3d import __version__
+from mim3d.caching import layout
+from mim3d.caching.case import Outcome, Recipe, build_case
+from mim3d.caching.digests import Memo
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.datasets.records import Case
+
+#: Seconds within which a scheduler answers.
+_ANSWER_S = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """What all cases share.
+
+    Attributes:
+        recipe: How they are made.
+        memo: Digests known from earlier runs.
+        sources: Folder that holds all of the sources.
+        version: Of mim3d here.
+    """
+
+    recipe: Recipe
+    memo: Memo
+    sources: str
+    version: str = __version__
+
+
+def build_cases_on(scheduler: str, cases: Sequence[Case], recipe: Recipe, memo: Memo) -> Iterator[Outcome]:
+    """Bring cases into a cache on a Dask cluster; what became of each, in the order in which they are done.
+
+    Args:
+        scheduler: Address of its scheduler, ``tcp://host:8786``.
+        cases: Each of them once.
+        recipe: What they share.
+        memo: Digests known from earlier runs.
+
+    Raises:
+        ConfigError: Dask is not installed.
+        DataError: No answer from the scheduler, the cluster ended, or its workers do not see the same files.
+    """
+    shared = _Shared(recipe=recipe, memo=memo, sources=_folder_of(cases))
+    with _connected(scheduler) as client:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s)Sending large graph")
+            sent = client.submit(_sent, shared, pure=False)
+        suspects: list[Case] = []
+        for case, result in _results(client, cases, sent):
+            outcome = _outcome(result, case, recipe, scheduler)
+            if outcome is None:
+                suspects.append(case)
+            else:
+                yield outcome
+        if len(suspects) == len(cases) > 1:
+            raise DataError(
+                f"{scheduler}: the workers ended at every one of {len(cases)} cases, most likely out of memory; give "
+                "them more, then run again."
+            )
+        for suspect in suspects:
+            for case, result in _results(client, [suspect], sent):
+                alone = _outcome(result, case, recipe, scheduler)
+                yield alone or Outcome(id=case.id, reason=_lost_reason(case))
+
+
+def _lost_reason(case: Case) -> str:
+    return (
+        f"{case.images[0]}: the workers reading it ended without a word again and again, most likely out of memory; "
+        "crop the scan, or run again with workers that have more memory."
+    )
+
+
+def _folder_of(cases: Sequence[Case]) -> str:
+    """The folder that holds all scans; the one above it where there is none."""
+    folder = os.path.commonpath([os.path.dirname(path.split("::")[0]) for case in cases for path in case.images])
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _distributed() -> Any:
+    try:
+        return importlib.import_module("distributed")
+    except ImportError as error:
+        raise ConfigError('scheduler: needs Dask; install it with `pip install "mim3d[dask]"`.') from error
+
+
+def require_scheduler(scheduler: str) -> None:
+    """Refuse an address that nobody answers, before anything is changed on the disk.
+
+    Raises:
+        ConfigError: Dask is not installed.
+        DataError: No answer within some seconds.
+    """
+    distributed = _distributed()
+
+    async def greet() -> None:
+        security = distributed.Security().get_connection_args("client")
+        (await distributed.comm.connect(scheduler, timeout=_ANSWER_S, **security)).abort()
+
+    # A Dask client that finds nobody complains, and waits for ever where something else answers; none is made then.
+    # In a thread of its own, as the caller's may run an event loop already.
+    with _answered(scheduler), ThreadPoolExecutor(1) as thread:
+        # Where nobody listens this fails at once, and Dask would try again.
+        address = distributed.comm.get_address_host_port(scheduler)
+        socket.create_connection(address, timeout=_ANSWER_S).close()
+        thread.submit(lambda: asyncio.run(asyncio.wait_for(greet(), _ANSWER_S))).result()
+
+
+@contextmanager
+def _answered(scheduler: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{scheduler}: no Dask scheduler answers there; start one with `dask scheduler`, and workers with "
+            "`dask worker ADDRESS`, or check the address (such as tcp://host:8786)."
+        ) from error
+
+
+@contextmanager
+def _connected(scheduler: str) -> Iterator[Any]:
+    with _answered(scheduler):
+        client = _distributed().Client(scheduler, timeout=_ANSWER_S, set_as_default=False)
+    log = logging.getLogger("distributed.client")
+    level = log.level
+    # The end of a cluster is told in one sentence, not by a traceback beside it.
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield client
+    finally:
+        # What no client wants any more is not begun.
+        client.close()
+        log.setLevel(level)
+
+
+def _results(client: Any, cases: Sequence[Case], sent: Any) -> Iterator[tuple[Case, Any]]:
+    """Each case with what Dask tells of it: an outcome, or an error and where it comes from."""
+    futures = client.map(_work, cases, shared=sent, pure=False)
+    case_of = {future.key: case for future, case in zip(futures, cases, strict=True)}
+    done = _distributed().as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
+    # Each result is let go once it has been told.
+    del futures
+    for future, result in done:
+        yield case_of[future.key], result
+
+
+def _outcome(result: Any, case: Case, recipe: Recipe, scheduler: str) -> Outcome | None:
+    """The outcome of a case; None where Dask gave it up because the workers it was on have ended.
+
+    Raises:
+        DataError: The cluster ended, or a worker cannot take part.
+    """
+    if not isinstance(result, Outcome):
+        error = result[1] if isinstance(result, tuple) else result
+        if isinstance(error, _distributed().KilledWorker):
+            return None
+        if isinstance(error, DataError):
+            raise error
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(
+            f"{scheduler}: the Dask cluster cannot go on ({told}); check that it runs and that its "
+            "workers have this version of mim3d, then run again: the cases that are finished are kept."
+        )
+    if result.folder is not None and result.folder not in recipe.packed:
+        _require_seen(os.path.join(recipe.out, layout.CASES, result.folder, layout.CARD), case)
+    return result
+
+
+def _require_seen(card: str, case: Case) -> None:
+    """A worker may find a folder of the same path that is not this one."""
+    if not os.path.exists(card):
+        raise DataError(
+            f"{card}: a Dask worker says that {case.id} is there, and it is not; workers must share the file system "
+            "that holds the cache."
+        )
+
+
+def _sent(shared: _Shared) -> _Shared:
+    return shared
+
+
+def _work(case: Case, shared: _Shared) -> Outcome:
+    """Runs on a worker, in a thread that is not its main one."""
+    host = socket.gethostname()
+    for place in (os.path.join(shared.recipe.out, layout.CASES), shared.sources):
+        if not os.path.isdir(place):
+            raise DataError(
+                f"{place}: not seen by the Dask worker on {host}; workers must share the file systems that hold the "
+                "data and the cache."
+            )
+    if shared.version != __version__:
+        raise DataError(
+            f"mim3d {__version__} on the Dask worker {host}, but {shared.version} here; install one version everywhere."
+        )
+    return build_case(case, shared.recipe, shared.memo)

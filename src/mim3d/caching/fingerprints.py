@@ -1,0 +1,329 @@
+"""What a scan looks like in a kilobyte: finds the same scan again after conversion, resampling or windowing.
+
+A fingerprint holds the mean intensity in 10 x 10 x 10 equal cells of the scan, and where the scan lies in millimetres.
+Of a CT in HU the cells are taken twice, over a wide and over a narrow window, so that a copy saved through either of
+them is found. Two fingerprints are compared over the box that both scans cover, as the correlation of what varies from
+cell to cell: slow changes, which all bodies share, weigh least. A scaled, shifted or clipped intensity changes that
+little.
+
+Where two scans may overlap is not known if a file lost its position. So the scans are laid over each other as their
+affines say, and with their centres or any of their sides together (a few slices cut off). Chance fits are likelier in
+the second case, which is therefore held to a stricter bound.
+
+What cannot be told: pieces of a few millimetres resampled to coarser voxels (missed), and scans of one plain object in
+noise, in the same place by chance (taken for one).
+"""
+
+import base64
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mim3d.caching.foreground import HU_BELOW
+from mim3d.core.errors import DataError
+from mim3d.core.types import Spacing
+
+__all__ = [
+    "Fingerprint",
+    "coarse_features",
+    "correlation",
+    "distances",
+    "fingerprint_of",
+    "is_same_scan",
+    "may_overlap",
+]
+
+#: Cells along each axis.
+CELLS = 10
+#: Cells along each axis of the box that two scans share: fewer, as their cells do not fall together.
+SHARED_CELLS = 8
+#: At most about this many evenly spaced voxels of each axis are looked at.
+MAX_SAMPLES = 96
+WIDE_HU = (-1000.0, 1000.0)
+NARROW_HU = (-175.0, 250.0)
+#: Cells within this share of the darkest or the brightest count as saturated ...
+SATURATED_RATIO = 0.03
+#: ... and a scan with fewer other cells than this share shows too little to be told from others.
+LEAST_TOLD_RATIO = 0.2
+#: Scans may be cut by this share of an axis, or by one thick slice, and still be found.
+MAX_CUT_RATIO = 0.2
+MAX_CUT_MM = 4.5
+#: Sides that differ by less than this share are not tried apart from centres.
+SAME_EXTENT_RATIO = 0.02
+#: Largest distance of one scan to itself, laid over each other as the affines say.
+IN_PLACE_DISTANCE = 0.08
+#: The same where centres or sides are put together.
+MOVED_DISTANCE = 0.025
+
+Distances = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fingerprint:
+    """A scan at a glance.
+
+    Attributes:
+        cells: (1 or 2, 10, 10, 10) uint8, means from the darkest (0) to the brightest (255) cell; a second channel, the
+            narrow window, where the scan is a CT in HU.
+        extent_mm: (3,) size along the axes of the scan.
+        centre_mm: (3,) middle of the scan, along its own axes.
+    """
+
+    cells: npt.NDArray[np.uint8]
+    extent_mm: npt.NDArray[np.float32]
+    centre_mm: npt.NDArray[np.float32]
+
+    @cached_property
+    def is_informative(self) -> tuple[bool, bool]:
+        """Whether the wide and the narrow cells show enough to tell the scan from others."""
+        margin = 255 * SATURATED_RATIO
+        told = [float(np.mean((cells > margin) & (cells < 255 - margin))) for cells in (self.cells[0], self.cells[-1])]
+        return told[0] >= LEAST_TOLD_RATIO, told[1] >= LEAST_TOLD_RATIO
+
+    def to_text(self) -> str:
+        """The fingerprint as base64, 1.4 or 2.7 kB."""
+        place = np.concatenate([self.extent_mm, self.centre_mm]).astype("<f4")
+        return base64.b64encode(place.tobytes() + self.cells.tobytes()).decode("ascii")
+
+    @classmethod
+    def from_text(cls, text: str) -> "Fingerprint":
+        """The fingerprint that ``to_text`` wrote.
+
+        Raises:
+            DataError: It is none.
+        """
+        try:
+            content = base64.b64decode(text, validate=True)
+            place = np.frombuffer(content[:24], dtype="<f4").astype(np.float32)
+            cells = np.frombuffer(content[24:], dtype=np.uint8).reshape(-1, CELLS, CELLS, CELLS)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{str(text)[:20]!r}... is no fingerprint ({error}); write the list again.") from error
+        if len(cells) not in (1, 2) or not np.isfinite(place).all() or (place[:3] <= 0).any():
+            raise DataError(f"{text[:20]!r}... is no fingerprint of this version of mim3d; write the list again.")
+        return cls(cells=cells, extent_mm=place[:3], centre_mm=place[3:])
+
+
+def fingerprint_of(image_XYZ: npt.NDArray[Any], spacing_mm: Spacing, affine: npt.NDArray[np.float64]) -> Fingerprint:
+    """Fingerprint of one channel of a scan.
+
+    Args:
+        image_XYZ: Along RAS+ axes, in any unit; HU are taken for HU where air is among them.
+        spacing_mm: Voxel size along X, Y, Z.
+        affine: (4, 4) voxel index to RAS millimetres.
+    """
+    return _of_samples(image_XYZ[_picks(image_XYZ.shape)], image_XYZ.shape, spacing_mm, affine)
+
+
+def is_same_scan(first: Fingerprint, second: Fingerprint) -> bool:
+    """Whether two fingerprints are those of one scan."""
+    return bool(distances([(first, second)])[0] <= 1)
+
+
+def distances(pairs: Sequence[tuple[Fingerprint, Fingerprint]]) -> Distances:
+    """Distance of each pair in units of the largest that one scan may have to itself: at most 1 is the same scan.
+
+    Returns:
+        (len(pairs),) float32; infinite where the sizes do not fit, large where a scan shows too little to be told.
+    """
+    best = np.full(len(pairs), np.inf, dtype=np.float32)
+    if not pairs:
+        return best
+    for start in range(0, len(pairs), 512):
+        part = _Pairs(pairs[start : start + 512])
+        for offset_mm, tried, bound in part.placements():
+            rows = np.flatnonzero(tried)
+            found = (1 - part.correlations(rows, offset_mm[rows])) / bound
+            best[start + rows] = np.minimum(best[start + rows], found)
+    return best
+
+
+def coarse_features(prints: Sequence[Fingerprint]) -> npt.NDArray[np.float32]:
+    """Unit vectors (N, 2, 216) of wide and narrow cells, for a first choice by their products; 0 where saturated."""
+    return _features(
+        _stacked_cells(prints), [_COARSE] * 3, _COARSE_WEIGHT, np.array([p.is_informative for p in prints])
+    )
+
+
+def may_overlap(first_mm: npt.NDArray[Any], second_mm: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether extents (..., 3) of two scans are close enough to be compared."""
+    return _covers(np.minimum(first_mm, second_mm), np.maximum(first_mm, second_mm))
+
+
+def _covers(shared_mm: npt.NDArray[Any], whole_mm: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    enough = (shared_mm >= (1 - MAX_CUT_RATIO) * whole_mm) | (shared_mm >= whole_mm - MAX_CUT_MM)
+    return np.asarray((enough & (shared_mm > 0)).all(axis=-1))
+
+
+class _Pairs:
+    """Pairs of fingerprints, stacked."""
+
+    def __init__(self, pairs: Sequence[tuple[Fingerprint, Fingerprint]]) -> None:
+        sides: list[tuple[Fingerprint, ...]] = list(zip(*pairs, strict=True))
+        self.cells = [_stacked_cells(side) for side in sides]
+        self.extent = [np.stack([print_.extent_mm for print_ in side]) for side in sides]
+        self.informative = [np.array([print_.is_informative for print_ in side]) for side in sides]
+        self.moved = np.stack([second.centre_mm - first.centre_mm for first, second in pairs])
+        self.mixed = np.array([len(first.cells) != len(second.cells) for first, second in pairs])
+
+    def placements(self) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_], float]]:
+        """Centre of the second scan from that of the first (P, 3), the pairs where that is worth a try, the bound."""
+        yield self.moved, self._overlap(self.moved), IN_PLACE_DISTANCE
+        half = (self.extent[0] - self.extent[1]) / 2
+        alike = np.abs(2 * half) < SAME_EXTENT_RATIO * np.maximum(*self.extent)
+        for sides in itertools.product((0, -1, 1), repeat=3):
+            new = ~(alike & (np.array(sides) != 0)).any(axis=1)
+            yield half * sides, self._overlap(half * sides) & new, MOVED_DISTANCE
+
+    def _overlap(self, offset_mm: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        low, high = self._box(slice(None), offset_mm)
+        return _covers(high - low, np.maximum(*self.extent))
+
+    def _box(self, rows: Any, offset_mm: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Lower and upper corner of what both scans cover, from the centre of the first."""
+        first, second = self.extent[0][rows] / 2, self.extent[1][rows] / 2
+        return np.maximum(-first, offset_mm - second), np.minimum(first, offset_mm + second)
+
+    def correlations(self, rows: npt.NDArray[Any], offset_mm: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Correlation of both scans of some pairs over what they share."""
+        if not len(rows):
+            return np.zeros(0, dtype=np.float32)
+        low, high = self._box(rows, offset_mm)
+        features = []
+        for cells, extent, informative, centre in zip(
+            self.cells, self.extent, self.informative, (0, offset_mm), strict=True
+        ):
+            to_cells = CELLS / extent[rows]
+            start, stop = ((end - centre + extent[rows] / 2) * to_cells for end in (low, high))
+            bases = [_SHARED @ _means(start[:, axis], stop[:, axis]) for axis in range(3)]
+            features.append(_features(cells[rows], bases, _SHARED_WEIGHT, informative[rows]))
+        first, second = features
+        wide, narrow, other = (
+            np.einsum("pf,pf->p", first[:, one], second[:, two]) for one, two in ((0, 0), (1, 0), (0, 1))
+        )
+        return np.where(self.mixed[rows], np.maximum(wide, np.maximum(narrow, other)), wide)
+
+
+def correlation(
+    first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], mixed: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float32]:
+    """Correlation (P, Q) of features (P, 2, F) and (Q, 2, F), that of the wide cells.
+
+    Where one of both scans alone is in HU (``mixed``) the other may have been saved through either of its windows, and
+    the better correlation counts.
+    """
+    wide = first[:, 0] @ second[:, 0].T
+    narrow = np.maximum(first[:, 1] @ second[:, 0].T, first[:, 0] @ second[:, 1].T)
+    return np.where(mixed, np.maximum(wide, narrow), wide)
+
+
+def _of_samples(
+    samples_XYZ: npt.NDArray[Any], shape: Sequence[int], spacing_mm: Spacing, affine: npt.NDArray[np.float64]
+) -> Fingerprint:
+    """Fingerprint of a scan of a shape, of which the voxels of ``_picks`` are given."""
+    means = [_cell_means(size, _step(size)) for size in shape]
+    windows: tuple[tuple[float, float] | None, ...] = (None,)
+    if float(samples_XYZ.min()) < HU_BELOW:
+        windows = (WIDE_HU, NARROW_HU)
+    channels = []
+    for window in windows:
+        cells = samples_XYZ.astype(np.float32)
+        if window is not None:
+            np.clip(cells, *window, out=cells)
+        for axis, mean in enumerate(means):
+            cells = np.moveaxis(np.tensordot(mean, cells, axes=(1, axis)), 0, axis)
+        low, high = float(cells.min()), float(cells.max())
+        # Rounding alone must not be taken for contrast.
+        range_ = high - low if high - low > 1e-5 * max(abs(low), abs(high)) else np.inf
+        channels.append(np.rint((cells - low) * (255 / range_)).astype(np.uint8))
+    middle = affine[:3, :3] @ ((np.array(shape) - 1) / 2) + affine[:3, 3]
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return Fingerprint(
+        cells=np.ascontiguousarray(np.stack(channels)),
+        extent_mm=(np.array(shape) * spacing_mm).astype(np.float32),
+        centre_mm=(axes.T @ middle).astype(np.float32),
+    )
+
+
+def _step(size: int) -> int:
+    return max(1, size // MAX_SAMPLES)
+
+
+def _picks(shape: Sequence[int]) -> tuple[slice, slice, slice]:
+    """The middle voxel of each step along X, Y, Z."""
+    x, y, z = (slice((_step(size) - 1) // 2, None, _step(size)) for size in shape)
+    return x, y, z
+
+
+def _cell_means(size: int, step: int) -> npt.NDArray[np.float32]:
+    """(10, samples) weights of an axis's samples in each cell: how much of the cell each stands for."""
+    starts = np.arange(len(range((step - 1) // 2, size, step))) * step
+    stops = np.minimum(starts + step, size)
+    edges = np.arange(CELLS + 1) * (size / CELLS)
+    weight = np.minimum(stops, edges[1:, None]) - np.maximum(starts, edges[:-1, None])
+    weight = np.clip(weight, 0, None)
+    # A cell that lies wholly behind the last sample of an unfinished step takes that sample.
+    weight[weight.sum(axis=1) == 0, -1] = 1
+    return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _means(start: npt.NDArray[Any], stop: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """(P, 8, 10) weights that average cells between two places of an axis, counted in cells, into 8 equal parts."""
+    edges = start[:, None] + (stop - start)[:, None] * np.arange(SHARED_CELLS + 1) / SHARED_CELLS
+    cell = np.arange(CELLS)
+    weight = np.minimum(edges[:, 1:, None], cell + 1) - np.maximum(edges[:, :-1, None], cell)
+    weight = np.clip(weight, 0, None)
+    return (weight / np.maximum(weight.sum(axis=2, keepdims=True), 1e-6)).astype(np.float32)
+
+
+def _cosines(size: int, kept: int) -> npt.NDArray[np.float32]:
+    """The first cosines of an orthonormal transform, (kept, size)."""
+    order, place = np.arange(kept)[:, None], np.arange(size)[None]
+    rows = np.cos(np.pi * (place + 0.5) * order / size) * np.sqrt(2 / size)
+    rows[0] /= np.sqrt(2)
+    return rows.astype(np.float32)
+
+
+def _weight(kept: int) -> npt.NDArray[np.float32]:
+    """Weight of each wave: its wave number, so that fine structure counts as much as the outline of a body."""
+    x, y, z = np.meshgrid(*[np.arange(kept)] * 3, indexing="ij")
+    return np.sqrt(x**2 + y**2 + z**2).astype(np.float32)
+
+
+def _stacked_cells(prints: Sequence[Fingerprint]) -> npt.NDArray[np.float32]:
+    """(N, 2, 10, 10, 10); a scan that is not in HU has its cells twice."""
+    return np.stack([np.broadcast_to(print_.cells, (2, CELLS, CELLS, CELLS)) for print_ in prints]).astype(np.float32)
+
+
+def _features(
+    cells: npt.NDArray[np.float32], bases: Sequence[npt.NDArray[np.float32]], weight: Any, informative: Any
+) -> npt.NDArray[np.float32]:
+    """Weighted waves of cells as unit vectors (N, 2, F); all 0 for what is not informative.
+
+    Args:
+        cells: (N, 2, 10, 10, 10).
+        bases: For each axis (K, 10), or (N, K, 10) of each scan.
+        weight: (K, K, K).
+        informative: (N, 2) bool.
+    """
+    waves = cells
+    for axis, base in enumerate(bases):
+        if base.ndim == 3:
+            base = base[:, None, None]
+        # The axis in hand is brought last but one, so that one product treats them all.
+        moved = np.moveaxis(waves, 2 + axis, -2)
+        waves = np.moveaxis(base @ moved, -2, 2 + axis)
+    flat = (waves * weight).reshape(len(cells), 2, -1)
+    flat /= np.linalg.norm(flat, axis=2, keepdims=True) + np.float32(1e-3)
+    flat[~informative] = 0
+    return flat
+
+
+_COARSE = _cosines(CELLS, 6)
+_COARSE_WEIGHT = _weight(6)
+_SHARED = _cosines(SHARED_CELLS, SHARED_CELLS)
+_SHARED_WEIGHT = _weight(SHARED_CELLS)

@@ -1,0 +1,370 @@
+"""Reading the cache's arrays: a crop of a sharded zarr (version 3) array in a few reads, straight from its file.
+
+The blocks that a crop touches are looked up in the shard's index; those that lie close together in the file are read
+at once; each is held against its checksum and unpacked into its place. zarr-python reads the same arrays, several times
+slower: it plans, locks and copies per block.
+
+Safe in threads, forked and spawned processes: an array holds no file and no position in one.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mim3d.caching.array_bytes import ArrayBytes, ByteSource, forget_open_files, open_bytes
+from mim3d.core.errors import DamagedError
+
+#: Edge of a block along X, Y and Z.
+BLOCK = 32
+
+#: Blocks with at most so many bytes between them are read at once: reading them costs less than another access.
+MAX_GAP_BYTES = 128 * 1024
+
+#: One read is at most about this long, so that reading a whole scan does not hold it twice.
+MAX_READ_BYTES = 8 * 2**20
+
+#: What Blosc adds to a block that it cannot make smaller.
+BLOSC_OVERHEAD_BYTES = 16
+
+CHECKSUM_BYTES = 4
+
+METADATA = "zarr.json"
+
+#: Arrays of which each process remembers metadata and index: some 30 KB each.
+_MAX_REMEMBERED = 128
+
+_MAX_METADATA_BYTES = 2**20
+_ABSENT = np.iinfo(np.uint64).max
+_TYPES = {name: np.dtype(name).newbyteorder("<") for name in ("uint8", "int16", "uint16", "int32", "uint32")}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and type of an array, from which everything else about it follows.
+
+    Attributes:
+        shape: ``(X, Y, Z)``, or ``(C, X, Y, Z)`` with blocks of one channel each.
+        type_name: of its voxels, an integer type.
+        fill_value: what stands in blocks that are not stored.
+    """
+
+    shape: tuple[int, ...]
+    type_name: str
+    fill_value: int = 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the voxels, lowest byte first."""
+        return _TYPES[self.type_name]
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Shape of a block."""
+        return (1,) * (len(self.shape) - 3) + (BLOCK,) * 3
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Blocks along each axis."""
+        return tuple(-(-size // edge) for size, edge in zip(self.shape, self.block, strict=True))
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of an unpacked block."""
+        return math.prod(self.block) * self.dtype.itemsize
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of the shard's index: place and length of every block, and a checksum."""
+        return math.prod(self.grid) * 16 + CHECKSUM_BYTES
+
+    @property
+    def shard_name(self) -> str:
+        """Name of the only shard below the array's folder."""
+        return "/".join(["c", *["0"] * len(self.shape)])
+
+    def described(self, blosc: dict[str, Any]) -> dict[str, Any]:
+        """The array's metadata, with the configuration of its compressor.
+
+        Everything that decides how a crop is read is compared with this, so that what is read is what was written.
+        """
+        wide: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+        shard = [count * edge for count, edge in zip(self.grid, self.block, strict=True)]
+        inner = [wide if self.dtype.itemsize > 1 else {"name": "bytes"}, {"name": "blosc", "configuration": blosc}]
+        sharding = {
+            "chunk_shape": list(self.block),
+            "codecs": [*inner, {"name": "crc32c"}],
+            "index_codecs": [wide, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.type_name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": self.fill_value,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {},
+        }
+
+
+@dataclass(frozen=True)
+class ShardedArray:
+    """One array of a case; opened at the first read, cheap to pickle.
+
+    Attributes:
+        source: where the case lies.
+        name: the array's folder inside it.
+    """
+
+    source: ByteSource
+    name: str
+
+    @property
+    def layout(self) -> Layout:
+        """Shape and type.
+
+        Raises:
+            DamagedError: Missing, damaged, or not of the kind that the cache writes.
+        """
+        try:
+            return _layout_of(open_bytes(self.source, f"{self.name}/{METADATA}"))
+        except _OtherKind as error:
+            raise DamagedError(
+                f"{self._where(METADATA)}: {error}, which the cache does not write and mim3d does not read; open it "
+                "with zarr."
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._damage(METADATA, error) from error
+
+    def read(self, start: Sequence[int], out: npt.NDArray[Any]) -> None:
+        """Fill one crop, see ``read_crops``.
+
+        Raises:
+            DamagedError: Missing or damaged.
+        """
+        self.read_crops([(start, out)])
+
+    def read_crops(self, crops: Sequence["Crop"]) -> None:
+        """Fill crops, all of whose voxels must lie inside the array. What several of them share is read once.
+
+        Args:
+            crops: First voxel along each axis of the array, and what to fill: of as many axes and of the array's type,
+                may be a view.
+
+        Raises:
+            DamagedError: Missing or damaged.
+        """
+        layout = self.layout
+        try:
+            shard = open_bytes(self.source, f"{self.name}/{layout.shard_name}")
+            _read_crops(shard, layout, _index_of(shard, layout), crops)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._damage(layout.shard_name, error) from error
+
+    def will_need(self, boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        """Let the disk begin with what is to be read soon, where the system can; nothing is waited for.
+
+        What is missing or damaged is told when it is read.
+
+        Args:
+            boxes: First voxel and number of voxels along each axis.
+        """
+        try:
+            layout = self.layout
+            shard = open_bytes(self.source, f"{self.name}/{layout.shard_name}")
+            index = _index_of(shard, layout)
+            entries = {entry for box in boxes for entry in _stored_blocks(layout, index, *box)}
+            for first, last, _ in _runs(entries):
+                shard.will_need(first, last - first)
+        except (OSError, ValueError, DamagedError):
+            return
+
+    def _where(self, name: str) -> str:
+        try:
+            return open_bytes(self.source, f"{self.name}/{name}").path
+        except OSError:
+            return f"{self.name}/{name}"
+
+    def _damage(self, name: str, error: Exception) -> DamagedError:
+        # Once the file was replaced, this process shall see the new one.
+        for remembered in (_layout_of, _index_of):
+            remembered.cache_clear()
+        forget_open_files()
+        reason = getattr(error, "strerror", None) or str(error)
+        at_fault = self.source if isinstance(self.source, str) else self._where(name)
+        return DamagedError(
+            f"{self._where(name)}: missing or damaged ({reason}); delete {at_fault} and run `mim3d cache` again."
+        )
+
+
+class _OtherKind(Exception):
+    """An array that is sound, but not one of ours."""
+
+
+@lru_cache(maxsize=_MAX_REMEMBERED)
+def _layout_of(metadata: ArrayBytes) -> Layout:
+    size = metadata.size
+    if size > _MAX_METADATA_BYTES:
+        raise ValueError(f"{size} bytes of metadata")
+    found = json.loads(metadata.pread(0, size))
+    shape, type_name, fill_value = tuple(found["shape"]), found["data_type"], found["fill_value"]
+    if found["zarr_format"] != 3 or found["node_type"] != "array":
+        raise _OtherKind(f"zarr_format {found['zarr_format']!r}, node_type {found['node_type']!r}")
+    if type_name not in _TYPES:
+        raise _OtherKind(f"voxels of type {type_name!r}")
+    if len(shape) not in (3, 4) or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"shape {list(shape)}")
+    limits = np.iinfo(_TYPES[type_name])
+    if type(fill_value) is not int or not limits.min <= fill_value <= limits.max:
+        raise ValueError(f"fill_value {fill_value!r}")
+    layout = Layout(shape, type_name, fill_value)
+    wanted = layout.described(_blosc_of(found["codecs"]))
+    for key in ("chunk_grid", "chunk_key_encoding", "codecs"):
+        if found[key] != wanted[key]:
+            raise _OtherKind(f"{key} {json.dumps(found[key])}")
+    if found.get("storage_transformers"):
+        raise _OtherKind("storage_transformers")
+    return layout
+
+
+def _blosc_of(codecs: Any) -> dict[str, Any]:
+    """Configuration of the compressor; a block says itself how to unpack it, so any will do."""
+    try:
+        found = codecs[0]["configuration"]["codecs"][1]
+        return dict(found["configuration"]) if found["name"] == "blosc" else {}
+    except (LookupError, TypeError, ValueError):
+        return {}
+
+
+@lru_cache(maxsize=_MAX_REMEMBERED)
+def _index_of(shard: ArrayBytes, layout: Layout) -> npt.NDArray[np.int64]:
+    """Place and length of every block, ``(*grid, 2)``; a length of -1 for blocks that are not stored."""
+    end = shard.size - layout.index_bytes
+    if end < 0:
+        raise ValueError(f"{shard.size} bytes, too few for the index of its {math.prod(layout.grid)} blocks")
+    data = shard.pread(end, layout.index_bytes)
+    if not _is_sound(data):
+        raise ValueError("the checksum of its index is wrong")
+    entries = np.frombuffer(data, dtype="<u8", count=2 * math.prod(layout.grid)).reshape(-1, 2)
+    offsets, lengths = entries.T
+    stored = (offsets != _ABSENT) | (lengths != _ABSENT)
+    longest = layout.block_bytes + BLOSC_OVERHEAD_BYTES + CHECKSUM_BYTES
+    shortest = BLOSC_OVERHEAD_BYTES + CHECKSUM_BYTES
+    # Compared without a sum, which could wrap around.
+    possible = (lengths >= shortest) & (lengths <= longest) & (offsets <= end) & (lengths <= end - offsets)
+    if not possible[stored].all():
+        raise ValueError("its index points at places that cannot be")
+    index = np.where(stored[:, None], entries, _ABSENT).astype(np.int64)
+    return index.reshape(*layout.grid, 2)
+
+
+def _is_sound(data: bytes) -> bool:
+    """Whether bytes end with the checksum of those before it."""
+    import google_crc32c
+
+    expected = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+    return bool(google_crc32c.value(data[:-CHECKSUM_BYTES]) == expected)
+
+
+#: First voxel along each axis, and what is to be filled from there on.
+Crop = tuple[Sequence[int], npt.NDArray[Any]]
+
+#: Offset and length of a stored block.
+_Entry = tuple[int, int]
+
+#: Where a block's voxels go in a crop, and which of the block they are: one slice per axis each.
+_Place = tuple[tuple[slice, ...], tuple[slice, ...]]
+
+
+def _read_crops(shard: ArrayBytes, layout: Layout, index: npt.NDArray[np.int64], crops: Sequence[Crop]) -> None:
+    places: dict[_Entry, list[tuple[npt.NDArray[Any], tuple[slice, ...]]]] = defaultdict(list)
+    for start, out in crops:
+        blocks, in_crop = _touched(layout, start, out.shape)
+        for entry, (target, source) in zip(_entries(index, blocks), in_crop, strict=True):
+            if entry[1] < 0:
+                out[target] = layout.fill_value
+            else:
+                places[entry].append((out[target], source))
+    scratch = np.empty(layout.block, dtype=layout.dtype)
+    runs = list(_runs(places))
+    for first, last, _ in runs:
+        # A disk that is asked for all of them at once answers in little more than the time of one.
+        shard.will_need(first, last - first)
+    for first, last, entries in runs:
+        data = shard.pread(first, last - first)
+        for offset, length in entries:
+            packed = data[offset - first : offset - first + length]
+            wanted = places[offset, length]
+            place = wanted[0][0]
+            if len(wanted) == 1 and place.shape == scratch.shape and place.flags.c_contiguous:
+                _unpack(packed, place)
+                continue
+            _unpack(packed, scratch)
+            for place, source in wanted:
+                place[...] = scratch[source]
+
+
+def _entries(index: npt.NDArray[np.int64], blocks: tuple[slice, ...]) -> list[_Entry]:
+    return [(offset, length) for offset, length in index[blocks].reshape(-1, 2).tolist()]
+
+
+def _stored_blocks(
+    layout: Layout, index: npt.NDArray[np.int64], start: Sequence[int], size: Sequence[int]
+) -> list[_Entry]:
+    """The blocks of a box that are stored."""
+    return [entry for entry in _entries(index, _touched(layout, start, size)[0]) if entry[1] >= 0]
+
+
+def _touched(layout: Layout, start: Sequence[int], size: Sequence[int]) -> tuple[tuple[slice, ...], list[_Place]]:
+    """The blocks that a crop touches, as slices of the index, and the place of each in the order of the index."""
+    blocks, targets, sources = [], [], []
+    for first, length, edge in zip(start, size, layout.block, strict=True):
+        numbers = range(first // edge, -(-(first + length) // edge))
+        blocks.append(slice(numbers.start, numbers.stop))
+        bounds = [(max(n * edge, first), min((n + 1) * edge, first + length)) for n in numbers]
+        targets.append([slice(low - first, high - first) for low, high in bounds])
+        sources.append([slice(low - n * edge, high - n * edge) for n, (low, high) in zip(numbers, bounds, strict=True)])
+    return tuple(blocks), list(zip(product(*targets), product(*sources), strict=True))
+
+
+def _runs(entries: Iterable[_Entry]) -> Iterator[tuple[int, int, list[_Entry]]]:
+    """First byte of each read, the byte behind its last, and the blocks in it."""
+    run: list[_Entry] = []
+    first = last = 0
+    for offset, length in sorted(entries):
+        if run and (offset - last > MAX_GAP_BYTES or offset + length - first > MAX_READ_BYTES):
+            yield first, last, run
+            run = []
+        if not run:
+            first = last = offset
+        run.append((offset, length))
+        last = max(last, offset + length)
+    if run:
+        yield first, last, run
+
+
+def _unpack(packed: bytes, place: npt.NDArray[Any]) -> None:
+    """Unpack a block into a contiguous array of its size.
+
+    Raises:
+        ValueError: The block is damaged.
+    """
+    from numcodecs import blosc
+
+    if not _is_sound(packed):
+        raise ValueError("the checksum of a block is wrong")
+    payload = packed[:-CHECKSUM_BYTES]
+    unpacked_bytes, packed_bytes = (int.from_bytes(payload[at : at + 4], "little") for at in (4, 12))
+    if unpacked_bytes != place.nbytes or packed_bytes != len(payload):
+        raise ValueError("a block has another size than it should")
+    blosc.decompress(payload, place)

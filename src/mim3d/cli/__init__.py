@@ -1,0 +1,128 @@
+"""The command line: a name leads to one function; its signature and docstring are the flags and the help."""
+
+import importlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mim3d import __version__
+from mim3d.cli.arguments import Signature, command_arguments, split_line
+from mim3d.core.config import nearest
+from mim3d.core.errors import ConfigError, Mim3dError
+
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: where its function is, what it does, and which parameters need no flag."""
+
+    target: str
+    summary: str
+    positional: tuple[str, ...] = ()
+
+    def load(self) -> Callable[..., Any]:
+        """Import the function; nothing else of the package's commands is imported."""
+        module, _, attribute = self.target.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        return function
+
+
+COMMANDS = {
+    "phantom": Command("mim3d.commands.phantom:phantom", "Make a labelled synthetic CT data set.", ("out",)),
+    "cache": Command("mim3d.commands.cache:cache", "Preprocess scans once, for fast random crops.", ("data",)),
+    "pretrain": Command("mim3d.commands.pretrain:pretrain", "Learn an encoder from unlabelled scans."),
+    "finetune": Command("mim3d.commands.finetune:finetune", "Learn a task from labels, with or without an encoder."),
+    "predict": Command("mim3d.commands.predict:predict", "Segment or classify scans, each on its own grid."),
+    "evaluate": Command("mim3d.commands.evaluate:evaluate", "Score label maps or classes against references."),
+    "probe": Command("mim3d.commands.probe:probe", "Score frozen features by simple classifiers."),
+    "export": Command("mim3d.commands.export:export", "Bring a network into the formats of other programs."),
+    "report": Command("mim3d.commands.report:report", "Write one HTML page on one or more runs.", ("runs",)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    A refusal (Mim3dError) is one line on stderr and exit code 2, with its traceback under ``--debug true``;
+    anything unexpected stays a traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    # A user's own method or backbone, named by dotted path, may lie in the folder where they work.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    _speak_plainly()
+    debug = re.search(r" --debug(?![ =]false\b)", " ".join(["", *words])) is not None
+    try:
+        return _run(words)
+    except Mim3dError as error:
+        if debug:
+            raise
+        print(f"mim3d: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        print("mim3d: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; Python's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _run(words: list[str]) -> int:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(overview(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else EXIT_REFUSED
+    if name == "--version":
+        print(f"mim3d {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"There is no command '{name}'.{nearest(name, COMMANDS)}")
+    command = COMMANDS[name]
+    function = command.load()
+    if "--help" in words or "-h" in words:
+        from mim3d.cli.help import manual
+
+        print(manual(function, name, command.positional))
+        return 0
+    signature = Signature.of(function, name, command.positional)
+    function(**command_arguments(split_line(words[1:], signature), signature))
+    return 0
+
+
+def overview() -> str:
+    """The text of ``mim3d --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mim3d COMMAND [--config FILE.yaml] [flags]",
+            "",
+            "Masked pre-training and fine-tuning for 3-D medical images.",
+            "",
+            *lines,
+            "",
+            "mim3d COMMAND --help lists the flags of a command; mim3d --version gives the version.",
+        ]
+    )
+
+
+def _speak_plainly() -> None:
+    """Print warnings of mim3d as one line; those of other packages keep their place and source."""
+    package, others = str(Path(__file__).parent), warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, *rest: Any, **named: Any) -> None:
+        if filename.startswith(package):
+            print(f"mim3d: warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, filename, *rest, **named)
+
+    warnings.showwarning = show

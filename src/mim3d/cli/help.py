@@ -1,0 +1,159 @@
+"""The text of ``mim3d COMMAND --help``, read from the function's signature and docstring."""
+
+import dataclasses
+import inspect
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from mim3d.cli.arguments import Signature, is_named, settings_type, word_limit
+from mim3d.core.config import describe, to_mapping
+
+#: Widest column of flags on a narrow terminal; what is longer goes on in the next line.
+FLAG_COLUMN = 30
+
+
+@dataclass(frozen=True)
+class FlagHelp:
+    """One flag as the help shows it.
+
+    Attributes:
+        usage: The flag with what stands after it, such as ``--optim.betas VALUE VALUE``.
+        meaning: What the docstring says of it.
+        facts: Its type in words, its default as in YAML, and whether it is required or needs no flag.
+    """
+
+    usage: str
+    meaning: str
+    facts: tuple[str, ...] = ()
+
+
+#: Flags that no command has as a parameter.
+EVERY_COMMAND = (
+    FlagHelp("--config FILE.yaml", "Settings from a file, such as the config.yaml of a run; flags win."),
+    FlagHelp("--debug true|false", "Show the traceback of a refusal."),
+)
+
+
+def manual(function: Callable[..., Any], name: str, positional: tuple[str, ...]) -> str:
+    """The help of a command, as wide as the terminal; 80 columns and no colours where there is none.
+
+    Args:
+        function: The function of the command, with a Google-style docstring.
+        name: Name of the command.
+        positional: Parameters that need no flag.
+    """
+    signature = Signature.of(function, name, positional)
+    groups = {**_flag_groups(function, signature), "every command": EVERY_COMMAND}
+    console = Console(width=shutil.get_terminal_size().columns, highlight=False)
+    longest = max(len(flag.usage) for flags in groups.values() for flag in flags)
+    description = re.split(r"\n(?:Args|Returns|Raises):\n", inspect.getdoc(function) or "")[0].strip()
+    with console.capture() as capture:
+        console.print(Text(f"usage: {_usage(signature)}"))
+        for paragraph in re.split(r"\n\s*\n", description):
+            console.print("", Text(" ".join(paragraph.split())), sep="\n")
+        for title, flags in groups.items():
+            table = Table.grid(padding=(0, 2, 0, 0))
+            table.add_column(width=min(longest, max(FLAG_COLUMN, console.width // 4)))
+            for flag in flags:
+                facts = f"({'; '.join(flag.facts)})" if flag.facts else ""
+                table.add_row(
+                    Text(flag.usage, style="bold"), Text.assemble(f"{flag.meaning} ".lstrip(), (facts, "dim"))
+                )
+            console.print("", Text(f"{title}:", style="bold"), Padding(table, (0, 0, 0, 2)), sep="\n")
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _usage(signature: Signature) -> str:
+    places = [
+        name.upper() + (" ..." if word_limit(signature.hints[name]) is None else "") for name in signature.positional
+    ]
+    required = [
+        f"--{name} {_values(hint)}"
+        for name, hint in signature.hints.items()
+        if name not in signature.defaults and name not in signature.positional
+    ]
+    return " ".join(["mim3d", signature.command, *places, *required, "[flags]"])
+
+
+def _flag_groups(function: Callable[..., Any], signature: Signature) -> dict[str, list[FlagHelp]]:
+    """Title -> flags: those of the command first, then those of each parameter that is a dataclass of settings."""
+    meanings = documented(function, "Args")
+    plain: list[FlagHelp] = []
+    groups = {"flags": plain}
+    for name, hint in signature.hints.items():
+        settings = settings_type(hint)
+        if settings is None:
+            plain.append(_flag_help(name, meanings.get(name, ""), signature.defaults.get(name), signature))
+            continue
+        # Settings that are left to the command as a whole still have the defaults of their own class.
+        defaults = signature.defaults.get(name) or settings
+        described = documented(settings, "Attributes")
+        groups[meanings.get(name, name).rstrip(".")] = [
+            _flag_help(f"{name}.{field.name}", described.get(field.name, ""), default, signature)
+            for field in dataclasses.fields(settings)
+            if field.init
+            for default in [getattr(defaults, field.name, None)]
+        ]
+    return groups
+
+
+def _flag_help(key: str, meaning: str, default: Any, signature: Signature) -> FlagHelp:
+    """One flag with as many values as it takes, its type in words and its default as in YAML."""
+    hint = signature.hint_of(key)
+    facts = [f"a name; its settings as --{key}.SETTING VALUE" if is_named(hint) else describe(hint)]
+    if key in signature.hints and key not in signature.defaults:
+        facts.append("required")
+    default = to_mapping(default)
+    if default is not None:
+        facts.append(f"default {_shown(default)}")
+    if key in signature.positional:
+        facts.append("needs no flag")
+    return FlagHelp(f"--{key} {_values(hint)}", meaning, tuple(facts))
+
+
+def _values(hint: Any) -> str:
+    """What stands after a flag."""
+    limit = word_limit(hint)
+    if describe(hint).startswith("true or false"):
+        return "true|false"
+    if limit is None:
+        return "VALUE ..."
+    return "NAME" if is_named(hint) else " ".join(["VALUE"] * limit)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value.get("name", value)) if isinstance(value, dict) else str(value)
+
+
+def documented(thing: Any, section: str) -> dict[str, str]:
+    """Name -> meaning in a section of a Google-style docstring.
+
+    Args:
+        thing: A function or a class; the docstrings of the classes that it inherits from count too.
+        section: The section's title, ``Args`` or ``Attributes``.
+    """
+    found: dict[str, str] = {}
+    for owner in reversed(inspect.getmro(thing) if isinstance(thing, type) else [thing]):
+        inside, name = False, ""
+        for line in inspect.cleandoc(owner.__doc__ or "").splitlines():
+            entry = re.match(r" {4}(\w+): (.*)", line)
+            if line and not line.startswith(" "):
+                inside = line == f"{section}:"
+            elif inside and entry:
+                name = entry[1]
+                found[name] = entry[2]
+            elif inside and line.strip():
+                found[name] += f" {line.strip()}"
+    return found

@@ -1,0 +1,121 @@
+"""What a run was made with: code, packages and hardware; nothing that names a person, a machine or a path of it."""
+
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mim3d
+from mim3d.core.resources import num_cores
+
+_PACKAGE = Path(mim3d.__file__).resolve().parent
+_GIT_PATIENCE_S = 10
+
+
+def environment() -> dict[str, Any]:
+    """Command line, code version, package versions and hardware, for the manifest of a run."""
+    return {"command_line": command_line(), "code": code_version(), "versions": versions(), "hardware": hardware()}
+
+
+def command_line() -> str | None:
+    """The words that this process was started by, as a shell takes them; None where Python code called a command."""
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    ours = program.name == "mim3d" or program.parts[-2:] == ("mim3d", "__main__.py")
+    return shlex.join(["mim3d", *sys.argv[1:]]) if ours else None
+
+
+@cache
+def code_version() -> dict[str, Any]:
+    """Version of mim3d; and run from a checkout, its git commit and whether tracked files differ from that."""
+    version = {"mim3d": mim3d.__version__}
+    top = _git("rev-parse", "--show-toplevel")
+    # An environment inside somebody else's repository must not pass for that repository's code.
+    if top is None or Path(top).resolve() / "src" / "mim3d" != _PACKAGE:
+        return version
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {**version, "commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _git(*words: str) -> str | None:
+    """What a git command prints; None where there is no git, no repository, or no answer."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(_PACKAGE), *words], capture_output=True, text=True, timeout=_GIT_PATIENCE_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of mim3d, Python, and of all packages that mim3d needs or can use and that are installed."""
+    found = {"mim3d": mim3d.__version__, "python": platform.python_version()}
+    for name in ["torch", *_required()]:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _required() -> list[str]:
+    """Packages that mim3d declares, tools for its development left out."""
+    try:
+        lines = metadata.requires("mim3d") or []
+    except metadata.PackageNotFoundError:
+        return []
+    names = [re.match(r"[\w.-]+", line) for line in lines if not re.search(r"extra == ['\"]dev['\"]", line)]
+    return sorted({name[0] for name in names if name})
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, memory and GPUs, with what else decides on how numbers are rounded."""
+    import torch
+
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cudnn: Any = torch.backends.cudnn
+    gpus = [torch.cuda.get_device_properties(index) for index in range(num_gpus)]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "usable_cores": num_cores(),
+        "num_threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": [gpu.name for gpu in gpus],
+        "gpu_memory_bytes": [gpu.total_memory for gpu in gpus],
+        "gpu_driver": _gpu_driver() if gpus else None,
+        "cuda": torch.version.cuda if gpus else None,
+        "cudnn": cudnn.version() if gpus else None,
+    }
+
+
+def _cpu_model() -> str:
+    match = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return match[1].strip() if match else platform.processor()
+
+
+def _gpu_driver() -> str | None:
+    match = re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)", _text("/proc/driver/nvidia/version"))
+    return match[1] if match else None
+
+
+def _memory_bytes() -> int | None:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

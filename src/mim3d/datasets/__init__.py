@@ -1,0 +1,1 @@
+"""What a data set is: cases from folders, lists and descriptions, and how they are split."""

@@ -1,0 +1,1 @@
+"""Published data sets: their presets, layouts, folds and lists to pre-train on."""

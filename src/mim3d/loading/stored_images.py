@@ -1,0 +1,126 @@
+"""Images of a batch as they travel from the cache to the device: stored numbers, and what they mean.
+
+A batch of 8-bit crops is a quarter of the same batch in float32. It is put together, handed over and uploaded as it is
+stored; the device makes float32 of it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mim3d.scans.intensity import apply_lines
+
+#: Gives an array to be filled, of a shape and type.
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
+
+#: The widest voxels that travel.
+MAX_VOXEL_BYTES = 4
+
+#: Unsigned types with which torch does not calculate on every device -> the type whose bits they travel as, a type
+#: that holds all their values, and the bits that are theirs in it.
+_UNSIGNED = {
+    np.dtype(np.uint16): (np.int16, torch.int32, 0xFFFF),
+    np.dtype(np.uint32): (np.int32, torch.int64, 0xFFFFFFFF),
+}
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Crops of one sample under one batch key, before they become part of a batch.
+
+    Attributes:
+        crops: ``(C, X, Y, Z)`` each; may be views of what was read, such as flipped ones.
+        lines: ``(C, 4)`` float32, what makes network input of them, see ``Intensity.lines``.
+    """
+
+    crops: Sequence[np.ndarray]
+    lines: np.ndarray
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a batch holds under one key, as plain arrays: what reading processes hand over.
+
+    Attributes:
+        array: ``(B, ...)``.
+        lines: ``(B, C, 4)`` float32 for images, see ``Intensity.lines``; None for everything else.
+    """
+
+    array: np.ndarray
+    lines: np.ndarray | None = None
+
+    def unpacked(self) -> "Tensor | StoredImages":
+        """The same memory as the trainer sees it."""
+        if self.lines is None:
+            return torch.from_numpy(self.array)
+        return StoredImages.of(self.array, self.lines)
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images of a batch that become float32 network input on the device they are sent to.
+
+    Attributes:
+        numbers: ``(B, N, C, X, Y, Z)``; unsigned numbers of 16 or 32 bits as signed ones of the same bits.
+        lines: ``(B, C, 4)`` float32, see ``Intensity.lines``.
+        type_name: numpy's name of the numbers' type.
+    """
+
+    numbers: Tensor
+    lines: np.ndarray
+    type_name: str
+
+    @classmethod
+    def of(cls, numbers: np.ndarray, lines: np.ndarray) -> Self:
+        """From arrays, whose memory is used as it is."""
+        signed = _UNSIGNED[numbers.dtype][0] if numbers.dtype in _UNSIGNED else numbers.dtype
+        return cls(torch.from_numpy(numbers.view(signed)), lines, numbers.dtype.name)
+
+    def to(self, device: torch.device | str) -> Tensor:
+        """The images as ``(B, N, C, X, Y, Z)`` float32 on ``device``, in memory of their own.
+
+        On a GPU only the stored numbers are uploaded, and nothing waits for that where they lie in pinned memory.
+        """
+        numbers = self.numbers.to(device, non_blocking=torch.device(device).type == "cuda")
+        unsigned = _UNSIGNED.get(np.dtype(self.type_name))
+        if unsigned is not None:
+            _, wider, bits = unsigned
+            numbers = numbers.to(wider) & bits
+        images = numbers.to(torch.float32, copy=True)
+        for sample, lines in zip(images, self.lines, strict=True):
+            apply_lines(sample, lines)
+        return images
+
+
+def pack(samples: Sequence[Mapping[str, Crops | Tensor]], allocate: Allocate) -> dict[str, Packed]:
+    """Put samples of the same keys and shapes together.
+
+    Args:
+        samples: key -> crops or any tensor.
+        allocate: gives the arrays that the batch is written to.
+    """
+    return {key: _pack([sample[key] for sample in samples], allocate) for key in samples[0]}
+
+
+def _pack(values: Sequence[Crops | Tensor], allocate: Allocate) -> Packed:
+    images = [value for value in values if isinstance(value, Crops)]
+    if not images:
+        arrays = [value.numpy() for value in values if isinstance(value, Tensor)]
+        return Packed(np.stack(arrays, out=allocate((len(arrays), *arrays[0].shape), arrays[0].dtype)))
+    crops = [crop for image in images for crop in image.crops]
+    shape = (len(images), len(images[0].crops), *crops[0].shape)
+    numbers = allocate(shape, _common_type(crops))
+    for place, crop in zip(numbers.reshape(-1, *crops[0].shape), crops, strict=True):
+        place[...] = crop
+    lines = [image.lines for image in images]
+    return Packed(numbers, np.stack(lines, out=allocate((len(lines), *lines[0].shape), lines[0].dtype)))
+
+
+def _common_type(crops: Sequence[np.ndarray]) -> np.dtype[Any]:
+    """The smallest type that holds the voxels of all crops; float32, as which they end, where that is too wide."""
+    common = np.result_type(*(crop.dtype for crop in crops)).newbyteorder("=")
+    return common if common.itemsize <= MAX_VOXEL_BYTES else np.dtype(np.float32)

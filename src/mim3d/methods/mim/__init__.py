@@ -1,0 +1,1 @@
+"""MiM, Mask in Mask."""

@@ -1,0 +1,193 @@
+"""MiM's hierarchy of volumes: levels, masking units, and where children are cut (METHOD: Mask in Mask).
+
+Every level is cut into units: the footprint of the next level, or single tokens at the last. A unit is hidden or
+visible as a whole, and every child is cut from a hidden unit of its parent.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mim3d.backbones.contract import check_multiple
+from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
+from mim3d.nn.masks import draw_hidden_units, num_hidden, unit_index, unit_mask
+
+MAX_LEVELS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One level of a hierarchy.
+
+    Attributes:
+        name: used in logs (``loss/coarse``).
+        footprint: voxels of the scan that one volume covers.
+        size: voxels it is shown to the network as.
+        mask_ratio: hidden share of its units, half rounded up.
+        num_children: volumes of the next level cut from hidden units of each volume; 0 at the last level.
+        loss_weight: weight of its reconstruction.
+    """
+
+    name: str
+    footprint: Triple
+    size: Triple
+    mask_ratio: float
+    num_children: int = 0
+    loss_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A level in numbers: what follows from the settings.
+
+    Attributes:
+        level: the settings.
+        token_grid: tokens along X, Y, Z.
+        unit_grid: masking units along X, Y, Z.
+        num_volumes: volumes of this level in one sample.
+        source: index of the ancestor level it is sliced from; None when it is read from the scan.
+    """
+
+    level: Level
+    token_grid: Triple
+    unit_grid: Triple
+    num_volumes: int
+    source: int | None
+
+    @cached_property
+    def tokens_per_unit(self) -> Triple:
+        """Tokens of one unit along X, Y, Z."""
+        x, y, z = (tokens // units for tokens, units in zip(self.token_grid, self.unit_grid, strict=True))
+        return x, y, z
+
+    @cached_property
+    def num_units(self) -> int:
+        """Masking units of one volume."""
+        return math.prod(self.unit_grid)
+
+    @cached_property
+    def num_hidden_units(self) -> int:
+        """Hidden units of one volume, the same for every volume."""
+        return num_hidden(self.num_units, self.level.mask_ratio)
+
+    @cached_property
+    def num_hidden_tokens(self) -> int:
+        """Hidden tokens of one volume, the same for every volume."""
+        return self.num_hidden_units * math.prod(self.tokens_per_unit)
+
+
+@dataclass(frozen=True)
+class DrawnLevel:
+    """The volumes of one level in one sample; ``n`` volumes, children of one parent side by side.
+
+    Attributes:
+        offsets: ``(n, 3)`` first voxel of each volume, from the first voxel of the root.
+        hidden: ``(n, L)`` token masks.
+        places: ``(n,)`` raster index of each volume's place among its parent's units (zeros at the root).
+    """
+
+    offsets: np.ndarray
+    hidden: np.ndarray
+    places: np.ndarray
+
+
+class Hierarchy:
+    """A checked sequence of levels, coarsest first.
+
+    Args:
+        levels: one to four levels.
+        patch_size: voxels per token edge of the backbone.
+    Raises:
+        ConfigError: when sizes do not fit each other, naming sizes that do, or when fewer units are hidden than
+            children are asked for.
+    """
+
+    def __init__(self, levels: Sequence[Level], patch_size: int) -> None:
+        if not 1 <= len(levels) <= MAX_LEVELS or len({level.name for level in levels}) < len(levels):
+            names = [level.name for level in levels]
+            raise ConfigError(f"a hierarchy has 1 to {MAX_LEVELS} levels with different names, not {names}.")
+        self.patch_size = patch_size
+        geometries: list[Geometry] = []
+        for index, level in enumerate(levels):
+            child = levels[index + 1] if index + 1 < len(levels) else None
+            geometries.append(_geometry(level, child, patch_size, geometries))
+        self.levels = tuple(geometries)
+
+    @property
+    def num_volumes(self) -> int:
+        """Volumes of one sample, all levels together."""
+        return sum(geometry.num_volumes for geometry in self.levels)
+
+    def draw(self, rng: np.random.Generator) -> list[DrawnLevel]:
+        """Draw the masks and the children of one sample; level by level, so every child lies in a hidden unit."""
+        offsets, places = np.zeros((1, 3), dtype=np.int64), np.zeros(1, dtype=np.int64)
+        drawn = []
+        for geometry, child in zip(self.levels, (*self.levels[1:], None), strict=True):
+            units = [draw_hidden_units(geometry.num_units, geometry.level.mask_ratio, rng) for _ in offsets]
+            hidden = np.stack([unit_mask(unit, geometry.unit_grid, geometry.tokens_per_unit) for unit in units])
+            drawn.append(DrawnLevel(offsets, hidden, places))
+            if child is not None:
+                chosen = [rng.permutation(unit)[: geometry.level.num_children] for unit in units]
+                places = np.concatenate(chosen)
+                corners = [unit_index(int(place), geometry.unit_grid) for place in places]
+                parents = np.repeat(offsets, geometry.level.num_children, axis=0)
+                offsets = parents + np.array(corners) * np.array(child.level.footprint)
+        return drawn
+
+
+def _geometry(level: Level, child: Level | None, patch_size: int, above: Sequence[Geometry]) -> Geometry:
+    check_multiple(level.size, patch_size, f"{level.name} level: size")
+    x, y, z = (size // patch_size for size in level.size)
+    token_grid = (x, y, z)
+    unit_grid = token_grid if child is None else _unit_grid(level, child, patch_size)
+    parent = above[-1] if above else None
+    num_volumes = parent.num_volumes * parent.level.num_children if parent else 1
+    native = [index for index, ancestor in enumerate(above) if ancestor.level.size == ancestor.level.footprint]
+    geometry = Geometry(level, token_grid, unit_grid, num_volumes, native[-1] if native else None)
+    _check_counts(geometry, child)
+    return geometry
+
+
+def _unit_grid(level: Level, child: Level, patch_size: int) -> Triple:
+    units = []
+    for axis, parent_voxels, child_voxels, size in zip(
+        "XYZ", level.footprint, child.footprint, level.size, strict=True
+    ):
+        if child_voxels <= 0 or parent_voxels % child_voxels:
+            whole = max(1, parent_voxels // max(child_voxels, 1)) * child_voxels
+            raise ConfigError(
+                f"{level.name} level: footprint axis {axis} ({parent_voxels}) is not a multiple of the "
+                f"{child.name} footprint ({child_voxels}); use {whole} for the parent."
+            )
+        num_units = parent_voxels // child_voxels
+        step = num_units * patch_size
+        if size % step:
+            below = size // step * step
+            fits = f"{below} or {below + step}" if below else f"{step}"
+            raise ConfigError(
+                f"{level.name} level: size axis {axis} ({size}) cuts a token at the edge of a {child.name} cell "
+                f"({num_units} cells, tokens of {patch_size}); use {fits}."
+            )
+        units.append(num_units)
+    return units[0], units[1], units[2]
+
+
+def _check_counts(geometry: Geometry, child: Level | None) -> None:
+    level = geometry.level
+    if not 0 < geometry.num_hidden_units < geometry.num_units:
+        raise ConfigError(
+            f"{level.name} level: mask_ratio {level.mask_ratio} hides {geometry.num_hidden_units} of "
+            f"{geometry.num_units} units; at least one must be hidden and one visible."
+        )
+    if child is None and level.num_children:
+        raise ConfigError(f"{level.name} level: num_children ({level.num_children}) must be 0, since no level follows.")
+    if child is not None and not 1 <= level.num_children <= geometry.num_hidden_units:
+        raise ConfigError(
+            f"{level.name} level: num_children ({level.num_children}) must be between 1 and its "
+            f"{geometry.num_hidden_units} hidden units (mask_ratio {level.mask_ratio} of "
+            f"{geometry.num_units}); ask for fewer or hide more."
+        )

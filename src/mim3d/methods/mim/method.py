@@ -1,0 +1,158 @@
+"""MiM, Mask in Mask (Zhuang et al., arXiv 2404.15580, IEEE TMI 44(9):3727-3740, 2025)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from mim3d.backbones.contract import Backbone
+from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
+from mim3d.methods.contract import Method
+from mim3d.methods.mim.hierarchy import Hierarchy, Level
+from mim3d.methods.mim.objective import MiMObjective
+from mim3d.methods.mim.planning import check_padding, describe_levels, full_levels, padding_ratio, plan_levels
+from mim3d.methods.mim.sampler import MiMSampler
+from mim3d.training.optimisation import Optimisation
+
+#: A normalised reconstruction loss above this has learned nothing (1 is the loss of a constant guess).
+IDLE_LOSS = 0.98
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiM(Method):
+    """Settings of MiM.
+
+    Attributes:
+        levels: the hierarchy, coarsest first; planned from the scans when left out.
+        normalise_targets: reconstruct each token's voxels at mean 0 and variance 1.
+        alignment: form of the cross-level alignment.
+        alignment_weight: weight of each alignment term.
+        alignment_dim: width of the shared MLP's output.
+        temperature: of the contrastive form.
+        negatives: ``parent`` contrasts a child with the hidden places of its own parent, ``batch`` with those of every
+            parent in the batch.
+        decoder_dim: width of the decoder; the backbone's own when left out.
+        decoder_depth: its blocks.
+        decoder_num_heads: its attention heads.
+        flip_prob: probability of a flip along each axis, one draw for the whole hierarchy.
+        intensity_gain: the hierarchy's intensities are multiplied by 1 plus or minus at most this.
+        intensity_bias: and shifted by at most this.
+        pyramid: read reduced levels from the cache's coarser resolutions, on whose voxels the hierarchy then lies;
+            False reads full resolution, averages it, and lets the hierarchy begin at any voxel.
+        max_air: a hierarchy of whose voxels (those that are read; the mean over its volumes) a larger share is air is
+            drawn anew, up to 8 times in all, and the one with least air is kept; null keeps every first draw, as the
+            paper does.
+        chunk_size: volumes per encoder call; what suits the device when left out (4 on a CPU, else all of a level).
+    """
+
+    levels: tuple[Level, ...] | None = None
+    normalise_targets: bool = True
+    alignment: Literal["contrastive", "cosine"] = "contrastive"
+    alignment_weight: float = 0.1
+    alignment_dim: int = 256
+    temperature: float = 0.1
+    negatives: Literal["parent", "batch"] = "parent"
+    decoder_dim: int | None = None
+    decoder_depth: int | None = None
+    decoder_num_heads: int | None = None
+    flip_prob: float = 0.5
+    intensity_gain: float = 0.1
+    intensity_bias: float = 0.1
+    pyramid: bool = True
+    max_air: float | None = 0.5
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(f"method.temperature ({self.temperature}) must be positive; the default is 0.1.")
+        if not 0 <= self.flip_prob <= 1:
+            raise ConfigError(f"method.flip_prob ({self.flip_prob}) is no probability; use 0 to 1.")
+        if self.max_air is not None and not 0 <= self.max_air <= 1:
+            raise ConfigError(f"method.max_air ({self.max_air}) is no share; use 0 to 1, or null for no limit.")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ConfigError(f"method.chunk_size ({self.chunk_size}) must be at least 1 volume.")
+
+    @property
+    def optimisation(self) -> Optimisation:
+        """AdamW of the paper: base rate 1e-4 for 256 hierarchies, warm-up over 5 % of the steps, cosine to 0."""
+        return Optimisation(
+            base_learning_rate=1e-4,
+            reference_batch=256,
+            weight_decay=0.05,
+            betas=(0.9, 0.95),
+            warmup_ratio=0.05,
+        )
+
+    def hierarchy(self, backbone: Backbone) -> Hierarchy:
+        """The checked hierarchy for a backbone's tokens; raises ConfigError as :class:`Hierarchy` does."""
+        return Hierarchy(self.levels or full_levels(backbone.patch_size), backbone.patch_size)
+
+    def planned(self, backbone: Backbone, shapes: Sequence[Triple]) -> Self:
+        """These settings with a hierarchy; refuses one that is mostly padding on these scans."""
+        levels = self.levels or plan_levels(backbone.patch_size, shapes)
+        check_padding(levels, backbone.patch_size, shapes)
+        planned = replace(self, levels=levels)
+        planned.hierarchy(backbone)
+        return planned
+
+    def summary(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
+        """The hierarchy, its tokens, alignment terms, padding and the share of the work each level takes."""
+        hierarchy = self.hierarchy(backbone)
+        levels = [geometry.level for geometry in hierarchy.levels]
+        work = [geometry.num_volumes * math.prod(geometry.token_grid) for geometry in hierarchy.levels]
+        lines = [f"hierarchy: {describe_levels(levels)}; {hierarchy.num_volumes} volumes per sample"]
+        for geometry, tokens in zip(hierarchy.levels, work, strict=True):
+            grid = "x".join(str(count) for count in geometry.token_grid)
+            lines.append(
+                f"  {geometry.level.name}: {grid} tokens, {geometry.num_hidden_units} of {geometry.num_units} units "
+                f"hidden, {geometry.num_volumes} volumes, {tokens / sum(work):.0%} of the tokens"
+            )
+        lines.append(
+            f"alignment terms: {len(levels) - 1}; "
+            f"padding: {padding_ratio(levels[0].footprint, shapes):.0%} of a crop on average"
+        )
+        if any(min(geometry.token_grid) < 4 for geometry in hierarchy.levels):
+            lines.append("note: a level with fewer than 4 tokens along an axis has little to tell hidden places by")
+        return lines
+
+    def sampler(self, backbone: Backbone) -> MiMSampler:
+        """Draws a hierarchy and its masks."""
+        return MiMSampler(
+            self.hierarchy(backbone),
+            flip_prob=self.flip_prob,
+            intensity_gain=self.intensity_gain,
+            intensity_bias=self.intensity_bias,
+            pyramid=self.pyramid,
+            max_air=self.max_air,
+        )
+
+    def build(self, backbone: Backbone) -> MiMObjective:
+        """Encoder, decoder and alignment heads."""
+        return MiMObjective(
+            backbone.build(),
+            self.hierarchy(backbone),
+            in_channels=backbone.in_channels,
+            decoder_dim=self.decoder_dim or backbone.decoder_dim,
+            decoder_depth=self.decoder_depth or backbone.decoder_depth,
+            decoder_num_heads=self.decoder_num_heads or backbone.decoder_num_heads,
+            normalise_targets=self.normalise_targets,
+            contrastive=self.alignment == "contrastive",
+            alignment_weight=self.alignment_weight,
+            alignment_dim=self.alignment_dim,
+            temperature=self.temperature,
+            batch_negatives=self.negatives == "batch",
+            chunk_size=self.chunk_size,
+        )
+
+    def idle_parts(self, final_logs: dict[str, float]) -> list[str]:
+        """Levels whose normalised reconstruction never left the loss of a constant guess."""
+        if not self.normalise_targets:
+            return []
+        names = [level.name for level in self.levels or ()]
+        return [
+            f"level {name} is idle: its reconstruction loss ended at {final_logs[f'loss/{name}']:.3f} "
+            "(1 is nothing learned); train longer, raise the learning rate, or leave the level out"
+            for name in names
+            if final_logs.get(f"loss/{name}", 0.0) > IDLE_LOSS
+        ]

@@ -1,0 +1,233 @@
+"""MiM's network and losses: reconstruction at every level, alignment between adjacent levels."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mim3d.backbones.contract import Encoder
+from mim3d.core.types import Triple
+from mim3d.methods.mim.alignment import Places, align
+from mim3d.methods.mim.hierarchy import Geometry, Hierarchy
+from mim3d.nn.blocks import Mlp, init_linear
+from mim3d.nn.decoder import TokenDecoder
+from mim3d.nn.losses import reconstruction_loss
+from mim3d.nn.masks import split_tokens, split_units, take_tokens
+from mim3d.nn.patches import patchify, unpatchify
+from mim3d.nn.resizing import resize_image
+from mim3d.objective import Batch, Objective, StepOutput, Tokens
+
+# Shape suffixes: B samples, n volumes of a level per sample, M = B x n, C channels, X Y Z space, L tokens, V visible
+# and H hidden tokens (or hidden units), D decoder width, A alignment width.
+
+#: A place whose voxels vary less than this (in mapped intensities) is air: no negative for any child.
+CONSTANT_STD = 1e-3
+
+#: Volumes per encoder call on a CPU, whose caches hold the features of few; elsewhere all of a level at once.
+CPU_CHUNK = 4
+
+
+@dataclass(frozen=True)
+class LevelBatch:
+    """All volumes of one level in a batch, with their masks.
+
+    Attributes:
+        geometry: the level.
+        volume_MCXYZ: what the network is shown.
+        visible_MV: raster indices of visible tokens.
+        hidden_MH: raster indices of hidden tokens.
+    """
+
+    geometry: Geometry
+    volume_MCXYZ: Tensor
+    visible_MV: Tensor
+    hidden_MH: Tensor
+
+
+class MiMObjective(Objective):
+    """One shared encoder and decoder over all levels of a hierarchy.
+
+    Args:
+        encoder: maps visible tokens.
+        hierarchy: the checked levels.
+        in_channels: channels of the input.
+        decoder_dim: width of the decoder.
+        decoder_depth: its blocks.
+        decoder_num_heads: its heads.
+        normalise_targets: reconstruct each token's voxels at mean 0 and variance 1.
+        contrastive: cross-entropy over places, else the cosine form.
+        alignment_weight: weight of each alignment term.
+        alignment_dim: width of the shared MLP's output.
+        temperature: of the contrastive form.
+        batch_negatives: contrast with the hidden places of every parent in the batch.
+        chunk_size: volumes per encoder call; None for what suits the device.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        hierarchy: Hierarchy,
+        *,
+        in_channels: int,
+        decoder_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        normalise_targets: bool,
+        contrastive: bool,
+        alignment_weight: float,
+        alignment_dim: int,
+        temperature: float,
+        batch_negatives: bool,
+        chunk_size: int | None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.hierarchy = hierarchy
+        self.in_channels = in_channels
+        self.normalise_targets = normalise_targets
+        self.contrastive = contrastive
+        self.alignment_weight = alignment_weight
+        self.temperature = temperature
+        self.batch_negatives = batch_negatives
+        self.chunk_size = chunk_size
+        self.tokens_per_sample = tuple(_tokens(geometry) for geometry in hierarchy.levels)
+        voxels = encoder.patch_size**3 * in_channels
+        self.decoder = TokenDecoder(encoder.embed_dim, decoder_dim, decoder_depth, decoder_num_heads, voxels)
+        children = [geometry.level.name for geometry in hierarchy.levels[1:]]
+        self.project = nn.ModuleDict({name: Mlp(decoder_dim, decoder_dim, alignment_dim) for name in children})
+        self.predict = nn.ModuleDict(
+            {} if contrastive else {name: Mlp(alignment_dim, alignment_dim, alignment_dim) for name in children}
+        )
+        self.project.apply(init_linear)
+        self.predict.apply(init_linear)
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """Sum of the levels' reconstruction losses and the weighted alignment terms, each logged by name.
+
+        Beside them the share of air in what was read of the scans, where the batch says it.
+        """
+        levels = self.levels(batch)
+        features = self._features(levels)
+        logs: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
+        for level, features_MLD in zip(levels, features, strict=True):
+            target_MHP = take_tokens(patchify(level.volume_MCXYZ, self.encoder.patch_size), level.hidden_MH)
+            predicted_MHP = self.decoder.predict(features_MLD, level.hidden_MH)
+            loss = reconstruction_loss(predicted_MHP, target_MHP, normalised=self.normalise_targets)
+            logs[f"loss/{level.geometry.level.name}"] = loss.detach()
+            losses.append(level.geometry.level.loss_weight * loss)
+        for index in range(1, len(levels)):
+            loss, named = self.alignment(batch, levels[index - 1], index, features[index - 1], features[index])
+            losses.append(self.alignment_weight * loss)
+            logs.update(named)
+        if "air" in batch:
+            logs["air"] = batch["air"].mean()
+        return StepOutput(torch.stack(losses).sum(), logs)
+
+    def levels(self, batch: Batch) -> list[LevelBatch]:
+        """Every level's volumes and masks."""
+        levels = []
+        for geometry, volume_MCXYZ in zip(self.hierarchy.levels, self.level_volumes(batch), strict=True):
+            hidden_ML = batch[f"hidden/{geometry.level.name}"].flatten(0, 1)
+            levels.append(LevelBatch(geometry, volume_MCXYZ, *split_tokens(hidden_ML, geometry.num_hidden_tokens)))
+        return levels
+
+    def level_volumes(self, batch: Batch) -> list[Tensor]:
+        """Every level's volumes ``(B n, C, *size)``: as read, or sliced from an ancestor at native resolution."""
+        volumes: list[Tensor] = []
+        for geometry in self.hierarchy.levels:
+            name = geometry.level.name
+            if geometry.source is None:
+                volumes.append(batch[name].flatten(0, 1))
+            else:
+                corners = batch[f"corner/{name}"].flatten(0, 1)
+                sliced = slice_volumes(volumes[geometry.source], corners, geometry.level.footprint)
+                volumes.append(resize_image(sliced, geometry.level.size))
+        return volumes
+
+    def _features(self, levels: Sequence[LevelBatch]) -> list[Tensor]:
+        """Decoder features ``(M, L, D)`` of every level; levels of one token grid are decoded as one batch."""
+        encoded = [self._encode(level) for level in levels]
+        by_grid: dict[Triple, list[int]] = {}
+        for index, level in enumerate(levels):
+            by_grid.setdefault(level.geometry.token_grid, []).append(index)
+        features: dict[int, Tensor] = {}
+        for grid, members in by_grid.items():
+            decoded = self.decoder([(encoded[index], levels[index].visible_MV) for index in members], grid)
+            features.update(zip(members, decoded.split([len(encoded[index]) for index in members]), strict=True))
+        return [features[index] for index in range(len(levels))]
+
+    def _encode(self, level: LevelBatch) -> Tensor:
+        default = CPU_CHUNK if level.volume_MCXYZ.device.type == "cpu" else len(level.volume_MCXYZ)
+        chunks = (torch.split(tensor, self.chunk_size or default) for tensor in (level.volume_MCXYZ, level.visible_MV))
+        return torch.cat([self.encoder.encode_visible(*chunk) for chunk in zip(*chunks, strict=True)])
+
+    def alignment(
+        self, batch: Batch, parent: LevelBatch, index: int, parent_MLD: Tensor, child_MLD: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Alignment of the children at level ``index`` with the hidden places of their parents, and its logs."""
+        name = self.hierarchy.levels[index].level.name
+        places = self._places(batch, parent, parent_MLD, name)
+        child_A = self.project[name](child_MLD.mean(1))
+        own_unit = batch[f"place/{name}"].flatten(0, 1)
+        loss, named = align(
+            child_A,
+            places,
+            own_unit,
+            temperature=self.temperature,
+            batch_negatives=self.batch_negatives,
+            predict=None if self.contrastive else self.predict[name],
+        )
+        return loss, {f"{key}/align_{name}": value for key, value in named.items()}
+
+    def _places(self, batch: Batch, parent: LevelBatch, parent_MLD: Tensor, child_name: str) -> Places:
+        """The hidden places of a level: their units, projected mean tokens, and which are more than air."""
+        geometry = parent.geometry
+        hidden_ML = batch[f"hidden/{geometry.level.name}"].flatten(0, 1)
+        by_unit = split_units(hidden_ML.reshape(-1, *geometry.token_grid, 1), geometry.unit_grid)
+        _, units_MH = split_tokens(by_unit[:, :, 0, 0], geometry.num_hidden_units)
+        tokens = split_units(parent_MLD.reshape(-1, *geometry.token_grid, parent_MLD.shape[-1]), geometry.unit_grid)
+        vectors_MHA = self.project[child_name](take_tokens(tokens.mean(2), units_MH))
+        voxels = split_units(parent.volume_MCXYZ.movedim(1, -1), geometry.unit_grid)
+        varied = voxels.float().std(2, correction=0).amax(-1) > CONSTANT_STD
+        return Places(units_MH, vectors_MHA, varied.gather(1, units_MH))
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Original, masked and reconstructed first volume of every level, first channel, as ``(X, Y, Z)``."""
+        levels = self.levels({key: value[:1] for key, value in batch.items()})
+        pictures: dict[str, Tensor] = {}
+        for level, features_MLD in zip(levels, self._features(levels), strict=True):
+            patches_1LP = patchify(level.volume_MCXYZ[:1], self.encoder.patch_size).float()
+            hidden_1H = level.hidden_MH[:1]
+            predicted_1HP = self.decoder.predict(features_MLD[:1], hidden_1H).float()
+            if self.normalise_targets:
+                own = take_tokens(patches_1LP, hidden_1H)
+                predicted_1HP = predicted_1HP * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
+            index_1HP = hidden_1H[..., None].expand_as(predicted_1HP)
+            masked = patches_1LP.scatter(1, index_1HP, 0.0)
+            rebuilt = patches_1LP.scatter(1, index_1HP, predicted_1HP)
+            for kind, tokens in (("original", patches_1LP), ("masked", masked), ("reconstructed", rebuilt)):
+                volume = unpatchify(tokens, level.geometry.token_grid, self.encoder.patch_size)
+                pictures[f"{level.geometry.level.name}/{kind}"] = volume[0, 0]
+        return pictures
+
+
+def _tokens(geometry: Geometry) -> Tokens:
+    hidden = geometry.num_hidden_tokens
+    return Tokens(geometry.level.name, geometry.num_volumes, math.prod(geometry.token_grid) - hidden, hidden)
+
+
+def slice_volumes(volume_NCXYZ: Tensor, corners_M3: Tensor, footprint: tuple[int, int, int]) -> Tensor:
+    """Slices ``(M, C, *footprint)`` of ``N`` volumes; consecutive slices belong to one volume, ``M / N`` each.
+
+    Indexed in one operation, so that corners on a GPU need not come back to the host.
+    """
+    per_volume = len(corners_M3) // len(volume_NCXYZ)
+    device = volume_NCXYZ.device
+    volume = torch.arange(len(volume_NCXYZ), device=device).repeat_interleave(per_volume)[:, None, None, None]
+    x, y, z = (corners_M3[:, axis, None] + torch.arange(footprint[axis], device=device) for axis in range(3))
+    sliced = volume_NCXYZ.movedim(1, -1)[volume, x[:, :, None, None], y[:, None, :, None], z[:, None, None, :]]
+    return sliced.movedim(-1, 1)

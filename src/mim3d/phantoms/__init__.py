@@ -1,0 +1,1 @@
+"""Labelled synthetic CT bodies, the data that come with mim3d."""

@@ -1,0 +1,211 @@
+"""A labelled set of phantoms on disk, in the layout of the Medical Segmentation Decathlon."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel import orientations as _orientations
+
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.types import Triple
+from mim3d.phantoms.body import LABELS, MIN_SIZE, make_phantom
+from mim3d.scans.files import available_memory_bytes, written_whole
+from mim3d.scans.grids import Grid, times
+from mim3d.scans.volumes import read_grid, write_volume
+
+# Untyped, so that calls into it are not held against the types of this package.
+orientations: Any = _orientations
+
+#: Grows with every change of the phantoms, so that one folder never mixes two kinds.
+FORMAT = 1
+SETTINGS_FILE = "phantom.json"
+#: Smallest size of a case along X, Y, Z against the set's.
+MIN_SIZE_RATIO = (0.85, 0.78, 0.65)
+#: How cases are stored: half of them along LPS or RAS axes, the others as PACS and converters leave them too.
+STORED_AXES = ("LPS", "RAS", "LAS", "LPI", "PIR", "SRA")
+STORED_PROB = (0.3, 0.25, 0.15, 0.1, 0.1, 0.1)
+#: Memory that making one voxel takes at the peak.
+BYTES_PER_VOXEL = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhantomSettings:
+    """What a set of phantoms is made of.
+
+    Attributes:
+        num_cases: cases to train on.
+        size: largest number of voxels along X, Y, Z; the first case has it, the others up to a third less.
+        seed: names the set.
+        num_test: cases kept apart, with labels.
+    """
+
+    num_cases: int
+    size: Triple
+    seed: int
+    num_test: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_cases < 1:
+            raise ConfigError(f"num_cases is {self.num_cases}; a set needs at least 1 case.")
+        if self.num_test < 0:
+            raise ConfigError(f"num_test is {self.num_test}; use 0 or more.")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; use a whole number from 0.")
+        if len(self.size) != 3 or min(self.size) < MIN_SIZE:
+            raise ConfigError(
+                f"size {times(self.size)} needs three axes of at least {MIN_SIZE} voxels; use 96 96 80 or more."
+            )
+        needed, available = int(np.prod(self.size, dtype=object)) * BYTES_PER_VOXEL, available_memory_bytes()
+        if needed > available:
+            raise ConfigError(
+                f"size {times(self.size)} needs {needed / 2**30:.1f} GiB of memory, but {available / 2**30:.1f} GiB "
+                "are available; use a smaller size."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhantomCase:
+    """One case of a set, known before a voxel is made.
+
+    Attributes:
+        image: path of the image within the set.
+        label: path of the label within the set.
+        seed: the numbers that name its phantom.
+        shape: its voxels along X, Y, Z (RAS+).
+        stored_axes: the directions of its axes in the file, such as "LPS".
+    """
+
+    image: str
+    label: str
+    seed: tuple[int, int, int]
+    shape: Triple
+    stored_axes: str
+
+
+def plan_cases(settings: PhantomSettings) -> list[PhantomCase]:
+    """The cases of a set, training cases first; each depends on the seed, the size and its own number alone."""
+    training = [_plan_case(settings, 0, number) for number in range(settings.num_cases)]
+    return training + [_plan_case(settings, 1, number) for number in range(settings.num_test)]
+
+
+def open_set(out: Path, settings: PhantomSettings) -> None:
+    """Make the folder of a set, or accept one that the same settings began.
+
+    Raises:
+        ConfigError: the folder holds other things, or phantoms of other settings.
+        DataError: it cannot be written to.
+    """
+    wanted = json.loads(json.dumps({"format": FORMAT, **asdict(settings)}))
+    path = out / SETTINGS_FILE
+    if path.exists():
+        found = _read_settings(path)
+        different = [name for name in wanted if found.get(name) != wanted[name]]
+        if different:
+            changes = ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in different)
+            raise ConfigError(f"{out} holds phantoms with {changes}; use the same settings or another folder.")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is no set of phantoms and not empty; choose an empty or a new folder.")
+    for folder in (out, *(out / name for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"))):
+        for half in folder.glob(".writing-*"):
+            shutil.rmtree(half, ignore_errors=True)
+    _write_json(path, wanted)
+
+
+def write_cases(out: Path, cases: list[PhantomCase]) -> Iterator[bool]:
+    """Write the cases that are not there yet; yields after each case whether it had to be made.
+
+    Raises:
+        DataError: a file cannot be written; finished cases stay.
+    """
+    for case in cases:
+        missing = not all(_is_finished(out / name, case) for name in (case.label, case.image))
+        if missing:
+            _write_case(out, case)
+        yield missing
+
+
+def write_dataset(out: Path, settings: PhantomSettings, cases: list[PhantomCase]) -> None:
+    """Write the set's dataset.json, which names every case and label."""
+    training, test = cases[: settings.num_cases], cases[settings.num_cases :]
+    _write_json(
+        out / "dataset.json",
+        {
+            "name": "mim3d phantom",
+            "description": "Synthetic CT of chest and belly with labels; no patient behind it.",
+            "tensorImageSize": "3D",
+            "modality": {"0": "CT"},
+            "labels": {str(value): name for value, name in LABELS.items()},
+            "numTraining": len(training),
+            "numTest": len(test),
+            "training": [{"image": f"./{case.image}", "label": f"./{case.label}"} for case in training],
+            "test": [f"./{case.image}" for case in test],
+        },
+    )
+
+
+def _plan_case(settings: PhantomSettings, part: int, number: int) -> PhantomCase:
+    seed = (settings.seed, part, number)
+    rng = np.random.default_rng((*seed, *settings.size))
+    ratios = rng.uniform(MIN_SIZE_RATIO, 1)
+    if number == 0:
+        ratios[:] = 1
+    x, y, z = (max(MIN_SIZE, round(size * float(r))) for size, r in zip(settings.size, ratios, strict=True))
+    axes = str(rng.choice(STORED_AXES, p=STORED_PROB))
+    name = f"phantom_{number:03d}.nii.gz" if part == 0 else f"phantom_test_{number:03d}.nii.gz"
+    suffix = ("Tr", "Ts")[part]
+    return PhantomCase(
+        image=f"images{suffix}/{name}",
+        label=f"labels{suffix}/{name}",
+        seed=seed,
+        shape=(x, y, z),
+        stored_axes=axes,
+    )
+
+
+def _write_case(out: Path, case: PhantomCase) -> None:
+    phantom = make_phantom(case.seed, case.shape)
+    stored = orientations.axcodes2ornt(case.stored_axes)
+    ras = np.array([[0, 1], [1, 1], [2, 1]])
+    turn = orientations.ornt_transform(ras, stored)
+    grid = Grid(
+        shape=_stored_shape(case),
+        affine=phantom.affine @ orientations.inv_ornt_aff(turn, case.shape),
+        path=str(out / case.image),
+    )
+    write_volume(out / case.label, phantom.label, grid)
+    write_volume(out / case.image, phantom.image, grid)
+
+
+def _stored_shape(case: PhantomCase) -> Triple:
+    x, y, z = (case.shape[int(axis)] for axis, _ in orientations.axcodes2ornt(case.stored_axes))
+    return x, y, z
+
+
+def _is_finished(path: Path, case: PhantomCase) -> bool:
+    """Whether a file is there, whole and of the right shape; what else it holds follows from the folder's settings."""
+    if not path.exists():
+        return False
+    try:
+        return read_grid(path).shape == _stored_shape(case)
+    except DataError:
+        return False
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} cannot be read as the settings of a set of phantoms; choose another folder.")
+    return found
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with written_whole(os.fspath(path)) as scratch:
+        Path(scratch).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

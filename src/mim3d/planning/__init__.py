@@ -1,0 +1,1 @@
+"""Plans of data sets that nobody described: measurements, rules and their reasons."""

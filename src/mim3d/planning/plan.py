@@ -1,0 +1,316 @@
+"""What a data set asks for when nobody described it: a plan whose every choice says the numbers it follows from."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mim3d.caching.foreground import HU_BELOW
+from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.errors import ConfigError
+from mim3d.core.types import Spacing, Triple
+from mim3d.planning.fingerprint import DatasetFingerprint
+from mim3d.planning.patch import MIN_BATCH, Chosen, MemoryQuestion, check_patch, choose_batch, choose_patch
+from mim3d.planning.scans import ScanGrid
+from mim3d.scans.intensity import Intensity
+
+if TYPE_CHECKING:
+    from mim3d.caching.cache import CachedScan
+
+#: Spacings that differ by less are taken for one: nothing is gained by resampling them.
+SAME_SPACING = 0.01
+
+#: Voxels more anisotropic than this, with correspondingly few slices, get the finer end of their coarsest axis.
+ANISOTROPY = 3.0
+
+#: Percentile of the spacings along the coarsest axis that is aimed at there (nnU-Net's rule).
+COARSE_AXIS_PERCENTILE = 10
+
+#: Windows that radiologists and published networks use, HU.
+KNOWN_WINDOWS_HU = {
+    "the brain": (0.0, 80.0),
+    "soft tissue": (-160.0, 240.0),
+    "published abdominal networks": (-175.0, 250.0),
+    "the lung": (-1350.0, 150.0),
+    "bones": (-500.0, 1300.0),
+    "published pre-training": (-1000.0, 1000.0),
+}
+
+#: A known window may be so many times as wide as the intensities inside the structures: wider ones waste contrast.
+MAX_KNOWN_WIDTH = 2.5
+
+#: What a window of the data set's own has on each side beyond the percentiles, for borders against other tissue.
+WINDOW_MARGIN = 0.1
+
+#: Ends of planned windows, HU: air, and the end of 12-bit CT.
+CT_RANGE_HU = (-1024.0, 3071.0)
+
+#: Planned windows end on multiples of this many HU.
+WINDOW_STEP_HU = 5.0
+
+#: Passes over the training scans, where a pass takes as many crops as cover a scan.
+PASSES = 300
+
+#: Bounds of the planned steps: fewer train no network, more are for those who ask for them.
+MIN_STEPS, MAX_STEPS = 1_000, 40_000
+
+#: Share of a scan that carries labels, and the share of crops centred on them: what is common is met by chance.
+POSITIVE_RATIOS = ((0.05, 0.33), (0.001, 0.5), (0.0, 0.67))
+
+
+def plan_intensity(scans: Sequence["CachedScan"]) -> Intensity:
+    """CT (air far below zero) gets the Hounsfield window, every other modality the z-score of its foreground."""
+    lowest = median(stats.minimum for scan in scans for stats in scan.statistics)
+    return Intensity() if lowest < HU_BELOW else Intensity(kind="zscore", window=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Settings for a data set; what is None is left to the command's defaults.
+
+    Attributes:
+        spacing_mm: Voxel size along X, Y, Z that scans are resampled to; None keeps each scan's own.
+        intensity: How intensities become network input.
+        patch_size: Voxels of one crop.
+        batch_size: Crops of a micro-batch on one device.
+        max_steps: Optimiser steps.
+        positive_ratio: Share of the crops centred on a structure.
+        flip_axes: Axes (0 X, 1 Y, 2 Z) along which crops may be mirrored.
+        rotation_degrees: Largest rotations about X, Y, Z.
+        reasons: For each of these the numbers it follows from; for people alone.
+        made_for: Digest of the data and settings it was made for, by which the processes of one run find it.
+    """
+
+    spacing_mm: Spacing | None = None
+    intensity: Intensity | None = None
+    patch_size: Triple | None = None
+    batch_size: int | None = None
+    max_steps: int | None = None
+    positive_ratio: float | None = None
+    flip_axes: tuple[int, ...] | None = None
+    rotation_degrees: tuple[float, float, float] | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+    made_for: str | None = None
+
+    def __post_init__(self) -> None:
+        Preprocessing(spacing_mm=self.spacing_mm)
+        check_patch(self.patch_size)
+        for name in ("batch_size", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1.")
+        if self.positive_ratio is not None and not 0 <= self.positive_ratio <= 1:
+            raise ConfigError(f"positive_ratio is {self.positive_ratio}; it must lie between 0 and 1.")
+        if self.flip_axes is not None and not set(self.flip_axes) <= {0, 1, 2}:
+            raise ConfigError(f"flip_axes {list(self.flip_axes)} must name axes among 0 (X), 1 (Y) and 2 (Z).")
+        if self.rotation_degrees is not None and not all(0 <= angle <= 180 for angle in self.rotation_degrees):
+            raise ConfigError(f"rotation_degrees {list(self.rotation_degrees)} must lie between 0 and 180.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided:
+    """What is no longer the plan's to choose.
+
+    Attributes:
+        values: By field of :class:`Plan`; None is a value too.
+        by: By the same names who decided, such as ``the encoder``.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    by: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_dataset(
+    fingerprint: DatasetFingerprint,
+    *,
+    token_edge: int,
+    num_training: int,
+    memory: MemoryQuestion | None = None,
+    num_together: int = 1,
+    decided: Decided = Decided(),
+) -> Plan:
+    """Plan training for a data set.
+
+    Follows the published rules of nnU-Net (Isensee et al., "nnU-Net: a self-configuring method for deep learning-based
+    biomedical image segmentation", Nature Methods 2021) for spacing, patch and batch, in multiples of the encoder's
+    tokens and within measured memory.
+
+    Args:
+        fingerprint: Of the data set.
+        token_edge: Voxels per token edge of the encoder.
+        num_training: Scans to train on.
+        memory: Answers what training needs; None for no limit.
+        num_together: Micro-batches that make a step: accumulated ones, and those of all devices.
+        decided: Choices already made, which others then follow from.
+    """
+    choices = _Choices(decided)
+    spacing_mm = choices.take("spacing_mm", *plan_spacing(fingerprint.scans))
+    choices.take("intensity", *_plan_intensity(fingerprint))
+    shapes = shapes_at(fingerprint.scans, spacing_mm)
+    x, y, z = (float(np.median([shape[axis] for shape in shapes])) for axis in range(3))
+    training_voxels = num_training * float(np.mean([math.prod(shape) for shape in shapes]))
+    if "patch_size" not in decided.values:
+        # Asked only where it is open: answers about memory take seconds.
+        patch = choose_patch((x, y, z), token_edge, memory, decided.values.get("batch_size") or MIN_BATCH)
+        choices.take("patch_size", patch.patch_size, patch.reason + _reach(patch, spacing_mm, fingerprint))
+    patch_size: Triple = choices.take("patch_size", None, "")
+    if "batch_size" not in decided.values:
+        batch = choose_batch(patch_size, training_voxels, memory, num_together)
+        choices.take("batch_size", batch.batch_size, batch.reason)
+    batch_size: int = choices.take("batch_size", None, "")
+    steps = _plan_steps(training_voxels, num_training, math.prod(patch_size), batch_size * num_together)
+    choices.take("max_steps", *steps)
+    choices.take("positive_ratio", *_plan_positive(fingerprint))
+    return Plan(**choices.values, reasons=choices.reasons)
+
+
+class _Choices:
+    """Values and reasons gathered one after the other; what is decided already stays."""
+
+    def __init__(self, decided: Decided) -> None:
+        self._decided = decided
+        self.values: dict[str, Any] = dict(decided.values)
+        self.reasons = {name: decided.by.get(name, "given") for name in decided.values}
+
+    def take(self, name: str, value: Any, reason: str) -> Any:
+        """The value of a choice: as decided or taken before, else this one."""
+        if name not in self.values:
+            self.values[name], self.reasons[name] = value, reason
+        elif name in self._decided.values and reason and value != self.values[name]:
+            self.reasons[name] = f"{self._decided.by.get(name, 'given')} (the plan would be {_said(value)}: {reason})"
+        return self.values[name]
+
+
+def plan_spacing(grids: Sequence[ScanGrid]) -> tuple[Spacing | None, str]:
+    """The voxel size to resample to, None to keep each scan's own, and why.
+
+    The median along each axis; but along an axis whose voxels are more than three times as coarse as the finest, and of
+    which there are correspondingly few, the 10th percentile, so that the better half of the scans loses no slices.
+    """
+    spacings = np.array([grid.spacing_mm for grid in grids])
+    shapes = np.array([grid.shape for grid in grids])
+    middle = np.median(spacings, axis=0)
+    if (np.abs(spacings / middle - 1) < SAME_SPACING).all():
+        return None, f"all {len(grids)} scans share {_mm(middle)} within {SAME_SPACING:.0%}; nothing to resample"
+    coarse = int(middle.argmax())
+    others = [axis for axis in range(3) if axis != coarse]
+    typical = np.median(shapes, axis=0)
+    low, high = spacings.min(axis=0), spacings.max(axis=0)
+    ranges = ", ".join(f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True))
+    reason = f"median of {len(grids)} scans (X, Y, Z: {ranges} mm)"
+    target = middle.copy()
+    if middle[coarse] > ANISOTROPY * middle.min() and typical[coarse] * ANISOTROPY < typical[others].min():
+        finer = np.percentile(spacings[:, coarse], COARSE_AXIS_PERCENTILE)
+        target[coarse] = max(finer, middle[others].max())
+        reason += (
+            f"; along {'XYZ'[coarse]} the {COARSE_AXIS_PERCENTILE}th percentile, as its median of "
+            f"{middle[coarse]:.3g} mm is over {ANISOTROPY:g} times {middle.min():.3g} mm and its "
+            f"{typical[coarse]:.0f} voxels are few"
+        )
+    x, y, z = (float(f"{value:.4g}") for value in target)
+    return (x, y, z), reason
+
+
+def shapes_at(grids: Sequence[ScanGrid], spacing_mm: Spacing | None) -> list[Triple]:
+    """Voxels of every scan once it is resampled."""
+    if spacing_mm is None:
+        return [grid.shape for grid in grids]
+    shapes = []
+    for grid in grids:
+        x, y, z = (
+            max(1, round(size * have / want))
+            for size, have, want in zip(grid.shape, grid.spacing_mm, spacing_mm, strict=True)
+        )
+        shapes.append((x, y, z))
+    return shapes
+
+
+def _plan_intensity(fingerprint: DatasetFingerprint) -> tuple[Intensity | None, str]:
+    if not fingerprint.channels:
+        return None, ""
+    num_scans = len(fingerprint.voxel_scans)
+    num_ct = min(channel.num_ct for channel in fingerprint.channels)
+    if not fingerprint.is_ct:
+        darkest = ", ".join(f"{channel.minimum:.4g}" for channel in fingerprint.channels)
+        seen = f"CT in {num_ct} of {num_scans} scans (darkest voxel below {HU_BELOW:g}; its median is {darkest})"
+        return Intensity(kind="zscore", window=None), f"mean and deviation of each scan's body: {seen}"
+    known = [
+        (channel.class_percentile_00_5, channel.class_percentile_99_5)
+        for channel in fingerprint.channels
+        if channel.class_percentile_00_5 is not None and channel.class_percentile_99_5 is not None
+    ]
+    ct = f"CT in {num_ct} of {num_scans} scans"
+    if not known:
+        return Intensity(), f"{ct}, without a labelled voxel to go by: the window of published pre-training"
+    low, high = min(pair[0] for pair in known), max(pair[1] for pair in known)
+    window, which = plan_window(low, high)
+    return Intensity(window=window), f"{ct}; labelled voxels lie between {low:.4g} and {high:.4g} HU ({which})"
+
+
+def plan_window(low_hu: float, high_hu: float) -> tuple[tuple[float, float], str]:
+    """The window for structures between two percentiles, and which it is.
+
+    A known window where one covers them without being much wider, since networks and eyes are used to it; else their
+    own, with a margin.
+    """
+    width = high_hu - low_hu
+    for name, (low, high) in sorted(KNOWN_WINDOWS_HU.items(), key=lambda item: item[1][1] - item[1][0]):
+        if low <= low_hu and high_hu <= high and high - low <= MAX_KNOWN_WIDTH * width:
+            return (low, high), f"percentiles 0.5 and 99.5; the window of {name} covers them"
+    margin = max(WINDOW_MARGIN * width, 2 * WINDOW_STEP_HU)
+    low = max(CT_RANGE_HU[0], math.floor((low_hu - margin) / WINDOW_STEP_HU) * WINDOW_STEP_HU)
+    high = min(CT_RANGE_HU[1], math.ceil((high_hu + margin) / WINDOW_STEP_HU) * WINDOW_STEP_HU)
+    return (low, high), f"percentiles 0.5 and 99.5; {margin:.0f} HU more on each side"
+
+
+def _plan_steps(training_voxels: float, num_training: int, patch_voxels: int, crops_per_step: int) -> tuple[int, str]:
+    crops_per_scan = max(1.0, training_voxels / num_training / patch_voxels)
+    wanted = math.ceil(PASSES * num_training * crops_per_scan / crops_per_step)
+    steps = min(MAX_STEPS, max(MIN_STEPS, wanted))
+    reason = (
+        f"{PASSES} passes over {num_training} scans, each covered by {crops_per_scan:.3g} times a crop; "
+        f"{crops_per_step} crops a step"
+    )
+    if steps != wanted:
+        reason += f": {wanted}, kept between {MIN_STEPS} and {MAX_STEPS}"
+    return steps, reason
+
+
+def _plan_positive(fingerprint: DatasetFingerprint) -> tuple[float | None, str]:
+    if not fingerprint.voxel_scans:
+        return None, "no scan was looked into"
+    filled = fingerprint.foreground_ratio
+    ratio = next(ratio for share, ratio in POSITIVE_RATIOS if filled >= share)
+    return ratio, f"structures fill {filled:.2%} of a scan (median)"
+
+
+def _reach(patch: Chosen, spacing_mm: Spacing | None, fingerprint: DatasetFingerprint) -> str:
+    """The patch in millimetres beside the largest structure."""
+    middle = np.median([grid.spacing_mm for grid in fingerprint.scans], axis=0) if spacing_mm is None else spacing_mm
+    size = " x ".join(f"{voxels * mm:.0f}" for voxels, mm in zip(patch.patch_size, middle, strict=True))
+    reach = f"; {size} mm"
+    if fingerprint.classes:
+        largest = max(fingerprint.classes, key=lambda facts: math.prod(facts.extent_mm))
+        extent = " x ".join(f"{mm:.0f}" for mm in largest.extent_mm)
+        reach += f", where '{largest.name}' reaches {extent} mm at most"
+    return reach
+
+
+def _mm(spacing_mm: Sequence[float]) -> str:
+    return " x ".join(f"{value:.4g}" for value in spacing_mm) + " mm"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Intensity):
+        return describe_intensity(value)
+    return " ".join(f"{item:g}" for item in value) if isinstance(value, tuple) else str(value)
+
+
+def describe_intensity(intensity: Intensity | None) -> str:
+    """An intensity mapping in words."""
+    if intensity is None or intensity.window is None or intensity.kind == "zscore":
+        return "z-score"
+    return f"window {intensity.window[0]:g} to {intensity.window[1]:g}"

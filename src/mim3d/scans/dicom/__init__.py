@@ -1,0 +1,1 @@
+"""DICOM: series found by their headers, stacked and read; label maps written as DICOM Segmentation."""

@@ -1,0 +1,169 @@
+"""DICOM headers: one `Slice` per slice or frame, without the pixels and without the patient."""
+
+import os
+import struct
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import pydicom
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
+
+from mim3d.core.errors import DataError
+from mim3d.scans.dicom.stacks import Slice
+
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+
+_TAGS = (
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "ImageType",
+    "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames", "GantryDetectorTilt",
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate",
+)  # fmt: skip
+
+#: Files with these suffixes are taken for DICOM though they lack the mark of a DICOM file (old exports).
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+
+#: What pydicom raises at bytes that are no sound header.
+_DAMAGE = (
+    InvalidDicomError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+    struct.error,
+)
+
+
+def read_header(path: str) -> tuple[Any, int]:
+    """The elements of a DICOM file that mim3d looks at, and the byte where its pixels start.
+
+    Raises:
+        DataError: no DICOM file, or damaged.
+    """
+    try:
+        with open(path, "rb") as stream:
+            header = pydicom.dcmread(
+                stream, stop_before_pixels=True, specific_tags=list(_TAGS), force=_is_old_export(path)
+            )
+            return header, stream.tell() + _value_offset(header)
+    except _DAMAGE as error:
+        # The text of the error is left out: it may quote the patient's name.
+        raise DataError(f"{path}: the DICOM header cannot be read; copy the file again.") from error
+
+
+def read_slices(path: str) -> tuple[Slice, ...]:
+    """The slices of a file: one, or one per frame; none for a file that is not DICOM or names no series."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return _read_slices(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=32768)
+def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, ...]:
+    if size_bytes < 132 or not (_has_mark(path) or _is_old_export(path)):
+        return ()
+    try:
+        header, pixel_offset = read_header(path)
+        if not header.get("SeriesInstanceUID") or not header.get("SOPInstanceUID"):
+            if header.file_meta.get("MediaStorageSOPClassUID") != MediaStorageDirectoryStorage:
+                warnings.warn(f"{path}: left out, its DICOM header names no series; it may be damaged.", stacklevel=5)
+            return ()
+        frames = header.get("PerFrameFunctionalGroupsSequence")
+        if not frames:
+            return (_slice(path, header, None, [header], pixel_offset),)
+        shared = list(header.get("SharedFunctionalGroupsSequence") or [])
+        return tuple(
+            _slice(path, header, index, [*_macros([frame]), *_macros(shared), header], pixel_offset)
+            for index, frame in enumerate(frames)
+        )
+    except (DataError, *_DAMAGE):
+        warnings.warn(f"{path}: left out, its DICOM header is damaged.", stacklevel=5)
+        return ()
+
+
+def _value_offset(header: Any) -> int:
+    """Bytes of tag, type and length in front of the pixels; the type is not written in implicit syntaxes."""
+    return 8 if header.file_meta.get("TransferSyntaxUID") in (None, ImplicitVRLittleEndian) else 12
+
+
+def _is_old_export(path: str) -> bool:
+    return path.lower().endswith(_DICOM_SUFFIXES)
+
+
+def _has_mark(path: str) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(128)
+            return stream.read(4) == b"DICM"
+    except OSError:
+        return False
+
+
+def _macros(groups: Sequence[Any]) -> list[Any]:
+    """The one-item sequences in functional groups: where a multi-frame file keeps geometry and rescaling."""
+    return [element.value[0] for group in groups for element in group if element.VR == "SQ" and element.value]
+
+
+def _first(places: Sequence[Any], name: str) -> Any:
+    """Value of an element in the first place that has it, else None."""
+    values = (place.get(name) for place in places)
+    return next((value for value in values if value is not None and value != ""), None)
+
+
+def _floats(places: Sequence[Any], name: str, count: int) -> tuple[float, ...] | None:
+    value = _first(places, name)
+    if value is None or isinstance(value, str | float) or len(value) != count:
+        return None
+    return tuple(float(number) for number in value)
+
+
+def _number(places: Sequence[Any], name: str, default: float) -> float:
+    value = _first(places, name)
+    return default if value is None else float(value)
+
+
+def _slice(path: str, header: Any, frame: int | None, places: Sequence[Any], pixel_offset: int) -> Slice:
+    rows, columns = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
+    num_values, bits = int(header.get("SamplesPerPixel") or 1), int(header.get("BitsAllocated") or 16)
+    num_frames = int(header.get("NumberOfFrames") or 1)
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    native = syntax in (None, ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+    kinds = header.get("ImageType") or ()
+    return Slice(
+        path=path,
+        frame=frame,
+        series_uid=str(header.SeriesInstanceUID),
+        study_uid=str(header.get("StudyInstanceUID") or ""),
+        slice_uid=str(header.SOPInstanceUID),
+        modality=str(header.get("Modality") or ""),
+        secondary_capture=str(header.get("SOPClassUID") or "").startswith(_SECONDARY_CAPTURE),
+        image_type=tuple(str(kind).upper() for kind in ([kinds] if isinstance(kinds, str) else kinds)),
+        rows=rows,
+        columns=columns,
+        num_values=num_values,
+        itemsize=max(2, bits // 8),
+        pixel_offset=pixel_offset,
+        native_bytes=rows * columns * num_values * num_frames * bits // 8 if native else None,
+        position=_floats(places, "ImagePositionPatient", 3),
+        orientation=_floats(places, "ImageOrientationPatient", 6),
+        pixel_spacing=_floats(places, "PixelSpacing", 2),
+        tilt_degrees=_number(places, "GantryDetectorTilt", 0.0),
+        slope=_number(places, "RescaleSlope", 1.0),
+        intercept=_number(places, "RescaleIntercept", 0.0),
+    )

@@ -1,0 +1,161 @@
+"""Label maps as DICOM Segmentation objects (PS3.3 A.51), tied to the slices of the series that was segmented.
+
+The object names patient, study and frame of reference as the series does, which is what ties it to the patient in an
+archive: those elements are copied from the slices into the file, and nowhere else.
+"""
+
+import importlib.util
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+
+from mim3d import __version__
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.scans.dicom.series import read_stack
+from mim3d.scans.dicom.stacks import Stack
+from mim3d.scans.files import written_whole
+from mim3d.scans.grids import spacing_of
+
+#: Longest text of a segment's label (value representation LO).
+_MAX_LABEL = 64
+
+#: Elements that a Segmentation must have but that may be empty (type 2), where the slices lack them.
+_MAY_BE_EMPTY = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber",
+)  # fmt: skip
+
+#: Names of these kinds are altered tissue (SCT 49755003), all others anatomical structures (SCT 91723000).
+_ALTERED = re.compile(r"tumou?r|lesion|nodule|cyst|cancer|metasta|carcinoma|oedema|edema|necro|enhancing|infarct")
+
+
+def require_highdicom() -> None:
+    """Refuse to go on without the library that writes DICOM-SEG.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if importlib.util.find_spec("highdicom") is None:
+        raise ConfigError("format dicom_seg needs the package highdicom; install it with pip install 'mim3d[dicom]'.")
+
+
+def write_dicom_seg(
+    path: str | os.PathLike[str], labels: npt.NDArray[Any], series: str, names: Mapping[int, str], *, algorithm: str
+) -> None:
+    """Write a label map as a binary DICOM Segmentation; the file appears whole or not at all.
+
+    Every declared label is a segment, in rising order of its value, whether a voxel has it or not; frames without a
+    voxel of their segment are left out.
+
+    Args:
+        path: The file.
+        labels: (X, Y, Z) label map on the RAS+ form of the series' grid.
+        series: The DICOM series that was segmented: a folder, or ``folder::hash``.
+        names: Label value -> name; background 0 may be among them.
+        algorithm: What the network is called, without anything about a patient.
+
+    Raises:
+        ConfigError: highdicom is not installed.
+        DataError: No DICOM series, one that lacks what a Segmentation takes over from it, or another grid.
+    """
+    require_highdicom()
+    stack = read_stack(series)
+    values = sorted(value for value in names if value != 0)
+    numbers = _numbers_of(labels, stack, values)
+    segments = [_segment(number, names[value], algorithm) for number, value in enumerate(values, start=1)]
+    try:
+        with warnings.catch_warnings():
+            # Libraries quote what they find odd in a header, a patient's name for one; that belongs into no log.
+            warnings.simplefilter("ignore")
+            segmentation = _segmentation(_sources(stack), numbers, segments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # The text of the error is left out: it may quote the patient.
+        missing = f" (element {error.name} is missing)" if isinstance(error, AttributeError) and error.name else ""
+        raise DataError(
+            f"{series}: the headers of the DICOM series lack what a DICOM-SEG takes over from them{missing}; "
+            "use --format nii.gz."
+        ) from None
+    with written_whole(os.fspath(path)) as scratch:
+        segmentation.save_as(scratch)
+
+
+def _numbers_of(labels: npt.NDArray[Any], stack: Stack, values: list[int]) -> npt.NDArray[np.uint8 | np.uint16]:
+    """(slice, row, column) segment numbers, from 1 in the order of ``values``, in the order of the stack's slices."""
+    lookup = np.zeros(
+        max([*values, int(labels.max(initial=0))]) + 1, dtype=np.uint8 if len(values) < 256 else np.uint16
+    )
+    lookup[values] = np.arange(1, len(values) + 1)
+    # Stored axes of a stack are column, row, slice.
+    return np.ascontiguousarray(lookup[stack.grid.from_ras(labels)].T)
+
+
+def _sources(stack: Stack) -> list[Any]:
+    """Headers of the slices in order, without pixels; one header for a multi-frame file."""
+    paths = dict.fromkeys(item.path for item in stack.slices)
+    if len(paths) not in (1, len(stack.slices)):
+        raise DataError(
+            f"{stack.grid.path}: the series mixes files of one and of several slices, which no DICOM-SEG can refer "
+            "to; use --format nii.gz."
+        )
+    headers = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
+    for header in headers:
+        if not header.get("FrameOfReferenceUID"):
+            raise AttributeError("no frame of reference", name="FrameOfReferenceUID")
+        for keyword in _MAY_BE_EMPTY:
+            if keyword not in header:
+                setattr(header, keyword, "")
+        if not header.get("SliceThickness"):
+            header.SliceThickness = f"{spacing_of(stack.grid.affine)[2]:.6g}"
+    return headers
+
+
+def _segment(number: int, name: str, algorithm: str) -> Any:
+    from highdicom.content import AlgorithmIdentificationSequence
+    from highdicom.seg import SegmentDescription
+    from highdicom.sr.coding import CodedConcept
+
+    altered = _ALTERED.search(name.lower()) is not None
+    category = (
+        CodedConcept("49755003", "SCT", "Morphologically Abnormal Structure")
+        if altered
+        else CodedConcept("91723000", "SCT", "Anatomical Structure")
+    )
+    # Names of labels are the user's own; a scheme that begins with 99 is private (PS3.16 8.1).
+    kind = CodedConcept(f"label{number}", "99MIM3D", name[:_MAX_LABEL])
+    family = CodedConcept("123110", "DCM", "Artificial Intelligence")
+    return SegmentDescription(
+        segment_number=number,
+        segment_label=name[:_MAX_LABEL],
+        segmented_property_category=category,
+        segmented_property_type=kind,
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=AlgorithmIdentificationSequence(algorithm[:_MAX_LABEL], family, __version__),
+    )
+
+
+def _segmentation(sources: list[Any], numbers: npt.NDArray[Any], segments: list[Any]) -> Any:
+    import highdicom
+    from highdicom.seg import Segmentation
+
+    return Segmentation(
+        source_images=sources,
+        pixel_array=numbers,
+        segmentation_type="BINARY",
+        segment_descriptions=segments,
+        series_instance_uid=highdicom.UID(),
+        series_number=300,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        manufacturer="mim3d",
+        manufacturer_model_name="mim3d",
+        software_versions=__version__,
+        device_serial_number="0",
+        series_description="Segmentation by mim3d",
+        content_description="Segmentation by mim3d",
+    )

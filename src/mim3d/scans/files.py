@@ -1,0 +1,161 @@
+"""Files on disk, before and after the voxels: is all of it there, does it fit, and writing without halves."""
+
+import math
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mim3d.core import resources
+from mim3d.core.errors import DataError
+from mim3d.scans.grids import times
+
+#: DEFLATE cannot shrink data further than this, so a smaller file cannot hold what its header claims.
+MAX_DEFLATE_RATIO = 1032
+
+
+def check_file(path: str) -> None:
+    """Refuse a path that is no readable file.
+
+    Raises:
+        DataError: missing, a folder, empty, or not readable.
+    """
+    if os.path.isdir(path):
+        raise DataError(f"{path}: a folder where an image file is needed; name a file inside it.")
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file; check the path and that the disk is mounted.")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: this file may not be read by you; change its permissions.")
+    if os.path.getsize(path) == 0:
+        raise DataError(f"{path}: the file is empty; copy it again from its source.")
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process can still get; no bound where the system does not say."""
+    known = resources.available_memory_bytes()
+    return sys.maxsize if known is None else known
+
+
+def check_memory(path: str, shape: Sequence[int], itemsize: int) -> int:
+    """Bytes of the voxels that a header claims, refused before anything is allocated for them.
+
+    Raises:
+        DataError: they do not fit into the memory that is available.
+    """
+    size_bytes = math.prod(shape) * itemsize
+    available = available_memory_bytes()
+    if 2 * size_bytes > available:
+        raise DataError(
+            f"{path}: the header claims {times(shape)} voxels ({size_bytes / 2**30:.1f} GiB, up to twice that while "
+            f"they are prepared), and {available / 2**30:.1f} GiB are available; check the header or crop the scan."
+        )
+    return size_bytes
+
+
+def check_raw(path: str, offset: int, size_bytes: int) -> None:
+    """Refuse an uncompressed file that ends before its last voxel.
+
+    Raises:
+        DataError: the file holds fewer bytes than its header claims.
+    """
+    held = os.path.getsize(path) - offset
+    if held < size_bytes:
+        raise DataError(
+            f"{path}: the header claims {size_bytes} bytes of voxels, but the file holds {max(held, 0)}; "
+            "it is truncated or its header is wrong, so copy it again from its source."
+        )
+
+
+def check_deflate(path: str, compressed_bytes: int, size_bytes: int) -> None:
+    """Refuse a compressed file too small to hold what its header claims, without unpacking it.
+
+    Raises:
+        DataError: it cannot hold that many bytes.
+    """
+    if size_bytes > (compressed_bytes + 64) * MAX_DEFLATE_RATIO:
+        raise DataError(
+            f"{path}: the header claims {size_bytes} bytes of voxels, which {max(compressed_bytes, 0)} "
+            "compressed bytes cannot hold; it is truncated or its header is wrong, so copy it again."
+        )
+
+
+def check_gzip(path: str, offset: int, size_bytes: int) -> None:
+    """Refuse a truncated or damaged gzip stream of `size_bytes` that starts at `offset` of a file.
+
+    The last four bytes of a stream tell its unpacked length: where they agree nothing is unpacked. Where they
+    do not (truncated, or joined from several streams), the stream is run through once without keeping it.
+
+    Raises:
+        DataError: the stream is damaged or ends too early.
+    """
+    check_deflate(path, os.path.getsize(path) - offset, size_bytes)
+    with open(path, "rb") as stream:
+        stream.seek(max(offset, os.path.getsize(path) - 4))
+        told = int.from_bytes(stream.read(4), "little")
+    if told != size_bytes % 2**32:
+        check_packed(path, offset, size_bytes)
+
+
+def check_packed(path: str, offset: int, size_bytes: int) -> None:
+    """Run a gzip or zlib stream through once, without keeping it, and compare its length and checksum.
+
+    Raises:
+        DataError: the stream is damaged or ends too early.
+    """
+    try:
+        unpacked = _unpacked_bytes(path, offset)
+    except (EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: the compressed stream is truncated or damaged ({error}); copy it again from its source."
+        ) from error
+    if unpacked < size_bytes:
+        raise DataError(
+            f"{path}: the header claims {size_bytes} bytes of voxels, but unpacking gives {unpacked}; "
+            "the file is truncated or its header is wrong, so copy it again from its source."
+        )
+
+
+def _unpacked_bytes(path: str, offset: int) -> int:
+    unpacked = 0
+    with open(path, "rb") as stream:
+        stream.seek(offset)
+        block = stream.read(2**20)
+        while True:
+            # Window bits of 32 + 15 take a gzip or a zlib stream, told by its first bytes.
+            packed = zlib.decompressobj(32 + zlib.MAX_WBITS)
+            while block and not packed.eof:
+                unpacked += len(packed.decompress(block, 2**22))
+                block = packed.unconsumed_tail or packed.unused_data or stream.read(2**20)
+            if not packed.eof:
+                raise EOFError("it ends too early")
+            if not block.startswith(b"\x1f\x8b"):
+                return unpacked
+
+
+@contextmanager
+def written_whole(path: str) -> Iterator[str]:
+    """Give a path to write to; what was written there becomes `path` at once, or not at all.
+
+    A format of two files (header and voxels) is moved voxels first, so that a header never points at nothing.
+
+    Raises:
+        DataError: the folder cannot be written to, or the disk is full.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    except OSError as error:
+        raise DataError(f"{path}: this folder is not writable ({error.strerror}); choose another.") from error
+    try:
+        yield str(scratch / target.name)
+        for part in sorted(scratch.iterdir(), key=lambda part: part.name == target.name):
+            os.replace(part, target.parent / part.name)
+    except OSError as error:
+        raise DataError(f"{path}: writing failed ({error.strerror or error}); nothing was changed.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,198 @@
+"""The grid of a scan: where its voxels lie, as the file stores it and as RAS+ arrays see it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from nibabel import orientations as _orientations
+
+from mim3d.core.errors import DataError
+from mim3d.core.types import Spacing, Triple
+
+# Untyped, so that calls into it are not held against the types of this package.
+orientations: Any = _orientations
+
+#: Turns LPS millimetres (DICOM, ITK) into RAS millimetres (NIfTI, mim3d) and back.
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+#: How one channel of a file with several is addressed.
+_CHANNEL = re.compile(r"(?P<file>.+)::channel=(?P<channel>\d+)", re.DOTALL)
+
+#: Axes count as perpendicular up to this cosine (0.06 degrees): headers in single precision stay far below.
+MAX_SHEAR_COSINE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class NiftiGeometry:
+    """The geometry fields of a NIfTI header as stored, so that they can be written back bit by bit."""
+
+    version: int
+    pixdim: tuple[float, ...]
+    quaternion: tuple[float, ...]
+    qoffset: tuple[float, ...]
+    srow: tuple[float, ...]
+    qform_code: int
+    sform_code: int
+    xyzt_units: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItkGeometry:
+    """Spacing, origin and direction of an ITK image (LPS millimetres), as stored."""
+
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Grid:
+    """A scan's grid exactly as stored.
+
+    Attributes:
+        shape: voxels along the stored axes.
+        affine: (4, 4) float64, stored index to RAS millimetres.
+        path: the file or DICOM series it was read from.
+        nifti: the header fields of a NIfTI source, else None.
+        itk: the geometry of an NRRD or MetaImage source, else None.
+    """
+
+    shape: Triple
+    affine: npt.NDArray[np.float64]
+    path: str
+    nifti: NiftiGeometry | None = None
+    itk: ItkGeometry | None = None
+
+    @property
+    def orientation(self) -> npt.NDArray[np.float64]:
+        """(3, 2): for each stored axis the RAS axis nearest to it and the sign of its direction."""
+        return np.asarray(orientations.io_orientation(self.affine), dtype=np.float64)
+
+    @property
+    def ras_shape(self) -> Triple:
+        """Voxels along the RAS+ axes."""
+        placed = {int(axis): size for (axis, _), size in zip(self.orientation, self.shape, strict=True)}
+        return placed[0], placed[1], placed[2]
+
+    @property
+    def ras_affine(self) -> npt.NDArray[np.float64]:
+        """(4, 4) float64, RAS+ index to RAS millimetres; an oblique scan keeps its direction."""
+        back = orientations.inv_ornt_aff(self.orientation, self.shape)
+        return np.asarray(self.affine @ back, dtype=np.float64)
+
+    @property
+    def spacing_mm(self) -> Spacing:
+        """Voxel size along the RAS+ axes."""
+        return spacing_of(self.ras_affine)
+
+    def to_ras(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """View of an array in stored axis order along RAS+ axes: axes swapped and flipped, nothing else."""
+        return np.asarray(orientations.apply_orientation(array, self.orientation))
+
+    def from_ras(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """View of an array along RAS+ axes in the stored axis order.
+
+        Raises:
+            DataError: the array does not have the shape of this grid.
+        """
+        if array.shape != self.ras_shape:
+            raise DataError(
+                f"An array of {times(array.shape)} voxels does not fit the grid of {self.path}, which has "
+                f"{times(self.ras_shape)} voxels along its RAS+ axes."
+            )
+        identity = np.array([[0, 1], [1, 1], [2, 1]])
+        undo = orientations.ornt_transform(identity, self.orientation)
+        return np.asarray(orientations.apply_orientation(array, undo))
+
+    def describe(self) -> str:
+        """One phrase for a message: size, spacing, orientation and first voxel of the stored grid."""
+        spacing = " x ".join(f"{value:.4g}" for value in spacing_of(self.affine))
+        codes = "".join(str(code) for code in orientations.aff2axcodes(self.affine))
+        origin = ", ".join(f"{value:.2f}" for value in self.affine[:3, 3])
+        return f"{times(self.shape)} voxels of {spacing} mm, {codes}, first voxel at ({origin}) mm"
+
+
+def split_channel(address: str) -> tuple[str, int | None]:
+    """``scan.nii.gz::channel=2`` as the file and the channel, counted from 0; None for any other address."""
+    match = _CHANNEL.fullmatch(address)
+    return (match["file"], int(match["channel"])) if match else (address, None)
+
+
+def times(shape: Sequence[int]) -> str:
+    """`(4, 5, 6)` as "4 x 5 x 6"."""
+    return " x ".join(str(size) for size in shape)
+
+
+def spacing_of(affine: npt.NDArray[np.float64]) -> Spacing:
+    """Lengths of the three axes of a (4, 4) affine, in millimetres."""
+    x, y, z = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    return x, y, z
+
+
+def volume_shape(shape: Sequence[int], path: str) -> Triple:
+    """The three sizes of a volume; trailing axes of size 1 are dropped.
+
+    Raises:
+        DataError: fewer or more axes than three, or an axis without voxels.
+    """
+    sizes = tuple(int(size) for size in shape)
+    if any(size < 1 for size in sizes):
+        raise DataError(f"{path}: the header claims {times(sizes)} voxels; every axis needs at least 1.")
+    kept = sizes
+    while len(kept) > 3 and kept[-1] == 1:
+        kept = kept[:-1]
+    if len(kept) < 3:
+        raise DataError(
+            f"{path}: the image is {len(kept)}-D ({times(kept)}), but a volume with three axes is needed; "
+            "stack the slices into one 3-D file first."
+        )
+    if len(kept) > 3:
+        raise DataError(
+            f"{path}: the image has {len(kept)} axes ({times(kept)}), but one volume of three is needed; "
+            "save each time point or channel as a 3-D file of its own."
+        )
+    return kept[0], kept[1], kept[2]
+
+
+def check_spacing(spacing_mm: Sequence[float], path: str) -> None:
+    """Refuse a voxel size that no scan can have.
+
+    Raises:
+        DataError: a value is zero, negative, NaN or infinite.
+    """
+    if not all(np.isfinite(value) and value > 0 for value in spacing_mm):
+        shown = ", ".join(f"{value:g}" for value in spacing_mm)
+        raise DataError(
+            f"{path}: the voxel spacing is ({shown}) mm, but every value must be a positive number; "
+            "correct the header or export the scan again."
+        )
+
+
+def check_affine(affine: npt.NDArray[np.float64], path: str) -> None:
+    """Refuse a grid that permutation and flips cannot bring to RAS+.
+
+    Raises:
+        DataError: values that are not finite, axes without length, parallel or sheared axes.
+    """
+    if not np.all(np.isfinite(affine)):
+        raise DataError(f"{path}: the affine of the header holds NaN or infinite values; correct the header.")
+    check_spacing(spacing_of(affine), path)
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosine = float(np.max(np.abs(axes.T @ axes - np.eye(3))))
+    if cosine > MAX_SHEAR_COSINE:
+        angle = np.degrees(np.arccos(min(cosine, 1.0)))
+        raise DataError(
+            f"{path}: the axes of the grid meet at {angle:.2f} degrees instead of 90 (sheared or singular); "
+            "resample the scan to a rectangular grid first."
+        )
+
+
+def smallest_integer(low: int, high: int) -> np.dtype[Any]:
+    """int16 where it holds both ends (as CT is kept), else the smallest signed type that does."""
+    for dtype in (np.int16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return np.dtype(dtype)
+    return np.dtype(np.int64)

@@ -1,0 +1,96 @@
+"""How intensities become network input."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from torch import Tensor
+
+from mim3d.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mim3d.caching.preprocessing import Statistics
+    from mim3d.caching.stored_intensity import StoredIntensity
+
+#: Clipping range of CT pre-training, HU.
+CT_WINDOW_HU = (-1000.0, 1000.0)
+
+#: The line (factor, shift, lower and upper bound) that leaves numbers as they are.
+NO_CHANGE = (1.0, 0.0, -np.inf, np.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intensity:
+    """How intensities become network input.
+
+    Attributes:
+        kind: ``window`` clips to ``window`` and maps it to [0, 1] (CT); ``zscore`` subtracts the mean and divides by
+            the standard deviation of the scan's foreground (MRI, whose scale differs from file to file).
+        window: lower and upper bound in source units (HU for CT); needed by ``window`` alone.
+    """
+
+    kind: Literal["window", "zscore"] = "window"
+    window: tuple[float, float] | None = CT_WINDOW_HU
+
+    def __post_init__(self) -> None:
+        if self.kind == "window" and (self.window is None or not self.window[0] < self.window[1]):
+            raise ConfigError(f"intensity window {self.window} must be two rising numbers, such as [-1000, 1000].")
+
+    def apply(self, image_CXYZ: np.ndarray, statistics: Sequence["Statistics"]) -> np.ndarray:
+        """Map ``(C, X, Y, Z)`` voxels in source units to float32 network input, channel by channel."""
+        image = image_CXYZ.astype(np.float32)
+        for channel, stats in zip(image, statistics, strict=True):
+            low, width = self._zero_and_unit(stats)
+            if self.window is not None and self.kind == "window":
+                np.clip(channel, *self.window, out=channel)
+            channel -= low
+            channel /= width
+        return image
+
+    def lines(
+        self,
+        stored: Sequence["StoredIntensity"],
+        statistics: Sequence["Statistics"],
+        *,
+        gain: float = 1.0,
+        bias: float = 0.0,
+    ) -> np.ndarray:
+        """What makes network input of stored numbers, see ``apply_lines``: ``apply`` to their values, then scaled.
+
+        Every map on the way is a straight line, so they are one multiplication, one addition and one clip.
+
+        Args:
+            stored: of each channel, from stored numbers to source units.
+            statistics: of each channel.
+            gain: factor on the network input.
+            bias: added to it after that.
+
+        Returns:
+            ``(C, 4)`` float32: factor, shift, lower and upper bound of each channel.
+        """
+        bounds = (min(bias, gain + bias), max(bias, gain + bias)) if self.kind == "window" else (-np.inf, np.inf)
+        lines = np.empty((len(stored), len(NO_CHANGE)), dtype=np.float32)
+        for row, line, stats in zip(lines, stored, statistics, strict=True):
+            low, width = self._zero_and_unit(stats)
+            row[:] = gain * line.scale / width, gain * (line.offset - low) / width + bias, *bounds
+        return lines
+
+    def _zero_and_unit(self, stats: "Statistics") -> tuple[float, float]:
+        """The intensity that becomes 0, and the step from there to 1."""
+        if self.kind == "window":
+            assert self.window is not None
+            return self.window[0], self.window[1] - self.window[0]
+        return stats.mean, max(stats.std, 1e-6)
+
+
+def apply_lines(image: Tensor, lines: np.ndarray) -> None:
+    """Make network input of stored numbers, channel by channel, in place: ``clip(number * factor + shift)``.
+
+    Args:
+        image: ``(..., C, X, Y, Z)`` float32 on any device.
+        lines: ``(C, 4)``, see ``Intensity.lines``.
+    """
+    # Bounds that are plain numbers are several times faster on a CPU than tensors of them.
+    for channel, (factor, shift, low, high) in zip(image.movedim(-4, 0), lines.tolist(), strict=True):
+        channel.mul_(factor).add_(shift).clamp_(low, high)

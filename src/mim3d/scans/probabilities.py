@@ -1,0 +1,83 @@
+"""Class probabilities of a scan as one NIfTI file of several volumes, whatever their size."""
+
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mim3d.core.errors import DataError
+from mim3d.scans.files import written_whole
+from mim3d.scans.grids import Grid
+from mim3d.scans.nifti import write_stored
+
+
+class ProbabilityFile:
+    """A 4-D NIfTI file in the making: float32, one volume per channel, on a scan's own grid and orientation.
+
+    Until it is saved the numbers lie in a file beside it, not in memory: 4 bytes per voxel and channel of disk.
+
+    Args:
+        path: Ends in .nii or .nii.gz; missing folders are made.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._scratch: Path | None = None
+        self._stored: npt.NDArray[np.float32] | None = None
+        self._grid: Grid | None = None
+
+    def __enter__(self) -> "ProbabilityFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stored = None
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def target(self, grid: Grid, num_channels: int) -> npt.NDArray[np.float32]:
+        """(X, Y, Z, K) zeros along RAS+ axes, to be filled.
+
+        Raises:
+            DataError: The folder cannot be written to, or its disk has not enough room.
+        """
+        size_bytes = 4 * math.prod(grid.shape) * num_channels
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            free_bytes = shutil.disk_usage(self._path.parent).free
+            if size_bytes > free_bytes:
+                raise DataError(
+                    f"{self._path}: the probabilities of {num_channels} channels need {size_bytes / 2**30:.1f} GiB of "
+                    f"disk, and {free_bytes / 2**30:.1f} GiB are free; choose another disk, or --probabilities false."
+                )
+            self._scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=self._path.parent))
+            self._stored = np.memmap(
+                self._scratch / "probabilities",
+                dtype=np.float32,
+                mode="w+",
+                shape=(*grid.shape, num_channels),
+                order="F",
+            )
+        except OSError as error:
+            raise DataError(f"{self._path}: this folder is not writable ({error.strerror}); choose another.") from error
+        self._grid = grid
+        # Reorientation concerns the first three axes; the channels stay last.
+        view: Any = grid.to_ras(self._stored)
+        return view
+
+    def save(self) -> None:
+        """Write the file; it appears whole or not at all.
+
+        Raises:
+            DataError: The disk is full.
+        """
+        assert self._stored is not None and self._grid is not None
+        with written_whole(os.fspath(self._path)) as scratch:
+            write_stored(scratch, self._stored, self._grid)

@@ -1,0 +1,1 @@
+"""Classification: the task, its network, boxes and prediction."""

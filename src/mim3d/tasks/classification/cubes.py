@@ -1,0 +1,202 @@
+"""Boxes of one size in millimetres, cut from scans of any voxel size and brought to one number of voxels."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mim3d.caching.cache import CachedScan
+from mim3d.caching.resampling import plan_taps, resample_linear
+from mim3d.core.types import Spacing, Triple
+from mim3d.loading.loader import Augment, Read, Sample
+from mim3d.nn.resizing import resize_image
+
+#: Place of a point in voxels of a scan; whole numbers are the centres of voxels.
+Point = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a cube lies in one scan: what is read of it, and how the cube's voxels lie in that.
+
+    Attributes:
+        read: whole voxels around the cube, delivered in ``1 / 2^n`` of the scan's resolution where the cube's voxels
+            are at least as large as those.
+        step: (3,) delivered voxels from one of the cube's voxels to the next.
+        shift: (3,) delivered voxels from the centre of what is delivered to the centre of the cube.
+        size: voxels of the cube.
+    """
+
+    read: Read
+    step: npt.NDArray[np.float64]
+    shift: npt.NDArray[np.float64]
+    size: Triple
+
+
+@dataclass(frozen=True)
+class Cube:
+    """A box that the network sees.
+
+    Attributes:
+        size: its voxels.
+        voxel_mm: their size in millimetres; None stretches the whole scan onto the box, whatever its voxel size.
+    """
+
+    size: Triple
+    voxel_mm: Spacing | None
+
+    def enlarged(self, voxels: npt.NDArray[np.int64]) -> "Cube":
+        """The box with so many more voxels on each side, of the same size in millimetres."""
+        x, y, z = (int(have + 2 * more) for have, more in zip(self.size, voxels, strict=True))
+        return replace(self, size=(x, y, z))
+
+    def step(self, shape: Triple, spacing_mm: Spacing) -> npt.NDArray[np.float64]:
+        """(3,) voxels of a scan from one of the cube's voxels to the next."""
+        if self.voxel_mm is None:
+            return np.array(shape) / np.array(self.size)
+        return np.array(self.voxel_mm) / np.array(spacing_mm)
+
+    def cut(self, centre: Point, step: npt.NDArray[np.float64]) -> Cut:
+        """The cube around a point of a scan.
+
+        Args:
+            centre: (3,) in voxels of the scan.
+            step: (3,) voxels of the scan from one of the cube's voxels to the next.
+        """
+        # Full resolution is not worth reading where every voxel of the cube averages over several of the scan.
+        factor = 2 ** max(0, int(np.floor(np.log2(step.min()) + 1e-9)))
+        reach = (np.array(self.size) - 1) / 2 * step + factor + step
+        first = np.floor((centre - reach) / factor).astype(np.int64) * factor
+        last = np.ceil((centre + reach) / factor).astype(np.int64) * factor
+        delivered = (last - first) // factor
+        middle = first + (last - first - 1) / 2
+        origin, footprint, size = (_triple(values) for values in (first, last - first, delivered))
+        return Cut(Read(origin, footprint, size), step / factor, (centre - middle) / factor, self.size)
+
+
+def centre_of_scan(shape: Triple) -> Point:
+    """The middle of a scan, in its voxels."""
+    return (np.array(shape, dtype=np.float64) - 1) / 2
+
+
+def centre_of_label(places: dict[int, npt.NDArray[np.int32]]) -> Point | None:
+    """Centre of mass of the labelled voxels, as the cache keeps them (at most 2,000 of each value); None without any.
+
+    Args:
+        places: label value above 0 -> (N, 3) voxels.
+    """
+    known = [voxels for voxels in places.values() if len(voxels)]
+    return np.asarray(np.concatenate(known).mean(axis=0), dtype=np.float64) if known else None
+
+
+def resampled(image_CXYZ: npt.NDArray[np.float32], cut: Cut) -> npt.NDArray[np.float32]:
+    """The cube's voxels ``(C, *cut.size)`` from what was delivered ``(C, *cut.read.size)``."""
+    x, y, z = (
+        plan_taps(voxels, size, float(step), float(shift))
+        for voxels, size, step, shift in zip(image_CXYZ.shape[1:], cut.size, cut.step, cut.shift, strict=True)
+    )
+    return np.stack([resample_linear(channel, (x, y, z)) for channel in image_CXYZ])
+
+
+def cut_from(image_CXYZ: npt.NDArray[np.float32], cut: Cut, padding: list[float]) -> npt.NDArray[np.float32]:
+    """The cube's voxels ``(C, *cut.size)`` from a scan in memory, as the loader delivers and resamples them.
+
+    Args:
+        image_CXYZ: mapped intensities of the whole scan.
+        cut: where the cube lies.
+        padding: value of each channel beyond the scan.
+    """
+    read, shape = cut.read, image_CXYZ.shape[1:]
+    crop = np.empty((len(image_CXYZ), *read.footprint), dtype=np.float32)
+    for channel, value in zip(crop, padding, strict=True):
+        channel.fill(value)
+    spans = [
+        (max(0, first), min(limit, first + length))
+        for first, length, limit in zip(read.origin, read.footprint, shape, strict=True)
+    ]
+    if all(start < stop for start, stop in spans):
+        source = tuple(slice(start, stop) for start, stop in spans)
+        target = tuple(
+            slice(start - first, stop - first) for (start, stop), first in zip(spans, read.origin, strict=True)
+        )
+        crop[:, *target] = image_CXYZ[:, *source]
+    delivered: npt.NDArray[np.float32] = resize_image(torch.from_numpy(crop)[None], read.size)[0].numpy()
+    return resampled(delivered, cut)
+
+
+@dataclass(frozen=True)
+class CubeSampler:
+    """Draws one cube per sample, with the class of its scan.
+
+    Attributes:
+        cube: what the network sees.
+        around_label: around the centre of mass of the label, where a scan has one, instead of the middle of the scan.
+        classes: class names in the order of their numbers.
+        shift_ratio: share of the cube's edge by which it is moved at most, along each axis.
+        affine_prob: share of the cubes that are cut larger, for an affine change whose corners must hold voxels.
+        margin_ratio: how much larger on each side, relative to the cube.
+    """
+
+    cube: Cube
+    around_label: bool
+    classes: tuple[str, ...]
+    shift_ratio: float = 0.0
+    affine_prob: float = 0.0
+    margin_ratio: float = 0.0
+
+    def draw(self, scan: CachedScan, rng: np.random.Generator) -> Sample:
+        """Draw a cube from the scan's card and class locations alone.
+
+        Batch keys: ``image`` ``(1, C, *size)``; ``class`` ``(1,)``, -1 for a class that is none of ``classes``; and for
+        :class:`CubeFinisher`, which leaves these two: ``step``, ``shift``, ``size``, ``(3,)`` each.
+        """
+        step = self.cube.step(scan.shape, scan.spacing_mm)
+        moved = rng.uniform(-1, 1, 3) * self.shift_ratio * np.array(self.cube.size) * step
+        cube = self.cube
+        if rng.random() < self.affine_prob:
+            cube = cube.enlarged(np.ceil(np.array(cube.size) * self.margin_ratio).astype(np.int64))
+        cut = cube.cut(self._centre(scan) + moved, step)
+        name = scan.case.class_name
+        return Sample(
+            images={"image": (cut.read,)},
+            arrays={
+                "class": np.array([self.classes.index(name) if name in self.classes else -1]),
+                "step": cut.step,
+                "shift": cut.shift,
+                "size": np.array(cut.size),
+            },
+        )
+
+    def _centre(self, scan: CachedScan) -> Point:
+        centre = centre_of_label(scan.class_locations) if self.around_label else None
+        return centre_of_scan(scan.shape) if centre is None else centre
+
+
+@dataclass(frozen=True)
+class CubeFinisher:
+    """Makes of what was read the cube itself, and varies it; can be sent to worker processes.
+
+    Attributes:
+        augment: varies ``image`` ``(1, C, *size)`` together with a label map; None leaves it.
+    """
+
+    augment: Augment | None = None
+
+    def __call__(self, sample: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """``image`` ``(1, C, *size)`` and ``class`` ``(1,)`` of a sample of :class:`CubeSampler`."""
+        image = sample["image"][0].numpy()
+        x, y, z = (int(voxels) for voxels in sample["size"])
+        shape = _triple(np.array(image.shape[1:]))
+        cut = Cut(Read((0, 0, 0), shape, shape), sample["step"].numpy(), sample["shift"].numpy(), (x, y, z))
+        cube = torch.from_numpy(resampled(image, cut))[None]
+        if self.augment is not None:
+            # The augmentation of segmentation varies an image with its label map; here there is none to vary.
+            cube = self.augment({"image": cube, "label": torch.zeros(1, x, y, z)}, seed)["image"]
+        return {"image": cube, "class": sample["class"]}
+
+
+def _triple(values: npt.NDArray[np.int64]) -> Triple:
+    x, y, z = (int(value) for value in values)
+    return x, y, z

@@ -1,0 +1,319 @@
+"""Classification: every scan belongs to one class."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from mim3d.backbones.contract import Backbone, check_multiple
+from mim3d.caching.cache import Cache, CachedScan
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.types import Spacing, Triple
+from mim3d.datasets.records import Split, listed
+from mim3d.objective import Objective, crop_tokens
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks.classification.cube_plan import (
+    covered_ratio,
+    has_labels,
+    planned_edges_mm,
+    planned_size,
+    planned_whole_size,
+)
+from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler
+from mim3d.tasks.contract import Task
+from mim3d.tasks.frozen import check_freezing, freezing_lines
+from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels
+from mim3d.training.optimisation import Optimisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Task):
+    """Settings of the classification task.
+
+    Attributes:
+        fit: `box`: a box of `cube_mm` is cut from every scan, so that all are seen on one scale; `scan`: the whole
+            scan is stretched onto `size`, for stacks of pictures whose voxel size nobody knows.
+        cube_mm: edge of the box in millimetres, or its edges along X, Y, Z; None plans what holds 95 % of the training
+            scans along each axis (around labels: one and a half times what holds 95 % of the labelled structures).
+        size: voxels the network sees, multiples of the encoder's token edge; None plans them: the voxels of the median
+            training scan, at most 96 along each axis.
+        centre: the middle of the box: of the `scan`, or the centre of mass of its `label`; None plans the label where
+            every training scan has one. Scans to be predicted then need theirs too.
+        shift_ratio: share of the box's edge by which it is moved at most, in training, along each axis.
+        pooling: `mean` of the encoder's tokens, or a weighted mean with learned weights (`attention`).
+        class_weights: weight of each class in the loss, in the order of their names; `balanced`: by the inverse of
+            the number of its training scans.
+        dropout: share of the pooled features that a training step leaves out.
+        label_smoothing: share of the target that is spread over all classes.
+        augmentation: how boxes are varied. Where size tells classes apart, keep zoom_ratio small.
+        freeze_encoder: train pooling and the last layer alone (linear probing).
+        unfreeze_ratio: share of training after which the whole encoder learns; until then its layers begin to, one
+            after the other, from its output down to the stem. None lets all of it learn from the beginning.
+        mirror_axes: axes (0 X, 1 Y, 2 Z) mirrored at prediction, in every combination; among the augmentation's flip
+            axes.
+        class_counts: class -> training scans, filled in by the plan.
+        covered: share of the training scans (or labelled structures) that the box holds whole, filled in by the plan.
+    """
+
+    fit: Literal["box", "scan"] = "box"
+    cube_mm: float | Spacing | None = None
+    size: int | Triple | None = None
+    centre: Literal["scan", "label"] | None = None
+    shift_ratio: float = 0.05
+    pooling: Literal["mean", "attention"] = "mean"
+    class_weights: Literal["balanced"] | tuple[float, ...] = "balanced"
+    dropout: float = 0.1
+    label_smoothing: float = 0.0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    freeze_encoder: bool = False
+    unfreeze_ratio: float | None = None
+    mirror_axes: tuple[int, ...] = ()
+    class_counts: dict[str, int] | None = None
+    covered: float | None = None
+
+    best_by = "auc"
+    needs = "class"
+    network = "classifier"
+    sized_by = "size"
+
+    def __post_init__(self) -> None:
+        check_freezing(self.freeze_encoder, self.unfreeze_ratio)
+        for name in ("shift_ratio", "dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1 (1 excluded).")
+        if self.cube_mm is not None and not all(math.isfinite(edge) and edge > 0 for edge in _three(self.cube_mm)):
+            raise ConfigError(f"cube_mm is {self.cube_mm}; it takes lengths above 0 in millimetres, such as 48.")
+        if self.fit == "scan" and (self.cube_mm is not None or self.centre == "label"):
+            raise ConfigError("fit scan takes the whole scan; leave cube_mm and centre out, or use fit box.")
+        if not set(self.mirror_axes) <= {0, 1, 2}:
+            raise ConfigError(f"mirror_axes {list(self.mirror_axes)} must name axes among 0 (X), 1 (Y) and 2 (Z).")
+        weights = self.class_weights
+        if weights != "balanced" and not (min(weights, default=0.0) >= 0 and sum(weights) > 0):
+            raise ConfigError(f"class_weights {list(weights)} must be zero or more, and one above zero.")
+
+    @property
+    def optimisation(self) -> Optimisation:
+        """AdamW with a rate that suits batches of 8 to 32 boxes, and more decay than segmentation: labels are few."""
+        return Optimisation(
+            learning_rate=3e-4,
+            weight_decay=0.05,
+            betas=(0.9, 0.999),
+            warmup_ratio=0.05,
+            clip_norm=1.0,
+        )
+
+    def checked(self, backbone: Backbone) -> "Classification":
+        """These settings, once it is known that the size fits the backbone's tokens.
+
+        Raises:
+            ConfigError: naming the axis at fault and the sizes that fit.
+        """
+        if self.size is not None:
+            check_multiple(_whole(self.size), backbone.patch_size, "size")
+        return self
+
+    def check_split(self, split: Split) -> None:
+        """Refuse cases without a class or an asked-for label, classes held out alone, and weights that do not fit.
+
+        Raises:
+            DataError: naming the cases or classes.
+            ConfigError: for class weights.
+        """
+        missing = [case.id for case in (*split.train, *split.val) if case.class_name is None]
+        if missing:
+            raise DataError(
+                f"no class for {listed(missing)} ({len(missing)} cases); classification needs one of every case: give "
+                "a CSV or JSON list with the column class."
+            )
+        unlabelled = [case.id for case in (*split.train, *split.val) if case.label is None]
+        if self.centre == "label" and unlabelled:
+            raise DataError(
+                f"centre is label, but there is no label for {listed(unlabelled)} ({len(unlabelled)} cases); add the "
+                "labels, leave these cases out, or use centre scan."
+            )
+        classes = {case.class_name for case in split.train}
+        if len(classes) < 2:
+            raise DataError(f"all training cases are of class '{next(iter(classes))}'; at least two are needed.")
+        unknown = sorted({str(case.class_name) for case in split.val} - {str(name) for name in classes})
+        if unknown:
+            raise DataError(
+                f"class {listed(unknown)} is among the held-out cases, but not among the training cases; use fewer "
+                "folds, or leave these cases out."
+            )
+        if self.class_weights != "balanced" and len(self.class_weights) != len(classes):
+            raise ConfigError(
+                f"class_weights has {len(self.class_weights)} values, but the data have {len(classes)} classes: "
+                f"{', '.join(sorted(map(str, classes)))}."
+            )
+
+    def classes_of(self, scans: Cache) -> dict[int, str]:
+        """Number -> name of every class, sorted by name.
+
+        Raises:
+            DataError: fewer than two.
+        """
+        names = sorted({name for scan in scans if (name := scan.case.class_name) is not None})
+        if len(names) < 2:
+            raise DataError(f"{scans.path}: fewer than two classes among {len(scans)} scans; check the column class.")
+        return dict(enumerate(names))
+
+    def planned(self, backbone: Backbone, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> "Classification":
+        """These settings with box, size, centre, flip axes and class weights filled in.
+
+        Args:
+            backbone: the encoder's recipe.
+            scans: the training scans.
+            labels: number of each class -> its name.
+        Raises:
+            ConfigError: when the size does not fit the backbone, or boxes would be mirrored as they never were.
+        """
+        placed = self._placed(backbone, scans)
+        voxel_mm = placed.cube().voxel_mm or (1.0, 1.0, 1.0)
+        # The names of classes may name sides too, the first one's included, which for label maps is the background.
+        named = {value + 1: name for value, name in labels.items()}
+        augmentation = self.augmentation.planned(named, voxel_mm)
+        self._check_mirrors(augmentation, named)
+        counts = {name: sum(scan.case.class_name == name for scan in scans) for _, name in sorted(labels.items())}
+        weights = self.class_weights if self.class_weights != "balanced" else _balanced(list(counts.values()))
+        planned = replace(placed, augmentation=augmentation, class_weights=weights, class_counts=counts)
+        return planned.checked(backbone)
+
+    def summary(self) -> list[str]:
+        """Lines printed before training: the box, how it is varied, and the classes."""
+        cube = self.cube()
+        voxels = " x ".join(map(str, cube.size))
+        if cube.voxel_mm is None:
+            box = f"whole scans, stretched onto {voxels} voxels"
+        else:
+            edges = " x ".join(f"{edge:g}" for edge in _three(self.cube_mm or 1.0))
+            sizes = " x ".join(f"{edge:.3g}" for edge in cube.voxel_mm)
+            middle = "the label's centre of mass" if self.centre == "label" else "the middle of the scan"
+            box = f"boxes of {edges} mm around {middle}, seen as {voxels} voxels of {sizes} mm"
+            structures = "labelled structures" if self.centre == "label" else "training scans"
+            box += "" if self.covered is None else f"; {self.covered:.0%} of the {structures} lie whole in them"
+        weights = self.class_weights if self.class_weights != "balanced" else ()
+        classes = ", ".join(
+            f"{name} {count} scans (weight {weight:.3g})"
+            for (name, count), weight in zip((self.class_counts or {}).items(), weights, strict=False)
+        )
+        frozen = freezing_lines(self.freeze_encoder, self.unfreeze_ratio, "pooling and the last layer are")
+        return [box, f"boxes are {self.augmentation.describe()}", f"classes: {classes}", *frozen]
+
+    def sampler(self) -> CubeSampler:
+        """One box per sample."""
+        varied = self.augmentation
+        return replace(
+            self.exact_sampler(tuple(self.class_counts or ())),
+            shift_ratio=self.shift_ratio,
+            affine_prob=varied.affine_prob,
+            margin_ratio=varied.margin_ratio,
+        )
+
+    def exact_sampler(self, classes: tuple[str, ...]) -> CubeSampler:
+        """The same box of every scan each time, as validation and prediction see it."""
+        return CubeSampler(self.cube(), self.centre == "label", classes)
+
+    def augment(self) -> CubeFinisher:
+        """The planned variation of boxes."""
+        cube = self.cube()
+        return CubeFinisher(Augmenter(self.augmentation, cube.size, cube.voxel_mm or (1.0, 1.0, 1.0)))
+
+    def build(self, backbone: Backbone, labels: Mapping[int, str]) -> Objective:
+        """Encoder, pooling and last layer, freshly initialised."""
+        from mim3d.tasks.classification.objective import ClassificationObjective
+
+        objective = ClassificationObjective(
+            backbone.build(),
+            num_classes=len(labels),
+            pooling=self.pooling,
+            class_weights=(1.0,) * len(labels) if self.class_weights == "balanced" else self.class_weights,
+            dropout=self.dropout,
+            label_smoothing=self.label_smoothing,
+            freeze_encoder=self.freeze_encoder,
+            unfreeze_ratio=self.unfreeze_ratio,
+        )
+        if self.size is not None:
+            objective.tokens_per_sample = crop_tokens(_whole(self.size), backbone.patch_size)
+        return objective
+
+    def validate(
+        self,
+        objective: Objective,
+        scans: Sequence[CachedScan],
+        intensity: Intensity,
+        labels: Mapping[int, str],
+    ) -> dict[str, float]:
+        """AUC, accuracy, balanced accuracy and macro F1 over the scans, without mirroring.
+
+        Where several scans share a patient and all of a patient's are of one class, the same for patients by the mean
+        of their scans' probabilities, as ``auc_patient`` and so on.
+        """
+        from mim3d.tasks.classification.objective import ClassificationObjective
+        from mim3d.tasks.classification.validation import scores_of_scans
+
+        assert isinstance(objective, ClassificationObjective)
+        sampler = self.exact_sampler(tuple(name for _, name in sorted(labels.items())))
+        return scores_of_scans(objective, scans, sampler, intensity)
+
+    def validation_bytes(self, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> int:
+        """Nothing of a scan's size is held: boxes are validated as they are trained."""
+        return 0
+
+    def cube(self) -> Cube:
+        """The box that the network sees.
+
+        Raises:
+            ConfigError: it is not planned yet.
+        """
+        if self.size is None or (self.fit == "box" and self.cube_mm is None):
+            raise ConfigError("cube_mm and size are not planned yet; give them, such as 48 and [32, 32, 32].")
+        x, y, z = (int(voxels) for voxels in _three(self.size))
+        if self.cube_mm is None:
+            return Cube((x, y, z), None)
+        a, b, c = (edge / voxels for edge, voxels in zip(_three(self.cube_mm), (x, y, z), strict=True))
+        return Cube((x, y, z), (a, b, c))
+
+    def _placed(self, backbone: Backbone, scans: Sequence[CachedScan]) -> "Classification":
+        """With box, size and centre filled in."""
+        if self.fit == "scan":
+            size = planned_whole_size(scans, backbone.patch_size) if self.size is None else self.size
+            return replace(self, size=_whole(size), centre="scan")
+        centre: Literal["scan", "label"] = self.centre or ("label" if has_labels(scans) else "scan")
+        around_label = centre == "label"
+        if around_label and not has_labels(scans):
+            raise ConfigError(
+                "centre is label, but not every training scan has a label with a structure in it; use centre scan, or "
+                "leave these scans out."
+            )
+        x, y, z = planned_edges_mm(scans, around_label) if self.cube_mm is None else _three(self.cube_mm)
+        size = planned_size((x, y, z), scans, backbone.patch_size) if self.size is None else self.size
+        covered = covered_ratio((x, y, z), scans, around_label)
+        return replace(self, cube_mm=(x, y, z), size=_whole(size), centre=centre, covered=covered)
+
+    def _check_mirrors(self, augmentation: Augmentation, named: Mapping[int, str]) -> None:
+        unseen = set(self.mirror_axes) - set(augmentation.flip_axes or ())
+        if unseen:
+            sided = sided_labels(named, min(unseen))
+            reason = f" (left out because of the class '{sided[0]}')" if sided else ""
+            raise ConfigError(
+                f"mirror_axes names axis {min(unseen)}, which is none of the augmentation's flip axes "
+                f"{list(augmentation.flip_axes or ())}{reason}; leave it out, or set augmentation.flip_axes."
+            )
+
+
+def _balanced(counts: Sequence[int]) -> tuple[float, ...]:
+    """Weights by the inverse of the number of scans, whose mean over the scans is 1."""
+    known = [count for count in counts if count]
+    return tuple(sum(known) / (len(known) * count) if count else 0.0 for count in counts)
+
+
+def _three(value: float | Sequence[float]) -> tuple[float, float, float]:
+    x, y, z = np.broadcast_to(np.asarray(value, dtype=np.float64), 3).tolist()
+    return x, y, z
+
+
+def _whole(size: int | Triple) -> Triple:
+    x, y, z = (int(voxels) for voxels in _three(size))
+    return x, y, z

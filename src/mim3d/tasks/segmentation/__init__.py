@@ -1,0 +1,1 @@
+"""Segmentation: the task, its network, losses, crops and prediction."""

@@ -1,0 +1,150 @@
+"""What each output channel of a segmenter stands for: one of several labels, or a region that may lie in another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mim3d.core.errors import ConfigError
+
+# Shape suffixes: B samples, K channels, X Y Z space.
+
+Activation = Literal["softmax", "sigmoid"]
+
+#: Above it, a voxel belongs to a region.
+REGION_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The channels of a segmenter, and the way from label values to them and back.
+
+    Attributes:
+        names: of the channels.
+        members: label values that belong to each channel.
+        painted: label value that each channel gives.
+        activation: "softmax", every voxel belongs to one channel, the first of which is the background; or "sigmoid",
+            every channel is a region for itself.
+        ignore_label: label value of voxels about which nothing is known.
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    painted: tuple[int, ...]
+    activation: Activation
+    ignore_label: int | None = None
+
+    @property
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        """Name -> label values of every channel but the background."""
+        first = 1 if self.activation == "softmax" else 0
+        return dict(list(zip(self.names, self.members, strict=True))[first:])
+
+    def probabilities(self, logits: Tensor, dim: int = 0) -> Tensor:
+        """Probability of each channel, of logits whose axis ``dim`` holds the channels."""
+        return torch.softmax(logits, dim) if self.activation == "softmax" else torch.sigmoid(logits)
+
+    def labels_of(self, probabilities_K: Tensor) -> Tensor:
+        """Label values ``(...)`` int64 of probabilities ``(K, ...)``.
+
+        One of several labels: the most probable, the lower one of equals. Regions paint their label value one after the
+        other, in their order, where they are more probable than not (as nnU-Net does with ``regions_class_order``).
+        """
+        painted = torch.tensor(self.painted, device=probabilities_K.device)
+        if self.activation == "softmax":
+            # On a CPU argmax along a leading axis takes three times as long.
+            return painted[probabilities_K.max(dim=0).indices]
+        labels = torch.zeros_like(probabilities_K[0], dtype=torch.long)
+        for probability, value in zip(probabilities_K, self.painted, strict=True):
+            labels[probability > REGION_THRESHOLD] = value
+        return labels
+
+    def table(self) -> Tensor:
+        """Channels of each label value, as 0 or 1, ``(values, K)`` float32."""
+        values = [value for members in self.members for value in members]
+        table = torch.zeros(max([*values, self.ignore_label or 0]) + 1, len(self.members))
+        for channel, members in enumerate(self.members):
+            table[list(members), channel] = 1
+        return table
+
+    def known(self, label: Tensor) -> Tensor | None:
+        """Voxels about which something is known, as booleans in the shape of ``label``; None where all are."""
+        return None if self.ignore_label is None else label != self.ignore_label
+
+
+def exclusive_targets(labels: Mapping[int, str], ignore_label: int | None) -> Targets:
+    """One channel per label: the background first, then the others in rising order of their values."""
+    values = (0, *sorted(value for value in labels if value not in (0, ignore_label)))
+    return Targets(
+        names=tuple(labels.get(value, "background" if value == 0 else str(value)) for value in values),
+        members=tuple((value,) for value in values),
+        painted=values,
+        activation="softmax",
+        ignore_label=ignore_label,
+    )
+
+
+def region_targets(
+    regions: Mapping[str, Sequence[int]],
+    labels: Mapping[int, str],
+    *,
+    region_values: Sequence[int] | None,
+    ignore_label: int | None,
+) -> Targets:
+    """One channel per region, in the order given.
+
+    Args:
+        regions: name -> label values that belong to it.
+        labels: label value -> name of the data set.
+        region_values: label value that each region gives; None derives them, see :func:`derived_values`.
+        ignore_label: label value of voxels about which nothing is known.
+    Raises:
+        ConfigError: a label value that the data set lacks, or values that cannot be derived.
+    """
+    for name, members in regions.items():
+        for value in members:
+            if value == 0 or value == ignore_label or value not in labels:
+                known = ", ".join(str(value) for value in sorted(labels) if value not in (0, ignore_label))
+                raise ConfigError(f"region '{name}' names label value {value}, but it must be one of {known}.")
+    return Targets(
+        names=tuple(regions),
+        members=tuple(tuple(members) for members in regions.values()),
+        painted=tuple(derived_values(regions) if region_values is None else region_values),
+        activation="sigmoid",
+        ignore_label=ignore_label,
+    )
+
+
+def derived_values(regions: Mapping[str, Sequence[int]]) -> list[int]:
+    """The label value that each region gives: the one of its own that no later region covers.
+
+    Whole tumour [1, 2, 3], tumour core [2, 3] and enhancing tumour [3] give 1, 2 and 3.
+
+    Raises:
+        ConfigError: where a region has no such value, or several.
+    """
+    names, values = list(regions), []
+    for index, name in enumerate(names):
+        later = {value for other in names[index + 1 :] for value in regions[other]}
+        own = [value for value in regions[name] if value not in later]
+        if len(own) != 1:
+            reason = "none that no later region covers" if not own else f"several of its own {own}"
+            raise ConfigError(
+                f"region '{name}' could give any of the label values {list(regions[name])}: it has {reason}; order the "
+                "regions from the largest to the smallest, or set region_values to one value for each."
+            )
+        values.append(own[0])
+    return values
+
+
+def channels_of(label_BXYZ: Tensor, table: Tensor) -> Tensor:
+    """Label values as channels ``(B, K, X, Y, Z)`` of 0 and 1.
+
+    Args:
+        label_BXYZ: label values.
+        table: from :meth:`Targets.table`, on the same device.
+    """
+    return F.embedding(label_BXYZ, table).movedim(-1, 1)

@@ -1,0 +1,337 @@
+"""Segmentation: every voxel gets one of the declared labels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+from mim3d.backbones.contract import Backbone, check_multiple
+from mim3d.caching.cache import CachedScan
+from mim3d.core.config import nearest
+from mim3d.core.errors import ConfigError
+from mim3d.core.types import Spacing, Triple
+from mim3d.inference import Windows
+from mim3d.objective import Objective, crop_tokens
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks.contract import Task
+from mim3d.tasks.frozen import check_freezing, freezing_lines
+from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels
+from mim3d.tasks.segmentation.crops import CropSampler
+from mim3d.tasks.segmentation.partial_labels import PartialLabels, are_partial
+from mim3d.tasks.segmentation.targets import Targets, derived_values, exclusive_targets, region_targets
+from mim3d.training.optimisation import Optimisation
+
+#: Edge that a planned patch does not exceed.
+LARGEST_PLANNED_EDGE = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentation(Task):
+    """Settings of the segmentation task.
+
+    Attributes:
+        patch_size: voxels of one crop, multiples of the encoder's token edge; None plans it: what holds the median
+            training scan, at most 96 along each axis.
+        positive_ratio: share of crops centred on a voxel of a random class; the others lie anywhere.
+        feature_dim: channels of the decoder at full resolution, its most expensive level.
+        augmentation: how crops are varied.
+        background_in_dice: whether the background counts in the Dice loss.
+        batch_dice: one Dice over the whole batch instead of one per crop, so that crops without a structure
+            matter less.
+        dice_weight: weight of the Dice loss.
+        cross_entropy_weight: weight of the cross-entropy.
+        focal_weight: weight of the focal loss.
+        focal_gamma: its exponent: the larger, the less counts what is classified well.
+        top_k_ratio: share of the voxels, those of the highest cross-entropy, that count in it.
+        class_weights: weight of labels or regions by name in cross-entropy and focal loss; others weigh 1.
+        regions: name -> label values: structures that may lie in one another, each predicted for itself (sigmoid)
+            instead of one label per voxel (softmax); from the largest to the smallest.
+        region_values: label value that each region gives in predictions, in their order, where one lies in another the
+            later one's; None derives them: the value that no later region covers.
+        ignore_label: label value of voxels that nothing is learned from, and that count in no score.
+        deep_supervision: whether coarser levels of the decoder learn too, with weights 1/2, 1/4, ...
+        freeze_encoder: whether the encoder stays as it is, so that only the decoder learns.
+        unfreeze_ratio: share of training after which the whole encoder learns; until then its layers begin to, one
+            after the other, from its output down to the stem. None lets all of it learn from the beginning.
+        overlap: share of a window that its neighbour sees too, in validation and prediction.
+        mirror_axes: axes (0 X, 1 Y, 2 Z) mirrored at prediction; among the augmentation's flip axes.
+        num_validation_cases: held-out cases scored at each validation; None for all.
+        spacing_mm: typical voxel size of the training scans, filled in by the plan.
+        partial_labels: label value -> name, filled in by the plan where some cases are annotated in part.
+    """
+
+    patch_size: Triple | None = None
+    positive_ratio: float = 0.5
+    feature_dim: int = 16
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    background_in_dice: bool = False
+    batch_dice: bool = True
+    dice_weight: float = 1.0
+    cross_entropy_weight: float = 1.0
+    focal_weight: float = 0.0
+    focal_gamma: float = 2.0
+    top_k_ratio: float = 1.0
+    class_weights: Mapping[str, float] | None = None
+    regions: Mapping[str, tuple[int, ...]] | None = None
+    region_values: tuple[int, ...] | None = None
+    ignore_label: int | None = None
+    deep_supervision: bool = False
+    freeze_encoder: bool = False
+    unfreeze_ratio: float | None = None
+    overlap: float = 0.5
+    mirror_axes: tuple[int, ...] = ()
+    num_validation_cases: int | None = None
+    spacing_mm: Spacing | None = None
+    partial_labels: Mapping[int, str] | None = None
+
+    best_by = "dice"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.positive_ratio <= 1:
+            raise ConfigError(f"positive_ratio is {self.positive_ratio}; it must lie between 0 and 1.")
+        for name in ("feature_dim", "num_validation_cases"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1.")
+        check_freezing(self.freeze_encoder, self.unfreeze_ratio)
+        self._check_losses()
+        self._check_regions()
+        self.windows(patch_size=(1, 1, 1))
+
+    def _check_losses(self) -> None:
+        weights = (self.dice_weight, self.cross_entropy_weight, self.focal_weight)
+        if min(weights) < 0 or sum(weights) == 0:
+            raise ConfigError(
+                f"dice_weight, cross_entropy_weight and focal_weight are {weights}; they must be zero or more, and one "
+                "of them above zero."
+            )
+        if self.focal_gamma < 0:
+            raise ConfigError(f"focal_gamma is {self.focal_gamma}; it must be zero or more, such as 2.")
+        if not 0 < self.top_k_ratio <= 1:
+            raise ConfigError(f"top_k_ratio is {self.top_k_ratio}; it must be above 0 and at most 1, such as 0.1.")
+        for name, weight in (self.class_weights or {}).items():
+            if weight < 0:
+                raise ConfigError(f"class_weights of '{name}' is {weight}; it must be zero or more.")
+
+    def _check_regions(self) -> None:
+        if self.ignore_label is not None and self.ignore_label < 1:
+            raise ConfigError(
+                f"ignore_label is {self.ignore_label}; it must be a label value above 0 (the background)."
+            )
+        if self.regions is None:
+            if self.region_values is not None:
+                raise ConfigError("region_values is set, but there are no regions; set regions too, or leave it out.")
+            return
+        if not self.regions or not all(self.regions.values()):
+            raise ConfigError("regions must name one region or more, each with its label values, such as [1, 2, 3].")
+        if self.region_values is None:
+            derived_values(self.regions)
+        elif len(self.region_values) != len(self.regions) or min(self.region_values) < 1:
+            raise ConfigError(
+                f"region_values {list(self.region_values)} must be {len(self.regions)} label values above 0, one for "
+                f"each of {', '.join(self.regions)}."
+            )
+
+    @property
+    def optimisation(self) -> Optimisation:
+        """AdamW with a rate that suits batches of 2 to 16 crops alike, from scratch and from an encoder."""
+        return Optimisation(
+            learning_rate=5e-4,
+            weight_decay=1e-5,
+            betas=(0.9, 0.999),
+            warmup_ratio=0.05,
+            clip_norm=1.0,
+        )
+
+    def checked(self, backbone: Backbone) -> "Segmentation":
+        """These settings, once it is known that the patch fits the backbone's tokens.
+
+        Raises:
+            ConfigError: naming the axis at fault and the sizes that fit.
+        """
+        if self.patch_size is None:
+            return self
+        edge = backbone.patch_size
+        check_multiple(self.patch_size, edge, "patch_size")
+        if all(voxels == edge for voxels in self.patch_size):
+            raise ConfigError(
+                f"patch_size {list(self.patch_size)} is a single token of the encoder; use {2 * edge} along some axis."
+            )
+        return self
+
+    def check_labels(self, labels: Mapping[int, str]) -> None:
+        """Refuse regions, weights or an ignored label that the data set lacks, where it declares any.
+
+        Raises:
+            ConfigError: naming the label.
+        """
+        if not labels:
+            return
+        targets = self.targets(labels)
+        for name in self.class_weights or {}:
+            if name not in targets.names:
+                raise ConfigError(f"class_weights names '{name}'.{nearest(name, targets.names)}")
+
+    def planned(self, backbone: Backbone, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> "Segmentation":
+        """These settings with patch size, spacing, flip axes and angles filled in.
+
+        Raises:
+            ConfigError: when the patch does not fit the backbone, regions or weights name labels that there are not, or
+                windows would be mirrored as crops never were.
+        """
+        x, y, z = (float(median(scan.spacing_mm[axis] for scan in scans)) for axis in range(3))
+        spacing_mm = self.spacing_mm or (x, y, z)
+        self.check_labels(labels)
+        names = self.named_structures(labels)
+        augmentation = self.augmentation.planned(names, spacing_mm)
+        patch_size = self.patch_size or _patch_for([scan.shape for scan in scans], backbone.patch_size)
+        unseen = set(self.mirror_axes) - set(augmentation.flip_axes or ())
+        if unseen:
+            axis = min(unseen)
+            sided = sided_labels(names, axis)
+            reason = f" (left out because of the label '{sided[0]}')" if sided else ""
+            raise ConfigError(
+                f"mirror_axes names axis {axis}, which is none of the augmentation's flip axes "
+                f"{list(augmentation.flip_axes or ())}{reason}; leave it out, or set augmentation.flip_axes."
+            )
+        planned = replace(
+            self,
+            patch_size=patch_size,
+            augmentation=augmentation,
+            spacing_mm=spacing_mm,
+            partial_labels=dict(labels) if are_partial([scan.case for scan in scans], labels) else None,
+        )
+        return planned.checked(backbone)
+
+    def named_structures(self, labels: Mapping[int, str]) -> dict[int, str]:
+        """Names of labels and regions alike: a region, too, may lie on one side and must not be mirrored then.
+
+        Args:
+            labels: label value -> name; regions are added below 0.
+        """
+        return {**labels, **{-number: name for number, name in enumerate(self.regions or {}, start=1)}}
+
+    def summary(self) -> list[str]:
+        """Lines printed before training: the crop, how it is varied, and what is learned apart from labels."""
+        size = " x ".join(map(str, self._patch_size()))
+        lines = [
+            f"crops of {size} voxels, {self.positive_ratio:.0%} of them around a structure",
+            f"crops are {self.augmentation.describe()}",
+        ]
+        if self.regions is not None:
+            values = derived_values(self.regions) if self.region_values is None else self.region_values
+            painted = ", ".join(f"{name} as {value}" for name, value in zip(self.regions, values, strict=True))
+            lines.append(f"regions, each for itself; predictions hold {painted}")
+        if self.partial_labels is not None:
+            lines.append("some cases are annotated in part: what they leave out counts as background there (Shi 2021)")
+        return [*lines, *freezing_lines(self.freeze_encoder, self.unfreeze_ratio, "the decoder is")]
+
+    def sampler(self) -> CropSampler:
+        """One crop per sample, around a structure or anywhere."""
+        augmentation, names = self.augmentation, self.partial_labels
+        return CropSampler(
+            self._patch_size(),
+            self.positive_ratio,
+            augmentation.affine_prob,
+            augmentation.margin_ratio,
+            ignore_label=self.ignore_label,
+            partial=None if names is None else PartialLabels(self.targets(names).members, names),
+        )
+
+    def augment(self) -> Augmenter:
+        """The planned variation of crops."""
+        return Augmenter(self.augmentation, self._patch_size(), self.spacing_mm or (1.0, 1.0, 1.0))
+
+    def build(self, backbone: Backbone, labels: Mapping[int, str]) -> Objective:
+        """Encoder, decoder and losses, freshly initialised."""
+        from mim3d.tasks.segmentation.losses import LossWeights
+        from mim3d.tasks.segmentation.objective import SegmentationObjective
+
+        objective = SegmentationObjective(
+            backbone.build(),
+            in_channels=backbone.in_channels,
+            targets=self.targets(labels),
+            feature_dim=self.feature_dim,
+            weights=LossWeights(
+                dice=self.dice_weight,
+                cross_entropy=self.cross_entropy_weight,
+                focal=self.focal_weight,
+                focal_gamma=self.focal_gamma,
+                top_k_ratio=self.top_k_ratio,
+                classes=self.class_weights,
+                background_in_dice=self.background_in_dice,
+                batch_dice=self.batch_dice,
+            ),
+            deep_supervision=self.deep_supervision,
+            freeze_encoder=self.freeze_encoder,
+            unfreeze_ratio=self.unfreeze_ratio,
+        )
+        if self.patch_size is not None:
+            objective.tokens_per_sample = crop_tokens(self.patch_size, backbone.patch_size)
+        return objective
+
+    def targets(self, labels: Mapping[int, str]) -> Targets:
+        """What the channels of the network stand for: regions, or one label each.
+
+        Args:
+            labels: label value -> name, background 0 included.
+        Raises:
+            ConfigError: a region or an ignored label that the data set lacks.
+        """
+        if self.ignore_label is not None and self.ignore_label not in labels:
+            known = ", ".join(map(str, sorted(labels)))
+            raise ConfigError(f"ignore_label is {self.ignore_label}, which is none of the label values {known}.")
+        if self.regions is None:
+            return exclusive_targets(labels, self.ignore_label)
+        return region_targets(self.regions, labels, region_values=self.region_values, ignore_label=self.ignore_label)
+
+    def windows(
+        self,
+        *,
+        patch_size: Triple | None = None,
+        overlap: float | None = None,
+        batch_size: int = 4,
+        mirror_axes: tuple[int, ...] | None = None,
+    ) -> Windows:
+        """How scans are covered at prediction; what is None is taken from these settings."""
+        return Windows(
+            patch_size=patch_size or self._patch_size(),
+            overlap=self.overlap if overlap is None else overlap,
+            batch_size=batch_size,
+            mirror_axes=self.mirror_axes if mirror_axes is None else mirror_axes,
+        )
+
+    def validate(
+        self,
+        objective: Objective,
+        scans: Sequence[CachedScan],
+        intensity: Intensity,
+        labels: Mapping[int, str],
+    ) -> dict[str, float]:
+        """Mean Dice per label or region and over them on the cached grid, without mirroring."""
+        from mim3d.tasks.segmentation.objective import SegmentationObjective
+        from mim3d.tasks.segmentation.validation import dice_of_scans
+
+        assert isinstance(objective, SegmentationObjective)
+        chosen = _spread(scans, self.num_validation_cases)
+        return dice_of_scans(objective, chosen, intensity, self.windows(mirror_axes=()), labels)
+
+    def _patch_size(self) -> Triple:
+        if self.patch_size is None:
+            raise ConfigError("patch_size is not planned yet; give one, such as [96, 96, 96].")
+        return self.patch_size
+
+
+def _patch_for(shapes: Sequence[Triple], edge: int) -> Triple:
+    """The smallest patch of whole tokens that holds the median scan, limited along each axis."""
+    limit = max(edge, LARGEST_PLANNED_EDGE // edge * edge)
+    x, y, z = (min(limit, -int(-median(shape[axis] for shape in shapes) // edge) * edge) for axis in range(3))
+    if x == y == z == edge:
+        return 2 * edge, 2 * edge, 2 * edge
+    return x, y, z
+
+
+def _spread(scans: Sequence[CachedScan], number: int | None) -> list[CachedScan]:
+    """``number`` scans evenly spread over the sequence: the same ones at every validation."""
+    if number is None or number >= len(scans):
+        return list(scans)
+    return [scans[index * len(scans) // number] for index in range(number)]

@@ -1,0 +1,111 @@
+"""Every number that follows from the settings, with its derivation: printed before the first step."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mim3d.objective import Tokens
+from mim3d.training.optim import decay_groups, layer_lines, num_values
+from mim3d.training.optimisation import Optimisation, Schedule, make_schedule
+from mim3d.training.settings import BatchSource, LoopSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of one run.
+
+    Attributes:
+        effective_batch: samples per optimiser step over all processes and micro-batches.
+        schedule: learning rate and the like.
+        derived: what goes into the manifest.
+        derivations: one line each, for people.
+    """
+
+    effective_batch: int
+    schedule: Schedule
+    derived: Mapping[str, Any]
+    derivations: tuple[str, ...]
+
+
+def effective_batch(batch_size: int, loop: LoopSettings) -> int:
+    """Samples per optimiser step: micro-batch x accumulation x processes."""
+    return batch_size * loop.accumulation * loop.world_size
+
+
+def steps_for_epochs(epochs: float, source: BatchSource, *, accumulation: int, devices: int, num_nodes: int) -> int:
+    """Optimiser steps that show at least ``epochs`` passes over the data; at least one."""
+    per_step = source.batch_size * accumulation * devices * num_nodes
+    # Rounded first, lest 0.1 x 30 = 3.0000000000000004 samples take a step more.
+    return max(1, math.ceil(round(epochs * source.samples_per_epoch / per_step, 9)))
+
+
+def make_plan(objective: nn.Module, source: BatchSource, loop: LoopSettings, optim: Optimisation, device: str) -> Plan:
+    """Derive the numbers of a run.
+
+    Raises:
+        ConfigError: when no learning rate follows from the settings.
+    """
+    batch = effective_batch(source.batch_size, loop)
+    schedule = make_schedule(optim, effective_batch=batch, max_steps=loop.max_steps)
+    steps_per_epoch = source.samples_per_epoch / batch
+    per_step, per_step_lines = _per_step(objective, source, batch)
+    decayed, plain = decay_groups(objective)
+    trained = num_values(decayed.values()) + num_values(plain.values())
+    total = num_values(objective.parameters())
+    derived = {
+        "effective_batch": batch,
+        "learning_rate": schedule.learning_rate,
+        "warmup_steps": schedule.warmup_steps,
+        "weight_decay": schedule.weight_decay,
+        "max_steps": loop.max_steps,
+        "steps_per_epoch": round(steps_per_epoch, 4),
+        "epochs": round(loop.max_steps / steps_per_epoch, 4),
+        "samples": loop.max_steps * batch,
+        **per_step,
+        "num_parameters": total,
+        "num_trained_parameters": trained,
+        "precision": loop.precision,
+        "device": device,
+        "world_size": loop.world_size,
+    }
+    derivations = (
+        f"effective batch {batch} = {source.batch_size} samples x {loop.accumulation} micro-batches "
+        f"x {loop.world_size} processes",
+        schedule.derivations[0],
+        f"steps per epoch {steps_per_epoch:g} = {source.samples_per_epoch} samples / {batch}; "
+        f"{loop.max_steps} steps = {loop.max_steps / steps_per_epoch:.4g} epochs",
+        f"samples seen {loop.max_steps * batch:,} = {loop.max_steps} steps x {batch}",
+        *per_step_lines,
+        *schedule.derivations[1:],
+        *layer_lines(objective, schedule),
+        f"weight decay acts on {len(decayed)} tensors, not on {len(plain)} (biases, norms, tokens and so on)",
+        f"{trained:,} of {total:,} parameters are trained, on {device} in {loop.precision}",
+    )
+    return Plan(batch, schedule, {**derived, "derivations": list(derivations)}, derivations)
+
+
+def _per_step(objective: nn.Module, source: BatchSource, batch: int) -> tuple[dict[str, Any], list[str]]:
+    """Tokens and voxels of one optimiser step, and the lines that derive them; nothing where nobody counted."""
+    derived: dict[str, Any] = {}
+    lines = []
+    kinds: Sequence[Tokens] = getattr(objective, "tokens_per_sample", ())
+    if kinds:
+        visible = batch * sum(kind.num_volumes * kind.visible for kind in kinds)
+        hidden = batch * sum(kind.num_volumes * kind.hidden for kind in kinds)
+        derived["tokens_per_step"] = {"visible": visible, "hidden": hidden}
+        terms = " + ".join(_term(kind) for kind in kinds)
+        total = f"{visible + hidden:,} ({visible:,} visible, {hidden:,} hidden)"
+        lines.append(f"tokens per step {total} = {batch} samples x ({terms})")
+    voxels: int | None = getattr(source, "voxels_per_sample", None)
+    if voxels is not None:
+        derived["voxels_per_step"] = batch * voxels
+        lines.append(f"voxels read per step {batch * voxels:,} = {batch} samples x {voxels:,} (those of the first one)")
+    return derived, lines
+
+
+def _term(kind: Tokens) -> str:
+    hidden = f" + {kind.hidden:,} hidden" if kind.hidden else ""
+    return f"{kind.num_volumes} {kind.name} x ({kind.visible:,} visible{hidden})"

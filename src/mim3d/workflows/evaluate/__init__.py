@@ -1,0 +1,1 @@
+"""Evaluation: scores of label maps and of classes."""

@@ -1,0 +1,102 @@
+"""What a plan asks about memory, answered by steps of the real network on fake tensors."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from mim3d.backbones import Backbone
+from mim3d.caching.cache import CachedScan
+from mim3d.core.errors import Mim3dError
+from mim3d.core.types import Triple
+from mim3d.planning.patch import FILLED_SHARE
+from mim3d.tasks.segmentation.task import Segmentation
+from mim3d.training.memory import StepMemory, can_be_known, usable_bytes
+from mim3d.training.optimisation import Optimisation
+from mim3d.workflows.shared.training import Training
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """All of a scan that its validation is measured by."""
+
+    shape: Triple
+
+
+@dataclass
+class TrainingMemory:
+    """What training needs, from dry runs on fake tensors; each patch is asked about once.
+
+    Attributes:
+        usable_bytes: what training may take.
+    """
+
+    usable_bytes: int | None
+    task: Segmentation
+    recipe: Backbone
+    labels: Mapping[int, str]
+    training: Training
+    optim: Optimisation
+    validation_bytes: int
+    _steps: dict[Triple, StepMemory] = field(default_factory=dict)
+
+    def need_bytes(self, patch_size: Triple, batch_size: int) -> int:
+        """Bytes of a step, or of a validation on the CPU where that takes more."""
+        if patch_size not in self._steps:
+            self._steps[patch_size] = self._step(patch_size)
+        step = self._steps[patch_size]
+        try:
+            need = step.need(batch_size, self.training.accumulation).total
+            # Validation's network takes no more than a step, so that most often nothing has to be asked about it.
+            if step.device == "cpu" and need + self.validation_bytes > FILLED_SHARE * (self.usable_bytes or math.inf):
+                need = max(need, step.need(1, 1).total + self.validation_bytes if self.validation_bytes else 0)
+        except Mim3dError:
+            raise
+        except Exception:
+            # A backbone of the user's own may look at values, which fake tensors do not have; it may train all the
+            # same.
+            return 0
+        return need
+
+    def _step(self, patch_size: Triple) -> StepMemory:
+        import torch
+
+        sample = {
+            "image": ((1, self.recipe.in_channels, *patch_size), torch.float32),
+            "label": ((1, *patch_size), torch.int64),
+        }
+        return StepMemory(lambda: self.task.build(self.recipe, self.labels), sample, self.training.loop(1), self.optim)
+
+
+def training_memory(
+    asked: Segmentation,
+    recipe: Backbone,
+    labels: Mapping[int, str],
+    training: Training,
+    optim: Optimisation | None,
+    held_out: Sequence[Triple],
+) -> TrainingMemory | None:
+    """Answers about memory; None where the user wants no check or nothing can be known.
+
+    Args:
+        asked: the task as asked for.
+        recipe: of the encoder.
+        labels: label value -> name.
+        training: the command's arguments.
+        optim: the optimiser's settings; the task fills in what they leave open.
+        held_out: voxels of each scan to validate on.
+    """
+    loop = training.loop(1)
+    if training.memory_limit == 0 or not can_be_known(loop):
+        return None
+    limit = None if training.memory_limit is None else int(training.memory_limit * 2**30)
+    largest = [cast(CachedScan, _Shape(shape)) for shape in sorted(held_out, key=math.prod)[-1:]]
+    return TrainingMemory(
+        usable_bytes=usable_bytes(loop, limit),
+        task=asked,
+        recipe=recipe,
+        labels=labels,
+        training=training,
+        optim=(optim or Optimisation()).filled_from(asked.optimisation),
+        validation_bytes=asked.validation_bytes(largest, labels),
+    )

@@ -1,0 +1,133 @@
+"""Where fine-tuning starts: from scratch, or from an encoder whose card is held against the data."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mim3d.backbones import Backbone, Encoder, create_recipe
+from mim3d.caching.cache import Cache
+from mim3d.core.config import build_settings, update_settings
+from mim3d.core.types import Named, Spacing
+from mim3d.datasets.cases import CaseSet
+from mim3d.planning.plan import plan_intensity
+from mim3d.scans.intensity import Intensity
+from mim3d.weights import InputLayers, load_encoder, load_into, read_card
+
+#: Backbone where neither a name nor weights are given.
+DEFAULT_BACKBONE = "hybrid_base"
+
+#: What each way of adapting them does to the layers that read the input.
+_ADAPTED: dict[InputLayers, str] = {
+    "mean": "take the mean over the channels they knew for each",
+    "repeat": "take the channels they knew in turn",
+    "new": "start anew",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What fine-tuning starts from.
+
+    Attributes:
+        recipe: the encoder's settings.
+        encoder: the pre-trained encoder; None from scratch.
+        card: what came with its weights; empty from scratch and for foreign weights.
+    """
+
+    recipe: Backbone
+    encoder: Encoder | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def spacing_mm(self, asked: Spacing | None, source: CaseSet | Cache) -> Spacing | None:
+        """Voxel size to prepare the data with: as asked, else the encoder's; a cache has its own.
+
+        Warns when it is not the one the encoder learned from.
+        """
+        known = self.card.get("spacing_mm")
+        own: Spacing | None = None if known is None else (float(known[0]), float(known[1]), float(known[2]))
+        if isinstance(source, Cache):
+            used, chosen = source.preprocessing.spacing_mm, asked
+        else:
+            used = chosen = asked or own
+        if self.card and own is not None and used != own:
+            warnings.warn(
+                f"the encoder learned at spacing_mm {_plain(own)}, but the scans are prepared at {_plain(used)}; its "
+                "features see structures at another size.",
+                stacklevel=2,
+            )
+        return chosen
+
+    def intensity(self, asked: Intensity | None, scans: Cache) -> Intensity:
+        """Mapping of intensities: as asked, else the encoder's, else planned; warns when the encoder's is another."""
+        planned = plan_intensity(scans)
+        if "intensity" not in self.card:
+            return asked or planned
+        own: Intensity = build_settings(Intensity, self.card["intensity"], "intensity of the weights' card")
+        if (asked or planned) != own:
+            other = f"{_described(asked)} was asked for" if asked else f"{_described(planned)} suits these scans"
+            warnings.warn(
+                f"the encoder learned from intensities mapped by {_described(own)}, but {other}; "
+                f"{_described(asked or own)} is used.",
+                stacklevel=2,
+            )
+        return asked or own
+
+
+def choose_start(
+    backbone: Named | None, weights: str | None, num_channels: int, input_layers: InputLayers = "mean"
+) -> Start:
+    """The encoder to start from, loaded and its coverage printed, before any data are read.
+
+    Args:
+        backbone: as asked for; None takes that of the weights, and settings without a name change it.
+        weights: a run, an exported folder or a file; None starts from scratch.
+        num_channels: channels of the data; an encoder known by its weights alone is adapted to them.
+        input_layers: how the layers that read the input are made to fit another number of channels.
+    Raises:
+        ConfigError: an unknown backbone or setting.
+        CheckpointError: weights that cannot be read or do not fit.
+    """
+    recipe, learned = asked_recipe(backbone, weights)
+    if weights is None:
+        return Start(recipe)
+    if learned is not None and learned != num_channels:
+        warnings.warn(
+            f"the encoder learned from {learned} channels, but the data have {num_channels}; the layers that read the "
+            f"input {_ADAPTED[input_layers]} (input_layers {input_layers}).",
+            stacklevel=2,
+        )
+        if recipe.in_channels == learned:
+            recipe = replace(recipe, in_channels=num_channels)
+    encoder = recipe.build()
+    print(f"{weights}: {load_into(encoder, weights, input_layers=input_layers)}")
+    return Start(recipe, encoder, read_card(weights))
+
+
+def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone, int | None]:
+    """The backbone's settings: as named; else those of the weights or the default, changed by settings without a name.
+
+    Returns:
+        The settings, and the number of channels that the weights learned from where the settings are theirs.
+    Raises:
+        ConfigError: an unknown backbone or setting.
+        CheckpointError: weights from which no settings can be read.
+    """
+    if isinstance(backbone, str) or (backbone is not None and "name" in backbone):
+        return create_recipe(backbone), None
+    changes = dict(backbone or {})
+    if weights is None:
+        return create_recipe({"name": DEFAULT_BACKBONE, **changes}), None
+    card = read_card(weights)
+    own = create_recipe(card["backbone"], allow_import=False) if card else load_encoder(weights).recipe
+    return update_settings(own, changes, "backbone of the weights"), own.in_channels
+
+
+def _plain(spacing_mm: Spacing | None) -> str:
+    return "of each scan" if spacing_mm is None else " ".join(f"{value:g}" for value in spacing_mm)
+
+
+def _described(intensity: Intensity) -> str:
+    if intensity.window is None or intensity.kind == "zscore":
+        return "z-score"
+    return f"the window {intensity.window[0]:g} to {intensity.window[1]:g}"

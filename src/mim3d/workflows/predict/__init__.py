@@ -1,0 +1,1 @@
+"""Prediction: label maps and class tables."""

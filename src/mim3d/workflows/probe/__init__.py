@@ -1,0 +1,1 @@
+"""Probes: alone and beside pre-training."""

@@ -1,0 +1,192 @@
+"""The labelled scans of a probe: which they are, what is told apart in them, and which are held out."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from mim3d.backbones.contract import Encoder
+from mim3d.caching.cache import Cache, CachedScan, build_cache
+from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.progress import counted
+from mim3d.core.resources import num_cores
+from mim3d.core.types import Spacing, Triple
+from mim3d.datasets.cases import Case
+from mim3d.datasets.records import CaseSet, Split, listed
+from mim3d.phantoms.dataset import PhantomSettings, open_set, plan_cases, write_cases, write_dataset
+from mim3d.probing.boxes import class_set
+from mim3d.probing.items import ProbeSet
+from mim3d.probing.settings import Probing
+from mim3d.probing.tokens import label_set
+from mim3d.scans.intensity import Intensity
+from mim3d.workflows.shared.held_out import choose_split
+from mim3d.workflows.shared.inputs import read_data
+
+#: What stands for a set of phantoms in place of DATA.
+PHANTOM = "phantom"
+
+#: The phantoms made for it: chest and belly in eight labels.
+PHANTOMS = PhantomSettings(num_cases=15, size=(96, 96, 80), seed=0)
+
+Target = Literal["labels", "classes"]
+
+
+@dataclass(frozen=True)
+class ProbeCases:
+    """Labelled cases, before anything is prepared.
+
+    Attributes:
+        source: the data set or cache they belong to.
+        target: what is told apart: labels of tokens, or classes of scans.
+        split: those to learn from, and those to score on.
+    """
+
+    source: CaseSet | Cache
+    target: Target
+    split: Split
+
+    @property
+    def cases(self) -> list[Case]:
+        """Of both parts."""
+        return [*self.split.train, *self.split.val]
+
+    def prepared(
+        self, folder: str | Path, spacing_mm: Spacing | None, *, num_workers: int | None, strict: bool
+    ) -> Cache:
+        """The cached scans: as they are where the source is a cache, else built in ``folder``.
+
+        Raises:
+            ConfigError: a cache of another spacing, or a folder that holds another cache.
+            DataError: scans that cannot be used: all of one part, or with ``strict`` any.
+        """
+        if isinstance(self.source, Cache):
+            own = self.source.preprocessing.spacing_mm
+            if spacing_mm is not None and own != spacing_mm:
+                raise ConfigError(
+                    f"{self.source.path} was made with spacing_mm {own}, not {spacing_mm}; leave spacing_mm out, or "
+                    "give the data set itself."
+                )
+            return self.source.subset(self.cases)
+        wanted = replace(self.source, cases=tuple(self.cases))
+        workers = num_cores() if num_workers is None else num_workers
+        scans = build_cache(wanted, folder, Preprocessing(spacing_mm=spacing_mm), num_workers=workers)
+        for row in scans.failed:
+            if strict:
+                raise DataError(f"{row['reason']} (strict: nothing is left out)")
+            warnings.warn(f"left out: {row['reason']}", stacklevel=2)
+        return scans.subset(self.cases)
+
+    def items(
+        self,
+        scans: Cache,
+        encoder: Encoder,
+        intensity: Intensity,
+        probing: Probing,
+        *,
+        seed: int = 0,
+        largest: Triple | None = None,
+    ) -> ProbeSet:
+        """What an encoder is shown of the prepared scans.
+
+        Raises:
+            ConfigError: a crop that does not fit the encoder.
+            DataError: nothing to tell apart.
+        """
+        training, held_out = scans.subset(self.split.train), scans.subset(self.split.val)
+        if self.target == "classes":
+            return class_set(training, held_out, encoder, intensity, probing, watch=_watch)
+        return label_set(
+            training,
+            held_out,
+            scans.labels,
+            encoder,
+            intensity,
+            probing,
+            seed=seed,
+            largest=largest,
+            watch=_watch,
+        )
+
+
+def _watch(scans: Sequence[CachedScan]) -> Iterator[CachedScan]:
+    return counted(scans, len(scans), "scans")
+
+
+def read_source(data: str, folder: str | Path) -> CaseSet | Cache:
+    """The data set or cache behind DATA; phantoms are made in ``folder``.
+
+    Raises:
+        DataError: files, lists or grids that cannot be used.
+    """
+    if data != PHANTOM:
+        return read_data(data, need_labels=False, keep_labels=True)
+    path = Path(folder)
+    cases = plan_cases(PHANTOMS)
+    open_set(path, PHANTOMS)
+    for _ in counted(write_cases(path, cases), len(cases), "phantoms"):
+        pass
+    write_dataset(path, PHANTOMS, cases)
+    return read_data(str(path), need_labels=True)
+
+
+def labelled_cases(source: CaseSet | Cache, target: Target | None, data: str) -> tuple[Target, list[Case]]:
+    """What is told apart in a data set, and the cases that can be used for it.
+
+    Args:
+        source: the data set or cache.
+        target: as asked for; None takes what most cases have, label maps where as many have both.
+        data: what the user calls it.
+    Raises:
+        DataError: no case has what is asked for.
+    """
+    has_map = {scan.case.id for scan in source if scan.has_label} if isinstance(source, Cache) else None
+    usable: dict[Target, list[Case]] = {
+        "labels": [c for c in source.cases if (c.label is not None if has_map is None else c.id in has_map)],
+        "classes": [c for c in source.cases if c.class_name is not None],
+    }
+    # Label maps tell more than a class where there are as many.
+    most: Target = "labels" if len(usable["labels"]) >= len(usable["classes"]) else "classes"
+    chosen = target or most
+    found = usable[chosen]
+    if not found:
+        needs = "a label map" if target == "labels" else "a class" if target == "classes" else "a label map or a class"
+        raise DataError(
+            f"{data}: no scan has {needs} to probe features with; give a labelled data set, a list with the column "
+            f"label or class, or {PHANTOM}."
+        )
+    ids = {case.id for case in found}
+    missing = [case.id for case in source.cases if case.id not in ids and case.split != "test"]
+    if missing:
+        what = "label map" if chosen == "labels" else "class"
+        warnings.warn(f"{len(missing)} scans without a {what} are left out: {listed(missing)}.", stacklevel=2)
+    return chosen, found
+
+
+def choose_cases(
+    source: CaseSet | Cache, data: str, target: Target | None, *, fold: int, num_folds: int, split_seed: int
+) -> ProbeCases:
+    """Labelled cases of DATA, apart as `mim3d finetune` parts them.
+
+    Raises:
+        ConfigError: a fold that does not exist.
+        DataError: no labelled scans, or too few.
+    """
+    chosen, cases = labelled_cases(source, target, data)
+    split = choose_split(cases, fold=fold, num_folds=num_folds, split_seed=split_seed)
+    found = ProbeCases(source, chosen, split)
+    check_classes(found)
+    return found
+
+
+def check_classes(cases: ProbeCases) -> None:
+    """Refuse classes that cannot be told apart, before anything is prepared.
+
+    Raises:
+        DataError: naming them.
+    """
+    if cases.target == "classes":
+        from mim3d.tasks.classification.task import Classification
+
+        Classification().check_split(cases.split)

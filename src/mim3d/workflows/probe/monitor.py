@@ -1,0 +1,304 @@
+"""The probe during pre-training: made once, asked every so often, and the encoder that it finds best."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from mim3d.backbones import Backbone, Encoder
+from mim3d.caching.cache import Cache
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.run_folder import Run
+from mim3d.core.types import Triple
+from mim3d.datasets.cases import split_cases
+from mim3d.datasets.records import Case, CaseSet, Split
+from mim3d.objective import Objective
+from mim3d.probing.items import ProbeSet
+from mim3d.probing.probe import Probed, probe_encoder, random_encoder, without_encoder
+from mim3d.probing.settings import Probing
+from mim3d.training.checkpoint import load_best
+from mim3d.training.launch import choose_accelerator
+from mim3d.training.memory import SampleShapes
+from mim3d.weights import save_network
+from mim3d.workflows.finetune.start import Start
+from mim3d.workflows.probe.cases import PHANTOM, ProbeCases, check_classes, labelled_cases, read_source
+from mim3d.workflows.shared.held_out import dealt_out
+from mim3d.workflows.shared.inputs import check_channels
+from mim3d.workflows.shared.leakage import SEEN_NAME
+from mim3d.workflows.shared.training import Training
+
+#: The score by which the best encoder is kept.
+BEST_BY = "probe_linear"
+
+#: Probings of a run where nothing else is asked for.
+DEFAULT_PROBINGS = 10
+
+#: How features are probed: few crops, so that one probing takes seconds.
+PROBING = Probing(crops_per_scan=2)
+
+#: Scans to learn from, and to score on, at most; more of them where each is one item alone.
+MAX_SCANS = {"labels": (16, 8), "classes": (64, 32)}
+
+#: One patient in three is scored on.
+NUM_FOLDS = 3
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """A probe that was asked for, before the run begins.
+
+    Attributes:
+        data: labelled scans, or ``phantom``.
+        every: steps between two probings; None for ten in all.
+        cases: those of ``data``; None for phantoms, which are not made yet.
+        fold: ``fold``, ``num_folds`` and ``split_seed`` of the pre-training.
+        largest: edges of the crops at most: those of the largest volume that pre-training shows the encoder.
+        seed: of the choice of scans and tokens.
+    """
+
+    data: str
+    every: int | None
+    cases: ProbeCases | None
+    fold: tuple[int | None, int, int]
+    largest: Triple
+    seed: int
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], recipe: Backbone, sample: SampleShapes) -> "ProbePlan | None":
+        """From the arguments of pre-training; None where no probe is asked for.
+
+        Args:
+            arguments: of `mim3d pretrain`.
+            recipe: the encoder's settings.
+            sample: shapes of a sample of pre-training.
+        Raises:
+            ConfigError: settings that cannot work.
+            DataError: labelled scans that cannot be used.
+        """
+        data, every = arguments["probe"], arguments["probe_every"]
+        if data is None:
+            if every is not None:
+                raise ConfigError(f"probe_every is {every}, but there is no probe; give --probe DATA too.")
+            return None
+        if every is not None and every < 1:
+            raise ConfigError(f"probe_every is {every}; it must be at least 1.")
+        fold = (arguments["fold"], arguments["num_folds"], arguments["split_seed"])
+        plan = cls(data, every, None, fold, largest_volume(sample), arguments["seed"])
+        if data == PHANTOM and recipe.in_channels != 1:
+            raise ConfigError(
+                f"probe is {PHANTOM}, which has one channel, but backbone.in_channels is {recipe.in_channels}; give "
+                "labelled scans of as many channels."
+            )
+        if data == PHANTOM:
+            return plan
+        cases = plan.choose(read_source(data, ""))
+        check_channels(cases.cases, recipe)
+        return replace(plan, cases=cases)
+
+    def num_bytes(self, in_channels: int) -> int:
+        """Bytes of the views that are kept in memory, at most."""
+        voxels = in_channels * math.prod(self.largest)
+        return 4 * voxels * sum(MAX_SCANS["labels"]) * PROBING.crops_per_scan
+
+    def choose(self, source: CaseSet | Cache) -> ProbeCases:
+        """A small part of the labelled cases, apart by patient.
+
+        Cases that `mim3d finetune` would hold out are left out: the choice of the best encoder must not see them.
+
+        Raises:
+            DataError: no labelled cases, or those of one patient alone.
+        """
+        target, cases = labelled_cases(source, None, self.data)
+        usable = [case for case in cases if case.split in (None, "train")]
+        held_out = set() if self.data == PHANTOM else self._held_out(source.cases)
+        usable = [case for case in usable if case.patient not in held_out]
+        patients = {case.patient for case in usable}
+        if len(patients) < 2:
+            raise DataError(
+                f"{self.data}: labelled scans of {len(patients)} patients are left for the probe, beside those that "
+                "fine-tuning holds out; two are needed."
+            )
+        # A split that is declared for fine-tuning is no split of this part.
+        undeclared = [replace(case, split=None) for case in usable]
+        split = split_cases(undeclared, fold=0, num_folds=min(NUM_FOLDS, len(patients)), seed=self.seed)
+        num_train, num_val = MAX_SCANS[target]
+        chosen = ProbeCases(source, target, Split(self._some(split.train, num_train), self._some(split.val, num_val)))
+        check_classes(chosen)
+        return chosen
+
+    def _held_out(self, cases: Sequence[Case]) -> set[str]:
+        """Patients of the fold, by whichever task deals them out."""
+        fold, num_folds, split_seed = self.fold
+        found: set[str] = set()
+        for dealt in dealt_out(cases):
+            if fold is not None and len({case.patient for case in dealt}) >= num_folds:
+                split = split_cases(dealt, fold=fold, num_folds=num_folds, seed=split_seed)
+                found |= {case.patient for case in split.val}
+        return found
+
+    def _some(self, cases: Sequence[Case], number: int) -> tuple[Case, ...]:
+        order = np.random.default_rng(self.seed).permutation(len(cases))[:number]
+        in_order = sorted(cases, key=lambda case: case.id)
+        return tuple(in_order[place] for place in sorted(order))
+
+    def prepared(self, run: Run, training: Training, encoder: Encoder, card: Mapping[str, Any]) -> ProbeSet:
+        """What the encoder is shown, read once and kept; references without learned weights are noted and printed.
+
+        Args:
+            run: receives phantoms and cache, and the notes.
+            training: the run's settings.
+            encoder: as it will be trained.
+            card: what goes with its weights: how pre-training sees its scans.
+        Raises:
+            DataError: scans that cannot be used, or nothing to tell apart.
+        """
+        folder = run.path / "probe"
+        cases = self.cases or self.choose(read_source(self.data, folder / "phantom"))
+        start = Start(encoder.recipe, encoder, card)
+        scans = cases.prepared(
+            folder / "cache",
+            start.spacing_mm(None, cases.source),
+            num_workers=training.num_workers,
+            strict=bool(training.strict),
+        )
+        run.bind_input("probe", scans.digest)
+        mapping = start.intensity(None, scans.subset(cases.split.train))
+        items = cases.items(scans, encoder, mapping, PROBING, seed=self.seed, largest=self.largest).in_memory()
+        _tell(run, items, encoder, training, self.seed)
+        return items
+
+
+def largest_volume(sample: SampleShapes) -> Triple:
+    """Voxels along each axis of the largest image ``(N, C, X, Y, Z)`` of a sample."""
+    shapes = [shape[2:] for shape, kind in sample.values() if len(shape) == 5 and kind.is_floating_point]
+    x, y, z = max(shapes, key=math.prod)
+    return x, y, z
+
+
+def _tell(run: Run, items: ProbeSet, encoder: Encoder, training: Training, seed: int) -> None:
+    device = choose_accelerator(training.accelerator)
+    random = probe_encoder(random_encoder(encoder, seed).to(device), items, PROBING)
+    references = {"random": random, **without_encoder(items, PROBING)}
+    found = {name: scores_of(probed) for name, probed in references.items()}
+    run.note({"probe": {**found, "names": items.names, "num_scans": items.num_scans, "view_size": items.size}})
+    sizes = " x ".join(map(str, items.size))
+    print(
+        f"probe: {len(items.names)} {items.target} ({', '.join(items.names)}) in {items.num_scans[0]} scans to learn "
+        f"from and {items.num_scans[1]} to score on, views of {sizes} voxels"
+    )
+    for name, scores in found.items():
+        print(f"  {name}: linear {scores[BEST_BY]:.4f}, nearest neighbours {scores['probe_knn']:.4f}")
+
+
+def scores_of(probed: Probed) -> dict[str, float]:
+    """The scores that are logged: balanced accuracy of both classifiers, and measures of collapse."""
+    linear, neighbours = (each.values()["balanced_accuracy"] for each in (probed.linear, probed.neighbours))
+    scores = {BEST_BY: linear, "probe_knn": neighbours}
+    if probed.collapse is not None:
+        scores |= {"feature_std": probed.collapse.feature_std, "effective_rank": probed.collapse.effective_rank}
+    return scores
+
+
+class EncoderKeeper(Protocol):
+    """Exports encoders as they are learned."""
+
+    def save(self, objective: Objective, step: int) -> None:
+        """Export what there is at the checkpoint of a step."""
+        ...
+
+    def conclusion(self, best: Mapping[str, float] | None) -> str:
+        """Which encoder is where, in one line."""
+        ...
+
+
+@dataclass(frozen=True)
+class LastEncoder:
+    """Keeps OUT/encoder at the last one.
+
+    Attributes:
+        run: the run.
+        card: what goes with an encoder's weights.
+    """
+
+    run: Run
+    card: Mapping[str, Any]
+
+    def save(self, objective: Objective, step: int) -> None:
+        """Export the encoder of this step to OUT/encoder."""
+        self.export("encoder", objective.encoder, step, {})
+
+    def export(self, name: str, encoder: Encoder, step: int, scores: Mapping[str, float]) -> None:
+        """Write an encoder with its card and the list of what it has seen."""
+        card = {**self.card, "step": step, **({"probe": dict(scores)} if scores else {})}
+        save_network(self.run.path / name, encoder, card, beside=[self.run.path / SEEN_NAME])
+
+    def conclusion(self, _best: Mapping[str, float] | None) -> str:
+        """Which encoder is where, in one line."""
+        return f"encoder: {self.run.path / 'encoder'}"
+
+
+@dataclass
+class ProbeMonitor:
+    """Asks the probe, and keeps OUT/encoder at the best encoder that it found.
+
+    Attributes:
+        run: the run.
+        card: what goes with an encoder's weights.
+        plan: what was asked for.
+        items: what the encoder is shown; None in all but the first process, which are never asked.
+        spare: builds an objective like the one that is trained, to hold the best weights for a moment.
+        best: the best score of this session.
+        is_new: whether a better encoder may have been found since the last export.
+    """
+
+    run: Run
+    card: Mapping[str, Any]
+    plan: ProbePlan
+    items: ProbeSet | None
+    spare: Callable[[], Objective]
+    best: float = -math.inf
+    is_new: bool = True
+
+    def every(self, num_steps: int) -> int:
+        """Steps between two probings."""
+        return self.plan.every or -(-num_steps // DEFAULT_PROBINGS)
+
+    def __call__(self, objective: Objective) -> dict[str, float]:
+        """Scores of the encoder as it is; none of them a number where its features are not."""
+        assert self.items is not None
+        try:
+            scores = scores_of(probe_encoder(objective.encoder, self.items, PROBING))
+        except DataError as error:
+            warnings.warn(f"no probe at this step: {error}", stacklevel=2)
+            return dict.fromkeys((BEST_BY, "probe_knn", "feature_std", "effective_rank"), math.nan)
+        self.is_new |= scores[BEST_BY] > self.best
+        self.best = max(self.best, scores[BEST_BY])
+        return scores
+
+    def save(self, objective: Objective, step: int) -> None:
+        """Export the encoder of this step to OUT/encoder_last, and the best one so far to OUT/encoder."""
+        exports = LastEncoder(self.run, self.card)
+        exports.export("encoder_last", objective.encoder, step, {})
+        if not self.is_new:
+            return
+        with torch.random.fork_rng(devices=[]):
+            spare = self.spare()
+        found = load_best(self.run.checkpoints_dir, spare)
+        if found is None:
+            exports.export("encoder", objective.encoder, step, {})
+        else:
+            exports.export("encoder", spare.encoder, found["step"], found["values"])
+            self.is_new = False
+
+    def conclusion(self, best: Mapping[str, float] | None) -> str:
+        """Which encoder is where, in one line."""
+        if best is None:
+            return f"encoder: {self.run.path / 'encoder'} (the last one; no probe has chosen one yet)"
+        return (
+            f"encoder: {self.run.path / 'encoder'}, the best by the probe, of step {int(best['step'])} "
+            f"({BEST_BY} {best[BEST_BY]:.4f}); the last one is {self.run.path / 'encoder_last'}"
+        )

@@ -1,0 +1,124 @@
+"""Which cases a run trains on and which it holds out: chosen, written down, and found again by prediction."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.run_files import write_json
+from mim3d.core.run_folder import Run
+from mim3d.datasets.cases import Case, Split, split_cases
+from mim3d.datasets.dataset_json import read_json
+from mim3d.datasets.train_parts import TrainPart
+
+SPLIT_NAME = "split.json"
+LIST_NAME = "held_out.csv"
+
+
+def dealt_out(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases that each task deals out to folds: segmentation those with label maps, classification those of a class.
+
+    Where all cases have both, the two are the same; a task that no case is for is left out.
+    """
+    groups = ([c for c in cases if c.label is not None], [c for c in cases if c.class_name is not None])
+    return [group for group in groups if group]
+
+
+def choose_split(
+    cases: Sequence[Case],
+    *,
+    fold: int | None,
+    num_folds: int,
+    part: TrainPart = TrainPart(),
+    split_seed: int = 0,
+) -> Split:
+    """Split the cases of a data set, and keep a part of those to train on.
+
+    Folds and parts depend on the data set and their own seeds alone, so that methods and training seeds are compared on
+    the same cases.
+
+    Args:
+        cases: all of the data set.
+        fold: which fold is held out; None holds nothing out.
+        num_folds: folds in all.
+        part: which of the training cases are kept.
+        split_seed: of how patients are dealt out to folds.
+    Raises:
+        ConfigError: a fold that does not exist, or a negative seed.
+        DataError: cases that cannot be split, or a part that cannot be taken.
+    """
+    if split_seed < 0:
+        raise ConfigError(f"split_seed is {split_seed}; it must be zero or more.")
+    if fold is None:
+        split = Split(train=tuple(case for case in cases if case.split in (None, "train")), val=())
+    else:
+        split = split_cases(cases, fold=fold, num_folds=num_folds, seed=split_seed)
+    if not split.train:
+        raise DataError('No case is left to train on; mark some "train" in the list.')
+    ids = {case.id for case in split.train}
+    return Split(train=part.take(split.train, [case for case in cases if case.id not in ids]), val=split.val)
+
+
+def write_split(run: Run, split: Split) -> None:
+    """Write the ids of both parts to ``split.json``, and the held-out cases as a list that is DATA again."""
+    if not run.writes:
+        return
+    parts = {"train": split.train, "val": split.val}
+    write_json(run.path / SPLIT_NAME, {name: [_record(case) for case in part] for name, part in parts.items()})
+    with open(run.path / LIST_NAME, "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        # The ids too: those of a whole data set are not always what a shorter list would make of the same images.
+        rows.writerow(["id", "image", "label", "class", "patient", "labels"])
+        for case in split.val:
+            names = ";".join(case.labelled or ())
+            cells = [case.id, ";".join(case.images), case.label or "", case.class_name or "", case.patient, names]
+            rows.writerow(cells)
+
+
+def held_out_cases(run: Path) -> list[Case]:
+    """The held-out cases of a run, under the ids they had there.
+
+    Args:
+        run: a run of fine-tuning, or its segmenter folder.
+    Raises:
+        DataError: when the run holds no split, or nothing was held out.
+    """
+    path = next((folder / SPLIT_NAME for folder in (run, run.parent) if (folder / SPLIT_NAME).is_file()), None)
+    if path is None:
+        raise DataError(f"{run} has no {SPLIT_NAME} that lists held-out cases; name the scans with --input.")
+    try:
+        cases = [
+            Case(
+                id=str(row["id"]),
+                images=tuple(str(image) for image in row["images"]),
+                label=row["label"],
+                patient=str(row["patient"]),
+            )
+            for row in read_json(str(path))["val"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is no split that mim3d wrote ({error!r}); name the scans with --input.") from error
+    if not cases:
+        raise DataError(f"{run} held no case out; name the scans with --input.")
+    return cases
+
+
+def held_out_by_all(runs: Sequence[str]) -> list[Case]:
+    """The cases that every one of some runs held out, see ``held_out_cases``.
+
+    Raises:
+        ConfigError: runs that held out different cases, so that one learned from what another is tested on.
+        DataError: a run that holds no split, or held out nothing.
+    """
+    first, *others = [held_out_cases(Path(run)) for run in runs]
+    for cases, run in zip(others, runs[1:], strict=True):
+        if {case.images for case in cases} != {case.images for case in first}:
+            raise ConfigError(
+                f"{runs[0]} and {run} held out different cases, so each may have learned from cases of the other; "
+                "predict with one run at a time, or name new scans with --input."
+            )
+    return first
+
+
+def _record(case: Case) -> dict[str, object]:
+    return {"id": case.id, "images": list(case.images), "label": case.label, "patient": case.patient}

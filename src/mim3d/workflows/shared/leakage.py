@@ -1,0 +1,179 @@
+"""Says when a held-out scan was learned from: by the encoder it starts from, or by the same run under another name.
+
+A pre-trained network carries ``seen.json``: digest and fingerprint of every scan it learned from, and nothing else of
+them, neither names nor places.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mim3d.caching.cache import Cache
+from mim3d.caching.fingerprints import Fingerprint
+from mim3d.caching.leaks import Labelled, Leak, find_leaks
+from mim3d.core.errors import CheckpointError, DataError
+from mim3d.core.run_files import write_json
+from mim3d.core.run_folder import Run
+from mim3d.datasets.records import listed
+from mim3d.weights import WEIGHTS_NAME, locate
+
+SEEN_NAME = "seen.json"
+SEEN_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Seen:
+    """The scans that a network learned from.
+
+    Attributes:
+        scans: Each with digest and fingerprint; their ids are empty.
+        complete: False where it went on from weights that came without such a list.
+    """
+
+    scans: tuple[Labelled, ...]
+    complete: bool = True
+
+
+def labelled(scans: Cache) -> list[Labelled]:
+    """Cached scans by what they hold.
+
+    Raises:
+        DataError: the cache's manifest is damaged.
+    """
+    texts = scans.fingerprints()
+    return [
+        Labelled(
+            id=scan.case.id,
+            digest=scan.source_digest,
+            fingerprint=Fingerprint.from_text(texts[scan.case.id]),
+        )
+        for scan in scans
+    ]
+
+
+def seen_from(scans: Sequence[Labelled], weights: str | None) -> Seen:
+    """What a network has seen that learns from ``scans``, and starts from ``weights``.
+
+    Raises:
+        CheckpointError: the list beside the weights is damaged.
+    """
+    earlier = Seen(scans=()) if weights is None else read_seen(weights)
+    known = {} if earlier is None else {scan.digest: scan for scan in earlier.scans}
+    known |= {scan.digest: replace(scan, id="") for scan in scans}
+    return Seen(scans=tuple(known.values()), complete=earlier is not None and earlier.complete)
+
+
+def record_seen(run: Run, learned: Cache, weights: str | None) -> None:
+    """Write ``seen.json`` into a run, to go with the network that it makes.
+
+    Args:
+        run: the run.
+        learned: the scans it learns from.
+        weights: what it starts from.
+    Raises:
+        CheckpointError: the list beside the weights is damaged.
+    """
+    if run.writes:
+        write_seen(run.path, seen_from(labelled(learned), weights))
+
+
+def write_seen(folder: Path, seen: Seen) -> None:
+    """Write ``seen.json`` into a folder; sorted, so that not even an order is told."""
+    rows = sorted((scan.digest, scan.fingerprint.to_text()) for scan in seen.scans)
+    scans = [{"digest": digest, "fingerprint": text} for digest, text in rows]
+    write_json(folder / SEEN_NAME, {"format": SEEN_FORMAT, "complete": seen.complete, "scans": scans})
+
+
+def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
+    """What the network of a run, an exported folder or a weights file has seen; None where no list came with it.
+
+    Raises:
+        CheckpointError: there are no weights, or the list is damaged or of another format.
+    """
+    located = locate(os.fspath(weights))
+    path = (located if located.is_dir() else located.parent) / SEEN_NAME
+    if not path.is_file() or (located.is_file() and located.name != WEIGHTS_NAME):
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != SEEN_FORMAT:
+            raise CheckpointError(f"{path} is of format {content['format']}, not {SEEN_FORMAT}; update mim3d.")
+        scans = tuple(
+            Labelled(id="", digest=str(row["digest"]), fingerprint=Fingerprint.from_text(row["fingerprint"]))
+            for row in content["scans"]
+        )
+        return Seen(scans=scans, complete=bool(content["complete"]))
+    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a list of scans ({error}); copy it again from the run, or delete it to go on "
+            "without the check."
+        ) from None
+
+
+def check_pretraining(weights: str | None, held_out: Sequence[Labelled], *, strict: bool) -> None:
+    """Say which held-out scans the network of ``weights`` has learned from; a note where that cannot be known.
+
+    Raises:
+        DataError: ``strict``, and there is one.
+        CheckpointError: the list beside the weights is damaged.
+    """
+    if weights is None or not held_out:
+        return
+    seen = read_seen(weights)
+    if seen is None or not seen.complete:
+        part = "no list" if seen is None else "only part of a list"
+        print(
+            f"note: {weights} comes with {part} of the scans it learned from: whether held-out ones are among them "
+            "cannot be checked."
+        )
+    if seen is not None:
+        check_leakage(seen.scans, held_out, place=f"in the pre-training data of {weights}", strict=strict)
+
+
+def check_split(training: Sequence[Labelled], held_out: Sequence[Labelled], *, strict: bool) -> None:
+    """Say which held-out scans are among the training scans of the same run under another name.
+
+    Raises:
+        DataError: ``strict``, and there is one.
+    """
+    check_leakage(training, held_out, place="among the training cases too", strict=strict)
+
+
+def check_leakage(
+    training: Sequence[Labelled], held_out: Sequence[Labelled], *, place: str, strict: bool
+) -> list[Leak]:
+    """Warn of held-out scans that were learned from, in one sentence.
+
+    Args:
+        training: what was, or will be, learned from.
+        held_out: what scores are computed on.
+        place: where they were found, as the sentence goes on: ``in the pre-training data of RUN``.
+        strict: refuse them.
+    Returns:
+        What was found.
+    Raises:
+        DataError: ``strict``, and there is one.
+    """
+    leaks = find_leaks(training, held_out)
+    if not leaks:
+        return leaks
+    # A scan that is there as it is and converted is told of as it is.
+    nearest = {leak.held_out: leak for leak in sorted(leaks, key=lambda leak: -leak.distance)}
+    in_order = [nearest[name] for name in dict.fromkeys(leak.held_out for leak in leaks)]
+    one = len(in_order) == 1
+    sentence = (
+        f"{len(in_order)} of {len(held_out)} held-out cases {'is' if one else 'are'} {place}: "
+        f"{listed([_described(leak) for leak in in_order])}; scores on {'it' if one else 'them'} say nothing about new "
+        "patients, so leave such cases out of one of both parts, or give both the same patient."
+    )
+    if strict:
+        raise DataError(f"{sentence} (strict: refused)")
+    warnings.warn(sentence, stacklevel=2)
+    return leaks
+
+
+def _described(leak: Leak) -> str:
+    return f"{leak.held_out} ({leak.how}{f' as {leak.training}' if leak.training else ''})"

@@ -1,0 +1,220 @@
+"""Before a run begins: the memory it will need, and where that is not there, the settings with which it fits."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
+
+import numpy as np
+
+from mim3d.backbones import BACKBONES, Backbone
+from mim3d.caching.cache import CachedScan
+from mim3d.core.config import to_mapping, to_named
+from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.resources import available_memory_bytes, in_words
+from mim3d.core.run_files import is_first_process
+from mim3d.core.types import Triple
+from mim3d.methods import Method
+from mim3d.objective import Objective
+from mim3d.training.memory import MemoryNeed, SampleShapes, StepMemory, can_be_known, usable_bytes
+from mim3d.training.optimisation import Optimisation
+from mim3d.workflows.shared.training import Training
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of computing the same step.
+
+    Attributes:
+        flags: what asks for it on the command line; empty for the settings as they are.
+        build: gives its objective.
+    """
+
+    flags: str
+    build: Callable[[], Objective]
+
+
+def pretraining_ways(method: Method, recipe: Backbone) -> list[Way]:
+    """As asked; then ways that need less memory and more time, the quicker ones first."""
+    ways = [Way("", lambda: method.build(recipe))]
+    less = _with(recipe, "recompute", True)
+    if less is not None:
+        ways.append(Way("--backbone.recompute true", lambda: method.build(less)))
+    single = _with(method, "chunk_size", 1)
+    if single is not None:
+        # Beside recomputation alone: what is kept for the backward pass is the same in chunks of any size.
+        flags = f"{ways[-1].flags} --method.chunk_size 1".strip()
+        ways.append(Way(flags, lambda: single.build(less or recipe)))
+    return ways
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """All that a sampler may ask of a scan, where only the header was read: all of it body, none of it labelled."""
+
+    shape: Triple
+    class_locations: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def body_box(self) -> tuple[Triple, Triple]:
+        return (0, 0, 0), self.shape
+
+    def foreground_ratio(self, _origin: Triple, _size: Triple) -> float:
+        return 1.0
+
+
+def pretraining_sample(method: Method, recipe: Backbone, shape: Triple) -> SampleShapes:
+    """Shapes and types of one sample, drawn as if from a scan of ``shape`` voxels."""
+    scan = cast(CachedScan, _Outline(shape))
+    return method.sampler(recipe).draw(scan, np.random.default_rng(0)).shapes(recipe.in_channels)
+
+
+def finetuning_ways(build: Callable[[Backbone], Objective], recipe: Backbone) -> list[Way]:
+    """As asked; then with recomputation. ``build`` gives the objective on an encoder of the settings it is given."""
+    ways = [Way("", lambda: build(recipe))]
+    less = _with(recipe, "recompute", True)
+    if less is not None:
+        # Spelled out, since a backbone that comes from weights has no name yet which a flag could be added to.
+        ways.append(Way(_spelled(less), lambda: build(less)))
+    return ways
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A way with what it holds, training or validating.
+
+    Attributes:
+        way: of computing a step.
+        memory: what its steps need.
+        scores_bytes: what a validation holds on the CPU besides the network at work; 0 without one.
+    """
+
+    way: Way
+    memory: StepMemory
+    scores_bytes: int
+
+    def total(self, batch_size: int, accumulation: int) -> int:
+        step = self.memory.need(batch_size, accumulation).total
+        return max(step, self.validation()) if self.scores_bytes and self.memory.device == "cpu" else step
+
+    def validation(self) -> int:
+        """Bytes of a validation on the CPU.
+
+        Its windows, four at a time without gradients, hold no more than a step of one sample with its reserve: 0.8 to
+        1.2 times its tensors, with networks from nano to base.
+        """
+        return self.memory.need(1, 1).total + self.scores_bytes
+
+
+def require_memory(
+    training: Training,
+    ways: Sequence[Way],
+    sample: SampleShapes,
+    optim: Optimisation,
+    *,
+    smaller: str,
+    validation_bytes: int = 0,
+    less_validation: str = "prepare the scans with a larger spacing_mm, or train without validation (--fold null)",
+) -> dict[str, Any]:
+    """Say what training will need, measured by a dry run, and refuse what does not fit.
+
+    Args:
+        training: the command's arguments.
+        ways: of computing a step, as asked first, then in the order of the time they take.
+        sample: shapes and types of one sample.
+        optim: the optimiser's settings, filled from the defaults of the method or task.
+        smaller: what to make smaller when nothing else helps, in the words of an error.
+        validation_bytes: what a validation holds on the CPU besides the network at work.
+        less_validation: what to do where that is too much, in the words of an error.
+    Returns:
+        What to note in the manifest; nothing where the need is not known beforehand.
+    Raises:
+        ConfigError: with the flags that make it fit.
+    """
+    loop = training.loop(training.max_steps or 1)
+    if training.memory_limit == 0 or not is_first_process() or not can_be_known(loop):
+        return {}
+    asked, *others = [_Measured(way, StepMemory(way.build, sample, loop, optim), validation_bytes) for way in ways]
+    try:
+        need = asked.memory.need(training.batch_size, training.accumulation)
+    except Mim3dError:
+        raise
+    except Exception as error:
+        # A method of the user's own may look at values, which fake tensors do not have; it may train all the same.
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"memory: not known beforehand ({type(error).__name__}: {reason})")
+        return {}
+    limit = None if training.memory_limit is None else int(training.memory_limit * 2**30)
+    usable = usable_bytes(loop, limit)
+    room = "" if usable is None else f", {in_words(usable)} {'available' if limit is None else 'allowed'}"
+    print(f"memory: about {_total(need, loop.devices)} ({need.parts()}){room}")
+    if usable is not None and need.total > usable:
+        raise ConfigError(_refusal(training, [asked, *others], need, usable, smaller))
+    _require_validation(asked, usable, less_validation)
+    return {"memory_need_bytes": {field.name: getattr(need, field.name) for field in fields(need)}}
+
+
+def _refusal(training: Training, ways: Sequence[_Measured], need: MemoryNeed, usable: int, smaller: str) -> str:
+    has = "are available" if training.memory_limit is None else "are allowed by memory_limit"
+    sentence = f"Training needs about {_total(need, training.devices)} of memory, but {in_words(usable)} {has}; "
+    begun = " (a run that has begun keeps its settings: go on with it where more memory is free)"
+    least = ("", need.total)
+    for flags, total in _offers(training, ways):
+        if total <= usable:
+            return f"{sentence}use {flags}, which needs about {in_words(total)}{begun if training.resume else ''}."
+        least = min(least, (flags, total), key=lambda offer: offer[1])
+    at_least = f"even {least[0]} needs about {in_words(least[1])}, so use" if least[0] else "use"
+    return f"{sentence}{at_least} {smaller}, or a machine with more memory (--memory_limit 0 trains all the same)."
+
+
+def _require_validation(asked: _Measured, usable: int | None, less: str) -> None:
+    on_cpu = asked.memory.device == "cpu"
+    needed, free = (asked.validation(), usable) if on_cpu else (asked.scores_bytes, available_memory_bytes())
+    if asked.scores_bytes and free is not None and needed > free:
+        raise ConfigError(
+            f"Validating needs about {in_words(needed)} of memory, {in_words(asked.scores_bytes)} of it besides the "
+            f"network, but {in_words(free)} can be used; {less}."
+        )
+
+
+def _offers(training: Training, ways: Sequence[_Measured]) -> Iterator[tuple[str, int]]:
+    """Other settings of the same effective batch, as flags with their need: first those of the batch as asked."""
+    whole = training.batch_size
+    for parts in (parts for parts in range(1, whole + 1) if whole % parts == 0):
+        batch_size, accumulation = whole // parts, training.accumulation * parts
+        for measured in ways:
+            flags = [measured.way.flags] if measured.way.flags else []
+            if parts > 1:
+                flags.append(f"--batch_size {batch_size} --accumulation {accumulation}")
+            if flags:
+                yield " ".join(flags), measured.total(batch_size, accumulation)
+
+
+def _total(need: MemoryNeed, num_processes: int) -> str:
+    return in_words(need.total) + (f" in each of {num_processes} processes" if num_processes > 1 else "")
+
+
+def _with(settings: Any, name: str, value: Any) -> Any:
+    """The settings with a field changed; None when they have no such field, or that value already."""
+    known = {field.name for field in fields(settings)}
+    return replace(settings, **{name: value}) if name in known and getattr(settings, name) != value else None
+
+
+def _spelled(recipe: Backbone) -> str:
+    """Flags that name these settings in full, on top of the ready size that is nearest to them."""
+    kind, wanted = type(recipe), to_named(recipe, BACKBONES)
+    ready = {name: entry() if isinstance(entry, type) else entry for name, entry in BACKBONES.items()}
+    known = {name: to_mapping(entry) for name, entry in ready.items() if isinstance(entry, kind)}
+    # A backbone of the user's own has no ready sizes.
+    known = known or {wanted["name"]: {}}
+    changes = {
+        name: {key: value for key, value in to_mapping(recipe).items() if key not in fixed or fixed[key] != value}
+        for name, fixed in known.items()
+    }
+    name = min(changes, key=lambda name: len(changes[name]))
+    return " ".join([f"--backbone {name}", *(f"--backbone.{key} {_word(v)}" for key, v in changes[name].items())])
+
+
+def _word(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)

@@ -1,0 +1,56 @@
+"""Digests follow contents; files are read once."""
+
+import os
+
+import pytest
+
+from mim3d.caching import digests
+from mim3d.caching.digests import digest_files, require_unchanged, source_files
+from mim3d.core.errors import DataError
+
+
+def test_the_digest_follows_contents_not_names(tmp_path):
+    for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
+        (tmp_path / name).write_text(text)
+    one, other, different = (digest_files([str(tmp_path / name)], {})[0] for name in "abc")
+    assert one == other != different
+
+
+def test_a_file_of_known_stamp_is_not_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_text("x")
+    digest, memo = digest_files([str(path)], {})
+    monkeypatch.setattr(digests.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert digest_files([str(path)], memo)[0] == digest
+
+
+def test_a_changed_file_is_noticed_even_with_its_old_size_and_time(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("one")
+    before = path.stat()
+    digest, memo = digest_files([str(path)], {})
+    path.write_text("two")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert digest_files([str(path)], memo)[0] != digest
+    with pytest.raises(DataError, match="changed while it was being read"):
+        require_unchanged(memo)
+
+
+def test_detached_headers_bring_their_voxels(tmp_path):
+    for name in ("a.raw", "b.raw", "s1.raw", "s2.raw"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a.nhdr").write_text("NRRD0004\nsizes: 1 1 1\ndata file: a.raw\n")
+    (tmp_path / "b.mhd").write_text("NDims = 3\nElementDataFile = b.raw\n")
+    assert [os.path.basename(path) for path in source_files(str(tmp_path / "a.nhdr"))] == ["a.nhdr", "a.raw"]
+    assert [os.path.basename(path) for path in source_files(str(tmp_path / "b.mhd"))] == ["b.mhd", "b.raw"]
+    (tmp_path / "s.mhd").write_text("ElementDataFile = s%d.raw 1 2 1\n")
+    assert {"s1.raw", "s2.raw"} <= {os.path.basename(path) for path in source_files(str(tmp_path / "s.mhd"))}
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"absent\.nii"):
+        source_files(str(tmp_path / "absent.nii"))
+
+
+def test_a_dicom_series_is_all_its_slices(shared_data):
+    assert len(source_files(str(shared_data / "dicom" / "cip_ct64"))) == 79

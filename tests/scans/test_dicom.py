@@ -1,0 +1,468 @@
+"""DICOM series: found, ordered and read; geometry that cannot be stacked is refused; patients stay private."""
+
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence as DicomSequence
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+
+from mim3d.core.errors import DataError
+from mim3d.scans.volumes import find_scans, patient_of, read_grid, read_volume, scan_id, write_volume
+
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+def voxels(num_slices: int = 6) -> np.ndarray:
+    """(column, row, slice) with a different value in every voxel."""
+    return np.arange(5 * 4 * num_slices, dtype=np.int16).reshape(5, 4, num_slices) * 3 - 50
+
+
+def heights(num_slices: int = 6, gap_mm: float = 2.5) -> list[float]:
+    return [gap_mm * index for index in range(num_slices)]
+
+
+def positions(heights_mm: Sequence[float]) -> list[tuple[float, float, float]]:
+    """Places of slices stacked along Z."""
+    return [(-10.0, 20.0, 30.0 + height) for height in heights_mm]
+
+
+def header(series: str, index: int, position: Sequence[float] | None, fields: dict[str, object]) -> FileDataset:
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = str(fields.get("SOPClassUID", CT_IMAGE))
+    meta.MediaStorageSOPInstanceUID = f"1.2.3.{series}.{index + 1}"
+    data = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.SeriesInstanceUID, data.StudyInstanceUID = f"1.2.3.{series}", "1.2.3"
+    data.Modality, data.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    data.PatientID, data.PatientName, data.PatientBirthDate = "4711", "Doe^Jane", "19700101"
+    data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = 4, 5, 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
+    data.PixelSpacing, data.ImageOrientationPatient = [0.8, 0.7], list(AXIAL)
+    if position is not None:
+        data.ImagePositionPatient = [float(value) for value in position]
+    data.RescaleSlope, data.RescaleIntercept, data.InstanceNumber = 1, 0, index + 1
+    for name, value in fields.items():
+        setattr(data, name, value)
+    return data
+
+
+def pack(data: FileDataset, packed: str, folder: Path) -> None:
+    """Compress the pixels: RLE by pydicom, JPEG by SimpleITK, whose file lends its pixels."""
+    if packed == "RLE":
+        data.compress(RLELossless)
+        return
+    image = sitk.GetImageFromArray(data.pixel_array[None])
+    writer = sitk.ImageFileWriter()
+    writer.SetImageIO("GDCMImageIO")
+    writer.SetFileName(str(folder / "lent"))
+    writer.SetUseCompression(True)
+    writer.SetCompressor(packed)
+    writer.Execute(image)
+    lender = pydicom.dcmread(folder / "lent")
+    (folder / "lent").unlink()
+    data.PixelData = lender.PixelData
+    data["PixelData"].is_undefined_length = True
+    data.file_meta.TransferSyntaxUID = lender.file_meta.TransferSyntaxUID
+
+
+def write_series(
+    folder: Path,
+    places: Sequence[Sequence[float] | None],
+    *,
+    series: str = "1",
+    first_index: int = 0,
+    array: np.ndarray | None = None,
+    packed: str = "",
+    **fields: object,
+) -> Path:
+    """One file per place, named so that their order on disk is not their order in space."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = voxels(len(places)) if array is None else array
+    for index, position in enumerate(places):
+        data = header(series, index + first_index, position, fields)
+        data.Columns, data.Rows = stored.shape[:2]
+        data.PixelData = stored[:, :, index].T.copy().tobytes()
+        if packed:
+            pack(data, packed, folder)
+        for name in ("Rows", "Columns"):
+            setattr(data, name, fields.get(name, data[name].value))
+        data.save_as(folder / f"{(index * 7) % 11:02d}_{series}_{index + first_index}.dcm")
+    return folder
+
+
+# --- Reading
+
+
+def test_slices_are_ordered_along_the_normal_and_come_to_ras(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    volume = read_volume(folder)
+    expected = np.diag([-0.7, -0.8, 2.5, 1.0])
+    expected[:3, 3] = (10.0, -20.0, 30.0)
+    assert volume.grid.shape == (5, 4, 6)
+    assert np.allclose(volume.grid.affine, expected)
+    assert volume.array.dtype == np.int16
+    assert np.array_equal(volume.array, voxels()[::-1, ::-1])
+    assert volume.spacing_mm == pytest.approx((0.7, 0.8, 2.5))
+
+
+def test_an_oblique_series_keeps_its_direction_as_simple_itk_reads_it(tmp_path):
+    angle = np.radians(20)
+    down = (0.0, np.cos(angle), np.sin(angle))
+    normal = np.array([0.0, -np.sin(angle), np.cos(angle)])
+    places = [np.array([5.0, 6.0, 7.0]) + 3.0 * index * normal for index in range(6)]
+    folder = write_series(tmp_path / "mr", places[::-1], Modality="MR", ImageOrientationPatient=[1, 0, 0, *down])
+    volume = read_volume(folder)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    for index in [(0, 0, 0), (4, 3, 5), (1, 2, 3)]:
+        point_mm = np.array(image.TransformIndexToPhysicalPoint(index)) * (-1, -1, 1)
+        found = np.linalg.solve(volume.affine, [*point_mm, 1])[:3]
+        assert np.allclose(found, np.rint(found), atol=1e-4)
+        assert volume.array[tuple(np.rint(found).astype(int))] == image.GetPixel(index)
+
+
+def test_a_label_of_a_series_is_written_to_nifti_in_place(tmp_path):
+    volume = read_volume(write_series(tmp_path / "ct", positions(heights())))
+    write_volume(tmp_path / "label.nii.gz", (volume.array > 0).astype(np.uint8), volume.grid)
+    written = nib.load(tmp_path / "label.nii.gz")
+    assert np.allclose(written.affine, volume.grid.affine)
+    assert np.array_equal(np.asarray(written.dataobj), voxels() > 0)
+    assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (1, 1)
+
+
+def test_hounsfield_units_are_int16_where_they_fit_and_wider_where_not(tmp_path):
+    stored = voxels().astype(np.uint16) % 3000
+    folder = write_series(
+        tmp_path / "a", positions(heights()), array=stored, RescaleIntercept=-1024, PixelRepresentation=0
+    )
+    volume = read_volume(folder)
+    assert volume.array.dtype == np.int16
+    assert np.array_equal(volume.array[::-1, ::-1], stored.astype(int) - 1024)
+    stored[0, 0, 3] = 65000
+    folder = write_series(
+        tmp_path / "b", positions(heights()), array=stored, RescaleIntercept=-1024, PixelRepresentation=0
+    )
+    volume = read_volume(folder)
+    assert volume.array.dtype == np.int32
+    assert np.array_equal(volume.array[::-1, ::-1], stored.astype(int) - 1024)
+
+
+def test_every_slice_is_rescaled_by_its_own_slope(tmp_path):
+    for index, place in enumerate(positions(heights())):
+        write_series(
+            tmp_path / "pt",
+            [place],
+            first_index=index,
+            array=voxels()[:, :, [index]],
+            Modality="PT",
+            RescaleSlope=0.5 + index,
+        )
+    volume = read_volume(tmp_path / "pt")
+    assert volume.array.dtype == np.float32
+    assert np.allclose(volume.array[::-1, ::-1], voxels() * (0.5 + np.arange(6)))
+
+
+@pytest.mark.parametrize("packed", ["RLE", "JPEG", "JPEG2000"])
+def test_a_compressed_series_is_unpacked(tmp_path, packed):
+    stored = np.random.default_rng(0).integers(-1000, 2000, (24, 16, 6)).astype(np.int16)
+    folder = write_series(tmp_path / "ct", positions(heights()), array=stored, packed=packed)
+    assert pydicom.dcmread(next(folder.iterdir())).file_meta.TransferSyntaxUID.is_compressed
+    assert np.array_equal(read_volume(folder).array, stored[::-1, ::-1])
+
+
+def write_frames(folder: Path, slopes: Sequence[float]) -> Path:
+    """A multi-frame file whose frames are out of order."""
+    data = header("1", 0, None, {"SOPClassUID": ENHANCED_CT, "NumberOfFrames": 6})
+    for name in ("PixelSpacing", "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept"):
+        delattr(data, name)
+
+    def macro(**fields: object) -> DicomSequence:
+        item = Dataset()
+        for name, value in fields.items():
+            setattr(item, name, value)
+        return DicomSequence([item])
+
+    shared = Dataset()
+    shared.PixelMeasuresSequence = macro(PixelSpacing=[0.8, 0.7], SliceThickness=2.5)
+    shared.PlaneOrientationSequence = macro(ImageOrientationPatient=list(AXIAL))
+    data.SharedFunctionalGroupsSequence = DicomSequence([shared])
+    order = [3, 0, 5, 1, 4, 2]
+    frames = []
+    for slice_index in order:
+        frame = Dataset()
+        frame.PlanePositionSequence = macro(ImagePositionPatient=list(positions(heights())[slice_index]))
+        transformation = macro(RescaleIntercept=-100, RescaleSlope=slopes[slice_index], RescaleType="HU")
+        frame.PixelValueTransformationSequence = transformation
+        frames.append(frame)
+    data.PerFrameFunctionalGroupsSequence = DicomSequence(frames)
+    data.PixelData = voxels().T[order].copy().tobytes()
+    folder.mkdir()
+    data.save_as(folder / "frames.dcm")
+    return folder
+
+
+def test_a_multi_frame_file_is_a_series(tmp_path):
+    volume = read_volume(write_frames(tmp_path / "ct", [2] * 6))
+    assert volume.spacing_mm == pytest.approx((0.7, 0.8, 2.5))
+    assert np.array_equal(volume.array[::-1, ::-1], voxels() * 2 - 100)
+
+
+def test_frames_rescaled_in_different_ways_are_refused(tmp_path):
+    assert "rescaled in different ways" in refusal(write_frames(tmp_path / "ct", range(1, 7)))
+
+
+# --- Refusals
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_grid(folder)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence.endswith(".")
+    return sentence
+
+
+def test_gantry_tilt_is_refused_with_its_angle(tmp_path):
+    angle = np.radians(15)
+    plane = [1, 0, 0, 0, float(np.cos(angle)), float(-np.sin(angle))]
+    folder = write_series(tmp_path / "ct", positions(heights()), ImageOrientationPatient=plane)
+    assert "tilted by 15.0 degrees" in refusal(folder)
+    assert "dcm2niix" in refusal(folder)
+
+
+def test_a_tilt_that_only_the_gantry_tells_of_is_refused(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()), GantryDetectorTilt=-12)
+    assert "gantry was tilted by 12.0 degrees" in refusal(folder)
+
+
+def test_slices_shifted_sideways_are_refused(tmp_path):
+    places = positions(heights())
+    places[3] = (-8.0, *places[3][1:])
+    assert "shifted sideways by up to 2.00 mm" in refusal(write_series(tmp_path / "ct", places))
+
+
+def test_missing_slices_are_refused_with_their_place(tmp_path):
+    kept = [height for index, height in enumerate(heights(12)) if index not in (4, 5)]
+    sentence = refusal(write_series(tmp_path / "ct", positions(kept)))
+    assert "2 slices are missing (gaps up to 7.50 mm, where 2.50 mm is the rule, after slice 4)" in sentence
+
+
+def test_uneven_spacing_is_refused_with_its_gaps(tmp_path):
+    uneven = [0, 4, 8, 12, 15, 22, 29, 36]
+    assert "3 of 4.00 mm, 3 of 7.00 mm" in refusal(write_series(tmp_path / "ct", positions(uneven)))
+
+
+def test_slices_in_one_place_are_refused(tmp_path):
+    folder = write_series(tmp_path / "ct", positions([*heights(), *heights()]), array=np.tile(voxels(), 2))
+    assert "6 of its 12 slices lie in the place of another" in refusal(folder)
+
+
+def test_rounded_positions_are_no_fault(tmp_path):
+    rounded = [round(1.25 * index, 1) for index in range(40)]
+    folder = write_series(tmp_path / "ct", positions(rounded))
+    assert read_grid(folder).spacing_mm[2] == pytest.approx(1.25, abs=0.01)
+
+
+def test_a_series_without_geometry_or_with_mixed_slices_is_refused(tmp_path):
+    assert "lacks the slice's position" in refusal(write_series(tmp_path / "a", [None] * 6))
+    assert "one slice" in refusal(write_series(tmp_path / "b", positions([0])))
+    mixed = write_series(tmp_path / "c", positions(heights()))
+    write_series(mixed, positions([20]), first_index=9, Rows=2, Columns=2)
+    assert "differ in size (2 x 2, 4 x 5)" in refusal(mixed)
+    turned = write_series(tmp_path / "d", positions(heights()))
+    write_series(turned, positions([20]), first_index=9, ImageOrientationPatient=[0, 1, 0, 0, 0, -1])
+    assert "2 orientations" in refusal(turned)
+    stretched = write_series(tmp_path / "e", positions(heights()))
+    write_series(stretched, positions([20]), first_index=9, PixelSpacing=[0.8, 0.9])
+    assert "pixel spacing" in refusal(stretched)
+    assert "(0, 0.7) mm" in refusal(write_series(tmp_path / "f", positions(heights()), PixelSpacing=[0, 0.7]))
+
+
+def test_a_truncated_slice_is_refused_from_its_header(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    first = sorted(folder.iterdir())[0]
+    first.write_bytes(first.read_bytes()[:-10])
+    assert "40 bytes of voxels, but the file holds 30" in refusal(folder)
+
+
+def test_an_undecodable_slice_is_refused(tmp_path):
+    stored = np.random.default_rng(0).integers(-1000, 2000, (24, 16, 6)).astype(np.int16)
+    folder = write_series(tmp_path / "ct", positions(heights()), array=stored, packed="JPEG2000")
+    first = sorted(folder.iterdir())[0]
+    first.write_bytes(first.read_bytes()[:-600])
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_volume(folder)
+
+
+# --- Finding
+
+
+def test_a_tree_gives_one_entry_per_image_series(tmp_path):
+    write_series(tmp_path / "a" / "ct", positions(heights()))
+    write_series(tmp_path / "mixed", positions(heights()), series="2")
+    write_series(tmp_path / "mixed", positions(heights()), series="3")
+    (tmp_path / "mixed" / "notes.txt").write_text("hello " * 100)
+    (tmp_path / "mixed" / "DICOMDIR").write_bytes(bytes(300))
+    nib.save(nib.Nifti1Image(voxels(), np.eye(4)), tmp_path / "scan.nii.gz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = find_scans(tmp_path)
+    assert found[0] == str(tmp_path / "a" / "ct")
+    assert found[3] == str(tmp_path / "scan.nii.gz")
+    assert all(path.startswith(f"{tmp_path / 'mixed'}::") for path in found[1:3])
+    assert len({scan_id(path) for path in found}) == 4
+    for path in found[:3]:
+        assert np.array_equal(read_volume(path).array, voxels()[::-1, ::-1])
+    with pytest.raises(DataError, match="2 DICOM image series are in this folder"):
+        read_grid(tmp_path / "mixed")
+
+
+def test_files_without_suffix_in_folders_of_their_own_are_one_series(tmp_path):
+    for index, place in enumerate(positions(heights())):
+        write_series(tmp_path / f"disc/{index % 2}", [place], first_index=index, array=voxels()[:, :, [index]])
+    for path in list(tmp_path.rglob("*.dcm")):
+        path.rename(path.with_suffix(""))
+    found = find_scans(tmp_path)
+    assert len(found) == 1 and found[0].startswith(f"{tmp_path / 'disc'}::")
+    assert np.array_equal(read_volume(found[0]).array, voxels()[::-1, ::-1])
+    assert np.array_equal(read_volume(tmp_path).array, voxels()[::-1, ::-1])
+
+
+def test_what_is_no_scan_is_left_out_with_a_line(tmp_path):
+    scan = write_series(tmp_path / "ct", positions(heights()))
+    write_series(tmp_path / "ct", positions([0]), series="2", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(tmp_path / "mip", positions(heights()), series="3", ImageType=["DERIVED", "SECONDARY", "MIP"])
+    write_series(tmp_path / "report", positions(heights()), series="4", SOPClassUID=SECONDARY_CAPTURE)
+    write_series(tmp_path / "rt", [None], series="5", Modality="RTSTRUCT")
+    write_series(tmp_path / "tilted", positions([0, 1, 5]), series="6")
+    with pytest.warns(UserWarning) as told:
+        assert find_scans(tmp_path) == [str(scan)]
+    lines = "\n".join(str(warning.message) for warning in told)
+    for words in ("scout", "derived", "secondary capture", "RTSTRUCT", "cannot be stacked"):
+        assert words in lines
+    assert len(told) == 5
+    assert read_grid(scan).shape == (5, 4, 6)
+
+
+def test_a_scout_in_the_series_itself_is_no_slice(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    write_series(folder, positions([100]), first_index=9, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    assert read_grid(folder).shape == (5, 4, 6)
+
+
+def test_a_derived_series_is_used_where_it_is_named_or_alone(tmp_path):
+    write_series(tmp_path / "ct", positions(heights()))
+    derived = write_series(
+        tmp_path / "smooth", positions(heights()), series="2", ImageType=["DERIVED", "PRIMARY", "AXIAL"]
+    )
+    with pytest.warns(UserWarning, match="to use it") as told:
+        find_scans(tmp_path)
+    address = str(told[0].message).split("(name ")[1].split(" to use it")[0]
+    assert np.array_equal(read_volume(address).array, voxels()[::-1, ::-1])
+    assert find_scans(derived) == [str(derived)]
+
+
+def test_a_copied_series_counts_once(tmp_path):
+    first = write_series(tmp_path / "a", positions(heights()))
+    shutil.copytree(first, tmp_path / "b")
+    with pytest.warns(UserWarning, match="6 DICOM slices left out, copies of those in"):
+        assert find_scans(tmp_path) == [str(first)]
+
+
+def test_a_tree_of_nothing_but_refused_series_is_an_error_that_tells_why(tmp_path):
+    write_series(tmp_path / "ct", positions([0, 1, 5]))
+    with pytest.warns(UserWarning), pytest.raises(DataError, match=r"unevenly spaced|missing"):
+        find_scans(tmp_path)
+
+
+def test_a_damaged_header_is_told(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    (folder / "broken.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 200)
+    with pytest.warns(UserWarning, match=r"broken\.dcm: left out"):
+        assert find_scans(tmp_path) == [str(folder)]
+
+
+# --- Patients
+
+
+def test_the_patient_is_a_hash_that_is_the_same_for_all_their_series(tmp_path):
+    first = write_series(tmp_path / "a", positions(heights()))
+    second = write_series(tmp_path / "b", positions(heights()), series="2")
+    other = write_series(tmp_path / "c", positions(heights()), series="3", PatientID="4712")
+    unnamed = write_series(tmp_path / "d", positions(heights()), series="4", PatientID="")
+    nobody = write_series(
+        tmp_path / "e", positions(heights()), series="5", PatientID="", PatientName="", PatientBirthDate=""
+    )
+    keys = [patient_of(folder) for folder in (first, second, other, unnamed, nobody)]
+    assert keys[0] == keys[1] and len(set(keys[:4])) == 3 and keys[4] is None
+    for key in keys[:4]:
+        assert len(key) == 16 and not any(word in key for word in ("4711", "Doe", "1970"))
+
+
+def test_messages_and_warnings_never_name_the_patient(tmp_path):
+    folder = write_series(tmp_path / "ct", positions([0, 1, 5]))
+    write_series(tmp_path / "ct", positions([0]), series="2", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    (folder / "broken.dcm").write_bytes(next(folder.iterdir()).read_bytes()[:600])
+    with pytest.warns(UserWarning) as told, pytest.raises(DataError) as caught:
+        find_scans(tmp_path)
+    lines = "\n".join([str(caught.value), *(str(warning.message) for warning in told)])
+    assert not any(word in lines for word in ("4711", "Doe", "Jane", "19700101", "1.2.3"))
+
+
+# --- Real series
+
+
+@pytest.mark.parametrize(("name", "num_slices"), [("cip_ct64", 79), ("sts002_ct_rtstruct/image", 48)])
+def test_real_series_agree_with_simple_itk(shared_data, name, num_slices):
+    folder = shared_data / "dicom" / name
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    stored = sitk.GetArrayFromImage(image).T
+    volume = read_volume(folder)
+    assert volume.grid.shape == stored.shape and stored.shape[2] == num_slices
+    assert volume.array.dtype == np.int16
+    assert np.array_equal(volume.grid.from_ras(volume.array), stored)
+    assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
+    for index in [(0, 0, 0), tuple(size - 1 for size in stored.shape), tuple(size // 3 for size in stored.shape)]:
+        point_mm = np.array(image.TransformIndexToPhysicalPoint([int(i) for i in index])) * (-1, -1, 1)
+        found = np.linalg.solve(volume.affine, [*point_mm, 1])[:3]
+        assert np.allclose(found, np.rint(found), atol=0.01)
+        assert volume.array[tuple(np.rint(found).astype(int))] == stored[index]
+
+
+def test_a_series_agrees_with_the_same_scan_in_nrrd(shared_data):
+    series = read_volume(shared_data / "dicom" / "cip_ct64")
+    scan = read_volume(shared_data / "formats" / "cip" / "ct-64.nrrd")
+    assert np.array_equal(series.array, scan.array)
+    assert np.allclose(series.affine, scan.affine, atol=1e-3)
+
+
+def test_the_real_tree_gives_its_two_upright_series_and_tells_of_the_rest(shared_data):
+    root = shared_data / "dicom"
+    with pytest.warns(UserWarning) as told:
+        found = [path for path in find_scans(root) if not path.endswith(".nrrd")]
+    assert found == [str(root / "cip_ct64"), str(root / "sts002_ct_rtstruct" / "image")]
+    lines = "\n".join(str(warning.message) for warning in told)
+    assert "RTSTRUCT" in lines and "tilted by 18.5 degrees" in lines
+    assert read_grid(root / "sts002_ct_rtstruct").shape == (161, 143, 48)
+
+
+def test_the_real_tilted_head_is_refused_with_tilt_and_gaps(shared_data):
+    sentence = refusal(shared_data / "dicom" / "ge_tilt_head")
+    assert "tilted by 18.5 degrees" in sentence and "13 of 7.00 mm" in sentence
+    with pytest.raises(DataError, match=r"18\.5 degrees"):
+        read_volume(shared_data / "dicom" / "ge_tilt_head")
