@@ -23,6 +23,7 @@ _HOMES = {
     "list_models": "mim3d.backbones",
     "load_encoder": "mim3d.weights",
     "CachedDataset": "mim3d.loading.monai_dataset",
+    "open_cache": "mim3d.caching.cache",
 }
 
 _ROOMS = ("backbones", "caching", "datasets", "metrics", "weights")
@@ -37,6 +38,7 @@ __all__ = [
     "finetune",
     "list_models",
     "load_encoder",
+    "open_cache",
     "phantom",
     "predict",
     "pretrain",
@@ -46,6 +48,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mim3d.backbones import create_model, list_models
+    from mim3d.caching.cache import open_cache
     from mim3d.commands.cache import cache
     from mim3d.commands.evaluate import evaluate
     from mim3d.commands.export import export

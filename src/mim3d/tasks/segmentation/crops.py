@@ -34,8 +34,8 @@ class CropSampler:
         """Draw a crop from the scan's shape and class locations alone.
 
         Batch keys: ``image`` ``(1, C, *size)`` and ``label`` ``(1, *size)``; ``size`` is the patch, or the larger crop
-        from which :class:`~mim3d.tasks.segmentation.augmentation.Augmenter` cuts it. Where cases are annotated in part also
-        ``annotated`` ``(K,)``.
+        from which :class:`~mim3d.tasks.segmentation.augmentation.Augmenter` cuts it. Where cases are annotated in part
+        also ``annotated`` ``(K,)``.
         """
         centre = self._positive_centre(scan, rng) if rng.random() < self.positive_ratio else None
         origin = [
