@@ -117,7 +117,7 @@ def overview() -> str:
 
 def _speak_plainly() -> None:
     """Print warnings of mim3d as one line; those of other packages keep their place and source."""
-    package, others = str(Path(__file__).parent), warnings.showwarning
+    package, others = str(Path(__file__).parents[1]), warnings.showwarning
 
     def show(message: Any, category: Any, filename: str, *rest: Any, **named: Any) -> None:
         if filename.startswith(package):
