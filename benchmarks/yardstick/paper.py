@@ -15,10 +15,11 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mim3d.backbones import create_recipe
 from mim3d.engine.memory import RESERVE, SCRATCH_BYTES, StepMemory
 from mim3d.engine.settings import LoopSettings
 from mim3d.optimisation import Optimisation
+
+from mim3d.backbones import create_recipe
 from yardstick.batches import mim_with_children, random_batch
 from yardstick.flops import count_flops
 

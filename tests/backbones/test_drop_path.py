@@ -21,7 +21,7 @@ from mim3d.scans.intensity import Intensity
 from mim3d.training.memory import StepMemory
 from mim3d.training.optimisation import Optimisation
 from mim3d.training.settings import LoopSettings
-from tests.scans import random_scan
+from tests.array_scans import random_scan
 
 RECIPE = Hybrid(widths=(6, 12, 24), depths=(1, 2, 2), num_heads=2, decoder_dim=12, decoder_num_heads=2)
 

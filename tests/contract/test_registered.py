@@ -14,7 +14,7 @@ from mim3d.methods import METHODS, create_method
 from mim3d.objective import Objective, StepOutput
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task
-from tests.scans import ArrayScan, random_scan
+from tests.array_scans import ArrayScan, random_scan
 
 LABELS = {0: "background", 1: "left part", 3: "right part"}
 

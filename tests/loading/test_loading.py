@@ -21,9 +21,9 @@ from mim3d.loading.loader import MAX_DAMAGED_IN_A_ROW, Loader, Read, Sample, Sam
 from mim3d.loading.stored_images import StoredImages
 from mim3d.nn.resizing import flip, resize_image
 from mim3d.scans.intensity import Intensity
+from tests.array_scans import ArrayScan
 from tests.batches import on_cpu
 from tests.nifti import write_nifti
-from tests.scans import ArrayScan
 
 INTENSITIES = [Intensity(), Intensity(window=(-175.0, 250.0)), Intensity(kind="zscore", window=None)]
 FLIPS = [(False, False, False), (True, False, True), (True, True, True)]
@@ -32,7 +32,7 @@ SCRIPT = """
     import os, signal, sys, time
     from mim3d.loading.loader import Loader, Read, Sample
     from mim3d.scans.intensity import Intensity
-    from tests.scans import random_scan
+    from tests.array_scans import random_scan
 
     class Corner:
         def draw(self, scan, rng):

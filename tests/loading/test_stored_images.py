@@ -8,7 +8,7 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from mim3d.caching.stored_intensity import INTEGER_TYPES, StoredIntensity
 from mim3d.loading.stored_images import Crops, StoredImages, pack
 from mim3d.scans.intensity import Intensity
-from tests.scans import statistics_of
+from tests.array_scans import statistics_of
 
 LINES = (StoredIntensity(0.5, -20.0), StoredIntensity(2.0, 100.0))
 

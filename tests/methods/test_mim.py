@@ -21,8 +21,8 @@ from mim3d.nn.masks import take_tokens
 from mim3d.nn.patches import patchify
 from mim3d.nn.resizing import flip, resize_image
 from mim3d.scans.intensity import Intensity
+from tests.array_scans import ArrayScan, random_scan
 from tests.batches import on_cpu
-from tests.scans import ArrayScan, random_scan
 
 BACKBONE = Hybrid(
     widths=(6, 12, 24), depths=(1, 1, 1), num_heads=2, decoder_dim=24, decoder_depth=1, decoder_num_heads=2

@@ -15,8 +15,8 @@ from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.sampler import MAX_DRAWS, draw_origin
 from mim3d.nn.resizing import flip, resize_image
 from mim3d.scans.intensity import Intensity
+from tests.array_scans import random_scan
 from tests.nifti import write_nifti
-from tests.scans import random_scan
 
 BACKBONE = Hybrid(
     widths=(6, 12, 24), depths=(1, 1, 1), num_heads=2, decoder_dim=24, decoder_depth=1, decoder_num_heads=2

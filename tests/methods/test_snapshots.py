@@ -26,7 +26,7 @@ from mim3d.tasks import TASKS, create_task
 from mim3d.training.loop import train
 from mim3d.training.optimisation import Optimisation
 from mim3d.training.settings import LoopSettings
-from tests.scans import ArrayScan, random_scan
+from tests.array_scans import ArrayScan, random_scan
 
 SNAPSHOTS = Path(__file__).with_name("snapshots.json")
 RENEW = "python -m tests.methods.test_snapshots --renew"

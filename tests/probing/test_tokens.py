@@ -14,7 +14,7 @@ from mim3d.probing.probe import without_encoder
 from mim3d.probing.settings import Probing
 from mim3d.probing.tokens import Crop, label_set, planned_size, token_labels
 from mim3d.scans.intensity import Intensity
-from tests.scans import ArrayScan
+from tests.array_scans import ArrayScan
 
 NAMES = {0: "background", 2: "ball", 5: "core"}
 

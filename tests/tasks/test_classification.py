@@ -17,7 +17,7 @@ from mim3d.tasks.classification.objective import AttentionPool, ClassificationOb
 from mim3d.tasks.classification.task import Classification
 from mim3d.tasks.classification.validation import class_scores
 from mim3d.tasks.segmentation.augmentation import Augmentation
-from tests.scans import ArrayScan
+from tests.array_scans import ArrayScan
 
 BACKBONE = Hybrid(widths=(8, 16), depths=(1, 1), num_heads=2)
 LABELS = {0: "large", 1: "small"}

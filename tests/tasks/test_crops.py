@@ -3,7 +3,7 @@
 import numpy as np
 
 from mim3d.tasks.segmentation.crops import CropSampler, place_crop
-from tests.scans import ArrayScan
+from tests.array_scans import ArrayScan
 
 
 def scan_with(locations: dict[int, list[tuple[int, int, int]]], shape: tuple[int, int, int]) -> ArrayScan:

@@ -10,7 +10,7 @@ from mim3d.inference import padding_values
 from mim3d.loading.loader import SampleDataset
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler, centre_of_label, centre_of_scan, cut_from
-from tests.scans import ArrayScan
+from tests.array_scans import ArrayScan
 
 PLAIN = Intensity(window=(0.0, 1.0))
 

@@ -18,8 +18,8 @@ from mim3d.tasks import create_task
 from mim3d.tasks.segmentation.objective import SegmentationObjective, shrunk
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.tasks.segmentation.validation import dice_by_name, dice_of_scans
+from tests.array_scans import ArrayScan
 from tests.labelled import LABELS, ball_scan
-from tests.scans import ArrayScan
 
 BACKBONE = Hybrid(widths=(8, 16), depths=(1, 1), num_heads=2)
 

@@ -11,7 +11,7 @@ from mim3d.training.optimisation import Optimisation
 from mim3d.training.plan import make_plan
 from mim3d.training.progress import summary
 from mim3d.training.settings import LoopSettings
-from tests.scans import random_scan
+from tests.array_scans import random_scan
 from tests.training.toy_training import ToyObjective, ToySource
 
 OPTIM = Optimisation(base_learning_rate=1e-2, reference_batch=16)

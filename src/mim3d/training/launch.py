@@ -17,12 +17,12 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.wrappers import _FabricModule as FabricModule
 from torch import Tensor, nn
 
-from mim3d.training.compiling import require_compiler
-from mim3d.distributed.processes import Launched, choose_processes, launched, meeting_place
-from mim3d.training.settings import LoopSettings
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.distributed.processes import Launched, choose_processes, launched, meeting_place
 from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.objective import Batch, Objective
+from mim3d.training.compiling import require_compiler
+from mim3d.training.settings import LoopSettings
 
 __all__ = ["FabricModule", "StepModule", "check_machine", "choose_accelerator", "device_name", "launch", "seed_step"]
 

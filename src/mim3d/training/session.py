@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError
+from mim3d.core.progress import clock
+from mim3d.core.resources import in_words
+from mim3d.distributed.heartbeat import BETWEEN, Heartbeat
+from mim3d.distributed.requeue import requeue
+from mim3d.objective import Batch, Objective
 from mim3d.training.averaging import Average
 from mim3d.training.bad_steps import BudgetSpentError, NonFiniteError
 from mim3d.training.checkpoint import Checkpoints, read_checkpoint, restore_weights
-from mim3d.distributed.heartbeat import BETWEEN, Heartbeat
 from mim3d.training.memory import peak_bytes
 from mim3d.training.meter import Meter, Throughput
 from mim3d.training.plan import Plan
 from mim3d.training.progress import Display
-from mim3d.distributed.requeue import requeue
 from mim3d.training.settings import LoopSettings, RunFolder
-from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError
-from mim3d.objective import Batch, Objective
-from mim3d.core.progress import clock
-from mim3d.core.resources import in_words
 
 Validate = Callable[[Objective], dict[str, float]]
 OnCheckpoint = Callable[[Objective, int], None]
