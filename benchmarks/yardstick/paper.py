@@ -6,7 +6,7 @@ is also what passes each machine's network card. DistributedDataParallel sends a
 below it (Li et al., VLDB 2020); only the last bucket has nothing left to hide behind.
 
 Every process holds all weights, so that the memory of one GPU bounds the network. Activations are counted by a step on
-fake tensors (``mim3d.engine.memory``) and extended to other sizes as networks get wider: parameters grow with the
+fake tensors (``mim3d.training.memory``) and extended to other sizes as networks get wider: parameters grow with the
 square of the width, activations with the width.
 """
 
@@ -15,11 +15,10 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mim3d.engine.memory import RESERVE, SCRATCH_BYTES, StepMemory
-from mim3d.engine.settings import LoopSettings
-from mim3d.optimisation import Optimisation
-
 from mim3d.backbones import create_recipe
+from mim3d.training.memory import RESERVE, SCRATCH_BYTES, StepMemory
+from mim3d.training.optimisation import Optimisation
+from mim3d.training.settings import LoopSettings
 from yardstick.batches import mim_with_children, random_batch
 from yardstick.flops import count_flops
 
