@@ -11,7 +11,7 @@ OPTIONAL = (
 ).split()
 
 #: What `import mim3d` and the parsing of a command line must not load.
-HEAVY = set("torch matplotlib torchvision monai SimpleITK nibabel pyarrow zarr rich".split())
+HEAVY = set("torch matplotlib torchvision monai SimpleITK nibabel pyarrow zarr rich jinja2".split())
 
 #: Makes the optional packages look absent, to `import` and to `importlib.util.find_spec` alike.
 BLOCKER = f"""

@@ -19,7 +19,8 @@ from mim3d.core.run_folder import read_run
 from mim3d.datasets.records import Case, CaseSet
 from mim3d.phantoms.dataset import PhantomSettings
 from mim3d.probing.settings import Probing
-from mim3d.reporting.curves import Curves, metric_names
+from mim3d.reporting.charts import curve_names
+from mim3d.reporting.sources import NamedRun
 from mim3d.training.checkpoint import read_checkpoint
 from mim3d.training.optimisation import Optimisation
 from mim3d.weights import load_encoder, read_card, weights_digest
@@ -158,7 +159,7 @@ def test_the_curve_lies_beside_the_loss_and_the_references_in_the_manifest(watch
     lines = [line for line in record.metrics if "val/probe_linear" in line]
     assert [line["step"] for line in lines] == [2, 4]
     assert {"val/probe_knn", "val/feature_std", "val/effective_rank"} <= set(lines[0])
-    drawn, _ = metric_names([Curves("run", "#000000", record.metrics)])
+    drawn, _ = curve_names([NamedRun("run", "#000000", record)])
     assert {"val/probe_linear", "val/probe_knn", "val/feature_std", "val/effective_rank"} <= set(drawn)
     noted = record.manifest["derived"]["probe"]
     assert set(noted["random"]) > {"probe_linear", "probe_knn"} == set(noted["intensities"]) == set(noted["place"])

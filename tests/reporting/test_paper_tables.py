@@ -2,8 +2,8 @@
 
 import pytest
 
-from mim3d.reporting.paper_cells import Column, difference_cell, p_cell, rounded, value_cell
-from mim3d.reporting.paper_tables import PaperTable, latex, markdown
+from mim3d.reporting.paper_tables import Column, PaperTable, difference_cell, latex, markdown, p_cell, value_cell
+from mim3d.reporting.rendering import number
 
 DICE = Column("dice", "Dice", 3)
 
@@ -45,7 +45,7 @@ def test_differences_carry_their_sign_and_zero_has_none():
     assert difference_cell({"difference": -0.0123, "ci95": None}, DICE) == "−0.012"
     assert difference_cell({"difference": -0.0001, "ci95": None}, DICE) == "0.000"
     assert difference_cell({"difference": None, "ci95": None}, DICE) == "–"
-    assert rounded(-0.0004, 3) == "0.000"
+    assert number(-0.0004, 3) == "0.000"
 
 
 def test_small_p_values_are_told_as_such():

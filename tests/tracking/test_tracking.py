@@ -13,7 +13,6 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run, read_run
 from mim3d.tracking import TrackedRun, Tracking
 from mim3d.tracking.mlflow import places, plain
-from mim3d.tracking.pictures import middle_slices
 from tests.tracking.fakes import FakeMLflow, FakeWandb
 
 SETTINGS = {"data": "scans", "seed": 3, "optim": {"learning_rate": 1e-3}}
@@ -213,32 +212,3 @@ def test_a_folder_of_mlflow_gets_a_database(tmp_path: Path) -> None:
 def test_names_that_mlflow_would_refuse_are_made_plain() -> None:
     assert plain("val/dice/left lung (upper)") == "val/dice/left lung _upper_"
     assert plain("//a//b/") == "a/b"
-
-
-def test_middle_slices_of_a_group_share_black_and_white() -> None:
-    low, high = np.zeros((4, 6, 8)), np.full((4, 6, 8), 1.0)
-    ramp = np.broadcast_to(np.linspace(0, 1, 4)[:, None, None], (4, 6, 8))
-    image = middle_slices({"a/ramp": ramp, "a/low": low, "a/high": high})["a"]
-    heights = 8 + 2 + 8 + 2 + 8
-    assert image.shape == (heights, 4 + 2 + 4 + 2 + 6)
-    assert image.dtype == np.uint8
-    # The patient's right, where the ramp is low, is on the left of the page: the last voxel of X comes first.
-    assert (image[0, :4] == [255, 170, 85, 0]).all()
-    assert (image[10:16, :4] == 0).all()
-    assert (image[20:26, :4] == 255).all()
-
-
-def test_label_maps_scans_of_constants_and_holes_are_shown_too() -> None:
-    labels = np.zeros((4, 4, 4), dtype=np.int64)
-    labels[2], labels[3] = 1, 5
-    images = middle_slices(
-        {
-            "seg/image": np.full((4, 4, 4), np.nan),
-            "seg/reference": labels,
-            "lone": np.ones((4, 4, 4)),
-            "line": np.ones(3),
-        }
-    )
-    assert set(images) == {"seg", "lone"}
-    assert (images["seg"][6, :4] == [255, 51, 0, 0]).all()
-    assert not images["seg"][:4].any()

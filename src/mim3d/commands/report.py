@@ -3,7 +3,6 @@
 import os
 from datetime import datetime
 
-from mim3d import __version__
 from mim3d.core.errors import ConfigError
 from mim3d.scans.files import written_whole
 
@@ -25,26 +24,10 @@ def report(runs: list[str], out: str, scores: list[str] | None = None) -> str:
         ConfigError: a path is no run or no file of scores, or `out` cannot be written.
     """
     _check_settings(runs, out)
-    from mim3d.reporting import sections
-    from mim3d.reporting.page import page
+    from mim3d.reporting.page import report_page
     from mim3d.reporting.sources import read_sources
-    from mim3d.reporting.training_pictures import pictures_section
 
-    sources = read_sources(runs, scores or [])
-    names = [run.name for run in sources.runs]
-    content = page(
-        title=" · ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more runs",
-        lead=f"{len(names)} {'run' if len(names) == 1 else 'runs'}, {datetime.now():%d %B %Y, %H:%M}",
-        sections=[
-            sections.runs_section(sources.runs),
-            sections.scores_section(sources.scores),
-            sections.segmentations_section(sources.scores),
-            sections.curves_section(sources.runs),
-            pictures_section(sources.runs),
-            sections.settings_section(sources.runs),
-        ],
-        footer=f"Written by mim3d {__version__} report.",
-    )
+    content = report_page(read_sources(runs, scores or []), datetime.now())
     path = os.path.abspath(out)
     with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
         file.write(content)

@@ -1,103 +1,226 @@
-"""The frame of a report: one HTML file that needs nothing but itself."""
+"""The page of a report: what each section shows, and a remark in the place of what is missing.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2126; --faint: #646b75; --paper: #ffffff; --line: #e0e3e8;
-  --panel: #f6f7f9; --better: #0b7a3b; --worse: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --faint: #9aa1ab; --paper: #15181c; --line: #30353c;
-  --panel: #1d2126; --better: #5fce8f; --worse: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; margin: 3rem 0 .8rem; padding-top: .8rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; overflow-wrap: anywhere; }
-p { margin: .5rem 0; max-width: 60rem; }
-.lead, .note, .faint, figcaption { color: var(--faint); }
-.note, figcaption, .legend { font-size: .88rem; }
-nav { margin: 1rem 0 0; font-size: .92rem; } nav a { margin-right: 1.1rem; color: inherit; }
-img { max-width: 100%; height: auto; display: block; }
-.film { background: #000; border-radius: 4px; width: 100%; }
-figure { margin: 0; min-width: 0; max-width: 60rem; } figcaption { margin-top: .35rem; overflow-wrap: anywhere; }
-.row { display: grid; gap: 1.1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
-.row.pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
-.row figure { max-width: 46rem; }
-.wide { overflow-x: auto; } .wide .chart { min-width: 40rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { color: var(--faint); font-weight: 600; } tbody th { font-weight: 500; }
-.scores tbody th { white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; padding-left: .8rem; padding-right: 0; }
-thead .number { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
-.group { text-align: center; padding-left: 1.6rem; } .edge { padding-left: 1.6rem; }
-td small { font-size: .82em; }
-.mean th, .mean td { font-weight: 650; border-top: 2px solid var(--line); }
-.better { color: var(--better); } .worse { color: var(--worse); } .same { color: var(--faint); }
-td .better, td .worse, td .same { font-size: .85em; font-weight: 500; margin-left: .35em; }
-.swatch { display: inline-block; width: .72em; height: .72em; border-radius: 2px; margin-right: .45em; }
-.legend span.item { margin-right: 1.2rem; white-space: nowrap; }
-details { margin: .7rem 0; background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
-  padding: .5rem .9rem; }
-summary { cursor: pointer; font-weight: 550; } details[open] > summary { margin-bottom: .6rem; }
-pre { margin: 0; font: .82rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-dl { margin: 0; font-size: .88rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
-footer { margin-top: 3.5rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--faint);
-  font-size: .85rem; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
-  h2 { break-after: avoid; } h3 { break-after: avoid; } figure, tr, details { break-inside: avoid; }
-  .film, .swatch { print-color-adjust: exact; -webkit-print-color-adjust: exact; } .wide { overflow: visible; }
-  .wide .chart { min-width: 0; } }
+The templates say how it is shown, one for each section. The page is one HTML file that needs nothing but itself.
 """
 
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: its anchor, its heading and its HTML."""
+import numpy as np
+import yaml
 
-    anchor: str
-    title: str
-    body: str
+from mim3d import __version__
+from mim3d.core.config import flat
+from mim3d.core.errors import DataError, Mim3dError
+from mim3d.reporting import scan_images, score_tables
+from mim3d.reporting.charts import curve_names, curves_chart, dice_chart, reliability_chart
+from mim3d.reporting.drawing import label_colour
+from mim3d.reporting.rendering import number, render
+from mim3d.reporting.sources import NamedRun, ScoreSet, Sources
+
+#: A caption names the Dice of each label up to so many labels.
+_NAMED_LABELS = 4
+_HISTORY_STEPS = 5
+_CROP = {"image", "reference", "prediction"}
 
 
-def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
-    """The whole HTML document; `title`, `lead` and `footer` are plain text."""
-    links = "".join(f'<a href="#{part.anchor}">{escape(part.title)}</a>' for part in sections)
-    parts = "".join(
-        f'<section id="{part.anchor}"><h2>{escape(part.title)}</h2>{part.body}</section>\n' for part in sections
+def report_page(sources: Sources, written: datetime) -> str:
+    """The whole HTML document.
+
+    Args:
+        sources: Runs and scores to show.
+        written: Date and time that the page states.
+    """
+    runs = sources.runs
+    maps = [each for each in sources.scores if not each.is_of_classes]
+    classes = [each for each in sources.scores if each.is_of_classes]
+    sections = {
+        "runs": ("Runs", {"rows": [_run_row(run) for run in runs]}),
+        "scores": ("Scores", _scores(maps, classes)),
+        "segmentations": ("Segmentations", {"has_classes": bool(classes), **_segmentations(maps)}),
+        "curves": ("Learning curves", {"kinds": _curves(runs)}),
+        "pictures": ("Pictures from training", {"runs": [shown for run in runs if (shown := _training_images(run))]}),
+        "settings": ("Settings and environment", _settings(runs)),
+    }
+    names = [run.name for run in runs]
+    return render(
+        "report.html",
+        title=" · ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more runs",
+        lead=f"{len(names)} {'run' if len(names) == 1 else 'runs'}, {written:%d %B %Y, %H:%M}",
+        sections=[(anchor, title, render(f"{anchor}.html", **shown)) for anchor, (title, shown) in sections.items()],
+        footer=f"Written by mim3d {__version__} report.",
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><header><h1>{escape(title)}</h1>"
-        f'<p class="lead">{escape(lead)}</p><nav>{links}</nav></header>\n{parts}'
-        f"<footer>{escape(footer)}</footer></body></html>\n"
+
+
+def _run_row(run: NamedRun) -> list[str]:
+    """What was run, and how it went."""
+    losses, dice, speed, times_s = (run.series(key)[1] for key in ("loss", "val/dice", "samples_per_s", "time_s"))
+    # The clock starts anew with every session of a run: their last times add up.
+    total_s = round(sum(a for a, b in zip(times_s, [*times_s[1:], 0.0], strict=False) if b < a))
+    hours, minutes, seconds = total_s // 3600, total_s // 60 % 60, total_s % 60
+    duration = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+    steps = [int(line["step"]) for line in run.record.metrics]
+    return [
+        run.name,
+        run.command,
+        run.subject or "–",
+        str(max(steps)) if steps else "none logged",
+        f"{losses[-1]:.4g}" if losses.size else "–",
+        f"{dice.max():.4f}" if dice.size else "–",
+        duration if times_s.size else "–",
+        f"{np.median(speed):.3g}" if speed.size else "–",
+        _shown(run.record.config.get("seed")),
+    ]
+
+
+def _scores(maps: Sequence[ScoreSet], classes: Sequence[ScoreSet]) -> dict[str, Any]:
+    """The tables of scores, each case's Dice or the calibration, and what the numbers mean."""
+    shown: dict[str, Any] = {"maps": maps, "classes": classes}
+    if maps:
+        tolerance_mm = maps[0].content.get("settings", {}).get("nsd_tolerance_mm")
+        shown |= {
+            "columns": score_tables.LABEL_COLUMNS,
+            "tolerance": f" {tolerance_mm:g} mm" if tolerance_mm else "",
+            "label_rows": score_tables.label_rows(maps),
+            "case_rows": score_tables.case_rows(maps),
+            "same_cases": len({frozenset(each.cases) for each in maps}) == 1,
+            "dice_chart": dice_chart(maps),
+        }
+    if classes:
+        shown |= {
+            "class_rows": score_tables.class_rows(classes),
+            "confusions": [
+                (each, [*map(str, each.content["per_class"])], each.content["confusion"]) for each in classes
+            ],
+            "reliability_chart": reliability_chart(classes),
+        }
+    return shown
+
+
+def _segmentations(maps: Sequence[ScoreSet]) -> dict[str, Any]:
+    """Worst, median and best case by the mean Dice over labels and sets, of those that all sets scored."""
+    labels = dict(sorted({value: name for each in maps for value, name in each.labels.items()}.items()))
+    colours = {value: label_colour(position) for position, value in enumerate(labels)}
+    shared = set.intersection(*(set(each.cases) for each in maps)) if maps else set()
+    means = {}
+    for case_id in sorted(shared or {name for each in maps[:1] for name in each.cases}):
+        dice = [score_tables.case_mean(each.cases[case_id], "dice") for each in maps if case_id in each.cases]
+        known = [value for value in dice if value is not None]
+        if known:
+            means[case_id] = float(np.mean(known))
+    ranked = sorted(means, key=lambda name: means[name])
+    chosen = {f"Case {position}": name for position, name in enumerate(ranked, start=1)}
+    if len(ranked) >= 3:
+        chosen = {"Worst case": ranked[0], "Median case": ranked[(len(ranked) - 1) // 2], "Best case": ranked[-1]}
+    return {
+        "has_maps": bool(maps),
+        "labels": [(name, colours[value]) for value, name in labels.items()],
+        "cases": [(rank, case_id, *_case(case_id, maps, colours)) for rank, case_id in chosen.items()],
+    }
+
+
+def _case(
+    case_id: str, sets: Sequence[ScoreSet], colours: Mapping[int, str]
+) -> tuple[str, list[tuple[ScoreSet, str, str]]]:
+    """A remark on a case, and for every set that predicted it the set, its Dice and its image."""
+    held = [each for each in sets if case_id in each.cases and each.cases[case_id].get("prediction") is not None]
+    if not held:
+        return f"{case_id} was not predicted and is scored as an empty prediction.", []
+    cases = [each.cases[case_id] for each in held]
+    images = [path for case in cases for path in (case.get("images") or ())]
+    image = images[0] if images and os.path.exists(images[0].partition("::")[0]) else None
+    remark = (
+        "" if image else f"The scan of {case_id} is not known or no longer there, so its labels are shown on black."
     )
+    try:
+        region = scan_images.read_region(str(cases[0]["reference"]), [str(case["prediction"]) for case in cases], image)
+    except Mim3dError as error:
+        return f"{case_id} cannot be shown: {error}", []
+    figures = []
+    for each, case, prediction in zip(held, cases, region.predictions, strict=True):
+        dice = [f"{name} {number(score.get('dice'), 3)}" for name, score in case["labels"].items()]
+        mean = f"mean {number(score_tables.case_mean(case, 'dice'), 3)}"
+        caption = ", ".join([*(dice if len(dice) <= _NAMED_LABELS else []), mean])
+        figures.append((each, caption, scan_images.overlay_image(region, prediction, colours)))
+    return "" if image else remark, figures
 
 
-def note(text: str) -> str:
-    """A remark in plain text, such as what is missing."""
-    return f'<p class="note">{escape(text)}</p>'
+def _curves(runs: Sequence[NamedRun]) -> list[dict[str, Any]]:
+    """Losses, validation scores and learning rates, runs of one kind in one set of panels."""
+    kinds: dict[str, list[NamedRun]] = {}
+    for run in runs:
+        kinds.setdefault(f"{run.command} {run.subject}".strip(), []).append(run)
+    shown = []
+    for kind, members in kinds.items():
+        main, others = curve_names(members)
+        shown.append(
+            {
+                "title": kind,
+                "legend": [(run.name, run.colour) for run in members],
+                "chart": curves_chart(members, main) if main else "",
+                "further": curves_chart(members, others) if main and others else "",
+            }
+        )
+    return shown
 
 
-def folded(summary: str, body: str) -> str:
-    """HTML that a reader opens when they want it; `summary` is plain text."""
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+def _training_images(run: NamedRun) -> dict[str, Any]:
+    """The last images that a run saved, and how its reconstructions came about; nothing where none is missed."""
+    files = run.record.pictures
+    if not files:
+        return {"remark": f"{run.name} has saved no pictures."} if run.command == "pretrain" else {}
+    steps = list(files)
+    count = min(_HISTORY_STEPS, len(steps))
+    chosen = [steps[round(position)] for position in np.linspace(0, len(steps) - 1, count)]
+    try:
+        history = {step: scan_images.read_training_images(files[step]) for step in chosen}
+    except DataError as error:
+        return {"remark": str(error)}
+    step, last = list(history.items())[-1]
+    levels = {name: group for name, group in last.items() if "original" in group}
+    rebuilt = levels and len(history) > 1 and all("reconstructed" in level for level in levels.values())
+    crops = []
+    for name, crop in last.items():
+        if crop.keys() >= _CROP:
+            values = np.union1d(crop["reference"], crop["prediction"])
+            colours = {int(value): label_colour(position) for position, value in enumerate(values[values > 0])}
+            crops.append((name, scan_images.crop_image(crop, colours)))
+    return {
+        "title": f"{run.name}, step {step}",
+        "levels": [(name, scan_images.level_image(name, level)) for name, level in levels.items()],
+        "history": scan_images.history_image(history) if rebuilt else "",
+        "crops": crops,
+    }
 
 
-def figure(picture: str, caption: str = "") -> str:
-    """A picture with its caption, both HTML."""
-    return f"<figure>{picture}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
+def _settings(runs: Sequence[NamedRun]) -> dict[str, Any]:
+    """Settings of every run, where those of one command differ, and what the runs ran on."""
+    differing = []
+    for command in dict.fromkeys(run.command for run in runs):
+        members = [run for run in runs if run.command == command]
+        settings = [flat(run.record.config) for run in members]
+        keys = dict.fromkeys(key for each in settings for key in each if key not in ("out", "resume"))
+        changed = [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
+        if changed:
+            rows = [[key, *(_shown(each.get(key)) for each in settings)] for key in changed]
+            differing.append((command, [run.name for run in members], rows))
+    hidden = ("settings", "command", "resumed")
+    facts = [flat({key: value for key, value in run.record.manifest.items() if key not in hidden}) for run in runs]
+    return {
+        "differing": differing,
+        "texts": [
+            (run.name, yaml.safe_dump(run.record.config, sort_keys=False, allow_unicode=True, width=100))
+            for run in runs
+        ],
+        "names": [run.name for run in runs],
+        "facts": [
+            [key, *(_shown(each.get(key)) for each in facts)]
+            for key in dict.fromkeys(key for each in facts for key in each)
+        ],
+    }
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table of text; the first column names the row."""
-    top = "".join(f"<th>{escape(head)}</th>" for head in heads)
-    lines = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+def _shown(value: Any) -> str:
+    return "–" if value is None else str(value)

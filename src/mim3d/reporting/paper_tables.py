@@ -3,12 +3,27 @@
 Every number of a column has the same decimals: the value, its deviation and both ends of its interval.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mim3d.reporting.paper_cells import Column, difference_cell, p_cell, value_cell
+from mim3d.reporting.rendering import number, render
+
+
+@dataclass(frozen=True)
+class Column:
+    """A score as a column of a table.
+
+    Attributes:
+        key: Name of the score in a file of scores.
+        title: Title of the column.
+        decimals: Number of digits after the decimal point.
+    """
+
+    key: str
+    title: str
+    decimals: int
+
 
 LABEL_COLUMNS = (
     Column("dice", "Dice", 3),
@@ -23,13 +38,13 @@ LESION_COLUMNS = (
     Column("dice", "Lesion Dice", 3),
     Column("false_positives_per_scan", "False positives per scan", 2),
 )
-PAIRED_COLUMNS = (
-    *LABEL_COLUMNS,
+PAIRED_LESION_COLUMNS = (
     Column("lesion_f1", "Lesion F1", 3),
     Column("lesion_false_positives", "False positives per scan", 2),
 )
+AUC = Column("auc", "AUC", 3)
 CLASS_COLUMNS = (
-    Column("auc", "AUC", 3),
+    AUC,
     Column("accuracy", "Accuracy", 3),
     Column("balanced_accuracy", "Balanced accuracy", 3),
     Column("f1_macro", "Macro F1", 3),
@@ -45,11 +60,11 @@ class PaperTable:
     """A table in plain text, to be written in any form.
 
     Attributes:
-        name: of one word, for a LaTeX label.
-        caption: what it shows, and how its cells are to be read.
-        heads: titles of the columns; the first column names the rows.
-        rows: cells.
-        has_mean: whether the last row stands for the others.
+        name: One word, for a LaTeX label.
+        caption: What the table shows, and how its cells are to be read.
+        heads: Titles of the columns. The first column names the rows.
+        rows: Cells, one sequence per row.
+        has_mean: Whether the last row is a mean of the others, to be set apart.
     """
 
     name: str
@@ -66,83 +81,40 @@ def paper_tables(content: Mapping[str, Any]) -> list[PaperTable]:
 
 def markdown(tables: Sequence[PaperTable]) -> str:
     """Tables in Markdown, each with its caption above."""
-    parts = []
-    for table in tables:
-        lines = [table.heads, [":--", *(["--:"] * (len(table.heads) - 1))], *table.rows]
-        shown = [
-            "| " + " | ".join(_md(cell) if n != 1 else cell for cell in line) + " |" for n, line in enumerate(lines)
-        ]
-        parts.append("\n".join([_md(table.caption), "", *shown]))
-    return "\n\n".join(parts) + "\n"
+    return render("tables.md", tables=tables)
 
 
 def latex(tables: Sequence[PaperTable]) -> str:
     r"""Tables in LaTeX, for a document with ``\usepackage{booktabs}``."""
-    parts = ["% Needs \\usepackage{booktabs}."]
-    for table in tables:
-        rows = [" & ".join(map(_tex, row)) + r" \\" for row in table.rows]
-        if table.has_mean and len(rows) > 1:
-            rows.insert(-1, r"\midrule")
-        parts.append(
-            "\n".join(
-                [
-                    r"\begin{table}",
-                    r"\centering",
-                    rf"\caption{{{_tex(table.caption)}}}",
-                    rf"\label{{tab:{table.name}}}",
-                    rf"\begin{{tabular}}{{l{'r' * (len(table.heads) - 1)}}}",
-                    r"\toprule",
-                    " & ".join(map(_tex, table.heads)) + r" \\",
-                    r"\midrule",
-                    *rows,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                    r"\end{table}",
-                ]
-            )
-        )
-    return "\n\n".join(parts) + "\n"
-
-
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "–": "--",
-    "<": "$<$",
-    ">": "$>$",
-    "|": r"\textbar{}",
-    **{mark: "\\" + mark for mark in "&%$#_"},
-}
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(mark, mark) for mark in text.replace("\n", " "))
-
-
-def _md(text: str) -> str:
-    return re.sub(r"([\\`*_{}|<>#~])", r"\\\1", text.replace("\n", " "))
+    return render("tables.tex", tables=tables)
 
 
 def _label_tables(content: Mapping[str, Any]) -> list[PaperTable]:
-    settings = content["settings"]
-    titled = [
-        Column(each.key, f"NSD at {settings['nsd_tolerance_mm']:g} mm", each.decimals) if each.key == "nsd" else each
-        for each in LABEL_COLUMNS
-    ]
-    tables = [_scores_table("scores", _counted("Segmentation", content), content, titled)]
+    settings, interval = content["settings"], _interval_words(content["settings"])
+    nsd_title = f"NSD at {settings['nsd_tolerance_mm']:g} mm"
+    columns = [replace(column, title=nsd_title) if column.key == "nsd" else column for column in LABEL_COLUMNS]
+    reading = f"mean ± standard deviation over cases{interval}."
+    tables = [_scores_table("scores", f"{_counted('Segmentation', content)}: {reading}", content, columns)]
     if any("lesions" in row for row in content["per_label"].values()):
-        tables.append(_lesion_table(content))
+        rows = []
+        for label, row in content["per_label"].items():
+            if (found := row.get("lesions")) is not None:
+                cells = (value_cell(found, {}, found["ci95"], column) for column in LESION_COLUMNS)
+                rows.append([label, str(found["num_reference"]), str(found["num_predicted"]), *cells])
+        caption = f"{_counted('Detection of lesions', content)}, all lesions together{interval}."
+        heads = ["Label", "Lesions", "Predicted", *(column.title for column in LESION_COLUMNS)]
+        tables.append(PaperTable("lesions", caption, heads, rows))
     if "comparison" in content:
         comparison = content["comparison"]
-        caption = f"The compared method on {comparison['num_cases']} cases of both"
-        counts = {"num_cases": comparison["num_cases"], "num_patients": None, "settings": settings}
-        tables.append(_scores_table("compared", caption, {**comparison["compared"], **counts}, titled))
-        tables.append(_paired_table(comparison, settings, titled))
+        cases = f"{comparison['num_cases']} cases"
+        compared = {**comparison["compared"], "num_cases": comparison["num_cases"]}
+        caption = f"The compared method on {cases} of both: {reading}"
+        tables.append(_scores_table("compared", caption, compared, columns))
+        caption = (
+            f"Difference to the compared method on {cases}{interval}; p of the Wilcoxon signed-rank test, corrected "
+            "over labels after Holm (the mean row is not corrected)."
+        )
+        tables.append(_paired_table(caption, comparison["paired"], [*columns, *PAIRED_LESION_COLUMNS]))
     return tables
 
 
@@ -151,102 +123,91 @@ def _counted(what: str, content: Mapping[str, Any]) -> str:
     return f"{what}, {cases} cases" + (f" of {patients} patients" if patients != cases else "")
 
 
-def _reading(settings: Mapping[str, Any]) -> str:
-    return "mean ± standard deviation over cases" + _with_interval(settings)
-
-
-def _with_interval(settings: Mapping[str, Any]) -> str:
-    if not settings["num_bootstrap"]:
-        return ""
-    return f" [95 % bootstrap interval over patients, {settings['num_bootstrap']} resamples]"
+def _interval_words(settings: Mapping[str, Any]) -> str:
+    count = settings["num_bootstrap"]
+    return f" [95 % bootstrap interval over patients, {count} resamples]" if count else ""
 
 
 def _scores_table(name: str, caption: str, content: Mapping[str, Any], columns: Sequence[Column]) -> PaperTable:
     rows = [
-        [label, str(row["num_cases"]), *(value_cell(row, row["std"], row["ci95"], each) for each in columns)]
+        [label, str(row["num_cases"]), *(value_cell(row, row["std"], row["ci95"], column) for column in columns)]
         for label, row in content["per_label"].items()
     ]
     mean = content["mean"], content["mean_std"], content["mean_ci95"]
-    rows.append(["Mean over labels", str(content["num_cases"]), *(value_cell(*mean, each) for each in columns)])
-    return PaperTable(
-        name,
-        f"{caption}: {_reading(content['settings'])}.",
-        ["Label", "Cases", *(each.title for each in columns)],
-        rows,
-        has_mean=True,
-    )
+    rows.append(["Mean over labels", str(content["num_cases"]), *(value_cell(*mean, column) for column in columns)])
+    return PaperTable(name, caption, ["Label", "Cases", *(column.title for column in columns)], rows, has_mean=True)
 
 
-def _lesion_table(content: Mapping[str, Any]) -> PaperTable:
-    rows = []
-    for label, row in content["per_label"].items():
-        found = row.get("lesions")
-        if found is not None:
-            cells = (value_cell(found, {}, found["ci95"], each) for each in LESION_COLUMNS)
-            rows.append([label, str(found["num_reference"]), str(found["num_predicted"]), *cells])
-    heads = ["Label", "Lesions", "Predicted", *(each.title for each in LESION_COLUMNS)]
-    caption = _counted("Detection of lesions", content) + ", all lesions together" + _with_interval(content["settings"])
-    return PaperTable("lesions", f"{caption}.", heads, rows)
-
-
-def _paired_table(comparison: Mapping[str, Any], settings: Mapping[str, Any], titled: Sequence[Column]) -> PaperTable:
-    paired = comparison["paired"]
-    titles = {each.key: each.title for each in titled}
-    columns = [each for each in PAIRED_COLUMNS if each.key in paired["mean"]]
+def _paired_table(caption: str, paired: Mapping[str, Any], columns: Sequence[Column]) -> PaperTable:
+    known = [column for column in columns if column.key in paired["mean"]]
     rows = []
     for label, row in [*paired["per_label"].items(), ("Mean over labels", paired["mean"])]:
-        cells = []
-        for each in columns:
-            cells += [difference_cell(row[each.key], each), p_cell(row[each.key].get("p_holm", row[each.key]["p"]))]
-        rows.append([label, *cells])
-    heads = ["Label"]
-    for each in columns:
-        heads += [titles.get(each.key, each.title), "p"]
-    caption = (
-        f"Difference to the compared method on {comparison['num_cases']} cases{_with_interval(settings)}; p of the "
-        "Wilcoxon signed-rank test, corrected over labels after Holm (the mean row is not corrected)."
-    )
+        cells = [label]
+        for column in known:
+            found = row[column.key]
+            cells += [difference_cell(found, column), p_cell(found.get("p_holm", found["p"]))]
+        rows.append(cells)
+    heads = ["Label", *(title for column in known for title in (column.title, "p"))]
     return PaperTable("differences", caption, heads, rows, has_mean=True)
 
 
 def _class_tables(content: Mapping[str, Any]) -> list[PaperTable]:
-    settings = content["settings"]
-    columns = [each for each in CLASS_COLUMNS if each.key in content["mean"]]
-    caption = _counted("Classification", content) + _with_interval(settings)
+    settings, interval = content["settings"], _interval_words(content["settings"])
+    columns = [column for column in CLASS_COLUMNS if column.key in content["mean"]]
     rows = [[each.title, value_cell(content["mean"], {}, content["mean_ci95"], each)] for each in columns]
-    tables = [PaperTable("classification", f"{caption}.", ["Score", "Value"], rows)]
+    caption = f"{_counted('Classification', content)}{interval}."
+    tables = [PaperTable("classification", caption, ["Score", "Value"], rows)]
     names = list(content["per_class"])
-    counts = [[name, *map(str, row)] for name, row in zip(names, content["confusion"], strict=True)]
-    tables.append(PaperTable("confusion", "Cases by class (rows) and predicted class.", ["Class", *names], counts))
-    reliability = [
-        [f"{row['from']:.2f} to {row['to']:.2f}", str(row["num_cases"])]
-        + [value_cell(row, {}, {}, Column(key, key, 3)) for key in ("mean_probability", "frequency")]
-        for row in content["reliability"]
-    ]
+    rows = [[name, *map(str, counts)] for name, counts in zip(names, content["confusion"], strict=True)]
+    tables.append(PaperTable("confusion", "Cases by class (rows) and predicted class.", ["Class", *names], rows))
+    rows = []
+    for row in content["reliability"]:
+        ends, values = f"{row['from']:.2f} to {row['to']:.2f}", (row["mean_probability"], row["frequency"])
+        rows.append([ends, str(row["num_cases"]), *(number(value, 3) for value in values)])
+    caption = "Reliability: what was predicted and what came true."
     heads = ["Probability", "Cases", "Mean probability", "Frequency"]
-    tables.append(PaperTable("reliability", "Reliability: what was predicted and what came true.", heads, reliability))
+    tables.append(PaperTable("reliability", caption, heads, rows))
     if "baseline" in content:
-        auc = Column("auc", "AUC", 3)
+        titles = ("Predictions", settings["baseline_column"], "Difference")
         rows = [
-            [title, value_cell(row, {}, {"auc": row["ci95"]}, auc)]
-            for title, row in zip(
-                ("Predictions", settings["baseline_column"], "Difference"), content["baseline"].values(), strict=True
-            )
+            [title, value_cell(row, {}, {"auc": row["ci95"]}, AUC)]
+            for title, row in zip(titles, content["baseline"].values(), strict=True)
         ]
-        caption = f"Against one column of the references{_with_interval(settings)}."
+        caption = f"Against one column of the references{interval}."
         tables.append(PaperTable("baseline", caption, ["", "AUC"], rows, has_mean=True))
     if "comparison" in content:
-        tables.append(_class_comparison(content["comparison"], settings, columns))
+        rows = []
+        for each in columns:
+            row = content["comparison"]["paired"][each.key]
+            both = [number(row[key], each.decimals) for key in ("value", "compared")]
+            rows.append([each.title, *both, difference_cell(row, each)])
+        caption = f"Two methods on {content['comparison']['num_cases']} cases of both{interval}."
+        tables.append(PaperTable("comparison", caption, ["Score", "Predictions", "Compared", "Difference"], rows))
     return tables
 
 
-def _class_comparison(
-    comparison: Mapping[str, Any], settings: Mapping[str, Any], columns: Sequence[Column]
-) -> PaperTable:
-    rows = []
-    for each in columns:
-        row = comparison["paired"][each.key]
-        plain = [value_cell(row, {}, {}, Column(key, key, each.decimals)) for key in ("value", "compared")]
-        rows.append([each.title, *plain, difference_cell(row, each)])
-    caption = f"Two methods on {comparison['num_cases']} cases of both{_with_interval(settings)}."
-    return PaperTable("comparison", caption, ["Score", "Predictions", "Compared", "Difference"], rows)
+def value_cell(values: Mapping[str, Any], stds: Mapping[str, Any], intervals: Mapping[str, Any], column: Column) -> str:
+    """``0.883 ± 0.041 [0.871, 0.895]``, with what of it is known; a dash without a value."""
+    value, std = values.get(column.key), stds.get(column.key)
+    if value is None:
+        return number(None, column.decimals)
+    spread = "" if std is None else f" ± {number(std, column.decimals)}"
+    return number(value, column.decimals) + spread + _interval(intervals.get(column.key), column.decimals)
+
+
+def difference_cell(row: Mapping[str, Any], column: Column) -> str:
+    """``+0.012 [0.003, 0.021]``; a dash without a difference."""
+    if row["difference"] is None:
+        return number(None, column.decimals)
+    text = number(row["difference"], column.decimals)
+    sign = "" if text.startswith("−") or float(text) == 0 else "+"
+    return sign + text + _interval(row["ci95"], column.decimals)
+
+
+def p_cell(p: float | None) -> str:
+    """A p value to three decimals, ``<0.001`` where it is smaller; a dash where there is none."""
+    return "<0.001" if p is not None and p < 0.001 else number(p, 3)
+
+
+def _interval(ends: Sequence[float] | None, decimals: int) -> str:
+    return "" if ends is None else f" [{number(ends[0], decimals)}, {number(ends[1], decimals)}]"

@@ -1,19 +1,30 @@
 """What a report is made of: runs and files of scores, each with a short name and a colour of its own."""
 
+import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import RunRecord, read_run
-from mim3d.reporting.curves import Curves
 from mim3d.reporting.drawing import run_colour
-from mim3d.reporting.score_tables import ScoreSet, read_scores
 
 
 @dataclass(frozen=True)
 class NamedRun:
-    """A run, with the name and colour that stand for it."""
+    """A run, with the name and colour that stand for it.
+
+    Attributes:
+        name: Fewest last parts of its path that tell it from the other sources.
+        colour: Colour of its curves, ``#rrggbb``.
+        record: Settings, metrics and manifest of the run folder.
+    """
 
     name: str
     colour: str
@@ -21,27 +32,67 @@ class NamedRun:
 
     @property
     def command(self) -> str:
-        """The command that made it."""
+        """The command that made the run."""
         return str(self.record.manifest.get("command") or self.record.config.get("command") or "run")
 
     @property
     def subject(self) -> str:
-        """The method or task of its settings, or nothing."""
+        """Name of the method or task in its settings, empty where they have neither."""
         for key in ("method", "task"):
             value = self.record.config.get(key)
             if value:
                 return str(value.get("name", "")) if isinstance(value, Mapping) else str(value)
         return ""
 
+    def series(self, key: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Steps and finite values of a metric, two arrays of one length."""
+        points = [(line["step"], line[key]) for line in self.record.metrics if is_number(line.get(key))]
+        steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+        return steps, values
+
+
+@dataclass(frozen=True)
+class ScoreSet:
+    """A file of scores, with the name and colour that stand for it.
+
+    Attributes:
+        name: Fewest last parts of its path, or of its run's, that tell it from the other sources.
+        colour: Colour of its points, ``#rrggbb``.
+        content: What `mim3d evaluate` wrote.
+    """
+
+    name: str
+    colour: str
+    content: Mapping[str, Any]
+
     @property
-    def curves(self) -> Curves:
-        """Its metrics, to be drawn."""
-        return Curves(self.name, self.colour, self.record.metrics)
+    def is_of_classes(self) -> bool:
+        """Whether these are scores of a classifier and not of label maps."""
+        return self.content.get("kind") == "classification"
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Names of the labels by value."""
+        return {int(value): str(name) for value, name in self.content["labels"].items()}
+
+    @property
+    def cases(self) -> dict[str, Mapping[str, Any]]:
+        """Cases by id."""
+        return {str(case["id"]): case for case in self.content["cases"]}
+
+    def total(self, key: str) -> int:
+        """Sum of a count over labels, such as ``num_missed``."""
+        return sum(row.get(key, 0) for row in self.content["per_label"].values())
 
 
 @dataclass(frozen=True)
 class Sources:
-    """All that a report shows."""
+    """All that a report shows.
+
+    Attributes:
+        runs: Runs in the order they were given.
+        scores: Files of scores; those of the runs come first.
+    """
 
     runs: tuple[NamedRun, ...]
     scores: tuple[ScoreSet, ...]
@@ -50,8 +101,12 @@ class Sources:
 def read_sources(runs: Sequence[str], scores: Sequence[str]) -> Sources:
     """Read runs, their own `scores.json`, and further files of scores.
 
+    Args:
+        runs: Run folders.
+        scores: Further files of scores.
+
     Raises:
-        ConfigError: a path is no run, or no file of scores.
+        ConfigError: A path is no run, or no file of scores.
     """
     run_paths = list(dict.fromkeys(os.path.abspath(path) for path in runs))
     records = [read_run(path) for path in run_paths]
@@ -68,7 +123,7 @@ def read_sources(runs: Sequence[str], scores: Sequence[str]) -> Sources:
             NamedRun(names[path], colours[path], record) for path, record in zip(run_paths, records, strict=True)
         ),
         scores=tuple(
-            ScoreSet(names[home.get(path, path)], colours[home.get(path, path)], read_scores(Path(path)))
+            ScoreSet(names[home.get(path, path)], colours[home.get(path, path)], _read_scores(Path(path)))
             for path in score_paths
         ),
     )
@@ -85,3 +140,48 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
             length += 1
         names[path] = "/".join(own[-length:])
     return names
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a metrics line or a score is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: these scores cannot be read ({error}).") from error
+    if not isinstance(content, dict) or not (_is_of_label_maps(content) or _is_of_classes(content)):
+        raise ConfigError(f"{path} is no file of scores; give the .json that `mim3d evaluate` wrote.")
+    return content
+
+
+def _is_of_label_maps(content: Mapping[str, Any]) -> bool:
+    kinds = {"labels": dict, "mean": dict, "per_label": dict, "cases": list}
+    if any(not isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        return False
+    rows = [content["mean"], *content["per_label"].values()]
+    for case in content["cases"]:
+        if not isinstance(case, dict) or "id" not in case or not isinstance(case.get("labels"), dict):
+            return False
+        rows += case["labels"].values()
+    values = [row.get(key) for row in rows if isinstance(row, dict) for key in ("dice", "hd95_mm", "nsd")]
+    return (
+        all(isinstance(row, dict) for row in rows)
+        and all(isinstance(value, int | float | None) for value in values)
+        and all(str(value).isdigit() for value in content["labels"])
+    )
+
+
+def _is_of_classes(content: Mapping[str, Any]) -> bool:
+    kinds = {"mean": dict, "mean_ci95": dict, "confusion": list, "reliability": list, "per_class": dict, "cases": list}
+    if content.get("kind") != "classification" or any(
+        not isinstance(content.get(key), kind) for key, kind in kinds.items()
+    ):
+        return False
+    cells = [cell for row in content["confusion"] if isinstance(row, list) for cell in row]
+    bins = all(
+        isinstance(row, dict) and {"mean_probability", "frequency"} <= row.keys() for row in content["reliability"]
+    )
+    return bins and all(isinstance(value, int | float | None) for value in [*content["mean"].values(), *cells])

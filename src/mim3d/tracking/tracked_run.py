@@ -17,8 +17,8 @@ from mim3d.core.config import flat, read_yaml
 from mim3d.core.run_files import write_json
 from mim3d.core.run_folder import Run
 from mim3d.tracking.mlflow import MLflow
-from mim3d.tracking.pictures import middle_slices
 from mim3d.tracking.settings import Tracking
+from mim3d.tracking.slices import middle_slices
 from mim3d.tracking.tensorboard import TensorBoard
 from mim3d.tracking.tracker import Beginning, Tracker
 from mim3d.tracking.wandb import WeightsAndBiases

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mim3d.metrics import SCORE_NAMES
-from mim3d.reporting.paper_cells import p_cell
+from mim3d.reporting.paper_tables import p_cell
 from mim3d.scans.files import written_whole
 
 #: What of a case's lesions goes into the table of cases.

@@ -1,6 +1,14 @@
 """Which metrics become which curves."""
 
-from mim3d.reporting.curves import Curves, curves_picture, metric_names
+from pathlib import Path
+
+from mim3d.core.run_folder import RunRecord
+from mim3d.reporting.charts import curve_names, curves_chart
+from mim3d.reporting.sources import NamedRun
+
+
+def named_run(name, colour, metrics):
+    return NamedRun(name, colour, RunRecord(Path(name), config={}, metrics=metrics, manifest={}, pictures={}))
 
 
 def metrics(num_steps=80):
@@ -17,19 +25,21 @@ def metrics(num_steps=80):
 
 
 def test_losses_validation_and_learning_rate_come_first_and_nothing_is_dropped():
-    main, others = metric_names([Curves("a", "#000000", list(metrics()))])
+    main, others = curve_names([named_run("a", "#000000", list(metrics()))])
     assert main == ["loss", "loss/coarse", "val/dice", "learning_rate"]
     assert others == ["samples_per_s", "val/dice/liver"]
 
 
 def test_values_that_are_no_numbers_are_left_out():
-    run = Curves("a", "#000000", [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": "x"}])
+    run = named_run("a", "#000000", [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": "x"}])
     steps, values = run.series("loss")
     assert (steps.tolist(), values.tolist()) == ([2.0], [0.5])
     assert run.series("nothing")[0].size == 0
 
 
 def test_runs_of_any_length_can_be_drawn():
-    short = Curves("b", "#ff0000", [{"step": 1, "loss": 0.5}])
-    html = curves_picture([Curves("a", "#000000", list(metrics())), short], ["loss", "val/dice", "learning_rate", "no"])
+    short = named_run("b", "#ff0000", [{"step": 1, "loss": 0.5}])
+    html = curves_chart(
+        [named_run("a", "#000000", list(metrics())), short], ["loss", "val/dice", "learning_rate", "no"]
+    )
     assert html.count("base64,") == 2
