@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mim3d.cli import main
-from mim3d.core.config import read_yaml
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import read_yaml
 from mim3d.methods.mim.hierarchy import Hierarchy
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

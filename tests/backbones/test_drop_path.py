@@ -10,8 +10,8 @@ from torch.utils.data import default_collate
 
 from mim3d.backbones import BACKBONES, Hybrid, create_model, create_recipe
 from mim3d.backbones.hybrid import HybridEncoder
-from mim3d.core.config import resolve, to_named
 from mim3d.core.errors import ConfigError
+from mim3d.core.settings import resolve, to_named
 from mim3d.kernels.depthwise import depthwise_dense
 from mim3d.loading.loader import SampleDataset
 from mim3d.methods import Method, create_method

@@ -13,8 +13,8 @@ import pytest
 import mim3d
 from mim3d import cli
 from mim3d.cli.arguments import Signature
-from mim3d.core.config import write_yaml
 from mim3d.core.errors import DataError
+from mim3d.core.settings import write_yaml
 from mim3d.core.types import Named, Spacing, Triple
 
 CALLS: list[dict[str, Any]] = []

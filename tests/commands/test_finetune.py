@@ -15,9 +15,9 @@ from mim3d.commands.cache import cache
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
 from mim3d.commands.pretrain import pretrain
-from mim3d.core.config import to_named
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import to_named
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.train_parts import TrainPart
 from mim3d.scans.intensity import Intensity

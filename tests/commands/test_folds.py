@@ -14,9 +14,9 @@ from mim3d.caching.cache import build_cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.cli import main
 from mim3d.commands.finetune import finetune
-from mim3d.core.config import read_yaml, to_named
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import read_yaml, to_named
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.published.folds import fold_numbers
 from mim3d.weights import read_card, save_network

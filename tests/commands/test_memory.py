@@ -13,9 +13,9 @@ from torch import nn
 from mim3d.backbones import Hybrid, create_recipe
 from mim3d.cli import COMMANDS, main
 from mim3d.cli.arguments import Signature, command_arguments, split_line
-from mim3d.core.config import write_yaml
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import write_yaml
 from mim3d.loading.loader import Loader
 from mim3d.methods import create_method
 from mim3d.methods.mim.method import MiM

@@ -17,9 +17,9 @@ from mim3d.cli import main
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
-from mim3d.core.config import to_mapping
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import to_mapping
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.published.presets import PRESETS
 from mim3d.loading.loader import Loader

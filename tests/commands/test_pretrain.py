@@ -12,9 +12,9 @@ import torch
 from mim3d.caching.cache import open_cache
 from mim3d.commands.finetune import finetune
 from mim3d.commands.pretrain import pretrain
-from mim3d.core.config import read_yaml
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import read_yaml
 from mim3d.datasets.cases import read_cases, split_cases
 from mim3d.methods.mim.hierarchy import Hierarchy, Level
 from mim3d.tracking import Tracking

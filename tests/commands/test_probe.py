@@ -13,9 +13,9 @@ import torch
 from mim3d.caching.cache import open_cache
 from mim3d.commands.pretrain import pretrain
 from mim3d.commands.probe import probe
-from mim3d.core.config import write_yaml
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import write_yaml
 from mim3d.datasets.records import Case, CaseSet
 from mim3d.phantoms.dataset import PhantomSettings
 from mim3d.probing.settings import Probing

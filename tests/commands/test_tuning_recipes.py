@@ -11,9 +11,9 @@ import torch
 from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.cli import main
 from mim3d.commands.finetune import finetune
-from mim3d.core.config import to_named
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import to_named
 from mim3d.tasks.segmentation.segmenter import load_segmenter
 from mim3d.training.optimisation import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import default_collate
 
 from mim3d.backbones import BACKBONES, Backbone, Hybrid, create_recipe
-from mim3d.core.config import resolve, to_named
+from mim3d.core.settings import resolve, to_named
 from mim3d.loading.loader import SampleDataset
 from mim3d.methods import METHODS, create_method
 from mim3d.objective import Objective, StepOutput

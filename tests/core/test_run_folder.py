@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mim3d.core.config import read_yaml
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.run_folder import Run, read_run
+from mim3d.core.settings import read_yaml
 
 SETTINGS = {"data": "scans", "max_steps": 10, "optim": {"learning_rate": 1e-3, "betas": (0.9, 0.95)}, "seed": 3}
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mim3d.core.config import write_yaml
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import write_yaml
 from mim3d.training.checkpoint import read_checkpoint
 from tests.commands.conftest import BACKBONE
 from tests.commands.test_pretrain import METHOD as WIDE_METHOD

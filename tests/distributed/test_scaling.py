@@ -17,9 +17,9 @@ from torch.distributed import HashStore
 
 from mim3d.cli import COMMANDS
 from mim3d.cli.arguments import Signature, command_arguments, split_line
-from mim3d.core.config import write_yaml
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.run_folder import read_run
+from mim3d.core.settings import write_yaml
 from mim3d.distributed.processes import Company, Launched, choose_processes, launched
 from mim3d.training.checkpoint import read_checkpoint
 from mim3d.training.settings import LoopSettings

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mim3d.backbones import BACKBONES, create_recipe
-from mim3d.core.config import to_named
+from mim3d.core.settings import to_named
 from mim3d.tasks import TASKS, create_task
 from mim3d.weights import save_network
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mim3d.core.config import build_settings, read_yaml, to_mapping, write_yaml
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.settings import build_settings, read_yaml, to_mapping, write_yaml
 from mim3d.datasets.records import Case
 from mim3d.planning import fingerprint as dataset_fingerprint
 from mim3d.planning.fingerprint import (

@@ -10,8 +10,8 @@ from torch import nn
 
 from mim3d.backbones import Hybrid
 from mim3d.backbones.contract import Backbone, Encoder
-from mim3d.core.config import to_mapping
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.settings import to_mapping
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task

@@ -10,8 +10,8 @@ import torch
 
 import mim3d
 from mim3d.backbones import BACKBONES, create_recipe
-from mim3d.core.config import to_named
 from mim3d.core.errors import CheckpointError
+from mim3d.core.settings import to_named
 from mim3d.weights import hub, is_hub_id, load_into, read_card, read_state, save_network, weights_digest
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from mim3d.backbones.contract import Backbone, Encoder
 from mim3d.backbones.hybrid import Hybrid
-from mim3d.core.config import resolve
+from mim3d.core.settings import resolve
 from mim3d.core.types import Named
 
 #: Recipes by name: a settings class with its defaults, or a ready size.

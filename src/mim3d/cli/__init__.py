@@ -12,8 +12,8 @@ from typing import Any
 
 from mim3d import __version__
 from mim3d.cli.arguments import Signature, command_arguments, split_line
-from mim3d.core.config import nearest
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.settings import nearest
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin
 
-from mim3d.core.config import coerce, nearest, parse_yaml, read_yaml, update_settings
 from mim3d.core.errors import ConfigError
+from mim3d.core.settings import coerce, nearest, parse_yaml, read_yaml, update_settings
 
 _FLAG = re.compile(r"--[A-Za-z]")
 _SHORT_FLAG = re.compile(r"-[A-Za-z]+")

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mim3d.cli.arguments import Signature, is_named, settings_type, word_limit
-from mim3d.core.config import describe, to_mapping
+from mim3d.core.settings import describe, to_mapping
 
 #: Widest column of flags on a narrow terminal; what is longer goes on in the next line.
 FLAG_COLUMN = 30

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mim3d.core.config import nearest
 from mim3d.core.errors import ConfigError
+from mim3d.core.settings import nearest
 from mim3d.core.types import Triple
 from mim3d.exporting.hub_folder import check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import write_monai_bundle

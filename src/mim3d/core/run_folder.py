@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,21 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from mim3d.core.config import read_yaml, to_mapping, write_yaml
 from mim3d.core.errors import ConfigError
+from mim3d.core.files import atomic_file, explained_write, try_lock, write_json, write_text
 from mim3d.core.provenance import environment
-from mim3d.core.run_files import (
-    finite_or_none,
-    is_first_process,
-    picture_files,
-    read_lines,
-    read_manifest,
-    require_usable,
-    try_lock,
-    write_json,
-    write_text,
-    writing,
-)
+from mim3d.core.settings import read_yaml, to_mapping, write_yaml
 
 #: Settings that a resumed run may change, because they change nothing of what is learned.
 FREE_ON_RESUME = frozenset(
@@ -35,9 +27,23 @@ FREE_ON_RESUME = frozenset(
     | {"log_every", "checkpoint_every", "keep_checkpoints", "pictures_every", "patience"}
 )
 
-#: Settings whose product is the samples of a step, which are the same however they are dealt out: free together, as
-#: long as the product stays.
+#: Settings whose product is the number of samples in a step, which are the same however they are split: a resumed run
+#: may change them as long as the product stays.
 SPLIT_OF_A_STEP = ("batch_size", "accumulation", "devices", "num_nodes")
+
+#: End of the sentence about a write that failed while a run was training.
+GO_ON = "what is there is kept. Free some space, or repair the disk, and go on with --resume true."
+
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+_LEAST_FREE_BYTES = 50 * 2**20
+#: The readers of a trainer that was killed end a moment after it, and hold its lock until then.
+_LOCK_PATIENCE_S = 3.0
+
+
+def is_first_process() -> bool:
+    """Whether no launcher says that this is a further process of a distributed run."""
+    ranks = [os.environ.get(name, "0") for name in _RANKS]
+    return not any(rank.isdigit() and int(rank) > 0 for rank in ranks)
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,9 @@ class Run:
     """A run folder that may be written to.
 
     Attributes:
-        path: the folder.
-        command: the command that made it.
-        writes: whether this is the process that writes; all others of a distributed run keep silent.
+        path: The folder.
+        command: The command that made it.
+        writes: Whether this is the process that writes. All others of a distributed run write nothing.
     """
 
     path: Path
@@ -76,7 +82,7 @@ class Run:
 
     @property
     def pictures_dir(self) -> Path:
-        """Folder of the pictures, one ``.npz`` per step."""
+        """Folder of the pictures, with one ``.npz`` file per step."""
         return self.path / "pictures"
 
     @property
@@ -94,24 +100,26 @@ class Run:
         inputs: Mapping[str, str],
         resume: bool = False,
     ) -> "Run":
-        """Make the folder of a new run, or open the one to be resumed; before any other work.
+        """Make the folder of a new run, or open the one to be resumed, before any other work.
 
         Args:
-            out: the folder.
-            command: name of the command.
-            settings: every resolved setting of the command (dataclasses are welcome).
-            inputs: a digest per input (``data``, ``weights``); a resumed run must see the same.
-            resume: go on with the run in ``out``, or start it where there is none yet.
+            out: The folder.
+            command: Name of the command.
+            settings: Every resolved setting of the command. Values may be dataclasses.
+            inputs: A digest per input (``data``, ``weights``). A resumed run must be given the same ones.
+            resume: Whether to go on with the run in ``out``. Where there is none yet, it is started.
+
         Raises:
-            ConfigError: when ``out`` cannot be written to or is full, holds something else, another run, or
-                (with ``resume``) a run of other settings or inputs; every differing setting is named.
+            ConfigError: The folder cannot be written to, its disk is full, or it holds something else, another run, or
+                (with ``resume``) a run of other settings or inputs. Every differing setting is named.
         """
         run = cls(Path(out), command, writes=is_first_process())
         if not run.writes:
             return run
         values = json.loads(json.dumps(to_mapping(settings)))
-        if run._exists():
-            manifest = read_manifest(run.manifest_path)
+        exists = run.manifest_path.is_file()
+        manifest = read_manifest(run.manifest_path) if exists else {}
+        if exists:
             run._require_idle()
             if resume:
                 run._require_same(manifest, values, inputs)
@@ -121,14 +129,25 @@ class Run:
                     "go on with it by --resume true, or choose another --out."
                 )
         require_usable(run.path)
-        run._write_identity(values, inputs, fresh=not (run._exists() and resume))
+        session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **environment()}
+        if exists and resume:
+            write_json(run.manifest_path, {**manifest, "resumed": [*manifest.get("resumed", []), session]})
+        else:
+            # The manifest comes first: a folder with one is a run, whatever else a kill prevented.
+            seeds = {name: value for name, value in values.items() if name == "seed" or name.endswith("_seed")}
+            identity = {"command": command, "settings": values, "inputs": dict(inputs), "seeds": seeds}
+            write_json(run.manifest_path, {**identity, **session})
+            write_text(run.metrics_path, "")
+        run.checkpoints_dir.mkdir(exist_ok=True)
+        again = {key: value for key, value in values.items() if key != "resume"}
+        write_yaml(run.config_path, {"command": command, **again})
         return run
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of metrics; what is not finite becomes null, as JSON knows no such number."""
         if self.writes:
             line = {"step": step, **{name: finite_or_none(value) for name, value in values.items()}}
-            with writing(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
+            with explained_write(self.metrics_path, GO_ON), open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 # A checkpoint that survives a power cut must not be ahead of its metrics.
@@ -139,72 +158,65 @@ class Run:
         if not self.writes:
             return
         kept = [line for line in read_lines(self.metrics_path) if line["step"] <= step]
-        write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept), remedy=GO_ON)
         for later, path in picture_files(self.path).items():
             if later > step:
                 path.unlink()
 
     def save_pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Write volumes ``(X, Y, Z)`` by name (``coarse/original``) to ``pictures/step_00000200.npz``."""
-        if not self.writes:
-            return
-        self.pictures_dir.mkdir(exist_ok=True)
-        partial = self.pictures_dir / f".step_{step:08d}.partial"
-        with writing(self.pictures_dir):
-            with open(partial, "wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **dict(pictures))
-            os.replace(partial, self.pictures_dir / f"step_{step:08d}.npz")
+        if self.writes:
+            with atomic_file(self.pictures_dir / f"step_{step:08d}.npz", remedy=GO_ON) as part:
+                np.savez_compressed(part, allow_pickle=False, **dict(pictures))
 
     def note(self, values: Mapping[str, Any]) -> None:
-        """Add derived quantities to the manifest; the same names are replaced."""
+        """Add derived quantities to the manifest; those of the same names are replaced."""
         if self.writes:
             manifest = read_manifest(self.manifest_path)
             manifest["derived"] = {**manifest.get("derived", {}), **to_mapping(values)}
-            write_json(self.manifest_path, manifest)
+            write_json(self.manifest_path, manifest, remedy=GO_ON)
 
     def bind_input(self, name: str, digest: str) -> None:
         """Record the digest of an input that became known after the run was made.
 
         Raises:
-            ConfigError: when the run was started with another.
+            ConfigError: The run was started with another one.
         """
         if self.writes:
             manifest = read_manifest(self.manifest_path)
             self._require_same_input(manifest, name, digest)
-            write_json(self.manifest_path, {**manifest, "inputs": {**manifest["inputs"], name: digest}})
+            manifest["inputs"] = {**manifest["inputs"], name: digest}
+            write_json(self.manifest_path, manifest, remedy=GO_ON)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the folder while training, so that no second process trains in it.
 
         Raises:
-            ConfigError: when another process holds it.
+            ConfigError: Another process holds it.
         """
         if not self.writes:
             yield
             return
         with open(self.path / ".lock", "a+b") as file:
-            if not try_lock(file.fileno()):
-                raise ConfigError(self._busy())
+            self._lock(file.fileno())
             yield
 
-    def _exists(self) -> bool:
-        return self.manifest_path.is_file()
+    def _require_idle(self) -> None:
+        if (self.path / ".lock").exists():
+            with open(self.path / ".lock", "rb") as file:
+                self._lock(file.fileno())
+
+    def _lock(self, descriptor: int) -> None:
+        if not try_lock(descriptor, _LOCK_PATIENCE_S):
+            raise ConfigError(
+                f"{self.path} is in use by another training process; let it end, or choose another --out."
+            )
 
     def _has_results(self) -> bool:
         """Whether anything was trained; a cache or a split alone is no result."""
         trained = self.checkpoints_dir.is_dir() and any(self.checkpoints_dir.iterdir())
         return trained or bool(read_lines(self.metrics_path))
-
-    def _require_idle(self) -> None:
-        lock = self.path / ".lock"
-        if lock.exists():
-            with open(lock, "rb") as file:
-                if not try_lock(file.fileno()):
-                    raise ConfigError(self._busy())
-
-    def _busy(self) -> str:
-        return f"{self.path} is in use by another training process; let it end, or choose another --out."
 
     def _require_same(self, manifest: Mapping[str, Any], values: dict[str, Any], inputs: Mapping[str, str]) -> None:
         if manifest["command"] != self.command:
@@ -212,7 +224,11 @@ class Run:
                 f"{self.path} holds a run of mim3d {manifest['command']}, not of mim3d {self.command}; "
                 "choose another --out."
             )
-        changed = _differences(manifest["settings"], _dealt_out_as(manifest["settings"], values))
+        before = manifest["settings"]
+        sizes = [math.prod(settings.get(name) or 1 for name in SPLIT_OF_A_STEP) for settings in (before, values)]
+        if sizes[0] == sizes[1]:
+            values = {**values, **{name: before[name] for name in SPLIT_OF_A_STEP if name in before}}
+        changed = _differences(before, values)
         if changed:
             raise ConfigError(
                 f"{self.path} was started with other settings: {'; '.join(changed)}. "
@@ -228,18 +244,15 @@ class Run:
                 "Restore it, or start a new run with another --out."
             )
 
-    def _write_identity(self, values: dict[str, Any], inputs: Mapping[str, str], *, fresh: bool) -> None:
-        if fresh:
-            # The manifest comes first: a folder with one is a run, whatever else a kill prevented.
-            manifest = {"command": self.command, "settings": values, "inputs": dict(inputs)}
-            write_json(self.manifest_path, {**manifest, "seeds": _seeds(values), **_session()})
-            write_text(self.metrics_path, "")
-        else:
-            manifest = read_manifest(self.manifest_path)
-            write_json(self.manifest_path, {**manifest, "resumed": [*manifest.get("resumed", []), _session()]})
-        self.checkpoints_dir.mkdir(exist_ok=True)
-        again = {key: value for key, value in values.items() if key != "resume"}
-        write_yaml(self.config_path, {"command": self.command, **again})
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Settings that are not the same, as ``key was ..., is now ...``."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in {**before, **now} if key or name not in FREE_ON_RESUME]
+        parts = [(name, f"{key}.{name}" if key else name) for name in names]
+        return [line for name, full in parts for line in _differences(before.get(name), now.get(name), full)]
+    same_path = isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) == os.path.abspath(now)
+    return [] if before == now or same_path else [f"{key} was {before!r} and is now {now!r}"]
 
 
 @dataclass(frozen=True)
@@ -247,11 +260,11 @@ class RunRecord:
     """A run as a report reads it.
 
     Attributes:
-        path: the folder.
-        config: settings, with the ``command``.
-        metrics: lines in the order of their steps.
-        manifest: what ``manifest.json`` holds.
-        pictures: file of pictures by step.
+        path: The folder.
+        config: Settings, with the ``command``.
+        metrics: Lines in the order of their steps.
+        manifest: Content of ``manifest.json``.
+        pictures: File of pictures of each step.
     """
 
     path: Path
@@ -265,10 +278,10 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
     """Read a run folder, finished or not.
 
     Raises:
-        ConfigError: when it is none, or its files cannot be read.
+        ConfigError: The folder holds no run, or its files cannot be read.
     """
     run = Run(Path(path), command="", writes=False)
-    if not run._exists():
+    if not run.manifest_path.is_file():
         raise ConfigError(f"{run.path} is no run folder: it has no manifest.json; give the --out of a command.")
     return RunRecord(
         path=run.path,
@@ -279,29 +292,67 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
     )
 
 
-def _session() -> dict[str, Any]:
-    """When a session began, by which command line, with which code and packages, on what."""
-    return {"started": datetime.now(UTC).isoformat(timespec="seconds"), **environment()}
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of a run.
+
+    Raises:
+        ConfigError: The file cannot be read, or was written by something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not {"command", "settings", "inputs"} <= content.keys():
+        raise ConfigError(f"{path} is no manifest of a run of mim3d; choose another folder.")
+    return content
 
 
-def _seeds(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that random numbers begin from."""
-    return {name: value for name, value in values.items() if name == "seed" or name.endswith("_seed")}
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a metrics file; a last one that a kill cut short is left out."""
+    lines: list[dict[str, Any]] = []
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
-def _dealt_out_as(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The settings of now; with the split of a step of before, if that is of as many samples."""
-    sizes = [math.prod(settings.get(name) or 1 for name in SPLIT_OF_A_STEP) for settings in (before, now)]
-    if sizes[0] != sizes[1]:
-        return now
-    return {**now, **{name: before[name] for name in SPLIT_OF_A_STEP if name in before}}
+def picture_files(path: Path) -> dict[int, Path]:
+    """Find the picture files of a run folder, by step and in the order of the steps."""
+    matches = [(re.fullmatch(r"step_(\d{8})\.npz", file.name), file) for file in (path / "pictures").glob("step_*.npz")]
+    return dict(sorted((int(match[1]), file) for match, file in matches if match))
 
 
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Settings that are not the same, as ``key was ..., is now ...``."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [name for name in {**before, **now} if key or name not in FREE_ON_RESUME]
-        parts = [(name, f"{key}.{name}" if key else name) for name in names]
-        return [line for name, full in parts for line in _differences(before.get(name), now.get(name), full)]
-    same_path = isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) == os.path.abspath(now)
-    return [] if before == now or same_path else [f"{key} was {before!r} and is now {now!r}"]
+def finite_or_none(value: float) -> float | None:
+    """A number that JSON knows; None in place of one that is not finite."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def require_usable(path: Path) -> None:
+    """Make the folder ``path`` and prove that it can be written to.
+
+    Raises:
+        ConfigError: It is a file, holds something else than a run, cannot be written to, or its disk is full.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file; choose a folder as --out.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # A kill while a run was being made leaves at most hidden files.
+        visible = any(not entry.name.startswith(".") for entry in path.iterdir())
+        foreign = visible and not (path / "manifest.json").is_file()
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written to ({error.strerror}); choose another --out.") from error
+    if foreign:
+        raise ConfigError(f"{path} is not empty and holds no run; choose another --out, or an empty folder.")
+    free = shutil.disk_usage(path).free
+    if free < _LEAST_FREE_BYTES:
+        raise ConfigError(
+            f"{path} has {free / 2**20:.0f} MiB of free space, less than the "
+            f"{_LEAST_FREE_BYTES / 2**20:.0f} MiB that any run needs; free some, or choose another --out."
+        )

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mim3d.core.coercion import nearest
 from mim3d.core.errors import DataError
+from mim3d.core.settings import nearest
 from mim3d.datasets.ids import Entry, unique_ids
 from mim3d.datasets.records import listed
 

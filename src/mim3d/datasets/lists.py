@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mim3d.core.config import nearest
 from mim3d.core.errors import DataError
+from mim3d.core.settings import nearest
 from mim3d.datasets.ids import Entry
 
 COLUMNS = ("image", "label", "class", "patient", "split", "labels", "id")

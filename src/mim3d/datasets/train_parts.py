@@ -7,8 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from mim3d.core.config import nearest
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.settings import nearest
 from mim3d.datasets.records import Case, listed
 
 

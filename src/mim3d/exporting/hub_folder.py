@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mim3d.core.errors import ConfigError
-from mim3d.core.run_files import write_json, write_text
+from mim3d.core.files import write_json, write_text
 from mim3d.exporting.model_card import model_card
 from mim3d.exporting.networks import Exported
 from mim3d.weights import save_network

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mim3d.core.errors import CheckpointError
-from mim3d.core.run_files import write_json, write_text
+from mim3d.core.files import write_json, write_text
 from mim3d.exporting.description import formula, label_rule
 from mim3d.exporting.monai_inference import DIFFERENCES, inference_config
 from mim3d.exporting.networks import Exported

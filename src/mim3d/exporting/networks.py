@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mim3d.backbones import BACKBONES
 from mim3d.backbones.contract import Encoder, check_multiple
-from mim3d.core.config import nearest, to_named
 from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.settings import nearest, to_named
 from mim3d.core.types import Triple
 from mim3d.tasks import create_task
 from mim3d.tasks.contract import Task

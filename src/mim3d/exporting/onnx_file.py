@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim3d.core.run_files import write_json
+from mim3d.core.files import write_json
 from mim3d.exporting.description import described
 from mim3d.exporting.networks import Exported
 from mim3d.exporting.output import require_packages

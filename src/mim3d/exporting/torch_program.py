@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from mim3d.core.run_files import write_json
+from mim3d.core.files import write_json
 from mim3d.exporting.description import described
 from mim3d.exporting.networks import Exported
 from mim3d.exporting.parity import Parity, compared

@@ -1,6 +1,6 @@
 """Pre-training methods by name. A new method is one file and one line here; a user's own is named by dotted path."""
 
-from mim3d.core.config import resolve
+from mim3d.core.settings import resolve
 from mim3d.core.types import Named
 from mim3d.methods.contract import Method
 

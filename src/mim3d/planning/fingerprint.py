@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from mim3d.caching.foreground import HU_BELOW
-from mim3d.core.config import build_settings, to_mapping
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.progress import counted
+from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import Spacing
 from mim3d.planning.measures import ClassMeasures, ScanMeasures
 from mim3d.planning.scans import ScanGrid, ScanSource, looked_at

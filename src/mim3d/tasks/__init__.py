@@ -1,6 +1,6 @@
 """Tasks by name. A new task is one file and one line here; a user's own is named by dotted path."""
 
-from mim3d.core.config import resolve
+from mim3d.core.settings import resolve
 from mim3d.core.types import Named
 from mim3d.tasks.contract import Task
 

@@ -8,8 +8,8 @@ import torch
 
 from mim3d.backbones import create_recipe
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.core.config import build_settings
 from mim3d.core.errors import CheckpointError
+from mim3d.core.settings import build_settings
 from mim3d.core.types import Named
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task

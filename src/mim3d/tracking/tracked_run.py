@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from mim3d.core.config import flat, read_yaml
-from mim3d.core.run_files import write_json
-from mim3d.core.run_folder import Run
+from mim3d.core.files import write_json
+from mim3d.core.run_folder import GO_ON, Run
+from mim3d.core.settings import flat, read_yaml
 from mim3d.tracking.mlflow import MLflow
 from mim3d.tracking.settings import Tracking
 from mim3d.tracking.slices import middle_slices
@@ -94,7 +94,8 @@ class TrackedRun(Run):
         run_id = tracker.start(beginning)
         self._started.append(tracker)
         if run_id is not None:
-            write_json(self.path / IDS_NAME, {**ids, tracker.name: {"target": tracker.target, "id": run_id}})
+            ids[tracker.name] = {"target": tracker.target, "id": run_id}
+            write_json(self.path / IDS_NAME, ids, remedy=GO_ON)
 
     def _finish(self, *, failed: bool) -> None:
         for tracker in list(self._started):

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mim3d.core.config import nearest
 from mim3d.core.errors import ConfigError
+from mim3d.core.settings import nearest
 from mim3d.core.types import Spacing, Triple
 from mim3d.scans.intensity import Intensity
 

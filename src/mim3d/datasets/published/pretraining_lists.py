@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mim3d.core.config import nearest
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.settings import nearest
 from mim3d.datasets.ids import Entry, to_cases
 from mim3d.datasets.published.folds import fold_numbers
 from mim3d.datasets.published.layouts import LAYOUTS

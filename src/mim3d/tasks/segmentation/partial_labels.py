@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mim3d.core.config import nearest
 from mim3d.core.errors import DataError
+from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case
 
 

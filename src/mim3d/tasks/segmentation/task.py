@@ -6,8 +6,8 @@ from statistics import median
 
 from mim3d.backbones.contract import Backbone, check_multiple
 from mim3d.caching.cache import CachedScan
-from mim3d.core.config import nearest
 from mim3d.core.errors import ConfigError
+from mim3d.core.settings import nearest
 from mim3d.core.types import Spacing, Triple
 from mim3d.inference import Windows
 from mim3d.objective import Objective, crop_tokens

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mim3d.core.config import nearest
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.settings import nearest
 from mim3d.datasets.class_tables import ClassRow, ClassTable, is_class_table, read_class_tables
 from mim3d.metrics import Bootstrap, ClassifiedCases, classification, compare_classes, score_classes
 from mim3d.workflows.evaluate import score_files

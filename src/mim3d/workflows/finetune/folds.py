@@ -8,9 +8,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from mim3d.caching.cache import Cache, is_cache, open_cache
-from mim3d.core.config import parse_duration, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.core.errors import ConfigError
-from mim3d.core.run_files import require_usable, write_json
+from mim3d.core.files import write_json
+from mim3d.core.run_folder import GO_ON, require_usable
+from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.published.layouts import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
@@ -185,7 +186,7 @@ def _write_summary(out: Path, runs: Sequence[Tuned], *, num_folds: int) -> None:
         "mean": {name: fmean(values) for name, values in by_name.items()},
         "standard_deviation": {name: stdev(values) if len(values) > 1 else None for name, values in by_name.items()},
     }
-    write_json(out / SUMMARY_NAME, summary)
+    write_json(out / SUMMARY_NAME, summary, remedy=GO_ON)
 
 
 def _print_summary(out: Path, runs: Sequence[Tuned]) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
-from mim3d.core.config import build_settings, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.core.errors import ConfigError
 from mim3d.core.resources import num_cores
-from mim3d.core.run_files import is_first_process
-from mim3d.core.run_folder import Run
+from mim3d.core.run_folder import Run, is_first_process
+from mim3d.core.settings import build_settings, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.core.types import Spacing
 from mim3d.datasets.records import CaseSet, Split
 from mim3d.planning.fingerprint import (

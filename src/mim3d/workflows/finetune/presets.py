@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mim3d.caching.cache import Cache, is_cache, open_cache
-from mim3d.core.config import to_named
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.run_files import is_first_process
+from mim3d.core.run_folder import is_first_process
+from mim3d.core.settings import to_named
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import CaseSet, Split, check_cases
 from mim3d.datasets.published.layouts import declare_fold, read_preset

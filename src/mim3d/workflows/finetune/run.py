@@ -8,9 +8,9 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache, CachedScan
-from mim3d.core.config import to_mapping, to_named
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run
+from mim3d.core.settings import to_mapping, to_named
 from mim3d.datasets.cases import CaseSet, Split
 from mim3d.datasets.train_parts import TrainPart
 from mim3d.distributed.processes import Company

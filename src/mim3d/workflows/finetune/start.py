@@ -7,7 +7,7 @@ from typing import Any
 
 from mim3d.backbones import Backbone, Encoder, create_recipe
 from mim3d.caching.cache import Cache
-from mim3d.core.config import build_settings, update_settings
+from mim3d.core.settings import build_settings, update_settings
 from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import CaseSet
 from mim3d.planning.plan import plan_intensity

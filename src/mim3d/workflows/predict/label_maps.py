@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from mim3d.core.config import nearest
 from mim3d.core.errors import ConfigError
+from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case
 from mim3d.inference import Windows
 from mim3d.scans.components import remove_components

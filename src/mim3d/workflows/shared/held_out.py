@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.run_files import write_json
-from mim3d.core.run_folder import Run
+from mim3d.core.files import write_json
+from mim3d.core.run_folder import GO_ON, Run
 from mim3d.datasets.cases import Case, Split, split_cases
 from mim3d.datasets.dataset_json import read_json
 from mim3d.datasets.train_parts import TrainPart
@@ -64,7 +64,8 @@ def write_split(run: Run, split: Split) -> None:
     if not run.writes:
         return
     parts = {"train": split.train, "val": split.val}
-    write_json(run.path / SPLIT_NAME, {name: [_record(case) for case in part] for name, part in parts.items()})
+    lists = {name: [_record(case) for case in part] for name, part in parts.items()}
+    write_json(run.path / SPLIT_NAME, lists, remedy=GO_ON)
     with open(run.path / LIST_NAME, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         # The ids too: those of a whole data set are not always what a shorter list would make of the same images.

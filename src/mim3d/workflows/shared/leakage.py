@@ -15,8 +15,8 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.fingerprints import Fingerprint
 from mim3d.caching.leaks import Labelled, Leak, find_leaks
 from mim3d.core.errors import CheckpointError, DataError
-from mim3d.core.run_files import write_json
-from mim3d.core.run_folder import Run
+from mim3d.core.files import write_json
+from mim3d.core.run_folder import GO_ON, Run
 from mim3d.datasets.records import listed
 from mim3d.weights import WEIGHTS_NAME, locate
 
@@ -84,7 +84,7 @@ def write_seen(folder: Path, seen: Seen) -> None:
     """Write ``seen.json`` into a folder; sorted, so that not even an order is told."""
     rows = sorted((scan.digest, scan.fingerprint.to_text()) for scan in seen.scans)
     scans = [{"digest": digest, "fingerprint": text} for digest, text in rows]
-    write_json(folder / SEEN_NAME, {"format": SEEN_FORMAT, "complete": seen.complete, "scans": scans})
+    write_json(folder / SEEN_NAME, {"format": SEEN_FORMAT, "complete": seen.complete, "scans": scans}, remedy=GO_ON)
 
 
 def read_seen(weights: str | os.PathLike[str]) -> Seen | None:

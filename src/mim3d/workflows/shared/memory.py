@@ -8,10 +8,10 @@ import numpy as np
 
 from mim3d.backbones import BACKBONES, Backbone
 from mim3d.caching.cache import CachedScan
-from mim3d.core.config import to_mapping, to_named
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.resources import available_memory_bytes, in_words
-from mim3d.core.run_files import is_first_process
+from mim3d.core.run_folder import is_first_process
+from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Triple
 from mim3d.methods import Method
 from mim3d.objective import Objective

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mim3d.core.config import (
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.settings import (
     build_settings,
     flat,
     nearest,
@@ -24,7 +25,6 @@ from mim3d.core.config import (
     update_settings,
     write_yaml,
 )
-from mim3d.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,16 +245,16 @@ def test_write_yaml_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "a.yaml"
     write_yaml(path, {"a": 1})
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(DataError, match="could not be written"):
         write_yaml(path, {"a": 2})
     assert path.read_text() == "a: 1\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.yaml"]
 
 
-def test_write_yaml_says_when_the_folder_is_missing_and_leaves_files_readable(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be written"):
-        write_yaml(tmp_path / "no" / "a.yaml", {})
+def test_write_yaml_says_when_there_can_be_no_folder_and_leaves_files_readable(tmp_path):
     write_yaml(tmp_path / "a.yaml", {})
+    with pytest.raises(DataError, match="could not be written"):
+        write_yaml(tmp_path / "a.yaml" / "b.yaml", {})
     assert stat.S_IMODE((tmp_path / "a.yaml").stat().st_mode) & stat.S_IRUSR
 
 

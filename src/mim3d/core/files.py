@@ -1,0 +1,232 @@
+"""Files and folders that appear whole or not at all.
+
+What is written lies in a scratch folder beside its target until it is complete, and is then renamed into place. A kill
+leaves at most a scratch folder behind, named ``.*.partial``.
+"""
+
+import csv
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mim3d.core.errors import DataError
+
+#: End of the sentence about a write that failed, where the caller knows no better one.
+REMEDY = "nothing was changed. Choose another folder if this one is full or not writable."
+
+_SUFFIX = ".partial"
+
+
+@contextmanager
+def explained_write(path: str | os.PathLike[str], remedy: str | None = REMEDY) -> Iterator[None]:
+    """Turn the OSError of a failing disk into a sentence.
+
+    Args:
+        path: File or folder that is being written.
+        remedy: End of the sentence. None passes the OSError on as it is.
+
+    Raises:
+        DataError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if remedy is None:
+            raise
+        raise DataError(f"{os.fspath(path)} could not be written ({error.strerror or error}); {remedy}") from error
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str], *, durable: bool = False, remedy: str | None = REMEDY) -> Iterator[Path]:
+    """Give a path to write to; what is written there takes the place of ``path`` once the block has ended well.
+
+    A format of several files may write them all beside the given path. They are moved before ``path`` itself, so that
+    a header never names voxels that are not there.
+
+    Args:
+        path: File to be written. Missing folders above it are made.
+        durable: Whether the file and its name are on the disk when the block has ended, even if the power fails then.
+        remedy: End of the sentence about a failure. None passes an OSError on as it is.
+
+    Raises:
+        DataError: The folder cannot be written to, or the disk is full. Nothing was changed.
+    """
+    target = Path(path)
+    with explained_write(path, remedy), _scratch_folder(target) as scratch:
+        yield scratch / target.name
+        parts = sorted(scratch.iterdir(), key=lambda part: part.name == target.name)
+        for part in parts if durable else ():
+            sync(part)
+        for part in parts:
+            os.replace(part, target.parent / part.name)
+        if durable:
+            sync(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, remedy: str | None = REMEDY) -> Iterator[Path]:
+    """Give a folder to write into; it takes the place of ``path`` once the block has ended well.
+
+    Args:
+        path: Folder to be written. One that is there is replaced as a whole. Missing folders above it are made.
+        remedy: End of the sentence about a failure. None passes an OSError on as it is.
+
+    Raises:
+        DataError: The folder cannot be written to, or the disk is full. Nothing was changed.
+    """
+    target = Path(path)
+    with explained_write(path, remedy), _scratch_folder(target) as scratch:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
+        yield new
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            if old.exists():
+                os.replace(old, target)
+            raise
+
+
+@contextmanager
+def _scratch_folder(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=".", suffix=_SUFFIX, dir=target.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        yield Path(scratch)
+
+
+def remove_partial(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left unfinished in a folder that no other process writes to."""
+    for path in Path(folder).glob(f".*{_SUFFIX}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, remedy: str | None = REMEDY) -> None:
+    """Write text as UTF-8 so that the file is there whole or not at all, even after a power cut.
+
+    Args:
+        path: File to be written.
+        text: Its content.
+        remedy: End of the sentence about a failure. None passes an OSError on as it is.
+
+    Raises:
+        DataError: The folder cannot be written to, or the disk is full. Nothing was changed.
+    """
+    with atomic_file(path, durable=True, remedy=remedy) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(
+    path: str | os.PathLike[str],
+    content: Any,
+    *,
+    indent: int = 2,
+    sort_keys: bool = False,
+    allow_nan: bool = True,
+    remedy: str | None = REMEDY,
+) -> None:
+    """Write JSON so that the file is there whole or not at all, even after a power cut.
+
+    Args:
+        path: File to be written.
+        content: Dicts, lists and scalars.
+        indent: Number of spaces that each level is indented by.
+        sort_keys: Whether keys are written in alphabetical order.
+        allow_nan: Whether numbers that are not finite are written as ``NaN`` and ``Infinity``.
+        remedy: End of the sentence about a failure. None passes an OSError on as it is.
+
+    Raises:
+        DataError: The folder cannot be written to, or the disk is full. Nothing was changed.
+        ValueError: A number is not finite, and ``allow_nan`` is false.
+    """
+    text = json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan)
+    write_text(path, f"{text}\n", remedy=remedy)
+
+
+def write_csv(
+    path: str | os.PathLike[str],
+    head: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    remedy: str | None = REMEDY,
+) -> None:
+    """Write a table as CSV so that the file is there whole or not at all, even after a power cut.
+
+    Args:
+        path: File to be written.
+        head: Names of the columns.
+        rows: Cells of each row. None is written as an empty cell.
+        remedy: End of the sentence about a failure. None passes an OSError on as it is.
+
+    Raises:
+        DataError: The folder cannot be written to, or the disk is full. Nothing was changed.
+    """
+    # A file name that is no UTF-8 may be a cell: its bytes are written as escapes.
+    with (
+        atomic_file(path, durable=True, remedy=remedy) as part,
+        open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(head)
+        table.writerows(rows)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Make the content of a file, or the names in a folder, survive a power cut."""
+    # Folders cannot be opened on every system.
+    if os.path.isdir(path) and not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: str | os.PathLike[str]) -> None:
+    """Make every file and name below a folder survive a power cut."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync(os.path.join(folder, name))
+        sync(folder)
+
+
+def try_lock(descriptor: int, patience_s: float = 0.0) -> bool:
+    """Try to lock an open file; the system releases it when the process ends, however it ends.
+
+    Args:
+        descriptor: The open file.
+        patience_s: Seconds to wait for another process to release it.
+
+    Returns:
+        False where another process holds it. True where it is locked, and where the file system knows no locks: work
+        there is worth more than the guard.
+    """
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.05)
+        except OSError:
+            return True
+        else:
+            return True
