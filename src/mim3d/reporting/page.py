@@ -12,8 +12,8 @@ import numpy as np
 import yaml
 
 from mim3d import __version__
-from mim3d.core.settings import flat
 from mim3d.core.errors import DataError, Mim3dError
+from mim3d.core.settings import flat
 from mim3d.reporting import scan_images, score_tables
 from mim3d.reporting.charts import curve_names, curves_chart, dice_chart, reliability_chart
 from mim3d.reporting.drawing import label_colour
