@@ -51,7 +51,7 @@ def write_report(folder, *runs, **settings):
     return out.read_text(encoding="utf-8")
 
 
-def pictures_of(step_noise=0.0):
+def images_of(step_noise=0.0):
     rng = np.random.default_rng(0)
     original = rng.random((8, 8, 4)).astype(np.float32)
     hidden = np.arange(8)[:, None, None] >= 4
@@ -68,11 +68,11 @@ def pictures_of(step_noise=0.0):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A page with everything: a pre-training with pictures and two fine-tunings with scores."""
+    """A page with everything: a pre-training with images and two fine-tunings with scores."""
     folder = tmp_path_factory.mktemp("report")
     pretrained = make_run(folder / "pretrained", "pretrain", method={"name": "MiM", "temperature": 0.2}, task=None)
     for step in (50, 100):
-        pretrained.save_pictures(step, pictures_of(step / 1000))
+        pretrained.save_pictures(step, images_of(step / 1000))
     for name, shift, rate in (("scratch", 1, 1e-3), ("tuned", 0, 5e-4)):
         make_run(folder / name, learning_rate=rate)
         make_scores(folder, folder / name / "scores.json", shift)
@@ -90,7 +90,7 @@ def test_the_page_needs_nothing_but_itself(whole):
 
 
 def test_every_section_is_there_and_linked(whole):
-    for anchor in ("runs", "scores", "segmentations", "curves", "pictures", "settings"):
+    for anchor in ("runs", "scores", "segmentations", "curves", "images", "settings"):
         assert f'href="#{anchor}"' in whole
         assert section(whole, anchor)
 
@@ -110,7 +110,7 @@ def test_worst_median_and_best_case_are_shown_for_both_runs(whole):
 
 
 def test_every_level_is_reconstructed_and_its_history_folded_in(whole):
-    reconstructions = section(whole, "pictures")
+    reconstructions = section(whole, "images")
     assert re.findall(r"<figcaption>(.*?)</figcaption>", reconstructions)[:3] == ["coarse", "middle", "fine"]
     assert "pretrained, step 100" in reconstructions
     assert reconstructions.count('class="film"') == 4
@@ -139,7 +139,7 @@ def test_a_bare_run_has_remarks_in_place_of_what_is_missing(tmp_path):
     assert "No metrics were logged yet." in page
     assert "No scores: " in page
     assert "No segmentations: " in page
-    assert "run has saved no pictures." in page
+    assert "run has saved no images." in page
 
 
 def test_scores_from_elsewhere_are_named_after_their_file(tmp_path):
@@ -182,16 +182,16 @@ def test_training_crops_of_a_fine_tuning_are_shown(tmp_path):
     crop = {"image": np.random.default_rng(0).random((8, 8, 4)), "reference": labels, "prediction": labels}
     run = make_run(tmp_path / "run")
     run.save_pictures(20, {f"segmentation/{kind}": volume for kind, volume in crop.items()})
-    pictures = section(write_report(tmp_path, tmp_path / "run"), "pictures")
-    assert "run, step 20" in pictures
-    assert pictures.count('class="film"') == 1
+    images = section(write_report(tmp_path, tmp_path / "run"), "images")
+    assert "run, step 20" in images
+    assert images.count('class="film"') == 1
 
 
-def test_damaged_pictures_are_said(tmp_path):
+def test_damaged_images_are_said(tmp_path):
     run = make_run(tmp_path / "run", "pretrain")
-    run.save_pictures(10, pictures_of())
+    run.save_pictures(10, images_of())
     (tmp_path / "run" / "pictures" / "step_00000010.npz").write_bytes(b"PK\x03\x04 not a zip")
-    assert "these pictures cannot be read" in section(write_report(tmp_path, tmp_path / "run"), "pictures")
+    assert "these images cannot be read" in section(write_report(tmp_path, tmp_path / "run"), "images")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The parts of wandb and mlflow that are called, as small fakes that remember what they were told."""
+"""The parts of wandb and mlflow that are called, as small fakes that remember what they received."""
 
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
@@ -103,7 +103,7 @@ class FakeMLflow:
         run = self.runs[run_id]
         run.metrics += [(key, value, step) for key, value, _, step in metrics]
         for key, value in params:
-            # A server refuses to change what was once told.
+            # A server refuses to change what was once set.
             assert run.params.setdefault(key, value) == value
 
     def log_image(self, run_id: str, image: Any, key: str, step: int) -> None:

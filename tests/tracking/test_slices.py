@@ -36,7 +36,7 @@ def test_slices_are_shown_in_millimetres():
     assert SAGITTAL.extent_mm(SHAPE, (2.0, 1.0, 3.0)) == (0.0, 5.0, 0.0, 18.0)
 
 
-def test_the_grey_range_survives_constant_and_empty_pictures():
+def test_the_grey_range_survives_constant_and_empty_images():
     assert grey_range(np.full((3, 3), 7.0)) == (7.0, 8.0)
     assert grey_range(np.full((3, 3), np.nan)) == (0.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""Trackers: what they are told, what a resume makes of it, and that none of them can end a run."""
+"""Trackers: what they receive, what a resume makes of it, and that none of them can end a run."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from mim3d.commands.pretrain import pretrain
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run, read_run
 from mim3d.tracking import TrackedRun, Tracking
-from mim3d.tracking.mlflow import places, plain
+from mim3d.tracking.mlflow import allowed_name, store_uris
 from tests.tracking.fakes import FakeMLflow, FakeWandb
 
 SETTINGS = {"data": "scans", "seed": 3, "optim": {"learning_rate": 1e-3}}
@@ -64,7 +64,7 @@ def losses(held: Any) -> dict[int, float]:
     return found
 
 
-def test_tensorboard_events_hold_every_finite_number_the_settings_and_the_pictures(tmp_path: Path) -> None:
+def test_tensorboard_events_hold_every_finite_number_the_settings_and_the_images(tmp_path: Path) -> None:
     train(tracked(tmp_path / "run", tensorboard=True), 0, 3)
     held = events(tmp_path / "run")
     assert losses(held) == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3})
@@ -129,17 +129,17 @@ def test_a_run_that_fails_is_shown_as_failed(tmp_path: Path, wandb: FakeWandb, m
 @pytest.mark.parametrize("when", ["start", "log", "pictures", "finish"])
 def test_a_tracker_that_fails_costs_one_warning_and_never_the_run(tmp_path: Path, wandb: FakeWandb, when: str) -> None:
     wandb.broken = when
-    with pytest.warns(UserWarning, match=r"tracking.wandb failed \(network is gone\)") as told:
+    with pytest.warns(UserWarning, match=r"tracking.wandb failed \(network is gone\)") as warned:
         train(tracked(tmp_path / "run", wandb="organs", tensorboard=True), 0, 4)
-    assert len(told) == 1
+    assert len(warned) == 1
     assert [line["step"] for line in read_run(tmp_path / "run").metrics] == [1, 2, 3, 4]
     assert len(events(tmp_path / "run").Scalars("loss")) == 4
     assert list(read_run(tmp_path / "run").pictures) == [4]
 
 
-def test_pictures_that_cannot_be_sent_leave_the_numbers_alone(tmp_path: Path, wandb: FakeWandb) -> None:
+def test_images_that_cannot_be_sent_leave_the_numbers_alone(tmp_path: Path, wandb: FakeWandb) -> None:
     wandb.broken = "pictures"
-    with pytest.warns(UserWarning, match="shows no more pictures"), tracked(tmp_path / "run", wandb="organs") as run:
+    with pytest.warns(UserWarning, match="shows no more images"), tracked(tmp_path / "run", wandb="organs") as run:
         run.cut_metrics(0)
         run.save_pictures(1, VOLUMES)
         run.save_pictures(2, VOLUMES)
@@ -157,7 +157,7 @@ def test_a_session_that_goes_back_begins_again_at_the_trackers(tmp_path: Path, w
     assert wandb.runs[1].begun["id"] == wandb.runs[0].id
 
 
-def test_further_processes_tell_no_tracker(tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_further_processes_have_no_tracker(tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     train(tracked(tmp_path / "run", wandb="organs", tensorboard=True), 0, 2)
     assert not wandb.runs
@@ -203,12 +203,12 @@ def test_tracking_may_change_on_resume(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_mlflow_gets_a_database(tmp_path: Path) -> None:
-    uri, artifacts = places(str(tmp_path / "deep" / "store"))
+    uri, artifacts = store_uris(str(tmp_path / "deep" / "store"))
     assert uri == f"sqlite:///{tmp_path}/deep/store/mlflow.db"
     assert artifacts == f"file://{tmp_path}/deep/store/artifacts"
-    assert places("http://tracker") == ("http://tracker", None)
+    assert store_uris("http://tracker") == ("http://tracker", None)
 
 
-def test_names_that_mlflow_would_refuse_are_made_plain() -> None:
-    assert plain("val/dice/left lung (upper)") == "val/dice/left lung _upper_"
-    assert plain("//a//b/") == "a/b"
+def test_names_that_mlflow_would_refuse_are_replaced() -> None:
+    assert allowed_name("val/dice/left lung (upper)") == "val/dice/left lung _upper_"
+    assert allowed_name("//a//b/") == "a/b"

@@ -1,1 +1,1 @@
-"""The report room: pictures and the HTML page (its name leaves `mim3d.report` to the command)."""
+"""Charts, images, tables and the page of a report (the name leaves `mim3d.report` to the command)."""

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mim3d.reporting.drawing import Theme, chart, dress
+from mim3d.reporting.drawing import Theme, chart, style_axes
 from mim3d.reporting.sources import NamedRun, ScoreSet, is_number
 
 #: Keys of a metrics line that are no learning curve.
@@ -40,7 +40,7 @@ def curves_chart(runs: Sequence[NamedRun], keys: Sequence[str]) -> str:
         figure = Figure(figsize=(3.6 * columns, 2.3 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, key in zip(panels, keys, strict=False):
-            dress(panel, theme)
+            style_axes(panel, theme)
             panel.set_title(key, loc="left", fontsize=9, color=theme.ink)
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             drawn = np.concatenate([_draw_curve(panel, run, key) for run in runs])
@@ -82,7 +82,7 @@ def dice_chart(sets: Sequence[ScoreSet]) -> str:
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(min(max(1.1 * len(labels) * len(sets) ** 0.5 + 1, 4), 11), 2.6), layout="constrained")
         panel = figure.subplots()
-        dress(panel, theme)
+        style_axes(panel, theme)
         panel.grid(visible=False, axis="x")
         spread = np.random.default_rng(0)
         for position, each in enumerate(sets):
@@ -111,7 +111,7 @@ def reliability_chart(sets: Sequence[ScoreSet]) -> str:
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(3.4, 3.2), layout="constrained")
         panel = figure.subplots()
-        dress(panel, theme)
+        style_axes(panel, theme)
         panel.plot([0, 1], [0, 1], color=theme.ink, linewidth=0.8, linestyle=":")
         for each in sets:
             held = [row for row in each.content["reliability"] if row["frequency"] is not None]

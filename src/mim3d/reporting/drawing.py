@@ -72,7 +72,7 @@ def _encode(figure: "Figure", face: str) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def dress(axes: "Axes", theme: Theme) -> None:
+def style_axes(axes: "Axes", theme: Theme) -> None:
     """Give a chart's axes the colours of its page."""
     axes.set_facecolor("none")
     axes.tick_params(colors=theme.ink, labelsize=8, length=3)

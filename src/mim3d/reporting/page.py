@@ -20,7 +20,7 @@ from mim3d.reporting.drawing import label_colour
 from mim3d.reporting.rendering import number, render
 from mim3d.reporting.sources import NamedRun, ScoreSet, Sources
 
-#: A caption names the Dice of each label up to so many labels.
+#: Most labels whose Dice a caption names.
 _NAMED_LABELS = 4
 _HISTORY_STEPS = 5
 _CROP = {"image", "reference", "prediction"}
@@ -41,7 +41,7 @@ def report_page(sources: Sources, written: datetime) -> str:
         "scores": ("Scores", _scores(maps, classes)),
         "segmentations": ("Segmentations", {"has_classes": bool(classes), **_segmentations(maps)}),
         "curves": ("Learning curves", {"kinds": _curves(runs)}),
-        "pictures": ("Pictures from training", {"runs": [shown for run in runs if (shown := _training_images(run))]}),
+        "images": ("Images from training", {"runs": [shown for run in runs if (shown := _training_images(run))]}),
         "settings": ("Settings and environment", _settings(runs)),
     }
     names = [run.name for run in runs]
@@ -91,9 +91,7 @@ def _scores(maps: Sequence[ScoreSet], classes: Sequence[ScoreSet]) -> dict[str, 
     if classes:
         shown |= {
             "class_rows": score_tables.class_rows(classes),
-            "confusions": [
-                (each, [*map(str, each.content["per_class"])], each.content["confusion"]) for each in classes
-            ],
+            "confusions": [(each, list(each.content["per_class"]), each.content["confusion"]) for each in classes],
             "reliability_chart": reliability_chart(classes),
         }
     return shown
@@ -131,9 +129,9 @@ def _case(
     cases = [each.cases[case_id] for each in held]
     images = [path for case in cases for path in (case.get("images") or ())]
     image = images[0] if images and os.path.exists(images[0].partition("::")[0]) else None
-    remark = (
-        "" if image else f"The scan of {case_id} is not known or no longer there, so its labels are shown on black."
-    )
+    remark = ""
+    if image is None:
+        remark = f"The scan of {case_id} is not known or no longer there, so its labels are shown on black."
     try:
         region = scan_images.read_region(str(cases[0]["reference"]), [str(case["prediction"]) for case in cases], image)
     except Mim3dError as error:
@@ -144,7 +142,7 @@ def _case(
         mean = f"mean {number(score_tables.case_mean(case, 'dice'), 3)}"
         caption = ", ".join([*(dice if len(dice) <= _NAMED_LABELS else []), mean])
         figures.append((each, caption, scan_images.overlay_image(region, prediction, colours)))
-    return "" if image else remark, figures
+    return remark, figures
 
 
 def _curves(runs: Sequence[NamedRun]) -> list[dict[str, Any]]:
@@ -167,10 +165,10 @@ def _curves(runs: Sequence[NamedRun]) -> list[dict[str, Any]]:
 
 
 def _training_images(run: NamedRun) -> dict[str, Any]:
-    """The last images that a run saved, and how its reconstructions came about; nothing where none is missed."""
+    """The last images that a run saved and its reconstructions over training; empty where none are expected."""
     files = run.record.pictures
     if not files:
-        return {"remark": f"{run.name} has saved no pictures."} if run.command == "pretrain" else {}
+        return {"remark": f"{run.name} has saved no images."} if run.command == "pretrain" else {}
     steps = list(files)
     count = min(_HISTORY_STEPS, len(steps))
     chosen = [steps[round(position)] for position in np.linspace(0, len(steps) - 1, count)]
@@ -180,7 +178,7 @@ def _training_images(run: NamedRun) -> dict[str, Any]:
         return {"remark": str(error)}
     step, last = list(history.items())[-1]
     levels = {name: group for name, group in last.items() if "original" in group}
-    rebuilt = levels and len(history) > 1 and all("reconstructed" in level for level in levels.values())
+    reconstructed = levels and len(history) > 1 and all("reconstructed" in level for level in levels.values())
     crops = []
     for name, crop in last.items():
         if crop.keys() >= _CROP:
@@ -190,7 +188,7 @@ def _training_images(run: NamedRun) -> dict[str, Any]:
     return {
         "title": f"{run.name}, step {step}",
         "levels": [(name, scan_images.level_image(name, level)) for name, level in levels.items()],
-        "history": scan_images.history_image(history) if rebuilt else "",
+        "history": scan_images.history_image(history) if reconstructed else "",
         "crops": crops,
     }
 

@@ -101,14 +101,14 @@ def _label_tables(content: Mapping[str, Any]) -> list[PaperTable]:
             if (found := row.get("lesions")) is not None:
                 cells = (value_cell(found, {}, found["ci95"], column) for column in LESION_COLUMNS)
                 rows.append([label, str(found["num_reference"]), str(found["num_predicted"]), *cells])
-        caption = f"{_counted('Detection of lesions', content)}, all lesions together{interval}."
+        caption = f"{_counted('Detection of lesions', content)}, pooled over all lesions{interval}."
         heads = ["Label", "Lesions", "Predicted", *(column.title for column in LESION_COLUMNS)]
         tables.append(PaperTable("lesions", caption, heads, rows))
     if "comparison" in content:
         comparison = content["comparison"]
         cases = f"{comparison['num_cases']} cases"
         compared = {**comparison["compared"], "num_cases": comparison["num_cases"]}
-        caption = f"The compared method on {cases} of both: {reading}"
+        caption = f"The compared method on the {cases} of both methods: {reading}"
         tables.append(_scores_table("compared", caption, compared, columns))
         caption = (
             f"Difference to the compared method on {cases}{interval}; p of the Wilcoxon signed-rank test, corrected "
@@ -164,7 +164,7 @@ def _class_tables(content: Mapping[str, Any]) -> list[PaperTable]:
     for row in content["reliability"]:
         ends, values = f"{row['from']:.2f} to {row['to']:.2f}", (row["mean_probability"], row["frequency"])
         rows.append([ends, str(row["num_cases"]), *(number(value, 3) for value in values)])
-    caption = "Reliability: what was predicted and what came true."
+    caption = "Reliability: predicted probability and observed frequency."
     heads = ["Probability", "Cases", "Mean probability", "Frequency"]
     tables.append(PaperTable("reliability", caption, heads, rows))
     if "baseline" in content:
@@ -173,7 +173,7 @@ def _class_tables(content: Mapping[str, Any]) -> list[PaperTable]:
             [title, value_cell(row, {}, {"auc": row["ci95"]}, AUC)]
             for title, row in zip(titles, content["baseline"].values(), strict=True)
         ]
-        caption = f"Against one column of the references{interval}."
+        caption = f"Comparison with one column of the references{interval}."
         tables.append(PaperTable("baseline", caption, ["", "AUC"], rows, has_mean=True))
     if "comparison" in content:
         rows = []
@@ -181,7 +181,7 @@ def _class_tables(content: Mapping[str, Any]) -> list[PaperTable]:
             row = content["comparison"]["paired"][each.key]
             both = [number(row[key], each.decimals) for key in ("value", "compared")]
             rows.append([each.title, *both, difference_cell(row, each)])
-        caption = f"Two methods on {content['comparison']['num_cases']} cases of both{interval}."
+        caption = f"Two methods on the {content['comparison']['num_cases']} cases of both{interval}."
         tables.append(PaperTable("comparison", caption, ["Score", "Predictions", "Compared", "Difference"], rows))
     return tables
 

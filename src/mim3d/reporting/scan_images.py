@@ -145,7 +145,7 @@ def _draw_overlay(
             rows = extent[3] - (np.arange(mask.shape[0]) - 0.5) * down
             panel.contour(columns, rows, mask.astype(float), levels=[0.5], colors=[colour], linewidths=1.2)
     panel.set(xlim=extent[:2], ylim=extent[2:], aspect="equal")
-    _strip(panel)
+    _hide_axes(panel)
     panel.set_title(plane.name, color=FILM_INK, fontsize=8, pad=3)
     for text, place, side in ((plane.left, 0.02, "left"), (plane.right, 0.98, "right")):
         mark = panel.text(place, 0.5, text, transform=panel.transAxes, ha=side, va="center", fontsize=8)
@@ -174,7 +174,7 @@ def level_image(name: str, level: Group) -> str:
         level: Its original volume, and the masked and the reconstructed one as far as they are known.
     """
     kinds = [kind for kind in KINDS if kind in level]
-    figure = Figure(figsize=(4.6, 1.5 * len(kinds) + 0.25), layout=_tight())
+    figure = Figure(figsize=(4.6, 1.5 * len(kinds) + 0.25), layout=_tight_layout())
     panels = figure.subplots(len(kinds), len(PLANES), squeeze=False)
     low, high = grey_range(level["original"])
     for row, kind in zip(panels, kinds, strict=True):
@@ -189,7 +189,7 @@ def level_image(name: str, level: Group) -> str:
         for panel, plane in zip(row, PLANES, strict=True):
             extent = plane.extent_mm(level[kind].shape, _CUBE_MM)
             panel.imshow(plane.middle(pixels), extent=extent, interpolation="nearest")
-            _strip(panel)
+            _hide_axes(panel)
         row[0].set_ylabel(kind, color=FILM_INK, fontsize=8)
     for panel, plane in zip(panels[0], PLANES, strict=True):
         panel.set_title(plane.name, color=FILM_INK, fontsize=8)
@@ -204,11 +204,11 @@ def history_image(history: Mapping[int, Mapping[str, Group]]) -> str:
     """
     steps = list(history)
     names = [name for name, level in history[steps[-1]].items() if "reconstructed" in level]
-    figure = Figure(figsize=(1.35 * len(steps) + 0.3, 1.35 * len(names) + 0.25), layout=_tight())
+    figure = Figure(figsize=(1.35 * len(steps) + 0.3, 1.35 * len(names) + 0.25), layout=_tight_layout())
     panels = figure.subplots(len(names), len(steps), squeeze=False)
     for row, name in zip(panels, names, strict=True):
         for panel, step in zip(row, steps, strict=True):
-            _strip(panel)
+            _hide_axes(panel)
             level = history[step].get(name, {})
             if "reconstructed" in level:
                 low, high = grey_range(level["original"])
@@ -220,11 +220,11 @@ def history_image(history: Mapping[int, Mapping[str, Group]]) -> str:
     return film(figure, "Reconstructions over training, middle axial slices")
 
 
-def _tight() -> ConstrainedLayoutEngine:
+def _tight_layout() -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
 
 
-def _strip(panel: Axes) -> None:
+def _hide_axes(panel: Axes) -> None:
     panel.set(xticks=[], yticks=[], facecolor=FILM)
     panel.spines[:].set_visible(False)
 
@@ -244,5 +244,5 @@ def read_training_images(path: Path) -> dict[str, dict[str, npt.NDArray[Any]]]:
                 if volume.ndim == 3:
                     groups.setdefault(name or kind, {})[kind] = volume
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: these pictures cannot be read ({error}).") from error
+        raise DataError(f"{path}: these images cannot be read ({error}).") from error
     return groups

@@ -1,4 +1,4 @@
-"""Which trackers a run tells of its progress."""
+"""Which trackers show a run."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ class Tracking:
     """Trackers beside ``metrics.jsonl``, which is always written.
 
     Attributes:
-        tensorboard: write events for TensorBoard to OUT/tensorboard.
-        wandb: project at Weights & Biases.
+        tensorboard: Whether events for TensorBoard are written to OUT/tensorboard.
+        wandb: Name of a project at Weights & Biases.
         mlflow: URI of an MLflow server or database, or a folder.
+
     Raises:
-        ConfigError: for a value that cannot work.
+        ConfigError: A name is empty, or the URI holds a password.
     """
 
     tensorboard: bool = False
@@ -38,7 +39,7 @@ class Tracking:
         """Refuse trackers whose package is missing, before any work.
 
         Raises:
-            ConfigError: with the command that installs it.
+            ConfigError: A package is missing. The message has the command that installs it.
         """
         for name in ("tensorboard", "wandb", "mlflow"):
             if getattr(self, name) and importlib.util.find_spec(name) is None:

@@ -1,15 +1,14 @@
-"""A run folder whose metrics and pictures go to trackers too."""
+"""A run folder whose metrics and images go to trackers too."""
 
 import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -20,10 +19,10 @@ from mim3d.tracking.mlflow import MLflow
 from mim3d.tracking.settings import Tracking
 from mim3d.tracking.slices import middle_slices
 from mim3d.tracking.tensorboard import TensorBoard
-from mim3d.tracking.tracker import Beginning, Tracker
+from mim3d.tracking.tracker import SessionInfo, Tracker
 from mim3d.tracking.wandb import WeightsAndBiases
 
-#: File of a run folder: tracker -> where its run lies and by which id, to go on with it.
+#: File of a run folder: for every tracker the target it wrote to and the id by which it continues there.
 IDS_NAME = "tracking.json"
 
 _FOLD = re.compile(r"fold_\d+")
@@ -31,23 +30,30 @@ _FOLD = re.compile(r"fold_\d+")
 
 @dataclass(frozen=True)
 class TrackedRun(Run):
-    """What the training loop takes for its run; a context manager around the training.
+    """The run of a training loop with its trackers; a context manager around the training.
 
     A tracker that fails costs a warning, never the run: nothing more is sent to it in this session, while
     ``metrics.jsonl`` has everything.
 
     Attributes:
-        trackers: those that have not failed.
+        trackers: The trackers that have not failed.
     """
 
     trackers: list[Tracker] = field(default_factory=list)
     _started: list[Tracker] = field(default_factory=list, init=False)
-    _without_pictures: set[str] = field(default_factory=set, init=False)
+    _without_images: set[str] = field(default_factory=set, init=False)
 
     @classmethod
     def of(cls, run: Run, tracking: Tracking) -> Self:
-        """The run, with the trackers that the settings ask for; only the first process has any."""
-        return cls(run.path, run.command, run.writes, trackers_of(tracking) if run.writes else [])
+        """The run with the trackers that the settings ask for; only the first process has any."""
+        trackers: list[Tracker] = []
+        if run.writes and tracking.tensorboard:
+            trackers.append(TensorBoard())
+        if run.writes and tracking.wandb is not None:
+            trackers.append(WeightsAndBiases(tracking.wandb))
+        if run.writes and tracking.mlflow is not None:
+            trackers.append(MLflow(tracking.mlflow))
+        return cls(run.path, run.command, run.writes, trackers)
 
     def __enter__(self) -> Self:
         return self
@@ -58,40 +64,46 @@ class TrackedRun(Run):
         self._finish(failed=error is not None)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop what was written after ``step``, and begin (again) from there at every tracker."""
+        """Drop what was written after a step, and start (again) from there at every tracker."""
         super().cut_metrics(step)
         self._finish(failed=False)
         for tracker in list(self.trackers):
             self._attempt(tracker, partial(self._start, tracker, step))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line of metrics, and tell the trackers the finite ones."""
+        """Append one line of metrics, and send the finite ones to the trackers."""
         super().log(step, values)
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         for tracker in list(self._started if finite else []):
             self._attempt(tracker, partial(tracker.log, step, finite))
 
     def save_pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Write volumes by name, and show their middle slices at the trackers."""
+        """Write volumes by name, and send their middle slices to the trackers."""
         super().save_pictures(step, pictures)
-        receivers = [tracker for tracker in self._started if tracker.name not in self._without_pictures]
+        receivers = [tracker for tracker in self._started if tracker.name not in self._without_images]
         if receivers:
             images = {f"pictures/{name}": image for name, image in middle_slices(pictures).items()}
             for tracker in receivers:
-                self._attempt(tracker, partial(tracker.pictures, step, images), pictures=True)
+                self._attempt(tracker, partial(tracker.log_images, step, images), images=True)
 
     def _start(self, tracker: Tracker, step: int) -> None:
-        ids = _read_ids(self.path / IDS_NAME)
+        try:
+            ids = json.loads((self.path / IDS_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            ids = {}
+        # A damaged file of ids costs no more than a new run at the tracker.
+        ids = ids if isinstance(ids, dict) else {}
         known = ids.get(tracker.name, {})
-        same = known.get("target") == tracker.target
-        beginning = Beginning(
-            name=_name_of(self.path),
+        parts = self.path.absolute().parts
+        session = SessionInfo(
+            # A fold goes by the name of the folder around it, too.
+            name="/".join(parts[-2:]) if _FOLD.fullmatch(parts[-1]) else parts[-1],
             folder=self.path,
             settings=flat(read_yaml(self.config_path)),
             step=step,
-            known_id=known.get("id") if same else None,
+            known_id=known.get("id") if known.get("target") == tracker.target else None,
         )
-        run_id = tracker.start(beginning)
+        run_id = tracker.start(session)
         self._started.append(tracker)
         if run_id is not None:
             ids[tracker.name] = {"target": tracker.target, "id": run_id}
@@ -102,45 +114,20 @@ class TrackedRun(Run):
             self._attempt(tracker, partial(tracker.finish, failed=failed))
         self._started.clear()
 
-    def _attempt(self, tracker: Tracker, act: Callable[[], None], *, pictures: bool = False) -> None:
-        """Do something at a tracker; a failure is told once, and ends what failed."""
+    def _attempt(self, tracker: Tracker, action: Callable[[], None], *, images: bool = False) -> None:
+        """Do something at a tracker. A failure is a single warning, and ends what failed: its images, or all of it."""
         try:
-            act()
-        except Exception as error:  # Whatever the package, the network or the disk has come to.
+            action()
+        except Exception as error:  # Whatever the package, the network or the disk raises.
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            lost = "shows no more pictures" if pictures else "is left out from here on"
+            lost = "shows no more images" if images else "is left out from here on"
             warnings.warn(
                 f"tracking.{tracker.name} failed ({reason}) and {lost}; training goes on, and "
                 f"{self.metrics_path} has every number.",
                 stacklevel=3,
             )
-            if pictures:
-                self._without_pictures.add(tracker.name)
+            if images:
+                self._without_images.add(tracker.name)
                 return
             self.trackers[:] = [other for other in self.trackers if other is not tracker]
             self._started[:] = [other for other in self._started if other is not tracker]
-
-
-def trackers_of(tracking: Tracking) -> list[Tracker]:
-    """The trackers that the settings ask for; none is started."""
-    trackers: list[Tracker] = [TensorBoard()] if tracking.tensorboard else []
-    if tracking.wandb is not None:
-        trackers.append(WeightsAndBiases(tracking.wandb))
-    if tracking.mlflow is not None:
-        trackers.append(MLflow(tracking.mlflow))
-    return trackers
-
-
-def _read_ids(path: Path) -> dict[str, Any]:
-    """The ids of earlier sessions; none where the file was damaged, which costs no more than a new run there."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _name_of(folder: Path) -> str:
-    """Name of the run's folder; a fold goes by that of the folder around it, too."""
-    parts: Sequence[str] = folder.absolute().parts
-    return "/".join(parts[-2:]) if _FOLD.fullmatch(parts[-1]) else parts[-1]

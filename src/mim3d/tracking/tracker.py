@@ -1,4 +1,4 @@
-"""What every tracker does: begin, take numbers and images by step, and end."""
+"""What every tracker does: start a session, log numbers and images by step, and finish."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ Images = Mapping[str, npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What a tracker is told when a session of training begins.
+class SessionInfo:
+    """What a tracker receives when a session of training starts.
 
     Attributes:
-        name: of the run.
-        folder: of the run.
-        settings: of the run by dotted name.
-        step: last step done in earlier sessions; 0 for none. What a tracker has heard of later ones is void.
-        known_id: what :meth:`Tracker.start` gave in an earlier session; None the first time.
+        name: Name of the run.
+        folder: Folder of the run.
+        settings: Settings of the run by dotted name.
+        step: Last step of earlier sessions, or 0 in a new run. What a tracker holds of later steps is void.
+        known_id: What :meth:`Tracker.start` returned in an earlier session, or None the first time.
     """
 
     name: str
@@ -32,30 +32,34 @@ class Beginning:
 
 
 class Tracker(Protocol):
-    """One place that shows runs; any of its methods may raise what its package raises."""
+    """One place that shows runs. Any of its methods may raise whatever its package raises."""
 
     @property
     def name(self) -> str:
-        """The setting that asks for it."""
+        """The setting that switches the tracker on."""
         ...
 
     @property
     def target(self) -> str:
-        """Where it writes to; with another one, a resumed run is a new one there."""
+        """Where the tracker writes to. A run resumed with another target is a new run there."""
         ...
 
-    def start(self, beginning: Beginning) -> str | None:
-        """Begin, or go on with the run ``known_id``; returns the id to go on with."""
+    def start(self, session: SessionInfo) -> str | None:
+        """Start a run, or continue the run ``known_id``.
+
+        Returns:
+            The id by which a later session can continue the run, or None where none is needed.
+        """
         ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take finite numbers."""
+        """Log finite numbers by name."""
         ...
 
-    def pictures(self, step: int, images: Images) -> None:
-        """Take images."""
+    def log_images(self, step: int, images: Images) -> None:
+        """Log images by name."""
         ...
 
     def finish(self, *, failed: bool) -> None:
-        """Send what is left, and end."""
+        """Send what is left, and close the run as finished or failed."""
         ...

@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mim3d.tracking.tracker import Beginning, Images
+from mim3d.tracking.tracker import Images, SessionInfo
 
-_PATIENCE_S = 30
+_INIT_TIMEOUT_S = 30
 
 
 class WeightsAndBiases:
-    """A run of a project; a resumed one goes on under the same id.
+    """A run of a project; a resumed run continues under the same id.
 
     Args:
-        project: its name.
+        project: Name of the project.
     """
 
     name = "wandb"
@@ -21,19 +21,19 @@ class WeightsAndBiases:
         self.target = project
         self._run: Any = None
 
-    def start(self, beginning: Beginning) -> str | None:
-        """Begin or go on; returns the run's id."""
+    def start(self, session: SessionInfo) -> str | None:
+        """Start or continue the run, and return its id."""
         import wandb
 
         self._run = wandb.init(
             project=self.target,
-            name=beginning.name,
-            id=beginning.known_id,
-            resume=None if beginning.known_id is None else "allow",
-            dir=str(beginning.folder),
-            config=dict(beginning.settings),
+            name=session.name,
+            id=session.known_id,
+            resume=None if session.known_id is None else "allow",
+            dir=str(session.folder),
+            config=dict(session.settings),
             # The command's own output is no concern of the tracker's; without network, training waits no longer.
-            settings=wandb.Settings(console="off", init_timeout=_PATIENCE_S),
+            settings=wandb.Settings(console="off", init_timeout=_INIT_TIMEOUT_S),
         )
         # Not W&B's own counter: it never goes back, so that it would drop what is logged again after a resume.
         self._run.define_metric("*", step_metric="step")
@@ -43,12 +43,12 @@ class WeightsAndBiases:
         """Send numbers."""
         self._run.log({"step": step, **values})
 
-    def pictures(self, step: int, images: Images) -> None:
+    def log_images(self, step: int, images: Images) -> None:
         """Send images."""
         import wandb
 
         self._run.log({"step": step, **{name: wandb.Image(image) for name, image in images.items()}})
 
     def finish(self, *, failed: bool) -> None:
-        """Wait until everything is sent."""
+        """Wait until everything is sent, and close the run."""
         self._run.finish(exit_code=int(failed))
