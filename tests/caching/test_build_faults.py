@@ -142,7 +142,7 @@ def test_a_scan_that_fails_while_it_is_stored_is_left_out(whole, tmp_path, monke
     def fail(*args):
         raise error
 
-    monkeypatch.setattr("mim3d.caching.case.write_label", fail)
+    monkeypatch.setattr("mim3d.caching.case.write_array", fail)
     with pytest.raises(DataError, match=r"none of 6 .*c0\.nii\.gz: " + re.escape(reason)):
         built(whole[0], tmp_path / "cache")
     assert os.listdir(tmp_path / "cache" / "cases") == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mim3d.caching.cache import build_cache, is_cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing, prepare
-from mim3d.caching.pyramid import levels_of
+from mim3d.caching.stored_voxels import levels_of
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import read_cases, split_cases
 from tests.nifti import affine_of, noise, write_nifti

@@ -19,8 +19,9 @@ import google_crc32c, nibabel, numcodecs, scipy.ndimage, SimpleITK
 from mim3d.datasets.records import Case
 from mim3d.caching.foreground import class_counts_of, class_locations_of
 from mim3d.caching.preprocessing import Preprocessing, prepare
-from mim3d.caching.store import write_image, write_label
-from mim3d.caching.stored_intensity import to_stored
+from mim3d.caching.shards import write_array
+from mim3d.caching.stored_voxels import write_image
+from mim3d.caching.stored_voxels import to_stored
 from mim3d.core.resources import peak_memory_bytes
 
 image, label, out, intensities, spacing_mm = json.loads(sys.argv[1])
@@ -30,7 +31,7 @@ prepared = prepare(case, Preprocessing(spacing_mm=spacing_mm and tuple(spacing_m
 stored, lines = to_stored(prepared.image, prepared.statistics, intensities, (-1000.0, 1000.0))
 write_image(out + "/image", stored, lines, 3)
 if label:
-    write_label(out + "/label", prepared.label)
+    write_array(out + "/label", prepared.label)
     class_locations_of(prepared.label, class_counts_of(prepared.label))
 print(json.dumps([before, peak_memory_bytes()]))
 """

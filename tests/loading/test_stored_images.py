@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning_fabric.utilities.apply_func import move_data_to_device
 
-from mim3d.caching.stored_intensity import INTEGER_TYPES, StoredIntensity
+from mim3d.caching.stored_voxels import INTEGER_TYPES, StoredIntensity
 from mim3d.loading.stored_images import Crops, StoredImages, pack
 from mim3d.scans.intensity import Intensity
 from tests.array_scans import statistics_of

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mim3d.caching import layout
-from mim3d.caching.array_bytes import ByteSource, open_bytes
 from mim3d.caching.case import Outcome, Recipe
 from mim3d.caching.dask_workers import build_cases_on, require_scheduler
 from mim3d.caching.digests import Memo
+from mim3d.caching.layout import ByteSource, open_bytes
 from mim3d.caching.manifest import held_ids, row_of, write_manifest
 from mim3d.caching.packs import PackedCase, cases_in, find_packed, pack_plan, size_of, write_pack
 from mim3d.caching.preprocessing import Preprocessing

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.array_bytes import ByteSource
 from mim3d.caching.fingerprints import fingerprint_of
 from mim3d.caching.foreground import Statistics
+from mim3d.caching.layout import ByteSource
 from mim3d.caching.preprocessing import Prepared
 from mim3d.caching.scan import CachedScan
-from mim3d.caching.shard_reader import BLOCK
-from mim3d.caching.stored_intensity import StoredIntensity
+from mim3d.caching.shards import BLOCK
+from mim3d.caching.stored_voxels import StoredIntensity
 from mim3d.datasets.records import Case
 
 Card = dict[str, Any]

@@ -15,8 +15,8 @@ from mim3d.caching.cards import Card, card_of
 from mim3d.caching.digests import Memo, digest_files, require_unchanged, source_files
 from mim3d.caching.foreground import class_counts_of, class_locations_of
 from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
-from mim3d.caching.store import write_group, write_image, write_label
-from mim3d.caching.stored_intensity import to_stored
+from mim3d.caching.shards import write_array, write_group
+from mim3d.caching.stored_voxels import to_stored, write_image
 from mim3d.core.errors import DataError
 from mim3d.datasets.records import Case
 from mim3d.scans.grids import split_channel
@@ -159,7 +159,7 @@ def _write_case(folder: str, prepared: Prepared, card: Card, recipe: Recipe) -> 
         card |= card_of(prepared, lines, stored.dtype, settings.num_levels) | {"num_voxels": []}
         del stored
         if prepared.label is not None:
-            write_label(os.path.join(scratch, layout.LABEL), prepared.label)
+            write_array(os.path.join(scratch, layout.LABEL), prepared.label)
             counts = class_counts_of(prepared.label)
             places = class_locations_of(prepared.label, counts)
             np.savez_compressed(os.path.join(scratch, layout.LOCATIONS), rows=places.T.copy())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.shard_reader import BLOCK
+from mim3d.caching.shards import BLOCK
 from mim3d.core.types import Triple
 
 HU_BELOW = -200.0

@@ -11,9 +11,9 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from mim3d.caching import layout
-from mim3d.caching.array_bytes import ByteSource
 from mim3d.caching.cards import scan_of
 from mim3d.caching.foreground import Statistics
+from mim3d.caching.layout import ByteSource
 from mim3d.caching.packs import PackedCase
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DataError

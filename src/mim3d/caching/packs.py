@@ -17,8 +17,8 @@ import zipfile
 from collections.abc import Iterator, Mapping
 
 from mim3d.caching import layout
-from mim3d.caching.array_bytes import ArrayBytes, ByteSource, FileRange, open_bytes
-from mim3d.caching.shard_reader import METADATA
+from mim3d.caching.layout import ArrayBytes, ByteSource, FileRange, open_bytes
+from mim3d.caching.shards import METADATA
 
 #: The earliest time that ZIP knows.
 _TIME = (1980, 1, 1, 0, 0, 0)

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.caching import layout
-from mim3d.caching.array_bytes import ByteSource, open_bytes
 from mim3d.caching.foreground import Statistics
-from mim3d.caching.pyramid import level_shapes
-from mim3d.caching.shard_reader import BLOCK, ShardedArray
-from mim3d.caching.stored_intensity import StoredIntensity
+from mim3d.caching.layout import ByteSource, open_bytes
+from mim3d.caching.shards import BLOCK, ShardedArray
+from mim3d.caching.stored_voxels import StoredIntensity, level_shapes
 from mim3d.core.errors import DamagedError, DataError
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.records import Case

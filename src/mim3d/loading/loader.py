@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mim3d.caching.cache import CachedScan
-from mim3d.caching.pyramid import reduction_of
+from mim3d.caching.stored_voxels import reduction_of
 from mim3d.core.errors import DamagedError, DataError
 from mim3d.core.types import Triple
 from mim3d.loading.reading_processes import Filled

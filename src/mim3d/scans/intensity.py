@@ -11,7 +11,7 @@ from mim3d.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mim3d.caching.preprocessing import Statistics
-    from mim3d.caching.stored_intensity import StoredIntensity
+    from mim3d.caching.stored_voxels import StoredIntensity
 
 #: Clipping range of CT pre-training, HU.
 CT_WINDOW_HU = (-1000.0, 1000.0)

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from mim3d.caching.cache import CachedScan
-from mim3d.caching.pyramid import reduction_of
+from mim3d.caching.stored_voxels import reduction_of
 from mim3d.core.types import Triple
 from mim3d.loading.loader import Read, Sample
 from mim3d.methods.mim.hierarchy import DrawnLevel, Geometry, Hierarchy

@@ -12,12 +12,10 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim3d.caching import shard_reader
-from mim3d.caching.array_bytes import FileRange
-from mim3d.caching.pyramid import levels_of
-from mim3d.caching.shard_reader import ShardedArray
-from mim3d.caching.store import write_image, write_label
-from mim3d.caching.stored_intensity import StoredIntensity
+from mim3d.caching import shards
+from mim3d.caching.layout import FileRange
+from mim3d.caching.shards import ShardedArray, write_array
+from mim3d.caching.stored_voxels import StoredIntensity, levels_of, write_image
 from mim3d.core.errors import DataError
 
 LINE = StoredIntensity(0.5, -3.0)
@@ -62,7 +60,7 @@ def test_zarr_opens_every_level_and_reads_the_same_voxels(tmp_path, dtype):
 
 def test_zarr_opens_a_label_map(tmp_path):
     label = noise((40, 35, 9), np.uint16)
-    write_label(str(tmp_path / "label"), label)
+    write_array(str(tmp_path / "label"), label)
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "label", mode="r")[...], label)
     array = ShardedArray(str(tmp_path), "label")
     np.testing.assert_array_equal(crop_of(array, (3, 4, 5), (30, 30, 4)), label[3:33, 4:34, 5:9])
@@ -83,8 +81,8 @@ def test_any_crop_is_the_arrays_own(written, data, gap):
     size = [data.draw(st.integers(1, length - first)) for first, length in zip(start, image.shape, strict=True)]
     expected = image[tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_reader, "MAX_GAP_BYTES", gap)
-        patch.setattr(shard_reader, "MAX_READ_BYTES", max(gap, 1))
+        patch.setattr(shards, "MAX_GAP_BYTES", gap)
+        patch.setattr(shards, "MAX_READ_BYTES", max(gap, 1))
         np.testing.assert_array_equal(crop_of(array, start, size), expected)
 
 
@@ -105,7 +103,7 @@ def test_neighbouring_blocks_are_read_at_once_and_distant_ones_are_not(written, 
     crop_of(array, (0, 32, 0, 0), (1, 32, 32, 100))
     assert len(reads) == 1
     reads.clear()
-    monkeypatch.setattr(shard_reader, "MAX_GAP_BYTES", 1000)
+    monkeypatch.setattr(shards, "MAX_GAP_BYTES", 1000)
     crop_of(array, (0, 0, 0, 64), (2, 70, 10, 30))
     assert len(reads) == 6
 

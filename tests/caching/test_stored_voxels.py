@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from mim3d.caching import pyramid, stored_intensity
+from mim3d.caching import stored_voxels
 from mim3d.caching.foreground import statistics_of, threshold_of
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.caching.pyramid import halved, level_shapes, levels_of, reduction_of
-from mim3d.caching.stored_intensity import StoredIntensity, to_stored
+from mim3d.caching.stored_voxels import StoredIntensity, halved, level_shapes, levels_of, reduction_of, to_stored
 from mim3d.core.errors import ConfigError
 
 WINDOW = (-1000.0, 1000.0)
@@ -29,8 +28,7 @@ def ct(shape=(1, 30, 20, 10), dtype=np.int16):
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch):
     """Many slabs per scan, the last one smaller."""
-    monkeypatch.setattr(stored_intensity, "_SLAB_VOXELS", 1500)
-    monkeypatch.setattr(pyramid, "_SLAB_VOXELS", 1500)
+    monkeypatch.setattr(stored_voxels, "_SLAB_VOXELS", 1500)
 
 
 @pytest.mark.parametrize(

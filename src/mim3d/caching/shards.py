@@ -1,14 +1,18 @@
-"""Reading the cache's arrays: a crop of a sharded zarr (version 3) array in a few reads, straight from its file.
+"""The arrays of a cache: sharded zarr (version 3) arrays of one shard each, whose blocks are compressed one by one.
 
-The blocks that a crop touches are looked up in the shard's index; those that lie close together in the file are read
-at once; each is held against its checksum and unpacked into its place. zarr-python reads the same arrays, several times
-slower: it plans, locks and copies per block.
+A block holds 32 voxels a side of one channel: all blocks have one size whatever the number of channels, and each holds
+one kind of values, which compress better than several side by side. Blocks of zeros alone are not stored.
 
-Safe in threads, forked and spawned processes: an array holds no file and no position in one.
+Any zarr library opens the arrays. mim3d reads a crop in a few reads, straight from the file: the blocks that the crop
+touches are looked up in the shard's index, those that lie close together are read at once, and each is compared with
+its checksum and unpacked into its place. zarr-python is several times slower: it plans, locks and copies per block.
+
+Reading is safe in threads, forked and spawned processes: an array holds no open file and no position in one.
 """
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.array_bytes import ArrayBytes, ByteSource, forget_open_files, open_bytes
+from mim3d.caching.layout import ArrayBytes, ByteSource, forget_open_files, open_bytes
 from mim3d.core.errors import DamagedError
 
 #: Edge of a block along X, Y and Z.
 BLOCK = 32
 
-#: Blocks with at most so many bytes between them are read at once: reading them costs less than another access.
+#: Blocks with at most this many bytes between them are read at once: reading them costs less than another access.
 MAX_GAP_BYTES = 128 * 1024
 
 #: One read is at most about this long, so that reading a whole scan does not hold it twice.
@@ -45,15 +49,24 @@ _MAX_METADATA_BYTES = 2**20
 _ABSENT = np.iinfo(np.uint64).max
 _TYPES = {name: np.dtype(name).newbyteorder("<") for name in ("uint8", "int16", "uint16", "int32", "uint32")}
 
+#: First voxel along each axis, and the array that is to be filled from there on.
+ArrayCrop = tuple[Sequence[int], npt.NDArray[Any]]
+
+#: Offset and length of a stored block in the shard.
+_Entry = tuple[int, int]
+
+#: Where a block's voxels go in a crop, and which of the block they are: one slice per axis each.
+_Place = tuple[tuple[slice, ...], tuple[slice, ...]]
+
 
 @dataclass(frozen=True)
-class Layout:
+class ArrayLayout:
     """Shape and type of an array, from which everything else about it follows.
 
     Attributes:
-        shape: ``(X, Y, Z)``, or ``(C, X, Y, Z)`` with blocks of one channel each.
-        type_name: of its voxels, an integer type.
-        fill_value: what stands in blocks that are not stored.
+        shape: Voxels as ``(X, Y, Z)``, or as ``(C, X, Y, Z)`` with blocks of one channel each.
+        type_name: Name of the integer type of its voxels.
+        fill_value: Value of the voxels in blocks that are not stored.
     """
 
     shape: tuple[int, ...]
@@ -72,7 +85,7 @@ class Layout:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Blocks along each axis."""
+        """Number of blocks along each axis."""
         return tuple(-(-size // edge) for size, edge in zip(self.shape, self.block, strict=True))
 
     @property
@@ -82,7 +95,7 @@ class Layout:
 
     @property
     def index_bytes(self) -> int:
-        """Size of the shard's index: place and length of every block, and a checksum."""
+        """Size of the shard's index: offset and length of every block, and a checksum."""
         return math.prod(self.grid) * 16 + CHECKSUM_BYTES
 
     @property
@@ -90,18 +103,18 @@ class Layout:
         """Name of the only shard below the array's folder."""
         return "/".join(["c", *["0"] * len(self.shape)])
 
-    def described(self, blosc: dict[str, Any]) -> dict[str, Any]:
-        """The array's metadata, with the configuration of its compressor.
+    def metadata(self, blosc: dict[str, Any]) -> dict[str, Any]:
+        """The array's zarr metadata, with the configuration of its compressor.
 
-        Everything that decides how a crop is read is compared with this, so that what is read is what was written.
+        The metadata of an array that is read is compared with this, in everything that decides how a crop is read.
         """
-        wide: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+        endian: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
         shard = [count * edge for count, edge in zip(self.grid, self.block, strict=True)]
-        inner = [wide if self.dtype.itemsize > 1 else {"name": "bytes"}, {"name": "blosc", "configuration": blosc}]
+        inner = [endian if self.dtype.itemsize > 1 else {"name": "bytes"}, {"name": "blosc", "configuration": blosc}]
         sharding = {
             "chunk_shape": list(self.block),
             "codecs": [*inner, {"name": "crc32c"}],
-            "index_codecs": [wide, {"name": "crc32c"}],
+            "index_codecs": [endian, {"name": "crc32c"}],
             "index_location": "end",
         }
         return {
@@ -117,24 +130,95 @@ class Layout:
         }
 
 
+def write_group(path: str, attributes: dict[str, Any]) -> None:
+    """Make a folder a zarr group.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    os.makedirs(path, exist_ok=True)
+    _write_metadata(path, {"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def write_array(path: str, array: npt.NDArray[Any], *, fast: bool = False) -> None:
+    """Store integers as one array of one shard.
+
+    Args:
+        path: Folder of the array.
+        array: Voxels as ``(X, Y, Z)`` or ``(C, X, Y, Z)``.
+        fast: Compress with LZ4 after a shuffle of bits, which is the fastest to unpack and does well for noise in 8
+            bits. Otherwise Zstandard after a shuffle of bytes, which makes anything else much smaller.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    from numcodecs import Blosc
+
+    itemsize = array.dtype.itemsize
+    shuffles = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
+    cname, clevel, shuffle = (
+        ("lz4", 9, "bitshuffle") if fast else ("zstd", 3, "shuffle" if itemsize > 1 else "noshuffle")
+    )
+    layout = ArrayLayout(array.shape, array.dtype.name)
+    shard = os.path.join(path, *layout.shard_name.split("/"))
+    os.makedirs(os.path.dirname(shard))
+    blosc = {"typesize": itemsize, "cname": cname, "clevel": clevel, "shuffle": shuffle, "blocksize": 0}
+    _write_metadata(path, layout.metadata(blosc))
+    codec = Blosc(cname, clevel, shuffles[shuffle], 0)
+    index = np.full((*layout.grid, 2), _ABSENT, dtype="<u8")
+    position = 0
+    with open(shard, "wb") as file:
+        for place in product(*(range(count) for count in layout.grid)):
+            block = _block(array, layout, place)
+            if not block.any():
+                continue
+            packed = _with_checksum(codec.encode(block))
+            file.write(packed)
+            index[place] = position, len(packed)
+            position += len(packed)
+        file.write(_with_checksum(index.tobytes()))
+
+
+def _write_metadata(path: str, content: dict[str, Any]) -> None:
+    with open(os.path.join(path, METADATA), "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+
+
+def _block(array: npt.NDArray[Any], layout: ArrayLayout, place: tuple[int, ...]) -> npt.NDArray[Any]:
+    """One block, filled up with zeros where it reaches over the edge."""
+    slices = tuple(slice(n * edge, (n + 1) * edge) for n, edge in zip(place, layout.block, strict=True))
+    part = array[slices]
+    if part.shape == layout.block:
+        return np.ascontiguousarray(part, dtype=layout.dtype)
+    block = np.zeros(layout.block, dtype=layout.dtype)
+    block[tuple(slice(0, length) for length in part.shape)] = part
+    return block
+
+
+def _with_checksum(data: bytes) -> bytes:
+    import google_crc32c
+
+    return data + int(google_crc32c.value(data)).to_bytes(CHECKSUM_BYTES, "little")
+
+
 @dataclass(frozen=True)
 class ShardedArray:
-    """One array of a case; opened at the first read, cheap to pickle.
+    """One array of a case to read from; opened at the first read, cheap to pickle.
 
     Attributes:
-        source: where the case lies.
-        name: the array's folder inside it.
+        source: Where the files of the case lie.
+        name: Folder of the array inside the case.
     """
 
     source: ByteSource
     name: str
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ArrayLayout:
         """Shape and type.
 
         Raises:
-            DamagedError: Missing, damaged, or not of the kind that the cache writes.
+            DamagedError: The metadata are missing, damaged, or not of the kind that the cache writes.
         """
         try:
             return _layout_of(open_bytes(self.source, f"{self.name}/{METADATA}"))
@@ -150,19 +234,19 @@ class ShardedArray:
         """Fill one crop, see ``read_crops``.
 
         Raises:
-            DamagedError: Missing or damaged.
+            DamagedError: The array is missing or damaged.
         """
         self.read_crops([(start, out)])
 
-    def read_crops(self, crops: Sequence["Crop"]) -> None:
-        """Fill crops, all of whose voxels must lie inside the array. What several of them share is read once.
+    def read_crops(self, crops: Sequence[ArrayCrop]) -> None:
+        """Fill crops, all of whose voxels must lie inside the array. Blocks that several of them share are read once.
 
         Args:
-            crops: First voxel along each axis of the array, and what to fill: of as many axes and of the array's type,
-                may be a view.
+            crops: First voxel along each axis of the array, and the array to fill. That has as many axes, is of the
+                same type, and may be a view.
 
         Raises:
-            DamagedError: Missing or damaged.
+            DamagedError: The array is missing or damaged.
         """
         layout = self.layout
         try:
@@ -172,9 +256,9 @@ class ShardedArray:
             raise self._damage(layout.shard_name, error) from error
 
     def will_need(self, boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-        """Let the disk begin with what is to be read soon, where the system can; nothing is waited for.
+        """Let the disk begin with what is read soon, where the system can; nothing is waited for.
 
-        What is missing or damaged is told when it is read.
+        An array that is missing or damaged raises an error only when it is read.
 
         Args:
             boxes: First voxel and number of voxels along each axis.
@@ -183,7 +267,7 @@ class ShardedArray:
             layout = self.layout
             shard = open_bytes(self.source, f"{self.name}/{layout.shard_name}")
             index = _index_of(shard, layout)
-            entries = {entry for box in boxes for entry in _stored_blocks(layout, index, *box)}
+            entries = {entry for box in boxes for entry in _entries(index, _touched(layout, *box)[0]) if entry[1] >= 0}
             for first, last, _ in _runs(entries):
                 shard.will_need(first, last - first)
         except (OSError, ValueError, DamagedError):
@@ -196,7 +280,7 @@ class ShardedArray:
             return f"{self.name}/{name}"
 
     def _damage(self, name: str, error: Exception) -> DamagedError:
-        # Once the file was replaced, this process shall see the new one.
+        # Once the file has been replaced, this process must see the new one.
         for remembered in (_layout_of, _index_of):
             remembered.cache_clear()
         forget_open_files()
@@ -208,11 +292,11 @@ class ShardedArray:
 
 
 class _OtherKind(Exception):
-    """An array that is sound, but not one of ours."""
+    """An array that is sound, but not of the kind that the cache writes."""
 
 
 @lru_cache(maxsize=_MAX_REMEMBERED)
-def _layout_of(metadata: ArrayBytes) -> Layout:
+def _layout_of(metadata: ArrayBytes) -> ArrayLayout:
     size = metadata.size
     if size > _MAX_METADATA_BYTES:
         raise ValueError(f"{size} bytes of metadata")
@@ -227,8 +311,8 @@ def _layout_of(metadata: ArrayBytes) -> Layout:
     limits = np.iinfo(_TYPES[type_name])
     if type(fill_value) is not int or not limits.min <= fill_value <= limits.max:
         raise ValueError(f"fill_value {fill_value!r}")
-    layout = Layout(shape, type_name, fill_value)
-    wanted = layout.described(_blosc_of(found["codecs"]))
+    layout = ArrayLayout(shape, type_name, fill_value)
+    wanted = layout.metadata(_blosc_of(found["codecs"]))
     for key in ("chunk_grid", "chunk_key_encoding", "codecs"):
         if found[key] != wanted[key]:
             raise _OtherKind(f"{key} {json.dumps(found[key])}")
@@ -238,7 +322,7 @@ def _layout_of(metadata: ArrayBytes) -> Layout:
 
 
 def _blosc_of(codecs: Any) -> dict[str, Any]:
-    """Configuration of the compressor; a block says itself how to unpack it, so any will do."""
+    """Configuration of the compressor. Any will do, as each block says itself how it is unpacked."""
     try:
         found = codecs[0]["configuration"]["codecs"][1]
         return dict(found["configuration"]) if found["name"] == "blosc" else {}
@@ -247,8 +331,8 @@ def _blosc_of(codecs: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=_MAX_REMEMBERED)
-def _index_of(shard: ArrayBytes, layout: Layout) -> npt.NDArray[np.int64]:
-    """Place and length of every block, ``(*grid, 2)``; a length of -1 for blocks that are not stored."""
+def _index_of(shard: ArrayBytes, layout: ArrayLayout) -> npt.NDArray[np.int64]:
+    """Offset and length of every block, ``(*grid, 2)``; a length of -1 for blocks that are not stored."""
     end = shard.size - layout.index_bytes
     if end < 0:
         raise ValueError(f"{shard.size} bytes, too few for the index of its {math.prod(layout.grid)} blocks")
@@ -276,17 +360,9 @@ def _is_sound(data: bytes) -> bool:
     return bool(google_crc32c.value(data[:-CHECKSUM_BYTES]) == expected)
 
 
-#: First voxel along each axis, and what is to be filled from there on.
-Crop = tuple[Sequence[int], npt.NDArray[Any]]
-
-#: Offset and length of a stored block.
-_Entry = tuple[int, int]
-
-#: Where a block's voxels go in a crop, and which of the block they are: one slice per axis each.
-_Place = tuple[tuple[slice, ...], tuple[slice, ...]]
-
-
-def _read_crops(shard: ArrayBytes, layout: Layout, index: npt.NDArray[np.int64], crops: Sequence[Crop]) -> None:
+def _read_crops(
+    shard: ArrayBytes, layout: ArrayLayout, index: npt.NDArray[np.int64], crops: Sequence[ArrayCrop]
+) -> None:
     places: dict[_Entry, list[tuple[npt.NDArray[Any], tuple[slice, ...]]]] = defaultdict(list)
     for start, out in crops:
         blocks, in_crop = _touched(layout, start, out.shape)
@@ -318,14 +394,7 @@ def _entries(index: npt.NDArray[np.int64], blocks: tuple[slice, ...]) -> list[_E
     return [(offset, length) for offset, length in index[blocks].reshape(-1, 2).tolist()]
 
 
-def _stored_blocks(
-    layout: Layout, index: npt.NDArray[np.int64], start: Sequence[int], size: Sequence[int]
-) -> list[_Entry]:
-    """The blocks of a box that are stored."""
-    return [entry for entry in _entries(index, _touched(layout, start, size)[0]) if entry[1] >= 0]
-
-
-def _touched(layout: Layout, start: Sequence[int], size: Sequence[int]) -> tuple[tuple[slice, ...], list[_Place]]:
+def _touched(layout: ArrayLayout, start: Sequence[int], size: Sequence[int]) -> tuple[tuple[slice, ...], list[_Place]]:
     """The blocks that a crop touches, as slices of the index, and the place of each in the order of the index."""
     blocks, targets, sources = [], [], []
     for first, length, edge in zip(start, size, layout.block, strict=True):

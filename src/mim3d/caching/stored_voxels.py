@@ -1,0 +1,207 @@
+"""The voxels that a cache stores of an image: integers of 8 to 32 bits, in several resolutions.
+
+How intensities in source units become integers:
+
+* ``lossless``: integers are stored as they are, bit by bit. So are floating point numbers that are all whole. Others
+  (PET in SUV, maps, images normalised before) are *not* kept bit by bit: they are stored in 65,536 even steps from the
+  channel's least to its greatest value, at most half a step off, with the scale and offset that lead back.
+* ``8-bit``: CT is clipped to a window of Hounsfield units. Any other scan, whose scale differs from file to file, is
+  clipped to the 0.1 to 99.9 percentiles of each channel's foreground: the darkest thousandth of the foreground and all
+  of the background become one value, and so does the brightest thousandth. Where whole numbers span at most 256 values,
+  as in images made from 8 bits, they are stored exactly.
+
+What is CT and what is foreground is decided in :mod:`mim3d.caching.foreground`. Each further resolution averages 2 x 2
+x 2 voxels of the one before.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mim3d.caching.foreground import HU_BELOW, Statistics
+from mim3d.caching.shards import write_array, write_group
+from mim3d.core.types import Triple
+
+#: Integer types that are stored, in order of preference: the first that holds every value.
+INTEGER_TYPES = (np.uint8, np.int16, np.uint16, np.int32, np.uint32)
+
+#: About this many voxels are converted at a time: they stay in the processor's cache, whatever the scan's size.
+_SLAB_VOXELS = 2**18
+
+
+@dataclass(frozen=True)
+class StoredIntensity:
+    """What the stored numbers of one channel mean: ``value = stored * scale + offset`` in source units.
+
+    Attributes:
+        scale: Source units per step, above 0.
+        offset: Source units at a stored 0.
+    """
+
+    scale: float = 1.0
+    offset: float = 0.0
+
+    @classmethod
+    def over(cls, low: float, high: float, dtype: np.dtype[Any]) -> "StoredIntensity":
+        """All numbers of an integer type spread over ``[low, high]``."""
+        limits = np.iinfo(dtype)
+        if low == high:
+            return cls(1.0, low)
+        scale = high / (limits.max - limits.min) - low / (limits.max - limits.min)
+        return cls(scale, low - limits.min * scale)
+
+    def nearest(self, value: float, dtype: np.dtype[Any]) -> int:
+        """The stored number of a type whose value lies nearest to ``value``."""
+        limits = np.iinfo(dtype)
+        return min(max(round((value - self.offset) / self.scale), int(limits.min)), int(limits.max))
+
+
+def to_stored(
+    image_CXYZ: npt.NDArray[Any],
+    statistics: Sequence[Statistics],
+    intensities: Literal["lossless", "8-bit"],
+    window: tuple[float, float],
+) -> tuple[npt.NDArray[Any], tuple[StoredIntensity, ...]]:
+    """The integers to store of an image, and what they mean in each channel.
+
+    Args:
+        image_CXYZ: Intensities in source units, integers or finite floating point numbers.
+        statistics: Statistics of each channel.
+        intensities: The rule, see above.
+        window: Range that 8 bits of a CT cover, HU.
+    """
+    if intensities == "lossless":
+        exact = _exact_type(image_CXYZ, statistics)
+        if exact is not None:
+            return image_CXYZ.astype(exact, copy=False), tuple(StoredIntensity() for _ in image_CXYZ)
+        dtype: np.dtype[Any] = np.dtype(np.int16)
+        meanings = [_sixteen_bits(channel, stats) for channel, stats in zip(image_CXYZ, statistics, strict=True)]
+    else:
+        dtype = np.dtype(np.uint8)
+        meanings = [_eight_bits(channel, stats, window) for channel, stats in zip(image_CXYZ, statistics, strict=True)]
+    stored = np.empty(image_CXYZ.shape, dtype=dtype)
+    limits = np.iinfo(dtype)
+    for channel, target, meaning in zip(image_CXYZ, stored, meanings, strict=True):
+        for slab, place in zip(_slabs(channel), _slabs(target), strict=True):
+            steps = slab.astype(np.float64)
+            steps -= meaning.offset
+            steps /= meaning.scale
+            np.rint(steps, out=steps)
+            place[...] = np.clip(steps, limits.min, limits.max, out=steps)
+    return stored, tuple(meanings)
+
+
+def _eight_bits(channel: npt.NDArray[Any], stats: Statistics, window: tuple[float, float]) -> StoredIntensity:
+    if stats.minimum < HU_BELOW:
+        return StoredIntensity.over(window[0], window[1], np.dtype(np.uint8))
+    if stats.maximum - stats.minimum <= 255 and _is_whole(channel):
+        return StoredIntensity(1.0, stats.minimum)
+    low, high = stats.percentile_00_1, stats.percentile_99_9
+    if low == high:
+        low, high = stats.minimum, stats.maximum
+    return StoredIntensity.over(low, high, np.dtype(np.uint8))
+
+
+def _sixteen_bits(channel: npt.NDArray[Any], stats: Statistics) -> StoredIntensity:
+    low, high = stats.minimum, stats.maximum
+    limits = np.iinfo(np.int16)
+    if high - low <= limits.max - limits.min and _is_whole(channel):
+        return StoredIntensity(1.0, 0.0 if limits.min <= low and high <= limits.max else low - limits.min)
+    return StoredIntensity.over(low, high, np.dtype(np.int16))
+
+
+def _exact_type(image: npt.NDArray[Any], statistics: Sequence[Statistics]) -> np.dtype[Any] | None:
+    """The smallest type that holds every value; None where some are not whole, or beyond 32 bits."""
+    low, high = min(stats.minimum for stats in statistics), max(stats.maximum for stats in statistics)
+    for dtype in INTEGER_TYPES:
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return np.dtype(dtype) if all(_is_whole(channel) for channel in image) else None
+    return None
+
+
+def _is_whole(channel: npt.NDArray[Any]) -> bool:
+    return channel.dtype.kind in "biu" or all(bool((np.rint(slab) == slab).all()) for slab in _slabs(channel))
+
+
+def _slabs(channel: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    planes = max(1, _SLAB_VOXELS // max(1, math.prod(channel.shape[1:])))
+    return (channel[start : start + planes] for start in range(0, len(channel), planes))
+
+
+def write_image(path: str, stored_CXYZ: npt.NDArray[Any], meanings: Sequence[StoredIntensity], num_levels: int) -> None:
+    """Store an image as a group of arrays ``0``, ``1``, ...: full resolution, and each level half the one before.
+
+    Args:
+        path: Folder of the group.
+        stored_CXYZ: Integers.
+        meanings: What they mean in each channel; written beside them for other programs.
+        num_levels: Number of arrays.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    write_group(path, {"stored_intensities": [asdict(meaning) for meaning in meanings]})
+    for level, image in enumerate(levels_of(stored_CXYZ, num_levels)):
+        write_array(os.path.join(path, str(level)), image, fast=image.dtype.itemsize == 1)
+
+
+def level_shapes(shape: Triple, num_levels: int) -> tuple[Triple, ...]:
+    """Shape of each level, full resolution first; an odd axis keeps its last voxel in a block of its own."""
+    shapes = [shape]
+    for _ in range(num_levels - 1):
+        x, y, z = (-(-voxels // 2) for voxels in shapes[-1])
+        shapes.append((x, y, z))
+    return tuple(shapes)
+
+
+def reduction_of(footprint: Triple, size: Triple) -> int:
+    """The power of two by which ``footprint`` voxels are shown as ``size`` along every axis; 1 where there is none."""
+    factor = footprint[0] // size[0]
+    is_power = factor > 0 and factor & (factor - 1) == 0
+    fits = all(voxels == shown * factor for voxels, shown in zip(footprint, size, strict=True))
+    return factor if is_power and fits else 1
+
+
+def levels_of(image_CXYZ: npt.NDArray[Any], num_levels: int) -> Iterator[npt.NDArray[Any]]:
+    """Each level of an image of integers, full resolution first."""
+    yield image_CXYZ
+    for _ in range(num_levels - 1):
+        image_CXYZ = halved(image_CXYZ)
+        yield image_CXYZ
+
+
+def halved(image_CXYZ: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Average integers of at most 32 bits over blocks of 2 x 2 x 2, rounded half to even.
+
+    Returns:
+        (C, ceil(X / 2), ceil(Y / 2), ceil(Z / 2)) of the same type. A block at an odd edge is averaged over the voxels
+        that are there.
+    """
+    shape = image_CXYZ.shape[1:]
+    half = np.empty((len(image_CXYZ), *(-(-voxels // 2) for voxels in shape)), dtype=image_CXYZ.dtype)
+    # Sums of eight: 32 bits hold those of 16-bit voxels.
+    wide = np.int32 if image_CXYZ.dtype.itemsize <= 2 else np.int64
+    step = 2 * max(1, _SLAB_VOXELS // (2 * math.prod(shape[1:])))
+    for channel, target in zip(image_CXYZ, half, strict=True):
+        for start in range(0, shape[0], step):
+            sums = channel[start : start + step].astype(wide)
+            for axis in range(3):
+                sums = _pair_sums(sums, axis)
+            # Shifting right rounds down; adding 3, or 4 where the result would be odd, rounds half to even.
+            target[start // 2 : start // 2 + len(sums)] = (sums + 3 + ((sums >> 3) & 1)) >> 3
+    return half
+
+
+def _pair_sums(array: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
+    """Sums of neighbours along an axis. A last one without a neighbour counts twice, so that the average is its own."""
+    array = np.moveaxis(array, axis, 0)
+    sums = array[0::2].copy()
+    pairs = len(array) // 2
+    sums[:pairs] += array[1::2]
+    sums[pairs:] *= 2
+    return np.moveaxis(sums, 0, axis)
