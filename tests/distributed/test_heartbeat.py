@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat, _Watch
+from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat, StallMonitor
 from tests.training import toy_training
 
 
@@ -20,7 +20,7 @@ class Clock:
     """Three processes seen by the first one, a minute at a time."""
 
     def __init__(self) -> None:
-        self.watch = _Watch(3, 1800.0)
+        self.monitor = StallMonitor(3, 1800.0)
         self.minute = 0
 
     def pass_minutes(self, number: int, *places: str | None) -> list[str]:
@@ -30,7 +30,7 @@ class Clock:
             self.minute += 1
             words = {rank: f"{self.minute} {place}" for rank, place in enumerate(places) if place is not None}
             words |= {rank: "0 1 computes" for rank, place in enumerate(places) if place is None}
-            said.append(self.watch.look(words, 60.0))
+            said.append(self.monitor.update(words, 60.0))
         return [sentence for sentence in said if sentence is not None]
 
 
@@ -54,10 +54,10 @@ def test_who_keeps_the_others_is_named_once_and_ends_them_in_the_end(places: tup
     said = clock.pass_minutes(30, *places)
     assert len(said) == 1
     assert words in said[0]
-    assert clock.watch.verdict is None
+    assert clock.monitor.verdict is None
     clock.pass_minutes(2, *places)
-    assert clock.watch.verdict is not None
-    assert words.replace("6 min", "31 min") in clock.watch.verdict
+    assert clock.monitor.verdict is not None
+    assert words.replace("6 min", "31 min") in clock.monitor.verdict
 
 
 def test_slow_steps_and_long_validations_are_nobody_s_fault() -> None:
@@ -66,13 +66,13 @@ def test_slow_steps_and_long_validations_are_nobody_s_fault() -> None:
         assert clock.pass_minutes(4, *[f"{step} {COMPUTING}"] * 3) == []
     assert clock.pass_minutes(170, *["10 validates"] * 3) == []
     assert clock.pass_minutes(170, "10 writes a checkpoint", f"11 {COMPUTING}", f"11 {COMPUTING}") == []
-    assert clock.watch.verdict is None
+    assert clock.monitor.verdict is None
 
 
 def test_a_process_that_failed_is_told_of_with_its_words() -> None:
     clock = Clock()
     clock.pass_minutes(3, f"7 {COMPUTING}", "failed The disk is full.", f"7 {COMPUTING}")
-    assert clock.watch.verdict == "process 1 has failed: The disk is full."
+    assert clock.monitor.verdict == "process 1 has failed: The disk is full."
 
 
 class Store(HashStore):

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from mim3d.distributed.requeue import requeue
-from mim3d.distributed.stop import StopRequests
+from mim3d.distributed.stopping import StopRequests, requeue
 from tests.training import toy_training
 from tests.training.toy_training import toy_run
 
@@ -162,7 +161,7 @@ def test_what_the_user_stopped_and_what_is_finished_is_not_asked_for_again(
 EARLY = """
 import sys, time
 from pathlib import Path
-from mim3d.distributed.requeue import requeued_when_stopped
+from mim3d.distributed.stopping import requeued_when_stopped
 with requeued_when_stopped(asks=sys.argv[2] == "first"):
     Path(sys.argv[1]).touch()
     time.sleep(30)

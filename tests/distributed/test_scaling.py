@@ -20,7 +20,7 @@ from mim3d.cli.arguments import Signature, command_arguments, split_line
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import write_yaml
-from mim3d.distributed.processes import Company, Launched, choose_processes, launched
+from mim3d.distributed.processes import Processes, ProcessRank, choose_processes, launched_rank
 from mim3d.training.checkpoint import read_checkpoint
 from mim3d.training.settings import LoopSettings
 from tests.distributed import uneven_training
@@ -65,7 +65,7 @@ def setting(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 
 
 def test_without_a_launcher_there_is_one_process_or_as_many_as_given(alone: pytest.MonkeyPatch) -> None:
-    assert launched() is None
+    assert launched_rank() is None
     assert choose_processes(None, None) == (1, 1)
     assert choose_processes(4, None) == (4, 1)
     with pytest.raises(
@@ -76,23 +76,23 @@ def test_without_a_launcher_there_is_one_process_or_as_many_as_given(alone: pyte
 
 def test_torchrun_says_how_many_processes_there_are(alone: pytest.MonkeyPatch) -> None:
     setting(alone, TORCHRUN_VARIABLES)
-    assert launched() == Launched("torchrun", rank=3, local_rank=1, node_rank=1, devices=2, num_nodes=3)
+    assert launched_rank() == ProcessRank("torchrun", rank=3, local_rank=1, node_rank=1, devices=2, num_nodes=3)
     assert choose_processes(None, None) == choose_processes(2, 3) == (2, 3)
     with pytest.raises(ConfigError, match=r"devices is 4, but torchrun has started 2 processes on each of 3 machines"):
         choose_processes(4, None)
     alone.setenv("WORLD_SIZE", "5")
     with pytest.raises(ConfigError, match="the same --nproc_per_node"):
-        launched()
+        launched_rank()
 
 
 def test_srun_says_how_many_processes_there_are(alone: pytest.MonkeyPatch) -> None:
     setting(alone, step_variables(3, tasks=4, nodes=2, job=7))
-    assert launched() == Launched("srun", rank=3, local_rank=1, node_rank=1, devices=2, num_nodes=2)
+    assert launched_rank() == ProcessRank("srun", rank=3, local_rank=1, node_rank=1, devices=2, num_nodes=2)
     with pytest.raises(ConfigError, match=r"num_nodes is 4, but srun has started"):
         choose_processes(None, 4)
     alone.setenv("SLURM_STEP_TASKS_PER_NODE", "3,1")
     with pytest.raises(ConfigError, match="--ntasks-per-node instead of --ntasks"):
-        launched()
+        launched_rank()
 
 
 def test_a_shell_inside_an_allocation_is_no_task_and_forgetting_srun_is_told(alone: pytest.MonkeyPatch) -> None:
@@ -101,40 +101,40 @@ def test_a_shell_inside_an_allocation_is_no_task_and_forgetting_srun_is_told(alo
         assert choose_processes(None, None) == (1, 1)
     assert choose_processes(4, None) == (4, 1)
     setting(alone, {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"})
-    assert launched() is None
+    assert launched_rank() is None
 
 
-def pair() -> tuple[Company, Company]:
+def pair() -> tuple[Processes, Processes]:
     store = HashStore()
-    places = [Launched("torchrun", rank, rank, 0, 2, 1) for rank in range(2)]
-    return Company(places[0], store), Company(places[1], store)
+    places = [ProcessRank("torchrun", rank, rank, 0, 2, 1) for rank in range(2)]
+    return Processes(places[0], store), Processes(places[1], store)
 
 
 def test_others_hear_what_the_first_has_made_and_why_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = pair()
     first.announce("cache", "1234")
-    assert second.awaited("cache") == "1234"
+    assert second.wait_for("cache") == "1234"
     monkeypatch.setattr("mim3d.distributed.processes._FAREWELL_S", 0.0)
     first.fail("OUT holds a run already.")
     with pytest.raises(Mim3dError, match=r"process 1 ends because another one has failed: OUT holds a run already\."):
-        second.awaited("scans")
+        second.wait_for("scans")
 
 
 def test_processes_meet_once_all_are_there_and_hear_of_one_that_is_not_coming() -> None:
     first, second = pair()
-    other = threading.Thread(target=second.meet)
+    other = threading.Thread(target=second.barrier)
     other.start()
-    first.meet()
+    first.barrier()
     other.join(timeout=10)
     assert not other.is_alive()
     first, second = pair()
     second.fail("no such cache here")
     with pytest.raises(Mim3dError, match="no such cache here"):
-        first.meet()
+        first.barrier()
 
 
 def test_processes_that_start_once_all_is_made_wait_for_nothing() -> None:
-    assert Company(Launched("mim3d", 1, 1, 0, 2, 1), None).awaited("cache") is None
+    assert Processes(ProcessRank("mim3d", 1, 1, 0, 2, 1), None).wait_for("cache") is None
 
 
 def test_the_strategy_that_was_removed_is_refused_with_the_remedy() -> None:

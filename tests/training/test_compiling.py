@@ -9,9 +9,8 @@ from torch import nn
 from mim3d.core.errors import ConfigError
 from mim3d.kernels.compiling import find_compiler
 from mim3d.nn.blocks import TransformerBlock
-from mim3d.training import compiling
-from mim3d.training.compiling import compile_blocks
-from mim3d.training.launch import check_machine
+from mim3d.training import launch
+from mim3d.training.launch import check_machine, compile_blocks
 from mim3d.training.settings import LoopSettings
 
 
@@ -37,6 +36,6 @@ def test_a_network_without_such_blocks_is_refused() -> None:
 
 
 def test_a_cpu_without_a_compiler_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "find_compiler", lambda: None)
+    monkeypatch.setattr(launch, "find_compiler", lambda: None)
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
         check_machine(LoopSettings(max_steps=1, accelerator="cpu", compile=True))

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mim3d.training.loop as loop_module
 from mim3d.core.errors import ConfigError
-from mim3d.distributed.stop import StopRequests
+from mim3d.distributed.stopping import StopRequests
 from mim3d.training.bad_steps import NonFiniteError
 from mim3d.training.launch import launch, seed_step, usable_precision
 from mim3d.training.meter import Meter, Throughput

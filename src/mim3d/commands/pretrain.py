@@ -13,7 +13,7 @@ from mim3d.core.settings import to_named
 from mim3d.core.types import Named, Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases, split_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
-from mim3d.distributed.processes import Company
+from mim3d.distributed.processes import Processes
 from mim3d.loading.loader import Loader
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective
@@ -30,7 +30,7 @@ from mim3d.workflows.shared.held_out import dealt_out
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
 from mim3d.workflows.shared.leakage import check_split, labelled, record_seen
 from mim3d.workflows.shared.memory import pretraining_sample, pretraining_ways, require_memory
-from mim3d.workflows.shared.training import Training, together, with_processes
+from mim3d.workflows.shared.training import Training, all_processes, with_processes
 
 #: Passes over the data where nothing else is asked for (the paper's 800 epochs).
 DEFAULT_EPOCHS = 800
@@ -129,11 +129,11 @@ def pretrain(
         resume: Go on with the run in OUT, or start it.
     """
     arguments = with_processes(dict(locals()))
-    with together(arguments) as processes:
+    with all_processes(arguments) as processes:
         return _pretrain(arguments, processes)
 
 
-def _pretrain(arguments: dict[str, Any], processes: Company) -> str:
+def _pretrain(arguments: dict[str, Any], processes: Processes) -> str:
     """Everything behind the command, from its complete arguments."""
     training = Training.of(arguments)
     training.check_machine()

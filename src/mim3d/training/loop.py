@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat
-from mim3d.distributed.stop import StopRequests
+from mim3d.distributed.stopping import StopRequests
 from mim3d.objective import Batch, Objective
 from mim3d.training.averaging import Average
 from mim3d.training.bad_steps import BadSteps, NonFiniteError, skip_if_not_finite, with_gradient_of_its_kind
 from mim3d.training.checkpoint import Checkpoints
-from mim3d.training.compiling import compile_blocks
-from mim3d.training.launch import FabricModule, StepModule, device_name, launch, seed_step
+from mim3d.training.launch import FabricModule, StepModule, compile_blocks, device_name, launch, seed_step
 from mim3d.training.memory import is_out_of_memory
 from mim3d.training.meter import Meter, gradient_terms
 from mim3d.training.optim import build_optimizer, clip_gradients, set_learning_rate

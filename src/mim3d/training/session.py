@@ -16,7 +16,7 @@ from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError
 from mim3d.core.progress import clock
 from mim3d.core.resources import in_words
 from mim3d.distributed.heartbeat import BETWEEN, Heartbeat
-from mim3d.distributed.requeue import requeue
+from mim3d.distributed.stopping import requeue
 from mim3d.objective import Batch, Objective
 from mim3d.training.averaging import Average
 from mim3d.training.bad_steps import BudgetSpentError, NonFiniteError

@@ -13,7 +13,7 @@ from mim3d.core.run_folder import Run
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.datasets.cases import CaseSet, Split
 from mim3d.datasets.train_parts import TrainPart
-from mim3d.distributed.processes import Company
+from mim3d.distributed.processes import Processes
 from mim3d.loading.loader import Loader
 from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity
@@ -33,7 +33,7 @@ from mim3d.workflows.shared.held_out import choose_split, write_split
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
 from mim3d.workflows.shared.leakage import SEEN_NAME, check_pretraining, check_split, labelled, record_seen
 from mim3d.workflows.shared.memory import finetuning_ways, require_memory
-from mim3d.workflows.shared.training import Training, together
+from mim3d.workflows.shared.training import Training, all_processes
 
 #: Passes over the training scans where nothing else is asked for.
 DEFAULT_EPOCHS = 300
@@ -71,11 +71,11 @@ def tune(arguments: Mapping[str, Any], *, every_fold: bool = False) -> Tuned:
         CheckpointError: weights that cannot be read or do not fit.
         DataError: cases that cannot be used.
     """
-    with together(arguments) as processes:
+    with all_processes(arguments) as processes:
         return _tune(arguments, processes, every_fold=every_fold)
 
 
-def _tune(arguments: Mapping[str, Any], processes: Company, *, every_fold: bool) -> Tuned:
+def _tune(arguments: Mapping[str, Any], processes: Processes, *, every_fold: bool) -> Tuned:
     # What cannot work whatever the data is refused before they are read.
     stated = {**arguments, "batch_size": 1} if arguments["batch_size"] is None else arguments
     Training.of(stated).check_machine()
@@ -87,7 +87,7 @@ def _tune(arguments: Mapping[str, Any], processes: Company, *, every_fold: bool)
     start = _start(arguments, source, split)
     if not processes.is_first:
         # They take the plan that it saves; here they learn when it fails before.
-        processes.awaited("plan")
+        processes.wait_for("plan")
     planned = plan_finetuning(source, split, start, arguments, arguments["out"])
     arguments, weights = planned.arguments, planned.arguments["weights"]
     asked = create_task(arguments["task"]).checked(start.recipe)

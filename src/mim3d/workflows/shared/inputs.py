@@ -20,7 +20,7 @@ from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases
 from mim3d.datasets.records import listed
-from mim3d.distributed.processes import Company
+from mim3d.distributed.processes import Processes
 from mim3d.scans.intensity import Intensity
 from mim3d.scans.volumes import read_grid
 from mim3d.weights import weights_digest
@@ -57,7 +57,7 @@ def open_scans(
     source: CaseSet | Cache,
     cases: Sequence[Case],
     run: Run,
-    processes: Company,
+    processes: Processes,
     cache_dir: str | None,
     *,
     spacing_mm: Spacing | None,
@@ -100,7 +100,7 @@ def open_scans(
             cache = build_cache(wanted, place, preprocessing, num_workers=workers)
             processes.announce("cache", cache.digest)
         else:
-            cache = _seen_here(place, processes.awaited("cache"))
+            cache = _seen_here(place, processes.wait_for("cache"))
         scans = cache.subset(cases)
         for row in scans.failed:
             if strict:
@@ -109,12 +109,12 @@ def open_scans(
     run.bind_input("data", scans.digest)
     if processes.is_first:
         processes.announce("scans", scans.digest)
-    elif processes.awaited("scans") not in (None, scans.digest):
+    elif processes.wait_for("scans") not in (None, scans.digest):
         raise DataError(
             f"{scans.path} on {socket.gethostname()} holds other scans than on the machine of the first process; copy "
             "the same cache to every machine, or use one in a folder that all of them share."
         )
-    processes.meet()
+    processes.barrier()
     return scans
 
 

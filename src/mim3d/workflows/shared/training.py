@@ -12,8 +12,8 @@ from mim3d.caching.cache import CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.resources import num_cores
 from mim3d.core.settings import parse_duration
-from mim3d.distributed.processes import Company, choose_processes, company
-from mim3d.distributed.requeue import requeued_when_stopped
+from mim3d.distributed.processes import Processes, choose_processes, join_processes
+from mim3d.distributed.stopping import requeued_when_stopped
 from mim3d.loading.loader import Augment, Loader, Sampler
 from mim3d.scans.intensity import Intensity
 from mim3d.tracking import Tracking
@@ -157,7 +157,7 @@ def with_processes(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def together(arguments: Mapping[str, Any]) -> Iterator[Company]:
+def all_processes(arguments: Mapping[str, Any]) -> Iterator[Processes]:
     """Join the processes that run this command; all but the first say nothing but their errors.
 
     In a batch job of SLURM, one that is stopped before or after training asks for it again.
@@ -166,7 +166,7 @@ def together(arguments: Mapping[str, Any]) -> Iterator[Company]:
         Mim3dError: when the first process cannot be reached.
     """
     with (
-        company(arguments["devices"], arguments["num_nodes"]) as processes,
+        join_processes(arguments["devices"], arguments["num_nodes"]) as processes,
         requeued_when_stopped(asks=processes.is_first),
     ):
         if processes.is_first:
