@@ -13,7 +13,7 @@ import numpy as np
 
 from mim3d.caching.cache import build_cache
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.datasets.records import Case, CaseSet
+from mim3d.datasets.cases import Case, CaseSet
 from yardstick.ct_scans import Scan
 from yardstick.data_stores import (
     EXACT,

@@ -15,7 +15,8 @@ from mim3d.caching.cache import build_cache, is_cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.caching.stored_voxels import levels_of
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.datasets.cases import read_cases, split_cases
+from mim3d.datasets.cases import read_cases
+from mim3d.datasets.splits import split_cases
 from tests.nifti import affine_of, noise, write_nifti
 
 

@@ -9,7 +9,7 @@ import pytest
 from mim3d.caching.cache import build_cache
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import DataError
-from mim3d.datasets.records import Case, CaseSet
+from mim3d.datasets.cases import Case, CaseSet
 from mim3d.scans.volumes import channels_of, read_grid, read_volume, scan_id, write_volume
 from tests.nifti import affine_of, noise, write_nifti
 

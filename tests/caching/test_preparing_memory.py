@@ -16,7 +16,7 @@ from mim3d.core.resources import peak_memory_bytes
 SCRIPT = """
 import json, sys
 import google_crc32c, nibabel, numcodecs, scipy.ndimage, SimpleITK
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 from mim3d.caching.foreground import class_counts_of, class_locations_of
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.caching.shards import write_array

@@ -19,7 +19,7 @@ from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import to_named
 from mim3d.datasets.cases import Case, read_cases
-from mim3d.datasets.train_parts import TrainPart
+from mim3d.datasets.splits import TrainPart
 from mim3d.scans.intensity import Intensity
 from mim3d.training.optimisation import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network

@@ -89,7 +89,7 @@ def test_existing_folds_are_refused_without_resume(ball_set: Path, folds: Path) 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"num_folds": 7}, DataError, "6 patients cannot be dealt out to 7 folds"),
+        ({"num_folds": 7}, DataError, "6 patients cannot be split into 7 folds"),
         ({"num_folds": 1}, ConfigError, "num_folds >= 2"),
         ({"num_folds": 0}, ConfigError, "num_folds is 0, but fold all needs num_folds >= 2"),
         ({"devices": 2}, ConfigError, "one device"),

@@ -17,7 +17,8 @@ from scipy import ndimage
 from mim3d.commands.predict import predict
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import Run
-from mim3d.datasets.cases import Case, Split
+from mim3d.datasets.cases import Case
+from mim3d.datasets.splits import Split
 from mim3d.scans.volumes import read_volume
 from mim3d.workflows.predict.predictions import input_cases
 from mim3d.workflows.shared.held_out import held_out_cases, write_split

@@ -15,7 +15,8 @@ from mim3d.commands.pretrain import pretrain
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import read_yaml
-from mim3d.datasets.cases import read_cases, split_cases
+from mim3d.datasets.cases import read_cases
+from mim3d.datasets.splits import split_cases
 from mim3d.methods.mim.hierarchy import Hierarchy, Level
 from mim3d.tracking import Tracking
 from mim3d.training.optimisation import Optimisation

@@ -16,7 +16,7 @@ from mim3d.commands.probe import probe
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import write_yaml
-from mim3d.datasets.records import Case, CaseSet
+from mim3d.datasets.cases import Case, CaseSet
 from mim3d.phantoms.dataset import PhantomSettings
 from mim3d.probing.settings import Probing
 from mim3d.reporting.charts import curve_names

@@ -10,11 +10,10 @@ import pytest
 
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.datasets.cases import check_cases
+from mim3d.datasets.cases import CaseSet, check_cases
 from mim3d.datasets.published.folds import fold_numbers
 from mim3d.datasets.published.layouts import LAYOUTS, declare_fold, read_preset
 from mim3d.datasets.published.presets import PRESETS, find_preset
-from mim3d.datasets.records import CaseSet
 from mim3d.scans.volumes import read_volume
 from tests.miniatures import MINIATURES, write_cc_ccii
 

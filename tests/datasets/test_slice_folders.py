@@ -9,7 +9,7 @@ import SimpleITK as sitk
 
 from mim3d.caching.digests import source_files
 from mim3d.core.errors import DataError
-from mim3d.datasets.slice_folders import read_slice_folders
+from mim3d.datasets.cases import read_slice_folders
 from mim3d.scans.image_stacks import is_slice_folder
 from mim3d.scans.volumes import read_grid, read_volume
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.datasets.cases import Case, split_cases
+from mim3d.datasets.cases import Case
+from mim3d.datasets.splits import split_cases
 
 
 def make(num_cases, num_patients, classes=1, split=None):
@@ -74,7 +75,7 @@ def test_a_declared_split_that_divides_a_patient_is_told():
 
 
 def test_what_cannot_be_split_is_refused():
-    with pytest.raises(DataError, match="3 patients cannot be dealt out to 5 folds; use --num_folds 3"):
+    with pytest.raises(DataError, match="3 patients cannot be split into 5 folds; use --num_folds 3"):
         split_cases(make(9, 3))
     with pytest.raises(DataError, match="One patient"):
         split_cases(make(9, 1))

@@ -6,7 +6,7 @@ import pytest
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import Case
-from mim3d.datasets.train_parts import TrainPart
+from mim3d.datasets.splits import TrainPart
 
 
 def cases(number: int, classes: int = 1, first: int = 0) -> list[Case]:

@@ -10,7 +10,7 @@ import pytest
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.settings import build_settings, read_yaml, to_mapping, write_yaml
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 from mim3d.planning import fingerprint as dataset_fingerprint
 from mim3d.planning.fingerprint import (
     ChannelValues,

@@ -21,7 +21,7 @@ from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.workers import build_cases
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.progress import counted
-from mim3d.datasets.records import CaseSet
+from mim3d.datasets.cases import CaseSet
 
 #: The memo of digests is written this often, so that a killed build need not hash again what it hashed.
 _MEMO_EVERY_S = 10.0

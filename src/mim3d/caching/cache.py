@@ -13,7 +13,7 @@ from mim3d.caching.manifest import read_fingerprints, read_manifest
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.datasets.records import Case, CaseSet
+from mim3d.datasets.cases import Case, CaseSet
 
 __all__ = ["Cache", "CachedScan", "build_cache", "is_cache", "open_cache"]
 

@@ -16,7 +16,7 @@ from mim3d.caching.preprocessing import Prepared
 from mim3d.caching.scan import CachedScan
 from mim3d.caching.shards import BLOCK
 from mim3d.caching.stored_voxels import StoredIntensity
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 
 Card = dict[str, Any]
 

@@ -18,7 +18,7 @@ from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.shards import write_array, write_group
 from mim3d.caching.stored_voxels import to_stored, write_image
 from mim3d.core.errors import DataError
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 from mim3d.scans.grids import split_channel
 
 #: Names of 255 bytes are common, and some encrypting file systems take 143.

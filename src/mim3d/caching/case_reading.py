@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.caching.resampling import Taps, plan_resampling, resample_labels, resample_linear, target_grid
-from mim3d.core.errors import DataError
+from mim3d.core.errors import DataError, listed
 from mim3d.core.types import Spacing, Triple
-from mim3d.datasets.grid_checks import require_same_grid
-from mim3d.datasets.records import Case, listed
+from mim3d.datasets.cases import Case
 from mim3d.scans.files import available_memory_bytes
-from mim3d.scans.grids import times
+from mim3d.scans.grids import require_same_grid, times
 from mim3d.scans.volumes import Grid, read_grid, read_volume
 
 #: Integer types in order of preference: the first that holds every value is kept.

@@ -25,7 +25,7 @@ from mim3d.caching import layout
 from mim3d.caching.case import Outcome, Recipe, build_case
 from mim3d.caching.digests import Memo
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 
 #: Seconds within which a scheduler answers.
 _ANSWER_S = 5

@@ -17,7 +17,7 @@ from mim3d.caching.layout import ByteSource
 from mim3d.caching.packs import PackedCase
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DataError
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 from mim3d.scans.files import available_memory_bytes
 
 #: Kept in the file and read alone: scans are opened without them.

@@ -13,7 +13,7 @@ from mim3d.caching.foreground import Foreground, Statistics, foreground_of, stat
 from mim3d.caching.resampling import plan_resampling, resample_linear
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.types import Spacing
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 from mim3d.scans.grids import times
 from mim3d.scans.volumes import Grid
 

@@ -18,7 +18,7 @@ from mim3d.caching.shards import BLOCK, ShardedArray
 from mim3d.caching.stored_voxels import StoredIntensity, level_shapes
 from mim3d.core.errors import DamagedError, DataError
 from mim3d.core.types import Spacing, Triple
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -16,7 +16,7 @@ from mim3d.caching.case import Outcome, Recipe, build_case
 from mim3d.caching.digests import Memo
 from mim3d.core.errors import DataError
 from mim3d.core.worker_processes import prepare_worker, without_main_module
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 
 #: Cases that may end their process before the first is done: beyond that it is not the scans that are at fault.
 MAX_LOST_AT_FIRST = 8

@@ -11,8 +11,9 @@ from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import Run, read_run
 from mim3d.core.settings import to_named
 from mim3d.core.types import Named, Spacing, Triple
-from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases, split_cases
+from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
+from mim3d.datasets.splits import split_cases
 from mim3d.distributed.processes import Processes
 from mim3d.loading.loader import Loader
 from mim3d.methods import METHODS, Method, create_method

@@ -1,16 +1,15 @@
 """Tables of classes: what was predicted of each scan, and what its reference says."""
 
-import csv
 import math
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mim3d.core.errors import DataError
+from mim3d.core.errors import DataError, listed
 from mim3d.core.settings import nearest
-from mim3d.datasets.ids import Entry, unique_ids
-from mim3d.datasets.records import listed
+from mim3d.datasets.entries import Entry, unique_ids
+from mim3d.datasets.lists import read_table
 
 #: Name of the table that prediction writes into its folder.
 TABLE_NAME = "predictions.csv"
@@ -125,36 +124,29 @@ def read_class_tables(
 
 
 def _read(path: str) -> _Table:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = tuple(name.strip() for name in next(reader, []))
-            lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
+    header, lines = read_table(path)
     key = next((name for name in ID_COLUMNS if name in header), None)
     if key is None or not lines:
         what = "holds no rows" if key else f"has no column {', '.join(ID_COLUMNS[:-1])} or {ID_COLUMNS[-1]}"
         raise DataError(f"{path}: {what}; a table of classes has a header and a row per case.")
     rows: dict[str, dict[str, str]] = {}
-    for line, cells in lines:
+    for where, cells in lines:
         if len(cells) != len(header):
-            raise DataError(f"{path}, line {line}: {len(cells)} cells but {len(header)} columns; quote commas.")
+            raise DataError(f"{where}: {len(cells)} cells but {len(header)} columns; quote commas.")
         row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
         name = row[key]
         if not name or name in rows:
-            raise DataError(f"{path}, line {line}: the case {name!r} is there twice or has no name; give each its own.")
+            raise DataError(f"{where}: the case {name!r} is there twice or has no name; give each its own.")
         rows[name] = row
-    names = _image_ids(list(rows), path) if key == "image" else list(rows)
-    return _Table(path, header, dict(zip(names, rows.values(), strict=True)))
-
-
-def _image_ids(images: Sequence[str], path: str) -> list[str]:
-    """What prediction calls the images of a list: channels are separated by ``;``, paths lie below its folder."""
-    root = os.path.abspath(path)
-    folder = os.path.dirname(root)
-    channels = [[os.path.join(folder, name.strip()) for name in cell.split(";")] for cell in images]
-    return unique_ids([Entry(images=tuple(paths)) for paths in channels], root)
+    names = list(rows)
+    if key == "image":
+        # Prediction names the images of a list so: channels are separated by ";", paths lie below the list's folder.
+        root = os.path.abspath(path)
+        channels = [
+            tuple(os.path.join(os.path.dirname(root), part.strip()) for part in name.split(";")) for name in rows
+        ]
+        names = unique_ids([Entry(images=paths) for paths in channels], root)
+    return _Table(path, tuple(header), dict(zip(names, rows.values(), strict=True)))
 
 
 def _row(

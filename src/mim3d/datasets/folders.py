@@ -5,9 +5,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from mim3d.core.errors import DataError
-from mim3d.datasets.ids import Entry
-from mim3d.datasets.records import listed
+from mim3d.core.errors import DataError, listed
+from mim3d.datasets.entries import Entry
 from mim3d.scans.volumes import find_scans, scan_id
 
 IMAGE_FOLDERS = ("images", "imagesTr")

@@ -1,66 +1,203 @@
-"""Which cases train and which validate: by patient, from a seed, so that a fold is the same everywhere."""
+"""Which cases train and which validate, by patient and from a seed, and which part of the training cases is used."""
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 
-from mim3d.core.errors import ConfigError, DataError
-from mim3d.datasets.records import Case, Split, listed
+from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.settings import nearest
+from mim3d.datasets.cases import Case
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two parts of a data set in one fold.
+
+    Attributes:
+        train: Cases that are trained on.
+        val: Cases that are held out for validation.
+    """
+
+    train: tuple[Case, ...]
+    val: tuple[Case, ...]
 
 
 def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, seed: int = 0) -> Split:
     """Split cases into training and validation, never dividing a patient.
 
-    A declared split wins: "val" validates, "test" is left out, the rest trains. Where no case is declared "val",
-    the patients are shuffled within their class, dealt out to ``num_folds`` folds, and fold ``fold`` validates.
-    The result depends on ids, patients, classes and the seed, not on the order of ``cases``.
+    A declared split has priority: "val" validates, "test" is left out, the rest trains. Where no case is declared
+    "val", the patients of each class are shuffled and distributed evenly over the folds, and one fold validates. The
+    result depends on ids, patients, classes and the seed, not on the order of ``cases``.
+
+    Args:
+        cases: All cases of the data set.
+        fold: Number of the fold that validates, from 0.
+        num_folds: Number of folds.
+        seed: Seed of the shuffle.
 
     Raises:
-        ConfigError: ``fold`` is not in ``0 .. num_folds - 1``, or fewer than two folds.
-        DataError: Fewer patients than folds, or a declared split that leaves a part empty.
+        ConfigError: ``fold`` is not in ``0 .. num_folds - 1``, or there are fewer than two folds.
+        DataError: There are fewer patients than folds, or a declared split leaves a part empty.
     """
     if num_folds < 2 or not 0 <= fold < num_folds:
         raise ConfigError(f"fold {fold} of {num_folds} does not exist; use num_folds >= 2 and fold 0 to num_folds - 1.")
-    if any(case.split == "val" for case in cases):
-        return _declared(cases)
     usable = [case for case in cases if case.split != "test"]
-    held_out = _patients_of_fold(usable, fold, num_folds, seed)
+    if any(case.split == "val" for case in cases):
+        split = Split(
+            train=tuple(case for case in usable if case.split != "val"),
+            val=tuple(case for case in usable if case.split == "val"),
+        )
+        if not split.train:
+            raise DataError('The declared split has no case to train on; mark some cases "train".')
+        shared = sorted({case.patient for case in split.train} & {case.patient for case in split.val})
+        if shared:
+            warnings.warn(
+                f"The declared split puts {len(shared)} patients into both train and val ({listed(shared)}); "
+                "validation scores will look better than they are.",
+                stacklevel=2,
+            )
+        return split
+    classes = _shuffled_classes(usable, seed)
+    if len(classes) < num_folds:
+        raise DataError(
+            f"{len(classes)} patients cannot be split into {num_folds} folds; use --num_folds {len(classes)}."
+            if len(classes) > 1
+            else "One patient cannot be split into training and validation; add cases of other patients."
+        )
+    # Stable: within a class the shuffled order stays, so that every fold gets its share of each class.
+    held_out = set(sorted(classes, key=classes.__getitem__)[fold::num_folds])
     return Split(
         train=tuple(case for case in usable if case.patient not in held_out),
         val=tuple(case for case in usable if case.patient in held_out),
     )
 
 
-def _declared(cases: Sequence[Case]) -> Split:
-    train = tuple(case for case in cases if case.split in (None, "train"))
-    val = tuple(case for case in cases if case.split == "val")
-    if not train:
-        raise DataError('The declared split has no case to train on; mark some cases "train".')
-    shared = sorted({case.patient for case in train} & {case.patient for case in val})
-    if shared:
-        warnings.warn(
-            f"The declared split puts {len(shared)} patients into both train and val ({listed(shared)}); "
-            "validation scores will look better than they are.",
-            stacklevel=3,
+def declared_split(cases: Sequence[Case]) -> Split:
+    """The two parts that the cases declare; cases that declare none are in neither."""
+    return Split(
+        train=tuple(case for case in cases if case.split == "train"),
+        val=tuple(case for case in cases if case.split == "val"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPart:
+    """A part of the training cases, always whole patients; held-out cases stay the same whatever the part.
+
+    Attributes:
+        train_fraction: Share of the patients, above 0 and at most 1.
+        train_cases: Number of patients, given instead of a share.
+        train_list: Text file that names ids of cases or patients, one per line; the part is taken of those.
+        train_seed: Seed of the order in which patients are taken. A smaller part of one seed lies in a larger one.
+    """
+
+    train_fraction: float = 1.0
+    train_cases: int | None = None
+    train_list: str | None = None
+    train_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.train_fraction <= 1:
+            raise ConfigError(f"train_fraction is {self.train_fraction}; it must be above 0 and at most 1.")
+        if self.train_cases is not None and self.train_cases < 1:
+            raise ConfigError(f"train_cases is {self.train_cases}; it must be at least 1.")
+        if self.train_cases is not None and self.train_fraction < 1:
+            raise ConfigError(
+                f"train_fraction ({self.train_fraction}) and train_cases ({self.train_cases}) are both set; give only "
+                "one of them."
+            )
+        if self.train_seed < 0:
+            raise ConfigError(f"train_seed is {self.train_seed}; it must be zero or more.")
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """The part that the arguments of a command ask for; arguments of other names are ignored.
+
+        Raises:
+            ConfigError: A value cannot work.
+        """
+        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
+
+    def take(self, train: Sequence[Case], others: Sequence[Case] = ()) -> tuple[Case, ...]:
+        """The part of the training cases.
+
+        Args:
+            train: All cases that may be trained on.
+            others: The other cases of the data set; a list may name them, but they are not trained on.
+
+        Raises:
+            DataError: The list cannot be read, names an unknown case, or leaves nothing; or there are fewer patients
+                than are asked for.
+        """
+        cases = tuple(train) if self.train_list is None else _named_cases(self.train_list, train, others)
+        patients = shuffled_patients(cases, self.train_seed)
+        number = max(1, int(self.train_fraction * len(patients) + 0.5))
+        if self.train_cases is not None:
+            if self.train_cases > len(patients):
+                raise DataError(
+                    f"train_cases is {self.train_cases}, but there are {len(patients)} patients to train on; use at "
+                    "most as many."
+                )
+            number = self.train_cases
+        kept = set(patients[:number])
+        return tuple(case for case in cases if case.patient in kept)
+
+
+def _named_cases(path: str, train: Sequence[Case], others: Sequence[Case]) -> tuple[Case, ...]:
+    """The training cases that a list names by their ids or patients."""
+    names = read_names(path)
+    known = {name for case in (*train, *others) for name in (case.id, case.patient)}
+    for name in names:
+        if name not in known:
+            raise DataError(
+                f"{path} names '{name}', which is no case or patient of the data set."
+                f"{nearest(name, known) if len(known) < 1000 else ''}"
+            )
+    kept = tuple(case for case in train if case.id in names or case.patient in names)
+    if not kept:
+        raise DataError(
+            f"{path} names no case to train on, only held-out ones ({listed(sorted(names))}); name others, or choose "
+            "another fold."
         )
-    return Split(train=train, val=val)
+    return kept
 
 
-def _patients_of_fold(cases: Sequence[Case], fold: int, num_folds: int, seed: int) -> set[str]:
+def read_names(path: str) -> set[str]:
+    """The lines of a text file, without those that are empty.
+
+    Raises:
+        DataError: The file cannot be read, or names nothing.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = {line.strip() for line in file if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a list of names ({error}).") from error
+    if not names:
+        raise DataError(f"{path}: names nothing; write one case or patient per line.")
+    return names
+
+
+def shuffled_patients(cases: Sequence[Case], seed: int) -> list[str]:
+    """The patients in a random order; every beginning of it has its share of each class."""
+    classes = _shuffled_classes(cases, seed)
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for patient, names in classes.items():
+        groups[names].append(patient)
+    # Places of each class, spread evenly over the whole; sorting is stable, so that equal places stay shuffled.
+    places = {patient: (index + 0.5) / len(group) for group in groups.values() for index, patient in enumerate(group)}
+    return sorted(classes, key=places.__getitem__)
+
+
+def _shuffled_classes(cases: Sequence[Case], seed: int) -> dict[str, tuple[str, ...]]:
+    """Patient -> sorted classes of its cases, in a random order of the patients."""
     classes: dict[str, set[str]] = defaultdict(set)
     for case in cases:
         classes[case.patient].add(case.class_name or "")
-    if len(classes) < num_folds:
-        raise DataError(
-            f"{len(classes)} patients cannot be dealt out to {num_folds} folds; use --num_folds {len(classes)}."
-            if len(classes) > 1
-            else "One patient cannot be split into training and validation; add cases of other patients."
-        )
-    rng = np.random.default_rng(seed)
     patients = sorted(classes)
-    shuffled = [patients[index] for index in rng.permutation(len(patients))]
-    # Stable: within a class the shuffled order stays, so that every fold gets its share of each class.
-    dealt = sorted(shuffled, key=lambda patient: sorted(classes[patient]))
-    return set(dealt[fold::num_folds])
+    shuffled = [patients[index] for index in np.random.default_rng(seed).permutation(len(patients))]
+    return {patient: tuple(sorted(classes[patient])) for patient in shuffled}

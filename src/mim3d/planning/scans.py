@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import DataError
 from mim3d.core.types import Spacing, Triple
-from mim3d.datasets.records import Case
+from mim3d.datasets.cases import Case
 from mim3d.planning.measures import ScanMeasures, measure_scan
 from mim3d.scans.grids import orientations
 from mim3d.scans.volumes import read_grid

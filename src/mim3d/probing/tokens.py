@@ -13,9 +13,8 @@ from torch import Tensor
 
 from mim3d.backbones.contract import Encoder, check_multiple
 from mim3d.caching.cache import CachedScan
-from mim3d.core.errors import DataError
+from mim3d.core.errors import DataError, listed
 from mim3d.core.types import Triple
-from mim3d.datasets.records import listed
 from mim3d.nn.patches import to_blocks
 from mim3d.probing.items import Floats, Ints, ProbeSet, View
 from mim3d.probing.settings import Probing

@@ -1,5 +1,6 @@
 """The grid of a scan: where its voxels lie, as the file stores it and as RAS+ arrays see it."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ _CHANNEL = re.compile(r"(?P<file>.+)::channel=(?P<channel>\d+)", re.DOTALL)
 
 #: Axes count as perpendicular up to this cosine (0.06 degrees): headers in single precision stay far below.
 MAX_SHEAR_COSINE = 1e-3
+
+#: Corners of two grids may differ by this much, plus a hundredth of a voxel, from rounding in the headers.
+TOLERANCE_MM = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +192,24 @@ def check_affine(affine: npt.NDArray[np.float64], path: str) -> None:
             f"{path}: the axes of the grid meet at {angle:.2f} degrees instead of 90 (sheared or singular); "
             "resample the scan to a rectangular grid first."
         )
+
+
+def require_same_grid(first: Grid, second: Grid) -> None:
+    """Check that two files lie on one grid once both are brought to RAS+.
+
+    Raises:
+        DataError: They do not; names both files and both grids.
+    """
+    if first.ras_shape == second.ras_shape:
+        corners = np.array([*itertools.product(*[(0, size - 1) for size in first.ras_shape])], dtype=np.float64)
+        difference = first.ras_affine - second.ras_affine
+        distance_mm = np.abs(corners @ difference[:3, :3].T + difference[:3, 3]).max()
+        if distance_mm <= TOLERANCE_MM + 0.01 * min(first.spacing_mm):
+            return
+    raise DataError(
+        f"{second.path} ({second.describe()}) does not lie on the grid of {first.path} ({first.describe()}); "
+        "resample one onto the other's grid."
+    )
 
 
 def smallest_integer(low: int, high: int) -> np.dtype[Any]:

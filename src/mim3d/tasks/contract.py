@@ -8,7 +8,7 @@ from typing import Self
 from mim3d.backbones.contract import Backbone
 from mim3d.caching.cache import Cache, CachedScan
 from mim3d.core.errors import DataError
-from mim3d.datasets.records import Split
+from mim3d.datasets.splits import Split
 from mim3d.inference import scores_bytes
 from mim3d.loading.loader import Augment, Sampler
 from mim3d.objective import Objective

@@ -4,8 +4,8 @@ import re
 from functools import lru_cache
 from importlib import resources
 
+from mim3d.datasets.cases import Case
 from mim3d.datasets.published.presets import PRESETS
-from mim3d.datasets.records import Case
 from mim3d.datasets.splits import split_cases
 
 

@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mim3d.core.errors import ConfigError, DataError
-from mim3d.datasets.ids import Entry, to_cases
+from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.datasets.cases import Case, CaseSet, read_slice_folders, to_cases
+from mim3d.datasets.entries import Entry
 from mim3d.datasets.published.folds import fold_numbers
 from mim3d.datasets.published.presets import Preset
-from mim3d.datasets.records import Case, CaseSet, Split, listed
-from mim3d.datasets.splits import split_cases
+from mim3d.datasets.splits import Split, declared_split, split_cases
 from mim3d.scans.grids import split_channel
 from mim3d.scans.volumes import channels_of
 
@@ -151,22 +151,12 @@ def declare_fold(
     )
 
 
-def declared_split(cases: Sequence[Case]) -> Split:
-    """The two parts that cases declare."""
-    return Split(
-        train=tuple(case for case in cases if case.split == "train"),
-        val=tuple(case for case in cases if case.split == "val"),
-    )
-
-
 def _read_slices(preset: Preset, root: str) -> tuple[Case, ...]:
     """The scans below the folders of the classes, each a folder of slice images; folders of other names are left.
 
     Raises:
         DataError: no folder, or more than one, holds folders of the classes.
     """
-    from mim3d.datasets.slice_folders import read_slice_folders
-
     homes = []
     for folder, names, _ in os.walk(root):
         names[:] = sorted(name for name in names if not name.startswith("."))

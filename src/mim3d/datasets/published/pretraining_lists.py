@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.settings import nearest
-from mim3d.datasets.ids import Entry, to_cases
+from mim3d.datasets.cases import CaseSet, to_cases
+from mim3d.datasets.entries import Entry
 from mim3d.datasets.published.folds import fold_numbers
 from mim3d.datasets.published.layouts import LAYOUTS
-from mim3d.datasets.records import CaseSet
 from mim3d.scans.volumes import find_scans
 
 #: Folders between the one that is given and that of a set: ``root/manifest-1600709154662/LIDC-IDRI``.

@@ -9,9 +9,9 @@ import numpy as np
 
 from mim3d.backbones.contract import Backbone, check_multiple
 from mim3d.caching.cache import Cache, CachedScan
-from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.types import Spacing, Triple
-from mim3d.datasets.records import Split, listed
+from mim3d.datasets.splits import Split
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.cube_plan import (

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mim3d.core.errors import DataError
+from mim3d.core.errors import DataError, listed
 from mim3d.core.progress import counted
-from mim3d.datasets.grid_checks import require_same_grid
-from mim3d.datasets.records import listed
 from mim3d.datasets.score_pairs import Pair, Pairs, differing_names, find_pairs
 from mim3d.metrics import (
     ABSENT,
@@ -22,6 +20,7 @@ from mim3d.metrics import (
     paired,
     summarise,
 )
+from mim3d.scans.grids import require_same_grid
 from mim3d.scans.volumes import read_grid
 from mim3d.workflows.evaluate import score_files
 from mim3d.workflows.evaluate.scored_names import Scored, chosen_lesions, scored_names

@@ -15,7 +15,7 @@ from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named,
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.published.layouts import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
-from mim3d.datasets.train_parts import TrainPart
+from mim3d.datasets.splits import TrainPart
 from mim3d.tasks import TASKS, create_task
 from mim3d.workflows.finetune.planning import PLAN_NAME
 from mim3d.workflows.finetune.presets import require_own_folds

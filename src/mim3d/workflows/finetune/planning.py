@@ -15,7 +15,8 @@ from mim3d.core.resources import num_cores
 from mim3d.core.run_folder import Run, is_first_process
 from mim3d.core.settings import build_settings, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.core.types import Spacing
-from mim3d.datasets.records import CaseSet, Split
+from mim3d.datasets.cases import CaseSet
+from mim3d.datasets.splits import Split
 from mim3d.planning.fingerprint import (
     DEFAULT_VOXEL_SCANS,
     DatasetFingerprint,

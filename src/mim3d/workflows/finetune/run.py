@@ -11,8 +11,8 @@ from mim3d.caching.cache import Cache, CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run
 from mim3d.core.settings import to_mapping, to_named
-from mim3d.datasets.cases import CaseSet, Split
-from mim3d.datasets.train_parts import TrainPart
+from mim3d.datasets.cases import CaseSet
+from mim3d.datasets.splits import Split, TrainPart
 from mim3d.distributed.processes import Processes
 from mim3d.loading.loader import Loader
 from mim3d.objective import Objective

@@ -9,12 +9,12 @@ from typing import Literal
 from mim3d.backbones.contract import Encoder
 from mim3d.caching.cache import Cache, CachedScan, build_cache
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.progress import counted
 from mim3d.core.resources import num_cores
 from mim3d.core.types import Spacing, Triple
-from mim3d.datasets.cases import Case
-from mim3d.datasets.records import CaseSet, Split, listed
+from mim3d.datasets.cases import Case, CaseSet
+from mim3d.datasets.splits import Split
 from mim3d.phantoms.dataset import PhantomSettings, open_set, plan_cases, write_cases, write_dataset
 from mim3d.probing.boxes import class_set
 from mim3d.probing.items import ProbeSet

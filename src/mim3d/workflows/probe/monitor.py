@@ -14,8 +14,8 @@ from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import Run
 from mim3d.core.types import Triple
-from mim3d.datasets.cases import split_cases
-from mim3d.datasets.records import Case, CaseSet, Split
+from mim3d.datasets.cases import Case, CaseSet
+from mim3d.datasets.splits import Split, split_cases
 from mim3d.objective import Objective
 from mim3d.probing.items import ProbeSet
 from mim3d.probing.probe import Probed, probe_encoder, random_encoder, without_encoder

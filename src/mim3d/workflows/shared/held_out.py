@@ -7,9 +7,9 @@ from pathlib import Path
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import write_json
 from mim3d.core.run_folder import GO_ON, Run
-from mim3d.datasets.cases import Case, Split, split_cases
+from mim3d.datasets.cases import Case
 from mim3d.datasets.dataset_json import read_json
-from mim3d.datasets.train_parts import TrainPart
+from mim3d.datasets.splits import Split, TrainPart, split_cases
 
 SPLIT_NAME = "split.json"
 LIST_NAME = "held_out.csv"

@@ -13,13 +13,12 @@ from mim3d.backbones import BACKBONES, Backbone
 from mim3d.caching.cache import Cache, build_cache, is_cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.resampling import target_grid
-from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.resources import num_cores
 from mim3d.core.run_folder import Run
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases
-from mim3d.datasets.records import listed
 from mim3d.distributed.processes import Processes
 from mim3d.scans.intensity import Intensity
 from mim3d.scans.volumes import read_grid

@@ -14,10 +14,9 @@ from pathlib import Path
 from mim3d.caching.cache import Cache
 from mim3d.caching.fingerprints import Fingerprint
 from mim3d.caching.leaks import Labelled, Leak, find_leaks
-from mim3d.core.errors import CheckpointError, DataError
+from mim3d.core.errors import CheckpointError, DataError, listed
 from mim3d.core.files import write_json
 from mim3d.core.run_folder import GO_ON, Run
-from mim3d.datasets.records import listed
 from mim3d.weights import WEIGHTS_NAME, locate
 
 SEEN_NAME = "seen.json"
