@@ -8,6 +8,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from mim3d.workflows.finetune.planning_table import describe_plan
+from mim3d.workflows.finetune.start import Start
 
 from mim3d.backbones import create_recipe
 from mim3d.cli import main
@@ -30,8 +32,6 @@ from mim3d.workflows.finetune.planning import (
     save_plan,
 )
 from mim3d.workflows.finetune.planning_memory import training_memory
-from mim3d.workflows.finetune.planning_table import describe_plan
-from mim3d.workflows.finetune.start import Start
 from mim3d.workflows.shared.inputs import read_data
 from mim3d.workflows.shared.training import Training
 from tests.commands.conftest import BACKBONE

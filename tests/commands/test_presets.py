@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mim3d.workflows.finetune.start import asked_recipe, choose_start
 
 from mim3d.backbones import create_recipe
 from mim3d.caching.cache import Cache, build_cache
@@ -29,7 +30,6 @@ from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.optimisation import Optimisation
 from mim3d.weights import save_network
 from mim3d.workflows.finetune.presets import apply_preset, preset_settings
-from mim3d.workflows.finetune.start import asked_recipe, choose_start
 from tests.miniatures import MINIATURES, write_cc_ccii
 
 #: An encoder and a task that take a step in no time; what they leave out comes from the preset.

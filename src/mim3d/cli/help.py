@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mim3d.cli.arguments import Signature, is_named, settings_type, word_limit
+from mim3d.core.command import documented
 from mim3d.core.settings import describe, to_mapping
 
 #: Widest column of flags on a narrow terminal; what is longer goes on in the next line.
@@ -135,25 +136,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value.get("name", value)) if isinstance(value, dict) else str(value)
-
-
-def documented(thing: Any, section: str) -> dict[str, str]:
-    """Name -> meaning in a section of a Google-style docstring.
-
-    Args:
-        thing: A function or a class; the docstrings of the classes that it inherits from count too.
-        section: The section's title, ``Args`` or ``Attributes``.
-    """
-    found: dict[str, str] = {}
-    for owner in reversed(inspect.getmro(thing) if isinstance(thing, type) else [thing]):
-        inside, name = False, ""
-        for line in inspect.cleandoc(owner.__doc__ or "").splitlines():
-            entry = re.match(r" {4}(\w+): (.*)", line)
-            if line and not line.startswith(" "):
-                inside = line == f"{section}:"
-            elif inside and entry:
-                name = entry[1]
-                found[name] = entry[2]
-            elif inside and line.strip():
-                found[name] += f" {line.strip()}"
-    return found

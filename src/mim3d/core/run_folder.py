@@ -96,7 +96,7 @@ class Run:
         out: str | os.PathLike[str],
         *,
         command: str,
-        settings: Mapping[str, Any],
+        settings: object,
         inputs: Mapping[str, str],
         resume: bool = False,
     ) -> "Run":
@@ -105,7 +105,7 @@ class Run:
         Args:
             out: The folder.
             command: Name of the command.
-            settings: Every resolved setting of the command. Values may be dataclasses.
+            settings: Every resolved setting of the command: a dataclass, or a mapping by name.
             inputs: A digest per input (``data``, ``weights``). A resumed run must be given the same ones.
             resume: Whether to go on with the run in ``out``. Where there is none yet, it is started.
 

@@ -113,15 +113,6 @@ class TrainPart:
         if self.train_seed < 0:
             raise ConfigError(f"train_seed is {self.train_seed}; it must be zero or more.")
 
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """The part that the arguments of a command ask for; arguments of other names are ignored.
-
-        Raises:
-            ConfigError: A value cannot work.
-        """
-        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
-
     def take(self, train: Sequence[Case], others: Sequence[Case] = ()) -> tuple[Case, ...]:
         """The part of the training cases.
 

@@ -2,24 +2,24 @@
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from mim3d.caching.cache import Cache, is_cache, open_cache
+from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json
 from mim3d.core.run_folder import GO_ON, require_usable
-from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.published.layouts import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
-from mim3d.datasets.splits import TrainPart
 from mim3d.tasks import TASKS, create_task
 from mim3d.workflows.finetune.planning import PLAN_NAME
 from mim3d.workflows.finetune.presets import require_own_folds
-from mim3d.workflows.finetune.run import Tuned
+from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
+from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.inputs import read_data
 
@@ -28,31 +28,33 @@ CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.json"
 
 
-def tune_folds(arguments: Mapping[str, Any], tune: Callable[..., Tuned]) -> str:
+def finetune_folds(settings: FinetuneSettings) -> str:
     """Fine-tune once for each fold, into OUT/fold_0, OUT/fold_1, ...; they share OUT/cache and the plan of the first.
 
     Folds that are finished stay as they are when the command is run again with ``resume``, and one that is not goes on.
     What the validations say is written to OUT/summary.json after every fold, and printed at the end.
 
     Args:
-        arguments: of ``finetune``, complete.
-        tune: fine-tunes once; called as :func:`mim3d.workflows.finetune.run.tune`.
+        settings: Settings with ``fold`` "all" and the numbers of processes filled in.
     Returns:
         OUT.
     Raises:
-        ConfigError: settings that cannot work, or a folder that holds something else, before any work begins.
-        DataError: cases that cannot be dealt out to folds.
+        ConfigError: Settings that cannot work, or a folder that holds something else, before any work begins.
+        DataError: Cases that cannot be split into folds.
     """
-    out = Path(arguments["out"])
-    folders = [out / f"fold_{fold}" for fold in range(arguments["num_folds"])]
-    _check(arguments, out, folders)
+    out = Path(settings.out)
+    folders = [out / f"fold_{fold}" for fold in range(settings.num_folds)]
+    _check(settings, out, folders)
     if not _is_begun(out):
         require_usable(out)
     if not any((folder / MANIFEST_NAME).exists() for folder in folders):
-        _write_config(out, arguments)
-    finished = [run for run in _tune_each(arguments, out, folders, tune) if run.finished]
+        _write_config(out, settings)
+    finished = [run for run in _finetune_each(settings, out, folders) if run.finished]
     if finished:
-        _print_summary(out, finished)
+        by_name = _by_name(finished)
+        for line in table(finished, by_name):
+            print(line)
+        print(f"summary: {out / SUMMARY_NAME}")
     if len(finished) < len(folders):
         again = f"mim3d finetune --config {out / CONFIG_NAME} --out {out} --resume true"
         print(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
@@ -61,81 +63,74 @@ def tune_folds(arguments: Mapping[str, Any], tune: Callable[..., Tuned]) -> str:
     return str(out)
 
 
-def _tune_each(
-    arguments: Mapping[str, Any], out: Path, folders: Sequence[Path], tune: Callable[..., Tuned]
-) -> list[Tuned]:
+def _finetune_each(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> list[FinetuneResult]:
     """One run after the other, until all are finished, one is stopped, or the time is over."""
-    clock = _Session(arguments["max_time"])
-    tuned: list[Tuned] = []
+    end = None if settings.max_time is None else time.monotonic() + parse_duration(settings.max_time)
+    runs: list[FinetuneResult] = []
     for fold, folder in enumerate(folders):
-        left = clock.left()
-        if left == _NOTHING:
-            break
+        max_time = None
+        if end is not None:
+            seconds = int(end - time.monotonic())
+            if seconds <= 0:
+                break
+            max_time = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         print(f"fold {fold} of {len(folders)}: {folder}")
-        changes = {
-            "fold": fold,
-            "out": str(folder),
-            "cache": arguments["cache"] or str(out / "cache"),
-            "max_time": left,
-        }
-        plan = folders[0] / PLAN_NAME
-        if fold and arguments["plan"] is None and plan.is_file():
-            changes["plan"] = str(plan)
-        tuned.append(tune({**arguments, **changes}, every_fold=fold == 0))
+        plan, cache = folders[0] / PLAN_NAME, settings.cache or str(out / "cache")
+        own = replace(settings, fold=fold, out=str(folder), cache=cache, max_time=max_time)
+        if fold and settings.plan is None and plan.is_file():
+            own = replace(own, plan=str(plan))
+        runs.append(finetune_once(own, every_fold=fold == 0))
         if fold == 0:
             # Only now: settings with which no fold can be resumed must not take the place of those that can.
-            _write_config(out, arguments)
-        if not tuned[-1].finished:
+            _write_config(out, settings)
+        if not runs[-1].finished:
             break
-        _write_summary(out, tuned, num_folds=len(folders))
-    return tuned
+        _write_summary(out, runs, num_folds=len(folders))
+    return runs
 
 
-def _check(arguments: Mapping[str, Any], out: Path, folders: Sequence[Path]) -> None:
+def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> None:
     """Refuse what would come to an end only after hours."""
-    if arguments["devices"] * arguments["num_nodes"] > 1:
+    if (settings.devices or 1) * (settings.num_nodes or 1) > 1:
         raise ConfigError(
             "fold all trains on one device, since several start the command anew for every run; use --devices 1, or "
             f"one command for each of --fold 0 to {len(folders) - 1} with the same --cache."
         )
     if len(folders) < 2:
-        raise ConfigError(f"num_folds is {arguments['num_folds']}, but fold all needs num_folds >= 2, such as 5.")
+        raise ConfigError(f"num_folds is {settings.num_folds}, but fold all needs num_folds >= 2, such as 5.")
     if (out / MANIFEST_NAME).exists():
         raise ConfigError(f"{out} holds a single run already; choose another --out for all folds.")
     begun = [folder for folder in folders if (folder / MANIFEST_NAME).exists()]
-    if begun and not arguments["resume"]:
+    if begun and not settings.resume:
         raise ConfigError(f"{begun[0]} holds a run already; go on by --resume true, or choose another --out.")
-    data = arguments["data"]
-    if arguments["preset"] is not None:
-        _check_preset(arguments, data, len(folders))
+    data, part, num_folds = settings.data, settings.train_part, len(folders)
+    if settings.preset is not None:
+        preset = find_preset(settings.preset)
+        require_own_folds(preset, settings)
+        with warnings.catch_warnings():
+            # Every fold says itself which of its cases are missing.
+            warnings.simplefilter("ignore")
+            source: Cache | CaseSet = open_cache(data) if is_cache(data) else read_preset(preset, data, None)[0]
+            for fold in range(num_folds):
+                cases = declare_fold(preset, data, source.cases, fold, strict=settings.strict)
+                choose_split(cases, fold=fold, num_folds=num_folds, part=part)
         return
-    needs_label = create_task(arguments["task"]).needs == "label"
-    cases = read_data(data, need_labels=needs_label, keep_labels=True).cases
-    if any(case.split == "val" for case in cases):
+    needs_label = create_task(settings.task).needs == "label"
+    every = read_data(data, need_labels=needs_label, keep_labels=True).cases
+    if any(case.split == "val" for case in every):
         raise ConfigError(
             f"{data} declares which cases validate, so that all folds would be the same; use --fold 0, or leave the "
             "declared split out."
         )
-    for fold in range(len(folders)):
-        part, seed = TrainPart.of(arguments), arguments["split_seed"]
-        choose_split(cases, fold=fold, num_folds=len(folders), part=part, split_seed=seed)
+    for fold in range(num_folds):
+        choose_split(every, fold=fold, num_folds=num_folds, part=part, split_seed=settings.split_seed)
 
 
-def _check_preset(arguments: Mapping[str, Any], data: str, num_folds: int) -> None:
-    """Refuse settings that a preset is not for, and a data set that lacks cases of some fold."""
-    preset = find_preset(arguments["preset"])
-    require_own_folds(preset, arguments)
-    with warnings.catch_warnings():
-        # Every fold says itself which of its cases are missing.
-        warnings.simplefilter("ignore")
-        source: Cache | CaseSet = open_cache(data) if is_cache(data) else read_preset(preset, data, None)[0]
-        for fold in range(num_folds):
-            cases = declare_fold(preset, data, source.cases, fold, strict=arguments["strict"])
-            choose_split(cases, fold=fold, num_folds=num_folds, part=TrainPart.of(arguments))
-
-
-def _write_config(out: Path, arguments: Mapping[str, Any]) -> None:
-    write_yaml(out / CONFIG_NAME, {"command": "finetune", **_as_given(arguments)})
+def _write_config(out: Path, settings: FinetuneSettings) -> None:
+    """Write the settings as they were given; a task given as an object by its name."""
+    named = to_named(settings.task, TASKS) if is_dataclass(settings.task) else settings.task
+    values = {name: value for name, value in to_mapping(replace(settings, task=named)).items() if name != "resume"}
+    write_yaml(out / CONFIG_NAME, {"command": "finetune", **values})
 
 
 def _is_begun(out: Path) -> bool:
@@ -144,37 +139,12 @@ def _is_begun(out: Path) -> bool:
     return config.is_file() and read_yaml(config).get("fold") == "all"
 
 
-def _as_given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as YAML can hold them: a task or backbone given as settings by its name."""
-    task = arguments["task"]
-    named = task if isinstance(task, (str, Mapping)) else to_named(task, TASKS)
-    values: dict[str, Any] = to_mapping({**arguments, "task": named})
-    return {name: value for name, value in values.items() if name != "resume"}
-
-
-_NOTHING = "00:00:00"
-
-
-class _Session:
-    """What is left of the longest time that all folds together may take."""
-
-    def __init__(self, max_time: str | None) -> None:
-        self._end = None if max_time is None else time.monotonic() + parse_duration(max_time)
-
-    def left(self) -> str | None:
-        """As HH:MM:SS; None without a limit."""
-        if self._end is None:
-            return None
-        seconds = max(0, int(self._end - time.monotonic()))
-        return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-def _by_name(runs: Sequence[Tuned]) -> dict[str, list[float]]:
+def _by_name(runs: Sequence[FinetuneResult]) -> dict[str, list[float]]:
     names = dict.fromkeys(name for run in runs for name in run.scores)
     return {name: [run.scores[name] for run in runs if name in run.scores] for name in names}
 
 
-def _write_summary(out: Path, runs: Sequence[Tuned], *, num_folds: int) -> None:
+def _write_summary(out: Path, runs: Sequence[FinetuneResult], *, num_folds: int) -> None:
     """Write scores of every fold with their mean and standard deviation over folds."""
     by_name = _by_name(runs)
     summary = {
@@ -189,13 +159,7 @@ def _write_summary(out: Path, runs: Sequence[Tuned], *, num_folds: int) -> None:
     write_json(out / SUMMARY_NAME, summary, remedy=GO_ON)
 
 
-def _print_summary(out: Path, runs: Sequence[Tuned]) -> None:
-    for line in table(runs, _by_name(runs)):
-        print(line)
-    print(f"summary: {out / SUMMARY_NAME}")
-
-
-def table(runs: Sequence[Tuned], by_name: Mapping[str, Sequence[float]]) -> list[str]:
+def table(runs: Sequence[FinetuneResult], by_name: Mapping[str, Sequence[float]]) -> list[str]:
     """Lines of a table: a score per line, a fold per column, mean and standard deviation last."""
     width = max(map(len, ["validation", *by_name]))
     heads = "".join(f"{run.path.name:>9}" for run in runs)

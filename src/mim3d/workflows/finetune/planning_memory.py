@@ -13,7 +13,7 @@ from mim3d.planning.patch import FILLED_SHARE
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.memory import StepMemory, can_be_known, usable_bytes
 from mim3d.training.optimisation import Optimisation
-from mim3d.workflows.shared.training import Training
+from mim3d.workflows.finetune.settings import FinetuneSettings
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TrainingMemory:
     task: Segmentation
     recipe: Backbone
     labels: Mapping[int, str]
-    training: Training
+    settings: FinetuneSettings
     optim: Optimisation
     validation_bytes: int
     _steps: dict[Triple, StepMemory] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class TrainingMemory:
             self._steps[patch_size] = self._step(patch_size)
         step = self._steps[patch_size]
         try:
-            need = step.need(batch_size, self.training.accumulation).total
+            need = step.need(batch_size, self.settings.accumulation).total
             # Validation's network takes no more than a step, so that most often nothing has to be asked about it.
             if step.device == "cpu" and need + self.validation_bytes > FILLED_SHARE * (self.usable_bytes or math.inf):
                 need = max(need, step.need(1, 1).total + self.validation_bytes if self.validation_bytes else 0)
@@ -65,38 +65,36 @@ class TrainingMemory:
             "image": ((1, self.recipe.in_channels, *patch_size), torch.float32),
             "label": ((1, *patch_size), torch.int64),
         }
-        return StepMemory(lambda: self.task.build(self.recipe, self.labels), sample, self.training.loop(1), self.optim)
+        return StepMemory(lambda: self.task.build(self.recipe, self.labels), sample, self.settings.loop(1), self.optim)
 
 
 def training_memory(
-    asked: Segmentation,
+    task: Segmentation,
     recipe: Backbone,
     labels: Mapping[int, str],
-    training: Training,
-    optim: Optimisation | None,
+    settings: FinetuneSettings,
     held_out: Sequence[Triple],
 ) -> TrainingMemory | None:
     """Answers about memory; None where the user wants no check or nothing can be known.
 
     Args:
-        asked: the task as asked for.
+        task: the task as asked for.
         recipe: of the encoder.
         labels: label value -> name.
-        training: the command's arguments.
-        optim: the optimiser's settings; the task fills in what they leave open.
+        settings: settings of fine-tuning; the task fills in what its optimiser leaves open.
         held_out: voxels of each scan to validate on.
     """
-    loop = training.loop(1)
-    if training.memory_limit == 0 or not can_be_known(loop):
+    loop = settings.loop(1)
+    if settings.memory_limit == 0 or not can_be_known(loop):
         return None
-    limit = None if training.memory_limit is None else int(training.memory_limit * 2**30)
+    limit = None if settings.memory_limit is None else int(settings.memory_limit * 2**30)
     largest = [cast(CachedScan, _Shape(shape)) for shape in sorted(held_out, key=math.prod)[-1:]]
     return TrainingMemory(
         usable_bytes=usable_bytes(loop, limit),
-        task=asked,
+        task=task,
         recipe=recipe,
         labels=labels,
-        training=training,
-        optim=(optim or Optimisation()).filled_from(asked.optimisation),
-        validation_bytes=asked.validation_bytes(largest, labels),
+        settings=settings,
+        optim=settings.optim.filled_from(task.optimisation),
+        validation_bytes=task.validation_bytes(largest, labels),
     )

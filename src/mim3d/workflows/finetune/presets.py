@@ -1,50 +1,52 @@
-"""From the preset of a published data set to the settings of fine-tuning, its cases and the split of a fold."""
+"""The preset of a published data set below the settings of fine-tuning: its cases, and the split of a fold."""
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mim3d.caching.cache import Cache, is_cache, open_cache
+from mim3d.core.settings import to_named
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.run_folder import is_first_process
-from mim3d.core.settings import to_named
-from mim3d.core.types import Triple
+from mim3d.core.types import Named, Triple
 from mim3d.datasets.cases import CaseSet, check_cases
+from mim3d.datasets.splits import Split
 from mim3d.datasets.published.layouts import declare_fold, read_preset
 from mim3d.datasets.published.presets import Preset, Variation, find_preset
-from mim3d.datasets.splits import Split, TrainPart
 from mim3d.tasks import TASKS, create_task
 from mim3d.tasks.segmentation.augmentation import sided_labels
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.optimisation import Optimisation
-from mim3d.workflows.finetune.start import DEFAULT_BACKBONE, asked_recipe
+from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split
+from mim3d.workflows.shared.initialisation import DEFAULT_BACKBONE, asked_recipe
 
-#: Tasks that a preset replaces when it is for another one: what the command takes where nothing is asked for.
+#: Task of a preset that is for another one than this: what the command takes where nothing is asked for.
 _UNASKED_TASK = "segmentation"
 
 
-def apply_preset(name: str, data: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], CaseSet | Cache, Split]:
-    """Fine-tuning's arguments with a preset below what the user asked for, the cases, and the split of the fold.
+def apply_preset(settings: FinetuneSettings) -> tuple[FinetuneSettings, CaseSet | Cache, Split]:
+    """Put a preset below what the user asked for; find the cases, and the split of the fold.
 
     What is None (or, of ``task``, ``backbone`` and ``optim``, not set) is taken from the preset; all else stays.
 
     Args:
-        name: of the preset, or an alias.
-        data: folder of the data set as published, or a cache of it.
-        arguments: of ``finetune``, complete; not changed.
+        settings: Settings as the user gave them; ``preset`` names the preset or an alias of it, and ``data`` is the
+            data set as published, or a cache of it.
 
     Returns:
-        The merged arguments, the data set (with what headers can tell checked) or cache, and the split.
+        The new settings, the data set (with what headers can tell checked) or cache, and the split.
     Raises:
-        ConfigError: unknown preset or fold, a task the preset is not for, or a cache of another voxel size.
-        DataError: cases that are missing or cannot be used.
+        ConfigError: Unknown preset or fold, a task the preset is not for, or a cache of another voxel size.
+        DataError: Cases that are missing or cannot be used.
     """
-    preset = find_preset(name)
-    edge = asked_recipe(arguments.get("backbone"), arguments.get("weights"))[0].patch_size
-    fold, strict = arguments.get("fold"), arguments.get("strict")
-    require_own_folds(preset, arguments)
-    merged = _merged(preset, preset_settings(preset, fold, edge), arguments)
+    assert settings.preset is not None
+    preset = find_preset(settings.preset)
+    require_own_folds(preset, settings)
+    token_edge = asked_recipe(settings.backbone, settings.weights)[0].patch_size
+    merged = with_preset(settings, preset, token_edge)
+    data, fold, strict = settings.data, settings.single_fold, settings.strict
     source: CaseSet | Cache
     if is_cache(data):
         source = open_cache(data)
@@ -59,43 +61,70 @@ def apply_preset(name: str, data: str, arguments: Mapping[str, Any]) -> tuple[di
         source, _ = read_preset(preset, data, fold, strict=strict)
         check_cases(source, need_labels=preset.task == "segmentation")
         cases = source.cases
-    split = choose_split(cases, fold=fold, num_folds=preset.num_folds, part=TrainPart.of(arguments))
+    split = choose_split(cases, fold=fold, num_folds=preset.num_folds, part=settings.train_part)
     if is_first_process():
-        _say(preset, split, merged["task"], edge)
+        _print_preset(preset, split, merged.task, token_edge)
     return merged, source, split
 
 
-def require_own_folds(preset: Preset, arguments: Mapping[str, Any]) -> None:
+def require_own_folds(preset: Preset, settings: FinetuneSettings) -> None:
     """Refuse other folds than those of the preset.
 
     Raises:
-        ConfigError: another number of folds, or a seed to deal them out by.
+        ConfigError: Another number of folds, or a seed to split them by.
     """
     for name, own in (("num_folds", preset.num_folds), ("split_seed", 0)):
-        if arguments.get(name, own) != own:
+        if getattr(settings, name) != own:
             raise ConfigError(
-                f"{name} is {arguments[name]}, but the {preset.num_folds} folds of preset {preset.name} are fixed; "
-                f"leave {name} out."
+                f"{name} is {getattr(settings, name)}, but the {preset.num_folds} folds of preset {preset.name} are "
+                f"fixed; leave {name} out."
             )
 
 
-def preset_settings(preset: Preset, fold: int | None, backbone_patch_edge: int) -> dict[str, Any]:
-    """Arguments of ``finetune`` that a preset gives: defaults that lie below the user's own.
-
-    The patch is rounded up to whole tokens.
+def with_preset(settings: FinetuneSettings, preset: Preset, token_edge: int) -> FinetuneSettings:
+    """Settings with those of a preset where the user gave none; the patch is rounded up to whole tokens.
 
     Args:
-        preset: of the data set.
-        fold: that is held out.
-        backbone_patch_edge: voxels along the edge of the encoder's tokens.
+        settings: Settings as the user gave them.
+        preset: Preset of the data set.
+        token_edge: Voxels along the edge of the encoder's tokens.
+    Raises:
+        ConfigError: The preset is for another task.
     """
-    patch_size = _whole_tokens(preset.patch_size, backbone_patch_edge)
+    optim = Optimisation(
+        base_learning_rate=preset.base_learning_rate,
+        reference_batch=preset.reference_batch,
+        weight_decay=preset.weight_decay,
+        warmup_ratio=preset.warmup_epochs / preset.epochs,
+    )
+    max_epochs = settings.max_epochs
+    if max_epochs is not None:
+        # In epochs as published, unless that would be most of a short run.
+        ratio = preset.warmup_epochs / max_epochs
+        optim = replace(optim, warmup_ratio=min(preset.warmup_epochs / preset.epochs, ratio))
+    elif settings.max_steps is None:
+        max_epochs = preset.epochs
+    return replace(
+        settings,
+        task=_merged_task(preset, _task_of(preset, token_edge), settings.task),
+        backbone=_merged_backbone(len(preset.channels), settings.backbone, settings.weights),
+        spacing_mm=preset.spacing_mm if settings.spacing_mm is None else settings.spacing_mm,
+        intensity=preset.intensity if settings.intensity is None else settings.intensity,
+        num_folds=preset.num_folds,
+        max_epochs=max_epochs,
+        optim=settings.optim.filled_from(optim),
+    )
+
+
+def _task_of(preset: Preset, token_edge: int) -> dict[str, Any]:
+    """The preset's task, by its name and settings."""
+    patch_size = list(_whole_tokens(preset.patch_size, token_edge))
     if preset.task == "classification":
-        task: dict[str, Any] = {"name": "classification", "fit": "scan", "size": list(patch_size)}
+        task: dict[str, Any] = {"name": "classification", "fit": "scan", "size": patch_size}
     else:
         task = {
             "name": "segmentation",
-            "patch_size": list(patch_size),
+            "patch_size": patch_size,
             "positive_ratio": preset.positive_ratio,
             "overlap": preset.overlap,
         }
@@ -103,21 +132,7 @@ def preset_settings(preset: Preset, fold: int | None, backbone_patch_edge: int) 
             task["regions"] = {name: list(values) for name, values in preset.regions.items()}
     if preset.variation is not None:
         task["augmentation"] = _augmentation(preset.variation)
-    return {
-        "task": task,
-        "backbone": {"in_channels": len(preset.channels)},
-        "spacing_mm": preset.spacing_mm,
-        "intensity": preset.intensity,
-        "fold": fold,
-        "num_folds": preset.num_folds,
-        "max_epochs": preset.epochs,
-        "optim": Optimisation(
-            base_learning_rate=preset.base_learning_rate,
-            reference_batch=preset.reference_batch,
-            weight_decay=preset.weight_decay,
-            warmup_ratio=preset.warmup_epochs / preset.epochs,
-        ),
-    }
+    return task
 
 
 def _augmentation(variation: Variation) -> dict[str, Any]:
@@ -135,15 +150,15 @@ def _whole_tokens(size: Triple, edge: int) -> Triple:
     return x, y, z
 
 
-def _say(preset: Preset, split: Split, task: Any, edge: int) -> None:
+def _print_preset(preset: Preset, split: Split, task: Any, edge: int) -> None:
     """Print what the preset comes to in this run."""
     kind = "published folds" if preset.folds == "published" else "seeded folds by patient"
     print(f"preset {preset.name} ({kind}): {len(split.train)} cases to train on, {len(split.val)} held out")
     rounded = _whole_tokens(preset.patch_size, edge)
     used = task.get("patch_size", task.get("size")) if isinstance(task, Mapping) else None
     if rounded != preset.patch_size and used is not None and tuple(used) == rounded:
-        told, taken = (" x ".join(map(str, size)) for size in (preset.patch_size, rounded))
-        print(f"crops of {told} voxels, as published, are rounded up to {taken}: whole tokens of {edge} voxels")
+        published, taken = (" x ".join(map(str, size)) for size in (preset.patch_size, rounded))
+        print(f"crops of {published} voxels, as published, are rounded up to {taken}: whole tokens of {edge} voxels")
     mirrored = _mirrored(preset, task)
     if mirrored:
         print(mirrored)
@@ -166,25 +181,6 @@ def _mirrored(preset: Preset, task: Any) -> str | None:
         f"crops are mirrored along {', '.join('XYZ'[axis] for axis in axes)}, as published, although labels name a "
         f"side ({listed(list(sided))}); to keep the sides apart: {remedy}"
     )
-
-
-def _merged(preset: Preset, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(arguments)
-    merged["task"] = _merged_task(preset, given["task"], arguments.get("task"))
-    merged["backbone"] = _merged_backbone(given["backbone"], arguments.get("backbone"), arguments.get("weights"))
-    merged["num_folds"] = given["num_folds"]
-    for name in ("spacing_mm", "intensity"):
-        if merged.get(name) is None:
-            merged[name] = given[name]
-    optim = given["optim"]
-    if merged.get("max_steps") is None and merged.get("max_epochs") is None:
-        merged["max_epochs"] = given["max_epochs"]
-    elif merged.get("max_epochs") is not None:
-        # In epochs as published, unless that would be most of a short run.
-        ratio = min(optim.warmup_ratio, preset.warmup_epochs / merged["max_epochs"])
-        optim = dataclasses.replace(optim, warmup_ratio=ratio)
-    merged["optim"] = (merged.get("optim") or Optimisation()).filled_from(optim)
-    return merged
 
 
 def _merged_task(preset: Preset, given: Mapping[str, Any], asked: Any) -> Any:
@@ -223,10 +219,10 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-def _merged_backbone(given: Mapping[str, Any], asked: Any, weights: str | None) -> Any:
+def _merged_backbone(num_channels: int, asked: Named | None, weights: str | None) -> Named | None:
     """The backbone with as many input channels as the data set; that of the weights is adapted to the data anyway."""
     if asked is None:
-        return None if weights is not None else {"name": DEFAULT_BACKBONE, **given}
+        return None if weights is not None else {"name": DEFAULT_BACKBONE, "in_channels": num_channels}
     if isinstance(asked, str):
-        return {"name": asked, **given}
-    return {**given, **asked} if isinstance(asked, Mapping) else asked
+        return {"name": asked, "in_channels": num_channels}
+    return {"in_channels": num_channels, **asked} if isinstance(asked, Mapping) else asked

@@ -1,39 +1,39 @@
-"""One run of fine-tuning, from the arguments of the command to a trained network."""
+"""One run of fine-tuning: from its settings to a trained network."""
 
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mim3d.backbones import BACKBONES
-from mim3d.caching.cache import Cache, CachedScan
+from mim3d.caching.cache import Cache
+from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run
-from mim3d.core.settings import to_mapping, to_named
 from mim3d.datasets.cases import CaseSet
-from mim3d.datasets.splits import Split, TrainPart
+from mim3d.datasets.splits import Split
 from mim3d.distributed.processes import Processes
-from mim3d.loading.loader import Loader
 from mim3d.objective import Objective
-from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task
-from mim3d.tasks.contract import Task
 from mim3d.tasks.segmentation.partial_labels import are_partial
 from mim3d.tracking import TrackedRun
 from mim3d.training.checkpoint import load_best
 from mim3d.training.loop import train
-from mim3d.training.optimisation import Optimisation
 from mim3d.training.settings import TrainResult
 from mim3d.weights import save_network
-from mim3d.workflows.finetune.planning import plan_finetuning, save_plan
+from mim3d.workflows.finetune.planning import PlannedRun, plan_finetuning, save_plan
 from mim3d.workflows.finetune.presets import apply_preset
-from mim3d.workflows.finetune.start import Start, choose_start
+from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split, write_split
+from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
 from mim3d.workflows.shared.leakage import SEEN_NAME, check_pretraining, check_split, labelled, record_seen
-from mim3d.workflows.shared.memory import finetuning_ways, require_memory
-from mim3d.workflows.shared.training import Training, all_processes
+from mim3d.workflows.shared.memory import finetuning_variants, require_memory
+from mim3d.workflows.shared.training import joined_processes
 
 #: Passes over the training scans where nothing else is asked for.
 DEFAULT_EPOCHS = 300
@@ -43,14 +43,14 @@ DEFAULT_VALIDATIONS = 10
 
 
 @dataclass(frozen=True)
-class Tuned:
+class FinetuneResult:
     """What came of a run.
 
     Attributes:
-        path: folder of the run.
-        finished: whether all of its steps are done.
-        step: of the weights that were kept.
-        scores: of those weights on the held-out cases, by name; empty without validation.
+        path: Folder of the run.
+        finished: Whether all of its steps are done.
+        step: Step of the weights that were kept.
+        scores: Scores of those weights on the held-out cases, by name; empty without validation.
     """
 
     path: Path
@@ -59,44 +59,85 @@ class Tuned:
     scores: Mapping[str, float]
 
 
-def tune(arguments: Mapping[str, Any], *, every_fold: bool = False) -> Tuned:
+def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> FinetuneResult:
     """Fine-tune once.
 
     Args:
-        arguments: of ``finetune``, complete; ``fold`` is one fold or None.
-        every_fold: the first of all folds: with ``strict``, weights that saw what a later one holds out are refused
-            before this one is trained.
+        settings: With the numbers of processes filled in; ``fold`` is one fold or None.
+        every_fold: Whether this is the first of all folds: with ``strict``, weights that learned from what a later
+            fold holds out are refused before this one is trained.
     Raises:
-        ConfigError: settings that cannot work, before any work begins.
-        CheckpointError: weights that cannot be read or do not fit.
-        DataError: cases that cannot be used.
+        ConfigError: Settings that cannot work, before any work begins.
+        CheckpointError: Weights that cannot be read or do not fit.
+        DataError: Cases that cannot be used.
     """
-    with all_processes(arguments) as processes:
-        return _tune(arguments, processes, every_fold=every_fold)
+    started_at = time.monotonic()
+    with joined_processes(settings) as processes:
+        # What cannot work whatever the data is refused before they are read.
+        settings.check_machine()
+        settings, source, split = _cases(settings)
+        if settings.patience is not None and not split.val:
+            raise ConfigError(
+                f"patience is {settings.patience}, but no case is held out to validate on; give a fold, or no patience."
+            )
+        initial = _initialise(settings, source, split)
+        if not processes.is_first:
+            # They take the plan that it saves; here they learn when it fails before.
+            processes.wait_for("plan")
+        planned = plan_finetuning(source, split, initial, settings, settings.out)
+        run, scans = _prepare(planned, initial, source, split, processes)
+        _check_leakage(run, split, scans, settings, every_fold=every_fold)
+        return _train(run, planned, initial, split, scans, started_at)
 
 
-def _tune(arguments: Mapping[str, Any], processes: Processes, *, every_fold: bool) -> Tuned:
-    # What cannot work whatever the data is refused before they are read.
-    stated = {**arguments, "batch_size": 1} if arguments["batch_size"] is None else arguments
-    Training.of(stated).check_machine()
-    arguments, source, split = _cases(arguments, create_task(arguments["task"]))
-    if arguments["patience"] is not None and not split.val:
-        raise ConfigError(
-            f"patience is {arguments['patience']}, but no case is held out to validate on; give a fold, or no patience."
-        )
-    start = _start(arguments, source, split)
-    if not processes.is_first:
-        # They take the plan that it saves; here they learn when it fails before.
-        processes.wait_for("plan")
-    planned = plan_finetuning(source, split, start, arguments, arguments["out"])
-    arguments, weights = planned.arguments, planned.arguments["weights"]
-    asked = create_task(arguments["task"]).checked(start.recipe)
-    training = Training.of(arguments)
-    spacing_mm = start.spacing_mm(arguments["spacing_mm"], source)
-    named = {"task": to_named(asked, TASKS), "backbone": to_named(start.recipe, BACKBONES)}
-    settings = {**arguments, **named, "spacing_mm": spacing_mm}
-    inputs = weights_input(weights)
-    run = Run.create(arguments["out"], command="finetune", settings=settings, inputs=inputs, resume=training.resume)
+def _cases(settings: FinetuneSettings) -> tuple[FinetuneSettings, CaseSet | Cache, Split]:
+    """The settings on top of a preset where one is asked for, the data set and its split."""
+    needs = create_task(settings.task).needs
+    if settings.preset is not None:
+        return apply_preset(settings)
+    source = read_data(settings.data, need_labels=needs == "label", keep_labels=True)
+    split = choose_split(
+        source.cases,
+        fold=settings.single_fold,
+        num_folds=settings.num_folds,
+        part=settings.train_part,
+        split_seed=settings.split_seed,
+    )
+    return settings, source, split
+
+
+def _initialise(settings: FinetuneSettings, source: CaseSet | Cache, split: Split) -> Initialisation:
+    """The encoder to begin with, once it is known that task, encoder and cases fit together."""
+    task = create_task(settings.task)
+    task.check_split(split)
+    num_channels = len(split.train[0].images)
+    initial = initialise(settings.backbone, settings.weights, num_channels, settings.input_layers)
+    check_channels([*split.train, *split.val], initial.recipe)
+    task.checked(initial.recipe)
+    task.check_labels(source.labels)
+    for frozen in ("freeze_encoder", "unfreeze_ratio"):
+        if settings.weights is None and getattr(task, frozen, None):
+            warnings.warn(
+                f"{frozen} keeps an encoder as it was drawn at random, since there are no weights; give --weights, "
+                "unless random features are what you want to see.",
+                stacklevel=3,
+            )
+    return initial
+
+
+def _prepare(
+    planned: PlannedRun, initial: Initialisation, source: CaseSet | Cache, split: Split, processes: Processes
+) -> tuple[Run, Cache]:
+    """The folder of the run and the scans in their cache."""
+    settings = planned.settings
+    spacing_mm = initial.spacing_mm(settings.spacing_mm, source)
+    run = Run.create(
+        settings.out,
+        command="finetune",
+        settings=replace(settings, backbone=to_named(initial.recipe, BACKBONES), spacing_mm=spacing_mm),
+        inputs=weights_input(settings.weights),
+        resume=settings.resume,
+    )
     save_plan(run, planned)
     if processes.is_first:
         processes.announce("plan", "saved")
@@ -105,157 +146,78 @@ def _tune(arguments: Mapping[str, Any], processes: Processes, *, every_fold: boo
         [*split.train, *split.val],
         run,
         processes,
-        arguments["cache"],
+        settings.cache,
         spacing_mm=spacing_mm,
-        num_workers=training.num_workers,
-        strict=bool(training.strict),
+        num_workers=settings.num_workers,
+        strict=bool(settings.strict),
     )
-    if asked.needs == "label":
+    if planned.task.needs == "label":
         # A held-out case, too, must not turn out to name a label that there is not once it is validated on.
         are_partial(scans.cases, scans.labels)
     write_split(run, split)
-    _check_leakage(run, split, scans, weights, strict=bool(training.strict), every_fold=every_fold)
-    return _train(run, training, arguments["optim"], asked, start, split, scans, arguments["intensity"])
+    return run, scans
 
 
-def _start(arguments: Mapping[str, Any], source: CaseSet | Cache, split: Split) -> Start:
-    """The encoder to start from, once it is known that task, encoder and cases fit together."""
-    asked, weights = create_task(arguments["task"]), arguments["weights"]
-    asked.check_split(split)
-    num_channels = len(split.train[0].images)
-    start = choose_start(arguments["backbone"], weights, num_channels, arguments["input_layers"])
-    check_channels([*split.train, *split.val], start.recipe)
-    asked.checked(start.recipe)
-    asked.check_labels(source.labels)
-    for frozen in ("freeze_encoder", "unfreeze_ratio"):
-        if weights is None and getattr(asked, frozen, None):
-            warnings.warn(
-                f"{frozen} keeps an encoder as it was drawn at random, since there are no weights; give --weights, "
-                "unless random features are what you want to see.",
-                stacklevel=3,
-            )
-    return start
-
-
-def _cases(arguments: Mapping[str, Any], asked: Task) -> tuple[dict[str, Any], CaseSet | Cache, Split]:
-    """The arguments with a preset below them where one is asked for, the data set and its split."""
-    if arguments["preset"] is not None:
-        return apply_preset(arguments["preset"], arguments["data"], arguments)
-    source = read_data(arguments["data"], need_labels=asked.needs == "label", keep_labels=True)
-    split = choose_split(
-        source.cases,
-        fold=arguments["fold"],
-        num_folds=arguments["num_folds"],
-        part=TrainPart.of(arguments),
-        split_seed=arguments["split_seed"],
-    )
-    return dict(arguments), source, split
-
-
-def _check_leakage(
-    run: Run, split: Split, scans: Cache, weights: str | None, *, strict: bool, every_fold: bool
-) -> None:
-    """Say which held-out scans were learned from, by the encoder or by this run, and write down what it learns from.
+def _check_leakage(run: Run, split: Split, scans: Cache, settings: FinetuneSettings, *, every_fold: bool) -> None:
+    """Warn of held-out scans that the encoder or this run learns from, and write down what the run learns from.
 
     Raises:
         DataError: ``strict``, and there is one.
     """
-    learned = scans.subset(split.train)
+    learned, strict = scans.subset(split.train), bool(settings.strict)
     if split.val:
         held_out = labelled(scans.subset(split.val))
         if strict and every_fold:
-            check_pretraining(weights, labelled(scans), strict=True)
-        check_pretraining(weights, held_out, strict=strict)
+            check_pretraining(settings.weights, labelled(scans), strict=True)
+        check_pretraining(settings.weights, held_out, strict=strict)
         check_split(labelled(learned), held_out, strict=strict)
-    record_seen(run, learned, weights)
+    record_seen(run, learned, settings.weights)
 
 
 def _train(
-    run: Run,
-    training: Training,
-    optim: Optimisation,
-    asked: Task,
-    start: Start,
-    split: Split,
-    scans: Cache,
-    intensity: Intensity | None,
-) -> Tuned:
-    """Everything after the scans lie in a cache: the plan, the network, its training, and what is left of it."""
+    run: Run, planned: PlannedRun, initial: Initialisation, split: Split, scans: Cache, started_at: float
+) -> FinetuneResult:
+    """Everything after the scans lie in a cache: the task's plan, the network, its training, and the export."""
+    settings, recipe = planned.settings, initial.recipe
     training_scans = scans.subset(split.train)
     held_out = tuple(scans.subset(split.val)) if split.val else ()
-    labels = asked.classes_of(training_scans)
-    planned = _plan(run, asked, start, training_scans, labels)
-    mapping = start.intensity(intensity, training_scans)
-    loader = training.loader(training_scans, planned.sampler(), mapping, planned.augment())
-    optim = optim.filled_from(planned.optimisation)
-    run.note(_require_memory(training, optim, planned, start, loader, held_out, labels))
-    objective = _build(planned, start, labels, training.seed)
-    result = _learn(run, training, optim, planned, objective, mapping, loader, held_out, labels)
-    return _close(run, objective, result, planned.network, _card(start, planned, mapping, training_scans, labels))
-
-
-def _plan(run: Run, asked: Task, start: Start, scans: Cache, labels: dict[int, str]) -> Task:
-    planned = asked.planned(start.recipe, scans, labels)
-    for line in planned.summary():
+    labels = planned.task.classes_of(training_scans)
+    task = planned.task.planned(recipe, training_scans, labels)
+    for line in task.summary():
         print(line)
-    run.note({"task": to_named(planned, TASKS), "labels": to_mapping(labels), "num_scans": len(scans)})
-    return planned
-
-
-def _require_memory(
-    training: Training,
-    optim: Optimisation,
-    task: Task,
-    start: Start,
-    loader: Loader,
-    held_out: Sequence[CachedScan],
-    labels: dict[int, str],
-) -> dict[str, Any]:
-    """Refuse what does not fit into memory, before the network is built; returns what to note."""
-    return require_memory(
-        training,
-        finetuning_ways(lambda recipe: task.build(recipe, labels), start.recipe),
+    run.note({"task": to_named(task, TASKS), "labels": to_mapping(labels), "num_scans": len(training_scans)})
+    mapping = initial.intensity(settings.intensity, training_scans)
+    loader = settings.loader(training_scans, task.sampler(), mapping, task.augment())
+    optim = settings.optim.filled_from(task.optimisation)
+    memory = require_memory(
+        settings,
+        finetuning_variants(lambda recipe: task.build(recipe, labels), recipe),
         {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in loader.dataset[0].items()},
         optim,
         smaller=f"a smaller backbone or smaller crops (task.{task.sized_by})",
         validation_bytes=task.validation_bytes(held_out, labels),
     )
-
-
-def _build(task: Task, start: Start, labels: dict[int, str], seed: int) -> Objective:
-    import torch
-
-    torch.manual_seed(seed)
-    objective = task.build(start.recipe, labels)
-    if start.encoder is not None:
-        objective.encoder.load_state_dict(start.encoder.state_dict())
-    return objective
-
-
-def _learn(
-    run: Run,
-    training: Training,
-    optim: Optimisation,
-    task: Task,
-    objective: Objective,
-    mapping: Intensity,
-    loader: Loader,
-    held_out: Sequence[CachedScan],
-    labels: dict[int, str],
-) -> TrainResult:
-    num_steps = training.num_steps(loader, DEFAULT_EPOCHS)
-    every = training.validate_every or -(-num_steps // DEFAULT_VALIDATIONS)
-    _check_patience(training.patience, -(-num_steps // every))
-    with TrackedRun.of(run, training.tracking) as tracked:
-        return train(
+    run.note(memory)
+    torch.manual_seed(settings.seed)
+    objective = task.build(recipe, labels)
+    if initial.encoder is not None:
+        objective.encoder.load_state_dict(initial.encoder.state_dict())
+    num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
+    every = settings.validate_every or -(-num_steps // DEFAULT_VALIDATIONS)
+    _check_patience(settings.patience, -(-num_steps // every))
+    with TrackedRun.of(run, settings.tracking) as tracked:
+        result = train(
             objective,
             loader,
             run=tracked,
-            loop=replace(training.loop(num_steps), validate_every=every),
+            loop=settings.loop(num_steps, started_at=started_at, validate_every=every),
             optim=optim,
             validate=(lambda trained: task.validate(trained, held_out, mapping, labels)) if held_out else None,
             best_by=task.best_by if held_out else None,
         )
+    named = {str(value): name for value, name in labels.items()}
+    card = {**encoder_card(recipe, mapping, training_scans), "task": to_named(task, TASKS), "labels": named}
+    return _close(run, objective, result, task.network, card)
 
 
 def _check_patience(patience: int | None, num_validations: int) -> None:
@@ -268,13 +230,7 @@ def _check_patience(patience: int | None, num_validations: int) -> None:
         )
 
 
-def _card(start: Start, task: Task, mapping: Intensity, scans: Cache, labels: dict[int, str]) -> dict[str, Any]:
-    """What a reader of the network must know."""
-    named = {str(value): name for value, name in labels.items()}
-    return {**encoder_card(start.recipe, mapping, scans), "task": to_named(task, TASKS), "labels": named}
-
-
-def _close(run: Run, objective: Objective, result: TrainResult, network: str, card: dict[str, Any]) -> Tuned:
+def _close(run: Run, objective: Objective, result: TrainResult, network: str, card: dict[str, Any]) -> FinetuneResult:
     """Export the weights that validated best, or the last ones, and say where everything lies."""
     best: dict[str, Any] = {"step": result.step, "values": {}}
     if run.writes:
@@ -290,4 +246,4 @@ def _close(run: Run, objective: Objective, result: TrainResult, network: str, ca
     if not result.finished:
         print(f"stopped at step {result.step}: {result.reason}; go on with: {run.how_to_resume}")
     print(f"{network}: {run.path / network}")
-    return Tuned(run.path, finished=result.finished, step=best["step"], scores=best["values"])
+    return FinetuneResult(run.path, finished=result.finished, step=best["step"], scores=best["values"])

@@ -24,12 +24,12 @@ from mim3d.training.checkpoint import load_best
 from mim3d.training.launch import choose_accelerator
 from mim3d.training.memory import SampleShapes
 from mim3d.weights import save_network
-from mim3d.workflows.finetune.start import Start
 from mim3d.workflows.probe.cases import PHANTOM, ProbeCases, check_classes, labelled_cases, read_source
-from mim3d.workflows.shared.held_out import dealt_out
+from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
+from mim3d.workflows.shared.initialisation import Initialisation
 from mim3d.workflows.shared.inputs import check_channels
 from mim3d.workflows.shared.leakage import SEEN_NAME
-from mim3d.workflows.shared.training import Training
+from mim3d.workflows.shared.training import TrainingSettings
 
 #: The score by which the best encoder is kept.
 BEST_BY = "probe_linear"
@@ -55,7 +55,7 @@ class ProbePlan:
         data: labelled scans, or ``phantom``.
         every: steps between two probings; None for ten in all.
         cases: those of ``data``; None for phantoms, which are not made yet.
-        fold: ``fold``, ``num_folds`` and ``split_seed`` of the pre-training.
+        folds: Folds of the pre-training.
         largest: edges of the crops at most: those of the largest volume that pre-training shows the encoder.
         seed: of the choice of scans and tokens.
     """
@@ -63,37 +63,46 @@ class ProbePlan:
     data: str
     every: int | None
     cases: ProbeCases | None
-    fold: tuple[int | None, int, int]
+    folds: FoldChoice
     largest: Triple
     seed: int
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], recipe: Backbone, sample: SampleShapes) -> "ProbePlan | None":
-        """From the arguments of pre-training; None where no probe is asked for.
+    def of(
+        cls,
+        data: str | None,
+        every: int | None,
+        folds: FoldChoice,
+        recipe: Backbone,
+        sample: SampleShapes,
+        seed: int,
+    ) -> "ProbePlan | None":
+        """From the settings of pre-training; None where no probe is asked for.
 
         Args:
-            arguments: of `mim3d pretrain`.
-            recipe: the encoder's settings.
-            sample: shapes of a sample of pre-training.
+            data: Labelled scans, or ``phantom``; None for no probe.
+            every: Steps between two probings; None for ten in all.
+            folds: Folds of the pre-training.
+            recipe: Settings of the encoder.
+            sample: Shapes of a sample of pre-training.
+            seed: Seed of the choice of scans and tokens.
         Raises:
-            ConfigError: settings that cannot work.
-            DataError: labelled scans that cannot be used.
+            ConfigError: Settings that cannot work.
+            DataError: Labelled scans that cannot be used.
         """
-        data, every = arguments["probe"], arguments["probe_every"]
         if data is None:
             if every is not None:
                 raise ConfigError(f"probe_every is {every}, but there is no probe; give --probe DATA too.")
             return None
         if every is not None and every < 1:
             raise ConfigError(f"probe_every is {every}; it must be at least 1.")
-        fold = (arguments["fold"], arguments["num_folds"], arguments["split_seed"])
-        plan = cls(data, every, None, fold, largest_volume(sample), arguments["seed"])
-        if data == PHANTOM and recipe.in_channels != 1:
-            raise ConfigError(
-                f"probe is {PHANTOM}, which has one channel, but backbone.in_channels is {recipe.in_channels}; give "
-                "labelled scans of as many channels."
-            )
+        plan = cls(data, every, None, folds, largest_volume(sample), seed)
         if data == PHANTOM:
+            if recipe.in_channels != 1:
+                raise ConfigError(
+                    f"probe is {PHANTOM}, which has one channel, but backbone.in_channels is {recipe.in_channels}; "
+                    "give labelled scans of as many channels."
+                )
             return plan
         cases = plan.choose(read_source(data, ""))
         check_channels(cases.cases, recipe)
@@ -114,8 +123,12 @@ class ProbePlan:
         """
         target, cases = labelled_cases(source, None, self.data)
         usable = [case for case in cases if case.split in (None, "train")]
-        held_out = set() if self.data == PHANTOM else self._held_out(source.cases)
-        usable = [case for case in usable if case.patient not in held_out]
+        if self.data != PHANTOM:
+            # By whichever task splits them; too few cases for the folds are never split.
+            groups = cases_by_task(source.cases)
+            large = [group for group in groups if len({case.patient for case in group}) >= self.folds.num_folds]
+            held_out = self.folds.held_out_patients(large)
+            usable = [case for case in usable if case.patient not in held_out]
         patients = {case.patient for case in usable}
         if len(patients) < 2:
             raise DataError(
@@ -130,22 +143,12 @@ class ProbePlan:
         check_classes(chosen)
         return chosen
 
-    def _held_out(self, cases: Sequence[Case]) -> set[str]:
-        """Patients of the fold, by whichever task deals them out."""
-        fold, num_folds, split_seed = self.fold
-        found: set[str] = set()
-        for dealt in dealt_out(cases):
-            if fold is not None and len({case.patient for case in dealt}) >= num_folds:
-                split = split_cases(dealt, fold=fold, num_folds=num_folds, seed=split_seed)
-                found |= {case.patient for case in split.val}
-        return found
-
     def _some(self, cases: Sequence[Case], number: int) -> tuple[Case, ...]:
         order = np.random.default_rng(self.seed).permutation(len(cases))[:number]
         in_order = sorted(cases, key=lambda case: case.id)
         return tuple(in_order[place] for place in sorted(order))
 
-    def prepared(self, run: Run, training: Training, encoder: Encoder, card: Mapping[str, Any]) -> ProbeSet:
+    def prepared(self, run: Run, training: TrainingSettings, encoder: Encoder, card: Mapping[str, Any]) -> ProbeSet:
         """What the encoder is shown, read once and kept; references without learned weights are noted and printed.
 
         Args:
@@ -158,15 +161,15 @@ class ProbePlan:
         """
         folder = run.path / "probe"
         cases = self.cases or self.choose(read_source(self.data, folder / "phantom"))
-        start = Start(encoder.recipe, encoder, card)
+        initial = Initialisation(encoder.recipe, encoder, card)
         scans = cases.prepared(
             folder / "cache",
-            start.spacing_mm(None, cases.source),
+            initial.spacing_mm(None, cases.source),
             num_workers=training.num_workers,
             strict=bool(training.strict),
         )
         run.bind_input("probe", scans.digest)
-        mapping = start.intensity(None, scans.subset(cases.split.train))
+        mapping = initial.intensity(None, scans.subset(cases.split.train))
         items = cases.items(scans, encoder, mapping, PROBING, seed=self.seed, largest=self.largest).in_memory()
         _tell(run, items, encoder, training, self.seed)
         return items
@@ -179,7 +182,7 @@ def largest_volume(sample: SampleShapes) -> Triple:
     return x, y, z
 
 
-def _tell(run: Run, items: ProbeSet, encoder: Encoder, training: Training, seed: int) -> None:
+def _tell(run: Run, items: ProbeSet, encoder: Encoder, training: TrainingSettings, seed: int) -> None:
     device = choose_accelerator(training.accelerator)
     random = probe_encoder(random_encoder(encoder, seed).to(device), items, PROBING)
     references = {"random": random, **without_encoder(items, PROBING)}

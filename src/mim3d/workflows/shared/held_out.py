@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mim3d.core.errors import ConfigError, DataError
@@ -15,8 +16,35 @@ SPLIT_NAME = "split.json"
 LIST_NAME = "held_out.csv"
 
 
-def dealt_out(cases: Sequence[Case]) -> list[list[Case]]:
-    """The cases that each task deals out to folds: segmentation those with label maps, classification those of a class.
+@dataclass(frozen=True)
+class FoldChoice:
+    """Which of the folds of a data set is held out.
+
+    Attributes:
+        fold: Number of the fold, from 0; None holds nothing out.
+        num_folds: Number of folds in all.
+        split_seed: Seed by which patients are split into folds.
+    """
+
+    fold: int | None
+    num_folds: int
+    split_seed: int
+
+    def held_out_patients(self, groups: Sequence[Sequence[Case]]) -> set[str]:
+        """Patients that are held out in any of some groups of cases, each of which is split by itself.
+
+        Raises:
+            ConfigError: A fold that does not exist.
+            DataError: Cases that cannot be split.
+        """
+        if self.fold is None:
+            return set()
+        splits = [split_cases(g, fold=self.fold, num_folds=self.num_folds, seed=self.split_seed) for g in groups]
+        return {case.patient for split in splits for case in split.val}
+
+
+def cases_by_task(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases that each task splits into folds: segmentation those with label maps, classification those of a class.
 
     Where all cases have both, the two are the same; a task that no case is for is left out.
     """

@@ -17,34 +17,34 @@ from mim3d.methods import Method
 from mim3d.objective import Objective
 from mim3d.training.memory import MemoryNeed, SampleShapes, StepMemory, can_be_known, usable_bytes
 from mim3d.training.optimisation import Optimisation
-from mim3d.workflows.shared.training import Training
+from mim3d.workflows.shared.training import TrainingSettings
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of computing the same step.
+class StepVariant:
+    """One of several settings that compute the same step with more or less memory.
 
     Attributes:
-        flags: what asks for it on the command line; empty for the settings as they are.
-        build: gives its objective.
+        flags: Flags that ask for it on the command line; empty for the settings as they are.
+        build: Builds its objective.
     """
 
     flags: str
     build: Callable[[], Objective]
 
 
-def pretraining_ways(method: Method, recipe: Backbone) -> list[Way]:
-    """As asked; then ways that need less memory and more time, the quicker ones first."""
-    ways = [Way("", lambda: method.build(recipe))]
+def pretraining_variants(method: Method, recipe: Backbone) -> list[StepVariant]:
+    """The settings as asked; then variants that need less memory and more time, the quicker ones first."""
+    variants = [StepVariant("", lambda: method.build(recipe))]
     less = _with(recipe, "recompute", True)
     if less is not None:
-        ways.append(Way("--backbone.recompute true", lambda: method.build(less)))
+        variants.append(StepVariant("--backbone.recompute true", lambda: method.build(less)))
     single = _with(method, "chunk_size", 1)
     if single is not None:
         # Beside recomputation alone: what is kept for the backward pass is the same in chunks of any size.
-        flags = f"{ways[-1].flags} --method.chunk_size 1".strip()
-        ways.append(Way(flags, lambda: single.build(less or recipe)))
-    return ways
+        flags = f"{variants[-1].flags} --method.chunk_size 1".strip()
+        variants.append(StepVariant(flags, lambda: single.build(less or recipe)))
+    return variants
 
 
 @dataclass(frozen=True)
@@ -68,27 +68,27 @@ def pretraining_sample(method: Method, recipe: Backbone, shape: Triple) -> Sampl
     return method.sampler(recipe).draw(scan, np.random.default_rng(0)).shapes(recipe.in_channels)
 
 
-def finetuning_ways(build: Callable[[Backbone], Objective], recipe: Backbone) -> list[Way]:
+def finetuning_variants(build: Callable[[Backbone], Objective], recipe: Backbone) -> list[StepVariant]:
     """As asked; then with recomputation. ``build`` gives the objective on an encoder of the settings it is given."""
-    ways = [Way("", lambda: build(recipe))]
+    variants = [StepVariant("", lambda: build(recipe))]
     less = _with(recipe, "recompute", True)
     if less is not None:
         # Spelled out, since a backbone that comes from weights has no name yet which a flag could be added to.
-        ways.append(Way(_spelled(less), lambda: build(less)))
-    return ways
+        variants.append(StepVariant(_spelled(less), lambda: build(less)))
+    return variants
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """A way with what it holds, training or validating.
+    """A variant with the memory that it takes, training or validating.
 
     Attributes:
-        way: of computing a step.
+        variant: The settings.
         memory: what its steps need.
         scores_bytes: what a validation holds on the CPU besides the network at work; 0 without one.
     """
 
-    way: Way
+    variant: StepVariant
     memory: StepMemory
     scores_bytes: int
 
@@ -106,8 +106,8 @@ class _Measured:
 
 
 def require_memory(
-    training: Training,
-    ways: Sequence[Way],
+    training: TrainingSettings,
+    variants: Sequence[StepVariant],
     sample: SampleShapes,
     optim: Optimisation,
     *,
@@ -119,7 +119,7 @@ def require_memory(
 
     Args:
         training: the command's arguments.
-        ways: of computing a step, as asked first, then in the order of the time they take.
+        variants: of computing a step, as asked first, then in the order of the time they take.
         sample: shapes and types of one sample.
         optim: the optimiser's settings, filled from the defaults of the method or task.
         smaller: what to make smaller when nothing else helps, in the words of an error.
@@ -133,9 +133,11 @@ def require_memory(
     loop = training.loop(training.max_steps or 1)
     if training.memory_limit == 0 or not is_first_process() or not can_be_known(loop):
         return {}
-    asked, *others = [_Measured(way, StepMemory(way.build, sample, loop, optim), validation_bytes) for way in ways]
+    asked, *others = [
+        _Measured(variant, StepMemory(variant.build, sample, loop, optim), validation_bytes) for variant in variants
+    ]
     try:
-        need = asked.memory.need(training.batch_size, training.accumulation)
+        need = asked.memory.need(training.batch_size or 1, training.accumulation)
     except Mim3dError:
         raise
     except Exception as error:
@@ -153,12 +155,14 @@ def require_memory(
     return {"memory_need_bytes": {field.name: getattr(need, field.name) for field in fields(need)}}
 
 
-def _refusal(training: Training, ways: Sequence[_Measured], need: MemoryNeed, usable: int, smaller: str) -> str:
+def _refusal(
+    training: TrainingSettings, variants: Sequence[_Measured], need: MemoryNeed, usable: int, smaller: str
+) -> str:
     has = "are available" if training.memory_limit is None else "are allowed by memory_limit"
-    sentence = f"Training needs about {_total(need, training.devices)} of memory, but {in_words(usable)} {has}; "
+    sentence = f"Training needs about {_total(need, training.devices or 1)} of memory, but {in_words(usable)} {has}; "
     begun = " (a run that has begun keeps its settings: go on with it where more memory is free)"
     least = ("", need.total)
-    for flags, total in _offers(training, ways):
+    for flags, total in _offers(training, variants):
         if total <= usable:
             return f"{sentence}use {flags}, which needs about {in_words(total)}{begun if training.resume else ''}."
         least = min(least, (flags, total), key=lambda offer: offer[1])
@@ -176,13 +180,13 @@ def _require_validation(asked: _Measured, usable: int | None, less: str) -> None
         )
 
 
-def _offers(training: Training, ways: Sequence[_Measured]) -> Iterator[tuple[str, int]]:
+def _offers(training: TrainingSettings, variants: Sequence[_Measured]) -> Iterator[tuple[str, int]]:
     """Other settings of the same effective batch, as flags with their need: first those of the batch as asked."""
-    whole = training.batch_size
+    whole = training.batch_size or 1
     for parts in (parts for parts in range(1, whole + 1) if whole % parts == 0):
         batch_size, accumulation = whole // parts, training.accumulation * parts
-        for measured in ways:
-            flags = [measured.way.flags] if measured.way.flags else []
+        for measured in variants:
+            flags = [measured.variant.flags] if measured.variant.flags else []
             if parts > 1:
                 flags.append(f"--batch_size {batch_size} --accumulation {accumulation}")
             if flags:

@@ -1,61 +1,86 @@
-"""What the arguments of pre-training and fine-tuning have in common, and what becomes of them."""
+"""The settings that pre-training and fine-tuning share, and the processes that one command runs in."""
 
 import os
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from mim3d.caching.cache import CachedScan
+from mim3d.core.settings import parse_duration
 from mim3d.core.errors import ConfigError
 from mim3d.core.resources import num_cores
-from mim3d.core.settings import parse_duration
 from mim3d.distributed.processes import Processes, choose_processes, join_processes
 from mim3d.distributed.stopping import requeued_when_stopped
 from mim3d.loading.loader import Augment, Loader, Sampler
 from mim3d.scans.intensity import Intensity
 from mim3d.tracking import Tracking
+from mim3d.training.optimisation import Optimisation
 from mim3d.training.plan import steps_for_epochs
 from mim3d.training.settings import LoopSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """How long, how often and on what to train, as the commands take it; their docstrings describe each argument.
+class TrainingSettings:
+    """How long, how often and on what to train: the settings that pre-training and fine-tuning share.
 
     Attributes:
-        started_at: when the command read them, on the monotonic clock: preparing the data counts for ``max_time``.
+        max_steps: Optimiser steps.
+        max_epochs: Passes over the training scans, instead of max_steps.
+        max_time: Longest time of this session, HH:MM or HH:MM:SS; the run can be resumed.
+        batch_size: Samples per micro-batch and device.
+        accumulation: Micro-batches whose gradients are averaged into one step.
+        optim: Optimiser; what is not given is the method's or task's own.
+        precision: 32-true, bf16-mixed or 16-mixed.
+        tf32: Let a GPU round the factors of float32 products to TF32: several times as fast, 10 bits instead of 23.
+        compile: Compile the blocks of the network (torch.compile); a minute at the start.
+        devices: Processes, one per device, on each node; as torchrun or srun started them, or 1, if not given.
+        num_nodes: Machines; as torchrun or srun started the processes, or 1, if not given.
+        strategy: How several processes share the work: ddp (every process has all weights), or auto, which is ddp.
+        accelerator: auto, cpu, cuda or mps.
+        num_workers: Reading processes; none on a CPU and most cores beside a GPU if not given.
+        read_timeout: Minutes that a reading process may take over a batch before the run stops; 0 waits for ever.
+        memory_limit: GiB that training may use (on a GPU: of each); what is free if not given, 0 for no check.
+        log_every: Steps between two lines of metrics.
+        checkpoint_every: Steps between two checkpoints.
+        pictures_every: Steps between two sets of images in the run folder; null for none.
+        keep_checkpoints: Newest checkpoints kept.
+        max_bad_steps: Steps of the whole run that may go wrong: not finite, and skipped, or out of memory, and taken
+            once more; a run with more of them stops.
+        tracking: TensorBoard, Weights & Biases or MLflow beside metrics.jsonl.
+        seed: Seed of weights, order, crops and masks; never of the folds.
+        strict: Refuse scans that cannot be used or were learned from, instead of warning.
+        resume: Go on with the run in OUT, or start it.
+    Raises:
+        ConfigError: For a value that cannot work.
     """
 
-    max_steps: int | None
-    max_epochs: int | None
-    max_time: str | None
-    batch_size: int
-    accumulation: int
-    precision: str
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    max_time: str | None = None
+    batch_size: int | None = None
+    accumulation: int = 1
+    optim: Optimisation = Optimisation()
+    precision: str = "32-true"
     tf32: bool = False
     compile: bool = False
-    devices: int
-    num_nodes: int
+    devices: int | None = None
+    num_nodes: int | None = None
     strategy: str = "auto"
-    accelerator: str
-    num_workers: int | None
-    log_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    seed: int
-    max_bad_steps: int = 3
+    accelerator: str = "auto"
+    num_workers: int | None = None
     read_timeout: float = 10.0
     memory_limit: float | None = None
+    log_every: int = 10
+    checkpoint_every: int = 200
+    pictures_every: int | None = 500
+    keep_checkpoints: int = 2
+    max_bad_steps: int = 3
+    tracking: Tracking = Tracking()
+    seed: int = 0
     strict: bool | None = None
     resume: bool = False
-    tracking: Tracking = field(default_factory=Tracking)
-    pictures_every: int | None = None
-    validate_every: int | None = None
-    patience: int | None = None
-    started_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_epochs is not None:
@@ -75,34 +100,32 @@ class Training:
         self.tracking.require_packages()
         self.loop(self.max_steps or 1)
 
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """From the arguments of a command; those it does not know are left out.
+    def on_processes(self) -> Self:
+        """These settings with ``devices`` and ``num_nodes`` as given, else as torchrun or srun says, else 1.
 
         Raises:
-            ConfigError: for a value that cannot work.
+            ConfigError: When what is given contradicts the launcher.
         """
-        known = {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
-        # Not given, and no launcher was asked: see with_processes.
-        alone = {name: 1 for name in ("devices", "num_nodes") if known.get(name, 1) is None}
-        return cls(**known | alone)
+        devices, num_nodes = choose_processes(self.devices, self.num_nodes)
+        return replace(self, devices=devices, num_nodes=num_nodes)
 
     def check_machine(self) -> None:
         """Refuse what this machine cannot train, before data are read or a cache is built.
 
         Raises:
-            ConfigError: for a device, a compiler or a strategy that does not work here.
+            ConfigError: For a device or a compiler that does not work here.
         """
         from mim3d.training.launch import check_machine
 
         check_machine(self.loop(1))
 
-    def loop(self, max_steps: int) -> LoopSettings:
-        """The loop's settings for a run of ``max_steps``."""
-        shared = {field.name for field in fields(self)} & {field.name for field in fields(LoopSettings)} - {"max_steps"}
-        values = {name: getattr(self, name) for name in shared}
+    def loop(self, max_steps: int, **changes: Any) -> LoopSettings:
+        """The loop's settings for a run of ``max_steps``, with ``changes`` to them."""
+        shared = {field.name for field in fields(self)} & {field.name for field in fields(LoopSettings)}
+        values = {name: getattr(self, name) for name in shared - {"max_steps"}}
+        values |= {"devices": self.devices or 1, "num_nodes": self.num_nodes or 1}
         seconds = None if self.max_time is None else parse_duration(self.max_time)
-        return LoopSettings(max_steps=max_steps, max_time_s=seconds, **values)
+        return LoopSettings(**{**values, "max_steps": max_steps, "max_time_s": seconds, **changes})
 
     def num_steps(self, loader: Loader, default_epochs: int) -> int:
         """Optimiser steps of the run: as given, or from passes over the data."""
@@ -112,8 +135,8 @@ class Training:
             self.max_epochs or default_epochs,
             loader,
             accumulation=self.accumulation,
-            devices=self.devices,
-            num_nodes=self.num_nodes,
+            devices=self.devices or 1,
+            num_nodes=self.num_nodes or 1,
         )
 
     def loader(
@@ -128,7 +151,7 @@ class Training:
             scans,
             sampler,
             intensity,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size or 1,
             seed=self.seed,
             num_workers=self._reading_processes(),
             augment=augment,
@@ -146,27 +169,19 @@ class Training:
         return min(8, max(1, num_cores() - 1)) if on_gpu else 0
 
 
-def with_processes(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a command with ``devices`` and ``num_nodes`` as given, else as torchrun or srun says, else 1.
-
-    Raises:
-        ConfigError: when what is given contradicts the launcher.
-    """
-    devices, num_nodes = choose_processes(arguments["devices"], arguments["num_nodes"])
-    return {**arguments, "devices": devices, "num_nodes": num_nodes}
-
-
 @contextmanager
-def all_processes(arguments: Mapping[str, Any]) -> Iterator[Processes]:
-    """Join the processes that run this command; all but the first say nothing but their errors.
+def joined_processes(settings: TrainingSettings) -> Iterator[Processes]:
+    """Join the processes that run this command; all but the first print nothing but their errors.
 
-    In a batch job of SLURM, one that is stopped before or after training asks for it again.
+    In a batch job of SLURM, a job that is stopped before or after training is put into the queue again.
 
+    Args:
+        settings: With the numbers of processes filled in.
     Raises:
-        Mim3dError: when the first process cannot be reached.
+        Mim3dError: When the first process cannot be reached.
     """
     with (
-        join_processes(arguments["devices"], arguments["num_nodes"]) as processes,
+        join_processes(settings.devices or 1, settings.num_nodes or 1) as processes,
         requeued_when_stopped(asks=processes.is_first),
     ):
         if processes.is_first:

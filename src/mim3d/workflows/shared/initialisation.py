@@ -1,4 +1,4 @@
-"""Where fine-tuning starts: from scratch, or from an encoder whose card is held against the data."""
+"""The encoder that fine-tuning and probing begin with: from scratch, or pre-trained and compared with the data."""
 
 import warnings
 from collections.abc import Mapping
@@ -26,8 +26,8 @@ _ADAPTED: dict[InputLayers, str] = {
 
 
 @dataclass(frozen=True)
-class Start:
-    """What fine-tuning starts from.
+class Initialisation:
+    """What fine-tuning begins with.
 
     Attributes:
         recipe: the encoder's settings.
@@ -74,9 +74,9 @@ class Start:
         return asked or own
 
 
-def choose_start(
+def initialise(
     backbone: Named | None, weights: str | None, num_channels: int, input_layers: InputLayers = "mean"
-) -> Start:
+) -> Initialisation:
     """The encoder to start from, loaded and its coverage printed, before any data are read.
 
     Args:
@@ -90,7 +90,7 @@ def choose_start(
     """
     recipe, learned = asked_recipe(backbone, weights)
     if weights is None:
-        return Start(recipe)
+        return Initialisation(recipe)
     if learned is not None and learned != num_channels:
         warnings.warn(
             f"the encoder learned from {learned} channels, but the data have {num_channels}; the layers that read the "
@@ -101,7 +101,7 @@ def choose_start(
             recipe = replace(recipe, in_channels=num_channels)
     encoder = recipe.build()
     print(f"{weights}: {load_into(encoder, weights, input_layers=input_layers)}")
-    return Start(recipe, encoder, read_card(weights))
+    return Initialisation(recipe, encoder, read_card(weights))
 
 
 def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone, int | None]:

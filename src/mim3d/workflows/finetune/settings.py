@@ -1,0 +1,84 @@
+"""The settings of fine-tuning."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mim3d.core.types import Named, Spacing
+from mim3d.datasets.splits import TrainPart
+from mim3d.scans.intensity import Intensity
+from mim3d.weights import InputLayers
+from mim3d.workflows.shared.training import TrainingSettings
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(TrainingSettings):
+    """Settings of fine-tuning, as the user gives them or with a preset and a plan filled in.
+
+    Attributes:
+        data: MSD or nnU-Net raw folder, dataset.json, folder of images and labels, CSV or JSON list, or a cache.
+        out: Folder of the run.
+        task: What to learn; settings as --task.patch_size 96 96 96.
+        weights: Pre-trained encoder: a run, an exported folder or a published checkpoint; from scratch if not given.
+        backbone: Encoder, a name of list_models(); that of the weights (settings alone change it), else hybrid_base.
+        input_layers: For another number of channels than the weights know: mean, repeat (in turn) or new.
+        preset: Name of a published data set; gives what is not given.
+        plan: Plan to use instead of a new one: a plan.yaml of a run, edited or not.
+        cache: Folder for the cache of preprocessed scans; OUT/cache if not given.
+        spacing_mm: Voxel size along X, Y, Z in millimetres; that of the weights if not given, else planned.
+        intensity: Mapping of intensities to network input; that of the weights if not given, else planned.
+        fold: Which of the folds is held out, from 0; all for each in turn; null trains on all cases.
+        num_folds: Number of folds that the patients are split into; a declared split wins over folds.
+        split_seed: Seed by which patients are split into folds.
+        train_fraction: Share of the training patients that is used; smaller shares are part of larger ones.
+        train_cases: Number of training patients instead of a share.
+        train_list: File with the ids of cases or patients to train on, one per line; held-out ones stay held out.
+        train_seed: Seed of which patients train_fraction and train_cases take.
+        validate_every: Steps between two validations; ten in all if not given.
+        patience: Validations without a better one after which training ends; all steps are done if not given.
+        max_steps: Optimiser steps; planned if neither these nor max_epochs are given.
+        batch_size: Crops per micro-batch and device; planned if not given.
+        seed: Seed of weights, order and crops; never of the folds.
+        strict: true refuses scans that cannot be used or were learned from, instead of warning; false goes on even
+            where held-out cases of a published fold are missing.
+    """
+
+    data: str
+    out: str
+    task: Named = "segmentation"
+    weights: str | None = None
+    backbone: Named | None = None
+    input_layers: InputLayers = "mean"
+    preset: str | None = None
+    plan: str | None = None
+    cache: str | None = None
+    spacing_mm: Spacing | None = None
+    intensity: Intensity | None = None
+    fold: int | Literal["all"] | None = 0
+    num_folds: int = 5
+    split_seed: int = 0
+    train_fraction: float = 1.0
+    train_cases: int | None = None
+    train_list: str | None = None
+    train_seed: int = 0
+    validate_every: int | None = field(default=None, kw_only=True)
+    patience: int | None = field(default=None, kw_only=True)
+
+    @property
+    def train_part(self) -> TrainPart:
+        """Which of the training cases are used."""
+        return TrainPart(
+            train_fraction=self.train_fraction,
+            train_cases=self.train_cases,
+            train_list=self.train_list,
+            train_seed=self.train_seed,
+        )
+
+    @property
+    def single_fold(self) -> int | None:
+        """The fold of one run.
+
+        Raises:
+            AssertionError: For the settings of all folds, which are no run of their own.
+        """
+        assert self.fold != "all"
+        return self.fold

@@ -1,0 +1,231 @@
+"""Pre-training: from unlabelled scans to an encoder."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+import torch
+
+from mim3d.backbones import BACKBONES, Backbone, create_recipe
+from mim3d.caching.cache import Cache
+from mim3d.core.settings import to_named
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.run_folder import Run, read_run
+from mim3d.core.types import Named, Spacing
+from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases
+from mim3d.datasets.published.pretraining_lists import pretraining_list
+from mim3d.methods import METHODS, Method, create_method
+from mim3d.objective import Objective
+from mim3d.planning.plan import plan_intensity
+from mim3d.scans.intensity import Intensity
+from mim3d.tracking import TrackedRun
+from mim3d.training.loop import train
+from mim3d.training.settings import TrainResult
+from mim3d.weights import load_into
+from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, LastEncoder, ProbeMonitor, ProbePlan
+from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
+from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
+from mim3d.workflows.shared.leakage import check_split, labelled, record_seen
+from mim3d.workflows.shared.memory import pretraining_sample, pretraining_variants, require_memory
+from mim3d.workflows.shared.training import TrainingSettings, joined_processes
+
+#: Passes over the data where nothing else is asked for (the paper's 800 epochs).
+DEFAULT_EPOCHS = 800
+
+#: Lines of metrics from which a part may be called idle.
+LEAST_LINES = 10
+
+
+@dataclass(frozen=True)
+class PretrainSettings(TrainingSettings):
+    """Settings of pre-training.
+
+    Attributes:
+        data: Folder of scans, DICOM tree, MSD folder or dataset.json, nnU-Net raw folder, CSV or JSON list, or a cache.
+        out: Folder of the run.
+        method: Pre-training method; settings as --method.temperature 0.2.
+        backbone: Encoder, a name of list_models(); settings as --backbone.recompute true.
+        weights: Encoder to go on from: a run, an exported folder or a published checkpoint.
+        preset: List of public data sets whose folders lie below DATA: 1k, 10k or all; every scan of DATA if not given.
+        cache: Folder for the cache of preprocessed scans; OUT/cache if not given.
+        spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; each scan keeps its own if not given.
+        intensity: Mapping of intensities to network input; planned from the scans if not given.
+        fold: Leave out the cases that `mim3d finetune --fold` of this number holds out; all cases train if not given.
+        num_folds: Number of folds that `fold` counts.
+        split_seed: Seed of the folds, as in fine-tuning.
+        probe: Labelled scans, or `phantom`, to score features on; OUT/encoder is then the best, encoder_last the last.
+        probe_every: Steps between two probings; ten in all if not given.
+        max_epochs: Passes over the scans, instead of max_steps; 800 if neither is given.
+        batch_size: Samples (hierarchies) per micro-batch and device.
+        strict: Refuse what is otherwise a warning: scans that cannot be used or prove damaged, and held-out scans that
+            were learned from.
+    """
+
+    data: str
+    out: str
+    method: Named = "MiM"
+    backbone: Named = "hybrid_base"
+    weights: str | None = None
+    preset: str | None = None
+    cache: str | None = None
+    spacing_mm: Spacing | None = None
+    intensity: Intensity | None = None
+    fold: int | None = None
+    num_folds: int = 5
+    split_seed: int = 0
+    probe: str | None = None
+    probe_every: int | None = None
+    batch_size: int = field(default=1, kw_only=True)
+    strict: bool = field(default=False, kw_only=True)
+
+    @property
+    def folds(self) -> FoldChoice:
+        """Which cases fine-tuning would hold out."""
+        return FoldChoice(self.fold, self.num_folds, self.split_seed)
+
+
+def run_pretraining(settings: PretrainSettings) -> str:
+    """Pre-train an encoder, and return the folder of the run.
+
+    Raises:
+        ConfigError: Settings that cannot work, before any work begins.
+        CheckpointError: Weights that cannot be read or do not fit.
+        DataError: Scans that cannot be used.
+    """
+    started_at = time.monotonic()
+    settings = settings.on_processes()
+    with joined_processes(settings) as processes:
+        settings.check_machine()
+        asked, recipe = create_method(settings.method), create_recipe(settings.backbone)
+        source = _source(settings)
+        cases = _training_cases(source, settings)
+        check_channels(cases, recipe)
+        shapes = shapes_of(source, cases, settings.spacing_mm)
+        method = asked.planned(recipe, shapes)
+        for line in method.summary(recipe, shapes):
+            print(line)
+        optim = settings.optim.filled_from(method.optimisation)
+        sample = pretraining_sample(method, recipe, shapes[0])
+        probe = ProbePlan.of(settings.probe, settings.probe_every, settings.folds, recipe, sample, settings.seed)
+        memory = require_memory(
+            settings,
+            pretraining_variants(method, recipe),
+            sample,
+            optim,
+            smaller="a smaller backbone or smaller levels of the hierarchy",
+            validation_bytes=0 if probe is None else probe.num_bytes(recipe.in_channels),
+            less_validation="leave --probe out, or give it scans with fewer channels",
+        )
+        run = Run.create(
+            settings.out,
+            command="pretrain",
+            settings=replace(settings, method=to_named(method, METHODS), backbone=to_named(recipe, BACKBONES)),
+            inputs=weights_input(settings.weights),
+            resume=settings.resume,
+        )
+        run.note(memory)
+        # Those held out are cached too: only their voxels tell whether one is among the others under another name.
+        every = open_scans(
+            source,
+            source.cases,
+            run,
+            processes,
+            settings.cache,
+            spacing_mm=settings.spacing_mm,
+            num_workers=settings.num_workers,
+            strict=settings.strict,
+        )
+        scans = _learned(every, cases, strict=settings.strict)
+        record_seen(run, scans, settings.weights)
+        mapping = settings.intensity or plan_intensity(scans)
+        objective = _build(method, recipe, settings.weights, settings.seed)
+        loader = settings.loader(scans, method.sampler(recipe), mapping)
+        card = encoder_card(recipe, mapping, scans)
+        keeper: EncoderKeeper = LastEncoder(run, card)
+        monitor: ProbeMonitor | None = None
+        if probe is not None:
+            items = probe.prepared(run, settings, objective.encoder, card) if run.writes else None
+            keeper = monitor = ProbeMonitor(run, card, probe, items, lambda: method.build(recipe))
+        num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
+        every_steps = None if monitor is None else monitor.every(num_steps)
+        with TrackedRun.of(run, settings.tracking) as tracked:
+            result = train(
+                objective,
+                loader,
+                run=tracked,
+                loop=settings.loop(num_steps, started_at=started_at, validate_every=every_steps),
+                optim=optim,
+                validate=monitor,
+                best_by=None if monitor is None else BEST_BY,
+                on_checkpoint=keeper.save,
+            )
+        return _close(run, method, result, keeper)
+
+
+def _source(settings: PretrainSettings) -> CaseSet | Cache:
+    """The data set, or the scans of a published list that are there."""
+    if settings.preset is None:
+        return read_data(settings.data, need_labels=False)
+    if settings.fold is not None:
+        raise ConfigError(
+            f"fold {settings.fold} of preset {settings.preset}: a list of scans to pre-train on has no folds; leave "
+            "fold out."
+        )
+    source = pretraining_list(settings.preset, settings.data, tell=print)
+    check_cases(source, need_labels=False)
+    return source
+
+
+def _training_cases(source: CaseSet | Cache, settings: PretrainSettings) -> Sequence[Case]:
+    """All cases but those held out: by a declared split, or by the fold that fine-tuning would hold out."""
+    kept = [case for case in source.cases if case.split in (None, "train")]
+    if settings.fold is not None:
+        # Cases that belong to no task must not shift its folds here.
+        every = source.cases if isinstance(source, Cache) else read_cases(settings.data).cases
+        held_out = settings.folds.held_out_patients(cases_by_task(every) or [list(every)])
+        kept = [case for case in kept if case.patient not in held_out]
+    if not kept:
+        raise DataError('Every case is declared val or test, so none is left to pre-train on; mark some "train".')
+    return kept
+
+
+def _learned(scans: Cache, cases: Sequence[Case], *, strict: bool) -> Cache:
+    """The scans to learn from.
+
+    Raises:
+        DataError: ``strict``, and one of those held out is among them by another name.
+    """
+    learned = scans.subset(cases)
+    chosen = {case.id for case in cases}
+    held_out = [case for case in scans.cases if case.id not in chosen]
+    if held_out:
+        check_split(labelled(learned), labelled(scans.subset(held_out)), strict=strict)
+    return learned
+
+
+def _build(method: Method, recipe: Backbone, weights: str | None, seed: int) -> Objective:
+    torch.manual_seed(seed)
+    objective = method.build(recipe)
+    if weights is not None:
+        print(f"{weights}: {load_into(objective.encoder, weights)}")
+    return objective
+
+
+def _close(run: Run, method: Method, result: TrainResult, keeper: EncoderKeeper) -> str:
+    """Say what was learned, and where it lies; all but the first process have nothing to say."""
+    if not run.writes:
+        return str(run.path)
+    lines = read_run(run.path).metrics
+    last = lines[-max(1, len(lines) // 10) :]
+    names = {name for line in last for name in line}
+    means = {
+        name: fmean(values) for name in names if (values := [line[name] for line in last if line.get(name) is not None])
+    }
+    if result.finished and len(lines) >= LEAST_LINES:
+        for sentence in method.idle_parts(means):
+            print(f"warning: {sentence}")
+    if not result.finished:
+        print(f"stopped at step {result.step}: {result.reason}; go on with: {run.how_to_resume}")
+    print(keeper.conclusion(result.best))
+    return str(run.path)
