@@ -20,9 +20,11 @@ from mim3d.core.settings import read_yaml, to_named
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.published.folds import fold_numbers
 from mim3d.weights import read_card, save_network
-from mim3d.workflows.finetune.folds import tune_folds
+from mim3d.workflows.finetune import folds as module
+from mim3d.workflows.finetune.folds import finetune_folds
 from mim3d.workflows.finetune.presets import apply_preset
-from mim3d.workflows.finetune.run import Tuned, tune
+from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
+from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.leakage import SEEN_NAME, labelled, seen_from, write_seen
 from tests.commands.conftest import BACKBONE, TASK
 from tests.miniatures import MINIATURES, Miniature
@@ -113,37 +115,37 @@ def test_a_declared_split_is_no_set_of_folds(ball_set: Path, tmp_path: Path) -> 
         finetune(str(tmp_path / "list.csv"), str(tmp_path / "out"), **SETTINGS)
 
 
-def arguments(data: Path, out: Path, **changes: object) -> dict[str, object]:
-    fixed = {"data": str(data), "out": str(out), "num_folds": 3, "devices": 1, "num_nodes": 1, "resume": False}
-    open_ = dict.fromkeys(("cache", "plan", "preset", "max_time"))
-    return {**fixed, **open_, "task": "segmentation", "split_seed": 0, **changes}
+def settings(data: Path, out: Path, **changes: object) -> FinetuneSettings:
+    return FinetuneSettings(str(data), str(out), **{"fold": "all", "num_folds": 3, **changes})
 
 
-def test_a_fold_that_stops_ends_the_session_and_later_folds_wait(ball_set: Path, tmp_path: Path, capsys) -> None:
+def test_a_fold_that_stops_ends_the_session_and_later_folds_wait(
+    ball_set: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     seen = []
 
-    def stopped(given, every_fold) -> Tuned:
-        seen.append(given["fold"])
-        return Tuned(Path(given["out"]), finished=given["fold"] == 0, step=1, scores={"dice": 0.5})
+    def stopped(given, every_fold) -> FinetuneResult:
+        seen.append(given.fold)
+        return FinetuneResult(Path(given.out), finished=given.fold == 0, step=1, scores={"dice": 0.5})
 
-    tune_folds(arguments(ball_set, tmp_path / "out"), stopped)
+    monkeypatch.setattr(module, "finetune_once", stopped)
+    finetune_folds(settings(ball_set, tmp_path / "out"))
     assert seen == [0, 1]
     assert "1 of 3 folds are finished; go on with: mim3d finetune --config" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["standard_deviation"] == {"dice": None}
 
 
 def test_the_longest_time_is_that_of_all_folds_together(ball_set: Path, tmp_path: Path, monkeypatch) -> None:
-    from mim3d.workflows.finetune import folds as module
-
     now = iter([0.0, 0.0, 40.0, 61.0])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
     seen = []
 
-    def quick(given, every_fold) -> Tuned:
-        seen.append(given["max_time"])
-        return Tuned(Path(given["out"]), finished=True, step=1, scores={})
+    def quick(given, every_fold) -> FinetuneResult:
+        seen.append(given.max_time)
+        return FinetuneResult(Path(given.out), finished=True, step=1, scores={})
 
-    tune_folds(arguments(ball_set, tmp_path / "out", max_time="00:01:00"), quick)
+    monkeypatch.setattr(module, "finetune_once", quick)
+    finetune_folds(settings(ball_set, tmp_path / "out", max_time="00:01:00"))
     assert seen == ["00:01:00", "00:00:20"]
 
 
@@ -199,19 +201,17 @@ def preset_folds(btcv: Path, pretrained: Path, tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("preset") / "all"
     told: dict[int, list[str]] = {}
 
-    def killed(given, every_fold) -> Tuned:
-        if given["fold"] == 3:
+    def killed(given, every_fold) -> FinetuneResult:
+        if given.fold == 3:
             raise KeyboardInterrupt
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = tune(given, every_fold=every_fold)
-        told[given["fold"]] = [str(warning.message) for warning in caught]
+            result = finetune_once(given, every_fold=every_fold)
+        told[given.fold] = [str(warning.message) for warning in caught]
         return result
 
-    from mim3d.commands import finetune as module
-
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "tune", killed)
+        patch.setattr(module, "finetune_once", killed)
         finetune(str(btcv), str(out), weights=str(pretrained), **PRESET)
     return out, told
 
@@ -299,20 +299,19 @@ def test_a_preset_of_which_a_fold_has_no_case_is_refused_before_the_first_fold(t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cache_of_a_preset_serves_all_folds(btcv, tmp_path):
-    arguments_ = dict.fromkeys(("weights", "backbone", "spacing_mm", "intensity", "fold", "max_steps", "max_epochs"))
+def test_a_cache_of_a_preset_serves_all_folds(btcv, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, source, _ = apply_preset("BTCV", str(btcv), {**arguments_, "task": "segmentation", "num_folds": 5})
+        _, source, _ = apply_preset(FinetuneSettings(str(btcv), "", preset="BTCV", fold=None))
         build_cache(source, tmp_path / "cache", Preprocessing(spacing_mm=(1.5, 1.5, 2.0)))
         seen = []
 
-        def quick(given, every_fold) -> Tuned:
-            seen.append((given["fold"], every_fold))
-            return Tuned(Path(given["out"]), finished=True, step=1, scores={"dice": 0.1 * given["fold"]})
+        def quick(given, every_fold) -> FinetuneResult:
+            seen.append((given.fold, every_fold))
+            return FinetuneResult(Path(given.out), finished=True, step=1, scores={"dice": 0.1 * given.fold})
 
-        given = arguments(tmp_path / "cache", tmp_path / "out", num_folds=5, preset="BTCV", strict=False)
-        tune_folds(given, quick)
+        monkeypatch.setattr(module, "finetune_once", quick)
+        finetune_folds(settings(tmp_path / "cache", tmp_path / "out", num_folds=5, preset="BTCV", strict=False))
     assert seen == [(0, True), (1, False), (2, False), (3, False), (4, False)]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["mean"]["dice"] == pytest.approx(0.2)
 

@@ -24,8 +24,14 @@ from mim3d.scans.intensity import Intensity
 from mim3d.training import memory as engine_memory
 from mim3d.training.optimisation import Optimisation
 from mim3d.workflows.shared import memory
-from mim3d.workflows.shared.memory import Way, finetuning_ways, pretraining_sample, pretraining_ways, require_memory
-from mim3d.workflows.shared.training import Training
+from mim3d.workflows.shared.memory import (
+    StepVariant,
+    finetuning_variants,
+    pretraining_sample,
+    pretraining_variants,
+    require_memory,
+)
+from mim3d.workflows.shared.training import TrainingSettings
 from tests.commands.conftest import BACKBONE, TASK
 
 LEVELS = [
@@ -139,10 +145,10 @@ class Plain(Curious):
         return StepOutput(self.layer(batch["x"]).square().mean())
 
 
-def training(**settings: object) -> Training:
+def training(**settings: object) -> TrainingSettings:
     known = {"max_steps": 1, "max_epochs": None, "max_time": None, "batch_size": 1, "accumulation": 1, "seed": 0}
     known |= {"precision": "32-true", "devices": 1, "num_nodes": 1, "accelerator": "cpu", "num_workers": 0}
-    return Training(**{**known, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, **settings})
+    return TrainingSettings(**{**known, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, **settings})
 
 
 SAMPLE = {"x": ((3, 4), torch.float32)}
@@ -150,36 +156,36 @@ OPTIM = Optimisation(learning_rate=1e-3)
 
 
 def test_a_method_that_looks_at_values_trains_all_the_same(capsys):
-    assert require_memory(training(), [Way("", Curious)], SAMPLE, OPTIM, smaller="") == {}
+    assert require_memory(training(), [StepVariant("", Curious)], SAMPLE, OPTIM, smaller="") == {}
     assert "memory: not known beforehand (DataDependentOutputException" in capsys.readouterr().out
 
 
 def test_unknown_memory_refuses_nothing(capsys, monkeypatch):
     monkeypatch.setattr(memory, "usable_bytes", lambda loop, limit: None)
-    assert require_memory(training(), [Way("", Plain)], SAMPLE, OPTIM, smaller="")["memory_need_bytes"]
+    assert require_memory(training(), [StepVariant("", Plain)], SAMPLE, OPTIM, smaller="")["memory_need_bytes"]
     assert "available" not in capsys.readouterr().out
 
 
 def test_a_validation_that_does_not_fit_is_refused_before_training():
     with pytest.raises(ConfigError, match=r"Validating needs about .* besides the network, .* \(--fold null\)"):
-        require_memory(training(), [Way("", Plain)], SAMPLE, OPTIM, smaller="", validation_bytes=2**50)
+        require_memory(training(), [StepVariant("", Plain)], SAMPLE, OPTIM, smaller="", validation_bytes=2**50)
 
 
 def test_the_need_is_that_of_every_process_on_a_cpu(capsys):
     with pytest.raises(ConfigError, match=r"in each of 2 processes of memory, but 1 MiB are allowed"):
-        require_memory(training(devices=2, memory_limit=2**-9), [Way("", Plain)], SAMPLE, OPTIM, smaller="")
+        require_memory(training(devices=2, memory_limit=2**-9), [StepVariant("", Plain)], SAMPLE, OPTIM, smaller="")
     assert "in each of 2 processes" in capsys.readouterr().out
 
 
-def test_ways_that_are_taken_already_are_not_offered():
+def test_variants_that_are_taken_already_are_not_offered():
     method, recipe = MiM(), create_recipe("hybrid_nano")
-    flags = [way.flags for way in pretraining_ways(method, recipe)]
+    flags = [variant.flags for variant in pretraining_variants(method, recipe)]
     both = "--backbone.recompute true --method.chunk_size 1"
     assert flags == ["", "--backbone.recompute true", both]
     sparing = replace(recipe, recompute=True)
-    assert [way.flags for way in pretraining_ways(method, sparing)] == ["", "--method.chunk_size 1"]
-    assert [way.flags for way in pretraining_ways(replace(method, chunk_size=1), sparing)] == [""]
-    assert [way.flags for way in finetuning_ways(lambda recipe: Plain(), sparing)] == [""]
+    assert [variant.flags for variant in pretraining_variants(method, sparing)] == ["", "--method.chunk_size 1"]
+    assert [variant.flags for variant in pretraining_variants(replace(method, chunk_size=1), sparing)] == [""]
+    assert [variant.flags for variant in finetuning_variants(lambda recipe: Plain(), sparing)] == [""]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,7 @@ def test_ways_that_are_taken_already_are_not_offered():
     ids=["ready", "changed", "own"],
 )
 def test_offered_flags_of_fine_tuning_name_the_same_backbone(recipe):
-    words = shlex.split(finetuning_ways(lambda recipe: Plain(), recipe)[1].flags)
+    words = shlex.split(finetuning_variants(lambda recipe: Plain(), recipe)[1].flags)
     signature = Signature.of(COMMANDS["finetune"].load(), "finetune", COMMANDS["finetune"].positional)
     arguments = command_arguments(split_line([*words, "--data", "x", "--out", "y"], signature), signature)
     assert create_recipe(arguments["backbone"]) == replace(recipe, recompute=True)

@@ -1,22 +1,19 @@
 """Fine-tuning on a set that nobody described: what is planned, and whose word counts more than the plan's."""
 
-import inspect
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
-from mim3d.workflows.finetune.planning_table import describe_plan
-from mim3d.workflows.finetune.start import Start
 
 from mim3d.backbones import create_recipe
 from mim3d.cli import main
-from mim3d.commands.finetune import finetune
+from mim3d.core.settings import read_yaml, to_mapping, write_yaml
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run, read_run
-from mim3d.core.settings import read_yaml, to_mapping, write_yaml
 from mim3d.datasets.splits import Split, split_cases
 from mim3d.planning.patch import FILLED_SHARE
 from mim3d.scans.intensity import Intensity
@@ -26,34 +23,34 @@ from mim3d.workflows.finetune import planning
 from mim3d.workflows.finetune.planning import (
     FINGERPRINT_NAME,
     PLAN_NAME,
-    Planned,
+    PlannedRun,
+    describe_plan,
     plan_finetuning,
     read_plan,
     save_plan,
 )
 from mim3d.workflows.finetune.planning_memory import training_memory
+from mim3d.workflows.finetune.settings import FinetuneSettings
+from mim3d.workflows.shared.initialisation import Initialisation
 from mim3d.workflows.shared.inputs import read_data
-from mim3d.workflows.shared.training import Training
 from tests.commands.conftest import BACKBONE
 from tests.labelled import ball_scan, write_scan
 from tests.nifti import affine_of
 
 
-def arguments(**changes) -> dict:
-    parameters = inspect.signature(finetune).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    return {**defaults, "batch_size": None, "num_workers": 0, "memory_limit": 0.0, **changes}
+def settings(**changes) -> FinetuneSettings:
+    return FinetuneSettings("data", "out", **{"num_workers": 0, "memory_limit": 0.0, **changes})
 
 
 def plan(
     data: Path, run_dir: Path | None = None, card: dict | None = None, fold=0, backbone=None, **changes
-) -> Planned:
+) -> PlannedRun:
     source = read_data(str(data), need_labels=True)
     whole = Split(train=tuple(source.cases), val=())
     split = whole if fold is None else split_cases(source.cases, fold=fold, num_folds=3)
     num_channels = len(split.train[0].images)
     recipe = create_recipe({**(backbone or BACKBONE), "in_channels": num_channels})
-    return plan_finetuning(source, split, Start(recipe, card=card or {}), arguments(**changes), run_dir)
+    return plan_finetuning(source, split, Initialisation(recipe, card=card or {}), settings(**changes), run_dir)
 
 
 def write_set(folder: Path, shapes, *, spacings=None, scale=1.0, offset=0.0, num_channels=1) -> Path:
@@ -88,10 +85,10 @@ def test_mri_is_planned_and_filled_in_where_nothing_was_given(ball_set, capsys):
     assert found.patch_size == (28, 20, 20) or found.patch_size == (24, 20, 20)
     assert len(planned.fingerprint.scans) == 6 and len(planned.fingerprint.voxel_scans) == 4
     assert [facts.name for facts in planned.fingerprint.classes] == ["ball", "core"]
-    filled = planned.arguments
-    assert filled["batch_size"] == found.batch_size == 2 and filled["max_steps"] == found.max_steps == 1000
-    assert filled["intensity"] == found.intensity and filled["spacing_mm"] is None
-    task = create_task(filled["task"])
+    filled = planned.settings
+    assert filled.batch_size == found.batch_size == 2 and filled.max_steps == found.max_steps == 1000
+    assert filled.intensity == found.intensity and filled.spacing_mm is None
+    task = create_task(filled.task)
     assert task.patch_size == found.patch_size and task.positive_ratio == found.positive_ratio
     assert task.augmentation.flip_axes == (0, 1, 2)
     said = capsys.readouterr().out
@@ -157,8 +154,8 @@ def test_the_patch_shrinks_until_memory_holds_it(tmp_path, monkeypatch):
     data = write_set(tmp_path, [(20, 20, 20)] * 3)
     assert plan(data).plan.patch_size == (20, 20, 20)
     recipe, labels = create_recipe(BACKBONE), {0: "background", 2: "2", 5: "5"}
-    training = Training.of(arguments(batch_size=2, memory_limit=1.0))
-    memory = training_memory(create_task("segmentation"), recipe, labels, training, None, [])
+    given = settings(batch_size=2, memory_limit=1.0)
+    memory = training_memory(create_task("segmentation"), recipe, labels, given, [])
     limit = (memory.need_bytes((12, 12, 12), 2) / FILLED_SHARE + 1000) / 2**30
     tight = plan(data, memory_limit=limit, fold=None).plan
     assert tight.patch_size == (12, 12, 12)
@@ -167,20 +164,18 @@ def test_the_patch_shrinks_until_memory_holds_it(tmp_path, monkeypatch):
 
 def test_the_scores_of_a_validation_take_memory_too():
     recipe, labels = create_recipe(BACKBONE), {0: "background", 1: "1"}
-    training = Training.of(arguments(batch_size=2, memory_limit=1.0))
+    given = settings(batch_size=2, memory_limit=1.0)
     shape = (512, 512, 512)
-    with_scores = training_memory(create_task("segmentation"), recipe, labels, training, None, [shape, (8, 8, 8)])
-    without = training_memory(create_task("segmentation"), recipe, labels, training, None, [])
+    with_scores = training_memory(create_task("segmentation"), recipe, labels, given, [shape, (8, 8, 8)])
+    without = training_memory(create_task("segmentation"), recipe, labels, given, [])
     more = with_scores.need_bytes((8, 8, 8), 2) - without.need_bytes((8, 8, 8), 2)
     assert more > 4 * math.prod(shape)
 
 
 def test_memory_is_no_limit_where_the_user_wants_no_check_or_a_network_cannot_be_tried():
     recipe, task = create_recipe(BACKBONE), create_task("segmentation")
-    assert training_memory(task, recipe, {0: "", 1: ""}, Training.of(arguments(batch_size=2)), None, []) is None
-    memory = training_memory(
-        task, recipe, {0: "", 1: ""}, Training.of(arguments(batch_size=2, memory_limit=1)), None, []
-    )
+    assert training_memory(task, recipe, {0: "", 1: ""}, settings(batch_size=2), []) is None
+    memory = training_memory(task, recipe, {0: "", 1: ""}, settings(batch_size=2, memory_limit=1), [])
     memory.task = Untried()
     assert memory.need_bytes((16, 16, 16), 2) == 0
 
@@ -196,10 +191,10 @@ def test_the_users_word_counts_more_than_the_plan(ball_set):
     task = {"name": "segmentation", "patch_size": [16, 16, 16], "positive_ratio": 0.9, "feature_dim": 8}
     given = {"spacing_mm": (2.0, 2.0, 2.0), "batch_size": 3, "task": task}
     planned = plan(ball_set, max_epochs=7, **given)
-    filled = planned.arguments
-    assert filled["spacing_mm"] == (2.0, 2.0, 2.0) and filled["batch_size"] == 3
-    assert filled["max_steps"] is None and filled["max_epochs"] == 7
-    asked = create_task(filled["task"])
+    filled = planned.settings
+    assert filled.spacing_mm == (2.0, 2.0, 2.0) and filled.batch_size == 3
+    assert filled.max_steps is None and filled.max_epochs == 7
+    asked = create_task(filled.task)
     assert (asked.patch_size, asked.positive_ratio, asked.feature_dim) == ((16, 16, 16), 0.9, 8)
     assert planned.plan.reasons["spacing_mm"].startswith("given (the plan would be")
 
@@ -208,23 +203,23 @@ def test_where_everything_is_given_no_scan_is_looked_at(ball_set, monkeypatch):
     monkeypatch.setattr(planning, "fingerprint_of", lambda *_, **__: pytest.fail("looked"))
     task = {"name": "segmentation", "patch_size": [16, 16, 16]}
     planned = plan(ball_set, task=task, intensity=Intensity(), batch_size=2, max_steps=5)
-    assert planned.plan is None and planned.arguments["max_steps"] == 5
+    assert planned.plan is None and planned.settings.max_steps == 5
 
 
 def test_voxels_are_left_alone_where_only_the_batch_and_the_steps_are_open(ball_set):
     task = {"name": "segmentation", "patch_size": [16, 16, 16]}
     planned = plan(ball_set, task=task, intensity=Intensity())
     assert planned.fingerprint.voxel_scans == () and planned.plan.positive_ratio is None
-    assert planned.arguments["batch_size"] == 2 and planned.arguments["max_steps"] == planned.plan.max_steps > 1000
-    assert create_task(planned.arguments["task"]).positive_ratio == create_task("segmentation").positive_ratio
+    assert planned.settings.batch_size == 2 and planned.settings.max_steps == planned.plan.max_steps > 1000
+    assert create_task(planned.settings.task).positive_ratio == create_task("segmentation").positive_ratio
 
 
 def test_the_card_of_an_encoder_counts_more_than_the_plan_and_the_difference_is_said(ball_set, capsys):
     window = {"kind": "window", "window": [0.0, 400.0]}
     planned = plan(ball_set, card={"spacing_mm": [2.0, 2.0, 2.0], "intensity": window})
-    assert planned.plan.spacing_mm == planned.arguments["spacing_mm"] == (2.0, 2.0, 2.0)
+    assert planned.plan.spacing_mm == planned.settings.spacing_mm == (2.0, 2.0, 2.0)
     assert planned.plan.intensity.window == (0.0, 400.0)
-    assert planned.arguments["intensity"] is None, "the encoder's own, which its start sees to"
+    assert planned.settings.intensity is None, "the encoder's own, which its initialisation applies"
     assert planned.plan.patch_size == (12, 12, 12), "what covers the scans at the encoder's spacing"
     said = " ".join(capsys.readouterr().out.split())
     assert "of the encoder (the plan would be z-score" in said
@@ -233,20 +228,20 @@ def test_the_card_of_an_encoder_counts_more_than_the_plan_and_the_difference_is_
 def test_an_encoder_without_a_spacing_of_its_own_leaves_it_to_the_plan(tmp_path):
     data = write_set(tmp_path, [(22, 20, 18)] * 3, spacings=[(1.0, 1.0, z) for z in (1.0, 1.5, 2.0)])
     planned = plan(data, card={"spacing_mm": None, "intensity": to_mapping(Intensity())})
-    assert planned.arguments["spacing_mm"] == (1.0, 1.0, 1.5)
+    assert planned.settings.spacing_mm == (1.0, 1.0, 1.5)
 
 
 def test_a_cache_keeps_its_spacing(ball_set, tmp_path):
     assert main(["cache", str(ball_set), "--out", str(tmp_path / "cache"), "--spacing_mm", "2", "2", "2"]) == 0
     planned = plan(tmp_path / "cache")
     assert planned.plan.spacing_mm == (2.0, 2.0, 2.0) and "of the cache" in planned.plan.reasons["spacing_mm"]
-    assert planned.arguments["spacing_mm"] is None
+    assert planned.settings.spacing_mm is None
     assert planned.plan.intensity.kind == "zscore"
     assert planned.fingerprint.scans[0].orientation == "RAS"
 
 
-def run_at(path: Path, planned: Planned) -> Run:
-    run = Run.create(path, command="finetune", settings=planned.arguments, inputs={}, resume=True)
+def run_at(path: Path, planned: PlannedRun) -> Run:
+    run = Run.create(path, command="finetune", settings=planned.settings, inputs={}, resume=True)
     save_plan(run, planned)
     return run
 
@@ -260,10 +255,10 @@ def test_a_plan_lies_in_its_run_and_is_taken_back_edited(ball_set, tmp_path, mon
     write_yaml(tmp_path / "mine.yaml", edited)
     monkeypatch.setattr(planning, "fingerprint_of", lambda *_, **__: pytest.fail("looked"))
     taken = plan(ball_set, plan=str(tmp_path / "mine.yaml"), max_steps=5)
-    assert create_task(taken.arguments["task"]).patch_size == (16, 16, 12)
-    assert taken.arguments["spacing_mm"] == (2.0, 2.0, 2.0)
-    assert taken.arguments["max_steps"] == 5, "flags count more than the file"
-    assert taken.arguments["plan"] is None, "a saved config must not depend on the file"
+    assert create_task(taken.settings.task).patch_size == (16, 16, 12)
+    assert taken.settings.spacing_mm == (2.0, 2.0, 2.0)
+    assert taken.settings.max_steps == 5, "flags count more than the file"
+    assert taken.settings.plan is None, "a saved config must not depend on the file"
 
 
 @pytest.mark.parametrize(
@@ -288,7 +283,7 @@ def test_a_run_that_is_resumed_keeps_its_plan_whatever_memory_is_free_now(ball_s
     monkeypatch.setattr(planning, "fingerprint_of", lambda *_, **__: pytest.fail("looked"))
     again = plan(ball_set, run.path, resume=True, memory_limit=0.1)
     assert again.plan == planned.plan
-    ours, theirs = ({**p.arguments, "resume": None, "memory_limit": None} for p in (planned, again))
+    ours, theirs = (replace(p.settings, resume=False, memory_limit=None) for p in (planned, again))
     assert ours == theirs
 
 
@@ -305,7 +300,7 @@ def test_other_processes_of_a_run_take_the_plan_of_the_first(ball_set, tmp_path,
     run = run_at(tmp_path / "run", planned)
     monkeypatch.setattr(planning, "is_first_process", lambda: False)
     monkeypatch.setattr(planning, "fingerprint_of", lambda *_, **__: pytest.fail("looked"))
-    assert plan(ball_set, run.path, devices=2).arguments == planned.arguments
+    assert plan(ball_set, run.path, devices=2).settings == replace(planned.settings, devices=2)
     monkeypatch.setattr(planning, "PATIENCE_S", 0.1)
     with pytest.raises(ConfigError, match="first process"):
         plan(ball_set, run.path, devices=2, accumulation=2)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mim3d.workflows.finetune.start import asked_recipe, choose_start
 
 from mim3d.backbones import create_recipe
 from mim3d.caching.cache import Cache, build_cache
@@ -29,7 +28,9 @@ from mim3d.tasks import create_task
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.optimisation import Optimisation
 from mim3d.weights import save_network
-from mim3d.workflows.finetune.presets import apply_preset, preset_settings
+from mim3d.workflows.finetune.presets import apply_preset, with_preset
+from mim3d.workflows.finetune.settings import FinetuneSettings
+from mim3d.workflows.shared.initialisation import asked_recipe, initialise
 from tests.miniatures import MINIATURES, write_cc_ccii
 
 #: An encoder and a task that take a step in no time; what they leave out comes from the preset.
@@ -39,24 +40,17 @@ SHRUNK = {"name": "segmentation", "patch_size": [16, 16, 8], "feature_dim": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:.*are not here, the first is:UserWarning")
 
 
-def arguments(**changes) -> dict:
-    """Of ``finetune``, nothing asked for but what is given."""
-    unset = {
-        "task": "segmentation",
-        "weights": None,
-        "backbone": None,
-        "spacing_mm": None,
-        "intensity": None,
-        "fold": 0,
-        "num_folds": 5,
-        "split_seed": 0,
-        "train_fraction": 1.0,
-        "max_steps": None,
-        "max_epochs": None,
-        "optim": Optimisation(),
-        "strict": False,
-    }
-    return unset | changes
+def given(**changes) -> FinetuneSettings:
+    """Settings in which nothing is asked for but what is given."""
+    return FinetuneSettings("", "", **{"strict": False, **changes})
+
+
+def applied(name: str, data: object, settings: FinetuneSettings):
+    return apply_preset(dataclasses.replace(settings, preset=name, data=str(data)))
+
+
+def task_of(name: str, token_edge: int) -> dict:
+    return with_preset(given(), PRESETS[name], token_edge).task
 
 
 @pytest.fixture(scope="module")
@@ -79,28 +73,28 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_gives_settings_that_its_task_accepts(name):
     preset = PRESETS[name]
-    settings = preset_settings(preset, 1, 16)
-    recipe = create_recipe({"name": "hybrid_base", **settings["backbone"]})
-    task = create_task(settings["task"]).checked(recipe)
+    settings = with_preset(given(fold=1), preset, 16)
+    recipe = create_recipe(settings.backbone)
+    task = create_task(settings.task).checked(recipe)
     size = task.patch_size if isinstance(task, Segmentation) else task.size
     assert tuple(size) == preset.patch_size and recipe.in_channels == len(preset.channels)
-    assert settings["spacing_mm"] == preset.spacing_mm and settings["intensity"] == preset.intensity
-    assert settings["optim"] == Optimisation(
+    assert settings.spacing_mm == preset.spacing_mm and settings.intensity == preset.intensity
+    assert settings.optim == Optimisation(
         base_learning_rate=3e-4, reference_batch=16, weight_decay=1e-5, warmup_ratio=50 / 300
     )
-    assert settings["fold"] == 1 and settings["max_epochs"] == 300
+    assert settings.fold == 1 and settings.max_epochs == 300
 
 
 def test_probabilities_are_as_published_along_every_axis_and_nothing_else_is_varied():
-    task = create_task(preset_settings(PRESETS["BTCV"], 0, 16)["task"])
+    task = create_task(task_of("BTCV", 16))
     augmentation = task.augmentation
     assert (augmentation.flip_prob, augmentation.rotate90_prob, augmentation.shift_prob) == (0.1, 0.1, 0.5)
     assert augmentation.flip_axes == (0, 1, 2) and augmentation.shift == 0.1
     others = ("affine_prob", "scale_prob", "noise_prob", "gamma_prob")
     assert [getattr(augmentation, name) for name in others] == [0, 0, 0, 0]
-    covid = create_task(preset_settings(PRESETS["COVID-19-20"], 0, 16)["task"]).augmentation
+    covid = create_task(task_of("COVID-19-20", 16)).augmentation
     assert (covid.affine_prob, covid.noise_prob, covid.rotate90_prob) == (0.15, 0.15, 0)
-    assert "augmentation" not in preset_settings(PRESETS["MM-WHS CT"], 0, 16)["task"]
+    assert "augmentation" not in task_of("MM-WHS CT", 16)
 
 
 SIDED = {
@@ -112,7 +106,7 @@ SIDED = {
 
 @pytest.mark.parametrize("key", ["BTCV", "AMOS22", "FLARE22", "MSD Spleen", "MM-WHS CT", "BraTS", "COVID-19-20"])
 def test_a_preset_that_mirrors_sided_labels_says_so_in_one_line_with_the_remedy(key, folders, capsys):
-    apply_preset(MINIATURES[key].name, folders(key), arguments(backbone="hybrid_nano"))
+    applied(MINIATURES[key].name, folders(key), given(backbone="hybrid_nano"))
     told = [line for line in capsys.readouterr().out.splitlines() if "mirrored" in line]
     expected = (
         f"crops are mirrored along X, Y, Z, as published, although labels name a side ({SIDED.get(key)}); "
@@ -124,9 +118,9 @@ def test_a_preset_that_mirrors_sided_labels_says_so_in_one_line_with_the_remedy(
 @pytest.mark.parametrize("changed", [{"flip_axes": [1]}, {"flip_prob": 0.0}])
 def test_nothing_is_said_of_mirroring_once_the_remedy_is_taken(changed, folders, capsys):
     task = {"name": "segmentation", "augmentation": changed}
-    merged, _, _ = apply_preset("BTCV", folders("BTCV"), arguments(task=task))
+    merged, _, _ = applied("BTCV", folders("BTCV"), given(task=task))
     assert "mirrored" not in capsys.readouterr().out
-    assert merged["task"]["augmentation"]["flip_prob"] == changed.get("flip_prob", 0.1)
+    assert merged.task["augmentation"]["flip_prob"] == changed.get("flip_prob", 0.1)
 
 
 def test_the_remedy_against_mirroring_is_understood_by_the_command_line(folders, tmp_path, capsys):
@@ -145,49 +139,49 @@ def test_a_cache_of_scans_without_labels_is_refused_with_the_way_to_one_with_lab
         r"cache is a cache of scans without labels.*from the folder of BTCV first \(mim3d cache DATA --out CACHE\)"
     )
     with pytest.raises(DataError, match=expected):
-        apply_preset("BTCV", str(tmp_path / "cache"), arguments())
+        applied("BTCV", str(tmp_path / "cache"), given())
 
 
 def test_a_patch_is_rounded_up_to_whole_tokens_and_the_run_says_so(folders, capsys):
-    assert preset_settings(PRESETS["COVID-19-20"], 0, 40)["task"]["patch_size"] == [200, 200, 40]
+    assert task_of("COVID-19-20", 40)["patch_size"] == [200, 200, 40]
     wide = {**SMALL, "widths": [4, 8, 16, 32, 64, 128], "depths": [1] * 6}
-    merged, _, _ = apply_preset("COVID-19-20", folders("COVID-19-20"), arguments(backbone=wide))
+    merged, _, _ = applied("COVID-19-20", folders("COVID-19-20"), given(backbone=wide))
     assert create_recipe(wide).patch_size == 64
-    assert merged["task"]["patch_size"] == [192, 192, 64]
+    assert merged.task["patch_size"] == [192, 192, 64]
     assert "crops of 192 x 192 x 32 voxels, as published, are rounded up to 192 x 192 x 64" in capsys.readouterr().out
 
 
 def test_settings_of_the_backbone_without_a_name_change_that_of_the_weights_or_the_default(folders, tmp_path):
     changes = {"drop_path": 0.1}
-    merged, _, _ = apply_preset("BTCV", folders("BTCV"), arguments(backbone=changes))
-    assert asked_recipe(merged["backbone"], None)[0] == create_recipe({"name": "hybrid_base", **changes})
+    merged, _, _ = applied("BTCV", folders("BTCV"), given(backbone=changes))
+    assert asked_recipe(merged.backbone, None)[0] == create_recipe({"name": "hybrid_base", **changes})
     recipe = create_recipe(SMALL)
     save_network(tmp_path / "encoder", recipe.build(), {"backbone": SMALL})
     weights = str(tmp_path / "encoder")
-    merged, _, _ = apply_preset("BraTS", folders("BraTS"), arguments(backbone=changes, weights=weights))
+    merged, _, _ = applied("BraTS", folders("BraTS"), given(backbone=changes, weights=weights))
     with pytest.warns(UserWarning, match="learned from 1 channels, but the data have 4"):
-        start = choose_start(merged["backbone"], weights, 4)
-    assert start.recipe == dataclasses.replace(recipe, drop_path=0.1, in_channels=4)
+        initial = initialise(merged.backbone, weights, 4)
+    assert initial.recipe == dataclasses.replace(recipe, drop_path=0.1, in_channels=4)
 
 
 def test_what_is_not_asked_for_comes_from_the_preset(folders, capsys):
-    given = arguments()
-    merged, source, split = apply_preset("btcv", str(folders("BTCV")), given)
-    assert given == arguments()
-    assert merged["backbone"] == {"name": "hybrid_base", "in_channels": 1}
-    assert merged["spacing_mm"] == (1.5, 1.5, 2.0) and merged["intensity"] == Intensity(window=(-175, 250))
-    assert merged["task"]["patch_size"] == [96, 96, 96] and merged["max_epochs"] == 300
-    assert merged["optim"].base_learning_rate == 3e-4
+    asked = given()
+    merged, source, split = applied("btcv", str(folders("BTCV")), asked)
+    assert asked == given()
+    assert merged.backbone == {"name": "hybrid_base", "in_channels": 1}
+    assert merged.spacing_mm == (1.5, 1.5, 2.0) and merged.intensity == Intensity(window=(-175, 250))
+    assert merged.task["patch_size"] == [96, 96, 96] and merged.max_epochs == 300
+    assert merged.optim.base_learning_rate == 3e-4
     assert {case.id for case in split.val} == {"img0035", "img0040"} and len(source.cases) == 6
     assert "preset BTCV (published folds): 4 cases to train on, 2 held out" in capsys.readouterr().out
 
 
 def test_what_is_asked_for_wins(folders):
     task = {"name": "segmentation", "patch_size": [32, 32, 32], "augmentation": {"flip_prob": 0.9}}
-    merged, _, split = apply_preset(
+    merged, _, split = applied(
         "BTCV",
         str(folders("BTCV")),
-        arguments(
+        given(
             task=task,
             spacing_mm=(3.0, 3.0, 3.0),
             intensity=Intensity(kind="zscore", window=None),
@@ -197,36 +191,33 @@ def test_what_is_asked_for_wins(folders):
             train_fraction=0.5,
         ),
     )
-    assert merged["task"]["patch_size"] == [32, 32, 32] and merged["task"]["overlap"] == 0.5
-    assert merged["task"]["augmentation"] == {
-        **preset_settings(PRESETS["BTCV"], 0, 8)["task"]["augmentation"],
+    assert merged.task["patch_size"] == [32, 32, 32] and merged.task["overlap"] == 0.5
+    assert merged.task["augmentation"] == {
+        **task_of("BTCV", 8)["augmentation"],
         "flip_prob": 0.9,
     }
-    assert merged["spacing_mm"] == (3.0, 3.0, 3.0) and merged["intensity"].kind == "zscore"
-    assert (merged["max_steps"], merged["max_epochs"]) == (7, None)
-    assert merged["optim"].learning_rate == 1e-3 and merged["optim"].base_learning_rate is None
-    assert merged["optim"].weight_decay == 1e-5 and merged["optim"].warmup_ratio == 50 / 300
-    assert merged["backbone"] == {"name": "hybrid_nano", "in_channels": 1}
+    assert merged.spacing_mm == (3.0, 3.0, 3.0) and merged.intensity.kind == "zscore"
+    assert (merged.max_steps, merged.max_epochs) == (7, None)
+    assert merged.optim.learning_rate == 1e-3 and merged.optim.base_learning_rate is None
+    assert merged.optim.weight_decay == 1e-5 and merged.optim.warmup_ratio == 50 / 300
+    assert merged.backbone == {"name": "hybrid_nano", "in_channels": 1}
     assert len(split.train) == 2
 
 
 def test_a_task_given_as_settings_keeps_what_differs_from_its_defaults(folders):
-    merged, _, _ = apply_preset("BTCV", folders("BTCV"), arguments(task=Segmentation(feature_dim=8, overlap=0.25)))
-    assert (merged["task"]["feature_dim"], merged["task"]["overlap"]) == (8, 0.25)
-    assert merged["task"]["patch_size"] == [96, 96, 96]
+    merged, _, _ = applied("BTCV", folders("BTCV"), given(task=Segmentation(feature_dim=8, overlap=0.25)))
+    assert (merged.task["feature_dim"], merged.task["overlap"]) == (8, 0.25)
+    assert merged.task["patch_size"] == [96, 96, 96]
 
 
 def test_warm_up_is_fifty_epochs_but_never_more_than_its_published_share(folders):
-    shares = [
-        apply_preset("BTCV", folders("BTCV"), arguments(max_epochs=epochs))[0]["optim"].warmup_ratio
-        for epochs in (1000, 20)
-    ]
+    shares = [applied("BTCV", folders("BTCV"), given(max_epochs=epochs))[0].optim.warmup_ratio for epochs in (1000, 20)]
     assert shares == [0.05, 50 / 300]
 
 
 def test_merging_twice_changes_nothing(folders):
-    once, _, _ = apply_preset("BraTS", folders("BraTS"), arguments())
-    twice, _, _ = apply_preset("BraTS", folders("BraTS"), once)
+    once, _, _ = applied("BraTS", folders("BraTS"), given())
+    twice, _, _ = applied("BraTS", folders("BraTS"), once)
     assert to_mapping(twice) == to_mapping(once)
 
 
@@ -241,18 +232,18 @@ def test_merging_twice_changes_nothing(folders):
 )
 def test_what_contradicts_a_preset_is_refused(folders, changes, message):
     with pytest.raises(ConfigError, match=message):
-        apply_preset("BTCV", folders("BTCV"), arguments(**changes))
+        applied("BTCV", folders("BTCV"), given(**changes))
 
 
 def test_a_task_of_the_users_own_stays_as_it_is(folders, capsys):
-    merged, _, _ = apply_preset("BTCV", folders("BTCV"), arguments(task={"name": "my_lab.tasks.Mine", "size": 3}))
-    assert merged["task"] == {"name": "my_lab.tasks.Mine", "size": 3}
+    merged, _, _ = applied("BTCV", folders("BTCV"), given(task={"name": "my_lab.tasks.Mine", "size": 3}))
+    assert merged.task == {"name": "my_lab.tasks.Mine", "size": 3}
     assert "those of the task my_lab.tasks.Mine itself" in capsys.readouterr().out
 
 
 def test_a_strict_run_refuses_a_fold_that_is_not_complete(folders):
     with pytest.raises(DataError, match="4 of the 6 cases that fold 0 of BTCV holds out"):
-        apply_preset("BTCV", folders("BTCV"), arguments(strict=True))
+        applied("BTCV", folders("BTCV"), given(strict=True))
 
 
 def test_labels_on_another_grid_are_refused_before_work(folders, tmp_path):
@@ -260,19 +251,19 @@ def test_labels_on_another_grid_are_refused_before_work(folders, tmp_path):
     labels = tmp_path / "set" / "Task09_Spleen" / "labelsTr"
     shutil.copy(folders("MSD Liver") / "Task03_Liver" / "labelsTr" / "liver_0.nii.gz", labels / "spleen_2.nii.gz")
     with pytest.raises(DataError, match=r"labelsTr/spleen_2.*does not lie on the grid of .*imagesTr/spleen_2"):
-        apply_preset("MSD Spleen", tmp_path / "set", arguments())
+        applied("MSD Spleen", tmp_path / "set", given())
 
 
 @pytest.mark.parametrize("key", MINIATURES)
 def test_a_network_learns_from_a_published_folder_with_the_settings_of_its_preset(key, folders, tmp_path):
     name = MINIATURES[key].name
-    merged, source, split = apply_preset(name, folders(key), arguments(backbone=SMALL, task=SHRUNK))
-    recipe = create_recipe(merged["backbone"])
-    scans = build_cache(source, tmp_path / "cache", Preprocessing(spacing_mm=merged["spacing_mm"]))
+    merged, source, split = applied(name, folders(key), given(backbone=SMALL, task=SHRUNK))
+    recipe = create_recipe(merged.backbone)
+    scans = build_cache(source, tmp_path / "cache", Preprocessing(spacing_mm=merged.spacing_mm))
     assert not scans.failed
     learned = scans.subset(split.train)
-    task = create_task(merged["task"]).checked(recipe).planned(recipe, learned, scans.labels)
-    loader = Loader(learned, task.sampler(), merged["intensity"], batch_size=2, seed=0, augment=task.augment())
+    task = create_task(merged.task).checked(recipe).planned(recipe, learned, scans.labels)
+    loader = Loader(learned, task.sampler(), merged.intensity, batch_size=2, seed=0, augment=task.augment())
     torch.manual_seed(0)
     objective = task.build(recipe, scans.labels)
     batches = loader.batches(0)
@@ -281,13 +272,13 @@ def test_a_network_learns_from_a_published_folder_with_the_settings_of_its_prese
     loss.backward()
     gradients = [value.grad for value in objective.encoder.parameters() if value.grad is not None]
     assert bool(torch.isfinite(loss)) and any(bool(gradient.any()) for gradient in gradients)
-    assert merged["task"]["overlap"] == 0.5 and recipe.in_channels == len(PRESETS[name].channels)
+    assert merged.task["overlap"] == 0.5 and recipe.in_channels == len(PRESETS[name].channels)
 
 
 def test_a_cache_of_a_published_folder_stands_where_the_folder_stood(folders, tmp_path):
-    _, source, split = apply_preset("AMOS22", folders("AMOS22"), arguments())
+    _, source, split = applied("AMOS22", folders("AMOS22"), given())
     build_cache(source, tmp_path / "cache", Preprocessing(spacing_mm=(1.5, 1.5, 2.0)))
-    _, again, cached = apply_preset("AMOS22", str(tmp_path / "cache"), arguments())
+    _, again, cached = applied("AMOS22", str(tmp_path / "cache"), given())
     assert isinstance(again, Cache)
     assert [case.id for case in cached.val] == [case.id for case in split.val]
     assert {case.id for case in cached.train} == {case.id for case in split.train}

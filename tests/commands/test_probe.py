@@ -26,7 +26,7 @@ from mim3d.training.optimisation import Optimisation
 from mim3d.weights import load_encoder, read_card, weights_digest
 from mim3d.workflows.probe import cases as probe_cases
 from mim3d.workflows.probe.monitor import ProbePlan
-from mim3d.workflows.shared.held_out import choose_split
+from mim3d.workflows.shared.held_out import FoldChoice, choose_split
 from tests.commands.conftest import BACKBONE
 from tests.commands.test_pretrain import METHOD
 from tests.labelled import ball_scan, write_scan
@@ -210,7 +210,7 @@ def test_neither_fold_of_label_maps_nor_fold_of_classes_takes_part_in_the_choice
         for n in range(18)
     ]
     source = CaseSet(root="", form="csv", cases=tuple(cases), labels={})
-    plan = ProbePlan("data", None, None, (0, 3, 0), (8, 8, 8), seed=0)
+    plan = ProbePlan("data", None, None, FoldChoice(0, 3, 0), (8, 8, 8), seed=0)
     chosen = {case.patient for case in plan.choose(source).cases}
     for dealt in (cases, [case for case in cases if case.label is not None]):
         held_out = {case.patient for case in choose_split(dealt, fold=0, num_folds=3).val}

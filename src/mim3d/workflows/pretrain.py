@@ -9,9 +9,9 @@ import torch
 
 from mim3d.backbones import BACKBONES, Backbone, create_recipe
 from mim3d.caching.cache import Cache
-from mim3d.core.settings import to_named
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import Run, read_run
+from mim3d.core.settings import to_named
 from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from mim3d.caching.cache import Cache, is_cache, open_cache
-from mim3d.core.settings import to_named
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.run_folder import is_first_process
+from mim3d.core.settings import to_named
 from mim3d.core.types import Named, Triple
 from mim3d.datasets.cases import CaseSet, check_cases
-from mim3d.datasets.splits import Split
 from mim3d.datasets.published.layouts import declare_fold, read_preset
 from mim3d.datasets.published.presets import Preset, Variation, find_preset
+from mim3d.datasets.splits import Split
 from mim3d.tasks import TASKS, create_task
 from mim3d.tasks.segmentation.augmentation import sided_labels
 from mim3d.tasks.segmentation.task import Segmentation

@@ -11,9 +11,9 @@ import torch
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
-from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run
+from mim3d.core.settings import to_mapping, to_named
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.splits import Split
 from mim3d.distributed.processes import Processes

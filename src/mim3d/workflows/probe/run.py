@@ -9,9 +9,9 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES, Encoder
 from mim3d.caching.cache import Cache
-from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.errors import ConfigError
 from mim3d.core.progress import counted
+from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Spacing
 from mim3d.metrics import Bootstrap
 from mim3d.probing.items import ProbeSet, View

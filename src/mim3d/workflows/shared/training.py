@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from mim3d.caching.cache import CachedScan
-from mim3d.core.settings import parse_duration
 from mim3d.core.errors import ConfigError
 from mim3d.core.resources import num_cores
+from mim3d.core.settings import parse_duration
 from mim3d.distributed.processes import Processes, choose_processes, join_processes
 from mim3d.distributed.stopping import requeued_when_stopped
 from mim3d.loading.loader import Augment, Loader, Sampler
