@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mim3d.caching.preprocessing import Statistics
+from mim3d.caching.foreground import Statistics
 from mim3d.caching.stored_voxels import StoredIntensity
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from mim3d.caching.preprocessing import Preprocessing, prepare, restore
+from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import Case, read_cases
 from tests.nifti import affine_of, noise, write_nifti
+from tests.restoring import restore
 
 
 def case_of(folder, *images, label=None, affine=None):
@@ -71,12 +72,6 @@ def test_scores_of_world_coordinates_come_back_to_the_voxels_they_belong_to(tmp_
     assert restored.shape == (3, *prepared.grid.ras_shape)
     inner = (slice(None), *(slice(4, -4),) * 3)
     np.testing.assert_allclose(restored[inner], world(shape, prepared.grid.ras_affine)[inner], atol=1e-3)
-
-
-def test_scores_of_another_shape_are_refused(tmp_path):
-    prepared = prepare(case_of(tmp_path, noise()), Preprocessing())
-    with pytest.raises(DataError, match="do not fit the prepared scan"):
-        restore(np.zeros((2, 6, 7, 9)), prepared)
 
 
 def test_undeclared_label_values_name_file_values_and_declaration(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mim3d.caching import resampling
-from mim3d.caching.resampling import plan_resampling, plan_taps, resample_labels, resample_linear, target_grid
+from mim3d.caching.resampling import plan_axis, plan_resampling, resample_labels, resample_linear, target_grid
 
 
 def world_of(shape, affine, axis):
@@ -26,10 +26,10 @@ def test_a_ramp_in_world_coordinates_stays_where_it_was(wanted):
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = (-20.0, 7.0, 100.0)
     new_shape, new_spacing, new_affine = target_grid(shape, affine, spacing, wanted)
-    taps = plan_resampling(shape, spacing, new_shape, new_spacing)
+    axes = plan_resampling(shape, spacing, new_shape, new_spacing)
     np.testing.assert_allclose(new_spacing, wanted)
     for axis in range(3):
-        resampled = resample_linear(world_of(shape, affine, axis), taps)
+        resampled = resample_linear(world_of(shape, affine, axis), axes)
         np.testing.assert_allclose(interior(resampled), interior(world_of(new_shape, new_affine, axis)), atol=1e-3)
 
 
@@ -56,16 +56,16 @@ def test_an_axis_that_fits_within_rounding_is_left_exactly_as_it_is():
 
 @given(num_in=st.integers(1, 60), num_out=st.integers(1, 60), step=st.floats(0.05, 20))
 def test_weights_are_a_mean_and_a_constant_stays_constant(num_in, num_out, step):
-    taps = plan_taps(num_in, num_out, step)
-    np.testing.assert_allclose(taps.weight.sum(axis=1), 1, rtol=1e-5)
-    assert (taps.weight >= 0).all()
-    assert taps.index.min() >= 0 and taps.index.max() < num_in
+    axis = plan_axis(num_in, num_out, step)
+    np.testing.assert_allclose(axis.weight.sum(axis=1), 1, rtol=1e-5)
+    assert (axis.weight >= 0).all()
+    assert axis.index.min() >= 0 and axis.index.max() < num_in
 
 
 def test_detail_finer_than_the_new_grid_does_not_alias():
     checker = (np.indices((40, 40, 40)).sum(axis=0) % 2).astype(np.float32)
-    taps = plan_resampling((40, 40, 40), (1.0, 1.0, 1.0), (10, 10, 10), (4.0, 4.0, 4.0))
-    np.testing.assert_allclose(resample_linear(checker, taps), 0.5, atol=0.02)
+    axes = plan_resampling((40, 40, 40), (1.0, 1.0, 1.0), (10, 10, 10), (4.0, 4.0, 4.0))
+    np.testing.assert_allclose(resample_linear(checker, axes), 0.5, atol=0.02)
 
 
 def test_labels_keep_their_volume_centre_and_values():
@@ -87,17 +87,17 @@ def test_labels_equal_the_arg_max_of_all_classes_resampled_in_full():
     rng = np.random.default_rng(0)
     label = np.kron(rng.integers(0, 4, (4, 4, 4)), np.ones((3, 4, 5))).astype(np.uint8)
     shape, spacing, _ = target_grid(label.shape, np.eye(4), (1.0, 1.0, 1.0), (1.3, 0.6, 1.9))
-    taps = plan_resampling(label.shape, (1.0, 1.0, 1.0), shape, spacing)
-    shares = np.stack([resample_linear(label == value, taps) for value in range(4)])
+    axes = plan_resampling(label.shape, (1.0, 1.0, 1.0), shape, spacing)
+    shares = np.stack([resample_linear(label == value, axes) for value in range(4)])
     shares[0] -= 1e-5
     clear = np.sort(shares, axis=0)[-1] - np.sort(shares, axis=0)[-2] > 1e-4
-    np.testing.assert_array_equal(resample_labels(label, taps)[clear], shares.argmax(axis=0)[clear])
+    np.testing.assert_array_equal(resample_labels(label, axes)[clear], shares.argmax(axis=0)[clear])
 
 
 def test_a_label_map_on_its_own_grid_is_untouched():
     label = np.random.default_rng(0).integers(0, 5, (5, 6, 7)).astype(np.uint16)
-    taps = plan_resampling(label.shape, (1.0, 1.0, 1.0), label.shape, (1.0, 1.0, 1.0))
-    np.testing.assert_array_equal(resample_labels(label, taps), label)
+    axes = plan_resampling(label.shape, (1.0, 1.0, 1.0), label.shape, (1.0, 1.0, 1.0))
+    np.testing.assert_array_equal(resample_labels(label, axes), label)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
@@ -107,15 +107,15 @@ def test_a_label_map_on_its_own_grid_is_untouched():
 def test_slabs_of_the_output_are_the_whole_bit_by_bit(monkeypatch, wanted, dtype):
     array = np.random.default_rng(0).normal(0, 500, (41, 13, 17)).astype(dtype)
     shape, spacing, _ = target_grid(array.shape, np.eye(4), (1.0, 1.0, 1.0), wanted)
-    taps = plan_resampling(array.shape, (1.0, 1.0, 1.0), shape, spacing)
-    whole = resample_linear(array, taps, dtype)
+    axes = plan_resampling(array.shape, (1.0, 1.0, 1.0), shape, spacing)
+    whole = resample_linear(array, axes, dtype)
     plain = array.astype(np.float32)
-    for axis, tap in enumerate(taps):
-        taken = np.moveaxis(plain, axis, -1)[..., tap.index]
-        plain = np.moveaxis((taken * tap.weight).sum(axis=-1), -1, axis)
+    for number, axis in enumerate(axes):
+        taken = np.moveaxis(plain, number, -1)[..., axis.index]
+        plain = np.moveaxis((taken * axis.weight).sum(axis=-1), -1, number)
     np.testing.assert_allclose(whole, plain, rtol=1e-4, atol=0.51 if dtype == np.int16 else 1e-2)
     monkeypatch.setattr(resampling, "_SLAB_VOXELS", 1)
-    slabs = resample_linear(array, taps, dtype)
+    slabs = resample_linear(array, axes, dtype)
     assert slabs.dtype == dtype
     np.testing.assert_array_equal(slabs, whole)
 
@@ -126,9 +126,9 @@ def test_labels_are_the_same_in_slabs(monkeypatch):
     label[22:24] = 9
     for wanted in ((0.7, 1.3, 1.1), (1.0, 0.8, 1.7), (2.3, 2.3, 2.3)):
         shape, spacing, _ = target_grid(label.shape, np.eye(4), (1.0, 1.0, 1.0), wanted)
-        taps = plan_resampling(label.shape, (1.0, 1.0, 1.0), shape, spacing)
+        axes = plan_resampling(label.shape, (1.0, 1.0, 1.0), shape, spacing)
         monkeypatch.setattr(resampling, "_SLAB_VOXELS", 2**20)
-        whole = resample_labels(label, taps)
+        whole = resample_labels(label, axes)
         monkeypatch.setattr(resampling, "_SLAB_VOXELS", 1)
-        np.testing.assert_array_equal(resample_labels(label, taps), whole)
+        np.testing.assert_array_equal(resample_labels(label, axes), whole)
         assert 9 in whole

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from mim3d.caching.foreground import foreground_of, threshold_of
-from mim3d.caching.preprocessing import Preprocessing, prepare, restore
+from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import Case
 from mim3d.inference import (
@@ -28,6 +28,7 @@ from mim3d.inference.sweep import Sweep, run_sweep
 from mim3d.inference.windows import padded_window
 from mim3d.scans.intensity import Intensity
 from tests.labelled import ball_scan, write_scan
+from tests.restoring import restore
 
 CPU = torch.device("cpu")
 INTENSITY = Intensity(window=(0.0, 400.0))

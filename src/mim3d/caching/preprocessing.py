@@ -1,4 +1,4 @@
-"""From a case's files to arrays a network can read, and from a network's scores back to the scan's grid."""
+"""From a case's files to arrays a network can read, one file at a time: besides the result no more than one is held."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,22 +8,23 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.case_reading import Plan, read_images, read_label
 from mim3d.caching.foreground import Foreground, Statistics, foreground_of, statistics_of, threshold_of
-from mim3d.caching.resampling import plan_resampling, resample_linear
-from mim3d.core.errors import ConfigError, DataError
+from mim3d.caching.resampling import AxisResampling, plan_resampling, resample_labels, resample_linear, target_grid
+from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.types import Spacing
 from mim3d.datasets.cases import Case
-from mim3d.scans.grids import times
-from mim3d.scans.volumes import Grid
-
-__all__ = ["Prepared", "Preprocessing", "Statistics", "prepare", "restore"]
+from mim3d.scans.files import available_memory_bytes
+from mim3d.scans.grids import require_same_grid, times
+from mim3d.scans.volumes import Grid, read_grid, read_volume
 
 #: Resolutions that a cache can hold: the coarsest voxel of eight is 128 voxels a side.
 MAX_LEVELS = 8
 
 #: Voxels kept on every side of the body where it is cropped.
 CROP_MARGIN = 8
+
+#: Integer types in order of preference: the first that holds every value is kept.
+_INTEGER_TYPES = (np.uint8, np.int16, np.uint16, np.int32, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,14 @@ class Prepared:
     """A case in memory, on its RAS+ grid or resampled, whole or cropped to the body.
 
     Attributes:
-        image: (C, X, Y, Z) contiguous; integers stay integers (in the smallest type that holds them), floats are
-            float32.
+        image: (C, X, Y, Z) contiguous. Integers stay integers, in the smallest type that holds them; floating point
+            numbers are float32.
         label: (X, Y, Z) uint8 or uint16, or None.
         affine: (4, 4) float64, voxel index of ``image`` to RAS millimetres.
         spacing_mm: Voxel size along X, Y, Z.
-        statistics: Of each channel, after resampling and before cropping.
-        grid: Of the first image, as stored; a crop does not change it.
-        foreground: Of ``image`` as it is here.
+        statistics: Statistics of each channel, after resampling and before cropping.
+        grid: Grid of the first image as stored; a crop does not change it.
+        foreground: Foreground of ``image`` as it is here.
     """
 
     image: npt.NDArray[Any]
@@ -99,8 +100,8 @@ def prepare(
     """Read a case, check it, and resample it where asked.
 
     Images are resampled linearly, with anti-aliasing where voxels grow, and integers are rounded to integers again;
-    labels take the class with the largest share of a voxel. Last the body is cropped where asked; ``restore`` needs
-    the whole scan, so whoever predicts prepares without ``body_crop``.
+    labels take the class with the largest share of a voxel. Last the body is cropped where asked; predictions need the
+    whole scan, so they prepare it without ``body_crop``.
 
     Memory: what is returned, and one file more: a channel or the label while it is resampled, a channel while it is
     put beside others or turned into a type of another size, a crop beside the whole, and what SimpleITK or a
@@ -110,60 +111,156 @@ def prepare(
     Voxels in float32 count double: 3 GiB of them take 4 GiB in 8 bits and 4.8 GiB lossless.
 
     Args:
-        case: The files.
+        case: The case with its files.
         preprocessing: The voxel size wanted, and whether to crop.
-        with_label: Read the label too, where the case has one.
+        with_label: Whether to read the label too, where the case has one.
         labels: Declared label values; empty or None allows all.
 
     Raises:
         DataError: A file that cannot be used, grids that disagree, label values that are not declared, or a scan
             larger than memory.
     """
-    plan = Plan.of(case, preprocessing.spacing_mm)
-    image = read_images(case, plan)
-    label = read_label(case.label, plan, labels or {}) if with_label and case.label is not None else None
+    target = _TargetGrid.of(case, preprocessing.spacing_mm)
+    image = _read_images(case, target)
+    label = _read_label(case.label, target, labels or {}) if with_label and case.label is not None else None
     thresholds = [threshold_of(channel) for channel in image]
     prepared = Prepared(
         image=image,
         label=label,
-        affine=plan.affine,
-        spacing_mm=plan.spacing_mm,
+        affine=target.affine,
+        spacing_mm=target.spacing_mm,
         statistics=tuple(statistics_of(channel, at) for channel, at in zip(image, thresholds, strict=True)),
-        grid=plan.grid,
+        grid=target.source,
         foreground=foreground_of(image, thresholds),
     )
     return _cropped(prepared, thresholds) if preprocessing.body_crop else prepared
 
 
-def restore(scores_KXYZ: npt.NDArray[Any], prepared: Prepared) -> npt.NDArray[np.float32]:
-    """Bring scores from the prepared grid to the scan's own.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _TargetGrid:
+    """The grid that a case is brought to.
 
-    Args:
-        scores_KXYZ: (K, X, Y, Z) scores or probabilities on the grid of ``prepared``.
-        prepared: What the scores were computed from.
+    Attributes:
+        source: Grid of the first image as stored.
+        spacing_mm: Voxel size wanted along X, Y, Z.
+        affine: (4, 4) float64, index of the voxels wanted to RAS millimetres.
+        axes: How the axes are resampled from the RAS+ form of ``source``.
+    """
 
-    Returns:
-        (K, X, Y, Z) float32 on the RAS+ form of ``prepared.grid``: interpolated linearly where the spacing was
-        changed, else the scores themselves. ``prepared`` must be the whole scan, made without ``body_crop``: both
-        grids are taken to share their centre.
+    source: Grid
+    spacing_mm: Spacing
+    affine: npt.NDArray[np.float64]
+    axes: tuple[AxisResampling, ...]
+
+    @classmethod
+    def of(cls, case: Case, wanted_mm: Spacing | None) -> "_TargetGrid":
+        """The grid of a case from the header of its first image, with a voxel size wanted or its own.
+
+        Raises:
+            DataError: An image that cannot be read, or one whose channels, 2 bytes per voxel at least, and label would
+                not fit into memory once it is resampled.
+        """
+        grid = read_grid(case.images[0])
+        shape, spacing_mm, affine = grid.ras_shape, grid.spacing_mm, grid.ras_affine
+        if wanted_mm is not None:
+            shape, spacing_mm, affine = target_grid(shape, affine, spacing_mm, wanted_mm)
+            needed_bytes = math.prod(shape) * (2 * len(case.images) + (case.label is not None))
+            if needed_bytes > available_memory_bytes():
+                spacing = " x ".join(f"{mm:g}" for mm in spacing_mm)
+                raise DataError(
+                    f"{case.images[0]}: at {spacing} mm it has {times(shape)} voxels "
+                    f"({needed_bytes / 2**30:.1f} GiB when resampled), more than the memory available; use a larger "
+                    "spacing_mm, or check its header."
+                )
+        axes = plan_resampling(grid.ras_shape, grid.spacing_mm, shape, spacing_mm)
+        return cls(source=grid, spacing_mm=spacing_mm, affine=affine, axes=axes)
+
+    @property
+    def is_source(self) -> bool:
+        """Whether nothing is resampled."""
+        return all(axis.is_identity for axis in self.axes)
+
+
+def _read_images(case: Case, target: _TargetGrid) -> npt.NDArray[Any]:
+    """(C, X, Y, Z) on the target grid in one type that holds every channel: integers without loss, else float32.
 
     Raises:
-        DataError: The scores do not have the shape of the prepared scan.
+        DataError: An image that cannot be read, lies on another grid, or holds numbers beyond single precision.
     """
-    shape = prepared.image.shape[1:]
-    if scores_KXYZ.ndim != 4 or scores_KXYZ.shape[1:] != shape:
-        raise DataError(
-            f"scores of shape {times(scores_KXYZ.shape)} do not fit the prepared scan {prepared.grid.path}: expected "
-            f"classes x {times(shape)}."
-        )
-    grid = prepared.grid
-    taps = plan_resampling((shape[0], shape[1], shape[2]), prepared.spacing_mm, grid.ras_shape, grid.spacing_mm)
-    if all(axis.is_identity for axis in taps):
-        return np.asarray(scores_KXYZ, dtype=np.float32)
-    restored = np.empty((len(scores_KXYZ), *grid.ras_shape), dtype=np.float32)
-    for channel, scores in zip(restored, scores_KXYZ, strict=True):
-        channel[...] = resample_linear(scores, taps)
-    return restored
+    num_channels = len(case.images)
+    image = np.empty(0)
+    low, high = math.inf, -math.inf
+    for place, path in enumerate(case.images):
+        channel = _read_channel(path, target)
+        low, high = min(low, channel.min().item()), max(high, channel.max().item())
+        dtype = _type_for(channel.dtype, low, high)
+        if num_channels == 1:
+            return _as_type(channel, dtype)[None]
+        if place == 0:
+            image = np.empty((num_channels, *channel.shape), dtype=dtype)
+        elif image.dtype.kind != "f":
+            image = _as_type(image, dtype)
+        image[place] = channel
+        del channel
+    return image
+
+
+def _read_channel(path: str, target: _TargetGrid) -> npt.NDArray[Any]:
+    """One image on the target grid: integers keep their type, all else is float32."""
+    volume = read_volume(path)
+    require_same_grid(target.source, volume.grid)
+    array = volume.array
+    dtype = array.dtype if array.dtype.kind in "iu" else np.dtype(np.float32)
+    # Numbers beyond single precision become infinite, and infinities NaN where they are averaged.
+    with np.errstate(over="ignore", invalid="ignore"):
+        channel = array.astype(dtype, copy=False) if target.is_source else resample_linear(array, target.axes, dtype)
+    if dtype.kind == "f" and not (np.isfinite(channel.min()) and np.isfinite(channel.max())):
+        raise DataError(f"{path}: holds values beyond 3.4e38, which single precision cannot; rescale it.")
+    return channel
+
+
+def _type_for(dtype: np.dtype[Any], low: float, high: float) -> np.dtype[Any]:
+    """The type in which values of a type between two ends are kept."""
+    if dtype.kind in "iu":
+        for kept in _INTEGER_TYPES:
+            if np.iinfo(kept).min <= low and high <= np.iinfo(kept).max:
+                return np.dtype(kept)
+    return np.dtype(np.float32)
+
+
+def _as_type(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The array in a type that holds its values; integers of the same size look the same in both."""
+    if array.dtype.kind in "iu" and dtype.kind in "iu" and array.dtype.itemsize == dtype.itemsize:
+        return array.view(dtype)
+    return array.astype(dtype, copy=False)
+
+
+def _read_label(path: str, target: _TargetGrid, labels: Mapping[int, str]) -> npt.NDArray[Any]:
+    """(X, Y, Z) label map on the target grid, in the smaller of 8 and 16 bits that holds its values.
+
+    Raises:
+        DataError: It lies on another grid than the image, holds no whole numbers from 0 to 65535, or values that are
+            not among ``labels``, where any are declared.
+    """
+    volume = read_volume(path, label=True, narrow=True)
+    require_same_grid(target.source, volume.grid)
+    label = volume.array
+    low, high = int(label.min()), int(label.max())
+    if low < 0 or high > 65535:
+        raise DataError(f"{path}: label values run from {low} to {high}; they must lie between 0 and 65535.")
+    label = label.astype(np.uint8 if high < 256 else np.uint16, copy=False)
+    if labels:
+        counts = np.zeros(high + 1, dtype=np.int64)
+        for plane in label:
+            counts += np.bincount(plane.ravel(), minlength=high + 1)
+        unknown = [int(value) for value in np.flatnonzero(counts) if int(value) not in labels]
+        if unknown:
+            declared = ", ".join(f"{value} {name}" for value, name in labels.items())
+            raise DataError(
+                f"{path}: label values {listed(unknown)} are not declared (declared: {declared}); correct the label "
+                "map or the declaration."
+            )
+    return label if target.is_source else resample_labels(label, target.axes)
 
 
 def _cropped(whole: Prepared, thresholds: Sequence[float]) -> Prepared:

@@ -18,14 +18,14 @@ _SLAB_VOXELS = 2**20
 
 
 @dataclass(frozen=True)
-class Taps:
-    """For each output voxel of one axis the input voxels it is a weighted mean of.
+class AxisResampling:
+    """How one axis is resampled: for each output voxel the input voxels that it is a weighted mean of.
 
     Attributes:
-        index: (num_out, num_taps) input voxels; those beyond the edge are the edge voxel.
-        weight: (num_out, num_taps) float32, each row summing to 1.
-        num_in: Voxels of the input axis.
-        zoom: Output voxels per input voxel; that of the whole axis where these are taps of a part of it.
+        index: Input voxels, (num_out, K). Those beyond the edge are the edge voxel.
+        weight: Their weights, (num_out, K) float32, each row summing to 1.
+        num_in: Number of voxels of the input axis.
+        zoom: Output voxels per input voxel. Where this is a part of an axis, the zoom is that of the whole axis.
     """
 
     index: npt.NDArray[np.int64]
@@ -39,17 +39,20 @@ class Taps:
         return self.index.shape == (self.num_in, 1)
 
 
-def plan_taps(num_in: int, num_out: int, step: float, shift: float = 0.0) -> Taps:
-    """Taps of an axis whose output voxels lie ``step`` input voxels apart.
+def plan_axis(num_in: int, num_out: int, step: float, shift: float = 0.0) -> AxisResampling:
+    """How an axis is resampled whose output voxels lie ``step`` input voxels apart.
 
-    The centre of the output lies ``shift`` input voxels beyond that of the input: both grids share it where it is 0.
+    Linear interpolation. Where voxels grow (``step > 1``) it is averaged over a window of ``sqrt(step^2 - 1)`` voxels,
+    about the extent of the new voxel, so that nothing finer than the new grid aliases into it. A ramp stays a ramp.
 
-    Linear interpolation; where voxels grow (``step > 1``) it is averaged over a window of ``sqrt(step^2 - 1)``
-    voxels, about the extent of the new voxel, so that nothing finer than the new grid aliases into it. A ramp stays
-    a ramp.
+    Args:
+        num_in: Number of input voxels.
+        num_out: Number of output voxels.
+        step: Distance of two output voxels in input voxels.
+        shift: Distance from the centre of the input to that of the output in input voxels.
     """
     if num_in == num_out and step == 1.0 and shift == 0.0:
-        return Taps(np.arange(num_in)[:, None], np.ones((num_in, 1), np.float32), num_in, 1.0)
+        return AxisResampling(np.arange(num_in)[:, None], np.ones((num_in, 1), np.float32), num_in, 1.0)
     position = (np.arange(num_out) - (num_out - 1) / 2) * step + (num_in - 1) / 2 + shift
     window = float(np.sqrt(max(step**2 - 1, 0.0)))
     reach = 1 + window / 2
@@ -61,7 +64,7 @@ def plan_taps(num_in: int, num_out: int, step: float, shift: float = 0.0) -> Tap
     else:
         weight = _hat_integral(distance + window / 2) - _hat_integral(distance - window / 2)
     weight /= weight.sum(axis=1, keepdims=True)
-    return Taps(np.clip(index, 0, num_in - 1), weight.astype(np.float32), num_in, num_out / num_in)
+    return AxisResampling(np.clip(index, 0, num_in - 1), weight.astype(np.float32), num_in, num_out / num_in)
 
 
 def _hat_integral(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -90,90 +93,102 @@ def target_grid(
     return (sizes[0], sizes[1], sizes[2]), (x, y, z), affine @ scaled
 
 
-def plan_resampling(shape: Triple, spacing_mm: Spacing, new_shape: Triple, new_mm: Spacing) -> tuple[Taps, ...]:
-    """Taps of the three axes between two grids around the same centre."""
+def plan_resampling(
+    shape: Triple, spacing_mm: Spacing, new_shape: Triple, new_mm: Spacing
+) -> tuple[AxisResampling, ...]:
+    """How the three axes are resampled between two grids around the same centre."""
     return tuple(
-        plan_taps(size, new, 1.0 if have == want else want / have)
+        plan_axis(size, new, 1.0 if have == want else want / have)
         for size, have, new, want in zip(shape, spacing_mm, new_shape, new_mm, strict=True)
     )
 
 
-def resample_linear(array: npt.NDArray[Any], taps: tuple[Taps, ...], dtype: npt.DTypeLike = np.float32) -> Any:
-    """Resample an (X, Y, Z) array to the output shape of ``taps``.
+def resample_linear(
+    array: npt.NDArray[Any], axes: tuple[AxisResampling, ...], dtype: npt.DTypeLike = np.float32
+) -> Any:
+    """Resample an (X, Y, Z) array linearly.
 
     Computed in float32, slab by slab of the output: besides it no more than some planes are held.
 
     Args:
-        array: Of the input shape.
-        taps: Of the three axes.
-        dtype: Of the result; integers are rounded half to even.
+        array: The array, of the input shape.
+        axes: How its three axes are resampled.
+        dtype: Type of the result. Integers are rounded half to even.
 
     Returns:
-        (X, Y, Z) of ``dtype``.
+        (X, Y, Z) of ``dtype`` and the output shape.
     """
-    result = np.empty([len(axis.index) for axis in taps], dtype=dtype)
+    result = np.empty([len(axis.index) for axis in axes], dtype=dtype)
     # The axis that shrinks most goes first: less work for the others. In parts of a scan the order is that of the
     # whole, so that sums round in the same way.
-    order = sorted(range(3), key=lambda axis: taps[axis].zoom)
-    for rows, region, cut in _slabs(array.shape, taps):
+    order = sorted(range(3), key=lambda number: axes[number].zoom)
+    for rows, region, cut in _slabs(array.shape, axes):
         slab = array[region].astype(np.float32)
-        for axis in order:
-            if not cut[axis].is_identity:
-                slab = _apply(slab, cut[axis], axis)
+        for number in order:
+            if not cut[number].is_identity:
+                slab = _apply(slab, cut[number], number)
         result[rows] = np.rint(slab, out=slab) if result.dtype.kind in "iu" else slab
     return result
 
 
-def _slabs(shape: Sequence[int], taps: tuple[Taps, ...]) -> Iterator[tuple[slice, slice, tuple[Taps, ...]]]:
-    """Slabs of the output along X: its planes, the planes of the input that they need, and the taps between the two."""
-    first = taps[0]
-    num_out, num_taps = first.index.shape
-    plane = max(math.prod(shape[1:]), math.prod(len(axis.index) for axis in taps[1:]))
-    # Neighbouring slabs share planes of the input, as many as there are taps: a small part of each.
-    wanted = max(_SLAB_VOXELS // plane, 4 * num_taps)
+def _slabs(
+    shape: Sequence[int], axes: tuple[AxisResampling, ...]
+) -> Iterator[tuple[slice, slice, tuple[AxisResampling, ...]]]:
+    """Slabs of the output along X: its planes, the planes of the input they need, and the resampling between these."""
+    first = axes[0]
+    num_out, num_weights = first.index.shape
+    plane = max(math.prod(shape[1:]), math.prod(len(axis.index) for axis in axes[1:]))
+    # Neighbouring slabs share as many planes of the input as an output voxel has weights: a small part of each.
+    wanted = max(_SLAB_VOXELS // plane, 4 * num_weights)
     step = max(1, wanted * num_out // first.num_in)
     for start in range(0, num_out, step):
         rows = slice(start, min(start + step, num_out))
         if first.is_identity:
-            yield rows, rows, (plan_taps(rows.stop - start, rows.stop - start, 1.0), *taps[1:])
+            yield rows, rows, (plan_axis(rows.stop - start, rows.stop - start, 1.0), *axes[1:])
             continue
         index = first.index[rows]
         low, high = int(index.min()), int(index.max()) + 1
-        yield rows, slice(low, high), (Taps(index - low, first.weight[rows], high - low, first.zoom), *taps[1:])
+        part = AxisResampling(index - low, first.weight[rows], high - low, first.zoom)
+        yield rows, slice(low, high), (part, *axes[1:])
 
 
-def _apply(array: npt.NDArray[np.float32], taps: Taps, axis: int) -> npt.NDArray[np.float32]:
+def _apply(array: npt.NDArray[np.float32], axis: AxisResampling, number: int) -> npt.NDArray[np.float32]:
+    """Resample one axis of an array, that of the given number."""
     shape = [1, 1, 1]
-    shape[axis] = -1
+    shape[number] = -1
     total: npt.NDArray[np.float32] | None = None
-    for tap in range(taps.index.shape[1]):
-        part = np.take(array, taps.index[:, tap], axis=axis)
-        part *= taps.weight[:, tap].reshape(shape)
+    for index, weight in zip(axis.index.T, axis.weight.T, strict=True):
+        part = np.take(array, index, axis=number)
+        part *= weight.reshape(shape)
         total = part if total is None else np.add(total, part, out=total)
     assert total is not None
     return total
 
 
-def resample_labels(labels: npt.NDArray[Any], taps: tuple[Taps, ...]) -> npt.NDArray[Any]:
+def resample_labels(labels: npt.NDArray[Any], axes: tuple[AxisResampling, ...]) -> npt.NDArray[Any]:
     """Resample an (X, Y, Z) label map: each class linearly, then the class with the largest share of a voxel.
 
     Unlike nearest neighbour this shifts no border by half a voxel. Where background and a class share a voxel
     evenly the class wins; among classes the lower value does.
     """
-    if all(axis.is_identity for axis in taps):
+    if all(axis.is_identity for axis in axes):
         return labels.copy()
-    result = np.zeros([len(axis.index) for axis in taps], dtype=labels.dtype)
-    for rows, region, cut in _slabs(labels.shape, taps):
+    result = np.zeros([len(axis.index) for axis in axes], dtype=labels.dtype)
+    for rows, region, cut in _slabs(labels.shape, axes):
         _vote(labels[region], cut, result[rows])
     return result
 
 
-def _vote(labels: npt.NDArray[Any], taps: tuple[Taps, ...], result: npt.NDArray[Any]) -> None:
-    """Write the winners over zeros."""
+def _vote(labels: npt.NDArray[Any], axes: tuple[AxisResampling, ...], result: npt.NDArray[Any]) -> None:
+    """Write the class with the largest share of each voxel over zeros."""
+    from scipy.ndimage import find_objects
+
     best = np.zeros(result.shape, dtype=np.float32)
     total = np.zeros(result.shape, dtype=np.float32)
-    for value, box in _label_boxes(labels):
-        parts = [_restrict(axis, *span) for axis, span in zip(taps, box, strict=True)]
+    for value, box in enumerate(find_objects(labels), start=1):
+        if box is None:
+            continue
+        parts = [_restrict(axis, span.start, span.stop) for axis, span in zip(axes, box, strict=True)]
         region, cut, where = zip(*parts, strict=True)
         if not all(rows.stop for rows in where):
             continue
@@ -185,25 +200,16 @@ def _vote(labels: npt.NDArray[Any], taps: tuple[Taps, ...], result: npt.NDArray[
     result[1 - total > best + 1e-6] = 0
 
 
-def _restrict(taps: Taps, start: int, stop: int) -> tuple[slice, Taps, slice]:
-    """The part of an axis that input voxels ``start`` to ``stop`` reach: input range, its taps, output range.
+def _restrict(axis: AxisResampling, start: int, stop: int) -> tuple[slice, AxisResampling, slice]:
+    """The part of an axis that input voxels ``start`` to ``stop`` reach: input range, its resampling, output range.
 
     Where they reach nothing, as their weight is 0 everywhere, the output range is empty.
     """
-    reached = ((taps.index >= start) & (taps.index < stop) & (taps.weight > 0)).any(axis=1)
+    reached = ((axis.index >= start) & (axis.index < stop) & (axis.weight > 0)).any(axis=1)
     rows = np.flatnonzero(reached)
     if not len(rows):
-        return slice(start, stop), taps, slice(0, 0)
+        return slice(start, stop), axis, slice(0, 0)
     where = slice(int(rows[0]), int(rows[-1]) + 1)
-    index = taps.index[where]
+    index = axis.index[where]
     low, high = int(index.min()), int(index.max()) + 1
-    return slice(low, high), Taps(index - low, taps.weight[where], high - low, taps.zoom), where
-
-
-def _label_boxes(labels: npt.NDArray[Any]) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
-    """Each label value above 0 with its bounding box, [start, stop) per axis."""
-    from scipy.ndimage import find_objects
-
-    for value, box in enumerate(find_objects(labels), start=1):
-        if box is not None:
-            yield value, tuple((axis.start, axis.stop) for axis in box)
+    return slice(low, high), AxisResampling(index - low, axis.weight[where], high - low, axis.zoom), where

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mim3d.caching.resampling import Taps
+from mim3d.caching.resampling import AxisResampling
 from mim3d.inference.readout import Readout
 from mim3d.inference.sweep import Sweep
 
@@ -89,17 +89,17 @@ class Resampled:
     Args:
         sweep: where rows come from.
         outputs: on the scan's own grid.
-        taps: of the three axes, from the grid of the sweep to the scan's own.
+        axes: How the three axes are resampled, from the grid of the sweep to the scan's own.
     """
 
-    def __init__(self, sweep: Sweep, outputs: Outputs, taps: tuple[Taps, ...]) -> None:
+    def __init__(self, sweep: Sweep, outputs: Outputs, axes: tuple[AxisResampling, ...]) -> None:
         self._sweep = sweep
         self._outputs = outputs
-        self._along = taps[sweep.axis]
-        across = [(place, taps[axis]) for place, axis in enumerate(sweep.order[1:], start=1)]
+        self._along = axes[sweep.axis]
+        across = [(place, axes[axis]) for place, axis in enumerate(sweep.order[1:], start=1)]
         # The axis that shrinks most goes first: less work for the other.
         self._across = sorted(across, key=lambda item: item[1].zoom)
-        self._where = tuple(slice(0, len(taps[axis].index)) for axis in sweep.order[1:])
+        self._where = tuple(slice(0, len(axes[axis].index)) for axis in sweep.order[1:])
         self._held: deque[Tensor] = deque()
         index, rows = self._along.index, sweep.rows
         # New rows that are a mean of rows without a window alone are background, as everything was to begin with.
@@ -136,8 +136,8 @@ class Resampled:
 
     def _take(self, plane_KUV: Tensor) -> None:
         """Take the next row of the sweep, and write every new row for which all is there."""
-        for axis, taps in self._across:
-            plane_KUV = interpolated(plane_KUV, taps, axis)
+        for place, axis in self._across:
+            plane_KUV = interpolated(plane_KUV, axis, place)
         self._held.append(plane_KUV)
         index, weight = self._along.index, self._along.weight
         while self._next < self._stop and int(index[self._next].max()) < self._first_held + len(self._held):
@@ -154,15 +154,15 @@ class Resampled:
             self._first_held += 1
 
 
-def interpolated(plane_KUV: Tensor, taps: Taps, axis: int) -> Tensor:
-    """A plane resampled along one of its axes: ``sum_t weight[:, t] * plane[index[:, t]]``."""
-    if taps.is_identity:
+def interpolated(plane_KUV: Tensor, axis: AxisResampling, place: int) -> Tensor:
+    """A plane resampled along the axis at ``place``: ``sum_k weight[:, k] * plane[index[:, k]]``."""
+    if axis.is_identity:
         return plane_KUV
-    shape = [-1 if place == axis else 1 for place in range(3)]
+    shape = [-1 if other == place else 1 for other in range(3)]
     total = None
-    for tap in range(taps.index.shape[1]):
-        part = plane_KUV.index_select(axis, torch.from_numpy(taps.index[:, tap]).to(plane_KUV.device))
-        part *= torch.from_numpy(taps.weight[:, tap]).to(plane_KUV.device).reshape(shape)
+    for index, weight in zip(axis.index.T, axis.weight.T, strict=True):
+        part = plane_KUV.index_select(place, torch.from_numpy(index).to(plane_KUV.device))
+        part *= torch.from_numpy(weight).to(plane_KUV.device).reshape(shape)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total

@@ -8,7 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mim3d.caching.preprocessing import Prepared, Preprocessing, Statistics, prepare
+from mim3d.caching.foreground import Statistics
+from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.resampling import plan_resampling
 from mim3d.core.errors import DataError
 from mim3d.core.types import Triple
@@ -99,10 +100,10 @@ def padding_values(intensity: Intensity, statistics: Sequence[Statistics]) -> li
 
 def _finish(prepared: Prepared, sweep: Sweep, outputs: Outputs) -> OnGrid | Resampled:
     grid = prepared.grid
-    taps = plan_resampling(_shape_of(prepared), prepared.spacing_mm, grid.ras_shape, grid.spacing_mm)
-    if all(axis.is_identity for axis in taps):
+    axes = plan_resampling(_shape_of(prepared), prepared.spacing_mm, grid.ras_shape, grid.spacing_mm)
+    if all(axis.is_identity for axis in axes):
         return OnGrid(sweep, outputs)
-    return Resampled(sweep, outputs, taps)
+    return Resampled(sweep, outputs, axes)
 
 
 def _cutter(prepared: Prepared, intensity: Intensity, size: Triple) -> Callable[[Triple], Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mim3d.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mim3d.caching.preprocessing import Statistics
+    from mim3d.caching.foreground import Statistics
     from mim3d.caching.stored_voxels import StoredIntensity
 
 #: Clipping range of CT pre-training, HU.

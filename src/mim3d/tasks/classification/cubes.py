@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mim3d.caching.cache import CachedScan
-from mim3d.caching.resampling import plan_taps, resample_linear
+from mim3d.caching.resampling import plan_axis, resample_linear
 from mim3d.core.types import Spacing, Triple
 from mim3d.loading.loader import Augment, Read, Sample
 from mim3d.nn.resizing import resize_image
@@ -94,7 +94,7 @@ def centre_of_label(places: dict[int, npt.NDArray[np.int32]]) -> Point | None:
 def resampled(image_CXYZ: npt.NDArray[np.float32], cut: Cut) -> npt.NDArray[np.float32]:
     """The cube's voxels ``(C, *cut.size)`` from what was delivered ``(C, *cut.read.size)``."""
     x, y, z = (
-        plan_taps(voxels, size, float(step), float(shift))
+        plan_axis(voxels, size, float(step), float(shift))
         for voxels, size, step, shift in zip(image_CXYZ.shape[1:], cut.size, cut.step, cut.shift, strict=True)
     )
     return np.stack([resample_linear(channel, (x, y, z)) for channel in image_CXYZ])
