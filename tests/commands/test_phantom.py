@@ -92,7 +92,7 @@ def test_an_interrupted_set_goes_on_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             phantom(str(out), num_cases=3, size=SIZE)
     assert not (out / "dataset.json").exists()
-    half = out / "imagesTr" / ".writing-abc"
+    half = out / "imagesTr" / ".abc.partial"
     half.mkdir()
     (half / "phantom_001.nii.gz").write_bytes(b"half")
     finished = out / "imagesTr" / "phantom_000.nii.gz"

@@ -1,6 +1,5 @@
 """Building a cache: resumable at any moment, and in the end the same bytes however it came about."""
 
-import csv
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from mim3d.caching.packs import PackedCase, cases_in, find_packed, pack_plan, si
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.workers import build_cases
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import atomic_file, remove_partial, write_csv
 from mim3d.core.progress import counted
 from mim3d.datasets.cases import CaseSet
 
@@ -124,7 +124,10 @@ def check_place(out: str, preprocessing: Preprocessing) -> None:
                 f"{out}: holds a cache of other settings ({found}) than asked for ({wanted}); choose another folder, "
                 "or delete this one."
             )
-    elif os.path.isdir(out) and set(os.listdir(out)) - {layout.CASES, layout.LOCK, f"{layout.SETTINGS}.part"}:
+    # A build that was killed before it wrote its settings left at most these, and a scratch folder.
+    elif os.path.isdir(out) and any(
+        name not in (layout.CASES, layout.LOCK) and not name.endswith(".partial") for name in os.listdir(out)
+    ):
         raise DataError(f"{out}: holds other things than a mim3d cache; choose a new or empty folder.")
 
 
@@ -155,6 +158,7 @@ def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: floa
             )
         os.remove(manifest)
     shutil.rmtree(os.path.join(out, layout.UNFINISHED), ignore_errors=True)
+    remove_partial(out)
     identity = {"format": layout.FORMAT, "version": layout.VERSION}
     layout.write_json(settings_path, identity | {"preprocessing": _described(preprocessing), "pack_gb": pack_gb})
     return pack_gb
@@ -203,14 +207,8 @@ def _write_failed(out: str, cases: CaseSet, outcomes: Mapping[str, Outcome]) -> 
         DataError: None of them can.
     """
     failed = [(case, outcomes[case.id].reason) for case in cases.cases if outcomes[case.id].folder is None]
-    with (
-        layout.durably_written(os.path.join(out, layout.FAILED)) as part,
-        # A name that is no UTF-8 is told as what it is.
-        open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        rows = csv.writer(file)
-        rows.writerow(layout.FAILED_COLUMNS)
-        rows.writerows([case.id, ";".join(case.images), case.label or "", reason] for case, reason in failed)
+    rows = ([case.id, ";".join(case.images), case.label or "", reason] for case, reason in failed)
+    write_csv(os.path.join(out, layout.FAILED), layout.FAILED_COLUMNS, rows, remedy=None)
     if len(failed) == len(cases.cases):
         raise DataError(f"{cases.root}: none of {len(failed)} scans can be used; the first: {failed[0][1]}")
 
@@ -225,8 +223,8 @@ def _packed(out: str, stored: Mapping[str, _Stored], pack_gb: float) -> dict[str
     for name, folders in counted(plan.items(), len(plan), "packing"):
         path = os.path.join(packs_dir, name)
         if not os.path.exists(path):
-            with layout.durably_written(path) as part:
-                write_pack(part, {folder: stored[folder].source for folder in folders})
+            with atomic_file(path, durable=True, remedy=None) as part:
+                write_pack(str(part), {folder: stored[folder].source for folder in folders})
         packed |= {folder: _Stored(source) for folder, source in cases_in(path).items()}
         for folder in folders:
             layout.remove_case(os.path.join(out, layout.CASES, folder))

@@ -18,6 +18,7 @@ from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.shards import write_array, write_group
 from mim3d.caching.stored_voxels import to_stored, write_image
 from mim3d.core.errors import DataError
+from mim3d.core.files import sync, sync_tree
 from mim3d.datasets.cases import Case
 from mim3d.scans.grids import split_channel
 
@@ -166,7 +167,7 @@ def _write_case(folder: str, prepared: Prepared, card: Card, recipe: Recipe) -> 
             totals = enumerate(counts.sum(axis=0).tolist())
             card["num_voxels"] = [{"value": value, "count": count} for value, count in totals if count]
         layout.write_json(os.path.join(scratch, layout.CARD), card)
-        layout.sync_tree(scratch)
+        sync_tree(scratch)
         os.chmod(scratch, 0o755)
         target = os.path.join(recipe.out, layout.CASES, folder)
         try:
@@ -177,6 +178,6 @@ def _write_case(folder: str, prepared: Prepared, card: Card, recipe: Recipe) -> 
                 # What stands in the way without a card is left from a case whose removal was cut short.
                 layout.remove_case(target)
                 os.rename(scratch, target)
-        layout.sync_folder(os.path.dirname(target))
+        sync(os.path.dirname(target))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

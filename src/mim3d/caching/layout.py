@@ -13,7 +13,6 @@
     lock              held while a build runs
 """
 
-import errno
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
+from mim3d.core import files
 from mim3d.core.errors import DataError
 
 FORMAT = "mim3d-cache"
@@ -43,33 +43,12 @@ LOCK = "lock"
 
 
 def write_json(path: str, content: Any) -> None:
-    """Write a JSON file so that it is there whole or not at all, also after a power cut.
+    """Write one of the cache's own JSON files; the same content makes the same bytes.
 
     Raises:
         OSError: The disk is full or not writable.
     """
-    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    with durably_written(path) as part, open(part, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-
-
-@contextmanager
-def durably_written(path: str) -> Iterator[str]:
-    """A name to write a file under that becomes ``path`` once all of it is on the disk; nothing is left of a failure.
-
-    Raises:
-        OSError: The disk is full or not writable.
-    """
-    part = f"{path}.part"
-    try:
-        yield part
-        sync_file(part)
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(part)
-        raise
-    sync_folder(os.path.dirname(path))
+    files.write_json(path, content, indent=1, sort_keys=True, allow_nan=False, remedy=None)
 
 
 def read_json(path: str) -> Any:
@@ -83,28 +62,6 @@ def read_json(path: str) -> Any:
             return json.load(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: missing or damaged ({error}); run `mim3d cache` again to rebuild it.") from error
-
-
-def sync_file(path: str) -> None:
-    """Bring a file's content to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_folder(path: str) -> None:
-    """Make the names in a folder survive a power cut."""
-    sync_file(path)
-
-
-def sync_tree(path: str) -> None:
-    """Make every file and name below a folder survive a power cut."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            sync_file(os.path.join(folder, name))
-        sync_folder(folder)
 
 
 def remove_case(path: str) -> None:
@@ -126,19 +83,10 @@ def locked(path: str) -> Iterator[None]:
     Raises:
         DataError: Another build holds it.
     """
-    import fcntl
-
-    handle = os.open(os.path.join(path, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Some network file systems know no locks; without one a build still writes nothing by halves.
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise DataError(f"{path}: another process is building this cache; wait for it to end.") from error
+    with open(os.path.join(path, LOCK), "a") as file:
+        if not files.try_lock(file.fileno()):
+            raise DataError(f"{path}: another process is building this cache; wait for it to end.")
         yield
-    finally:
-        os.close(handle)
 
 
 #: Files that a process keeps open at most.

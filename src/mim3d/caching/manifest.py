@@ -17,6 +17,7 @@ from mim3d.caching.layout import ByteSource
 from mim3d.caching.packs import PackedCase
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DataError
+from mim3d.core.files import atomic_file
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import available_memory_bytes
 
@@ -55,7 +56,7 @@ def write_manifest(path: str, rows: Sequence[Mapping[str, Any]], labels: Mapping
 
     about = {"labels": json.dumps({str(value): name for value, name in labels.items()}), "root": root}
     table = pa.Table.from_pylist(list(rows), schema=_schema().with_metadata(about))
-    with layout.durably_written(path) as part:
+    with atomic_file(path, durable=True, remedy=None) as part:
         pq.write_table(table, part, compression="zstd")
 
 

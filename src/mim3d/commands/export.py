@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.files import atomic_folder
 from mim3d.core.settings import nearest
 from mim3d.core.types import Triple
 from mim3d.exporting.hub_folder import check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import write_monai_bundle
 from mim3d.exporting.networks import Exported, load_exported, require_segmenter
 from mim3d.exporting.onnx_file import check_onnx, write_onnx
-from mim3d.exporting.output import check_target, written_folder
+from mim3d.exporting.output import check_target
 from mim3d.exporting.torch_program import write_torch_program
 from mim3d.weights import WEIGHTS_NAME
 from mim3d.workflows.shared.leakage import SEEN_NAME
@@ -71,7 +72,7 @@ def export(
         require_segmenter(exported, weights)
     seen = _seen(exported, weights) if include_seen else None
     for name, target in targets.items():
-        with written_folder(target) as scratch:
+        with atomic_folder(target) as scratch:
             if name == "safetensors":
                 write_hub_folder(exported, scratch, license=license, modality=modality, seen=seen)
             elif name == "onnx":

@@ -4,7 +4,7 @@ import os
 from datetime import datetime
 
 from mim3d.core.errors import ConfigError
-from mim3d.scans.files import written_whole
+from mim3d.core.files import write_text
 
 
 def report(runs: list[str], out: str, scores: list[str] | None = None) -> str:
@@ -29,8 +29,7 @@ def report(runs: list[str], out: str, scores: list[str] | None = None) -> str:
 
     content = report_page(read_sources(runs, scores or []), datetime.now())
     path = os.path.abspath(out)
-    with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
-        file.write(content)
+    write_text(path, content)
     print(f"Report: {path}")
     return path
 

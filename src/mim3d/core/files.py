@@ -18,7 +18,7 @@ from typing import Any
 from mim3d.core.errors import DataError
 
 #: End of the sentence about a write that failed, where the caller knows no better one.
-REMEDY = "nothing was changed. Choose another folder if this one is full or not writable."
+REMEDY = "nothing was changed. If the folder is full or not writable, choose another."
 
 _SUFFIX = ".partial"
 

@@ -1,13 +1,9 @@
-"""Folders that appear whole or not at all."""
+"""Where exports may be written, and the packages that they need."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError
 
 #: Of each format a file, below its folder, by which an earlier export is known.
 MARKS = ("card.json", "metadata.json", "configs/metadata.json")
@@ -27,36 +23,6 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{folder} holds other things than an export; choose another --out.")
     if not overwrite:
         raise ConfigError(f"{folder} holds an export already; choose another --out, or use --overwrite true.")
-
-
-@contextmanager
-def written_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into; it takes the place of ``folder`` once all is written, or nothing changes.
-
-    Raises:
-        DataError: the disk is full or may not be written to.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written to ({error.strerror}); choose another --out.") from None
-    new = scratch / "new"
-    try:
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, scratch / "old")
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if (scratch / "old").exists():
-                os.replace(scratch / "old", folder)
-            raise
-    except OSError as error:
-        raise DataError(f"{folder}: writing failed ({error.strerror or error}); nothing was changed.") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def require_packages(names: Sequence[str], what: str, extra: str) -> None:

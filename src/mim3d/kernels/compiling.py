@@ -4,9 +4,10 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 import warnings
 from pathlib import Path
+
+from mim3d.core.files import atomic_file
 
 #: Optimised for this very processor; no fast-math, so that results do not depend on the compiler's mood.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
@@ -64,9 +65,7 @@ def _digest(source: Path, compiler: str) -> str:
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:
-    """Into a temporary folder beside the target, then renamed: another process sees all of it or nothing."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
+    with atomic_file(target, remedy=None) as built:
         subprocess.run(
             [compiler, *FLAGS, str(source), "-o", str(built)],
             capture_output=True,
@@ -74,4 +73,3 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
             timeout=TIMEOUT_S,
             check=True,
         )
-        built.replace(target)

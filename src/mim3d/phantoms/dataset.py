@@ -1,8 +1,6 @@
 """A labelled set of phantoms on disk, in the layout of the Medical Segmentation Decathlon."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +10,10 @@ import numpy as np
 from nibabel import orientations as _orientations
 
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import remove_partial, write_json
 from mim3d.core.types import Triple
 from mim3d.phantoms.body import LABELS, MIN_SIZE, make_phantom
-from mim3d.scans.files import available_memory_bytes, written_whole
+from mim3d.scans.files import available_memory_bytes
 from mim3d.scans.grids import Grid, times
 from mim3d.scans.volumes import read_grid, write_volume
 
@@ -111,9 +110,8 @@ def open_set(out: Path, settings: PhantomSettings) -> None:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is no set of phantoms and not empty; choose an empty or a new folder.")
     for folder in (out, *(out / name for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"))):
-        for half in folder.glob(".writing-*"):
-            shutil.rmtree(half, ignore_errors=True)
-    _write_json(path, wanted)
+        remove_partial(folder)
+    write_json(path, wanted)
 
 
 def write_cases(out: Path, cases: list[PhantomCase]) -> Iterator[bool]:
@@ -132,7 +130,7 @@ def write_cases(out: Path, cases: list[PhantomCase]) -> Iterator[bool]:
 def write_dataset(out: Path, settings: PhantomSettings, cases: list[PhantomCase]) -> None:
     """Write the set's dataset.json, which names every case and label."""
     training, test = cases[: settings.num_cases], cases[settings.num_cases :]
-    _write_json(
+    write_json(
         out / "dataset.json",
         {
             "name": "mim3d phantom",
@@ -204,8 +202,3 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} cannot be read as the settings of a set of phantoms; choose another folder.")
     return found
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with written_whole(os.fspath(path)) as scratch:
-        Path(scratch).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ import numpy as np
 
 from mim3d.caching.foreground import HU_BELOW
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import write_json
 from mim3d.core.progress import counted
 from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import Spacing
@@ -109,9 +110,7 @@ class DatasetFingerprint:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON that :meth:`load` reads; the file appears whole or not at all."""
-        partial_path = Path(path).with_name(f".{Path(path).name}.partial")
-        partial_path.write_text(json.dumps({"version": VERSION, **to_mapping(self)}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial_path, path)
+        write_json(path, {"version": VERSION, **to_mapping(self)}, indent=1)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], key: str) -> "DatasetFingerprint | None":

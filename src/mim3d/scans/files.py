@@ -2,13 +2,9 @@
 
 import math
 import os
-import shutil
 import sys
-import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 from mim3d.core import resources
 from mim3d.core.errors import DataError
@@ -134,28 +130,3 @@ def _unpacked_bytes(path: str, offset: int) -> int:
                 raise EOFError("it ends too early")
             if not block.startswith(b"\x1f\x8b"):
                 return unpacked
-
-
-@contextmanager
-def written_whole(path: str) -> Iterator[str]:
-    """Give a path to write to; what was written there becomes `path` at once, or not at all.
-
-    A format of two files (header and voxels) is moved voxels first, so that a header never points at nothing.
-
-    Raises:
-        DataError: the folder cannot be written to, or the disk is full.
-    """
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
-    except OSError as error:
-        raise DataError(f"{path}: this folder is not writable ({error.strerror}); choose another.") from error
-    try:
-        yield str(scratch / target.name)
-        for part in sorted(scratch.iterdir(), key=lambda part: part.name == target.name):
-            os.replace(part, target.parent / part.name)
-    except OSError as error:
-        raise DataError(f"{path}: writing failed ({error.strerror or error}); nothing was changed.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

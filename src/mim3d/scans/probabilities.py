@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import DataError
-from mim3d.scans.files import written_whole
+from mim3d.core.files import atomic_file
 from mim3d.scans.grids import Grid
 from mim3d.scans.nifti import write_stored
 
@@ -57,7 +57,7 @@ class ProbabilityFile:
                     f"{self._path}: the probabilities of {num_channels} channels need {size_bytes / 2**30:.1f} GiB of "
                     f"disk, and {free_bytes / 2**30:.1f} GiB are free; choose another disk, or --probabilities false."
                 )
-            self._scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=self._path.parent))
+            self._scratch = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=self._path.parent))
             self._stored = np.memmap(
                 self._scratch / "probabilities",
                 dtype=np.float32,
@@ -79,5 +79,5 @@ class ProbabilityFile:
             DataError: The disk is full.
         """
         assert self._stored is not None and self._grid is not None
-        with written_whole(os.fspath(self._path)) as scratch:
-            write_stored(scratch, self._stored, self._grid)
+        with atomic_file(self._path) as part:
+            write_stored(str(part), self._stored, self._grid)

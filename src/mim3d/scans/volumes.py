@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import DataError
+from mim3d.core.files import atomic_file
 from mim3d.core.types import Spacing
-from mim3d.scans.files import check_file, written_whole
+from mim3d.scans.files import check_file
 from mim3d.scans.grids import Grid, split_channel
 from mim3d.scans.voxel_copies import copy_tiled
 
@@ -183,8 +184,8 @@ def write_volume(path: str | os.PathLike[str], array: npt.NDArray[Any], grid: Gr
         from mim3d.scans.nifti import write_stored
     else:
         from mim3d.scans.itk import write_stored
-    with written_whole(name) as scratch:
-        write_stored(scratch, stored, grid)
+    with atomic_file(name) as part:
+        write_stored(str(part), stored, grid)
 
 
 def find_scans(folder: str | os.PathLike[str]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError
+from mim3d.core.files import atomic_file, remove_partial
 
 _FORMAT = "mim3d training checkpoint 2"
 _STEP_FILE = re.compile(r"step_(\d{8})\.pt")
@@ -86,8 +87,7 @@ class Checkpoints:
             for later, path in _files(self.folder, pattern).items():
                 if later > step:
                     path.unlink()
-        for leftover in self.folder.glob(".*.partial"):
-            leftover.unlink()
+        remove_partial(self.folder)
         # A session that was killed right after it had written one left those before it.
         self._prune()
 
@@ -195,30 +195,14 @@ def _damage(path: Path) -> str | None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with atomic_file(path, durable=True, remedy=None) as part, open(part, "wb") as file:
             torch.save({"format": _FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise Mim3dError(
             f"The checkpoint {path} could not be written ({_first_line(error)}); earlier ones are "
             "untouched. Free some space, or repair the disk, and resume."
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; folders cannot be opened on every system."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _first_line(error: BaseException) -> str:

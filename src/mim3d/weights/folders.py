@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mim3d.core.errors import CheckpointError
+from mim3d.core.files import atomic_folder, write_json
 from mim3d.weights.hub import fetched
 
 WEIGHTS_NAME = "model.safetensors"
@@ -31,33 +32,18 @@ def save_network(folder: Path, module: nn.Module, card: Mapping[str, Any], besid
         card: what a reader must know to use it; ``format`` is added.
         beside: files that belong with it; they must never be changed in place.
     """
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()},
-        new / WEIGHTS_NAME,
-    )
-    text = json.dumps({"format": CARD_FORMAT, **card}, indent=2)
-    (new / CARD_NAME).write_text(text + "\n", encoding="utf-8")
-    # safetensors writes for the owner alone, whatever the user's umask says.
-    shutil.copymode(new / CARD_NAME, new / WEIGHTS_NAME)
-    for path in beside:
-        _lay(path, new / path.name)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _lay(path: Path, target: Path) -> None:
-    """A second name for a file where the file system can, since it may be large and exports are frequent."""
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copyfile(path, target)
+    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    with atomic_folder(folder) as new:
+        save_file(state, new / WEIGHTS_NAME)
+        write_json(new / CARD_NAME, {"format": CARD_FORMAT, **card})
+        # safetensors writes for the owner alone, whatever the user's umask says.
+        shutil.copymode(new / CARD_NAME, new / WEIGHTS_NAME)
+        for path in beside:
+            # A second name where the file system can, since the file may be large and exports are frequent.
+            try:
+                os.link(path, new / path.name)
+            except OSError:
+                shutil.copyfile(path, new / path.name)
 
 
 def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:

@@ -17,9 +17,9 @@ import pydicom
 
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import atomic_file
 from mim3d.scans.dicom.series import read_stack
 from mim3d.scans.dicom.stacks import Stack
-from mim3d.scans.files import written_whole
 from mim3d.scans.grids import spacing_of
 
 #: Longest text of a segment's label (value representation LO).
@@ -81,8 +81,8 @@ def write_dicom_seg(
             f"{series}: the headers of the DICOM series lack what a DICOM-SEG takes over from them{missing}; "
             "use --format nii.gz."
         ) from None
-    with written_whole(os.fspath(path)) as scratch:
-        segmentation.save_as(scratch)
+    with atomic_file(path) as part:
+        segmentation.save_as(part)
 
 
 def _numbers_of(labels: npt.NDArray[Any], stack: Stack, values: list[int]) -> npt.NDArray[np.uint8 | np.uint16]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import write_csv, write_json
 from mim3d.core.settings import nearest
 from mim3d.datasets.class_tables import ClassRow, ClassTable, is_class_table, read_class_tables
 from mim3d.metrics import Bootstrap, ClassifiedCases, classification, compare_classes, score_classes
@@ -55,7 +56,7 @@ class ClassEvaluation:
         }
         if self.compare is not None:
             content["comparison"] = self._comparison(found, self.compare)
-        score_files.write_json(self.out, content)
+        write_json(self.out, content, indent=1, allow_nan=False)
         self._write_rows(found, content)
         score_files.show_classes(content)
         if self.tables:
@@ -135,10 +136,10 @@ class ClassEvaluation:
             + ([row.baseline] if self.baseline_column else [])
             for row in found.rows
         ]
-        score_files.write_rows(score_files.beside(self.out, ".csv"), heads, rows)
+        write_csv(score_files.beside(self.out, ".csv"), heads, rows)
         bins = content["reliability"]
         path = score_files.beside(self.out, ".reliability.csv")
-        score_files.write_rows(path, list(bins[0]), [list(row.values()) for row in bins])
+        write_csv(path, list(bins[0]), [list(row.values()) for row in bins])
 
 
 def _reordered(rows: Sequence[ClassRow], theirs: Sequence[str], ours: Sequence[str]) -> list[ClassRow]:

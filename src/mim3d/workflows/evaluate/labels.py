@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mim3d.core.errors import DataError, listed
+from mim3d.core.files import write_json
 from mim3d.core.progress import counted
 from mim3d.datasets.score_pairs import Pair, Pairs, differing_names, find_pairs
 from mim3d.metrics import (
@@ -74,7 +75,7 @@ class LabelEvaluation:
         if others is not None:
             content["conventions"] = {**content["conventions"], **paired.CONVENTIONS}
             content["comparison"] = self._comparison(found, others, ours, theirs, list(names.regions))
-        score_files.write_json(self.out, content)
+        write_json(self.out, content, indent=1, allow_nan=False)
         score_files.write_label_rows(self.out, content)
         score_files.show_labels(content)
         if self.tables:

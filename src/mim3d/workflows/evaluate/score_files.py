@@ -1,18 +1,16 @@
 """What `mim3d evaluate` writes and prints."""
 
-import csv
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mim3d.core.files import write_csv, write_text
 from mim3d.metrics import SCORE_NAMES
 from mim3d.reporting.paper_tables import p_cell
-from mim3d.scans.files import written_whole
 
 #: What of a case's lesions goes into the table of cases.
 LESION_NAMES = (
@@ -33,27 +31,11 @@ def beside(path: str, ending: str) -> str:
     return f"{os.path.splitext(path)[0]}{ending}"
 
 
-def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """The file of scores."""
-    with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-
-
-def write_rows(path: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table as CSV; None is blank."""
-    with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(heads)
-        writer.writerows(rows)
-
-
 def write_label_rows(path: str, content: Mapping[str, Any]) -> None:
     """A row per case and label beside the file of scores; those of a compared method in a file of its own."""
-    heads, rows = _label_rows(content["cases"])
-    write_rows(beside(path, ".csv"), heads, rows)
+    write_csv(beside(path, ".csv"), *_label_rows(content["cases"]))
     if "comparison" in content:
-        heads, rows = _label_rows(content["comparison"]["cases"])
-        write_rows(beside(path, ".compared.csv"), heads, rows)
+        write_csv(beside(path, ".compared.csv"), *_label_rows(content["comparison"]["cases"]))
 
 
 def _label_rows(cases: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -74,8 +56,7 @@ def write_tables(path: str, content: Mapping[str, Any]) -> None:
 
     tables = paper_tables(content)
     for ending, text in ((".md", markdown(tables)), (".tex", latex(tables))):
-        with written_whole(beside(path, ending)) as scratch, open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
+        write_text(beside(path, ending), text)
     print(f"Tables: {beside(path, '.md')}, {beside(path, '.tex')}")
 
 

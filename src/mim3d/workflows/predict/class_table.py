@@ -1,16 +1,14 @@
 """The folder that classification fills: a table of probabilities, one of failures, and where both come from."""
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import write_csv, write_json
 from mim3d.datasets.cases import Case
 from mim3d.datasets.dataset_json import read_json
-from mim3d.scans.files import written_whole
 
 TABLE_NAME = "predictions.csv"
 FAILED_NAME = "failed.csv"
@@ -86,26 +84,16 @@ class ClassTable:
             DataError: the disk is full, or the folder cannot be written to.
         """
         header = ["id", "patient", "predicted", *(f"probability_{name}" for name in self.classes)]
-        self._write_rows(TABLE_NAME, header, [self._cells(row) for row in self.rows.values()])
-        self._write_rows(FAILED_NAME, ["id", "reason"], [list(item) for item in self.failures.items()])
+        write_csv(self.folder / TABLE_NAME, header, [self._cells(row) for row in self.rows.values()])
+        write_csv(self.folder / FAILED_NAME, ["id", "reason"], [list(item) for item in self.failures.items()])
         failed = [{"id": name, "reason": reason} for name, reason in self.failures.items()]
         content = {**self.identity, "cases": list(self.rows.values()), "failed": failed}
-        with written_whole(str(self.folder / LIST_NAME)) as scratch, open(scratch, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
+        write_json(self.folder / LIST_NAME, content, indent=1)
 
     def _cells(self, row: Mapping[str, Any]) -> list[Any]:
         probabilities: list[float] = row["probabilities"]
         predicted = self.classes[probabilities.index(max(probabilities))]
         return [row["id"], row["patient"], predicted, *(f"{value:.6f}" for value in probabilities)]
-
-    def _write_rows(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        with (
-            written_whole(str(self.folder / name)) as scratch,
-            open(scratch, "w", encoding="utf-8", newline="") as file,
-        ):
-            table = csv.writer(file)
-            table.writerow(header)
-            table.writerows(rows)
 
     def _take_up(self) -> None:
         path = self.folder / LIST_NAME

@@ -1,6 +1,5 @@
 """The folder that prediction fills: one label map per scan, and the list that says which is which."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import write_json
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.dataset_json import read_json
-from mim3d.scans.files import written_whole
 from mim3d.scans.grids import split_channel
 
 LIST_NAME = "predictions.json"
@@ -156,8 +155,7 @@ class Predictions:
     def _write(self) -> None:
         failed = [{"id": name, "reason": reason} for name, reason in self.failures.items()]
         content = {**self.identity, "cases": list(self.rows.values()), "failed": failed}
-        with written_whole(str(self.folder / LIST_NAME)) as scratch, open(scratch, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
+        write_json(self.folder / LIST_NAME, content, indent=1)
 
 
 def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False) -> list[Case]:

@@ -10,6 +10,7 @@ from typing import Any
 from mim3d.backbones import BACKBONES, Encoder
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError
+from mim3d.core.files import write_json
 from mim3d.core.progress import counted
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Spacing
@@ -21,7 +22,6 @@ from mim3d.probing.tokens import check_crop_size
 from mim3d.reporting.sources import short_names
 from mim3d.scans.intensity import Intensity
 from mim3d.weights import InputLayers, locate, weights_digest
-from mim3d.workflows.evaluate import score_files
 from mim3d.workflows.probe.cases import ProbeCases, Target, choose_cases, read_source
 from mim3d.workflows.probe.table import Row, content_of, show
 from mim3d.workflows.shared.devices import choose_device
@@ -105,7 +105,7 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
     content = content_of(rows, to_mapping(about), bootstrap)
     show(content)
     if settings.out is not None:
-        score_files.write_json(settings.out, content)
+        write_json(settings.out, content, indent=1, allow_nan=False)
         print(f"scores: {settings.out}")
     return content
 

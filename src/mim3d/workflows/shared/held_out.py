@@ -1,12 +1,11 @@
 """Which cases a run trains on and which it holds out: chosen, written down, and found again by prediction."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.files import write_json
+from mim3d.core.files import write_csv, write_json
 from mim3d.core.run_folder import GO_ON, Run
 from mim3d.datasets.cases import Case
 from mim3d.datasets.dataset_json import read_json
@@ -94,14 +93,13 @@ def write_split(run: Run, split: Split) -> None:
     parts = {"train": split.train, "val": split.val}
     lists = {name: [_record(case) for case in part] for name, part in parts.items()}
     write_json(run.path / SPLIT_NAME, lists, remedy=GO_ON)
-    with open(run.path / LIST_NAME, "w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        # The ids too: those of a whole data set are not always what a shorter list would make of the same images.
-        rows.writerow(["id", "image", "label", "class", "patient", "labels"])
-        for case in split.val:
-            names = ";".join(case.labelled or ())
-            cells = [case.id, ";".join(case.images), case.label or "", case.class_name or "", case.patient, names]
-            rows.writerow(cells)
+    # The ids too: those of a whole data set are not always what a shorter list would make of the same images.
+    head = ("id", "image", "label", "class", "patient", "labels")
+    rows = (
+        (case.id, ";".join(case.images), case.label, case.class_name, case.patient, ";".join(case.labelled or ()))
+        for case in split.val
+    )
+    write_csv(run.path / LIST_NAME, head, rows, remedy=GO_ON)
 
 
 def held_out_cases(run: Path) -> list[Case]:
