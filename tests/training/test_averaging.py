@@ -12,9 +12,9 @@ import mim3d.training.loop as loop_module
 from mim3d.core.errors import CheckpointError
 from mim3d.core.run_folder import read_run
 from mim3d.objective import Objective
-from mim3d.training.averaging import Average
 from mim3d.training.checkpoint import load_best, read_checkpoint
 from mim3d.training.memory import StepMemory
+from mim3d.training.optim import WeightAverage
 from mim3d.training.optimisation import average_decay, make_schedule
 from mim3d.training.settings import LoopSettings
 from tests.training import toy_training
@@ -64,7 +64,7 @@ def initial_head(tmp_path: Path) -> torch.Tensor:
 def test_the_weights_come_back_bit_for_bit_also_after_an_error(fails: bool) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
-    average = Average(module, 0.9)
+    average = WeightAverage(module, 0.9)
     for parameter in module.parameters():
         parameter.data.normal_()
     average.update(1)
@@ -88,7 +88,7 @@ def test_the_weights_come_back_bit_for_bit_also_after_an_error(fails: bool) -> N
 
 def test_it_is_kept_in_float32_whatever_the_weights_are() -> None:
     layer = nn.Linear(3, 3).bfloat16()
-    average = Average(layer, 0.999)
+    average = WeightAverage(layer, 0.999)
     before = layer.weight.detach().clone()
     layer.weight.data.add_(1e-2)
     average.update(1000)

@@ -213,20 +213,20 @@ def test_means_go_on_when_other_processes_take_over_the_windows() -> None:
         for meter, value in zip(meters, column, strict=True):
             meter.add(step, {"loss": value})
             whole.add(step, {"loss": value})
-    state = [meter.own_state() for meter in meters]
+    state = [meter.state(alone=True)[0] for meter in meters]
     for world_size in (1, 2, 3, 4, 7):
         rows = []
         for rank in range(world_size):
             taken_over = Meter(CPU)
             taken_over.restore(state, rank, world_size)
-            rows += taken_over.own_state()
+            rows += taken_over.state(alone=True)[0]
         sums, counts = (sum(row[name][0] for row in rows) for name in ("sums", "counts"))
         # Six steps, each as often as it is added from now on.
         assert counts == pytest.approx(6 * world_size)
         assert sums / counts == pytest.approx(whole.read()["loss"])
     same = Meter(CPU)
     same.restore(state, 2, 4)
-    assert same.own_state() == state[2]
+    assert same.state(alone=True)[0] == state[2]
 
 
 def test_a_split_of_as_many_samples_is_no_other_setting(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Steps that went wrong: a few in a run are passed over and told of, more of them end it."""
+"""Steps that went wrong: a few of them in a run are skipped with a warning, more of them end it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,9 +15,10 @@ _DECIDING = ("loss", "grad_norm")
 class NonFiniteError(Mim3dError):
     """The loss or the gradient stopped being a number.
 
-    Attributes:
-        step: the optimiser step at which it happened.
-        terms: what was not finite then.
+    Args:
+        step: The optimiser step at which it happened.
+        terms: Names of what was not finite then.
+        advice: What to do, for the end of the message.
     """
 
     def __init__(self, step: int, terms: Sequence[str], advice: str = "") -> None:
@@ -27,50 +28,52 @@ class NonFiniteError(Mim3dError):
 
 
 class BudgetSpentError(NonFiniteError):
-    """More steps went wrong than may be passed over; the weights are those of the good ones."""
+    """More steps went wrong than may. The weights are those of the good steps."""
 
 
 class BadSteps:
     """The steps of a whole run that were skipped or taken twice.
 
     Args:
-        limit: how many may be; 0 stops at the first.
-        tell: told one sentence of each.
+        limit: How many steps may go wrong. 0 ends the run at the first.
+        report: Called with one sentence for each bad step.
     Attributes:
-        beyond: the first step beyond a limit above 0; None within it.
+        beyond: Error for the first step beyond a limit above 0. None within the limit.
     """
 
-    def __init__(self, limit: int = 0, tell: Callable[[str], None] = lambda sentence: None) -> None:
+    def __init__(self, limit: int = 0, report: Callable[[str], None] = lambda sentence: None) -> None:
         self._limit = limit
-        self._tell = tell
+        self._report = report
         self._skipped: dict[int, list[str]] = {}
         self._retried: list[int] = []
         self.beyond: BudgetSpentError | None = None
 
     @property
     def num_bad(self) -> int:
-        """Steps that were skipped or taken twice."""
+        """Number of steps that were skipped or taken twice."""
         return len(self._skipped) + len(self._retried)
 
     @property
     def num_skipped(self) -> int:
-        """Steps with something that was not finite."""
+        """Number of steps with something that was not finite."""
         return len(self._skipped)
 
     def add(self, found: Mapping[int, Sequence[str]]) -> None:
-        """Take note of steps at which terms were not finite; those already known are passed over.
+        """Take note of steps at which terms were not finite. Steps that are known already are ignored.
 
         A limit above 0 that is passed is only noted, see :meth:`require_within_limit`: what is due after the step is
         done first, so that a run which goes on with a higher limit lacks nothing.
 
         Args:
-            found: step -> all that was not finite.
+            found: Names of all that was not finite, by step.
         Raises:
-            NonFiniteError: for the first step, where none may go wrong, once all of them are noted.
+            NonFiniteError: The limit is 0. The error is for the first step, and is raised once all steps are noted.
         """
         at_once: NonFiniteError | None = None
         for step in sorted(found.keys() - self._skipped.keys()):
-            terms = _causes(found[step])
+            # What came first: the total follows from its terms, and the gradient from the total.
+            terms = [name for name in dict.fromkeys(found[step]) if name not in _DECIDING]
+            terms = terms or (["loss"] if "loss" in found[step] else list(dict.fromkeys(found[step])))
             self._skipped[step] = terms
             if self._limit == 0:
                 at_once = at_once or NonFiniteError(step, terms)
@@ -78,7 +81,7 @@ class BadSteps:
                 self.beyond = self.beyond or BudgetSpentError(step, terms)
             else:
                 fate = "was skipped" if set(_DECIDING) & set(found[step]) else "does not depend on it and was taken"
-                self._tell(
+                self._report(
                     f"warning: at step {step}, {_in_words(terms)} became infinite or not a number; the step {fate} "
                     f"({self.num_bad} of at most {self._limit} bad steps)"
                 )
@@ -89,31 +92,31 @@ class BadSteps:
         """Stop a run that has passed its limit.
 
         Raises:
-            BudgetSpentError: for the first step beyond it.
+            BudgetSpentError: The limit is passed. The error is for the first step beyond it.
         """
         if self.beyond is not None:
             raise self.beyond
 
     def may_retry(self, step: int) -> bool:
-        """Whether a step that ran out of memory may be taken once more; then it is counted."""
+        """Whether a step that ran out of memory may be taken once more. If so, it is counted."""
         if self.num_bad >= self._limit:
             return False
         self._retried.append(step)
-        self._tell(
+        self._report(
             f"warning: step {step} ran out of memory and is taken once more ({self.num_bad} of at most {self._limit} "
             "bad steps)"
         )
         return True
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """What a checkpoint carries."""
         return {"skipped": {step: list(terms) for step, terms in self._skipped.items()}, "retried": list(self._retried)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`.
 
         Raises:
-            ConfigError: when more steps have gone wrong already than may.
+            ConfigError: More steps have gone wrong already than may.
         """
         self._skipped = {int(step): list(terms) for step, terms in state["skipped"].items()}
         self._retried = list(state["retried"])
@@ -124,10 +127,10 @@ class BadSteps:
             )
 
 
-def with_gradient_of_its_kind(loss: Tensor) -> Tensor:
-    """The same loss to the bit; its gradient is not a number where the loss is not finite.
+def spread_non_finite(loss: Tensor) -> Tensor:
+    """The same loss to the bit, with a gradient that is not a number where the loss is not finite.
 
-    Summed over the processes the gradient then tells each of them, and no process goes another way than the others.
+    Summed over the processes the gradient then shows it to each of them, and all of them skip the step.
     """
     value = loss.detach()
     return loss * (value - value + 1.0)
@@ -136,19 +139,13 @@ def with_gradient_of_its_kind(loss: Tensor) -> Tensor:
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Let the coming fused step leave weights, moments and step counts alone if the gradient's norm is not finite.
 
-    Decided on the device, without waiting for it. An optimiser that is not fused belongs to a gradient scaler, which
-    does the same.
+    This is decided on the device, without waiting for it. An optimiser that is not fused belongs to a gradient scaler,
+    which does the same.
     """
     # Fabric's wrapper would keep what is set on it to itself.
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     if inner.param_groups[0].get("fused"):
         inner.found_inf = norm.detach().isfinite().logical_not().float().reshape(())
-
-
-def _causes(terms: Sequence[str]) -> list[str]:
-    """What came first: the total follows from its terms, and the gradient from the total."""
-    named = [name for name in dict.fromkeys(terms) if name not in _DECIDING]
-    return named or (["loss"] if "loss" in terms else list(dict.fromkeys(terms)))
 
 
 def _in_words(terms: Sequence[str]) -> str:

@@ -22,14 +22,14 @@ _BEST_FILE = re.compile(r"best_(\d{8})\.pt")
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest ``keep`` of them, and the best weights each of those knows of.
+    """The checkpoints of one run: the newest of them, and the best weights that each of those knows of.
 
-    A best step never lies after the checkpoint that records it, so which best file belongs to a checkpoint
-    follows from the names alone: the last one not after it.
+    A best step never lies after the checkpoint that records it, so which best file belongs to a checkpoint follows from
+    the names alone: the last one not after it.
 
     Args:
-        folder: where they are kept.
-        keep: how many of the newest to keep.
+        folder: Folder of the checkpoints.
+        keep: How many of the newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -37,12 +37,12 @@ class Checkpoints:
         self._keep = keep
 
     def newest(self) -> Path | None:
-        """The newest undamaged checkpoint; None when there is none at all.
+        """Find the newest undamaged checkpoint. Damaged ones are set aside with a warning each.
 
-        Damaged ones are set aside with a warning each.
-
+        Returns:
+            Path of the checkpoint. None when there is none at all.
         Raises:
-            CheckpointError: when every checkpoint is damaged.
+            CheckpointError: Every checkpoint is damaged.
         """
         steps = _files(self.folder, _STEP_FILE)
         for step in sorted(steps, reverse=True):
@@ -62,14 +62,14 @@ class Checkpoints:
         return None
 
     def last_step(self) -> int | None:
-        """Step of the newest checkpoint, damaged or not; None when there is none."""
+        """Step of the newest checkpoint, damaged or not. None when there is none."""
         return max(_files(self.folder, _STEP_FILE), default=None)
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of ``step``, then drop what is no longer needed.
 
         Raises:
-            Mim3dError: when it cannot be written; the ones before are untouched.
+            Mim3dError: The checkpoint cannot be written. The ones before are untouched.
         """
         path = self.folder / f"step_{step:08d}.pt"
         _write(path, {"step": step, **state})
@@ -95,10 +95,10 @@ class Checkpoints:
         """Check that the disk can hold the checkpoints of a run that trains ``module``.
 
         Args:
-            module: what is trained.
-            averaged: whether an average of its weights is stored beside them.
+            module: What is trained.
+            averaged: Whether an average of its weights is stored beside them.
         Raises:
-            ConfigError: with the space needed and the space there is.
+            ConfigError: There is too little space. The message says how much is needed and how much there is.
         """
         weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
         trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -124,10 +124,10 @@ class Checkpoints:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint file, on the CPU; nothing in it can run code.
+    """Read the state in a checkpoint file to the CPU. Nothing in the file can run code.
 
     Raises:
-        CheckpointError: when the file cannot be read or holds something else.
+        CheckpointError: The file cannot be read or holds something else.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -142,7 +142,7 @@ def restore_weights(objective: nn.Module, content: Mapping[str, Any], path: Path
     """Put the weights of a checkpoint into ``objective``, every one of them.
 
     Raises:
-        CheckpointError: naming a tensor that does not fit.
+        CheckpointError: A tensor, which the message names, does not fit.
     """
     saved, wanted = content["objective"], objective.state_dict()
     for name in [*wanted, *saved]:
@@ -160,12 +160,12 @@ def load_best(folder: Path, objective: nn.Module) -> dict[str, Any] | None:
     """Put the best validated weights of a run into ``objective``.
 
     Args:
-        folder: the run's ``checkpoints`` folder.
-        objective: the objective that was trained.
+        folder: The run's ``checkpoints`` folder.
+        objective: The objective that was trained.
     Returns:
-        ``{"step": ..., "values": {...}}`` of that validation; None, with ``objective`` unchanged, if none.
+        ``{"step": ..., "values": {...}}`` of that validation. None, with ``objective`` unchanged, if there is none.
     Raises:
-        CheckpointError: when the file cannot be read or does not fit.
+        CheckpointError: The file cannot be read or does not fit.
     """
     best = _files(folder, _BEST_FILE)
     if not best:

@@ -1,34 +1,33 @@
 """The only training loop: pre-training and fine-tuning, from the first step to the last."""
 
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 
+from mim3d.core.run_folder import Run
 from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat
 from mim3d.distributed.stopping import StopRequests
 from mim3d.objective import Batch, Objective
-from mim3d.training.averaging import Average
-from mim3d.training.bad_steps import BadSteps, NonFiniteError, skip_if_not_finite, with_gradient_of_its_kind
+from mim3d.training.bad_steps import NonFiniteError, skip_if_not_finite, spread_non_finite
+from mim3d.training.batches import DeviceBatches
 from mim3d.training.checkpoint import Checkpoints
+from mim3d.training.display import Display
 from mim3d.training.launch import FabricModule, StepModule, compile_blocks, device_name, launch, seed_step
 from mim3d.training.memory import is_out_of_memory
-from mim3d.training.meter import Meter, gradient_terms
+from mim3d.training.meter import gradient_terms
 from mim3d.training.optim import build_optimizer, clip_gradients, set_learning_rate
 from mim3d.training.optimisation import Optimisation
 from mim3d.training.plan import make_plan
-from mim3d.training.progress import Display
-from mim3d.training.retry import Feed, attempt
-from mim3d.training.session import Hooks, OnCheckpoint, Session, Validate
-from mim3d.training.settings import BatchSource, LoopSettings, RunFolder, TrainResult
+from mim3d.training.session import Hooks, OnCheckpoint, TrainingSession, Validate
+from mim3d.training.settings import BatchSource, LoopSettings, TrainResult
 
 
 def train(
     objective: Objective,
     source: BatchSource,
     *,
-    run: RunFolder,
+    run: Run,
     loop: LoopSettings,
     optim: Optimisation,
     validate: Validate | None = None,
@@ -41,22 +40,22 @@ def train(
     the same numbers. On a CPU the weights and metrics are the same bits as those of a run never stopped.
 
     Args:
-        objective: what is trained, in place; on several devices every process ends with the same weights, and with
+        objective: What is trained, in place. On several devices every process ends with the same weights, and with
             ``optim.ema_decay`` these are the averaged ones.
-        source: micro-batches.
-        run: the folder that receives metrics, checkpoints and pictures.
-        loop: how long, how often, on what.
-        optim: the optimiser's settings, already filled from the defaults of the method or task.
-        validate: gives scores by name, logged as ``val/<name>``; called every ``loop.validate_every`` steps
-            and after the last, in the first process only, without gradients and in evaluation mode.
-        best_by: the score (higher is better) by which the best weights are kept.
-        on_checkpoint: called after each checkpoint with the objective and the step, under the same conditions.
+        source: Where micro-batches come from.
+        run: Folder that receives metrics, checkpoints and pictures.
+        loop: How long, how often and on what to train.
+        optim: Settings of the optimiser, already filled from the defaults of the method or task.
+        validate: Gives scores by name, which are logged as ``val/<name>``. It is called every ``loop.validate_every``
+            steps and after the last, in the first process only, without gradients and in evaluation mode.
+        best_by: Name of the score, higher is better, by which the best weights are kept.
+        on_checkpoint: Called after each checkpoint with the objective and the step, under the same conditions.
     Raises:
-        ConfigError: before any work, when the settings cannot work on this machine.
-        CheckpointError: when a checkpoint does not fit or none can be read.
-        NonFiniteError: when the loss or the gradient stops being finite more often than ``loop.max_bad_steps``; the
+        ConfigError: The settings cannot work on this machine. Raised before any work.
+        CheckpointError: A checkpoint does not fit or none can be read.
+        NonFiniteError: The loss or the gradient stopped being finite more often than ``loop.max_bad_steps``. The
             weights of the good steps are saved first, unless that is 0.
-        Mim3dError: when a checkpoint cannot be written, or memory runs out; earlier ones are kept.
+        Mim3dError: A checkpoint cannot be written, or memory ran out. Earlier checkpoints are kept.
     """
     stop = StopRequests(loop.max_time_s, loop.started_at)
     fabric = launch(loop)
@@ -68,45 +67,53 @@ def train(
         compile_blocks(objective)
     model = fabric.setup_module(StepModule(objective))
     optimizer: Any = fabric.setup_optimizers(build_optimizer(objective, plan.schedule, loop.precision))
-    average = Average(objective, plan.schedule.ema_decay)
     hooks = Hooks(validate, best_by, on_checkpoint, loop.patience)
 
-    with ExitStack() as held:
-        held.enter_context(run.exclusive())
-        held.enter_context(stop)
-        display = held.enter_context(Display(loop.max_steps, silent=not fabric.is_global_zero))
-        heart = Heartbeat(fabric.global_rank, fabric.world_size, display.say, loop.rank_timeout_s)
-        held.enter_context(heart)
-        meter = Meter(fabric.device, BadSteps(loop.max_bad_steps, display.say))
-        parts = (optimizer, plan, loop, run, display, checkpoints, meter, hooks, average, heart)
-        session = Session(fabric, objective, *parts)
+    with (
+        run.exclusive(),
+        stop,
+        Display(loop.max_steps, silent=not fabric.is_global_zero) as display,
+        Heartbeat(fabric.global_rank, fabric.world_size, display.say, loop.rank_timeout_s) as heartbeat,
+    ):
+        session = TrainingSession(
+            fabric=fabric,
+            objective=objective,
+            optimizer=optimizer,
+            plan=plan,
+            loop=loop,
+            run=run,
+            checkpoints=checkpoints,
+            hooks=hooks,
+            display=display,
+            heartbeat=heartbeat,
+        )
         start = session.resume()
         try:
             step, reason = _run_steps(session, model, source, start, stop)
         except NonFiniteError as error:
-            raise session.explained(error) from None
+            raise session.with_advice(error) from None
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise session.out_of_memory() from error
             raise
         session.end(step, reason, to_be_continued=stop.to_be_continued)
-    return TrainResult(step, session.all_done(step) is not None, session.best, reason)
+    return TrainResult(step, session.finished(step) is not None, session.best, reason)
 
 
 def _run_steps(
-    session: Session, model: FabricModule, source: BatchSource, start: int, stop: StopRequests
+    session: TrainingSession, model: FabricModule, source: BatchSource, start: int, stop: StopRequests
 ) -> tuple[int, str]:
     """Every step after ``start``; returns the last one done and why it was the last."""
     loop = session.loop
-    done = session.all_done(start)
+    done = session.finished(start)
     if done is not None:
         # A kill between the last checkpoint and the export that belongs to it left an older one.
         session.export(start)
         return start, done
-    feed = Feed(session, source, start)
+    batches = DeviceBatches(session.fabric, source, session.plan.effective_batch, start)
     session.objective.train()
     for step in range(start + 1, loop.max_steps + 1):
-        batch = attempt(session, feed, step, partial(_take_step, session, model, feed, step))
+        batch = session.attempt(step, batches, partial(_take_step, session, model, batches, step))
         session.step = step
         session.display.advance(step)
 
@@ -114,11 +121,11 @@ def _run_steps(
         if last or step % loop.log_every == 0:
             session.log(step)
         if loop.pictures_every and (last or step % loop.pictures_every == 0):
-            session.picture(step, batch)
+            session.save_pictures(step, batch)
         if last or (loop.validate_every and step % loop.validate_every == 0):
             session.validate(step)
-        reason = session.all_done(step) or stop.reason()
-        bad_steps = session.meter.bad_steps
+        reason = session.finished(step) or stop.reason()
+        bad_steps = session.bad_steps
         if reason or bad_steps.beyond or step % loop.checkpoint_every == 0:
             session.save(step)
         bad_steps.require_within_limit()
@@ -127,20 +134,20 @@ def _run_steps(
     return step, str(reason)
 
 
-def _take_step(session: Session, model: FabricModule, feed: Feed, step: int) -> Batch:
+def _take_step(session: TrainingSession, model: FabricModule, batches: DeviceBatches, step: int) -> Batch:
     """One optimiser step over all its micro-batches, without waiting for the device; returns the last one."""
     fabric, loop, schedule = session.fabric, session.loop, session.plan.schedule
     progress = (step - 1) / max(loop.max_steps - 1, 1)
     seed_step(loop.seed, step, fabric.global_rank)
     set_learning_rate(session.optimizer, schedule.learning_rate_at(step))
     for micro in range(loop.accumulation):
-        session.heart.at(step, READING)
+        session.heartbeat.at(step, READING)
         with session.speed.waiting():
-            batch = next(feed)
-        session.heart.at(step, COMPUTING)
+            batch = next(batches)
+        session.heartbeat.at(step, COMPUTING)
         with fabric.no_backward_sync(model, enabled=micro + 1 < loop.accumulation):
             loss, logs = model(batch, progress)
-            fabric.backward(with_gradient_of_its_kind(loss) / loop.accumulation)
+            fabric.backward(spread_non_finite(loss) / loop.accumulation)
         session.meter.add(step, {"loss": loss, **logs})
     norm = clip_gradients(fabric, model, session.optimizer, schedule.clip_norm)
     session.meter.add(step, gradient_terms(norm, loop.precision), once=True)
@@ -152,6 +159,6 @@ def _take_step(session: Session, model: FabricModule, feed: Feed, step: int) -> 
     with torch.no_grad():
         session.objective.after_step(progress)
     session.updating = False
-    session.heart.at(step, BETWEEN)
+    session.heartbeat.at(step, BETWEEN)
     session.speed.add_samples(session.plan.effective_batch)
     return batch

@@ -1,7 +1,7 @@
-"""What a training step needs in memory, known before the first one: a step is taken on fake tensors.
+"""What a training step needs in memory, counted before the first one by a step on fake tensors.
 
-Fake tensors have a shape, a type and a device but no values. Nothing is computed and nothing is taken, while a count of
-the storages that would be alive is kept, those that the backward pass waits for included.
+Fake tensors have a shape, a type and a device but no values. Nothing is computed and no memory is taken, but the
+storages that would be alive are counted, including those that the backward pass waits for.
 """
 
 import weakref
@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mim3d.core.resources import available_memory_bytes, in_words, peak_memory_bytes, resident_memory_bytes
 from mim3d.objective import Objective
-from mim3d.training.averaging import Average
 from mim3d.training.launch import choose_accelerator
-from mim3d.training.optim import build_optimizer
+from mim3d.training.optim import WeightAverage, build_optimizer
 from mim3d.training.optimisation import Optimisation, make_schedule
 from mim3d.training.plan import effective_batch
 from mim3d.training.settings import LoopSettings
@@ -55,13 +54,13 @@ class MemoryNeed:
     """Bytes that one training process holds when it holds most.
 
     Attributes:
-        parameters: with buffers.
-        gradients: those present at that moment.
-        optimiser: its moments, and the average of the weights.
-        batch: the micro-batch at work, and the one before, which pictures are drawn from.
-        activations: everything else that is computed.
-        program: the interpreter and its libraries, on the CPU.
-        reserve: what allocators and libraries take besides: an allowance, see ``RESERVE`` and ``SCRATCH_BYTES``.
+        parameters: Bytes of parameters and buffers.
+        gradients: Bytes of the gradients that are there at that moment.
+        optimiser: Bytes of the optimiser's moments and of the average of the weights.
+        batch: Bytes of the current micro-batch and of the one before, which pictures are drawn from.
+        activations: Bytes of everything else that is computed.
+        program: Bytes of the interpreter and its libraries, on the CPU.
+        reserve: Bytes that allocators and libraries take besides, an allowance. See ``RESERVE`` and ``SCRATCH_BYTES``.
     """
 
     parameters: int
@@ -78,7 +77,7 @@ class MemoryNeed:
         return sum(getattr(self, field.name) for field in fields(self))
 
     def parts(self) -> str:
-        """What the total is made of, in words; what comes to nothing is left out."""
+        """What the total is made of, in words. Parts that come to nothing are left out."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return ", ".join(f"{name} {in_words(size)}" for name, size in parts.items() if size >= 2**19)
 
@@ -90,10 +89,10 @@ class StepMemory:
     those two make the line on which all others lie.
 
     Args:
-        build: gives the objective; called on fake tensors, so what it keeps outside the objective must be no tensors.
-        sample: of one sample, without the axis of samples.
-        loop: the loop's settings; precision and devices matter.
-        optim: the optimiser's settings, filled from the defaults of the method or task.
+        build: Builds the objective. It is called on fake tensors, so what it keeps elsewhere must be no tensors.
+        sample: Shapes and types of one sample, without the axis of samples.
+        loop: Settings of the loop, of which precision and devices matter.
+        optim: Settings of the optimiser, filled from the defaults of the method or task.
     Attributes:
         device: ``cpu`` or ``cuda``.
     """
@@ -106,11 +105,11 @@ class StepMemory:
         self._taken: dict[int, _Step] = {}
 
     def need(self, batch_size: int, accumulation: int) -> MemoryNeed:
-        """What a step of ``accumulation`` micro-batches of ``batch_size`` samples needs.
+        """Count what a step of ``accumulation`` micro-batches of ``batch_size`` samples needs.
 
         Raises:
-            ConfigError: when the objective or the optimiser's settings cannot work.
-            Exception: whatever an objective raises that reads values of tensors in its step.
+            ConfigError: The objective or the optimiser's settings cannot work.
+            Exception: Whatever an objective raises that reads values of tensors in its step.
         """
         step = self._step(batch_size) if batch_size <= 2 else self._step(1).extended(self._step(2), batch_size)
         # Later micro-batches are the first one again, with all gradients there from the beginning.
@@ -125,7 +124,9 @@ class StepMemory:
         need = MemoryNeed(step.parameters, gradients, step.optimiser, 2 * step.batch, work)
         shares = CONVOLVING_RESERVE if step.convolves else RESERVE if accumulation == 1 else ACCUMULATING_RESERVE
         reserve = int(shares[self.device] * need.total) + SCRATCH_BYTES[self.device]
-        return replace(need, program=self._program(), reserve=reserve)
+        # After dry runs: the libraries they load will be there in training too.
+        program = 0 if self.device == "cuda" else resident_memory_bytes() or PROGRAM_BYTES
+        return replace(need, program=program, reserve=reserve)
 
     def _step(self, num_samples: int) -> "_Step":
         if num_samples not in self._taken:
@@ -133,24 +134,21 @@ class StepMemory:
             self._taken[num_samples] = _dry_run(self._build, self._sample, num_samples, *settings)
         return self._taken[num_samples]
 
-    def _program(self) -> int:
-        """Bytes of the process itself, after dry runs: the libraries they load will be there in training too."""
-        resident = resident_memory_bytes()
-        return 0 if self.device == "cuda" else PROGRAM_BYTES if resident is None else resident
-
 
 def can_be_known(loop: LoopSettings) -> bool:
-    """Whether steps of a loop can be taken on fake tensors: on a CPU, and on a GPU that is there."""
+    """Whether the memory of steps can be counted: on a CPU, and on a GPU that is there."""
     device = choose_accelerator(loop.accelerator)
     return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
 
 
 def usable_bytes(loop: LoopSettings, limit_bytes: int | None = None) -> int | None:
-    """Memory that one training process may hold in all, what it holds already included; None when unknown.
+    """Memory that one training process may hold in all, including what it holds already.
 
     Args:
-        loop: processes of one machine share its memory; each GPU has its own.
-        limit_bytes: what the run may use of a machine (on a GPU: of each); None for what is free.
+        loop: Settings of the loop. Processes of one machine share its memory, each GPU has its own.
+        limit_bytes: What the run may use of each machine, or of each GPU. None for what is free.
+    Returns:
+        A number of bytes. None when it is unknown.
     """
     device = choose_accelerator(loop.accelerator)
     if limit_bytes is not None:
@@ -162,7 +160,7 @@ def usable_bytes(loop: LoopSettings, limit_bytes: int | None = None) -> int | No
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most memory that this process has held so far, on the GPU where it trains on one; None when unknown."""
+    """The most memory that this process has held so far, on its GPU where it trains on one. None when unknown."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory_bytes()
 
 
@@ -175,18 +173,18 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 @dataclass(frozen=True)
 class _Step:
-    """Bytes of one dry step; a moment is the work in progress and the gradients that are there beside it.
+    """Bytes of one step on fake tensors. A moment is the work in progress and the gradients that are there beside it.
 
     Attributes:
-        parameters: with buffers.
-        gradients: all of them.
-        optimiser: its moments, and the average of the weights.
-        batch: one micro-batch.
-        forward: the fullest moment of the forward pass.
-        backward: and of the backward pass, in which gradients come one by one.
-        accumulating: the most work of the backward pass, gradients left out.
-        update: the fullest moment of the optimiser's step.
-        convolves: whether the library's convolutions are part of it.
+        parameters: Bytes of parameters and buffers.
+        gradients: Bytes of all gradients.
+        optimiser: Bytes of the optimiser's moments and of the average of the weights.
+        batch: Bytes of one micro-batch.
+        forward: The fullest moment of the forward pass.
+        backward: The fullest moment of the backward pass, in which gradients come one by one.
+        accumulating: The most work of the backward pass, gradients left out.
+        update: The fullest moment of the optimiser's step.
+        convolves: Whether the library's convolutions are part of the step.
     """
 
     parameters: int
@@ -230,10 +228,15 @@ def _dry_run(
         with torch.device(device):
             objective = build().train()
             parameters = ledger.live
-            average = Average(objective, optim.ema_decay or 0.0).size_bytes
+            average = WeightAverage(objective, optim.ema_decay or 0.0).size_bytes
             batch = {key: torch.empty((num_samples, *shape), dtype=dtype) for key, (shape, dtype) in sample.items()}
         constant = ledger.live
-        optimizer = _optimizer(objective, num_samples, device, loop, optim)
+        schedule = make_schedule(optim, effective_batch=effective_batch(num_samples, loop), max_steps=loop.max_steps)
+        optimizer = build_optimizer(objective, schedule, loop.precision)
+        if device == "cuda":
+            for group in optimizer.param_groups:
+                # The library's choice for real parameters on a GPU, which it does not make for fake ones.
+                group["foreach"] = not group["fused"]
         ledger.watch_gradients(objective)
         with torch.autocast(device, dtype=precision) if precision else nullcontext():
             # At the end of training, when everything learns that ever does.
@@ -249,27 +252,14 @@ def _dry_run(
         return _Step(parameters, ledger.gradients, moments + average, batch_bytes, *work, ledger.convolves)
 
 
-def _optimizer(
-    objective: Objective, num_samples: int, device: str, loop: LoopSettings, optim: Optimisation
-) -> torch.optim.Optimizer:
-    """The loop's own, as it treats real parameters."""
-    schedule = make_schedule(optim, effective_batch=effective_batch(num_samples, loop), max_steps=loop.max_steps)
-    optimizer = build_optimizer(objective, schedule, loop.precision)
-    if device == "cuda":
-        for group in optimizer.param_groups:
-            # The library's choice for real parameters on a GPU, which it does not make for fake ones.
-            group["foreach"] = not group["fused"]
-    return optimizer
-
-
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps count of the bytes of all storages that operations make and that are still alive.
 
     Attributes:
-        live: bytes alive now.
-        gradients: those of them that are gradients of parameters.
-        most_beside_gradients: the most bytes alive that were no gradients, since the last look.
-        convolves: whether the library has been asked for a convolution.
+        live: Bytes that are alive now.
+        gradients: Bytes of gradients of parameters among them.
+        most_beside_gradients: The most bytes alive that were no gradients, since the last look.
+        convolves: Whether the library has been asked for a convolution.
     """
 
     def __init__(self) -> None:

@@ -22,10 +22,10 @@ class _Window:
     """Terms that were logged together since the last line.
 
     Attributes:
-        sums: of the finite values, float32, by term.
-        counts: how many those are.
-        once: whether they are added once in a step, not with every micro-batch.
-        waiting: step and values, still on the device, which are not in the sums yet.
+        sums: Sum of the finite values of each term, float32.
+        counts: Number of the finite values of each term.
+        once: Whether the terms are added once in a step, not with every micro-batch.
+        waiting: Step and values that are still on the device, and not in the sums yet.
     """
 
     sums: np.ndarray
@@ -38,24 +38,22 @@ class Meter:
     """Averages terms over the steps between two lines of metrics.
 
     Args:
-        device: where the terms live.
-        bad_steps: is told of steps with terms that are not finite; those are left out of the means.
+        device: Device of the terms.
+        bad_steps: Takes note of steps with terms that are not finite. Those are left out of the means.
     """
 
     def __init__(self, device: torch.device, bad_steps: BadSteps | None = None) -> None:
         self._device = device
         self._windows: dict[tuple[str, ...], _Window] = {}
-        self.bad_steps = bad_steps or BadSteps()
+        self._bad_steps = bad_steps or BadSteps()
         self._found: dict[int, list[str]] = {}
 
     def add(self, step: int, terms: Mapping[str, Tensor], *, once: bool = False) -> None:
-        """Add scalars of one micro-batch or, ``once``, of one step; does not wait for the device."""
+        """Add scalars of one micro-batch or, with ``once``, of one step. Does not wait for the device."""
         names = tuple(terms)
         scalars = [value.detach().reshape(()) for value in terms.values()]
         values = torch.stack([value.to(self._device, torch.float32, non_blocking=True) for value in scalars])
-        window = self._windows.get(names)
-        if window is None:
-            window = self._windows[names] = _new_window(len(names), once)
+        window = self._window(names, once)
         if len(window.waiting) >= _MOST_WAITING:
             self._sum(names, window)
         window.waiting.append((step, values))
@@ -66,12 +64,12 @@ class Meter:
             window.waiting = [(at, values) for at, values in window.waiting if at != step]
 
     def read(self) -> dict[str, float]:
-        """Means over all processes since the last reset; a collective call.
+        """Compute the means over all processes since the last reset. A collective call.
 
-        A term that was never finite is not a number.
-
+        Returns:
+            The mean of each term by name. A term that was never finite is not a number.
         Raises:
-            NonFiniteError: when a step had a value that is not finite, and none may.
+            NonFiniteError: A step had a value that is not finite, and no step may be skipped.
         """
         totals: dict[str, float] = {}
         counts: dict[str, float] = {}
@@ -86,62 +84,58 @@ class Meter:
         """Begin the next window."""
         self._windows.clear()
 
-    def state(self) -> list[list[dict[str, Any]]]:
-        """The unfinished window of every process, for a checkpoint; a collective call.
+    def state(self, *, alone: bool = False) -> list[list[dict[str, Any]]]:
+        """The unfinished window of every process, for a checkpoint. A collective call unless ``alone``.
 
+        Args:
+            alone: Whether to give the window of this process alone, where the others may never come.
         Raises:
-            NonFiniteError: when a step had a value that is not finite, and none may.
+            NonFiniteError: A step had a value that is not finite, and no step may be skipped.
         """
-        return self._noted(_gathered((self.own_state(), self._found)))
-
-    def state_alone(self) -> list[list[dict[str, Any]]]:
-        """As :meth:`state`, of this process alone, when others may never come.
-
-        Raises:
-            NonFiniteError: when a step had a value that is not finite, and none may.
-        """
-        return self._noted([(self.own_state(), self._found)])
-
-    def _noted(self, everybody: list[Any]) -> list[list[dict[str, Any]]]:
-        """The windows of some processes, once what they found is noted."""
-        self._found = {}
-        found: dict[int, list[str]] = {}
-        for _, of_one in everybody:
-            for step, names in of_one.items():
-                found.setdefault(step, []).extend(names)
-        self.bad_steps.add(found)
-        return [rows for rows, _ in everybody]
-
-    def own_state(self) -> list[dict[str, Any]]:
-        """The unfinished window of this process alone."""
         for names, window in self._windows.items():
             self._sum(names, window)
-        return [
+        rows = [
             {"names": list(names), "sums": window.sums.tolist(), "counts": window.counts.tolist(), "once": window.once}
             for names, window in self._windows.items()
         ]
+        everybody: list[Any] = [(rows, self._found)]
+        if not alone and torch.distributed.is_available() and torch.distributed.is_initialized():
+            everybody = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everybody, (rows, self._found))
+        self._found = {}
+        found: dict[int, list[str]] = {}
+        for _, found_by_one in everybody:
+            for step, names_of_step in found_by_one.items():
+                found.setdefault(step, []).extend(names_of_step)
+        self._bad_steps.add(found)
+        return [rows_of_one for rows_of_one, _ in everybody]
 
     def restore(
         self, state: list[list[dict[str, Any]]], rank: int, world_size: int = 1, micro_batches: float = 1.0
     ) -> None:
         """Go on with the window that :meth:`state` gave.
 
-        Where it was that of more processes, each takes over the windows of several; of fewer, some begin empty. Either
+        Where it was the window of more processes, each takes over those of several; of fewer, some begin empty. Either
         way a step counts for as much as those to come.
 
         Args:
-            state: of the processes then.
-            rank: of this process.
-            world_size: number of processes now.
-            micro_batches: of a step in a process now, relative to then.
+            state: Windows of all processes at that time.
+            rank: Number of this process.
+            world_size: Number of processes now.
+            micro_batches: Micro-batches of a step in a process now, relative to that time.
         """
         self._windows.clear()
         processes = world_size / max(len(state), 1)
         for row in (row for rows in state[rank::world_size] for row in rows):
-            window = self._windows.setdefault(tuple(row["names"]), _new_window(len(row["names"]), row["once"]))
+            window = self._window(tuple(row["names"]), row["once"])
             share = processes if row["once"] else processes * micro_batches
             window.sums += np.array(row["sums"], np.float32) * np.float32(share)
             window.counts += np.array(row["counts"]) * share
+
+    def _window(self, names: tuple[str, ...], once: bool) -> _Window:
+        if names not in self._windows:
+            self._windows[names] = _Window(np.zeros(len(names), np.float32), np.zeros(len(names)), once)
+        return self._windows[names]
 
     def _sum(self, names: tuple[str, ...], window: _Window) -> None:
         """Bring the waiting values into the sums, one by one, as a sum kept on the device would be."""
@@ -158,30 +152,18 @@ class Meter:
                 self._found.setdefault(step, []).extend(bad)
 
 
-def _new_window(num_terms: int, once: bool) -> _Window:
-    return _Window(np.zeros(num_terms, np.float32), np.zeros(num_terms), once)
-
-
 def gradient_terms(norm: Tensor, precision: str) -> dict[str, Tensor]:
-    """What to log of the gradient norm: half precision skips steps that overflow, by design."""
+    """What to log of the gradient norm. Half precision skips steps that overflow, by design."""
     if precision == "16-mixed":
         return {"skipped_ratio": 1.0 - norm.isfinite().float()}
     return {"grad_norm": norm}
-
-
-def _gathered(own: Any) -> list[Any]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    everybody: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everybody, own)
-    return everybody
 
 
 class Throughput:
     """Samples per second, and the share of the time that was spent waiting for data.
 
     Args:
-        elapsed_s: training time of earlier sessions.
+        elapsed_s: Training time of earlier sessions.
     """
 
     def __init__(self, elapsed_s: float = 0.0) -> None:
@@ -214,7 +196,7 @@ class Throughput:
         self._window_start += time.monotonic() - start
 
     def read(self) -> dict[str, float]:
-        """Speed since the last read."""
+        """The speed since the last read, as it is logged."""
         now = time.monotonic()
         seconds = max(now - self._window_start, 1e-9)
         values = {

@@ -8,20 +8,20 @@ from typing import Any
 from torch import nn
 
 from mim3d.objective import Tokens
-from mim3d.training.optim import decay_groups, layer_lines, num_values
+from mim3d.training.optim import decay_groups, layer_lines
 from mim3d.training.optimisation import Optimisation, Schedule, make_schedule
 from mim3d.training.settings import BatchSource, LoopSettings
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The numbers of one run.
 
     Attributes:
-        effective_batch: samples per optimiser step over all processes and micro-batches.
-        schedule: learning rate and the like.
-        derived: what goes into the manifest.
-        derivations: one line each, for people.
+        effective_batch: Samples per optimiser step over all processes and micro-batches.
+        schedule: Learning rate and the other numbers of the optimiser.
+        derived: Numbers for the manifest.
+        derivations: One line for each number, for people.
     """
 
     effective_batch: int
@@ -36,25 +36,33 @@ def effective_batch(batch_size: int, loop: LoopSettings) -> int:
 
 
 def steps_for_epochs(epochs: float, source: BatchSource, *, accumulation: int, devices: int, num_nodes: int) -> int:
-    """Optimiser steps that show at least ``epochs`` passes over the data; at least one."""
+    """Number of optimiser steps, at least one, that show at least ``epochs`` passes over the data."""
     per_step = source.batch_size * accumulation * devices * num_nodes
     # Rounded first, lest 0.1 x 30 = 3.0000000000000004 samples take a step more.
     return max(1, math.ceil(round(epochs * source.samples_per_epoch / per_step, 9)))
 
 
-def make_plan(objective: nn.Module, source: BatchSource, loop: LoopSettings, optim: Optimisation, device: str) -> Plan:
+def make_plan(
+    objective: nn.Module, source: BatchSource, loop: LoopSettings, optim: Optimisation, device: str
+) -> TrainingPlan:
     """Derive the numbers of a run.
 
+    Args:
+        objective: What is trained.
+        source: Where micro-batches come from.
+        loop: Settings of the loop.
+        optim: Settings of the optimiser, already filled from the defaults of the method or task.
+        device: Name of the device, for people.
     Raises:
-        ConfigError: when no learning rate follows from the settings.
+        ConfigError: No learning rate follows from the settings.
     """
     batch = effective_batch(source.batch_size, loop)
     schedule = make_schedule(optim, effective_batch=batch, max_steps=loop.max_steps)
     steps_per_epoch = source.samples_per_epoch / batch
     per_step, per_step_lines = _per_step(objective, source, batch)
     decayed, plain = decay_groups(objective)
-    trained = num_values(decayed.values()) + num_values(plain.values())
-    total = num_values(objective.parameters())
+    trained = sum(parameter.numel() for parameter in (decayed | plain).values())
+    total = sum(parameter.numel() for parameter in objective.parameters())
     derived = {
         "effective_batch": batch,
         "learning_rate": schedule.learning_rate,
@@ -84,11 +92,11 @@ def make_plan(objective: nn.Module, source: BatchSource, loop: LoopSettings, opt
         f"weight decay acts on {len(decayed)} tensors, not on {len(plain)} (biases, norms, tokens and so on)",
         f"{trained:,} of {total:,} parameters are trained, on {device} in {loop.precision}",
     )
-    return Plan(batch, schedule, {**derived, "derivations": list(derivations)}, derivations)
+    return TrainingPlan(batch, schedule, {**derived, "derivations": list(derivations)}, derivations)
 
 
 def _per_step(objective: nn.Module, source: BatchSource, batch: int) -> tuple[dict[str, Any], list[str]]:
-    """Tokens and voxels of one optimiser step, and the lines that derive them; nothing where nobody counted."""
+    """Tokens and voxels of one optimiser step, where they were counted, and the lines that derive them."""
     derived: dict[str, Any] = {}
     lines = []
     kinds: Sequence[Tokens] = getattr(objective, "tokens_per_sample", ())
@@ -96,16 +104,14 @@ def _per_step(objective: nn.Module, source: BatchSource, batch: int) -> tuple[di
         visible = batch * sum(kind.num_volumes * kind.visible for kind in kinds)
         hidden = batch * sum(kind.num_volumes * kind.hidden for kind in kinds)
         derived["tokens_per_step"] = {"visible": visible, "hidden": hidden}
-        terms = " + ".join(_term(kind) for kind in kinds)
+        terms = []
+        for kind in kinds:
+            also_hidden = f" + {kind.hidden:,} hidden" if kind.hidden else ""
+            terms.append(f"{kind.num_volumes} {kind.name} x ({kind.visible:,} visible{also_hidden})")
         total = f"{visible + hidden:,} ({visible:,} visible, {hidden:,} hidden)"
-        lines.append(f"tokens per step {total} = {batch} samples x ({terms})")
+        lines.append(f"tokens per step {total} = {batch} samples x ({' + '.join(terms)})")
     voxels: int | None = getattr(source, "voxels_per_sample", None)
     if voxels is not None:
         derived["voxels_per_step"] = batch * voxels
         lines.append(f"voxels read per step {batch * voxels:,} = {batch} samples x {voxels:,} (those of the first one)")
     return derived, lines
-
-
-def _term(kind: Tokens) -> str:
-    hidden = f" + {kind.hidden:,} hidden" if kind.hidden else ""
-    return f"{kind.num_volumes} {kind.name} x ({kind.visible:,} visible{hidden})"

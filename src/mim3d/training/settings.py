@@ -1,12 +1,8 @@
-"""What the training loop is told and what it asks of others: settings, data source, run folder, result."""
+"""What goes into the training loop and what comes out of it: settings, the source of batches, the result."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from mim3d.core.errors import ConfigError
 from mim3d.objective import Batch
@@ -21,32 +17,32 @@ class LoopSettings:
     """How long, how often and on what to train; every count is in optimiser steps.
 
     Attributes:
-        max_steps: steps of the whole run; the learning rate's schedule ends there.
-        max_time_s: seconds this session may take; then it stops with a checkpoint and can be resumed. It
-            shortens the session, never the schedule.
-        started_at: when the session began, on the monotonic clock; None where it begins with training.
-        accumulation: micro-batches whose gradients are averaged into one step.
-        log_every: steps between two lines of metrics, and between two looks at whether the loss is finite.
-        checkpoint_every: steps between two checkpoints.
-        keep_checkpoints: newest checkpoints kept on disk; the best weights are kept besides.
-        validate_every: steps between two validations; None validates after the last step only.
-        max_bad_steps: steps of the whole run that may go wrong: one whose loss or gradient is not finite is skipped,
+        max_steps: Steps of the whole run. The learning rate's schedule ends there.
+        max_time_s: Seconds that this session may take. Then it stops with a checkpoint and can be resumed. It shortens
+            the session, never the schedule.
+        started_at: When the session began, on the monotonic clock. None where it begins with training.
+        accumulation: Micro-batches whose gradients are averaged into one step.
+        log_every: Steps between two lines of metrics, and between two looks at whether the loss is finite.
+        checkpoint_every: Steps between two checkpoints.
+        keep_checkpoints: Newest checkpoints that are kept on disk. The best weights are kept besides.
+        validate_every: Steps between two validations. None validates after the last step only.
+        patience: Validations without a better one after which training ends. None goes on to the last step.
+        max_bad_steps: Steps of the whole run that may go wrong: one whose loss or gradient is not finite is skipped,
             one that runs out of memory is taken once more. More of them end the run; 0 ends it at the first.
-        rank_timeout_s: seconds without progress in a step after which processes that wait for a hung one are ended;
-            after a sixth of them the first process says which.
-        patience: validations without a better one after which training ends; None goes on to the last step.
-        pictures_every: steps between two sets of pictures; None makes none.
-        seed: of dropout and everything else drawn on the way.
+        rank_timeout_s: Seconds without progress in a step after which processes that wait for a hung one are ended.
+            After a sixth of them the first process says which one hangs.
+        pictures_every: Steps between two sets of pictures. None makes none.
+        seed: Seed of dropout and of everything else drawn in training.
         precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
-        tf32: whether a GPU may round the factors of float32 products to 10 bits (TF32), which is several times as fast.
-        compile: whether the blocks of the network go through ``torch.compile``.
-        devices: processes (one per device) on each node.
-        num_nodes: machines.
-        strategy: how several processes keep their weights the same: ``ddp`` (each has all of them), or ``auto``, which
-            means the same.
+        tf32: Whether a GPU may round the factors of float32 products to 10 bits (TF32), several times as fast.
+        compile: Whether the blocks of the network go through ``torch.compile``.
+        devices: Processes, one per device, on each machine.
+        num_nodes: Machines.
+        strategy: How several processes keep their weights the same: ``ddp``, where each has all of them, or ``auto``,
+            which means the same.
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
     Raises:
-        ConfigError: for a value that cannot work.
+        ConfigError: A value cannot work.
     """
 
     max_steps: int
@@ -97,12 +93,12 @@ class LoopSettings:
 
     @property
     def world_size(self) -> int:
-        """Processes that train together."""
+        """Number of processes."""
         return self.devices * self.num_nodes
 
 
 class BatchSource(Protocol):
-    """Where micro-batches come from."""
+    """The source of micro-batches."""
 
     @property
     def batch_size(self) -> int:
@@ -119,49 +115,15 @@ class BatchSource(Protocol):
         ...
 
 
-class RunFolder(Protocol):
-    """What the loop asks of the folder that a run leaves behind; only the first process's calls write."""
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        """Folder of the checkpoints."""
-        ...
-
-    @property
-    def how_to_resume(self) -> str:
-        """The command that goes on from the last checkpoint."""
-        ...
-
-    def exclusive(self) -> AbstractContextManager[None]:
-        """Hold the folder against a second training process."""
-        ...
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line of metrics."""
-        ...
-
-    def cut_metrics(self, step: int) -> None:
-        """Drop what was written after ``step``."""
-        ...
-
-    def save_pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Write volumes ``(X, Y, Z)`` by name."""
-        ...
-
-    def note(self, values: Mapping[str, Any]) -> None:
-        """Add derived quantities to the manifest."""
-        ...
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """How training ended.
 
     Attributes:
-        step: optimiser steps done in all, earlier sessions included.
-        finished: whether nothing is left to train: all steps are done, or patience ran out.
-        best: step and values of the best validation, or None without one.
-        reason: why it ended, for people.
+        step: Optimiser steps done in all, earlier sessions included.
+        finished: Whether nothing is left to train: all steps are done, or patience ran out.
+        best: Step and scores of the best validation. None without one.
+        reason: Why training ended, for people.
     """
 
     step: int

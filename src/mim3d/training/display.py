@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
+from typing import Any, Self
 
 from mim3d.core.progress import PLAIN_EVERY_S, Bar, clock
 from mim3d.core.resources import in_words
@@ -12,11 +12,11 @@ _STEADY_S = 300.0
 
 
 class Display:
-    """Progress on stderr; silent in all but the first process.
+    """Progress on stderr.
 
     Args:
-        max_steps: steps of the whole run.
-        silent: show nothing.
+        max_steps: Steps of the whole run.
+        silent: Whether to show nothing, as in all processes but the first.
     """
 
     def __init__(self, max_steps: int, *, silent: bool = False) -> None:
@@ -27,16 +27,14 @@ class Display:
         self._last_line = -PLAIN_EVERY_S
         self._bar = Bar("", "", 0, silent=silent)
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._bar.stop()
 
     def begin(self, first_step: int) -> None:
-        """Start the clock and the bar; ``first_step`` steps were done in earlier sessions."""
+        """Start the clock and the bar. ``first_step`` steps were done in earlier sessions."""
         self._bar.stop()
         self._first_step = first_step
         self._start = time.monotonic()
@@ -55,22 +53,19 @@ class Display:
         self._bar.say(text)
 
     def advance(self, step: int) -> None:
-        """Step ``step`` is done."""
+        """Show that step ``step`` is done."""
         self._bar.update(step)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Show a line of metrics."""
+        """Show a line of metrics: behind the bar, or now and then as a plain line with the time left."""
         if self._bar.is_shown:
             self._bar.update(values=summary(values))
             return
         now = time.monotonic()
         if not self._silent and (now - self._last_line >= PLAIN_EVERY_S or step == self._max_steps):
             self._last_line = now
-            self.say(f"step {step}/{self._max_steps}  {summary(values)}  {self._time_left(step, now)}")
-
-    def _time_left(self, step: int, now: float) -> str:
-        seconds = (now - self._start) / max(step - self._first_step, 1) * (self._max_steps - step)
-        return f"{clock(seconds)} left"
+            left_s = (now - self._start) / max(step - self._first_step, 1) * (self._max_steps - step)
+            self.say(f"step {step}/{self._max_steps}  {summary(values)}  {clock(left_s)} left")
 
 
 def summary(values: Mapping[str, float]) -> str:
