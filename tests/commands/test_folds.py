@@ -19,6 +19,7 @@ from mim3d.core.run_folder import read_run
 from mim3d.core.settings import read_yaml, to_named
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.published.folds import fold_numbers
+from mim3d.datasets.published.presets import find_preset
 from mim3d.weights import read_card, save_network
 from mim3d.workflows.finetune import folds as module
 from mim3d.workflows.finetune.folds import finetune_folds
@@ -221,7 +222,7 @@ def test_each_fold_of_a_preset_holds_out_its_published_cases_and_starts_from_the
     for fold in range(3):
         split = json.loads((out / f"fold_{fold}" / "split.json").read_text())
         assert [case["id"][-4:] for case in split["val"]] == [CASES[fold].zfill(4)]
-        assert CASES[fold] in fold_numbers("BTCV")[fold] and len(split["train"]) == len(CASES) - 1
+        assert CASES[fold] in fold_numbers(find_preset("BTCV"))[fold] and len(split["train"]) == len(CASES) - 1
         config = read_run(out / f"fold_{fold}").config
         assert config["intensity"]["window"] == [-175.0, 250.0] and config["spacing_mm"] == [1.5, 1.5, 2.0]
         assert config["backbone"]["widths"] == BACKBONE["widths"]

@@ -21,7 +21,7 @@ from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import to_mapping
 from mim3d.datasets.cases import read_cases
-from mim3d.datasets.published.presets import PRESETS
+from mim3d.datasets.published.presets import published_presets
 from mim3d.loading.loader import Loader
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
@@ -32,6 +32,8 @@ from mim3d.workflows.finetune.presets import apply_preset, with_preset
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import asked_recipe, initialise
 from tests.miniatures import MINIATURES, write_cc_ccii
+
+PRESETS = published_presets()
 
 #: An encoder and a task that take a step in no time; what they leave out comes from the preset.
 SMALL = {"name": "hybrid", "widths": [8, 16], "depths": [1, 1], "num_heads": 2}

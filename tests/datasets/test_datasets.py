@@ -1,5 +1,6 @@
 """Published data sets: what their presets say, their folds, and cases read from folders as the owners publish them."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -11,11 +12,12 @@ import pytest
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import CaseSet, check_cases
-from mim3d.datasets.published.folds import fold_numbers
-from mim3d.datasets.published.layouts import LAYOUTS, declare_fold, read_preset
-from mim3d.datasets.published.presets import PRESETS, find_preset
+from mim3d.datasets.published.folds import declare_fold, fold_numbers, read_preset
+from mim3d.datasets.published.presets import find_preset, published_presets
 from mim3d.scans.volumes import read_volume
 from tests.miniatures import MINIATURES, write_cc_ccii
+
+PRESETS = published_presets()
 
 #: Cases, spacing, patch, window and probabilities (flip, quarter turn, shift), as published.
 FACTS = {
@@ -34,7 +36,7 @@ FACTS = {
     "CC-CCII": (4178, None, (384, 384, 32), (0, 255), None),
 }
 
-PUBLISHED = [name for name, preset in PRESETS.items() if preset.folds == "published"]
+PUBLISHED = [name for name, preset in PRESETS.items() if preset.folds]
 
 #: Names of the sets in the list that the published folds were taken from.
 LISTED = {
@@ -151,9 +153,76 @@ def test_every_name_of_a_preset_is_its_own():
     assert all(find_preset(name) is preset for preset in PRESETS.values() for name in (preset.name, *preset.aliases))
 
 
+MY_LAB = """
+from mim3d.datasets.published.presets import NIFTI, FileNames, Preset, Variation, numbered
+from mim3d.scans.intensity import Intensity
+
+VARIATION = Variation(flip_prob=0.5)
+FACTORS = {"one": 1}
+MY_SET = Preset(
+    name="My set",
+    labels=numbered("knee"),
+    num_cases=4,
+    spacing_mm=(1.0, 1.0, 1.0),
+    intensity=Intensity(window=(-200.0, 500.0)),
+    variation=VARIATION,
+    files=FileNames(
+        image=rf"knee_(?P<case>\\d+)_ct{NIFTI}", label=rf"knee_(?P<case>\\d+)_seg{NIFTI}",
+        example="knee_{0}_ct.nii.gz with knee_{0}_seg.nii.gz", num_digits=2,
+    ),
+    folds=("1 2", "3-4"),
+    num_folds=2,
+    citation="My lab (2026)",
+    url="https://example.org",
+)
+"""
+
+
+@pytest.fixture
+def my_lab(tmp_path, monkeypatch):
+    """A module of a user's own with a preset, found by its name as one that is installed."""
+    (tmp_path / "lab" / "my_lab_of_knees").mkdir(parents=True)
+    (tmp_path / "lab" / "my_lab_of_knees" / "presets.py").write_text(MY_LAB)
+    monkeypatch.syspath_prepend(str(tmp_path / "lab"))
+    return "my_lab_of_knees.presets"
+
+
+def test_a_preset_of_the_users_own_is_found_by_its_dotted_path_and_reads_its_folds(my_lab, tmp_path):
+    preset = find_preset(f"{my_lab}.MY_SET")
+    assert (preset.name, preset.labels) == ("My set", {0: "background", 1: "knee"})
+    for number in range(1, 6):
+        for part in ("ct", "seg"):
+            (tmp_path / "set").mkdir(exist_ok=True)
+            (tmp_path / "set" / f"knee_{number:02d}_{part}.nii.gz").write_bytes(b"x")
+    cases, split = read_preset(preset, tmp_path / "set", 1)
+    assert [case.id for case in split.val] == ["knee_03_ct", "knee_04_ct"]
+    assert [case.id for case in split.train] == ["knee_01_ct", "knee_02_ct"] and cases.labels == preset.labels
+    (tmp_path / "set" / "knee_04_ct.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"1 of the 2 cases .* the first is knee_04_ct\.nii\.gz with knee_04_seg"):
+        read_preset(preset, tmp_path / "set", 1)
+
+
+def test_a_dotted_path_that_leads_to_no_preset_is_refused_in_a_sentence(my_lab):
+    with pytest.raises(ConfigError, match=r"preset '.*VARIATION' is a Variation; name an object of the class Preset\."):
+        find_preset(f"{my_lab}.VARIATION")
+    with pytest.raises(ConfigError, match=r"preset '.*FACTORS' is no dataclass"):
+        find_preset(f"{my_lab}.FACTORS")
+    with pytest.raises(ConfigError, match=r"preset '.*MY_SETT' cannot be imported: .*MY_SETT"):
+        find_preset(f"{my_lab}.MY_SETT")
+    with pytest.raises(ConfigError, match=r"preset 'nobody\.presets\.SET' cannot be imported: .*nobody"):
+        find_preset("nobody.presets.SET")
+
+
+def test_a_preset_that_contradicts_itself_is_refused():
+    with pytest.raises(ConfigError, match="lists 1 folds, but num_folds is 5"):
+        dataclasses.replace(PRESETS["BTCV"], folds=("1 2",))
+    with pytest.raises(ConfigError, match="a segmentation needs the names of its files"):
+        dataclasses.replace(PRESETS["BTCV"], files=None)
+
+
 @pytest.mark.parametrize("name", [*PUBLISHED, "FLARE22"])
 def test_folds_hold_every_case_out_once(name):
-    folds = fold_numbers(name)
+    folds = fold_numbers(PRESETS[name])
     assert len(folds) == 5
     assert len(frozenset().union(*folds)) == sum(map(len, folds)) == PRESETS[name].num_cases
     assert max(map(len, folds)) - min(map(len, folds)) <= 1
@@ -162,10 +231,10 @@ def test_folds_hold_every_case_out_once(name):
 @pytest.mark.parametrize("name", LISTED)
 def test_folds_are_those_of_the_published_lists(name, shared_data):
     facts = json.loads((shared_data.parent / "facts" / "downstream_splits.json").read_text())[LISTED[name]]
-    layout = LAYOUTS[name]
-    for fold, numbers in enumerate(fold_numbers(name)):
+    files = PRESETS[name].files
+    for fold, numbers in enumerate(fold_numbers(PRESETS[name])):
         listed = {tuple(Path(path).name for path in pair) for pair in facts["folds"][str(fold)]}
-        made = {tuple(Path(part).name for part in layout.files_of(number).split(" with ")) for number in numbers}
+        made = {tuple(Path(part).name for part in files.names_of(number).split(" with ")) for number in numbers}
         assert made == listed
     assert {int(value) for value in facts["labels"]} == set(PRESETS[name].labels)
 
@@ -173,7 +242,7 @@ def test_folds_are_those_of_the_published_lists(name, shared_data):
 def test_the_five_splits_of_amos_are_the_published_ones(shared_data):
     facts = json.loads((shared_data.parent / "facts" / "downstream_splits.json").read_text())["AMOS22"]
     listed = [{str(int(case.removeprefix("amos_"))) for case in split["val"]} for split in facts["five_splits"]]
-    assert listed == list(fold_numbers("AMOS22"))
+    assert listed == list(fold_numbers(PRESETS["AMOS22"]))
 
 
 @pytest.mark.parametrize("key", MINIATURES)
@@ -204,7 +273,7 @@ def test_a_case_is_prepared_with_all_its_labels_and_channels(key, folders):
 def test_another_fold_holds_out_other_cases_of_the_same_set(key, folders):
     mini, held_out = MINIATURES[key], set()
     here = {*mini.train, *mini.val}
-    for fold, numbers in enumerate(fold_numbers(mini.name)):
+    for fold, numbers in enumerate(fold_numbers(mini.preset)):
         if here & numbers:
             _, split = read(key, folders(key), fold)
             assert {number_of(case.id) for case in split.val} == here & numbers

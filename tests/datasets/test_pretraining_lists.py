@@ -53,7 +53,7 @@ def test_every_accepted_folder_is_found_with_its_images_alone(scans, folder, tmp
     touch(tmp_path / "manifest-1600709154662" / folder, *images, *OTHERS.get(scans.name, ("notes.csv",)))
     lines: list[str] = []
     with pytest.warns(UserWarning, match="14 of the 15 sets"):
-        cases = pretraining_list("all", tmp_path, tell=lines.append)
+        cases = pretraining_list("all", tmp_path, log=lines.append)
     assert names(cases) == sorted(f"manifest-1600709154662/{folder}/{image}" for image in images)
     of_all = "" if scans.num_scans is None else f" of {scans.num_scans:,}"
     assert f"{scans.name} ({scans.region}): {len(images)}{of_all} scans in {tmp_path}" in "\n".join(lines)
@@ -97,7 +97,7 @@ def test_more_scans_than_the_list_has_are_said_to_be_more(tmp_path):
     touch(tmp_path, *(f"Head-Neck-PET-CT/{index:05d}.nii.gz" for index in range(385)))
     lines: list[str] = []
     with pytest.warns(UserWarning, match="not here"):
-        pretraining_list("all", tmp_path, tell=lines.append)
+        pretraining_list("all", tmp_path, log=lines.append)
     assert any(line.startswith("HN-PET (head and neck): 385 scans, of which the list has 384, in /") for line in lines)
 
 
@@ -186,7 +186,7 @@ def test_those_cases_of_btcv_are_the_published_ones(tree, shared_data):
 def test_a_line_for_each_set_says_what_is_there(tree):
     lines: list[str] = []
     with pytest.warns(UserWarning, match="not here"):
-        pretraining_list("10k", tree, tell=lines.append)
+        pretraining_list("10k", tree, log=lines.append)
     assert len(lines) == 8
     assert lines[0] == f"BTCV (abdomen): 24 of 24 scans in {tree / 'BTCV'}"
     assert lines[1].startswith("TCIA Covid19 (chest): 1 of 722 scans in ")

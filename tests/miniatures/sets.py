@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mim3d.datasets.published.presets import PRESETS, Preset
+from mim3d.datasets.published.presets import Preset, published_presets
 from tests.miniatures.bodies import SHAPE, affine_of, ct, label_map, mri, save, turned
 
 #: The layout of a preset's files: case number -> paths of image and label, as the owners name them.
@@ -33,7 +33,7 @@ class Miniature:
     @property
     def preset(self) -> Preset:
         """Of the data set."""
-        return PRESETS[self.name]
+        return published_presets()[self.name]
 
     def values(self) -> list[int]:
         """Label values but the background's."""
@@ -160,7 +160,7 @@ def write_cc_ccii(folder: Path, num_patients: int = 6) -> None:
 
     root = folder / "CC-CCII" / "dataset"
     _junk(root)
-    for place, name in enumerate(PRESETS["CC-CCII"].classes):
+    for place, name in enumerate(published_presets()["CC-CCII"].classes):
         for patient in range(num_patients):
             for scan in range(2 if patient == 0 else 1):
                 scan_folder = root / name / str(100 * place + patient) / str(1000 * place + 10 * patient + scan)

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mim3d.core import resources
 from mim3d.core.errors import DataError
@@ -28,6 +28,19 @@ def check_file(path: str) -> None:
         raise DataError(f"{path}: this file may not be read by you; change its permissions.")
     if os.path.getsize(path) == 0:
         raise DataError(f"{path}: the file is empty; copy it again from its source.")
+
+
+def walk(root: str) -> Iterator[str]:
+    """Every file below a folder in a fixed order; links are followed, hidden files and folders are not."""
+    seen: set[str] = set()
+    for folder, names, found in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in sorted(found) if not name.startswith("."))
 
 
 def available_memory_bytes() -> int:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mim3d.core.errors import DataError
 from mim3d.core.files import atomic_file
 from mim3d.core.types import Spacing
-from mim3d.scans.files import check_file
+from mim3d.scans.files import check_file, walk
 from mim3d.scans.grids import Grid, split_channel
 from mim3d.scans.voxel_copies import copy_tiled
 
@@ -205,7 +205,7 @@ def find_scans(folder: str | os.PathLike[str]) -> list[str]:
 
     scans: list[str] = []
     others: list[str] = []
-    for path in dicom.walk(root):
+    for path in walk(root):
         (scans if _suffix(path) else others).append(path)
     series, refused = dicom.find_series(others)
     if not scans and not series and refused:

@@ -172,7 +172,7 @@ def _source(settings: PretrainSettings) -> CaseSet | Cache:
             f"fold {settings.fold} of preset {settings.preset}: a list of scans to pre-train on has no folds; leave "
             "fold out."
         )
-    source = pretraining_list(settings.preset, settings.data, tell=print)
+    source = pretraining_list(settings.preset, settings.data, log=print)
     check_cases(source, need_labels=False)
     return source
 

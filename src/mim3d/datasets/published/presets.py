@@ -1,34 +1,51 @@
-"""Published data sets as presets: what is known of each before a file is opened.
+"""What is known of a published data set before a file is opened: a preset, found by name or by dotted path.
 
 Spacing, patches, intensities and probabilities are those of the published fine-tuning experiments; the base learning
 rate and the number of epochs were not published and are ours.
 """
 
+import importlib
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from mim3d.core.errors import ConfigError
-from mim3d.core.settings import nearest
+from mim3d.core.settings import nearest, resolve
 from mim3d.core.types import Spacing, Triple
 from mim3d.scans.intensity import Intensity
 
-_MSD_CITATION = (
-    "Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 13, 4128 (2022); CC BY-SA 4.0"
-)
-_MSD_URL = "http://medicaldecathlon.com"
+#: Where each preset is defined. A new set is one file and one line here; a user's own is named by dotted path.
+PRESETS: dict[str, str] = {
+    "BTCV": "mim3d.datasets.published.sets.btcv:BTCV",
+    "MM-WHS CT": "mim3d.datasets.published.sets.mm_whs:MM_WHS",
+    "MSD Spleen": "mim3d.datasets.published.sets.spleen:MSD_SPLEEN",
+    "MSD Liver": "mim3d.datasets.published.sets.liver:MSD_LIVER",
+    "MSD Lung": "mim3d.datasets.published.sets.lung:MSD_LUNG",
+    "MSD Pancreas": "mim3d.datasets.published.sets.pancreas:MSD_PANCREAS",
+    "MSD HepaticVessel": "mim3d.datasets.published.sets.hepatic_vessel:MSD_HEPATIC_VESSEL",
+    "MSD Colon": "mim3d.datasets.published.sets.colon:MSD_COLON",
+    "AMOS22": "mim3d.datasets.published.sets.amos22:AMOS22",
+    "FLARE22": "mim3d.datasets.published.sets.flare22:FLARE22",
+    "COVID-19-20": "mim3d.datasets.published.sets.covid_19_20:COVID_19_20",
+    "BraTS": "mim3d.datasets.published.sets.brats:BRATS",
+    "CC-CCII": "mim3d.datasets.published.sets.cc_ccii:CC_CCII",
+}
+
+#: Pattern of the suffixes of a NIfTI file.
+NIFTI = r"\.nii(\.gz)?"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variation:
-    """Probabilities with which crops are varied; what is not published for a set is not done.
+    """Probabilities with which crops are augmented; what is not published for a set is not done.
 
     Attributes:
-        flip_prob: of a flip along each axis.
-        rotate90_prob: of a quarter turn.
-        shift_prob: of an offset of up to 0.1 on the mapped intensities.
-        affine_prob: of a small rotation and zoom.
-        noise_prob: of Gaussian noise.
+        flip_prob: Probability of a flip along each axis.
+        rotate90_prob: Probability of a quarter turn.
+        shift_prob: Probability of an offset of up to 0.1 on the mapped intensities.
+        affine_prob: Probability of a small rotation and zoom.
+        noise_prob: Probability of Gaussian noise.
     """
 
     flip_prob: float
@@ -39,36 +56,60 @@ class Variation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileNames:
+    """Names of the images and label maps of a data set, whatever folders lie above them.
+
+    Attributes:
+        image: Regular expression for the end of an image's path, with the number of its case as the group ``case``.
+        label: Regular expression for the end of a label map's path, with the same group.
+        example: Both names for a message, with ``{0}`` for the number of the case.
+        num_digits: Number of digits to which the numbers of cases are filled up with zeros in file names.
+    """
+
+    image: str
+    label: str
+    example: str
+    num_digits: int = 4
+
+    def names_of(self, number: str) -> str:
+        """The names of a case's files, for a message."""
+        first, line, more = number.partition("_")
+        return self.example.format(first.zfill(self.num_digits) + line + more)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Preset:
     """A published data set and how networks are fine-tuned on it.
 
     Attributes:
-        name: as papers write it.
-        aliases: other names people type; case, blanks and punctuation never matter.
-        task: name of the task.
-        modality: CT or MRI.
-        channels: name of each input channel, in order.
-        labels: label value -> name, background 0 included; empty for a classification.
-        classes: name of a scan's class as the owners write it -> what it means; empty for a segmentation.
-        regions: name -> label values, for sets that are scored on overlapping regions; None elsewhere.
-        num_cases: labelled cases that the owners publish.
-        spacing_mm: voxel size along X, Y, Z to resample to; None keeps each scan's own.
-        patch_size: voxels of a crop.
-        larger_patch_size: the alternative for large memory, where one is usual.
-        intensity: mapping of intensities to network input.
-        variation: how crops are varied; None for the task's own way.
-        nsd_tolerance_mm: of the normalised surface distance.
-        folds: ``published`` lists, or ``seeded``: dealt out by patient, as nobody published any.
-        num_folds: of them.
-        overlap: of sliding windows in validation; 0.75 is usual for final scores.
-        base_learning_rate: of AdamW at ``reference_batch`` crops per step.
-        reference_batch: crops per step that the rate is meant for.
-        weight_decay: of AdamW.
-        epochs: passes over the training cases.
-        warmup_epochs: of linear warm-up, before a cosine.
-        positive_ratio: share of crops around a structure; 0.5 is 1:1.
-        citation: what to cite.
-        url: where the owners publish it.
+        name: Name of the set as papers write it.
+        aliases: Other names that people type; case, blanks and punctuation never matter.
+        task: Name of the task.
+        modality: "CT" or "MRI".
+        channels: Name of each input channel, in order.
+        labels: Label value -> name, background 0 included; empty for a classification.
+        classes: Name of a scan's class as the owners write it -> its meaning; empty for a segmentation.
+        regions: Name -> label values, for sets that are scored on overlapping regions; None elsewhere.
+        num_cases: Number of labelled cases that the owners publish.
+        spacing_mm: Voxel size along X, Y, Z to resample to; None keeps each scan's own.
+        patch_size: Voxels of a crop along X, Y, Z.
+        larger_patch_size: Alternative crop for large memory, where one is usual.
+        intensity: Mapping of intensities to network input.
+        variation: Augmentation of crops; None keeps the default of the task.
+        nsd_tolerance_mm: Tolerance of the normalised surface distance, in millimetres.
+        files: Names of the files of a segmentation; None for a classification, whose scans are folders of slice images.
+        folds: For each published fold the numbers of the cases that it holds out, such as ``"7-10 21 167_1"``. Empty
+            where nobody published folds: the cases 1 to ``num_cases`` are then split by patient with seed 0.
+        num_folds: Number of folds.
+        overlap: Overlap of sliding windows in validation; 0.75 is usual for final scores.
+        base_learning_rate: Learning rate of AdamW at ``reference_batch`` crops per step.
+        reference_batch: Number of crops per step that the learning rate is meant for.
+        weight_decay: Weight decay of AdamW.
+        epochs: Number of passes over the training cases.
+        warmup_epochs: Number of epochs of linear warm-up, before a cosine schedule.
+        positive_ratio: Share of crops around a structure; 0.5 is 1:1.
+        citation: Publication to cite.
+        url: Address where the owners publish the set.
     """
 
     name: str
@@ -86,7 +127,8 @@ class Preset:
     intensity: Intensity
     variation: Variation | None = None
     nsd_tolerance_mm: float = 1.0
-    folds: Literal["published", "seeded"] = "published"
+    files: FileNames | None = None
+    folds: tuple[str, ...] = ()
     num_folds: int = 5
     overlap: float = 0.5
     base_learning_rate: float = 3e-4
@@ -98,293 +140,51 @@ class Preset:
     citation: str
     url: str
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    """A task of the Medical Segmentation Decathlon, as far as it differs from the others."""
-
-    number: int
-    name: str
-    labels: tuple[str, ...]
-    num_cases: int
-    spacing_mm: Spacing
-    window: tuple[float, float]
-    variation: Variation
-    aliases: tuple[str, ...] = field(default=())
-
-    def preset(self) -> Preset:
-        """The preset of the task."""
-        numbered = f"Task{self.number:02d}"
-        return Preset(
-            name=f"MSD {self.name}",
-            aliases=(self.name, f"{numbered}_{self.name}", f"MSD {numbered} {self.name}", numbered, *self.aliases),
-            labels=_numbered(self.labels),
-            num_cases=self.num_cases,
-            spacing_mm=self.spacing_mm,
-            intensity=Intensity(window=self.window),
-            variation=self.variation,
-            citation=_MSD_CITATION,
-            url=_MSD_URL,
-        )
+    def __post_init__(self) -> None:
+        if (self.files is None) != (self.task == "classification"):
+            raise ConfigError(
+                f"preset {self.name} is for {self.task}; a segmentation needs the names of its files, and a "
+                "classification of folders with slice images has none."
+            )
+        if self.folds and len(self.folds) != self.num_folds:
+            raise ConfigError(
+                f"preset {self.name} lists {len(self.folds)} folds, but num_folds is {self.num_folds}; make them equal."
+            )
 
 
-def _numbered(names: tuple[str, ...]) -> dict[int, str]:
+def numbered(*names: str) -> dict[int, str]:
+    """Label value -> name for labels without gaps: background 0, then the names from 1 on."""
     return dict(enumerate(("background", *names)))
 
 
-_BTCV = Preset(
-    name="BTCV",
-    aliases=("Synapse", "Beyond the Cranial Vault"),
-    labels=_numbered(
-        (
-            "spleen",
-            "right kidney",
-            "left kidney",
-            "gallbladder",
-            "oesophagus",
-            "liver",
-            "stomach",
-            "aorta",
-            "inferior vena cava",
-            "portal and splenic veins",
-            "pancreas",
-            "right adrenal gland",
-            "left adrenal gland",
-        )
-    ),
-    num_cases=30,
-    spacing_mm=(1.5, 1.5, 2.0),
-    intensity=Intensity(window=(-175.0, 250.0)),
-    variation=Variation(flip_prob=0.1, rotate90_prob=0.1, shift_prob=0.5),
-    citation="Landman et al., MICCAI Multi-Atlas Labeling Beyond the Cranial Vault: Workshop and Challenge (2015)",
-    url="https://www.synapse.org/Synapse:syn3193805",
-)
-
-_MM_WHS = Preset(
-    name="MM-WHS CT",
-    aliases=("MM-WHS", "MMWHS", "Whole Heart"),
-    labels={
-        0: "background",
-        205: "myocardium of the left ventricle",
-        420: "left atrium",
-        500: "left ventricle",
-        550: "right atrium",
-        600: "right ventricle",
-        820: "ascending aorta",
-        850: "pulmonary artery",
-    },
-    num_cases=20,
-    spacing_mm=(1.5, 1.5, 1.5),
-    intensity=Intensity(window=(0.0, 1700.0)),
-    citation=(
-        "Zhuang and Shen, Multi-scale patch and multi-modality atlases for whole heart segmentation of MRI, Medical "
-        "Image Analysis 31 (2016) 77-87"
-    ),
-    url="https://zmiclab.github.io/zxh/0/mmwhs",
-)
-
-_AMOS22 = Preset(
-    name="AMOS22",
-    aliases=("AMOS", "AMOS22 CT", "AMOS CT"),
-    labels=_numbered(
-        (
-            "spleen",
-            "right kidney",
-            "left kidney",
-            "gallbladder",
-            "oesophagus",
-            "liver",
-            "stomach",
-            "aorta",
-            "inferior vena cava",
-            "pancreas",
-            "right adrenal gland",
-            "left adrenal gland",
-            "duodenum",
-            "bladder",
-            "prostate or uterus",
-        )
-    ),
-    num_cases=300,
-    spacing_mm=(1.5, 1.5, 2.0),
-    intensity=Intensity(window=(-175.0, 250.0)),
-    variation=Variation(flip_prob=0.5, rotate90_prob=0.5, shift_prob=0.5),
-    citation=(
-        "Ji et al., AMOS: A Large-Scale Abdominal Multi-Organ Benchmark for Versatile Medical Image Segmentation, "
-        "NeurIPS Datasets and Benchmarks (2022)"
-    ),
-    url="https://amos22.grand-challenge.org",
-)
-
-_FLARE22 = Preset(
-    name="FLARE22",
-    aliases=("FLARE",),
-    labels=_numbered(
-        (
-            "liver",
-            "right kidney",
-            "spleen",
-            "pancreas",
-            "aorta",
-            "inferior vena cava",
-            "right adrenal gland",
-            "left adrenal gland",
-            "gallbladder",
-            "oesophagus",
-            "stomach",
-            "duodenum",
-            "left kidney",
-        )
-    ),
-    num_cases=50,
-    spacing_mm=(1.5, 1.5, 2.0),
-    intensity=Intensity(window=(-175.0, 250.0)),
-    variation=Variation(flip_prob=0.2, rotate90_prob=0.2, shift_prob=0.1),
-    folds="seeded",
-    citation=(
-        "Ma et al., Unleashing the strengths of unlabelled data in deep learning-assisted pan-cancer abdominal organ "
-        "quantification: the FLARE22 challenge, The Lancet Digital Health 6 (2024) e815-e826"
-    ),
-    url="https://flare22.grand-challenge.org",
-)
-
-_COVID_19_20 = Preset(
-    name="COVID-19-20",
-    aliases=("COVID", "COVID-19 lesion"),
-    labels=_numbered(("lesion",)),
-    num_cases=199,
-    spacing_mm=(1.25, 1.25, 5.0),
-    patch_size=(192, 192, 32),
-    intensity=Intensity(window=(-1000.0, 500.0)),
-    variation=Variation(flip_prob=0.5, affine_prob=0.15, noise_prob=0.15),
-    nsd_tolerance_mm=2.0,
-    citation=(
-        "Roth et al., Rapid artificial intelligence solutions in a pandemic: the COVID-19-20 Lung CT Lesion "
-        "Segmentation Challenge, Medical Image Analysis 82 (2022) 102605"
-    ),
-    url="https://covid-segmentation.grand-challenge.org",
-)
-
-_BRATS = Preset(
-    name="BraTS",
-    aliases=("MSD BrainTumour", "BrainTumour", "Task01_BrainTumour", "MSD Task01 BrainTumour", "Task01"),
-    modality="MRI",
-    channels=("FLAIR", "T1w", "T1gd", "T2w"),
-    labels=_numbered(("oedema", "non-enhancing tumour", "enhancing tumour")),
-    regions={"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour": (3,)},
-    num_cases=484,
-    spacing_mm=(1.0, 1.0, 1.0),
-    patch_size=(128, 128, 128),
-    larger_patch_size=(224, 224, 128),
-    intensity=Intensity(kind="zscore", window=None),
-    citation=_MSD_CITATION,
-    url=_MSD_URL,
-)
-
-_CC_CCII = Preset(
-    name="CC-CCII",
-    aliases=("CCCCII",),
-    task="classification",
-    # Its slices are 8-bit images in which the owners chose the window: 0 to 255 is from minimum to maximum.
-    intensity=Intensity(window=(0.0, 255.0)),
-    classes={"CP": "common pneumonia", "NCP": "COVID-19 pneumonia", "Normal": "normal"},
-    num_cases=4178,
-    spacing_mm=None,
-    patch_size=(384, 384, 32),
-    folds="seeded",
-    citation=(
-        "Zhang et al., Clinically Applicable AI System for Accurate Diagnosis, Quantitative Measurements, and "
-        "Prognosis of COVID-19 Pneumonia Using Computed Tomography, Cell 181 (2020) 1423-1433"
-    ),
-    url="http://ncov-ai.big.ac.cn/download",
-)
-
-_TASKS = (
-    _Task(
-        number=9,
-        name="Spleen",
-        labels=("spleen",),
-        num_cases=41,
-        spacing_mm=(1.0, 1.0, 1.0),
-        window=(-57.0, 175.0),
-        variation=Variation(flip_prob=0.5, rotate90_prob=0.25, shift_prob=0.5),
-    ),
-    _Task(
-        number=3,
-        name="Liver",
-        labels=("liver", "cancer"),
-        num_cases=131,
-        spacing_mm=(1.0, 1.0, 1.0),
-        window=(-21.0, 189.0),
-        variation=Variation(flip_prob=0.2, rotate90_prob=0.2, shift_prob=0.1),
-        aliases=("LiTS",),
-    ),
-    _Task(
-        number=6,
-        name="Lung",
-        labels=("cancer",),
-        num_cases=63,
-        spacing_mm=(1.0, 1.0, 1.0),
-        window=(-1000.0, 1000.0),
-        variation=Variation(flip_prob=0.5, rotate90_prob=0.3, shift_prob=0.1),
-    ),
-    _Task(
-        number=7,
-        name="Pancreas",
-        labels=("pancreas", "cancer"),
-        num_cases=281,
-        spacing_mm=(1.5, 1.5, 1.5),
-        window=(-87.0, 199.0),
-        variation=Variation(flip_prob=0.5, rotate90_prob=0.25, shift_prob=0.5),
-    ),
-    _Task(
-        number=8,
-        name="HepaticVessel",
-        labels=("Vessel", "Tumour"),
-        num_cases=303,
-        spacing_mm=(1.5, 1.5, 1.5),
-        window=(0.0, 230.0),
-        variation=Variation(flip_prob=0.5, rotate90_prob=0.25, shift_prob=0.5),
-    ),
-    _Task(
-        number=10,
-        name="Colon",
-        labels=("colon cancer primaries",),
-        num_cases=126,
-        spacing_mm=(1.5, 1.5, 1.5),
-        window=(-57.0, 175.0),
-        variation=Variation(flip_prob=0.5, rotate90_prob=0.25, shift_prob=0.5),
-    ),
-)
-
-#: Every preset by its name.
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        _BTCV,
-        _MM_WHS,
-        *(task.preset() for task in _TASKS),
-        _AMOS22,
-        _FLARE22,
-        _COVID_19_20,
-        _BRATS,
-        _CC_CCII,
-    )
-}
+@lru_cache
+def published_presets() -> dict[str, Preset]:
+    """Every preset of ``PRESETS`` by its name."""
+    places = {name: place.split(":") for name, place in PRESETS.items()}
+    return {name: getattr(importlib.import_module(module), variable) for name, (module, variable) in places.items()}
 
 
 def find_preset(name: str) -> Preset:
-    """A preset by its name or an alias; case, blanks and punctuation do not matter.
+    """Find a preset.
+
+    Args:
+        name: A name or an alias, in which case, blanks and punctuation do not matter; or the dotted path of a preset of
+            the user's own (``my_lab.presets.MY_SET``), which is imported.
 
     Raises:
-        ConfigError: there is none; offers the nearest names.
+        ConfigError: There is no such preset (the nearest names are offered), or the path does not lead to a preset.
     """
-    names = {alias: preset for preset in PRESETS.values() for alias in (preset.name, *preset.aliases)}
-    found = {_plain(alias): preset for alias, preset in names.items()}.get(_plain(name))
-    if found is None:
-        close = nearest(name, names)
-        raise ConfigError(f"There is no preset '{name}'.{close if 'mean' in close else nearest(name, PRESETS)}")
-    return found
+    known = {alias: preset for preset in published_presets().values() for alias in (preset.name, *preset.aliases)}
+    found = {_plain(alias): preset for alias, preset in known.items()}.get(_plain(name))
+    if found is not None:
+        return found
+    if "." in name and all(part.isidentifier() for part in name.split(".")):
+        own = resolve(name, {}, "preset")
+        if not isinstance(own, Preset):
+            raise ConfigError(f"preset '{name}' is a {type(own).__name__}; name an object of the class Preset.")
+        return own
+    close = nearest(name, known)
+    raise ConfigError(f"There is no preset '{name}'.{close if 'mean' in close else nearest(name, PRESETS)}")
 
 
 def _plain(name: str) -> str:

@@ -16,7 +16,8 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.cases import CaseSet, to_cases
 from mim3d.datasets.entries import Entry
 from mim3d.datasets.published.folds import fold_numbers
-from mim3d.datasets.published.layouts import LAYOUTS
+from mim3d.datasets.published.presets import NIFTI, Preset
+from mim3d.datasets.published.sets.btcv import BTCV
 from mim3d.scans.volumes import find_scans
 
 #: Folders between the one that is given and that of a set: ``root/manifest-1600709154662/LIDC-IDRI``.
@@ -32,14 +33,14 @@ class ScanSet:
     """A public set that a list draws from.
 
     Attributes:
-        name: as the list calls it.
-        region: of the body.
-        num_scans: in the list; None where the number is not published. Owners may publish more than the list takes.
-        folders: names of the folder it is published in; case and punctuation do not matter.
-        expected: what lies in that folder, in words for a message.
-        image: pattern of the end of an image's path; None takes every scan that is no mask.
-        left_out: pattern of the names of folders whose scans are not of the list.
-        held_out_fold: fold of the preset of this name whose held-out cases are left out.
+        name: Name of the set in the list.
+        region: Region of the body.
+        num_scans: Number of scans in the list; None where it is not published. Owners may publish more scans than that.
+        folders: Names of the folder it is published in; case and punctuation do not matter.
+        expected: Content of that folder, in words for a message.
+        image: Regular expression for the end of an image's path; None takes every scan that is no mask.
+        left_out: Regular expression for the names of folders whose scans are not in the list.
+        preset: Preset of the set, where the list has only the images that its fold 0 trains on.
     """
 
     name: str
@@ -49,10 +50,8 @@ class ScanSet:
     expected: str = "DICOM series of CT, or images such as 00001.nii.gz"
     image: str | None = None
     left_out: str | None = None
-    held_out_fold: int | None = None
+    preset: Preset | None = None
 
-
-_NIFTI = r"\.nii(\.gz)?"
 
 _BTCV = ScanSet(
     name="BTCV",
@@ -60,8 +59,7 @@ _BTCV = ScanSet(
     num_scans=24,
     folders=("BTCV", "Synapse"),
     expected="files such as imagesTr/img0001.nii.gz",
-    image=LAYOUTS["BTCV"].image,
-    held_out_fold=0,
+    preset=BTCV,
 )
 _COVID = ScanSet(
     name="TCIA Covid19",
@@ -93,7 +91,7 @@ _MORE = (
         num_scans=4000,
         folders=("FLARE23", "FLARE2023", "MICCAI-FLARE23"),
         expected="the folders imagesTr2200 and unlabeledTr1800 with files such as FLARE23_0001_0000.nii.gz",
-        image=rf"[^/]+{_NIFTI}",
+        image=rf"[^/]+{NIFTI}",
         # The list is of its training set; label maps that others predicted are published beside it.
         left_out=r"(images)?(val|ts|test).*|.*pseudo.*",
     ),
@@ -105,7 +103,7 @@ _MORE = (
         num_scans=1203,
         folders=("TotalSegmentator", "Totalsegmentator_dataset", "Totalsegmentator_dataset_v201"),
         expected="a folder for each case with its image, such as s0000/ct.nii.gz",
-        image=rf"s\d+/ct{_NIFTI}",
+        image=rf"s\d+/ct{NIFTI}",
     ),
 )
 
@@ -147,20 +145,21 @@ LISTS: dict[str, tuple[ScanSet, ...]] = {
 }
 
 
-def pretraining_list(name: str, root: str | os.PathLike[str], *, tell: Callable[[str], None] | None = None) -> CaseSet:
-    """The images of a published pre-training list that are there below a folder: CT alone, no masks.
+def pretraining_list(name: str, root: str | os.PathLike[str], *, log: Callable[[str], None] | None = None) -> CaseSet:
+    """The images of a published pre-training list that are found below a folder: only CT, no masks.
 
-    Of BTCV the cases that fold 0 holds out are left out, as in the list. Which of the other scans are in a downstream
-    validation set under another name is for the comparison by content that pre-training and fine-tuning make.
+    Of BTCV the cases that fold 0 holds out are left out, as in the list. Whether other scans belong to a downstream
+    validation set under another name is found by the comparison of contents in pre-training and fine-tuning.
 
     Args:
-        name: of the list, see ``LISTS``.
-        root: a folder with the folders of the sets in it, at most three levels down.
-        tell: takes one line per set: what is there of what the list has.
+        name: Name of the list, see ``LISTS``.
+        root: Folder with the folders of the sets in it, at most three levels down.
+        log: Function that takes one line per set: how many scans are there, and how many the list has.
 
     Raises:
-        ConfigError: no such list; names those that there are.
-        DataError: no folder, or no scan of any of the sets; where there is a set's folder, what was expected in it.
+        ConfigError: There is no such list; the sentence names those that there are.
+        DataError: There is no such folder, or no scan of any of the sets. Where a set's folder was found, the sentence
+            says what was expected in it.
     """
     if name not in LISTS:
         raise ConfigError(f"There is no pre-training list '{name}'.{nearest(name, LISTS)}")
@@ -173,8 +172,8 @@ def pretraining_list(name: str, root: str | os.PathLike[str], *, tell: Callable[
         folders = list(_folders_of(scans, top))
         images = [image for folder in folders for image in _images(scans, folder)]
         entries += [Entry(images=(image,)) for image in images]
-        if tell is not None:
-            tell(_told(scans, folders, len(images)))
+        if log is not None:
+            log(_summary(scans, folders, len(images)))
         if not images:
             missing.append(scans.name if scans.num_scans is None else f"{scans.name} {scans.num_scans:,}")
             if folders:
@@ -194,8 +193,8 @@ def pretraining_list(name: str, root: str | os.PathLike[str], *, tell: Callable[
     return CaseSet(root=top, form="list", cases=to_cases(entries, top), labels={})
 
 
-def _told(scans: ScanSet, folders: Sequence[str], num_images: int) -> str:
-    """A line: what is there of what the list has of a set."""
+def _summary(scans: ScanSet, folders: Sequence[str], num_images: int) -> str:
+    """One line: how many scans of a set are there, and how many the list has."""
     of_all = "" if scans.num_scans is None else f" of {scans.num_scans:,}"
     *others, last = scans.folders
     named = f"{', '.join(others)} or {last}" if others else last
@@ -241,12 +240,13 @@ def _is_image(scans: ScanSet, path: str, folder: str) -> bool:
         return False
     if any(scans.left_out and re.fullmatch(scans.left_out, part, re.IGNORECASE) for part in parents):
         return False
-    match = re.fullmatch(rf"(?:.*/)?{scans.image or '.*'}", inside, re.DOTALL | re.IGNORECASE)
-    if match is None or scans.held_out_fold is None:
+    files = scans.preset and scans.preset.files
+    pattern = files.image if files else scans.image or ".*"
+    match = re.fullmatch(rf"(?:.*/)?{pattern}", inside, re.DOTALL | re.IGNORECASE)
+    if match is None or scans.preset is None:
         return match is not None
-    folds = fold_numbers(scans.name)
-    assert folds is not None
-    return str(int(match["case"])) in frozenset().union(*folds) - folds[scans.held_out_fold]
+    _, *others = fold_numbers(scans.preset) or ()
+    return str(int(match["case"])) in frozenset().union(*others)
 
 
 def _is_ct(address: str) -> bool:

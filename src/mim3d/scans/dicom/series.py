@@ -28,19 +28,6 @@ _SALT = b"mim3d patient key"
 Series = dict[str, list[Slice]]
 
 
-def walk(root: str) -> Iterator[str]:
-    """Every file below a folder in a fixed order; links are followed, hidden files and folders are not."""
-    seen: set[str] = set()
-    for folder, names, found in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            names.clear()
-            continue
-        seen.add(real)
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield from (os.path.join(folder, name) for name in sorted(found) if not name.startswith("."))
-
-
 def find_series(paths: Iterable[str]) -> tuple[list[str], list[str]]:
     """Addresses of the image series among files, and a sentence for each series that cannot be stacked.
 
@@ -183,12 +170,12 @@ def _resolve(address: str) -> list[Slice]:
         raise DataError(f"{folder}: no such folder; check the path and that the disk is mounted.")
     direct = (entry.path for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if entry.is_file())
     if wanted:
-        found = {uid: slices for uid, slices in _group(walk(folder)).items() if _short(uid) == wanted}
+        found = {uid: slices for uid, slices in _group(files.walk(folder)).items() if _short(uid) == wanted}
         # Named in full, a derived series is what the user wants; scouts and captures stay out.
         kept = {uid: _choose({uid: slices})[0].get(uid, []) for uid, slices in found.items()}
         kept = {uid: slices for uid, slices in kept.items() if slices}
     else:
-        kept = _choose(_group(direct))[0] or _choose(_group(walk(folder)))[0]
+        kept = _choose(_group(direct))[0] or _choose(_group(files.walk(folder)))[0]
     if not kept:
         what = f"DICOM image series {wanted}" if wanted else "DICOM image series"
         raise DataError(f"{folder}: there is no {what} in this folder; check the path.")

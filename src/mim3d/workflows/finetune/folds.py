@@ -13,7 +13,7 @@ from mim3d.core.files import write_json
 from mim3d.core.run_folder import GO_ON, require_usable
 from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.datasets.cases import CaseSet
-from mim3d.datasets.published.layouts import declare_fold, read_preset
+from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
 from mim3d.tasks import TASKS, create_task
 from mim3d.workflows.finetune.planning import PLAN_NAME

@@ -11,7 +11,7 @@ from mim3d.core.run_folder import is_first_process
 from mim3d.core.settings import to_named
 from mim3d.core.types import Named, Triple
 from mim3d.datasets.cases import CaseSet, check_cases
-from mim3d.datasets.published.layouts import declare_fold, read_preset
+from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import Preset, Variation, find_preset
 from mim3d.datasets.splits import Split
 from mim3d.tasks import TASKS, create_task
@@ -152,7 +152,7 @@ def _whole_tokens(size: Triple, edge: int) -> Triple:
 
 def _print_preset(preset: Preset, split: Split, task: Any, edge: int) -> None:
     """Print what the preset comes to in this run."""
-    kind = "published folds" if preset.folds == "published" else "seeded folds by patient"
+    kind = "published folds" if preset.folds else "seeded folds by patient"
     print(f"preset {preset.name} ({kind}): {len(split.train)} cases to train on, {len(split.val)} held out")
     rounded = _whole_tokens(preset.patch_size, edge)
     used = task.get("patch_size", task.get("size")) if isinstance(task, Mapping) else None
