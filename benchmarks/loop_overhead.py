@@ -27,7 +27,7 @@ from mim3d.core.run_folder import Run
 from mim3d.objective import Batch, Objective
 from mim3d.training.loop import train
 from mim3d.training.optim import build_optimizer
-from mim3d.training.optimisation import Optimisation, make_schedule
+from mim3d.training.schedule import Optimisation, make_schedule
 from mim3d.training.settings import LoopSettings
 
 OPTIM = Optimisation(learning_rate=1e-6, weight_decay=0.05, clip_norm=1.0)

@@ -33,7 +33,7 @@ from mim3d.backbones import create_recipe
 from mim3d.objective import Batch
 from mim3d.training.launch import FabricModule, StepModule, launch
 from mim3d.training.optim import build_optimizer, clip_gradients
-from mim3d.training.optimisation import Optimisation, make_schedule
+from mim3d.training.schedule import Optimisation, make_schedule
 from mim3d.training.settings import LoopSettings
 
 OPTIM = Optimisation(learning_rate=1e-6, weight_decay=0.05, clip_norm=1.0)

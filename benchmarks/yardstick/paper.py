@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mim3d.backbones import create_recipe
 from mim3d.training.memory import RESERVE, SCRATCH_BYTES, StepMemory
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 from yardstick.batches import mim_with_children, random_batch
 from yardstick.flops import count_flops

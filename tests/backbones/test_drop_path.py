@@ -19,7 +19,7 @@ from mim3d.nn.blocks import ConvBlock, DropPath, TransformerBlock
 from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity
 from mim3d.training.memory import StepMemory
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 from tests.array_scans import random_scan
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mim3d.commands.finetune import finetune
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from tests.labelled import write_ball_set
 
 BACKBONE = {"name": "hybrid", "widths": [8, 16], "depths": [1, 1], "num_heads": 2}

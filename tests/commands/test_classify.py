@@ -16,7 +16,7 @@ from mim3d.core.run_folder import read_run
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.classifier import load_classifier
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card
 from mim3d.workflows.predict.classify import predict_classes
 from mim3d.workflows.shared.devices import choose_device

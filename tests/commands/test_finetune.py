@@ -21,7 +21,7 @@ from mim3d.core.settings import to_named
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.splits import TrainPart
 from mim3d.scans.intensity import Intensity
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network
 from mim3d.workflows.shared.held_out import choose_split
 from tests.commands.conftest import BACKBONE, TASK

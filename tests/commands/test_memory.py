@@ -22,7 +22,7 @@ from mim3d.methods.mim.method import MiM
 from mim3d.objective import Batch, Objective, StepOutput
 from mim3d.scans.intensity import Intensity
 from mim3d.training import memory as engine_memory
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.workflows.shared import memory
 from mim3d.workflows.shared.memory import (
     StepVariant,

@@ -26,7 +26,7 @@ from mim3d.loading.loader import Loader
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
 from mim3d.tasks.segmentation.task import Segmentation
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.weights import save_network
 from mim3d.workflows.finetune.presets import apply_preset, with_preset
 from mim3d.workflows.finetune.settings import FinetuneSettings

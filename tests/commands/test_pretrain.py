@@ -19,7 +19,7 @@ from mim3d.datasets.cases import read_cases
 from mim3d.datasets.splits import split_cases
 from mim3d.methods.mim.hierarchy import Hierarchy, Level
 from mim3d.tracking import Tracking
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card
 from mim3d.workflows.shared.inputs import open_scans
 from mim3d.workflows.shared.leakage import read_seen

@@ -22,7 +22,7 @@ from mim3d.probing.settings import Probing
 from mim3d.reporting.charts import curve_names
 from mim3d.reporting.sources import NamedRun
 from mim3d.training.checkpoint import read_checkpoint
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card, weights_digest
 from mim3d.workflows.probe import cases as probe_cases
 from mim3d.workflows.probe.monitor import ProbePlan

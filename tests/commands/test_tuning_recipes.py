@@ -15,7 +15,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import to_named
 from mim3d.tasks.segmentation.segmenter import load_segmenter
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network
 from tests.commands.conftest import BACKBONE, TASK
 

@@ -16,7 +16,7 @@ from mim3d.core.run_folder import Run
 from mim3d.objective import Batch, Objective, StepOutput
 from mim3d.training.launch import seed_step
 from mim3d.training.loop import train
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 from tests.training.toy_training import ToyBackbone, ToyEncoder, ToySource
 

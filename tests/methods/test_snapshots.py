@@ -24,7 +24,7 @@ from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task
 from mim3d.training.loop import train
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 from tests.array_scans import ArrayScan, random_scan
 

@@ -20,7 +20,7 @@ from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.launch import StepModule
 from mim3d.training.memory import StepMemory
 from mim3d.training.optim import build_optimizer
-from mim3d.training.optimisation import Optimisation, make_schedule
+from mim3d.training.schedule import Optimisation, make_schedule
 from mim3d.training.settings import LoopSettings
 
 #: Layers: stem, two blocks, output.

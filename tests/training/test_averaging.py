@@ -15,7 +15,7 @@ from mim3d.objective import Objective
 from mim3d.training.checkpoint import load_best, read_checkpoint
 from mim3d.training.memory import StepMemory
 from mim3d.training.optim import WeightAverage
-from mim3d.training.optimisation import average_decay, make_schedule
+from mim3d.training.schedule import average_decay, make_schedule
 from mim3d.training.settings import LoopSettings
 from tests.training import toy_training
 from tests.training.test_memory import CHAIN_SAMPLE, Chain

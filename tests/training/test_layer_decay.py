@@ -11,7 +11,7 @@ from mim3d.backbones import BACKBONES, Hybrid, create_recipe
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import ConfigError
 from mim3d.training.optim import build_optimizer, layer_lines, layer_scales, set_learning_rate
-from mim3d.training.optimisation import Optimisation, Schedule, make_schedule
+from mim3d.training.schedule import Optimisation, Schedule, make_schedule
 from tests.training.toy_training import OPTIM, ToyObjective, toy_run
 
 

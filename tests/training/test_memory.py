@@ -29,7 +29,7 @@ from mim3d.training.memory import (
     is_out_of_memory,
     usable_bytes,
 )
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 from tests.training.toy_training import ToyObjective, toy_run
 
@@ -196,7 +196,7 @@ from mim3d.backbones import create_recipe
 from mim3d.training.optim import build_optimizer
 from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.methods.mim.method import MiM
-from mim3d.training.optimisation import make_schedule
+from mim3d.training.schedule import make_schedule
 from mim3d.core.resources import peak_memory_bytes
 from tests.training.test_memory import mim_need
 

@@ -22,8 +22,8 @@ from mim3d.training.display import Display
 from mim3d.training.launch import launch, seed_step, usable_precision
 from mim3d.training.meter import Meter, Throughput
 from mim3d.training.optim import build_optimizer, decay_groups
-from mim3d.training.optimisation import Optimisation, make_schedule
 from mim3d.training.plan import steps_for_epochs
+from mim3d.training.schedule import Optimisation, make_schedule
 from mim3d.training.settings import LoopSettings
 from tests.training.toy_training import ToyObjective, ToySource, toy_run
 

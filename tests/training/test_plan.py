@@ -8,8 +8,8 @@ from mim3d.methods.mim.method import MiM
 from mim3d.objective import Tokens, crop_tokens
 from mim3d.scans.intensity import Intensity
 from mim3d.training.display import summary
-from mim3d.training.optimisation import Optimisation
 from mim3d.training.plan import make_plan
+from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 from tests.array_scans import random_scan
 from tests.training.toy_training import ToyObjective, ToySource

@@ -9,7 +9,7 @@ from mim3d.backbones.contract import Backbone
 from mim3d.core.types import Triple
 from mim3d.loading.loader import Sampler
 from mim3d.objective import Objective
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 
 
 @dataclass(frozen=True, kw_only=True)

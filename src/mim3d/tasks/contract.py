@@ -13,7 +13,7 @@ from mim3d.inference import scores_bytes
 from mim3d.loading.loader import Augment, Sampler
 from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 
 
 @dataclass(frozen=True, kw_only=True)

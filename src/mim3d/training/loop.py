@@ -17,8 +17,8 @@ from mim3d.training.launch import FabricModule, StepModule, compile_blocks, devi
 from mim3d.training.memory import is_out_of_memory
 from mim3d.training.meter import gradient_terms
 from mim3d.training.optim import build_optimizer, clip_gradients, set_learning_rate
-from mim3d.training.optimisation import Optimisation
 from mim3d.training.plan import make_plan
+from mim3d.training.schedule import Optimisation
 from mim3d.training.session import Hooks, OnCheckpoint, TrainingSession, Validate
 from mim3d.training.settings import BatchSource, LoopSettings, TrainResult
 

@@ -19,8 +19,8 @@ from mim3d.core.resources import available_memory_bytes, in_words, peak_memory_b
 from mim3d.objective import Objective
 from mim3d.training.launch import choose_accelerator
 from mim3d.training.optim import WeightAverage, build_optimizer
-from mim3d.training.optimisation import Optimisation, make_schedule
 from mim3d.training.plan import effective_batch
+from mim3d.training.schedule import Optimisation, make_schedule
 from mim3d.training.settings import LoopSettings
 
 #: Shape and type of each tensor of one sample, by batch key.

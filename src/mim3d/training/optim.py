@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import CheckpointError
-from mim3d.training.optimisation import Schedule, average_decay
+from mim3d.training.schedule import Schedule, average_decay
 
 _TOKEN_OR_POSITION = re.compile(r"(^|[._])(mask_token|cls_token|pos_embed|positions?|positional)([._]|$)")
 

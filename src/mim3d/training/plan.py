@@ -9,7 +9,7 @@ from torch import nn
 
 from mim3d.objective import Tokens
 from mim3d.training.optim import decay_groups, layer_lines
-from mim3d.training.optimisation import Optimisation, Schedule, make_schedule
+from mim3d.training.schedule import Optimisation, Schedule, make_schedule
 from mim3d.training.settings import BatchSource, LoopSettings
 
 

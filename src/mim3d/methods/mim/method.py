@@ -13,7 +13,7 @@ from mim3d.methods.mim.hierarchy import Hierarchy, Level
 from mim3d.methods.mim.objective import MiMObjective
 from mim3d.methods.mim.planning import check_padding, describe_levels, full_levels, padding_ratio, plan_levels
 from mim3d.methods.mim.sampler import MiMSampler
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 
 #: A normalised reconstruction loss above this has learned nothing (1 is the loss of a constant guess).
 IDLE_LOSS = 0.98

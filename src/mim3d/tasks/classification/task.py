@@ -25,7 +25,7 @@ from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler
 from mim3d.tasks.contract import Task
 from mim3d.tasks.frozen import check_freezing, freezing_lines
 from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided
 from mim3d.tasks.segmentation.crops import CropSampler
 from mim3d.tasks.segmentation.partial_labels import PartialLabels, are_partial
 from mim3d.tasks.segmentation.targets import Targets, derived_values, exclusive_targets, region_targets
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 
 #: Edge that a planned patch does not exceed.
 LARGEST_PLANNED_EDGE = 96

@@ -12,7 +12,7 @@ from mim3d.core.types import Triple
 from mim3d.planning.patch import FILLED_SHARE
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.memory import StepMemory, can_be_known, usable_bytes
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.workflows.finetune.settings import FinetuneSettings
 
 

@@ -17,7 +17,7 @@ from mim3d.datasets.splits import Split
 from mim3d.tasks import TASKS, create_task
 from mim3d.tasks.segmentation.augmentation import sided_labels
 from mim3d.tasks.segmentation.task import Segmentation
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.initialisation import DEFAULT_BACKBONE, asked_recipe

@@ -16,7 +16,7 @@ from mim3d.core.types import Triple
 from mim3d.methods import Method
 from mim3d.objective import Objective
 from mim3d.training.memory import MemoryNeed, SampleShapes, StepMemory, can_be_known, usable_bytes
-from mim3d.training.optimisation import Optimisation
+from mim3d.training.schedule import Optimisation
 from mim3d.workflows.shared.training import TrainingSettings
 
 

@@ -16,8 +16,8 @@ from mim3d.distributed.stopping import requeued_when_stopped
 from mim3d.loading.loader import Augment, Loader, Sampler
 from mim3d.scans.intensity import Intensity
 from mim3d.tracking import Tracking
-from mim3d.training.optimisation import Optimisation
 from mim3d.training.plan import steps_for_epochs
+from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mim3d.core.errors import ConfigError
-from mim3d.training.optimisation import Optimisation, make_schedule
+from mim3d.training.schedule import Optimisation, make_schedule
 
 DEFAULTS = Optimisation(
     base_learning_rate=1.5e-4, reference_batch=256, weight_decay=0.05, betas=(0.9, 0.95), warmup_ratio=0.1

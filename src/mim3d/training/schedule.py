@@ -1,11 +1,11 @@
-"""How weights are moved: the optimiser's settings, and what becomes of them in one run."""
+"""Settings of the optimiser, and the learning-rate schedule that follows from them in one run."""
 
 import math
 from dataclasses import dataclass, fields, replace
 
 from mim3d.core.errors import ConfigError
 
-# AdamW's own defaults, for what neither the user nor the method or task says.
+# AdamW's own defaults, for what neither the user nor the method or task sets.
 _PLAIN_WEIGHT_DECAY = 0.01
 _PLAIN_BETAS = (0.9, 0.999)
 
@@ -15,21 +15,21 @@ TINY_LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """Settings of AdamW and its schedule; ``None`` means the method's or task's default.
+    """Settings of AdamW and its schedule. None means the default of the method or task.
 
     Attributes:
-        learning_rate: peak learning rate, used as it is.
-        base_learning_rate: peak learning rate at ``reference_batch`` samples per step; grows with the batch.
-        reference_batch: samples per step that ``base_learning_rate`` is meant for.
-        weight_decay: decoupled weight decay; never on biases, norms, tokens and positions.
-        betas: decay of AdamW's two moments.
-        warmup_steps: optimiser steps of linear warm-up.
-        warmup_ratio: the same as a share of all steps.
-        clip_norm: largest norm of the whole gradient; 0 leaves it unclipped.
-        layer_decay: factor on the learning rate from each layer of the encoder to the one below it; 1 for none.
-        ema_decay: decay of an average of the weights, which is validated and exported in their place; 0 for none.
+        learning_rate: Peak learning rate, used as it is.
+        base_learning_rate: Peak learning rate at ``reference_batch`` samples per step. It grows with the batch.
+        reference_batch: Samples per step that ``base_learning_rate`` is meant for.
+        weight_decay: Decoupled weight decay, never of biases, norms, tokens and positions.
+        betas: Decay of AdamW's two moments.
+        warmup_steps: Optimiser steps of linear warm-up.
+        warmup_ratio: Share of all steps that is warm-up.
+        clip_norm: Largest norm of the whole gradient. 0 leaves it unclipped.
+        layer_decay: Factor on the learning rate from each layer of the encoder to the one below it. 1 for none.
+        ema_decay: Decay of an average of the weights, which is validated and exported in their place. 0 for none.
     Raises:
-        ConfigError: for a value out of range, or two settings that say the same thing.
+        ConfigError: A value is out of range, or two settings say the same thing.
     """
 
     learning_rate: float | None = None
@@ -63,7 +63,7 @@ class Optimisation:
             raise ConfigError(f"ema_decay is {self.ema_decay}; it must be 0 or more and below 1, such as 0.999.")
 
     def filled_from(self, defaults: "Optimisation") -> "Optimisation":
-        """This, with everything unset taken from ``defaults``.
+        """The same settings, with everything unset taken from ``defaults``.
 
         Settings that exclude one another count as one: a learning rate set here displaces a default base
         learning rate, and warm-up steps a default warm-up ratio.
@@ -85,16 +85,18 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the settings come to in one run: plain numbers, and the sentences that derive them.
+    """The numbers that follow from the settings in one run, and the sentences that derive them.
 
     Attributes:
-        learning_rate: peak learning rate.
-        warmup_steps: optimiser steps until the peak.
-        max_steps: optimiser steps until zero.
-        clip_norm: largest gradient norm; infinite where nothing is clipped.
-        derivations: one line per derived number, for people.
-        layer_decay: factor on the learning rate from each layer of the encoder to the one below.
-        ema_decay: decay of the average of the weights; 0 where there is none.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay.
+        betas: Decay of AdamW's two moments.
+        warmup_steps: Optimiser steps until the peak.
+        max_steps: Optimiser steps until zero.
+        clip_norm: Largest norm of the gradient. Infinite where nothing is clipped.
+        derivations: One line for each derived number, for people.
+        layer_decay: Factor on the learning rate from each layer of the encoder to the one below it.
+        ema_decay: Decay of the average of the weights. 0 where there is none.
     """
 
     learning_rate: float
@@ -108,9 +110,9 @@ class Schedule:
     ema_decay: float = 0.0
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of optimiser step ``step`` (1 is the first): linear warm-up, then half a cosine.
+        """Learning rate of optimiser step ``step``, from 1 on: linear warm-up, then half a cosine.
 
-        The last warm-up step has the peak rate; zero would be reached one step after the last.
+        The last warm-up step has the peak rate. Zero would be reached one step after the last.
         """
         if step <= self.warmup_steps:
             return self.learning_rate * step / self.warmup_steps
@@ -119,14 +121,14 @@ class Schedule:
 
 
 def make_schedule(settings: Optimisation, *, effective_batch: int, max_steps: int) -> Schedule:
-    """Turn settings (already filled from the method's or task's defaults) into numbers.
+    """Turn settings into numbers.
 
     Args:
-        settings: what was asked for.
-        effective_batch: samples per optimiser step over all processes.
-        max_steps: optimiser steps of the whole run.
+        settings: Settings that are already filled from the defaults of the method or task.
+        effective_batch: Samples per optimiser step over all processes.
+        max_steps: Optimiser steps of the whole run.
     Raises:
-        ConfigError: when no learning rate follows from the settings.
+        ConfigError: No learning rate follows from the settings.
     """
     learning_rate, rate_line = _learning_rate(settings, effective_batch)
     warmup_steps, warmup_line = _warmup(settings, max_steps)
@@ -136,7 +138,14 @@ def make_schedule(settings: Optimisation, *, effective_batch: int, max_steps: in
     clip_line = f"gradient norm clipped at {clip_norm:g}" if settings.clip_norm else "gradients not clipped"
     adamw_line = f"AdamW with weight decay {weight_decay:g} and betas {betas[0]:g}, {betas[1]:g}; {clip_line}"
     ema_decay = settings.ema_decay or 0.0
-    average_lines = [_average_line(ema_decay)] if ema_decay else []
+    average_lines = []
+    if ema_decay:
+        # Where (1 + t) / (10 + t) reaches the decay; rounded first, lest 80.00000000000001 steps take one more.
+        steps = max(0, math.ceil(round((10 * ema_decay - 1) / (1 - ema_decay), 6)))
+        average_lines.append(
+            f"weights averaged over about {1 / (1 - ema_decay):.4g} steps (decay {ema_decay:g}, reached after {steps}"
+            "); the average is validated and exported"
+        )
     return Schedule(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
@@ -161,10 +170,7 @@ def average_decay(ema_decay: float, num_updates: int) -> float:
 
 def _learning_rate(settings: Optimisation, effective_batch: int) -> tuple[float, str]:
     if settings.learning_rate is not None:
-        return (
-            settings.learning_rate,
-            f"learning rate {settings.learning_rate:g} (as set, whatever the batch)",
-        )
+        return settings.learning_rate, f"learning rate {settings.learning_rate:g} (as set, whatever the batch)"
     if settings.base_learning_rate is None or settings.reference_batch is None:
         raise ConfigError(
             "No learning rate follows from the settings; "
@@ -180,23 +186,10 @@ def _learning_rate(settings: Optimisation, effective_batch: int) -> tuple[float,
     return rate, line
 
 
-def _average_line(ema_decay: float) -> str:
-    # Where (1 + t) / (10 + t) reaches the decay; rounded first, lest 80.00000000000001 steps take one more.
-    steps = max(0, math.ceil(round((10 * ema_decay - 1) / (1 - ema_decay), 6)))
-    return (
-        f"weights averaged over about {1 / (1 - ema_decay):.4g} steps (decay {ema_decay:g}, reached after {steps}); "
-        "the average is validated and exported"
-    )
-
-
 def _warmup(settings: Optimisation, max_steps: int) -> tuple[int, str]:
+    wanted, source = settings.warmup_steps or 0, ""
     if settings.warmup_ratio is not None:
-        wanted, source = (
-            round(settings.warmup_ratio * max_steps),
-            f" = {settings.warmup_ratio:g} x {max_steps}",
-        )
-    else:
-        wanted, source = settings.warmup_steps or 0, ""
+        wanted, source = round(settings.warmup_ratio * max_steps), f" = {settings.warmup_ratio:g} x {max_steps}"
     steps = min(wanted, max_steps)
     if steps < wanted:
         source = f" ({wanted} were asked for, but the run has only {max_steps})"
