@@ -15,10 +15,10 @@ from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import read_run
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks.classification.classifier import load_classifier
+from mim3d.tasks.classification.prediction import box_of_scan, classes_of, prepare_scan
+from mim3d.tasks.trained import load_trained
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card
-from mim3d.workflows.predict.classify import predict_classes
 from mim3d.workflows.shared.devices import choose_device
 from tests.commands.conftest import BACKBONE
 from tests.labelled import write_scan
@@ -69,9 +69,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def classify(weights: list[Path], out: Path, inputs: Path | None = None, **changes: object) -> Path:
-    settings = {"batch_size": 3, "backbone": None, "accelerator": "cpu", "overwrite": False, **changes}
+    settings = {"batch_size": 3, "accelerator": "cpu", **changes}
     names = [str(path) for path in weights]
-    return Path(predict_classes(names, str(out), None if inputs is None else str(inputs), **settings))
+    return Path(predict(names, str(out), None if inputs is None else str(inputs), **settings))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_classifiers_that_held_out_other_cases_or_know_other_classes_are_not_ave
     renamed = class_list.parent / "renamed.csv"
     renamed.write_text(class_list.read_text().replace(",dark,", ",black,"))
     third = tune(renamed, tmp_path / "third", max_steps=2, validate_every=2)
-    with pytest.raises(ConfigError, match="has classes black, bright, but"):
+    with pytest.raises(ConfigError, match=r"has other classes \(black, bright\) than"):
         classify([run, third], tmp_path / "out", class_list)
 
 
@@ -185,28 +185,28 @@ def test_the_box_of_a_file_is_the_box_of_the_cache(run, class_list):
     from mim3d.loading.loader import SampleDataset
     from mim3d.tasks.classification.cubes import CubeFinisher
 
-    classifier = load_classifier(run)
+    classifier = load_trained(run)
     for scan in list(open_cache(run / "cache"))[:3]:
-        sampler = classifier.settings.exact_sampler(classifier.classes)
+        sampler = classifier.task.exact_sampler(classes_of(classifier))
         cached = SampleDataset([scan], sampler, classifier.intensity, 0, CubeFinisher())[0]["image"][0]
-        read = classifier.box(classifier.prepare(scan.case))
+        read = box_of_scan(classifier, prepare_scan(classifier, scan.case))
         np.testing.assert_allclose(read, cached.numpy(), atol=1e-4)
 
 
 def test_a_scan_of_other_channels_or_without_its_label_is_refused_in_a_sentence(run, class_list):
-    classifier = load_classifier(run)
+    classifier = load_trained(run)
     image = str(class_list.parent / "image_0.nii.gz")
     with pytest.raises(DataError, match="2 images"):
-        classifier.prepare(Case(id="a", images=(image, image), patient="a"))
+        prepare_scan(classifier, Case(id="a", images=(image, image), patient="a"))
     with pytest.raises(DataError, match="boxes around labelled structures"):
-        classifier.prepare(Case(id="a", images=(image,), patient="a"))
+        prepare_scan(classifier, Case(id="a", images=(image,), patient="a"))
 
 
 def test_other_networks_are_no_classifiers(segmenter_run):
     with pytest.raises(CheckpointError, match="classifier"):
-        load_classifier(segmenter_run)
+        load_trained(segmenter_run, task="classification")
     with pytest.raises(CheckpointError, match="another task"):
-        load_classifier(segmenter_run / "segmenter")
+        load_trained(segmenter_run / "segmenter", task="classification")
 
 
 def test_devices_are_chosen_by_name():

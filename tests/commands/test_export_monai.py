@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -95,8 +96,8 @@ def test_regions_paint_their_label_values(segmenter_run, tmp_path):
     from monai.data import MetaTensor
 
     network = load_exported(str(segmenter_run))
-    regions = type(network)(
-        **{**vars(network), "activation": "sigmoid", "painted": (2, 5), "channels": ("ball", "core")}
+    regions = replace(
+        network, form=replace(network.form, activation="sigmoid", painted=(2, 5), channels=("ball", "core"))
     )
     parser = ConfigParser(inference_config(regions))
     steps = parser.get_parsed_content("postprocessing").transforms

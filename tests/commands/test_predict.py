@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import nibabel
@@ -20,7 +18,7 @@ from mim3d.core.run_folder import Run
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split
 from mim3d.scans.volumes import read_volume
-from mim3d.workflows.predict.predictions import input_cases
+from mim3d.workflows.predict import input_cases
 from mim3d.workflows.shared.held_out import held_out_cases, write_split
 from tests.labelled import ball_scan, write_scan
 
@@ -199,7 +197,7 @@ def test_an_encoder_is_no_segmenter_and_that_is_said(segmenter_run, scans, tmp_p
     card = json.loads((folder / "card.json").read_text())
     del card["task"]
     (folder / "card.json").write_text(json.dumps(card))
-    with pytest.raises(CheckpointError, match="no segmenter but an encoder"):
+    with pytest.raises(CheckpointError, match="no segmenter or classifier but an encoder"):
         predict(str(folder), str(tmp_path / "out"), input=str(scans))
 
 
@@ -388,16 +386,6 @@ def test_a_dicom_series_becomes_a_dicom_seg(segmenter_run, shared_data, tmp_path
     labels = read_volume(str(nifti / "cip_ct64.nii.gz"), label=True).array
     volume = read.get_volume(combine_segments=True).array
     assert [(volume == number).sum() for number in (1, 2)] == [(labels == value).sum() for value in (2, 5)]
-
-
-def test_a_classifier_is_handed_to_the_command_for_classes(segmenter_run, scans, tmp_path, monkeypatch):
-    folder = damaged(segmenter_run, tmp_path / "run" / "classifier", task={"name": "classification"})
-    asked = []
-    module = types.ModuleType("mim3d.workflows.predict.classify")
-    module.predict_classes = lambda *arguments: asked.append(arguments) or "table"
-    monkeypatch.setitem(sys.modules, "mim3d.workflows.predict.classify", module)
-    assert predict(str(folder.parent), str(tmp_path / "out"), input=str(scans), batch_size=2) == "table"
-    assert asked == [([str(folder.parent)], str(tmp_path / "out"), str(scans), 2, None, "auto", False)]
 
 
 def test_a_dicom_series_and_foreign_formats_get_label_maps_on_their_grids(segmenter_run, shared_data, tmp_path):

@@ -14,7 +14,7 @@ from mim3d.commands.finetune import finetune
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import to_named
-from mim3d.tasks.segmentation.segmenter import load_segmenter
+from mim3d.tasks.trained import load_trained
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network
 from tests.commands.conftest import BACKBONE, TASK
@@ -60,7 +60,7 @@ def test_settings_without_a_name_change_the_backbone_of_the_weights(
     assert record.config["backbone"]["widths"] == [8, 16]
     assert read_card(run, ("segmenter",))["backbone"]["drop_path"] == 0.3
     assert load_encoder(run).recipe.drop_path == 0.3
-    assert not load_segmenter(run).network.encoder.training
+    assert not load_trained(run).module.encoder.training
 
 
 def test_a_setting_that_the_weights_backbone_lacks_is_refused(ball_set: Path, encoder: str, tmp_path: Path) -> None:
@@ -98,14 +98,14 @@ def test_every_recipe_together_trains_stops_and_resumes_to_the_same_losses(
     tune(ball_set, parts, **changes, resume=True)
     losses = [[line["loss"] for line in read_run(run).metrics if "loss" in line] for run in (whole, parts)]
     assert len(losses[0]) == 8 and losses[0] == losses[1]
-    exported = [load_segmenter(run).network.state_dict() for run in (whole, parts)]
+    exported = [load_trained(run).module.state_dict() for run in (whole, parts)]
     assert all(torch.equal(value, exported[1][name]) for name, value in exported[0].items())
 
 
 def test_what_is_exported_without_validation_is_the_average(ball_set: Path, tmp_path: Path) -> None:
     run = tune(ball_set, tmp_path / "run", fold=None, optim=Optimisation(ema_decay=0.9))
     saved = torch.load(run / "checkpoints" / "step_00000002.pt", weights_only=True)
-    exported = load_segmenter(run).network.state_dict()
+    exported = load_trained(run).module.state_dict()
     assert all(torch.equal(exported[name], value) for name, value in saved["average"].items())
     assert not all(torch.equal(exported[name], value) for name, value in saved["objective"].items())
 
@@ -176,5 +176,5 @@ def test_two_processes_follow_every_recipe_as_one_with_both_batches(ball_set: Pa
     steps = [[float(moments["step"]) for moments in run["optimizer"]["state"].values()] for run in (one, two)]
     # The stem began last.
     assert steps[0] == steps[1] and min(steps[0]) < max(steps[0]) == 6
-    exported = [load_segmenter(tmp_path / name).network.state_dict() for name in ("one", "two")]
+    exported = [load_trained(tmp_path / name).module.state_dict() for name in ("one", "two")]
     assert all(torch.isfinite(value).all() for weights in exported for value in weights.values())

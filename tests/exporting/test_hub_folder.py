@@ -10,11 +10,10 @@ import yaml
 import mim3d
 from mim3d.commands.export import export
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
-from mim3d.tasks.classification.classifier import load_classifier
-from mim3d.tasks.segmentation.segmenter import load_segmenter
+from mim3d.tasks.trained import load_trained
 from mim3d.weights import read_card
 
-LOADERS = {"encoder": mim3d.load_encoder, "segmenter": load_segmenter, "classifier": load_classifier}
+LOADERS = {"encoder": mim3d.load_encoder, "segmenter": load_trained, "classifier": load_trained}
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -23,7 +22,7 @@ def test_a_network_comes_back_as_it_was(make, kind, tmp_path):
     out = export(str(run), str(tmp_path / "out"))
     assert read_card(out) == read_card(run)
     before, after = (LOADERS[kind](path) for path in (run, out))
-    states = [getattr(loaded, "network", loaded).state_dict() for loaded in (before, after)]
+    states = [getattr(loaded, "module", loaded).state_dict() for loaded in (before, after)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     # Exported again, it is the same folder.

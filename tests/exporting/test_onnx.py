@@ -30,7 +30,7 @@ def test_onnx_runtime_computes_what_the_network_does_by_standard_operators(make,
     image = np.random.default_rng(0).normal(size=(3, *described["input"]["shape"][1:])).astype(np.float32)
     given = session.run([out["name"] for out in described["outputs"]], {described["input"]["name"]: image})
     with torch.no_grad():
-        expected = outputs_of(load_exported(str(run)).program(torch.from_numpy(image)))
+        expected = outputs_of(load_exported(str(run)).form.program(torch.from_numpy(image)))
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(given, expected, strict=True))
     assert max(value["relative"] for value in described["parity"].values()) < 1e-4
 

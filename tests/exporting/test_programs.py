@@ -22,7 +22,7 @@ from tests.exporting.conftest import BACKBONE
 
 def test_operators_of_our_own_become_the_librarys(make):
     network = load_exported(str(make("segmenter")))
-    graph = traced(network.program, network.num_channels, network.patch_size)
+    graph = traced(network.form.program, network.num_channels, network.patch_size)
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert not [name for name in called if "mim3d" in name]
     assert {"aten.conv3d.default", "aten.gelu.default", "aten.layer_norm.default"} <= called
@@ -30,11 +30,11 @@ def test_operators_of_our_own_become_the_librarys(make):
 
 def test_a_program_takes_any_number_of_samples_and_moves_to_another_device(make):
     network = load_exported(str(make("encoder")), patch_size=(8, 8, 8))
-    module = torch.export.unflatten(traced(network.program, 1, (8, 8, 8)))
+    module = torch.export.unflatten(traced(network.form.program, 1, (8, 8, 8)))
     for number in (1, 3):
         image = torch.randn(number, 1, 8, 8, 8)
         with torch.no_grad():
-            expected = network.program(image)
+            expected = network.form.program(image)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(module(image), expected, strict=True))
     # No memory lies behind this device, but every operator checks that its tensors are on one.
     moved = module.to("meta")(torch.zeros(1, 1, 8, 8, 8, device="meta"))
@@ -61,7 +61,7 @@ def test_a_pt2_archive_computes_what_its_network_does(make, kind, tmp_path, caps
     image = torch.randn(3, *described["input"]["shape"][1:])
     module = torch.export.load(tmp_path / "out" / "model.pt2").module()
     with torch.no_grad():
-        given, expected = outputs_of(module(image)), outputs_of(network.program(image))
+        given, expected = outputs_of(module(image)), outputs_of(network.form.program(image))
     assert difference(expected, given).relative < 1e-5
     assert [["batch", *tensor.shape[1:]] for tensor in expected] == [out["shape"] for out in described["outputs"]]
     assert (described["license"], described["modality"]) == ("mit", "CT")
@@ -73,7 +73,7 @@ def test_a_pt2_archive_runs_without_mim3d(make, tmp_path):
     export(str(run), str(tmp_path / "out"), format="torch-export")
     image = torch.randn(1, 1, 8, 8, 12)
     with torch.no_grad():
-        expected = load_exported(str(run)).program(image)
+        expected = load_exported(str(run)).form.program(image)
     np.save(tmp_path / "image.npy", image.numpy())
     code = """
 import sys

@@ -12,8 +12,8 @@ from mim3d.core.errors import DataError
 from mim3d.datasets.cases import Case
 from mim3d.inference import padding_values, sliding_logits
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks.segmentation.ensemble import Ensemble
-from mim3d.tasks.segmentation.segmenter import Segmenter
+from mim3d.tasks.contract import PredictionSettings, TrainedNetwork
+from mim3d.tasks.segmentation.prediction import SegmentationPredictor
 from mim3d.tasks.segmentation.task import Segmentation
 from tests.labelled import ball_scan, write_scan
 
@@ -22,13 +22,15 @@ REGIONS = {"whole": (1, 2, 4), "core": (2, 4), "enhancing": (4,)}
 INTENSITY = Intensity(window=(0.0, 400.0))
 
 
-def segmenter_of(settings: Segmentation, seed: int = 0) -> Segmenter:
+def segmenter_of(settings: Segmentation, seed: int = 0) -> TrainedNetwork:
     """A segmenter that learned nothing."""
     torch.manual_seed(seed)
     recipe = create_recipe({"name": "hybrid", "widths": [8, 16], "depths": [1, 1], "num_heads": 2})
-    return Segmenter(
-        network=settings.build(recipe, LABELS).eval(),
-        settings=settings,
+    return TrainedNetwork(
+        path=f"run_{seed}",
+        card={},
+        module=settings.build(recipe, LABELS).eval(),
+        task=settings,
         labels=LABELS,
         num_channels=1,
         preprocessing=Preprocessing(),
@@ -36,6 +38,10 @@ def segmenter_of(settings: Segmentation, seed: int = 0) -> Segmenter:
         digest=str(seed),
         device=torch.device("cpu"),
     )
+
+
+def predictor_of(*networks: TrainedNetwork) -> SegmentationPredictor:
+    return SegmentationPredictor(networks, PredictionSettings())
 
 
 def scan_of(folder: Path) -> Case:
@@ -46,24 +52,24 @@ def scan_of(folder: Path) -> Case:
 @pytest.mark.parametrize("regions", [None, REGIONS])
 def test_label_values_and_probabilities_are_those_of_the_networks_targets(tmp_path, regions):
     segmenter = segmenter_of(Segmentation(patch_size=(16, 16, 16), regions=regions))
-    case, windows = scan_of(tmp_path), segmenter.settings.windows()
-    filled = np.empty((22, 20, 18, len(segmenter.channel_names)), dtype=np.float32)
-    labels, _ = Ensemble((segmenter,)).segment(case, windows, probability_target=lambda grid, channels: filled)
+    predictor, case = predictor_of(segmenter), scan_of(tmp_path)
+    filled = np.empty((22, 20, 18, len(predictor.targets.names)), dtype=np.float32)
+    labels, _ = predictor.segment(case, probability_target=lambda grid, channels: filled)
     prepared = prepare(case, Preprocessing(), with_label=False)
     with torch.no_grad():
         logits = sliding_logits(
-            segmenter.network.logits,
+            segmenter.module.logits,
             torch.from_numpy(INTENSITY.apply(prepared.image, prepared.statistics)),
-            windows,
+            segmenter.task.windows(),
             padding=padding_values(INTENSITY, prepared.statistics),
             device=torch.device("cpu"),
         )
-    whole = segmenter.network.probabilities(logits)
+    whole = segmenter.module.probabilities(logits)
     assert np.abs(filled - whole.movedim(0, -1).numpy()).max() < 1e-5
-    agree = labels == segmenter.network.labels_of(whole).numpy()
+    agree = labels == segmenter.module.labels_of(whole).numpy()
     assert agree.mean() > 0.999 and labels.dtype == np.uint8
     assert set(np.unique(labels)) <= set(LABELS) and labels.any()
-    assert segmenter.channel_names == (tuple(REGIONS) if regions else tuple(LABELS.values()))
+    assert predictor.targets.names == (tuple(REGIONS) if regions else tuple(LABELS.values()))
 
 
 def test_an_ensemble_of_regions_averages_their_probabilities(tmp_path):
@@ -72,7 +78,7 @@ def test_an_ensemble_of_regions_averages_their_probabilities(tmp_path):
     case, found = scan_of(tmp_path), []
     for chosen in ([members[0]], [members[1]], members):
         filled = np.empty((22, 20, 18, 3), dtype=np.float32)
-        Ensemble(tuple(chosen)).segment(case, settings.windows(), probability_target=lambda grid, k, to=filled: to)
+        predictor_of(*chosen).segment(case, probability_target=lambda grid, k, to=filled: to)
         found.append(filled)
     assert np.abs(found[0] - found[1]).max() > 0.01
     # One window covers the scan, so that it does not matter what is blended.
@@ -84,4 +90,4 @@ def test_channels_that_do_not_match_are_refused(tmp_path):
     two = Case(id="two", images=case.images * 2, patient="two")
     segmenter = segmenter_of(Segmentation(patch_size=(16, 16, 16)))
     with pytest.raises(DataError, match=r"2 images \(channels\).*trained on 1"):
-        Ensemble((segmenter,)).segment(two, segmenter.settings.windows())
+        predictor_of(segmenter).segment(two)

@@ -299,21 +299,35 @@ def resolve(
     values = {"name": named} if isinstance(named, str) else named
     if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
         raise ConfigError(f"{kind} is {named!r}, but it takes a name, or a mapping with a name and settings.")
-    name = values["name"]
+    target = find_named(values["name"], registry, kind, allow_import=allow_import)
     settings = {key: value for key, value in values.items() if key != "name"}
+    if isinstance(target, type):
+        return build_settings(target, settings, kind)
+    preset = target if dataclasses.is_dataclass(target) else target()
+    return update_settings(preset, settings, kind)
+
+
+def find_named(name: str, registry: Mapping[str, Any], kind: str, *, allow_import: bool = True) -> Any:
+    """Find what a registered name or a dotted path stands for, before it is given any settings.
+
+    Args:
+        name: A registered name, or a dotted path to a dataclass.
+        registry: What each name stands for, see :func:`resolve`.
+        kind: What is looked for, in the words of an error: ``method``, ``backbone``.
+        allow_import: Whether a dotted path may be imported, see :func:`resolve`.
+
+    Raises:
+        ConfigError: The name is unknown (the nearest known one is offered), or cannot be imported.
+    """
     if name in registry:
         target = registry[name]
         if isinstance(target, str):
             module, attribute = target.split(":")
             target = getattr(importlib.import_module(module), attribute)
-    elif allow_import and "." in name and all(part.isidentifier() for part in name.split(".")):
-        target = _imported(name, kind)
-    else:
-        raise ConfigError(f"There is no {kind} '{name}'.{nearest(name, registry)}")
-    if isinstance(target, type):
-        return build_settings(target, settings, kind)
-    preset = target if dataclasses.is_dataclass(target) else target()
-    return update_settings(preset, settings, kind)
+        return target
+    if allow_import and "." in name and all(part.isidentifier() for part in name.split(".")):
+        return _imported(name, kind)
+    raise ConfigError(f"There is no {kind} '{name}'.{nearest(name, registry)}")
 
 
 def _imported(path: str, kind: str) -> Any:

@@ -39,16 +39,16 @@ def described(
         "preprocessing": preprocessing_of(network),
         "outputs": [
             {"name": name, "dtype": "float32", "shape": outputs[name], "meaning": _meaning(network, name)}
-            for name in network.outputs
+            for name in network.form.outputs
         ],
         "parity": {name: {"absolute": value.absolute, "relative": value.relative} for name, value in parity.items()},
         "card": {key: card[key] for key in ("backbone", "data_digest", "mim3d_version", "scores") if key in card},
     }
-    if network.channels:
-        content["channels"] = list(network.channels)
-        content["activation"] = network.activation
-    if network.painted:
-        content["label_values"] = list(network.painted)
+    if network.form.channels:
+        content["channels"] = list(network.form.channels)
+        content["activation"] = network.form.activation
+    if network.form.painted:
+        content["label_values"] = list(network.form.painted)
         content["label_map"] = label_rule(network)
     return content
 
@@ -63,21 +63,7 @@ def preprocessing_of(network: Exported) -> dict[str, Any]:
         "intensity_formula": formula(intensity),
         "padding": "each channel's darkest value (of CT at least -1024 HU), mapped like all others",
     }
-    box = box_of(network)
-    return steps if box is None else {**steps, "box": box}
-
-
-def box_of(network: Exported) -> dict[str, Any] | None:
-    """The box of a scan that a classifier sees; no voxel size where it is the whole scan. None for other networks."""
-    if network.kind != "classifier":
-        return None
-    task: Any = network.task
-    cube = task.cube()
-    return {
-        "voxels": list(cube.size),
-        "voxel_mm": None if cube.voxel_mm is None else list(cube.voxel_mm),
-        "centre": task.centre,
-    }
+    return steps if network.form.box is None else {**steps, "box": dict(network.form.box)}
 
 
 def millimetres(sizes: Sequence[float] | None, otherwise: str) -> str:
@@ -101,12 +87,12 @@ def formula(intensity: Mapping[str, Any] | None) -> str:
 
 def label_rule(network: Exported) -> str:
     """How probabilities become label values."""
-    if network.activation == "softmax":
+    if network.form.activation == "softmax":
         return "label_values[index of the largest logit]"
     return "0; then for each channel in order: its label value wherever sigmoid(logit) > 0.5"
 
 
 def _meaning(network: Exported, name: str) -> str:
-    if network.kind == "encoder":
+    if network.form.activation is None:
         return f"feature map, one voxel for every {name.removeprefix('features_stride')} of the input along each axis"
-    return f"logits of the channels; {network.activation} gives probabilities"
+    return f"logits of the channels; {network.form.activation} gives probabilities"

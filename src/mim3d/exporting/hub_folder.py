@@ -58,7 +58,7 @@ def _config(network: Exported) -> dict[str, Any]:
         "network": network.kind,
         "backbone": card.get("backbone"),
         "in_channels": network.num_channels,
-        "input_size": None if network.trained_size is None else list(network.trained_size),
-        "id2label": {str(number): name for number, name in enumerate(network.channels)},
+        "input_size": None if network.form.input_size is None else list(network.form.input_size),
+        "id2label": {str(number): name for number, name in enumerate(network.form.channels)},
         "mim3d_version": card.get("mim3d_version"),
     }

@@ -6,24 +6,11 @@ from typing import Any
 import yaml
 
 import mim3d
-from mim3d.exporting.description import box_of, formula, millimetres
+from mim3d.exporting.description import formula, millimetres
 from mim3d.exporting.networks import Exported
+from mim3d.tasks import TASKS
 
-#: What Hugging Face calls what a network does.
-PIPELINES = {
-    "encoder": "image-feature-extraction",
-    "segmenter": "image-segmentation",
-    "classifier": "image-classification",
-}
-
-_PURPOSE = {
-    "encoder": "An encoder for volumes: feature maps at several resolutions, for fine-tuning.",
-    "segmenter": "A segmentation network for volumes: one label map for each scan.",
-    "classifier": "A classification network for volumes: one class for each scan.",
-}
-
-_LOADING = {
-    "encoder": """```python
+_LOADING_ENCODER = """```python
 import mim3d
 encoder = mim3d.load_encoder("PATH_OR_OWNER/NAME")     # a local folder, or the id of this repository
 maps = encoder.feature_maps(volume)                    # (B, C, X, Y, Z) float32, mapped as above; finest map first
@@ -31,18 +18,13 @@ maps = encoder.feature_maps(volume)                    # (B, C, X, Y, Z) float32
 
 ```
 mim3d finetune --data DATA --out runs/mine --weights PATH_OR_OWNER/NAME
-```""",
-    "segmenter": """```
-mim3d predict --weights PATH_OR_OWNER/NAME --input SCANS --out predictions
+```"""
+
+_LOADING_TASK = """```
+mim3d predict --weights PATH_OR_OWNER/NAME --input SCANS --out predictions{task}
 ```
 
-`mim3d.load_encoder("PATH_OR_OWNER/NAME")` gives its encoder alone.""",
-    "classifier": """```
-mim3d predict --weights PATH_OR_OWNER/NAME --input SCANS --out predictions
-```
-
-`mim3d.load_encoder("PATH_OR_OWNER/NAME")` gives its encoder alone.""",
-}
+`mim3d.load_encoder("PATH_OR_OWNER/NAME")` gives its encoder alone."""
 
 
 def model_card(network: Exported, *, license: str | None, modality: str | None, has_seen: bool) -> str:
@@ -57,11 +39,11 @@ def model_card(network: Exported, *, license: str | None, modality: str | None, 
     parts = [
         f"---\n{yaml.safe_dump(front_matter(network, license), sort_keys=False, allow_unicode=True)}---",
         f"# {network.kind.capitalize()} made with mim3d",
-        f"{_PURPOSE[network.kind]} Made with mim3d {network.card.get('mim3d_version', mim3d.__version__)}.",
+        f"{network.form.purpose} Made with mim3d {network.card.get('mim3d_version', mim3d.__version__)}.",
         f"## Input\n\n{_table(_input_rows(network, modality))}",
         *_results(network),
         f"## Training data\n\n{_data(network, has_seen)}",
-        f"## Use\n\n{_LOADING[network.kind]}\n\nHugging Face ids need `pip install 'mim3d[hub]'`. "
+        f"## Use\n\n{_loading(network)}\n\nHugging Face ids need `pip install 'mim3d[hub]'`. "
         "`card.json` holds all settings; the tensors in `model.safetensors` cannot run code.",
         "A research tool, no medical device.",
     ]
@@ -74,9 +56,16 @@ def front_matter(network: Exported, license: str | None) -> dict[str, Any]:
     return {
         **named,
         "library_name": "mim3d",
-        "pipeline_tag": PIPELINES[network.kind],
+        "pipeline_tag": network.form.pipeline,
         "tags": ["mim3d", "medical-imaging", "3d", network.kind],
     }
+
+
+def _loading(network: Exported) -> str:
+    task = network.card.get("task")
+    if network.kind == "encoder" or task is None:
+        return _LOADING_ENCODER
+    return _LOADING_TASK.format(task="" if task["name"] in TASKS else f" --task {task['name']}")
 
 
 def _input_rows(network: Exported, modality: str | None) -> dict[str, str]:
@@ -94,10 +83,10 @@ def _input_rows(network: Exported, modality: str | None) -> dict[str, str]:
 
 def _view_rows(network: Exported) -> dict[str, str]:
     """How much of a scan it sees at once; nothing where that is not recorded."""
-    if network.trained_size is None:
+    if network.form.input_size is None:
         return {}
-    size = " x ".join(map(str, network.trained_size)) + " voxels"
-    box = box_of(network)
+    size = " x ".join(map(str, network.form.input_size)) + " voxels"
+    box = network.form.box
     if box is None:
         return {"window": size}
     if box["voxel_mm"] is None:
@@ -108,9 +97,9 @@ def _view_rows(network: Exported) -> dict[str, str]:
 
 def _results(network: Exported) -> list[str]:
     parts = []
-    if network.channels:
-        named = {str(number): name for number, name in enumerate(network.channels)}
-        parts.append(f"## Output\n\nChannels ({network.activation} gives probabilities):\n\n{_table(named)}")
+    if network.form.channels:
+        named = {str(number): name for number, name in enumerate(network.form.channels)}
+        parts.append(f"## Output\n\nChannels ({network.form.activation} gives probabilities):\n\n{_table(named)}")
     scores = network.card.get("scores") or {}
     if scores:
         rows = {name: f"{value:.4f}" for name, value in scores.items()}

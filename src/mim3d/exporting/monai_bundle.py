@@ -48,7 +48,7 @@ def write_monai_bundle(network: Exported, folder: Path, *, license: str | None, 
 
 def bundle_metadata(network: Exported, *, license: str | None, modality: str | None) -> dict[str, Any]:
     """The content of ``configs/metadata.json``, by MONAI's bundle specification."""
-    structures = ", ".join(name for name in network.channels if name != "background")
+    structures = ", ".join(name for name in network.form.channels if name != "background")
     return {
         "schema": SCHEMA,
         "version": "1.0.0",
@@ -65,7 +65,7 @@ def bundle_metadata(network: Exported, *, license: str | None, modality: str | N
         "intended_use": "research; no medical device",
         "data_type": "nifti",
         "eval_metrics": dict(network.card.get("scores") or {}),
-        "label_values": dict(zip(network.channels, network.painted, strict=True)),
+        "label_values": dict(zip(network.form.channels, network.form.painted, strict=True)),
         "network_data_format": {
             "inputs": {"image": _input_format(network, modality)},
             "outputs": {"pred": _output_format(network)},
@@ -91,20 +91,20 @@ def _input_format(network: Exported, modality: str | None) -> dict[str, Any]:
 def _output_format(network: Exported) -> dict[str, Any]:
     return {
         "type": "image",
-        "format": "labels" if network.activation == "softmax" else "classes",
-        "num_channels": len(network.channels),
+        "format": "labels" if network.form.activation == "softmax" else "classes",
+        "num_channels": len(network.form.channels),
         "spatial_shape": list(network.patch_size),
         "dtype": "float32",
         "value_range": [],
         "is_patch_data": True,
-        "channel_def": {str(number): name for number, name in enumerate(network.channels)},
+        "channel_def": {str(number): name for number, name in enumerate(network.form.channels)},
     }
 
 
 def _readme(network: Exported) -> str:
     channels = "\n".join(
         f"| {number} | {name} | {value} |"
-        for number, (name, value) in enumerate(zip(network.channels, network.painted, strict=True))
+        for number, (name, value) in enumerate(zip(network.form.channels, network.form.painted, strict=True))
     )
     differences = "\n".join(f"- {sentence}" for sentence in DIFFERENCES)
     several = (

@@ -27,7 +27,6 @@ def inference_config(network: Exported) -> dict[str, Any]:
     Overridable on the command line: ``--bundle_root``, ``--dataset_dir``, ``--output_dir``, ``--datalist``,
     ``--sw_batch_size``, ``--overlap``, ``--device``.
     """
-    task: Any = network.task
     return {
         "imports": [
             "$import collections",
@@ -53,7 +52,7 @@ def inference_config(network: Exported) -> dict[str, Any]:
             "transform": "@preprocessing",
         },
         "sw_batch_size": 4,
-        "overlap": task.windows().overlap,
+        "overlap": network.form.overlap,
         "inferer": {
             "_target_": "SlidingWindowInferer",
             "roi_size": list(network.patch_size),
@@ -170,7 +169,7 @@ def _postprocessing(network: Exported) -> list[dict[str, Any]]:
             "output_dir": "@output_dir",
             "output_ext": ".nii.gz",
             "output_postfix": "",
-            "output_dtype": "$numpy.uint8" if max(network.painted) < 256 else "$numpy.int32",
+            "output_dtype": "$numpy.uint8" if max(network.form.painted) < 256 else "$numpy.int32",
             "separate_folder": False,
             "resample": False,
         },
@@ -178,13 +177,13 @@ def _postprocessing(network: Exported) -> list[dict[str, Any]]:
 
 
 def _activation(network: Exported) -> str:
-    return "$lambda logits: torch.softmax(logits, 0)" if network.activation == "softmax" else "$torch.sigmoid"
+    return "$lambda logits: torch.softmax(logits, 0)" if network.form.activation == "softmax" else "$torch.sigmoid"
 
 
 def _label_values(network: Exported) -> str:
     """Label values ``(1, X, Y, Z)`` of probabilities ``(K, X, Y, Z)``, with the grid and name of their scan."""
-    painted = list(network.painted)
-    if network.activation == "softmax":
+    painted = list(network.form.painted)
+    if network.form.activation == "softmax":
         values = f"torch.tensor({painted})[scores.as_tensor().argmax(0, keepdim=True)]"
     else:
         values = (

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,12 +12,10 @@ from mim3d.backbones.contract import Encoder, check_multiple
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.settings import nearest, to_named
 from mim3d.core.types import Triple
-from mim3d.tasks import create_task
-from mim3d.tasks.contract import Task
+from mim3d.tasks import find_task
+from mim3d.tasks.contract import ExportForm
+from mim3d.tasks.trained import load_trained
 from mim3d.weights import RUN_NETWORKS, load_encoder, locate, read_card
-
-#: What a run can hold.
-Kind = Literal["encoder", "segmenter", "classifier"]
 
 #: Edge of an encoder's input, or the next smaller one of whole tokens, where nothing else is known or asked for.
 ENCODER_EDGE = 96
@@ -31,33 +29,21 @@ class Exported:
     """A network on its way out.
 
     Attributes:
-        kind: what it is.
-        module: whose tensors are stored.
-        program: maps ``image`` ``(B, C, X, Y, Z)`` to its outputs: one tensor, or one for each feature map.
-        outputs: names of what the program gives.
-        channels: what the channels of logits stand for, in their order; empty for an encoder.
-        activation: what turns logits into probabilities; None for an encoder.
-        painted: label value that each channel gives in a label map; empty for all but a segmenter.
-        task: settings of the task; None for an encoder.
-        card: what a reader must know to use it.
-        num_channels: images per scan.
-        patch_size: voxels of a program's input.
-        trained_size: voxels that it saw in training; None where that is not recorded.
-        located: folder or file that the weights come from.
+        kind: What it is, by the folder of a run that holds it: ``encoder``, or the network of a task.
+        module: The module whose tensors are stored.
+        form: What other programs must know of it.
+        card: What a reader must know to use it.
+        num_channels: Number of images per scan.
+        patch_size: Voxels of a program's input.
+        located: Folder or file that the weights come from.
     """
 
-    kind: Kind
+    kind: str
     module: nn.Module
-    program: nn.Module
-    outputs: tuple[str, ...]
-    channels: tuple[str, ...] = ()
-    activation: str | None = None
-    painted: tuple[int, ...] = ()
-    task: Task | None = None
+    form: ExportForm
     card: Mapping[str, Any]
     num_channels: int
     patch_size: Triple
-    trained_size: Triple | None
     located: Path
 
 
@@ -77,136 +63,86 @@ class EncoderProgram(nn.Module):
         return tuple(self.encoder.feature_maps(image))
 
 
-class LogitsProgram(nn.Module):
-    """Logits of a segmenter or classifier.
-
-    Args:
-        objective: the task's module.
-    """
-
-    def __init__(self, objective: nn.Module) -> None:
-        super().__init__()
-        self.objective: Any = objective
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits ``(B, K, X, Y, Z)`` or ``(B, K)``."""
-        logits: Tensor = self.objective.logits(image)
-        return logits
-
-
-def load_exported(weights: str, kind: str | None = None, patch_size: Triple | None = None) -> Exported:
+def load_exported(
+    weights: str, kind: str | None = None, patch_size: Triple | None = None, *, task: str | None = None
+) -> Exported:
     """Load a network to be exported.
 
     Args:
-        weights: a run, an exported folder, a weights file or a Hugging Face id.
-        kind: encoder, segmenter or classifier; that of the weights if not given.
-        patch_size: voxels of the input; those of training, or 96 along each axis of an encoder, if not given.
+        weights: A run, an exported folder, a weights file or a Hugging Face id.
+        kind: Folder of a run that holds the network: encoder, segmenter or classifier. That of the weights if None.
+        patch_size: Voxels of the input; those of training, or 96 along each axis of an encoder, if not given.
+        task: Name or dotted path of the task, where the card names one that is not mim3d's own.
+
     Raises:
-        CheckpointError: weights that cannot be read, or of another kind.
-        ConfigError: an unknown kind, or a patch that does not fit the encoder's tokens.
+        CheckpointError: Weights that cannot be read, or of another kind.
+        ConfigError: An unknown kind, or a patch that does not fit the encoder's tokens.
     """
-    if kind is not None and kind not in get_args(Kind):
-        raise ConfigError(f"network is '{kind}'.{nearest(kind, get_args(Kind))}")
-    card = read_card(weights, (kind,) if kind in ("segmenter", "classifier") else RUN_NETWORKS)
-    chosen = kind or (_task_of(card, weights).network if "task" in card else "encoder")
-    if chosen == "segmenter":
-        return _segmenter(weights, patch_size)
-    if chosen == "classifier":
-        return _classifier(weights, patch_size)
-    return _encoder(weights, card, patch_size)
+    own = () if task is None else (find_task(task).network,)
+    kinds = tuple(dict.fromkeys((*own, *RUN_NETWORKS)))
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"network is '{kind}'.{nearest(kind, kinds)}")
+    folders = kinds if kind in (None, "encoder") else (str(kind),)
+    located = locate(weights, folders)
+    card = read_card(located)
+    if kind == "encoder" or (kind is None and "task" not in card):
+        return _encoder(located, card, patch_size)
+    network = load_trained(weights, task=task, networks=folders)
+    if kind not in (None, network.task.network):
+        raise CheckpointError(f"{weights} was trained for another task than that of a {kind}; leave --network out.")
+    form = network.task.export_form(network)
+    return Exported(
+        kind=network.task.network,
+        module=network.module,
+        form=form,
+        card=card,
+        num_channels=network.num_channels,
+        patch_size=_checked(patch_size or form.input_size, network.module.encoder.patch_size),
+        located=located,
+    )
 
 
-def _task_of(card: Mapping[str, Any], weights: str) -> Task:
-    try:
-        return create_task(card["task"], allow_import=False)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the card of {weights} is incomplete or damaged ({error!r}); export the run again."
-        ) from None
-
-
-def _encoder(weights: str, card: Mapping[str, Any], patch_size: Triple | None) -> Exported:
-    encoder = load_encoder(weights)
+def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None) -> Exported:
+    encoder = load_encoder(located)
     edge = encoder.patch_size
     longest = max(edge, ENCODER_EDGE // edge * edge)
     own = {key: value for key, value in card.items() if key not in OF_THE_TASK}
+    task = card.get("task")
+    size = task.get("patch_size") if isinstance(task, dict) else None
+    trained_size = None if size is None else (int(size[0]), int(size[1]), int(size[2]))
     return Exported(
         kind="encoder",
         module=encoder,
-        program=EncoderProgram(encoder).eval(),
-        outputs=tuple(f"features_stride{stride}" for stride in encoder.strides),
+        form=ExportForm(
+            program=EncoderProgram(encoder).eval(),
+            outputs=tuple(f"features_stride{stride}" for stride in encoder.strides),
+            input_size=trained_size,
+            purpose="An encoder for volumes: feature maps at several resolutions, for fine-tuning.",
+            pipeline="image-feature-extraction",
+        ),
         # A published checkpoint has no card: what its shapes tell is all that is known.
         card=own or {"backbone": to_named(encoder.recipe, BACKBONES), "patch_size": edge},
         num_channels=encoder.recipe.in_channels,
-        patch_size=_checked(patch_size or _trained_patch(card) or (longest, longest, longest), edge),
-        trained_size=_trained_patch(card),
-        located=locate(weights),
+        patch_size=_checked(patch_size or trained_size or (longest, longest, longest), edge),
+        located=located,
     )
 
 
-def _trained_patch(card: Mapping[str, Any]) -> Triple | None:
-    """What a task's network saw, of a card with a task."""
-    task = card.get("task")
-    size = task.get("patch_size") if isinstance(task, dict) else None
-    return None if size is None else (int(size[0]), int(size[1]), int(size[2]))
-
-
-def _segmenter(weights: str, patch_size: Triple | None) -> Exported:
-    from mim3d.tasks.segmentation.segmenter import load_segmenter
-
-    loaded = load_segmenter(weights)
-    targets = loaded.network.targets
-    return Exported(
-        kind="segmenter",
-        module=loaded.network,
-        program=LogitsProgram(loaded.network).eval(),
-        outputs=("logits",),
-        channels=targets.names,
-        activation=targets.activation,
-        painted=targets.painted,
-        task=loaded.settings,
-        card=read_card(weights, ("segmenter",)),
-        num_channels=loaded.num_channels,
-        patch_size=_checked(patch_size or loaded.settings.windows().patch_size, loaded.network.encoder.patch_size),
-        trained_size=loaded.settings.windows().patch_size,
-        located=locate(weights, ("segmenter",)),
-    )
-
-
-def _classifier(weights: str, patch_size: Triple | None) -> Exported:
-    from mim3d.tasks.classification.classifier import load_classifier
-
-    loaded = load_classifier(weights)
-    return Exported(
-        kind="classifier",
-        module=loaded.network,
-        program=LogitsProgram(loaded.network).eval(),
-        outputs=("logits",),
-        channels=loaded.classes,
-        activation="softmax",
-        task=loaded.settings,
-        card=read_card(weights, ("classifier",)),
-        num_channels=loaded.num_channels,
-        patch_size=_checked(patch_size or loaded.settings.cube().size, loaded.network.encoder.patch_size),
-        trained_size=loaded.settings.cube().size,
-        located=locate(weights, ("classifier",)),
-    )
-
-
-def _checked(patch_size: Triple, edge: int) -> Triple:
-    if len(patch_size) != 3:
-        raise ConfigError(f"patch_size {list(patch_size)} must be three numbers of voxels, such as 96 96 96.")
+def _checked(patch_size: Triple | None, edge: int) -> Triple:
+    if patch_size is None or len(patch_size) != 3:
+        shown = "not known" if patch_size is None else list(patch_size)
+        raise ConfigError(f"patch_size is {shown}; it must be three numbers of voxels, such as 96 96 96.")
     check_multiple(patch_size, edge, "patch_size")
     return patch_size
 
 
 def require_segmenter(network: Exported, weights: str) -> None:
-    """Refuse what has no label map as its output.
+    """Refuse what gives no label map.
 
     Raises:
-        CheckpointError: an encoder or a classifier.
+        CheckpointError: The network is an encoder or a classifier.
     """
-    if network.kind != "segmenter":
+    if not network.form.painted:
         raise CheckpointError(
             f"{weights} is exported as {network.kind}, but a MONAI bundle is made of a segmenter; use --format "
             "safetensors, onnx or torch-export, or give a run of mim3d finetune with the task segmentation."

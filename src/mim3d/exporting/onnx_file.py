@@ -44,8 +44,8 @@ def write_onnx(network: Exported, folder: Path, *, license: str | None, modality
         CheckpointError: ONNX Runtime computes something else.
     """
     path = folder / MODEL_NAME
-    size_bytes = sum(value.numel() * value.element_size() for value in network.program.state_dict().values())
-    graph = traced(network.program, network.num_channels, network.patch_size)
+    size_bytes = sum(value.numel() * value.element_size() for value in network.form.program.state_dict().values())
+    graph = traced(network.form.program, network.num_channels, network.patch_size)
     with quiet(), _silent_exporter():
         torch.onnx.export(
             graph,
@@ -53,7 +53,7 @@ def write_onnx(network: Exported, folder: Path, *, license: str | None, modality
             path,
             dynamo=True,
             input_names=["image"],
-            output_names=list(network.outputs),
+            output_names=list(network.form.outputs),
             external_data=size_bytes > LARGEST_FILE_BYTES,
         )
     session = _session(path)

@@ -50,7 +50,7 @@ def compared(network: Exported, run: Callable[[Tensor], Sequence[Tensor]], what:
     results = {}
     for name, image in inputs_for(network).items():
         with torch.no_grad():
-            parity = difference(outputs_of(network.program(image)), list(run(image)))
+            parity = difference(outputs_of(network.form.program(image)), list(run(image)))
         if parity is None or not parity.relative <= TOLERANCE:
             shown = "outputs of other shapes" if parity is None else str(parity)
             raise CheckpointError(

@@ -36,7 +36,7 @@ def written_program(network: Exported, path: Path) -> tuple[ExportedProgram, dic
     Raises:
         CheckpointError: it computes something else.
     """
-    graph = traced(network.program, network.num_channels, network.patch_size)
+    graph = traced(network.form.program, network.num_channels, network.patch_size)
     save_program(graph, path)
     module = read_own_program(path)
     return graph, compared(network, lambda image: outputs_of(module(image)), path.name)
@@ -47,4 +47,4 @@ def _shapes(network: Exported, graph: ExportedProgram) -> dict[str, list[Any]]:
     results = graph.graph_module.graph.output_node().args[0]
     assert isinstance(results, (tuple, list))
     shapes = [["batch", *(int(size) for size in result.meta["val"].shape[1:])] for result in results]
-    return dict(zip(network.outputs, shapes, strict=True))
+    return dict(zip(network.form.outputs, shapes, strict=True))

@@ -1,6 +1,7 @@
 """Tasks by name. A new task is one file and one line here; a user's own is named by dotted path."""
 
-from mim3d.core.settings import resolve
+from mim3d.core.errors import ConfigError
+from mim3d.core.settings import find_named, resolve
 from mim3d.core.types import Named
 from mim3d.tasks.contract import Task
 
@@ -12,12 +13,31 @@ TASKS: dict[str, str] = {
 
 
 def create_task(task: Named, *, allow_import: bool = True) -> Task:
-    """The settings of a task by name, dotted path or mapping; raises ConfigError with the nearest known name.
+    """Create the settings of a task from its name, its dotted path, or a mapping of both and settings.
 
     Args:
-        task: the name or mapping.
-        allow_import: whether a dotted path may be imported; false for cards that somebody else may have written.
+        task: The name or mapping.
+        allow_import: Whether a dotted path may be imported. It is false for cards that somebody else may have written.
+
+    Raises:
+        ConfigError: The task is unknown (the nearest known one is offered), is no task, or a setting is wrong.
     """
     settings = resolve(task, TASKS, "task", allow_import=allow_import)
-    assert isinstance(settings, Task)
+    _require_task(type(settings))
     return settings
+
+
+def find_task(name: str) -> type[Task]:
+    """Find the class of a task by its name or by the dotted path of a user's own, which is imported.
+
+    Raises:
+        ConfigError: The task is unknown (the nearest known one is offered), or is no task.
+    """
+    found = find_named(name, TASKS, "task")
+    return _require_task(found if isinstance(found, type) else type(found))
+
+
+def _require_task(kind: type) -> type[Task]:
+    if not issubclass(kind, Task):
+        raise ConfigError(f"task '{kind.__module__}.{kind.__name__}' does not extend mim3d.tasks.contract.Task.")
+    return kind

@@ -1,19 +1,34 @@
-"""The contract every task keeps: what fine-tuning learns from labels, and how it is validated."""
+"""The contract of a task: how a network learns from labels, and how a trained one predicts, is scored and exported.
+
+A task of one's own is a frozen dataclass that extends :class:`Task`, or one of mim3d's own tasks. It is named by its
+dotted path on the command line: ``--task my_lab.task.MyTask``. What it needs to train is abstract here. What a trained
+network can do beyond that is refused in one sentence until the task says how it is done.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
 
 from mim3d.backbones.contract import Backbone
 from mim3d.caching.cache import Cache, CachedScan
-from mim3d.core.errors import DataError
+from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.types import Triple
+from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split
 from mim3d.inference import scores_bytes
 from mim3d.loading.loader import Augment, Sampler
 from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity
 from mim3d.training.schedule import Optimisation
+
+#: Formats that label maps are written in. ``auto`` is that of the source.
+Format = Literal["auto", "nii.gz", "nrrd", "mha", "dicom_seg"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +41,7 @@ class Task(ABC):
     #: What every case must come with: a ``label`` map, or the ``class`` of the whole scan.
     needs = "label"
 
-    #: Folder of a run that receives the trained network.
+    #: Folder of a run that receives the trained network. Weights are found in it by the name of the run alone.
     network = "segmenter"
 
     #: Setting that makes a sample smaller.
@@ -39,17 +54,17 @@ class Task(ABC):
 
     @abstractmethod
     def checked(self, backbone: Backbone) -> Self:
-        """These settings, once it is known that they can work on this backbone.
+        """Return these settings, once it is known that they can work on this backbone.
 
         Raises:
-            ConfigError: when they cannot, naming settings that do.
+            ConfigError: They cannot. The sentence names settings that do.
         """
 
     def check_split(self, split: Split) -> None:
         """Refuse cases that cannot be learned from, before anything is prepared; label maps are checked when read.
 
         Raises:
-            DataError: naming the cases.
+            DataError: The sentence names the cases.
         """
         return
 
@@ -57,53 +72,55 @@ class Task(ABC):
         """Refuse settings that name labels which the data set lacks, before anything is prepared.
 
         Args:
-            labels: label value -> name as the data set declares them; empty where it declares nothing.
+            labels: Label value -> name as the data set declares them. It is empty where it declares nothing.
+
         Raises:
-            ConfigError: naming the label.
+            ConfigError: The sentence names the label.
         """
         return
 
     def classes_of(self, scans: Cache) -> dict[int, str]:
-        """Value -> name of what the network tells apart: the labels of the training scans' maps, background 0 included.
+        """Return value -> name of what the network tells apart: the labels of the scans' maps, background 0 included.
 
         Raises:
-            DataError: there is nothing to tell apart.
+            DataError: There is nothing to tell apart.
         """
         if not any(value != 0 for value in scans.labels):
             raise DataError(f"{scans.path}: no label but background in {len(scans)} scans; check the label files.")
         return scans.labels
 
     def validation_bytes(self, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> int:
-        """Bytes that a validation holds besides the network at work: scores of every label for the largest scan."""
+        """Return the bytes a validation holds besides the network: scores of every label for the largest scan."""
         return max((scores_bytes(scan.shape, len(labels)) for scan in scans), default=0)
 
     @abstractmethod
     def planned(self, backbone: Backbone, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> Self:
-        """These settings with everything that depends on the data filled in.
+        """Return these settings with everything that depends on the data filled in.
 
         Args:
-            backbone: the encoder's recipe.
-            scans: the training scans.
-            labels: label value -> name, background 0 included.
+            backbone: Settings of the encoder.
+            scans: The training scans.
+            labels: Label value -> name, background 0 included.
+
         Raises:
-            ConfigError: when they cannot work on these scans.
+            ConfigError: The settings cannot work on these scans.
         """
 
     @abstractmethod
     def summary(self) -> list[str]:
-        """Lines printed before training: what a sample is and how it is varied."""
+        """Return the lines that are printed before training: what a sample is and how it is varied."""
 
     @abstractmethod
     def sampler(self) -> Sampler:
-        """Which places of a scan one sample needs: decided before anything is read."""
+        """Return what chooses the places of a scan that one sample needs, before anything is read."""
 
     @abstractmethod
     def augment(self) -> Augment | None:
-        """What changes a sample once it was read; None for nothing."""
+        """Return what changes a sample once it was read; None for nothing."""
 
     @abstractmethod
     def build(self, backbone: Backbone, labels: Mapping[int, str]) -> Objective:
-        """The module the loop trains."""
+        """Build the module that the loop trains. A trained network is loaded into the same module again."""
 
     @abstractmethod
     def validate(
@@ -113,4 +130,224 @@ class Task(ABC):
         intensity: Intensity,
         labels: Mapping[int, str],
     ) -> dict[str, float]:
-        """Scores by name on held-out scans of the cache; quick, for choosing the best weights."""
+        """Return scores by name on held-out scans of the cache; quick, for choosing the best weights."""
+
+    def predictor(self, networks: Sequence["TrainedNetwork"], settings: "PredictionSettings") -> "Predictor":
+        """Return what `mim3d predict` asks about scans. The task is that of the first network.
+
+        Args:
+            networks: One network, or several that answer together. All are of this class of task.
+            settings: How the user wants scans to be predicted.
+
+        Raises:
+            ConfigError: Networks that do not belong together, or settings that cannot work.
+        """
+        raise ConfigError(f"the task {type(self).__name__} cannot predict; give it a method `predictor`.")
+
+    def export_form(self, network: "TrainedNetwork") -> "ExportForm":
+        """Return what other programs must know of a trained network of this task.
+
+        Raises:
+            ConfigError: The task cannot be exported.
+        """
+        raise ConfigError(
+            f"the task {type(self).__name__} cannot be exported; give it a method `export_form`, or export the encoder "
+            "alone with --network encoder."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedNetwork:
+    """A trained network with all that it takes to use it.
+
+    Attributes:
+        path: Where it was loaded from, as the user named it.
+        card: What lies beside its weights.
+        module: What the task built, in evaluation mode, on ``device``. Its type is the task's own knowledge.
+        task: Settings of the task it was trained for, as they were planned. Their type is the task's own, too.
+        labels: Label value, or number of the class -> name.
+        num_channels: Number of images per scan.
+        preprocessing: How scans are prepared, as in training.
+        intensity: How intensities are mapped to network input, as in training.
+        digest: SHA-256 of its weights.
+        device: Where it computes.
+    """
+
+    path: str
+    card: Mapping[str, Any]
+    module: Any
+    task: Any
+    labels: Mapping[int, str]
+    num_channels: int
+    preprocessing: Preprocessing
+    intensity: Intensity
+    digest: str
+    device: torch.device
+
+    def check_channels(self, case: Case) -> None:
+        """Refuse a scan of another number of images than the network was trained on.
+
+        Raises:
+            DataError: The sentence names the scan and both numbers.
+        """
+        if len(case.images) != self.num_channels:
+            raise DataError(
+                f"{case.images[0]}: {len(case.images)} images (channels) where the network was trained on "
+                f"{self.num_channels}; list the channels of a scan separated by ';' in a CSV."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionSettings:
+    """How scans are predicted. A task takes what means something to it; `mim3d predict` describes each setting.
+
+    Attributes:
+        overlap: Share of a window that its neighbour sees too. None takes that of the task.
+        batch_size: Number of windows, or of scans, per call of the network.
+        mirror: Whether predictions are averaged over mirrored input. None leaves it to the task.
+        body_only: Whether windows cover the body alone.
+        probabilities: Whether the probabilities of every voxel are written too.
+        largest_component: Names of the labels that keep their largest connected component alone, or true for all.
+        min_component_ml: Volume in millilitres below which connected components are removed.
+        format: Format that label maps are written in.
+    """
+
+    overlap: float | None = None
+    batch_size: int = 4
+    mirror: bool | None = None
+    body_only: bool = True
+    probabilities: bool = False
+    largest_component: bool | Sequence[str] = False
+    min_component_ml: float = 0.0
+    format: Format = "auto"
+
+
+class Predictor(ABC):
+    """Trained networks that answer together, scan by scan.
+
+    The workflow of `mim3d predict` keeps the folder, the list in it, progress, failures and what is finished already.
+
+    Attributes:
+        done: What happens to a scan, as a participle for messages.
+        list_name: File that lists the scans that are done and those that could not be.
+        failures_name: File that holds the reasons of scans that could not be done.
+        table_name: Table of all scans that :meth:`write_tables` writes; None where there is none.
+        must_match: Entries of :attr:`identity` that must be the same for predictions to lie in one folder.
+        reads_labels: Whether scans are read with their labels.
+        memory_remedy: What a user can do where memory is short.
+    """
+
+    done = "predicted"
+    list_name = "predictions.json"
+    failures_name = "predictions.json"
+    table_name: str | None = None
+    must_match: tuple[str, ...] = ("weights_digests",)
+    reads_labels = False
+    memory_remedy = "use a smaller --batch_size"
+
+    def __init__(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> None:
+        self.networks = tuple(networks)
+        self.settings = settings
+
+    @property
+    def scans_per_call(self) -> int:
+        """Number of scans that are given to :meth:`predict` at a time."""
+        return 1
+
+    @property
+    @abstractmethod
+    def identity(self) -> Mapping[str, Any]:
+        """What the predictions come from, as plain values; it stands at the head of their list."""
+
+    def accepted(self, cases: Sequence[Case]) -> Sequence[Case]:
+        """Return the scans as they are to be read, once it is known that all of them can be written.
+
+        Raises:
+            ConfigError: The sentence names the first scan that does not suit the settings.
+        """
+        return cases
+
+    def files_of(self, case: Case) -> dict[str, str]:
+        """Return the names of the files that a scan's prediction is written to, by their entry in the list."""
+        return {}
+
+    def read(self, case: Case) -> Any:
+        """Return what :meth:`predict` takes of a scan, where scans are read before several are predicted at a time.
+
+        Raises:
+            DataError: The scan cannot be used.
+        """
+        return None
+
+    @abstractmethod
+    def predict(
+        self, cases: Sequence[Case], inputs: Sequence[Any], folder: Path, on_windows: Callable[[int, int], None]
+    ) -> list[dict[str, Any]]:
+        """Predict scans, write their files, and return what the list shall say of each beside its id and files.
+
+        Args:
+            cases: The scans.
+            inputs: What :meth:`read` returned for each.
+            folder: Folder that the files of :meth:`files_of` are written to.
+            on_windows: Called with the number of windows that are done and their number in all.
+
+        Raises:
+            DataError: A scan cannot be used, or a file cannot be written.
+        """
+
+    def write_tables(self, folder: Path, rows: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str]) -> None:
+        """Write tables of all scans beside the list; nothing by default.
+
+        Args:
+            folder: Folder of the predictions.
+            rows: What the list says of every scan that is done, by id.
+            failures: Reasons of those that could not be, by id.
+        """
+        return
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExportForm:
+    """What other programs must know of a network.
+
+    Attributes:
+        program: Maps ``image`` ``(B, C, X, Y, Z)`` float32 to one tensor for each of ``outputs``.
+        outputs: Names of what the program gives.
+        channels: What the channels of the logits stand for, in their order; empty where there are no logits.
+        activation: What turns logits into probabilities: ``softmax`` or ``sigmoid``; None where there are no logits.
+        painted: Label value that each channel gives in a label map; empty where no label map is made. A MONAI bundle
+            needs them.
+        input_size: Voxels of the input along X, Y, Z in training; None where that is not known.
+        overlap: Share of a window that its neighbour sees too, where scans are covered with windows.
+        box: What the input shows of a scan, in plain values by name, where it is no window at the scan's voxel size.
+        purpose: A sentence for the README that says what the network does.
+        pipeline: What Hugging Face calls what the network does.
+    """
+
+    program: nn.Module
+    outputs: tuple[str, ...] = ("logits",)
+    channels: tuple[str, ...] = ()
+    activation: str | None = None
+    painted: tuple[int, ...] = ()
+    input_size: Triple | None = None
+    overlap: float = 0.5
+    box: Mapping[str, Any] | None = None
+    purpose: str
+    pipeline: str
+
+
+class LogitsProgram(nn.Module):
+    """A task's module as a program that gives its logits.
+
+    Args:
+        module: A module with a method ``logits``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.objective: Any = module
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, K, X, Y, Z)`` of voxels, or ``(B, K)`` of whole samples."""
+        logits: Tensor = self.objective.logits(image)
+        return logits

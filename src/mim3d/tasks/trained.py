@@ -1,97 +1,74 @@
-"""A fine-tuned network as it comes back from disk, whatever its task: weights, settings, and how its input is made."""
+"""Trained networks as they come back from disk, whatever their task: weights, settings, and how their input is made."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from mim3d.backbones import create_recipe
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.core.errors import CheckpointError
+from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.settings import build_settings
 from mim3d.core.types import Named
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks import create_task
-from mim3d.tasks.contract import Task
+from mim3d.tasks import TASKS, create_task, find_task
+from mim3d.tasks.contract import Task, TrainedNetwork
 from mim3d.weights import load_into, read_card, weights_digest
 
-Kind = TypeVar("Kind", bound=Task)
-Made = TypeVar("Made", bound="Trained[Any]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained(Generic[Kind]):
-    """A network with all it takes to use it.
-
-    Attributes:
-        network: the task's objective, in evaluation mode, on ``device``.
-        settings: of the task it was trained for.
-        labels: label value, or number of the class -> name.
-        num_channels: images per scan.
-        preprocessing: as in training.
-        intensity: as in training.
-        digest: SHA-256 of its weights.
-        device: where it computes.
-    """
-
-    network: Any
-    settings: Kind
-    labels: dict[int, str]
-    num_channels: int
-    preprocessing: Preprocessing
-    intensity: Intensity
-    digest: str
-    device: torch.device
+#: Folders of a run that hold a network of one of mim3d's own tasks.
+TASK_NETWORKS = ("segmenter", "classifier")
 
 
 def load_trained(
     path: str | Path,
-    made: type[Made],
-    kind: type[Task],
     *,
-    device: torch.device | None = None,
+    task: str | None = None,
+    networks: tuple[str, ...] = TASK_NETWORKS,
     backbone: Named | None = None,
-) -> Made:
-    """Load a network with its card; nothing in its files can run code.
+    device: torch.device | None = None,
+) -> TrainedNetwork:
+    """Load a trained network by its card. Nothing in its files can run code.
 
     Args:
-        path: a run of ``mim3d finetune``, or a folder with an exported network.
-        made: what to make of it.
-        kind: the task it must have been trained for.
-        device: where it shall compute; the CPU if not given.
-        backbone: the encoder, where the card names a class that is not mim3d's own.
+        path: A run of `mim3d finetune`, an exported folder, or a Hugging Face id.
+        task: Name or dotted path of the task, where the card names one that is not mim3d's own. It is imported since
+            the user named it; its settings are those of the card.
+        networks: Folders of a run to look for, where ``task`` does not say which.
+        backbone: The encoder, where the card names a class that is not mim3d's own.
+        device: Where the network computes; the CPU if not given.
+
     Raises:
-        CheckpointError: no network of this task, an unreadable card, or weights that do not fill the network.
-        ConfigError: a card with names or settings that this mim3d does not know.
+        CheckpointError: There is no network of a task, its card is damaged, or its weights do not fill it.
+        ConfigError: The card has names or settings that this mim3d does not know.
     """
-    folders = (kind.network,)
+    folders = networks if task is None else (find_task(task).network,)
     card = read_card(path, folders)
     if "task" not in card:
         raise CheckpointError(
-            f"{path} holds no {kind.network} but an encoder; fine-tune it first (mim3d finetune --weights)."
+            f"{path} holds no {' or '.join(folders)} but an encoder; fine-tune it first (mim3d finetune --weights)."
         )
     try:
         labels = {int(value): str(name) for value, name in card["labels"].items()}
         recipe = create_recipe(backbone or card["backbone"], allow_import=backbone is not None)
         preprocessing = build_settings(Preprocessing, {"spacing_mm": card["spacing_mm"]}, "card")
         intensity = build_settings(Intensity, card["intensity"], "card intensity")
-        settings = create_task(card["task"], allow_import=False)
+        settings = task_of_card(card, path, task)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the card of {path} is incomplete or damaged ({error!r}); export the run again."
         ) from None
-    if not isinstance(settings, kind):
-        raise CheckpointError(f"{path} was trained for another task than {kind.__name__.lower()}.")
-    objective: Any = settings.build(recipe, labels)
-    report = load_into(objective, path, networks=folders)
+    module = settings.build(recipe, labels)
+    report = load_into(module, path, networks=folders)
     if report.missing or report.mismatched:
         first = next(iter(report.mismatched or report.missing))
         raise CheckpointError(f"{path} does not fill its network ({report}; first: {first}); copy or export it again.")
     where = device or torch.device("cpu")
-    return made(
-        network=objective.to(where).eval(),
-        settings=settings,
+    return TrainedNetwork(
+        path=str(path),
+        card=card,
+        module=module.to(where).eval(),
+        task=settings,
         labels=labels,
         num_channels=recipe.in_channels,
         preprocessing=preprocessing,
@@ -99,3 +76,73 @@ def load_trained(
         digest=weights_digest(path, folders),
         device=where,
     )
+
+
+def task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -> Task:
+    """Create the settings of the task that a card names, of the class that the user named where that is given.
+
+    Args:
+        card: A card with a task.
+        path: Where it was read, for messages.
+        task: Name or dotted path of the task, as the user gave it.
+
+    Raises:
+        CheckpointError: The card names another task than the user did.
+        ConfigError: The card names a task that is not mim3d's own, and the user named none.
+    """
+    named = {"name": card["task"]} if isinstance(card["task"], str) else dict(card["task"])
+    name = str(named["name"])
+    if task is None and name not in TASKS:
+        raise ConfigError(
+            f"{path} was trained for the task '{name}', which is none of mim3d's own and is imported only when you "
+            f"name it; if you trust its code, use --task {name}."
+        )
+    if task is not None and name in TASKS and not issubclass(find_task(task), find_task(name)):
+        raise CheckpointError(f"{path} was trained for another task ({name}) than {task}.")
+    return create_task({**named, "name": task or name}, allow_import=task is not None)
+
+
+def load_together(
+    paths: Sequence[str],
+    *,
+    task: str | None = None,
+    backbone: Named | None = None,
+    device: torch.device | None = None,
+) -> list[TrainedNetwork]:
+    """Load the networks that answer together, see :func:`load_trained`.
+
+    Raises:
+        ConfigError: There is no path.
+        CheckpointError: A network is of another task than the first.
+    """
+    if not paths:
+        raise ConfigError("--weights is empty; name a run of mim3d finetune, or several for an ensemble.")
+    networks = [load_trained(path, task=task, backbone=backbone, device=device) for path in paths]
+    first = type(networks[0].task)
+    for network in networks[1:]:
+        if type(network.task) is not first:
+            raise CheckpointError(
+                f"{network.path} was trained for another task ({type(network.task).__name__}) than {paths[0]} "
+                f"({first.__name__}); name networks of one task."
+            )
+    return networks
+
+
+def require_alike(networks: Sequence[TrainedNetwork], shared: Callable[[TrainedNetwork], Mapping[str, object]]) -> None:
+    """Refuse networks whose probabilities cannot be averaged.
+
+    Args:
+        networks: The networks.
+        shared: Gives what all of them must have in common, by a name for messages.
+
+    Raises:
+        ConfigError: The sentence names the first network that differs, and in what.
+    """
+    wanted = shared(networks[0])
+    for network in networks[1:]:
+        for what, theirs in shared(network).items():
+            if theirs != wanted[what]:
+                raise ConfigError(
+                    f"{network.path} has other {what} ({theirs}) than {networks[0].path} ({wanted[what]}), so that "
+                    "their probabilities cannot be averaged; name runs that differ in fold or seed alone."
+                )

@@ -22,7 +22,7 @@ from mim3d.tasks.classification.cube_plan import (
     planned_whole_size,
 )
 from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler
-from mim3d.tasks.contract import Task
+from mim3d.tasks.contract import ExportForm, LogitsProgram, PredictionSettings, Predictor, Task, TrainedNetwork
 from mim3d.tasks.frozen import check_freezing, freezing_lines
 from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels
 from mim3d.training.schedule import Optimisation
@@ -260,6 +260,29 @@ class Classification(Task):
     def validation_bytes(self, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> int:
         """Nothing of a scan's size is held: boxes are validated as they are trained."""
         return 0
+
+    def predictor(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> Predictor:
+        """Return what classifies scans into a table of probabilities."""
+        from mim3d.tasks.classification.prediction import ClassificationPredictor
+
+        return ClassificationPredictor(networks, settings)
+
+    def export_form(self, network: TrainedNetwork) -> ExportForm:
+        """Return what other programs must know of a classifier: its classes and the box of a scan that it sees."""
+        cube = self.cube()
+        return ExportForm(
+            program=LogitsProgram(network.module).eval(),
+            channels=tuple(name for _, name in sorted(network.labels.items())),
+            activation="softmax",
+            input_size=cube.size,
+            box={
+                "voxels": list(cube.size),
+                "voxel_mm": None if cube.voxel_mm is None else list(cube.voxel_mm),
+                "centre": self.centre,
+            },
+            purpose="A classification network for volumes: one class for each scan.",
+            pipeline="image-classification",
+        )
 
     def cube(self) -> Cube:
         """The box that the network sees.

@@ -12,7 +12,7 @@ from mim3d.core.types import Spacing, Triple
 from mim3d.inference import Windows
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks.contract import Task
+from mim3d.tasks.contract import ExportForm, LogitsProgram, PredictionSettings, Predictor, Task, TrainedNetwork
 from mim3d.tasks.frozen import check_freezing, freezing_lines
 from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels
 from mim3d.tasks.segmentation.crops import CropSampler
@@ -314,6 +314,26 @@ class Segmentation(Task):
         assert isinstance(objective, SegmentationObjective)
         chosen = _spread(scans, self.num_validation_cases)
         return dice_of_scans(objective, chosen, intensity, self.windows(mirror_axes=()), labels)
+
+    def predictor(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> Predictor:
+        """Return what segments scans into label maps on their own grids."""
+        from mim3d.tasks.segmentation.prediction import SegmentationPredictor
+
+        return SegmentationPredictor(networks, settings)
+
+    def export_form(self, network: TrainedNetwork) -> ExportForm:
+        """Return what other programs must know of a segmenter: its channels and the label values that they give."""
+        targets: Targets = network.module.targets
+        return ExportForm(
+            program=LogitsProgram(network.module).eval(),
+            channels=targets.names,
+            activation=targets.activation,
+            painted=targets.painted,
+            input_size=self._patch_size(),
+            overlap=self.overlap,
+            purpose="A segmentation network for volumes: one label map for each scan.",
+            pipeline="image-segmentation",
+        )
 
     def _patch_size(self) -> Triple:
         if self.patch_size is None:

@@ -1,0 +1,253 @@
+"""Segmenters in use: whole scans as label maps on their own grid, of one network or of several that answer together."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.settings import nearest
+from mim3d.datasets.cases import Case
+from mim3d.inference import ProbabilityTarget, Readout, classes_readout, predict_scan
+from mim3d.scans.components import remove_components
+from mim3d.scans.grids import split_channel
+from mim3d.scans.probabilities import ProbabilityFile
+from mim3d.scans.volumes import Grid, channels_of, write_volume
+from mim3d.tasks.contract import PredictionSettings, Predictor, TrainedNetwork
+from mim3d.tasks.segmentation.targets import Targets
+from mim3d.tasks.trained import require_alike
+from mim3d.weights import full_path
+
+#: Suffix of a scan -> suffix of its label map. All others (NIfTI, DICOM) give compressed NIfTI.
+SUFFIXES = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cleaning:
+    """Which connected components of label maps are kept.
+
+    Attributes:
+        largest: Label values of which the largest component alone is kept.
+        min_ml: Volume in millilitres below which components are removed.
+    """
+
+    largest: tuple[int, ...] = ()
+    min_ml: float = 0.0
+
+    @classmethod
+    def of(cls, largest: bool | Sequence[str], min_ml: float, labels: Mapping[int, str]) -> "Cleaning":
+        """Find the values of labels that are named, or of all for true.
+
+        Raises:
+            ConfigError: A name is no label, or the volume is negative.
+        """
+        if not min_ml >= 0:
+            raise ConfigError(f"min_component_ml is {min_ml}; it must be 0 (keeps all) or more, in millilitres.")
+        values = {name: value for value, name in labels.items() if value != 0}
+        if isinstance(largest, bool):
+            return cls(largest=tuple(sorted(values.values())) if largest else (), min_ml=min_ml)
+        for name in largest:
+            if name not in values:
+                raise ConfigError(f"largest_component names '{name}', which is no label.{nearest(name, values)}")
+        return cls(largest=tuple(sorted({values[name] for name in largest})), min_ml=min_ml)
+
+
+class SegmentationPredictor(Predictor):
+    """Segmenters of the same labels and preprocessing; the mean of their probabilities decides.
+
+    Args:
+        networks: The segmenters, one at least.
+        settings: How scans are covered, cleaned and written.
+
+    Raises:
+        ConfigError: Networks that differ in what they must share, the same weights twice, or settings that cannot work.
+    """
+
+    done = "segmented"
+    must_match = ("weights_digest", "overlap", "mirror_axes", "body_only", "largest_component", "min_component_ml")
+    memory_remedy = "use a smaller --batch_size, or fine-tune at a larger spacing_mm"
+
+    def __init__(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> None:
+        super().__init__(networks, settings)
+        require_alike(networks, _shared)
+        digests = [network.digest for network in networks]
+        for index, digest in enumerate(digests):
+            if digest in digests[:index]:
+                paths = networks[index].path, networks[digests.index(digest)].path
+                raise ConfigError(f"{paths[0]} has the same weights as {paths[1]}; name every network once.")
+        self.first = networks[0]
+        mirror_axes: tuple[int, ...] | None = None if settings.mirror is None else ()
+        if settings.mirror:
+            # Axes that every network saw mirrored in training.
+            seen = [set(network.task.augmentation.flip_axes or ()) for network in networks]
+            mirror_axes = tuple(sorted(set.intersection(*seen)))
+        windows = self.first.task.windows(
+            overlap=settings.overlap, batch_size=settings.batch_size, mirror_axes=mirror_axes
+        )
+        self.windows = replace(windows, body_only=settings.body_only)
+        self.cleaning = Cleaning.of(settings.largest_component, settings.min_component_ml, self.first.labels)
+
+    @property
+    def targets(self) -> Targets:
+        """What the channels of the networks stand for."""
+        targets: Targets = self.first.module.targets
+        return targets
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights of a single network, or of the digests of all."""
+        digests = [network.digest for network in self.networks]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What label maps come from, for their list."""
+        paths = [full_path(network.path) for network in self.networks]
+        return {
+            "weights": paths[0] if len(paths) == 1 else paths,
+            "weights_digest": self.digest,
+            "overlap": self.windows.overlap,
+            "mirror_axes": list(self.windows.mirror_axes),
+            "body_only": self.windows.body_only,
+            "largest_component": list(self.cleaning.largest),
+            "min_component_ml": self.cleaning.min_ml,
+            "labels": {str(value): name for value, name in self.first.labels.items()},
+            "channels": list(self.targets.names),
+            "regions": {name: list(values) for name, values in (self.first.task.regions or {}).items()},
+        }
+
+    def accepted(self, cases: Sequence[Case]) -> Sequence[Case]:
+        """Return the scans with a path for each channel, where one file holds all channels as in the Decathlon.
+
+        Raises:
+            ConfigError: A scan is no DICOM series although DICOM-SEG is asked for, or what writes it is missing.
+        """
+        if self.first.num_channels > 1:
+            cases = [_with_channels_apart(case) for case in cases]
+        if self.settings.format == "dicom_seg":
+            from mim3d.scans.dicom.segmentation import require_highdicom
+
+            require_highdicom()
+            other = next((case for case in cases if not is_dicom(case)), None)
+            if other is not None:
+                raise ConfigError(
+                    f"{other.images[0]} is no DICOM series, and a DICOM-SEG refers to the slices of one; use --format "
+                    "auto."
+                )
+        return cases
+
+    def files_of(self, case: Case) -> dict[str, str]:
+        """Return the names of the label map, by default in the format family of the scan, and of the probabilities."""
+        if self.settings.format == "dicom_seg":
+            suffix = ".dcm"
+        elif self.settings.format != "auto":
+            suffix = f".{self.settings.format}"
+        else:
+            own = "" if is_dicom(case) else os.path.splitext(split_channel(case.images[0])[0])[1].lower()
+            suffix = SUFFIXES.get(own, ".nii.gz")
+        names = {"prediction": f"{case.id}{suffix}"}
+        return {**names, "probabilities": f"{case.id}_probabilities.nii.gz"} if self.settings.probabilities else names
+
+    def predict(
+        self, cases: Sequence[Case], inputs: Sequence[Any], folder: Path, on_windows: Callable[[int, int], None]
+    ) -> list[dict[str, Any]]:
+        """Segment scans and write what is asked for of each.
+
+        Raises:
+            DataError: A scan cannot be used, or a file cannot be written.
+        """
+        for case in cases:
+            files = self.files_of(case)
+            kept = ProbabilityFile(folder / files["probabilities"]) if "probabilities" in files else None
+            with kept or nullcontext():
+                labels, grid = self.segment(
+                    case, probability_target=None if kept is None else kept.target, on_windows=on_windows
+                )
+                if kept is not None:
+                    kept.save()
+            cleaning = self.cleaning
+            remove_components(labels, spacing_mm=grid.spacing_mm, largest=cleaning.largest, min_ml=cleaning.min_ml)
+            if self.settings.format == "dicom_seg":
+                from mim3d.scans.dicom.segmentation import write_dicom_seg
+
+                # What the network can give: a label that was ignored in training is no segment.
+                names = {value: self.first.labels.get(value, str(value)) for value in self.targets.painted}
+                algorithm = f"mim3d {self.digest[:12]}"
+                write_dicom_seg(folder / files["prediction"], labels, case.images[0], names, algorithm=algorithm)
+            else:
+                write_volume(folder / files["prediction"], labels, grid)
+        return [{} for _ in cases]
+
+    def segment(
+        self,
+        case: Case,
+        *,
+        probability_target: ProbabilityTarget | None = None,
+        on_windows: Callable[[int, int], None] | None = None,
+    ) -> tuple[npt.NDArray[np.integer], Grid]:
+        """Return label values ``(X, Y, Z)`` of a scan on the RAS+ form of its own grid, and that grid.
+
+        Args:
+            case: The scan's files.
+            probability_target: Gives the array that probabilities are written to; None for none.
+            on_windows: Called with the number of windows that are done and their number in all.
+
+        Raises:
+            DataError: The scan cannot be used, or has another number of channels.
+        """
+        self.first.check_channels(case)
+        return predict_scan(
+            [network.module.logits for network in self.networks],
+            case,
+            readout=readout_of(self.targets),
+            preprocessing=self.first.preprocessing,
+            intensity=self.first.intensity,
+            windows=self.windows,
+            device=self.first.device,
+            probability_target=probability_target,
+            on_windows=on_windows,
+        )
+
+
+def readout_of(targets: Targets) -> Readout:
+    """Return how scores of whole scans become label values: of one label each, or of regions in one another."""
+    if targets.activation == "softmax":
+        return classes_readout(len(targets.names), torch.tensor(targets.painted))
+    dtype = torch.uint8 if max(targets.painted) < 256 else torch.int32
+    return Readout(
+        empty=(0.0,) * len(targets.names),
+        activate=targets.probabilities,
+        decide=lambda probabilities: targets.labels_of(probabilities).to(dtype),
+        order_is_enough=False,
+    )
+
+
+def is_dicom(case: Case) -> bool:
+    """Whether a scan is a DICOM series: named by a folder, not by a file."""
+    return not os.path.isfile(split_channel(case.images[0])[0])
+
+
+def _with_channels_apart(case: Case) -> Case:
+    try:
+        return replace(case, images=channels_of(case.images[0])) if len(case.images) == 1 else case
+    except DataError:
+        # It is reported when its turn comes: one damaged file must not stop the others.
+        return case
+
+
+def _shared(network: TrainedNetwork) -> dict[str, object]:
+    return {
+        "labels": network.labels,
+        "images per scan": network.num_channels,
+        "voxel size": network.preprocessing.spacing_mm,
+        "preprocessing": network.preprocessing,
+        "intensities": network.intensity,
+        "patch size": network.task.patch_size,
+    }

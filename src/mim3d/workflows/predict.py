@@ -1,0 +1,296 @@
+"""Prediction with trained networks of any task: scans in, a folder that lists what became of each."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import write_json
+from mim3d.core.progress import PLAIN_EVERY_S, Bar, clock
+from mim3d.core.types import Named
+from mim3d.datasets.cases import Case, read_cases
+from mim3d.datasets.dataset_json import read_json
+from mim3d.scans.grids import split_channel
+from mim3d.tasks.contract import PredictionSettings, Predictor
+from mim3d.tasks.trained import load_together
+from mim3d.workflows.shared.devices import choose_device
+from mim3d.workflows.shared.held_out import held_out_by_all
+
+
+def predict_scans(
+    weights: Sequence[str],
+    out: str,
+    *,
+    input: str | Sequence[str] | None,
+    settings: PredictionSettings,
+    task: str | None,
+    backbone: Named | None,
+    accelerator: str,
+    overwrite: bool,
+) -> str:
+    """Predict scans; what is finished is kept, and a scan that cannot be used does not stop the others.
+
+    Args:
+        weights: Runs of fine-tuning, or folders with exported networks; several answer together.
+        out: Folder for the predictions.
+        input: Scans; the cases that all of the runs held out if None.
+        settings: How scans are predicted.
+        task: Name or dotted path of the task, where a card names one that is not mim3d's own.
+        backbone: The encoder, where a card names a class that is not mim3d's own.
+        accelerator: auto, cpu, cuda or mps.
+        overwrite: Whether finished scans are done again and predictions of other networks are replaced.
+
+    Returns:
+        The folder of the predictions.
+
+    Raises:
+        ConfigError: Settings that cannot work, networks that do not belong together, or a folder with other
+            predictions, before any work begins.
+        CheckpointError: There is no network of a task in the weights.
+        DataError: There is no scan; or, once all others are done, scans could not be predicted.
+    """
+    networks = load_together(weights, task=task, backbone=backbone, device=choose_device(accelerator))
+    predictor = networks[0].task.predictor(networks, settings)
+    found = held_out_by_all(weights) if input is None else input_cases(input, with_labels=predictor.reads_labels)
+    cases = predictor.accepted(found)
+    folder = PredictionFolder.open(out, predictor, cases, overwrite=overwrite)
+    remaining = [case for case in cases if not folder.is_finished(case)]
+    step = predictor.scans_per_call
+    with ScanProgress(len(remaining)) as progress:
+        for start in range(0, len(remaining), step):
+            _predict(remaining[start : start + step], predictor, folder, progress)
+            folder.write()
+    num_before = len(cases) - len(remaining)
+    before = f", {num_before} of them before" if num_before else ""
+    failed = [case.id for case in cases if case.id in folder.failures]
+    print(f"{len(cases) - len(failed)} of {len(cases)} scans {predictor.done}{before}: {folder.path}")
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(cases)} scans could not be {predictor.done}, the first because of "
+            f"{folder.failures[failed[0]]} All reasons are in {folder.path / predictor.failures_name}."
+        )
+    return str(folder.path)
+
+
+def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFolder", progress: "ScanProgress") -> None:
+    """Predict scans that go through the networks together; what keeps one from being predicted is written down."""
+
+    def fail(case: Case, error: BaseException) -> None:
+        short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        reason = f"{case.images[0]}: not enough memory; {predictor.memory_remedy}." if short else str(error)
+        folder.add_failure(case, reason)
+        progress.say(f"not {predictor.done}: {reason}")
+
+    read: list[tuple[Case, Any]] = []
+    for case in cases:
+        progress.begin(case.id)
+        try:
+            read.append((case, predictor.read(case)))
+        except (DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            fail(case, error)
+            progress.end()
+    if not read:
+        return
+    chosen = [case for case, _ in read]
+    try:
+        answers = predictor.predict(chosen, [inputs for _, inputs in read], folder.path, progress.windows)
+    except (DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        for case in chosen:
+            fail(case, error)
+    else:
+        for case, answer in zip(chosen, answers, strict=True):
+            folder.add(case, answer)
+    for _ in chosen:
+        progress.end()
+
+
+class ScanProgress:
+    """Progress over scans on stderr: a bar on a terminal, a plain line now and then elsewhere.
+
+    Args:
+        num_scans: Number of scans to do.
+    """
+
+    def __init__(self, num_scans: int) -> None:
+        self._num_scans = num_scans
+        self._done = 0
+        self._part = 0.0
+        self._name = ""
+        self._start = self._last_line = time.monotonic()
+        self._bar = Bar("{task.completed:.1f} of {task.total} scans", "{task.fields[name]}", num_scans, name="")
+
+    def __enter__(self) -> "ScanProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, name: str) -> None:
+        """Say that a scan begins."""
+        self._name, self._part = name, 0.0
+        self._show()
+
+    def windows(self, done: int, total: int) -> None:
+        """Say that so many windows of the scan are done."""
+        self._part = done / max(total, done, 1)
+        self._show()
+
+    def end(self) -> None:
+        """Say that a scan is done, one way or the other."""
+        self._done, self._part = self._done + 1, 0.0
+        self._show()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.say(text)
+
+    def _show(self) -> None:
+        position = self._done + self._part
+        if self._bar.is_shown:
+            self._bar.update(position, name=self._name)
+            return
+        now = time.monotonic()
+        last = self._done == self._num_scans
+        if position and (last or now - self._last_line >= PLAIN_EVERY_S):
+            self._last_line = now
+            left = (now - self._start) / position * (self._num_scans - position)
+            self.say(f"{position:.3g} of {self._num_scans} scans  {clock(left)} left")
+
+
+@dataclass
+class PredictionFolder:
+    """A folder of predictions in the making; what is finished survives a stop.
+
+    Attributes:
+        path: The folder.
+        predictor: What fills it.
+        rows: What the list says of finished scans, by id.
+        failures: Reasons of the scans that could not be predicted, by id.
+    """
+
+    path: Path
+    predictor: Predictor
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, out: str | Path, predictor: Predictor, cases: Sequence[Case], *, overwrite: bool
+    ) -> "PredictionFolder":
+        """Make the folder, or go on with one that was filled by the same networks and settings.
+
+        Raises:
+            ConfigError: The place cannot be written to, or holds predictions of other networks or settings, or files
+                of other origin under the names that are to be written.
+        """
+        folder = cls(Path(out), predictor)
+        path = folder.path
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; choose a folder as --out.")
+        files = [path / name for case in cases for name in predictor.files_of(case).values()]
+        named = [image for case in cases for image in (*case.images, case.label) if image]
+        sources = {os.path.realpath(split_channel(image)[0]) for image in named}
+        own = next((file for file in files if os.path.realpath(file) in sources), None)
+        if own is not None:
+            raise ConfigError(
+                f"{own} is one of the scans or labels themselves and would be replaced by a prediction; choose another "
+                "--out."
+            )
+        if not overwrite and (path / predictor.list_name).is_file():
+            folder._take_up()
+        elif not overwrite:
+            table = [] if predictor.table_name is None else [path / predictor.table_name]
+            taken = next((file for file in (*files, *table) if file.exists()), None)
+            if taken is not None:
+                raise ConfigError(f"{taken} exists and is no prediction of mim3d; choose another --out.")
+        try:
+            folder.write()
+        except DataError as error:
+            raise ConfigError(f"{path} cannot be written to ({error}); choose another --out.") from error
+        return folder
+
+    def _take_up(self) -> None:
+        """Go on with the scans that an earlier call finished."""
+        path = self.path / self.predictor.list_name
+        content = read_json(str(path))
+        try:
+            known = {name: content[name] for name in self.predictor.must_match}
+            rows = {str(row["id"]): row for row in content["cases"] if isinstance(row["images"], list)}
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no list that mim3d wrote ({error!r}); choose another --out.") from error
+        for name, value in known.items():
+            if value != self.predictor.identity[name]:
+                what = "other networks" if name.startswith("weights_digest") else f"{name} {value}"
+                raise ConfigError(
+                    f"{self.path} holds predictions of {what}; choose another --out, or replace them by "
+                    "--overwrite true."
+                )
+        self.rows = rows
+
+    def is_finished(self, case: Case) -> bool:
+        """Whether all that is asked for of exactly these images is there."""
+        row, files = self.rows.get(case.id), self.predictor.files_of(case)
+        return (
+            row is not None
+            and row["images"] == list(case.images)
+            and all(row.get(entry) == name and (self.path / name).is_file() for entry, name in files.items())
+        )
+
+    def add(self, case: Case, answer: Mapping[str, Any]) -> None:
+        """Record a prediction."""
+        self.failures.pop(case.id, None)
+        self.rows[case.id] = {
+            "id": case.id,
+            "images": list(case.images),
+            **self.predictor.files_of(case),
+            **answer,
+        }
+
+    def add_failure(self, case: Case, reason: str) -> None:
+        """Record why a scan could not be predicted."""
+        self.rows.pop(case.id, None)
+        self.failures[case.id] = reason
+
+    def write(self) -> None:
+        """Write the list and the tables; each appears whole or not at all.
+
+        Raises:
+            DataError: The disk is full, or the folder cannot be written to.
+        """
+        self.predictor.write_tables(self.path, self.rows, self.failures)
+        failed = [{"id": name, "reason": reason} for name, reason in self.failures.items()]
+        content = {**self.predictor.identity, "cases": list(self.rows.values()), "failed": failed}
+        write_json(self.path / self.predictor.list_name, content, indent=1)
+
+
+def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False) -> list[Case]:
+    """Find the scans behind files, folders, DICOM trees and lists; labels are left out unless asked for.
+
+    Scans of several inputs that share an id get the name of their input in front.
+
+    Raises:
+        DataError: An input does not exist or holds no scan, or the same scan is named twice.
+    """
+    names = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not names:
+        raise DataError("--input is empty; name files, folders or lists of scans.")
+    found = [(name, case) for name in names for case in read_cases(name, recursive_images_only=not with_labels).cases]
+    counts = Counter(case.id for _, case in found)
+    cases = [
+        case if counts[case.id] == 1 else replace(case, id=f"{Path(name).resolve().name.partition('.')[0]}_{case.id}")
+        for name, case in found
+    ]
+    twice = [name for name, count in Counter(case.id for case in cases).items() if count > 1]
+    if twice:
+        paths = [case.images[0] for case in cases if case.id == twice[0]]
+        raise DataError(f"{paths[0]} and {paths[1]} would both be written as {twice[0]}; give them in separate calls.")
+    return cases

@@ -1,1 +1,0 @@
-"""Prediction: label maps and class tables."""
