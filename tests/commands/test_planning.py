@@ -50,7 +50,8 @@ def plan(
     split = whole if fold is None else split_cases(source.cases, fold=fold, num_folds=3)
     num_channels = len(split.train[0].images)
     recipe = create_recipe({**(backbone or BACKBONE), "in_channels": num_channels})
-    return plan_finetuning(source, split, Initialisation(recipe, card=card or {}), settings(**changes), run_dir)
+    asked, initial = settings(**changes), Initialisation(recipe, card=card or {})
+    return plan_finetuning(source, split, initial, asked, create_task(asked.task), run_dir)
 
 
 def write_set(folder: Path, shapes, *, spacings=None, scale=1.0, offset=0.0, num_channels=1) -> Path:

@@ -1,12 +1,9 @@
 """The command that turns a data set into a cache."""
 
-from collections import defaultdict
 from typing import Literal
 
-from mim3d.caching.cache import Cache, build_cache
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.core.resources import in_words, num_cores
-from mim3d.datasets.cases import read_cases
+from mim3d.workflows.cache import cache_data_set
 
 
 def cache(
@@ -51,26 +48,4 @@ def cache(
     preprocessing = Preprocessing(
         spacing_mm=spacing_mm, intensities=intensities, window=window, num_levels=num_levels, body_crop=body_crop
     )
-    workers = num_cores() if num_workers is None else num_workers
-    cases = read_cases(data)
-    made = build_cache(cases, out, preprocessing, num_workers=workers, pack_gb=pack_gb, scheduler=scheduler)
-    if made.failed:
-        print(f"{len(made.failed)} of {len(made) + len(made.failed)} scans left out, the reasons are in failed.csv:")
-        for row in made.failed[:3]:
-            print(f"  {row['reason']}")
-    copies = _copies(made)
-    if copies:
-        others = len(copies) - 1
-        more = f" (+ {others} more pair{'s' * (others > 1)})" if others else ""
-        print(f"2 scans have the same content: {', '.join(copies[0])}{more}")
-    ratio = made.size_bytes / max(made.source_bytes, 1)
-    print(f"{made.path}: {len(made)} scans, {in_words(made.size_bytes)}, {ratio:.2f} of the size of the sources")
-    return made.path
-
-
-def _copies(made: Cache) -> list[tuple[str, str]]:
-    """Pairs of ids whose images are the same files byte for byte: the first of them with each other one."""
-    alike: dict[str, list[str]] = defaultdict(list)
-    for scan in made:
-        alike[scan.source_digest].append(scan.case.id)
-    return [(ids[0], other) for ids in alike.values() for other in ids[1:]]
+    return cache_data_set(data, out, preprocessing, num_workers=num_workers, pack_gb=pack_gb, scheduler=scheduler)

@@ -1,9 +1,6 @@
 """The command that makes the data that come with mim3d: a labelled set of synthetic CT scans."""
 
-from pathlib import Path
-
-from mim3d.core.progress import counted
-from mim3d.phantoms.dataset import PhantomSettings, open_set, plan_cases, write_cases, write_dataset
+from mim3d.phantoms.dataset import PhantomSettings, make_set
 
 
 def phantom(
@@ -33,11 +30,7 @@ def phantom(
         DataError: The folder cannot be written to.
     """
     settings = PhantomSettings(num_cases=num_cases, size=size, seed=seed, num_test=num_test)
-    folder = Path(out)
-    cases = plan_cases(settings)
-    open_set(folder, settings)
-    num_made = sum(counted(write_cases(folder, cases), len(cases), "phantoms"))
-    write_dataset(folder, settings, cases)
-    kept = f", {len(cases) - num_made} of them kept" if num_made < len(cases) else ""
-    print(f"{folder}: {len(cases)} phantoms{kept}, listed in dataset.json")
-    return str(folder)
+    num_all, num_made = make_set(out, settings)
+    kept = f", {num_all - num_made} of them kept" if num_made < num_all else ""
+    print(f"{out}: {num_all} phantoms{kept}, listed in dataset.json")
+    return out

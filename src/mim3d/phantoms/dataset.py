@@ -11,6 +11,7 @@ from nibabel import orientations as _orientations
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import remove_partial, write_json
+from mim3d.core.progress import counted
 from mim3d.core.types import Triple
 from mim3d.phantoms.body import LABELS, MIN_SIZE, make_phantom
 from mim3d.scans.files import available_memory_bytes
@@ -84,6 +85,26 @@ class PhantomCase:
     seed: tuple[int, int, int]
     shape: Triple
     stored_axes: str
+
+
+def make_set(out: str | Path, settings: PhantomSettings) -> tuple[int, int]:
+    """Make a set of phantoms, with a progress display; cases that are finished already are kept.
+
+    Args:
+        out: Folder for imagesTr, labelsTr and dataset.json.
+        settings: Settings of the set.
+
+    Returns:
+        How many cases the set has, and how many of them were made now.
+    Raises:
+        ConfigError: The folder holds other things, or phantoms of other settings.
+        DataError: The folder cannot be written to.
+    """
+    folder, cases = Path(out), plan_cases(settings)
+    open_set(folder, settings)
+    num_made = sum(counted(write_cases(folder, cases), len(cases), "phantoms"))
+    write_dataset(folder, settings, cases)
+    return len(cases), num_made
 
 
 def plan_cases(settings: PhantomSettings) -> list[PhantomCase]:

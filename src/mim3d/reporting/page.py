@@ -12,18 +12,41 @@ import numpy as np
 import yaml
 
 from mim3d import __version__
-from mim3d.core.errors import DataError, Mim3dError
+from mim3d.core.errors import ConfigError, DataError, Mim3dError
+from mim3d.core.files import write_text
 from mim3d.core.settings import flat
 from mim3d.reporting import scan_images, score_tables
 from mim3d.reporting.charts import curve_names, curves_chart, dice_chart, reliability_chart
 from mim3d.reporting.drawing import label_colour
 from mim3d.reporting.rendering import number, render
-from mim3d.reporting.sources import NamedRun, ScoreSet, Sources
+from mim3d.reporting.sources import NamedRun, ScoreSet, Sources, read_sources
 
 #: Most labels whose Dice a caption names.
 _NAMED_LABELS = 4
 _HISTORY_STEPS = 5
 _CROP = {"image", "reference", "prediction"}
+
+
+def write_report(runs: Sequence[str], out: str, scores: Sequence[str]) -> str:
+    """Write a report to a file, print its path, and return it.
+
+    Args:
+        runs: Folders of runs.
+        out: File of the page, ending in .html.
+        scores: Files of scores besides those of the runs.
+    Raises:
+        ConfigError: A path is no run or no file of scores, or ``out`` cannot be written.
+    """
+    if not runs:
+        raise ConfigError("runs is empty; name at least one run folder.")
+    if not out.lower().endswith((".html", ".htm")):
+        raise ConfigError(f"out is {out}, but a report ends in .html; use {out.rstrip('/')}.html.")
+    if os.path.isdir(out):
+        raise ConfigError(f"out is {out}, which is a folder; give the name of a file.")
+    path = os.path.abspath(out)
+    write_text(path, report_page(read_sources(runs, scores), datetime.now()))
+    print(f"Report: {path}")
+    return path
 
 
 def report_page(sources: Sources, written: datetime) -> str:

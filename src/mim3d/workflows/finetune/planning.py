@@ -29,7 +29,7 @@ from mim3d.planning.patch import MIN_BATCH
 from mim3d.planning.plan import Decided, Plan, describe_intensity, plan_dataset, plan_spacing, shapes_at
 from mim3d.planning.scans import ScanSource, cached_sources, file_sources
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks import TASKS, create_task
+from mim3d.tasks import TASKS
 from mim3d.tasks.contract import Task
 from mim3d.tasks.segmentation.augmentation import sided_labels
 from mim3d.tasks.segmentation.task import Segmentation
@@ -73,6 +73,7 @@ def plan_finetuning(
     split: Split,
     initial: Initialisation,
     settings: FinetuneSettings,
+    task: Task,
     run_dir: str | Path | None = None,
 ) -> PlannedRun:
     """Fill in what the user left open, from the data, and print every choice with its reason.
@@ -86,13 +87,13 @@ def plan_finetuning(
         split: The cases to train and validate on.
         initial: The encoder's settings and card.
         settings: Settings of fine-tuning; ``plan`` may name a file.
+        task: The task of those settings.
         run_dir: Folder of the run, whether or not it is there: the plan of a run that is resumed is taken from it.
 
     Raises:
         ConfigError: A plan file with unknown keys or impossible values, or a patch that does not fit the encoder.
         DataError: No scan can be used.
     """
-    task = create_task(settings.task)
     if not isinstance(task, Segmentation):
         return _planned(settings, task.checked(initial.recipe))
     given = _given(source, task, settings)

@@ -19,6 +19,7 @@ from mim3d.datasets.splits import Split
 from mim3d.distributed.processes import Processes
 from mim3d.objective import Objective
 from mim3d.tasks import TASKS, create_task
+from mim3d.tasks.contract import Task
 from mim3d.tasks.segmentation.partial_labels import are_partial
 from mim3d.tracking import TrackedRun
 from mim3d.training.checkpoint import load_best
@@ -75,27 +76,28 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
     with joined_processes(settings) as processes:
         # What cannot work whatever the data is refused before they are read.
         settings.check_machine()
-        settings, source, split = _cases(settings)
+        settings, task, source, split = _cases(settings)
         if settings.patience is not None and not split.val:
             raise ConfigError(
                 f"patience is {settings.patience}, but no case is held out to validate on; give a fold, or no patience."
             )
-        initial = _initialise(settings, source, split)
+        initial = _initialise(settings, task, source, split)
         if not processes.is_first:
             # They take the plan that it saves; here they learn when it fails before.
             processes.wait_for("plan")
-        planned = plan_finetuning(source, split, initial, settings, settings.out)
+        planned = plan_finetuning(source, split, initial, settings, task, settings.out)
         run, scans = _prepare(planned, initial, source, split, processes)
         _check_leakage(run, split, scans, settings, every_fold=every_fold)
         return _train(run, planned, initial, split, scans, started_at)
 
 
-def _cases(settings: FinetuneSettings) -> tuple[FinetuneSettings, CaseSet | Cache, Split]:
-    """The settings on top of a preset where one is asked for, the data set and its split."""
-    needs = create_task(settings.task).needs
+def _cases(settings: FinetuneSettings) -> tuple[FinetuneSettings, Task, CaseSet | Cache, Split]:
+    """The settings on top of a preset where one is asked for, their task, the data set and its split."""
+    task = create_task(settings.task)
     if settings.preset is not None:
-        return apply_preset(settings)
-    source = read_data(settings.data, need_labels=needs == "label", keep_labels=True)
+        settings, source, split = apply_preset(settings)
+        return settings, create_task(settings.task), source, split
+    source = read_data(settings.data, need_labels=task.needs == "label", keep_labels=True)
     split = choose_split(
         source.cases,
         fold=settings.single_fold,
@@ -103,12 +105,11 @@ def _cases(settings: FinetuneSettings) -> tuple[FinetuneSettings, CaseSet | Cach
         part=settings.train_part,
         split_seed=settings.split_seed,
     )
-    return settings, source, split
+    return settings, task, source, split
 
 
-def _initialise(settings: FinetuneSettings, source: CaseSet | Cache, split: Split) -> Initialisation:
+def _initialise(settings: FinetuneSettings, task: Task, source: CaseSet | Cache, split: Split) -> Initialisation:
     """The encoder to begin with, once it is known that task, encoder and cases fit together."""
-    task = create_task(settings.task)
     task.check_split(split)
     num_channels = len(split.train[0].images)
     initial = initialise(settings.backbone, settings.weights, num_channels, settings.input_layers)

@@ -15,7 +15,7 @@ from mim3d.core.resources import num_cores
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet
 from mim3d.datasets.splits import Split
-from mim3d.phantoms.dataset import PhantomSettings, open_set, plan_cases, write_cases, write_dataset
+from mim3d.phantoms.dataset import PhantomSettings, make_set
 from mim3d.probing.boxes import class_set
 from mim3d.probing.items import ProbeSet
 from mim3d.probing.settings import Probing
@@ -122,13 +122,8 @@ def read_source(data: str, folder: str | Path) -> CaseSet | Cache:
     """
     if data != PHANTOM:
         return read_data(data, need_labels=False, keep_labels=True)
-    path = Path(folder)
-    cases = plan_cases(PHANTOMS)
-    open_set(path, PHANTOMS)
-    for _ in counted(write_cases(path, cases), len(cases), "phantoms"):
-        pass
-    write_dataset(path, PHANTOMS, cases)
-    return read_data(str(path), need_labels=True)
+    make_set(folder, PHANTOMS)
+    return read_data(str(folder), need_labels=True)
 
 
 def labelled_cases(source: CaseSet | Cache, target: Target | None, data: str) -> tuple[Target, list[Case]]:

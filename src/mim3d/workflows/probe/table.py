@@ -44,13 +44,13 @@ class Row:
     against: Mapping[str, Probed]
 
 
-def content_of(rows: Sequence[Row], settings: Mapping[str, Any], bootstrap: Bootstrap) -> dict[str, Any]:
+def content_of(rows: Sequence[Row], written: Mapping[str, Any], bootstrap: Bootstrap) -> dict[str, Any]:
     """All there is to tell, as JSON takes it."""
     first = rows[0].items
     return {
         "kind": "probe",
         "target": first.target,
-        "settings": dict(settings),
+        "settings": dict(written),
         "conventions": {**CONVENTIONS, **COLLAPSE},
         "num_scans": {"training": first.num_scans[0], "held_out": first.num_scans[1]},
         "num_patients_held_out": rows[0].probed.linear.num_patients,
