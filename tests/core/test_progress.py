@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mim3d.core import progress
-from mim3d.core.progress import Bar, clock, counted
+from mim3d.core.progress import Progress, clock, counted
 
 
 class Terminal(io.StringIO):
@@ -25,12 +25,11 @@ def open_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 def test_a_terminal_gets_a_bar_with_lines_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = open_terminal(monkeypatch)
-    bar = Bar("step {task.completed:.0f}/{task.total}", "{task.fields[name]}", 8, completed=2, name="first")
-    assert bar.is_shown
-    bar.say("a line [with] brackets")
-    bar.update(5, name="second")
-    bar.update(name="third")
-    bar.stop()
+    with Progress("step {done}/{total}", 8) as bar:
+        bar.begin(2)
+        bar.say("a line [with] brackets")
+        bar.update(5, "second")
+        bar.update(5, "third")
     text = terminal.getvalue()
     assert "a line [with] brackets" in text
     assert "step 5/8" in text
@@ -38,21 +37,30 @@ def test_a_terminal_gets_a_bar_with_lines_above_it(monkeypatch: pytest.MonkeyPat
 
 
 def test_elsewhere_there_are_lines_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = Bar("{task.completed}", "", 8)
-    bar.update(5)
-    bar.say("a line")
-    bar.stop()
-    assert not bar.is_shown
+    with Progress("{done}", 8) as bar:
+        bar.update(5)
+        bar.say("a line")
     assert capsys.readouterr().err == "a line\n"
 
 
 def test_a_silent_bar_shows_nothing_even_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = open_terminal(monkeypatch)
-    bar = Bar("{task.completed}", "", 8, silent=True)
-    bar.say("a line")
-    bar.update(3)
-    bar.stop()
+    with Progress("{done}", 8, silent=True, eager=True) as bar:
+        bar.say("a line")
+        bar.update(3)
     assert terminal.getvalue() == ""
+
+
+def test_the_first_and_the_last_line_are_shown_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("{done:.1f} of {total} scans", 3, eager=True) as shown:
+        for done in (0, 0.5, 1, 2, 3):
+            shown.update(done, "a case")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [["0.5 of 3 scans", "a case"], ["3.0 of 3 scans", "a case"]]
+    with Progress("{done:.1f} of {total} scans", 3) as shown:
+        for done in (0, 0.5, 1, 2, 3):
+            shown.update(done, "a case")
+    assert capsys.readouterr().err == ""
 
 
 def test_counting_passes_items_on_and_tells_now_and_then(
@@ -80,8 +88,8 @@ def test_a_narrow_terminal_shows_the_time_left_and_all_that_is_told(
     terminal = open_terminal(monkeypatch)
     monkeypatch.setenv("COLUMNS", columns)
     told = "loss 4.4810  lr 1.00e-04  3.51 samples/s  25% waiting for data  35.0 GiB held"
-    bar = Bar("step {task.completed:.0f}/{task.total}", "{task.fields[values]}", 100_000, values=told)
-    bar.stop()
+    with Progress("step {done}/{total}", 100_000) as bar:
+        bar.update(0, told)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert "step 0/100000" in plain
     assert "-:--:--" in plain

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mim3d.training.loop as loop_module
 from mim3d.core.errors import ConfigError
+from mim3d.core.progress import Progress
 from mim3d.distributed.stopping import StopRequests
 from mim3d.training.bad_steps import NonFiniteError
-from mim3d.training.display import Display
 from mim3d.training.launch import launch, seed_step, usable_precision
-from mim3d.training.meter import Meter, Throughput
+from mim3d.training.meter import Meter, Throughput, summary
 from mim3d.training.optim import build_optimizer, decay_groups
 from mim3d.training.plan import steps_for_epochs
 from mim3d.training.schedule import Optimisation, make_schedule
@@ -185,11 +185,11 @@ VALUES = {"loss": 0.5, "learning_rate": 1e-3, "samples_per_s": 12.0, "data_wait_
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display(100) as display:
+    with Progress("step {done}/{total}", 100, eager=True) as display:
         display.begin(0)
         for step in range(1, 101):
             display.advance(step)
-            display.show(step, VALUES)
+            display.update(step, summary(VALUES))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/100", "step 100/100"]
     assert "loss 0.5000  lr 1.00e-03  12 samples/s  25% waiting for data" in lines[0]
@@ -206,12 +206,12 @@ def test_on_a_terminal_there_is_a_bar_with_time_left(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm")
-    with Display(100) as display:
+    with Progress("step {done}/{total}", 100, eager=True) as display:
         display.begin(40)
         display.say("a line [with] brackets")
         for step in range(41, 61):
             display.advance(step)
-        display.show(60, VALUES)
+        display.update(60, summary(VALUES))
     text = terminal.getvalue()
     assert "a line [with] brackets" in text
     assert "60/100" in text
@@ -219,10 +219,10 @@ def test_on_a_terminal_there_is_a_bar_with_time_left(monkeypatch: pytest.MonkeyP
 
 
 def test_further_processes_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display(2, silent=True) as display:
+    with Progress("step {done}/{total}", 2, eager=True, silent=True) as display:
         display.begin(0)
         display.say("hello")
-        display.show(2, VALUES)
+        display.update(2, summary(VALUES))
     assert capsys.readouterr().err == ""
 
 

@@ -7,7 +7,7 @@ from mim3d.methods.mim.hierarchy import Level
 from mim3d.methods.mim.method import MiM
 from mim3d.objective import Tokens, crop_tokens
 from mim3d.scans.intensity import Intensity
-from mim3d.training.display import summary
+from mim3d.training.meter import summary
 from mim3d.training.plan import make_plan
 from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings

@@ -3,57 +3,82 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from types import TracebackType
 from typing import Any, TypeVar
 
 #: Seconds between two plain lines.
 PLAIN_EVERY_S = 15.0
 
-#: Columns of a terminal that hold a bar and what is told beside it.
+#: Columns of a terminal that hold a bar and the text beside it in one line.
 _WIDE = 130
 
 Item = TypeVar("Item")
 
 
-class Bar:
-    """A bar on stderr where that is a terminal, and lines of text, which go above it.
+class Progress:
+    """Progress on stderr, begun by ``with``: a bar where that is a terminal, else lines of text.
 
     Args:
-        before: text in front of the bar, with ``{task.completed}`` and ``{task.total}``.
-        after: text behind it and the time left, with ``{task.fields[name]}`` of ``fields``.
-        total: how much there is to do.
-        completed: how much was done before.
-        silent: show nothing, neither bar nor lines.
-        steady_s: seconds over which the speed that gives the time left is averaged.
-        fields: first values of what ``after`` shows.
+        label: Text in front of the bar, with ``{done}`` and ``{total}``, such as ``step {done}/{total}``.
+        total: Amount of work, in any unit.
+        silent: Whether nothing is shown, neither bar nor lines.
+        eager: Whether the first and the last plain line are shown even where the work is done in a few seconds.
+        steady_s: Seconds over which the speed that gives the time left is averaged.
+
+    Attributes:
+        done: Amount of work that is done.
     """
 
     def __init__(
-        self,
-        before: str,
-        after: str,
-        total: int,
-        *,
-        completed: int = 0,
-        silent: bool = False,
-        steady_s: float = 30.0,
-        **fields: str,
+        self, label: str, total: int, *, silent: bool = False, eager: bool = False, steady_s: float = 30.0
     ) -> None:
+        self._label = label
+        self._total = total
         self._silent = silent
-        self._bar: Any = None
-        if not silent and total and sys.stderr.isatty():
-            self._bar = _rich_bar(before, after, steady_s)
-            self._task = self._bar.add_task("", total=total, completed=completed, **fields)
-            self._bar.start()
+        self._eager = eager
+        self._bar = _rich_bar(steady_s) if total and not silent and sys.stderr.isatty() else None
+        self._task = None if self._bar is None else self._bar.add_task("", total=total, beside="")
+        self.begin()
 
-    @property
-    def is_shown(self) -> bool:
-        """Whether there is a bar; else lines are all that is seen."""
-        return self._bar is not None
-
-    def update(self, completed: float | None = None, **fields: str) -> None:
-        """Move the bar, and change what stands behind it."""
+    def __enter__(self) -> "Progress":
         if self._bar is not None:
-            self._bar.update(self._task, completed=completed, **fields)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, done: float = 0) -> None:
+        """Start the clock, with ``done`` of the work done in earlier sessions."""
+        self.done = self._first = done
+        self._start = time.monotonic()
+        self._last_line: float | None = None
+        if self._bar is not None:
+            self._bar.reset(self._task, completed=done, description=self._text(done))
+
+    def advance(self, done: float) -> None:
+        """Move the bar; plain lines are left to :meth:`update`."""
+        self.done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=self._text(done))
+
+    def update(self, done: float, beside: str = "") -> None:
+        """Move the bar and change the text beside it; elsewhere print a line if it is time for one."""
+        self.advance(done)
+        if self._bar is not None:
+            self._bar.update(self._task, beside=beside)
+            return
+        now = time.monotonic()
+        shown_before = self._last_line is not None
+        is_edge = (not shown_before and self._eager) or (done >= self._total and (shown_before or self._eager))
+        is_due = now - (self._last_line or self._start) >= PLAIN_EVERY_S
+        if done > self._first and (is_edge or is_due):
+            self._last_line = now
+            left_s = (now - self._start) / (done - self._first) * (self._total - done)
+            self.say("  ".join(filter(None, (self._text(done), beside, f"{clock(left_s)} left"))))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -62,51 +87,45 @@ class Bar:
         elif not self._silent:
             print(text, file=sys.stderr, flush=True)
 
-    def stop(self) -> None:
-        """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.stop()
+    def _text(self, done: float) -> str:
+        return self._label.format(done=done, total=self._total)
 
 
-def _rich_bar(before: str, after: str, steady_s: float) -> Any:
-    """A bar; on a narrow terminal the text behind it has a line of its own, lest it crowd out the time left."""
+def _rich_bar(steady_s: float) -> Any:
+    """A bar; on a narrow terminal the text beside it has a line of its own, lest it crowd out the time left."""
+    from rich import progress
     from rich.console import Console, RenderableType
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    behind = TextColumn(after)
+    beside = progress.TextColumn("{task.fields[beside]}", markup=False)
 
-    class TwoLines(Progress):
+    class TwoLines(progress.Progress):
         def get_renderables(self) -> Iterator[RenderableType]:
             yield from super().get_renderables()
-            yield from (behind(task) for task in self.tasks)
+            yield from (beside(task) for task in self.tasks)
 
-    columns = (TextColumn(before), BarColumn(bar_width=24), TimeRemainingColumn(elapsed_when_finished=True))
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=24),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+    )
     if console.width < _WIDE:
         return TwoLines(*columns, console=console, speed_estimate_period=steady_s)
-    return Progress(*columns, behind, console=console, speed_estimate_period=steady_s)
+    return progress.Progress(*columns, beside, console=console, speed_estimate_period=steady_s)
 
 
 def counted(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
-    """Pass items on and show on stderr how many of ``total`` have come.
+    """Pass items on and show on stderr how many of them have come.
 
     Args:
-        items: the work, done as it is taken.
-        total: how many there will be.
-        title: one word for it.
+        items: The work, done as it is taken.
+        total: Number of items.
+        title: One word for the work.
     """
-    bar = Bar(f"{title} {{task.completed:.0f}}/{{task.total}}", "left", total)
-    start = last_line = time.monotonic()
-    try:
+    with Progress(f"{title} {{done}}/{{total}}", total) as progress:
         for done, item in enumerate(items, start=1):
-            bar.update(done)
-            now = time.monotonic()
-            if not bar.is_shown and now - last_line >= PLAIN_EVERY_S:
-                last_line = now
-                bar.say(f"{title} {done}/{total}  {clock((now - start) / done * (total - done))} left")
+            progress.update(done)
             yield item
-    finally:
-        bar.stop()
 
 
 def clock(seconds: float) -> str:

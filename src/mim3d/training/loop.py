@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mim3d.core.progress import Progress
 from mim3d.core.run_folder import Run
 from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat
 from mim3d.distributed.stopping import StopRequests
@@ -12,7 +13,6 @@ from mim3d.objective import Batch, Objective
 from mim3d.training.bad_steps import NonFiniteError, skip_if_not_finite, spread_non_finite
 from mim3d.training.batches import DeviceBatches
 from mim3d.training.checkpoint import Checkpoints
-from mim3d.training.display import Display
 from mim3d.training.launch import FabricModule, StepModule, compile_blocks, device_name, launch, seed_step
 from mim3d.training.memory import is_out_of_memory
 from mim3d.training.meter import gradient_terms
@@ -69,10 +69,12 @@ def train(
     optimizer: Any = fabric.setup_optimizers(build_optimizer(objective, plan.schedule, loop.precision))
     hooks = Hooks(validate, best_by, on_checkpoint, loop.patience)
 
+    silent = not fabric.is_global_zero
     with (
         run.exclusive(),
         stop,
-        Display(loop.max_steps, silent=not fabric.is_global_zero) as display,
+        # Validations and checkpoints come seldom and take long: the speed is averaged over minutes.
+        Progress("step {done}/{total}", loop.max_steps, silent=silent, eager=True, steady_s=300) as display,
         Heartbeat(fabric.global_rank, fabric.world_size, display.say, loop.rank_timeout_s) as heartbeat,
     ):
         session = TrainingSession(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mim3d.core.resources import in_words
 from mim3d.training.bad_steps import BadSteps
 
 #: Values of a window that wait on the device to be summed; beyond, the host waits for the device once.
@@ -206,3 +207,13 @@ class Throughput:
         }
         self._window_start, self._waited_s, self._samples = now, 0.0, 0
         return values
+
+
+def summary(values: Mapping[str, float]) -> str:
+    """One line of metrics for people: loss, learning rate, speed, waiting for data and, where known, memory held."""
+    memory = values.get("memory_bytes")
+    return (
+        f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+        f"{values['samples_per_s']:.3g} samples/s  {values['data_wait_ratio']:.0%} waiting for data"
+        + ("" if memory is None else f"  {in_words(int(memory))} held")
+    )

@@ -12,7 +12,7 @@ import lightning_fabric
 import torch
 
 from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError
-from mim3d.core.progress import clock
+from mim3d.core.progress import Progress, clock
 from mim3d.core.resources import in_words
 from mim3d.core.run_folder import Run
 from mim3d.distributed.heartbeat import BETWEEN, Heartbeat
@@ -21,9 +21,8 @@ from mim3d.objective import Batch, Objective
 from mim3d.training.bad_steps import BadSteps, BudgetSpentError, NonFiniteError
 from mim3d.training.batches import DeviceBatches
 from mim3d.training.checkpoint import Checkpoints, read_checkpoint, restore_weights
-from mim3d.training.display import Display
 from mim3d.training.memory import is_out_of_memory, peak_bytes
-from mim3d.training.meter import Meter, Throughput
+from mim3d.training.meter import Meter, Throughput, summary
 from mim3d.training.optim import WeightAverage
 from mim3d.training.plan import TrainingPlan
 from mim3d.training.settings import LoopSettings
@@ -90,7 +89,7 @@ class TrainingSession:
     run: Run
     checkpoints: Checkpoints
     hooks: Hooks
-    display: Display
+    display: Progress
     heartbeat: Heartbeat
     bad_steps: BadSteps = field(init=False)
     meter: Meter = field(init=False)
@@ -229,7 +228,7 @@ class TrainingSession:
         memory = {} if held is None else {"memory_bytes": held}
         values = {**means, "learning_rate": rate, **self.speed.read(), **memory, **faults}
         self.run.log(step, values)
-        self.display.show(step, values)
+        self.display.update(step, summary(values))
 
     def save_pictures(self, step: int, batch: Batch) -> None:
         """Let the objective of the first process draw what it sees in ``batch``."""

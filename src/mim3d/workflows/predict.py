@@ -1,19 +1,17 @@
 """Prediction with trained networks of any task: scans in, a folder that lists what became of each."""
 
 import os
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import write_json
-from mim3d.core.progress import PLAIN_EVERY_S, Bar, clock
+from mim3d.core.progress import Progress
 from mim3d.core.types import Named
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.dataset_json import read_json
@@ -63,7 +61,7 @@ def predict_scans(
     folder = PredictionFolder.open(out, predictor, cases, overwrite=overwrite)
     remaining = [case for case in cases if not folder.is_finished(case)]
     step = predictor.scans_per_call
-    with ScanProgress(len(remaining)) as progress:
+    with Progress("{done:.1f} of {total} scans", len(remaining)) as progress:
         for start in range(0, len(remaining), step):
             _predict(remaining[start : start + step], predictor, folder, progress)
             folder.write()
@@ -79,7 +77,7 @@ def predict_scans(
     return str(folder.path)
 
 
-def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFolder", progress: "ScanProgress") -> None:
+def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFolder", progress: Progress) -> None:
     """Predict scans that go through the networks together; what keeps one from being predicted is written down."""
 
     def fail(case: Case, error: BaseException) -> None:
@@ -90,80 +88,29 @@ def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFol
 
     read: list[tuple[Case, Any]] = []
     for case in cases:
-        progress.begin(case.id)
+        progress.update(progress.done, case.id)
         try:
             read.append((case, predictor.read(case)))
         except (DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             fail(case, error)
-            progress.end()
+            progress.update(progress.done + 1, case.id)
     if not read:
         return
     chosen = [case for case, _ in read]
+    num_before, name = progress.done, chosen[-1].id
+
+    def watch(done: int, total: int) -> None:
+        progress.update(num_before + done / max(total, done, 1), name)
+
     try:
-        answers = predictor.predict(chosen, [inputs for _, inputs in read], folder.path, progress.windows)
+        answers = predictor.predict(chosen, [inputs for _, inputs in read], folder.path, watch)
     except (DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         for case in chosen:
             fail(case, error)
     else:
         for case, answer in zip(chosen, answers, strict=True):
             folder.add(case, answer)
-    for _ in chosen:
-        progress.end()
-
-
-class ScanProgress:
-    """Progress over scans on stderr: a bar on a terminal, a plain line now and then elsewhere.
-
-    Args:
-        num_scans: Number of scans to do.
-    """
-
-    def __init__(self, num_scans: int) -> None:
-        self._num_scans = num_scans
-        self._done = 0
-        self._part = 0.0
-        self._name = ""
-        self._start = self._last_line = time.monotonic()
-        self._bar = Bar("{task.completed:.1f} of {task.total} scans", "{task.fields[name]}", num_scans, name="")
-
-    def __enter__(self) -> "ScanProgress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def begin(self, name: str) -> None:
-        """Say that a scan begins."""
-        self._name, self._part = name, 0.0
-        self._show()
-
-    def windows(self, done: int, total: int) -> None:
-        """Say that so many windows of the scan are done."""
-        self._part = done / max(total, done, 1)
-        self._show()
-
-    def end(self) -> None:
-        """Say that a scan is done, one way or the other."""
-        self._done, self._part = self._done + 1, 0.0
-        self._show()
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._bar.say(text)
-
-    def _show(self) -> None:
-        position = self._done + self._part
-        if self._bar.is_shown:
-            self._bar.update(position, name=self._name)
-            return
-        now = time.monotonic()
-        last = self._done == self._num_scans
-        if position and (last or now - self._last_line >= PLAIN_EVERY_S):
-            self._last_line = now
-            left = (now - self._start) / position * (self._num_scans - position)
-            self.say(f"{position:.3g} of {self._num_scans} scans  {clock(left)} left")
+    progress.update(num_before + len(chosen), name)
 
 
 @dataclass
