@@ -34,9 +34,9 @@ class Phantom:
     Attributes:
         image: (X, Y, Z) int16 HU along RAS+ axes.
         label: (X, Y, Z) uint8 label values, exact for every voxel.
-        spacing_mm: voxel size along X, Y, Z.
+        spacing_mm: Voxel size along X, Y, Z.
         affine: (4, 4) float64, index to RAS millimetres.
-        labels: label value to name.
+        labels: Label value to name.
     """
 
     image: npt.NDArray[np.int16]
@@ -60,11 +60,11 @@ def make_phantom(seed: int | Sequence[int], size: Triple) -> Phantom:
     The same seed and size give the same voxels; a seed gives the same patient at every size.
 
     Args:
-        seed: one whole number from 0, or several that together name the case.
-        size: voxels along X (right), Y (front), Z (head) of the scan.
+        seed: One whole number from 0, or several that together name the case.
+        size: Voxels along X (right), Y (front), Z (head) of the scan.
 
     Raises:
-        ConfigError: a size below 16, or a negative seed.
+        ConfigError: A size below 16, or a negative seed.
     """
     _check(seed, size)
     grid_rng, body_rng, noise_rng = _streams(seed)

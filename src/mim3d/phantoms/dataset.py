@@ -38,10 +38,10 @@ class PhantomSettings:
     """What a set of phantoms is made of.
 
     Attributes:
-        num_cases: cases to train on.
-        size: largest number of voxels along X, Y, Z; the first case has it, the others up to a third less.
-        seed: names the set.
-        num_test: cases kept apart, with labels.
+        num_cases: Cases to train on.
+        size: Largest number of voxels along X, Y, Z; the first case has it, the others up to a third less.
+        seed: Names the set.
+        num_test: Cases kept apart, with labels.
     """
 
     num_cases: int
@@ -73,11 +73,11 @@ class PhantomCase:
     """One case of a set, known before a voxel is made.
 
     Attributes:
-        image: path of the image within the set.
-        label: path of the label within the set.
-        seed: the numbers that name its phantom.
-        shape: its voxels along X, Y, Z (RAS+).
-        stored_axes: the directions of its axes in the file, such as "LPS".
+        image: Path of the image within the set.
+        label: Path of the label within the set.
+        seed: The numbers that name its phantom.
+        shape: Its voxels along X, Y, Z (RAS+).
+        stored_axes: The directions of its axes in the file, such as "LPS".
     """
 
     image: str
@@ -117,8 +117,8 @@ def open_set(out: Path, settings: PhantomSettings) -> None:
     """Make the folder of a set, or accept one that the same settings began.
 
     Raises:
-        ConfigError: the folder holds other things, or phantoms of other settings.
-        DataError: it cannot be written to.
+        ConfigError: The folder holds other things, or phantoms of other settings.
+        DataError: The folder cannot be written to.
     """
     wanted = json.loads(json.dumps({"format": FORMAT, **asdict(settings)}))
     path = out / SETTINGS_FILE
@@ -139,7 +139,7 @@ def write_cases(out: Path, cases: list[PhantomCase]) -> Iterator[bool]:
     """Write the cases that are not there yet; yields after each case whether it had to be made.
 
     Raises:
-        DataError: a file cannot be written; finished cases stay.
+        DataError: A file cannot be written; finished cases stay.
     """
     for case in cases:
         missing = not all(_is_finished(out / name, case) for name in (case.label, case.image))

@@ -37,11 +37,11 @@ class Part:
     """One thing to paint; later parts cover earlier ones.
 
     Attributes:
-        solid: its shape.
-        hu: its tissue.
-        label: label value it gets; None keeps what is below (a vessel of the liver is liver).
-        regions: regions of the trunk it may lie in.
-        on: label values it may cover; None for all.
+        solid: Its shape.
+        hu: Its tissue.
+        label: Label value it gets; None keeps what is below (a vessel of the liver is liver).
+        regions: Regions of the trunk it may lie in.
+        on: Label values it may cover; None for all.
     """
 
     solid: Solid
@@ -56,13 +56,13 @@ class Slab:
     """Some slices of a phantom while it is painted; all arrays are (X, Y, stop - start).
 
     Attributes:
-        placement: the whole scan.
-        start: first slice.
-        stop: one behind the last slice.
-        places: body x, y, z, mm.
-        hu: float32.
-        label: label values.
-        region: regions of the trunk.
+        placement: The whole scan.
+        start: First slice.
+        stop: One behind the last slice.
+        places: Body x, y, z, mm.
+        hu: Float32.
+        label: Label values.
+        region: Regions of the trunk.
     """
 
     placement: Placement

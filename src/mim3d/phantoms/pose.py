@@ -25,7 +25,7 @@ class Pose:
 
     Attributes:
         linear: (3, 3), millimetres of the scan to millimetres of the body.
-        centre_mm: the body's point in the middle of the scan.
+        centre_mm: The body's point in the middle of the scan.
         bend: (3, K, K, K) float32, displacement at the control points, mm.
     """
 
@@ -48,9 +48,9 @@ class Placement:
     """A pose on the voxels of one scan.
 
     Attributes:
-        pose: how the patient lies.
-        shape: voxels along X, Y, Z (RAS+).
-        spacing_mm: their size.
+        pose: How the patient lies.
+        shape: Voxels along X, Y, Z (RAS+).
+        spacing_mm: Their size.
     """
 
     pose: Pose

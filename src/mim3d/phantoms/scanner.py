@@ -18,13 +18,13 @@ class Scanner:
     """How one scan was taken.
 
     Attributes:
-        noise_hu: standard deviation of the noise in the middle of the body.
+        noise_hu: Standard deviation of the noise in the middle of the body.
         sharpness: 0 for a soft kernel, 1 for a sharp one: its noise is fine-grained.
-        streak_hu: standard deviation of streaks across the body, worst at the hips.
-        cupping_hu: how much darker the middle of the body is (beam hardening).
-        table_gap_mm: between back and table.
-        table_radius_mm: of the table's curve.
-        round_view: whether the corners outside the round field of view are blank.
+        streak_hu: Standard deviation of streaks across the body, worst at the hips.
+        cupping_hu: How much darker the middle of the body is (beam hardening).
+        table_gap_mm: Between back and table.
+        table_radius_mm: Radius of the table's curve.
+        round_view: Whether the corners outside the round field of view are blank.
     """
 
     noise_hu: float
@@ -53,10 +53,10 @@ def paint_table(scanner: Scanner, placement: Placement, back: Vector, hu: Array)
     """Paint table and mattress under a patient into some slices `hu` (X, Y, slices), before the patient.
 
     Args:
-        scanner: the scanner.
-        placement: the scan.
-        back: the place of the scan where the table touches the patient, mm.
-        hu: changed in place.
+        scanner: The scanner.
+        placement: The scan.
+        back: The place of the scan where the table touches the patient, mm.
+        hu: Changed in place.
     """
     x = placement.scan_mm(0)[:, None] - np.float32(back[0])
     y = placement.scan_mm(1)[None, :] - np.float32(back[1])
@@ -71,10 +71,10 @@ def scan(scanner: Scanner, placement: Placement, hu: Array, rng: np.random.Gener
     """Blur the painted tissues, add noise, and store them as a scanner does.
 
     Args:
-        scanner: how the scan is taken.
-        placement: where the voxels lie.
+        scanner: How the scan is taken.
+        placement: Position of the voxels.
         hu: (X, Y, Z) float32, used up.
-        rng: source of the noise.
+        rng: Source of the noise.
 
     Returns:
         (X, Y, Z) int16 HU from -1024 to 3071.

@@ -20,9 +20,9 @@ class Solid:
     """A body in space.
 
     Attributes:
-        level: signed distance, negative inside; exact in sign, approximate in length.
-        low: smallest x, y, z that it can reach, mm.
-        high: largest x, y, z that it can reach, mm.
+        level: Signed distance, negative inside; exact in sign, approximate in length.
+        low: Smallest x, y, z that it can reach, mm.
+        high: Largest x, y, z that it can reach, mm.
     """
 
     level: Level
@@ -72,9 +72,9 @@ def tube(points: Sequence[Vector], radii: Sequence[float], *, piece_mm: float = 
     """A curved tube through `points`, smooth between them, as short capsules (each with a small box).
 
     Args:
-        points: at least two places on the centre line, mm.
-        radii: the radius at each of them, mm.
-        piece_mm: about how long one capsule is.
+        points: At least two places on the centre line, mm.
+        radii: The radius at each of them, mm.
+        piece_mm: About how long one capsule is.
     """
     knots = np.array([(*point, radius) for point, radius in zip(points, radii, strict=True)])
     ends = np.concatenate([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])

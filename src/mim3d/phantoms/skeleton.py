@@ -23,8 +23,8 @@ class Spine:
     """One patient's spine.
 
     Attributes:
-        lean: sideways swing, mm (a slight scoliosis).
-        size: scale of its cross-section.
+        lean: Sideways swing, mm (a slight scoliosis).
+        size: Scale of its cross-section.
     """
 
     lean: float

@@ -26,15 +26,15 @@ class Trunk:
     """Sizes of one patient's trunk, mm (body axes: x right, y front, z head, 0 at the first lumbar vertebra).
 
     Attributes:
-        half_width: of the muscles at the waist, without fat.
-        front: from the middle to the front of the muscles.
-        back: from the middle to the back of the muscles.
-        fat_side: subcutaneous fat at the flanks.
-        fat_front: subcutaneous fat of the belly.
-        fat_back: subcutaneous fat of the back.
-        dome: height of the diaphragm.
-        drop: how far the diaphragm falls from its dome to the ribs.
-        rib_shift: height of the ribs against the vertebrae.
+        half_width: Half the width of the muscles at the waist, without fat.
+        front: Distance from the middle to the front of the muscles.
+        back: Distance from the middle to the back of the muscles.
+        fat_side: Subcutaneous fat at the flanks.
+        fat_front: Subcutaneous fat of the belly.
+        fat_back: Subcutaneous fat of the back.
+        dome: Height of the diaphragm.
+        drop: How far the diaphragm falls from its dome to the ribs.
+        rib_shift: Height of the ribs against the vertebrae.
     """
 
     half_width: float
@@ -96,9 +96,9 @@ def paint_trunk(trunk: Trunk, tissues: Tissues, places: tuple[Array, Array, Arra
     """Paint skin, fat, muscles, the cavity's fat and the lungs' air into `hu`.
 
     Args:
-        trunk: the patient's trunk.
-        tissues: the patient's HU.
-        places: body x, y, z of the voxels, each (X, Y, Z).
+        trunk: The patient's trunk.
+        tissues: The patient's HU.
+        places: Body x, y, z of the voxels, each (X, Y, Z).
         hu: (X, Y, Z), changed in place; voxels outside the skin are left alone.
 
     Returns:

@@ -1,4 +1,4 @@
-"""All folds of a data set by one command: one complete run after the other, and what their validations say together."""
+"""All folds of a data set by one command: one complete run after the other, and a summary of their validations."""
 
 import time
 import warnings

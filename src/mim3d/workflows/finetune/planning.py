@@ -165,7 +165,7 @@ def read_plan(path: str | Path) -> Plan:
     """A plan from YAML, as ``save_plan`` wrote it or edited since; settings that are left out are not planned.
 
     Raises:
-        ConfigError: no such file, unknown keys (the nearest known one is named) or impossible values.
+        ConfigError: No such file, unknown keys (the nearest known one is named) or impossible values.
     """
     try:
         return build_settings(Plan, read_yaml(path), str(path))

@@ -28,7 +28,7 @@ class TrainingMemory:
     """What training needs, from dry runs on fake tensors; each patch is asked about once.
 
     Attributes:
-        usable_bytes: what training may take.
+        usable_bytes: Bytes that training may take.
     """
 
     usable_bytes: int | None
@@ -78,11 +78,11 @@ def training_memory(
     """Answers about memory; None where the user wants no check or nothing can be known.
 
     Args:
-        task: the task as asked for.
-        recipe: of the encoder.
-        labels: label value -> name.
-        settings: settings of fine-tuning; the task fills in what its optimiser leaves open.
-        held_out: voxels of each scan to validate on.
+        task: The task as asked for.
+        recipe: Settings of the encoder.
+        labels: Label value -> name.
+        settings: Settings of fine-tuning; the task fills in what its optimiser leaves open.
+        held_out: Voxels of each scan to validate on.
     """
     loop = settings.loop(1)
     if settings.memory_limit == 0 or not can_be_known(loop):

@@ -187,7 +187,7 @@ def _merged_task(preset: Preset, given: Mapping[str, Any], asked: Any) -> Any:
     """The task asked for on top of the preset's; a task of the user's own stays as it is.
 
     Raises:
-        ConfigError: the preset is for another task.
+        ConfigError: The preset is for another task.
     """
     own = {"name": asked} if isinstance(asked, str) else dict(asked) if isinstance(asked, Mapping) else None
     if own is None:

@@ -1,4 +1,4 @@
-"""The labelled scans of a probe: which they are, what is told apart in them, and which are held out."""
+"""The labelled scans of a probe: the cases, the targets of the classifiers, and the split."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,9 +38,9 @@ class ProbeCases:
     """Labelled cases, before anything is prepared.
 
     Attributes:
-        source: the data set or cache they belong to.
-        target: what is told apart: labels of tokens, or classes of scans.
-        split: those to learn from, and those to score on.
+        source: The data set or cache they belong to.
+        target: What is classified: tokens by their label, or scans by their class.
+        split: The cases to learn from, and the cases to score on.
     """
 
     source: CaseSet | Cache
@@ -58,8 +58,8 @@ class ProbeCases:
         """The cached scans: as they are where the source is a cache, else built in ``folder``.
 
         Raises:
-            ConfigError: a cache of another spacing, or a folder that holds another cache.
-            DataError: scans that cannot be used: all of one part, or with ``strict`` any.
+            ConfigError: A cache of another spacing, or a folder that holds another cache.
+            DataError: Scans that cannot be used: all of one part, or with ``strict`` any.
         """
         if isinstance(self.source, Cache):
             own = self.source.preprocessing.spacing_mm
@@ -88,11 +88,11 @@ class ProbeCases:
         seed: int = 0,
         largest: Triple | None = None,
     ) -> ProbeSet:
-        """What an encoder is shown of the prepared scans.
+        """Crops of the prepared scans, and their labels or classes.
 
         Raises:
-            ConfigError: a crop that does not fit the encoder.
-            DataError: nothing to tell apart.
+            ConfigError: A crop that does not fit the encoder.
+            DataError: There are fewer than two classes.
         """
         training, held_out = scans.subset(self.split.train), scans.subset(self.split.val)
         if self.target == "classes":
@@ -118,7 +118,7 @@ def read_source(data: str, folder: str | Path) -> CaseSet | Cache:
     """The data set or cache behind DATA; phantoms are made in ``folder``.
 
     Raises:
-        DataError: files, lists or grids that cannot be used.
+        DataError: Files, lists or grids that cannot be used.
     """
     if data != PHANTOM:
         return read_data(data, need_labels=False, keep_labels=True)
@@ -127,21 +127,21 @@ def read_source(data: str, folder: str | Path) -> CaseSet | Cache:
 
 
 def labelled_cases(source: CaseSet | Cache, target: Target | None, data: str) -> tuple[Target, list[Case]]:
-    """What is told apart in a data set, and the cases that can be used for it.
+    """What is classified in a data set, and the cases that can be used for it.
 
     Args:
-        source: the data set or cache.
-        target: as asked for; None takes what most cases have, label maps where as many have both.
-        data: what the user calls it.
+        source: The data set or cache.
+        target: The target that was asked for; None takes what most cases have, label maps where as many have both.
+        data: What the user calls it.
     Raises:
-        DataError: no case has what is asked for.
+        DataError: No case has what is asked for.
     """
     has_map = {scan.case.id for scan in source if scan.has_label} if isinstance(source, Cache) else None
     usable: dict[Target, list[Case]] = {
         "labels": [c for c in source.cases if (c.label is not None if has_map is None else c.id in has_map)],
         "classes": [c for c in source.cases if c.class_name is not None],
     }
-    # Label maps tell more than a class where there are as many.
+    # Label maps hold more information than a class where there are as many.
     most: Target = "labels" if len(usable["labels"]) >= len(usable["classes"]) else "classes"
     chosen = target or most
     found = usable[chosen]
@@ -162,11 +162,11 @@ def labelled_cases(source: CaseSet | Cache, target: Target | None, data: str) ->
 def choose_cases(
     source: CaseSet | Cache, data: str, target: Target | None, *, fold: int, num_folds: int, split_seed: int
 ) -> ProbeCases:
-    """Labelled cases of DATA, apart as `mim3d finetune` parts them.
+    """Labelled cases of DATA, split as `mim3d finetune` splits them.
 
     Raises:
-        ConfigError: a fold that does not exist.
-        DataError: no labelled scans, or too few.
+        ConfigError: A fold that does not exist.
+        DataError: No labelled scans, or too few.
     """
     chosen, cases = labelled_cases(source, target, data)
     split = choose_split(cases, fold=fold, num_folds=num_folds, split_seed=split_seed)
@@ -176,10 +176,10 @@ def choose_cases(
 
 
 def check_classes(cases: ProbeCases) -> None:
-    """Refuse classes that cannot be told apart, before anything is prepared.
+    """Refuse classes that cannot be learned, before anything is prepared.
 
     Raises:
-        DataError: naming them.
+        DataError: A class has too few cases; the sentence names it.
     """
     if cases.target == "classes":
         from mim3d.tasks.classification.task import Classification

@@ -1,4 +1,4 @@
-"""The probe during pre-training: made once, asked every so often, and the encoder that it finds best."""
+"""The probe during pre-training: it is prepared once, scores the encoder every so often, and keeps the best one."""
 
 import math
 import warnings
@@ -52,12 +52,12 @@ class ProbePlan:
     """A probe that was asked for, before the run begins.
 
     Attributes:
-        data: labelled scans, or ``phantom``.
-        every: steps between two probings; None for ten in all.
-        cases: those of ``data``; None for phantoms, which are not made yet.
+        data: Labelled scans, or ``phantom``.
+        every: Steps between two probings; None for ten in all.
+        cases: The cases of ``data``; None for phantoms, which are not made yet.
         folds: Folds of the pre-training.
-        largest: edges of the crops at most: those of the largest volume that pre-training shows the encoder.
-        seed: of the choice of scans and tokens.
+        largest: Edges of the crops at most: those of the largest volume that pre-training shows the encoder.
+        seed: Seed of the choice of scans and tokens.
     """
 
     data: str
@@ -119,7 +119,7 @@ class ProbePlan:
         Cases that `mim3d finetune` would hold out are left out: the choice of the best encoder must not see them.
 
         Raises:
-            DataError: no labelled cases, or those of one patient alone.
+            DataError: No labelled cases, or those of one patient alone.
         """
         target, cases = labelled_cases(source, None, self.data)
         usable = [case for case in cases if case.split in (None, "train")]
@@ -149,15 +149,15 @@ class ProbePlan:
         return tuple(in_order[place] for place in sorted(order))
 
     def prepared(self, run: Run, training: TrainingSettings, encoder: Encoder, card: Mapping[str, Any]) -> ProbeSet:
-        """What the encoder is shown, read once and kept; references without learned weights are noted and printed.
+        """Read the probe set once and keep it; references without learned weights are noted and printed.
 
         Args:
-            run: receives phantoms and cache, and the notes.
-            training: the run's settings.
-            encoder: as it will be trained.
-            card: what goes with its weights: how pre-training sees its scans.
+            run: Receives phantoms and cache, and the notes.
+            training: The run's settings.
+            encoder: The encoder before training.
+            card: Card that is saved with its weights.
         Raises:
-            DataError: scans that cannot be used, or nothing to tell apart.
+            DataError: Scans that cannot be used, or fewer than two classes.
         """
         folder = run.path / "probe"
         cases = self.cases or self.choose(read_source(self.data, folder / "phantom"))
@@ -171,7 +171,7 @@ class ProbePlan:
         run.bind_input("probe", scans.digest)
         mapping = initial.intensity(None, scans.subset(cases.split.train))
         items = cases.items(scans, encoder, mapping, PROBING, seed=self.seed, largest=self.largest).in_memory()
-        _tell(run, items, encoder, training, self.seed)
+        _print_references(run, items, encoder, training, self.seed)
         return items
 
 
@@ -182,7 +182,7 @@ def largest_volume(sample: SampleShapes) -> Triple:
     return x, y, z
 
 
-def _tell(run: Run, items: ProbeSet, encoder: Encoder, training: TrainingSettings, seed: int) -> None:
+def _print_references(run: Run, items: ProbeSet, encoder: Encoder, training: TrainingSettings, seed: int) -> None:
     device = choose_accelerator(training.accelerator)
     random = probe_encoder(random_encoder(encoder, seed).to(device), items, PROBING)
     references = {"random": random, **without_encoder(items, PROBING)}
@@ -210,11 +210,11 @@ class EncoderKeeper(Protocol):
     """Exports encoders as they are learned."""
 
     def save(self, objective: Objective, step: int) -> None:
-        """Export what there is at the checkpoint of a step."""
+        """Export the encoder at the checkpoint of a step."""
         ...
 
     def conclusion(self, best: Mapping[str, float] | None) -> str:
-        """Which encoder is where, in one line."""
+        """One line that says which encoder lies where."""
         ...
 
 
@@ -223,8 +223,8 @@ class LastEncoder:
     """Keeps OUT/encoder at the last one.
 
     Attributes:
-        run: the run.
-        card: what goes with an encoder's weights.
+        run: The run.
+        card: Card that is saved with the encoder's weights.
     """
 
     run: Run
@@ -240,22 +240,22 @@ class LastEncoder:
         save_network(self.run.path / name, encoder, card, beside=[self.run.path / SEEN_NAME])
 
     def conclusion(self, _best: Mapping[str, float] | None) -> str:
-        """Which encoder is where, in one line."""
+        """One line that says which encoder lies where."""
         return f"encoder: {self.run.path / 'encoder'}"
 
 
 @dataclass
 class ProbeMonitor:
-    """Asks the probe, and keeps OUT/encoder at the best encoder that it found.
+    """Scores the encoder by the probe, and keeps OUT/encoder at the best one so far.
 
     Attributes:
-        run: the run.
-        card: what goes with an encoder's weights.
-        plan: what was asked for.
-        items: what the encoder is shown; None in all but the first process, which are never asked.
-        spare: builds an objective like the one that is trained, to hold the best weights for a moment.
-        best: the best score of this session.
-        is_new: whether a better encoder may have been found since the last export.
+        run: The run.
+        card: Card that is saved with the encoder's weights.
+        plan: Settings and cases of the probe.
+        items: The probe set; None in all but the first process, which alone probes.
+        spare: Builds an objective like the one that is trained, to hold the best weights for a moment.
+        best: The best score of this session.
+        is_new: Whether a better encoder may have been found since the last export.
     """
 
     run: Run
@@ -298,7 +298,7 @@ class ProbeMonitor:
             self.is_new = False
 
     def conclusion(self, best: Mapping[str, float] | None) -> str:
-        """Which encoder is where, in one line."""
+        """One line that says which encoder lies where."""
         if best is None:
             return f"encoder: {self.run.path / 'encoder'} (the last one; no probe has chosen one yet)"
         return (

@@ -28,12 +28,12 @@ class Row:
     """Features that were probed.
 
     Attributes:
-        name: of them, for people.
+        name: Name of the features, for people.
         kind: ``encoder``, or what it is without learned weights: ``random``, ``intensities`` or ``place``.
-        about: what else is told of them.
-        items: what they were probed on.
-        probed: what they are worth.
-        against: the rows that they are held against, by name.
+        about: Further facts about them for the file of scores.
+        items: The probe set.
+        probed: Scores of both classifiers.
+        against: The rows that they are compared with, by name.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Row:
 
 
 def content_of(rows: Sequence[Row], written: Mapping[str, Any], bootstrap: Bootstrap) -> dict[str, Any]:
-    """All there is to tell, as JSON takes it."""
+    """Everything that the file of scores holds, as JSON takes it."""
     first = rows[0].items
     return {
         "kind": "probe",

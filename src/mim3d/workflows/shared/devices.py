@@ -12,7 +12,7 @@ def choose_device(accelerator: str) -> torch.device:
     """The device behind `auto`, `cpu`, `cuda` (or `gpu`) or `mps`; `auto` takes the fastest that is there.
 
     Raises:
-        ConfigError: an unknown name, or a device that this machine lacks.
+        ConfigError: An unknown name, or a device that this machine lacks.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if accelerator == "auto":

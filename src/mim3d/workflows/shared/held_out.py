@@ -65,14 +65,14 @@ def choose_split(
     the same cases.
 
     Args:
-        cases: all of the data set.
-        fold: which fold is held out; None holds nothing out.
-        num_folds: folds in all.
-        part: which of the training cases are kept.
-        split_seed: of how patients are dealt out to folds.
+        cases: All cases of the data set.
+        fold: Which fold is held out; None holds nothing out.
+        num_folds: Number of folds.
+        part: Which of the training cases are kept.
+        split_seed: Seed by which patients are split into folds.
     Raises:
-        ConfigError: a fold that does not exist, or a negative seed.
-        DataError: cases that cannot be split, or a part that cannot be taken.
+        ConfigError: A fold that does not exist, or a negative seed.
+        DataError: Cases that cannot be split, or a part that cannot be taken.
     """
     if split_seed < 0:
         raise ConfigError(f"split_seed is {split_seed}; it must be zero or more.")
@@ -106,9 +106,9 @@ def held_out_cases(run: Path) -> list[Case]:
     """The held-out cases of a run, under the ids they had there.
 
     Args:
-        run: a run of fine-tuning, or its segmenter folder.
+        run: A run of fine-tuning, or its segmenter folder.
     Raises:
-        DataError: when the run holds no split, or nothing was held out.
+        DataError: The run holds no split, or nothing was held out.
     """
     path = next((folder / SPLIT_NAME for folder in (run, run.parent) if (folder / SPLIT_NAME).is_file()), None)
     if path is None:
@@ -134,8 +134,8 @@ def held_out_by_all(runs: Sequence[str]) -> list[Case]:
     """The cases that every one of some runs held out, see ``held_out_cases``.
 
     Raises:
-        ConfigError: runs that held out different cases, so that one learned from what another is tested on.
-        DataError: a run that holds no split, or held out nothing.
+        ConfigError: Runs that held out different cases, so that one learned from what another is tested on.
+        DataError: A run that holds no split, or held out nothing.
     """
     first, *others = [held_out_cases(Path(run)) for run in runs]
     for cases, run in zip(others, runs[1:], strict=True):

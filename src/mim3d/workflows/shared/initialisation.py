@@ -30,9 +30,9 @@ class Initialisation:
     """What fine-tuning begins with.
 
     Attributes:
-        recipe: the encoder's settings.
-        encoder: the pre-trained encoder; None from scratch.
-        card: what came with its weights; empty from scratch and for foreign weights.
+        recipe: The encoder's settings.
+        encoder: The pre-trained encoder; None from scratch.
+        card: What came with its weights; empty from scratch and for foreign weights.
     """
 
     recipe: Backbone
@@ -80,13 +80,13 @@ def initialise(
     """The encoder to start from, loaded and its coverage printed, before any data are read.
 
     Args:
-        backbone: as asked for; None takes that of the weights, and settings without a name change it.
-        weights: a run, an exported folder or a file; None starts from scratch.
-        num_channels: channels of the data; an encoder known by its weights alone is adapted to them.
-        input_layers: how the layers that read the input are made to fit another number of channels.
+        backbone: The backbone asked for; None takes that of the weights, and settings without a name change it.
+        weights: A run, an exported folder or a file; None starts from scratch.
+        num_channels: Channels of the data; an encoder known by its weights alone is adapted to them.
+        input_layers: How the layers that read the input are made to fit another number of channels.
     Raises:
-        ConfigError: an unknown backbone or setting.
-        CheckpointError: weights that cannot be read or do not fit.
+        ConfigError: An unknown backbone or setting.
+        CheckpointError: Weights that cannot be read or do not fit.
     """
     recipe, learned = asked_recipe(backbone, weights)
     if weights is None:
@@ -110,8 +110,8 @@ def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone,
     Returns:
         The settings, and the number of channels that the weights learned from where the settings are theirs.
     Raises:
-        ConfigError: an unknown backbone or setting.
-        CheckpointError: weights from which no settings can be read.
+        ConfigError: An unknown backbone or setting.
+        CheckpointError: Weights from which no settings can be read.
     """
     if isinstance(backbone, str) or (backbone is not None and "name" in backbone):
         return create_recipe(backbone), None

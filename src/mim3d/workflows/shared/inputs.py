@@ -32,11 +32,11 @@ def read_data(data: str, *, need_labels: bool, keep_labels: bool = False) -> Cas
     """Open a cache, or read a data set and check what headers can tell; no voxel is read.
 
     Args:
-        data: any form of DATA.
-        need_labels: whether every case must have a label; without, labels are left out altogether.
-        keep_labels: take labels where there are some, though none is needed.
+        data: Any form of DATA.
+        need_labels: Whether every case must have a label; without, labels are left out altogether.
+        keep_labels: Take labels where there are some, though none is needed.
     Raises:
-        DataError: for files, lists or grids that cannot be used.
+        DataError: There are files, lists or grids that cannot be used.
     """
     if is_cache(data):
         cache = open_cache(data)
@@ -69,18 +69,18 @@ def open_scans(
     and must find the same on their own machine.
 
     Args:
-        source: what :func:`read_data` gave.
-        cases: those of its cases that are wanted.
-        run: the run that they are for.
-        processes: those that run this command.
-        cache_dir: where a cache is built that other runs may share; the run's own folder when None.
-        spacing_mm: voxel size to resample to; None keeps each scan's own.
-        num_workers: processes that build it; None for one per core.
-        strict: refuse scans that cannot be used instead of leaving them out.
+        source: What :func:`read_data` gave.
+        cases: The cases of it that are wanted.
+        run: The run that they are for.
+        processes: The processes that run this command.
+        cache_dir: Folder of a cache that other runs may share; None for the run's own folder.
+        spacing_mm: Voxel size to resample to; None keeps each scan's own.
+        num_workers: Processes that build it; None for one per core.
+        strict: Refuse scans that cannot be used instead of leaving them out.
     Raises:
-        ConfigError: when a given cache has another spacing.
-        DataError: when nothing can be used, or ``strict`` and something cannot; when another machine has other scans.
-        Mim3dError: when another process has failed.
+        ConfigError: A given cache has another spacing.
+        DataError: Nothing can be used; ``strict``, and something cannot; or another machine has other scans.
+        Mim3dError: Another process has failed.
     """
     if isinstance(source, Cache):
         if spacing_mm is not None and source.preprocessing.spacing_mm != spacing_mm:
@@ -121,7 +121,7 @@ def _seen_here(place: str | Path, digest: str | None) -> Cache:
     """The cache that the first process has built, as this machine sees it.
 
     Raises:
-        DataError: when it does not.
+        DataError: This machine does not see it.
     """
     # A network disk may show another machine's files up to a minute late.
     end = time.monotonic() + SHARED_DISK_PATIENCE_S
@@ -154,7 +154,7 @@ def check_channels(cases: Sequence[Case], recipe: Backbone) -> None:
     """Hold the number of images per case against the encoder's input channels.
 
     Raises:
-        ConfigError: naming a case that does not fit.
+        ConfigError: A case does not fit; the sentence names it.
     """
     for case in cases:
         if len(case.images) != recipe.in_channels:

@@ -40,7 +40,7 @@ def labelled(scans: Cache) -> list[Labelled]:
     """Cached scans by what they hold.
 
     Raises:
-        DataError: the cache's manifest is damaged.
+        DataError: The cache's manifest is damaged.
     """
     texts = scans.fingerprints()
     return [
@@ -57,7 +57,7 @@ def seen_from(scans: Sequence[Labelled], weights: str | None) -> Seen:
     """What a network has seen that learns from ``scans``, and starts from ``weights``.
 
     Raises:
-        CheckpointError: the list beside the weights is damaged.
+        CheckpointError: The list beside the weights is damaged.
     """
     earlier = Seen(scans=()) if weights is None else read_seen(weights)
     known = {} if earlier is None else {scan.digest: scan for scan in earlier.scans}
@@ -69,18 +69,18 @@ def record_seen(run: Run, learned: Cache, weights: str | None) -> None:
     """Write ``seen.json`` into a run, to go with the network that it makes.
 
     Args:
-        run: the run.
-        learned: the scans it learns from.
-        weights: what it starts from.
+        run: The run.
+        learned: The scans it learns from.
+        weights: What it starts from.
     Raises:
-        CheckpointError: the list beside the weights is damaged.
+        CheckpointError: The list beside the weights is damaged.
     """
     if run.writes:
         write_seen(run.path, seen_from(labelled(learned), weights))
 
 
 def write_seen(folder: Path, seen: Seen) -> None:
-    """Write ``seen.json`` into a folder; sorted, so that not even an order is told."""
+    """Write ``seen.json`` into a folder; sorted, so that not even the order of the scans is given away."""
     rows = sorted((scan.digest, scan.fingerprint.to_text()) for scan in seen.scans)
     scans = [{"digest": digest, "fingerprint": text} for digest, text in rows]
     write_json(folder / SEEN_NAME, {"format": SEEN_FORMAT, "complete": seen.complete, "scans": scans}, remedy=GO_ON)
@@ -90,7 +90,7 @@ def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
     """What the network of a run, an exported folder or a weights file has seen; None where no list came with it.
 
     Raises:
-        CheckpointError: there are no weights, or the list is damaged or of another format.
+        CheckpointError: There are no weights, or the list is damaged or of another format.
     """
     located = locate(os.fspath(weights))
     path = (located if located.is_dir() else located.parent) / SEEN_NAME
@@ -117,7 +117,7 @@ def check_pretraining(weights: str | None, held_out: Sequence[Labelled], *, stri
 
     Raises:
         DataError: ``strict``, and there is one.
-        CheckpointError: the list beside the weights is damaged.
+        CheckpointError: The list beside the weights is damaged.
     """
     if weights is None or not held_out:
         return
@@ -147,10 +147,10 @@ def check_leakage(
     """Warn of held-out scans that were learned from, in one sentence.
 
     Args:
-        training: what was, or will be, learned from.
-        held_out: what scores are computed on.
-        place: where they were found, as the sentence goes on: ``in the pre-training data of RUN``.
-        strict: refuse them.
+        training: Scans that were, or will be, learned from.
+        held_out: Scans that scores are computed on.
+        place: Place where they were found, as the sentence goes on: ``in the pre-training data of RUN``.
+        strict: Whether they are refused.
     Returns:
         What was found.
     Raises:
@@ -159,7 +159,7 @@ def check_leakage(
     leaks = find_leaks(training, held_out)
     if not leaks:
         return leaks
-    # A scan that is there as it is and converted is told of as it is.
+    # A scan that is there as it is and converted is reported as it is.
     nearest = {leak.held_out: leak for leak in sorted(leaks, key=lambda leak: -leak.distance)}
     in_order = [nearest[name] for name in dict.fromkeys(leak.held_out for leak in leaks)]
     one = len(in_order) == 1

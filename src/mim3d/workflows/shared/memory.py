@@ -84,8 +84,8 @@ class _Measured:
 
     Attributes:
         variant: The settings.
-        memory: what its steps need.
-        scores_bytes: what a validation holds on the CPU besides the network at work; 0 without one.
+        memory: What its steps need.
+        scores_bytes: What a validation holds on the CPU besides the network at work; 0 without one.
     """
 
     variant: StepVariant
@@ -118,17 +118,17 @@ def require_memory(
     """Say what training will need, measured by a dry run, and refuse what does not fit.
 
     Args:
-        training: the command's arguments.
-        variants: of computing a step, as asked first, then in the order of the time they take.
-        sample: shapes and types of one sample.
-        optim: the optimiser's settings, filled from the defaults of the method or task.
-        smaller: what to make smaller when nothing else helps, in the words of an error.
-        validation_bytes: what a validation holds on the CPU besides the network at work.
-        less_validation: what to do where that is too much, in the words of an error.
+        training: Settings of the training.
+        variants: Variants of the settings, as asked first, then in the order of the time they take.
+        sample: Shapes and types of one sample.
+        optim: The optimiser's settings, filled from the defaults of the method or task.
+        smaller: What to make smaller when nothing else helps, in the words of an error.
+        validation_bytes: What a validation holds on the CPU besides the network at work.
+        less_validation: What to do where that is too much, in the words of an error.
     Returns:
         What to note in the manifest; nothing where the need is not known beforehand.
     Raises:
-        ConfigError: with the flags that make it fit.
+        ConfigError: It does not fit; the sentence names flags with which it does.
     """
     loop = training.loop(training.max_steps or 1)
     if training.memory_limit == 0 or not is_first_process() or not can_be_known(loop):
