@@ -50,7 +50,7 @@ class Bootstrap:
 
         Args:
             num_patients: P of them.
-            statistic: takes how often each patient was drawn, (B, P), and gives (B, ...).
+            statistic: Takes how often each patient was drawn, (B, P), and gives (B, ...).
 
         Returns:
             (num_bootstrap, ...); the draws depend on the seed and the number of patients alone.

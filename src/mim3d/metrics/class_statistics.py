@@ -67,9 +67,9 @@ class Reliability:
     """Cases by how sure the classifier was, under weights.
 
     Attributes:
-        weight_BM: weight of each bin.
+        weight_BM: Weight of each bin.
         mean_probability_BM: mean probability in each bin; NaN where it is empty.
-        frequency_BM: how often the event came true there.
+        frequency_BM: How often the event came true there.
     """
 
     weight_BM: Floats

@@ -54,13 +54,13 @@ class ClassifiedCases:
     """Cases with what was predicted of them.
 
     Attributes:
-        probabilities_NK: of each class, rows sum to 1.
-        classes_N: number of the true class, from 0.
+        probabilities_NK: Probability of each class; rows sum to 1.
+        classes_N: Number of the true class, from 0.
         class_names: K names.
-        patients: whose case each is.
-        predicted_N: number of the predicted class.
-        positive: number of the positive class.
-        baseline_N: a number of each case to be held against the classifier, or None.
+        patients: Whose case each is.
+        predicted_N: Number of the predicted class.
+        positive: Number of the positive class.
+        baseline_N: A number of each case to be held against the classifier, or None.
     """
 
     probabilities_NK: Floats
@@ -102,7 +102,7 @@ class ClassifiedCases:
         """The same with one case per patient: mean probabilities, mean baseline.
 
         Raises:
-            DataError: a patient's scans have different classes.
+            DataError: A patient's scans have different classes.
         """
         names, of_case = grouped(self.patients)
         counts = summed(np.ones(len(of_case)), of_case, len(names))
@@ -142,23 +142,23 @@ def classification_scores(
 
     Args:
         probabilities: (N, K), rows sum to 1.
-        classes: number of the true class of each case, (N,), from 0.
+        classes: Number of the true class of each case, (N,), from 0.
         class_names: K names; numbers if left out.
-        predicted: number of the predicted class of each case; the most probable one if left out.
-        patients: whose case each is; each is its own patient's if left out.
-        by_patient: score patients, by their mean probabilities, not scans.
-        positive: number of the positive class; the last if left out.
-        baseline: a number of each case, larger for the positive class, whose AUC is held against.
-        num_bins: of the calibration error.
-        bootstrap: how intervals are made; 2000 resamples if left out.
+        predicted: Number of the predicted class of each case; the most probable one if left out.
+        patients: Whose case each is; each is its own patient's if left out.
+        by_patient: Score patients, by their mean probabilities, not scans.
+        positive: Number of the positive class; the last if left out.
+        baseline: A number of each case, larger for the positive class, whose AUC is held against.
+        num_bins: Number of bins of the calibration error.
+        bootstrap: How intervals are made; 2000 resamples if left out.
 
     Returns:
         ``{"mean": {score: value}, "mean_ci95": {score: [low, high]}, "per_class": {name: {...}}, "confusion": [[...]],
         "reliability": [...], "num_cases", "num_patients"}``, with "baseline" where there is one.
 
     Raises:
-        DataError: shapes that differ, probabilities that are none, or a patient of several classes by patient.
-        ConfigError: fewer than one bin.
+        DataError: Shapes that differ, probabilities that are none, or a patient of several classes by patient.
+        ConfigError: Fewer than one bin.
     """
     values = np.asarray(probabilities, dtype=np.float64)
     numbers = np.asarray(classes, dtype=np.int64)

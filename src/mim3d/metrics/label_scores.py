@@ -61,14 +61,14 @@ class LabelScore:
 
     Attributes:
         status: "scored" (in both masks), "missed" (reference only), "invented" (prediction only), "absent".
-        dice: overlap, 0 to 1.
+        dice: Overlap, 0 to 1.
         hd95_mm: 95 % Hausdorff distance.
-        nsd: normalised surface distance, 0 to 1.
-        volume_ml: volume of the prediction.
-        reference_volume_ml: volume of the reference.
-        volume_error_ml: absolute difference of the two.
-        volume_error_ratio: the same over the reference volume.
-        lesions: its lesions one by one, where they were asked for.
+        nsd: Normalised surface distance, 0 to 1.
+        volume_ml: Volume of the prediction.
+        reference_volume_ml: Volume of the reference.
+        volume_error_ml: Absolute difference of the two.
+        volume_error_ratio: The same over the reference volume.
+        lesions: Its lesions one by one, where they were asked for.
     """
 
     status: Status
@@ -113,19 +113,19 @@ def score_regions(
     Every region is cut out of the scan first, so that time and memory follow the size of the organ, not of the scan.
 
     Args:
-        prediction_XYZ: whole numbers from 0, shape (X, Y, Z).
-        reference_XYZ: the same grid.
-        spacing_mm: voxel size along the three axes.
-        regions: for each, the label values it is made of, from 1.
-        nsd_tolerance_mm: distance up to which two surfaces agree.
-        lesions: when lesions match; None leaves them out.
-        lesions_of: the regions whose lesions are scored; all of them if None.
+        prediction_XYZ: Whole numbers from 0, shape (X, Y, Z).
+        reference_XYZ: The same grid.
+        spacing_mm: Voxel size along the three axes.
+        regions: Label values, from 1, that each region is made of.
+        nsd_tolerance_mm: Distance up to which two surfaces agree.
+        lesions: Rules by which lesions match; None leaves lesions out.
+        lesions_of: The regions whose lesions are scored; all of them if None.
 
     Returns:
         Scores of each region, in the order of `regions`.
 
     Raises:
-        DataError: the shapes differ, a map holds other than whole numbers from 0, or a label is below 1.
+        DataError: The shapes differ, a map holds other than whole numbers from 0, or a label is below 1.
     """
     values = [value for members in regions.values() for value in members]
     if min(values, default=1) < 1:

@@ -48,9 +48,9 @@ class LesionSettings:
     """When lesions match.
 
     Attributes:
-        overlap: least intersection over union of two lesions that match; 0 asks for one shared voxel.
-        matching: whether a lesion may count for several others.
-        min_ml: components smaller than this are no lesions.
+        overlap: Least intersection over union of two lesions that match; 0 asks for one shared voxel.
+        matching: Whether a lesion may count for several others.
+        min_ml: Components smaller than this are no lesions.
     """
 
     overlap: float = 0.0
@@ -69,16 +69,16 @@ class LesionScore:
     """Lesions of one label in one case.
 
     Attributes:
-        num_reference: lesions of the reference.
-        num_predicted: lesions of the prediction that are true or false.
-        num_detected: reference lesions that were found.
-        num_true: predicted lesions that match.
-        sensitivity: num_detected of num_reference.
-        precision: num_true of num_predicted.
-        f1: harmonic mean of the two.
-        false_positives: predicted lesions that do not match.
+        num_reference: Lesions of the reference.
+        num_predicted: Lesions of the prediction that are true or false.
+        num_detected: Reference lesions that were found.
+        num_true: Predicted lesions that match.
+        sensitivity: Num_detected of num_reference.
+        precision: Num_true of num_predicted.
+        f1: Harmonic mean of the two.
+        false_positives: Predicted lesions that do not match.
         dice: mean over reference lesions.
-        reference_ml: volume of each reference lesion.
+        reference_ml: Volume of each reference lesion.
         reference_dice: Dice of each reference lesion, in the same order.
     """
 
@@ -123,10 +123,10 @@ def score_lesions(
     """Match the lesions of two masks, as :data:`CONVENTIONS` says.
 
     Args:
-        prediction_XYZ: shape (X, Y, Z).
-        reference_XYZ: the same grid.
-        voxel_ml: volume of a voxel.
-        settings: when lesions match.
+        prediction_XYZ: Shape (X, Y, Z).
+        reference_XYZ: The same grid.
+        voxel_ml: Volume of a voxel.
+        settings: Rules by which lesions match.
     """
     overlaps = _overlaps(prediction_XYZ, reference_XYZ)
     # A hair less, so that a lesion of exactly the least size is one whatever the rounding of the spacing.

@@ -50,11 +50,11 @@ def compare_paired(
     """Hold two methods against each other, as :data:`CONVENTIONS` says.
 
     Args:
-        ours: for each case, label name -> scores.
-        theirs: the same cases by the other method.
-        names: label names, in the order of the table.
-        patients: whose case each is.
-        bootstrap: how intervals are made.
+        ours: Scores by label name, for each case.
+        theirs: The same cases by the other method.
+        names: Label names, in the order of the table.
+        patients: Whose case each is.
+        bootstrap: How intervals are made.
 
     Returns:
         ``{"mean": {score: {"difference", "ci95", "p", "num_pairs", "num_unpaired"}}, "per_label": {name: {score: {...,
@@ -125,7 +125,7 @@ def signed_rank_p(differences: Floats) -> float | None:
     """Two-sided p of Wilcoxon's signed-rank test (Wilcoxon 1945); None without a difference to test.
 
     Args:
-        differences: one of each patient, (N,).
+        differences: One of each patient, (N,).
     """
     from scipy.stats import wilcoxon
 

@@ -42,10 +42,10 @@ def summarise(
     """Means over cases and labels, as :data:`CONVENTIONS` states them.
 
     Args:
-        cases: for each case, label name -> scores.
-        names: label names, in the order of the table.
-        patients: whose case each is; each is its own patient's if left out.
-        bootstrap: how intervals are made; none are if left out.
+        cases: Scores by label name, for each case.
+        names: Label names, in the order of the table.
+        patients: Whose case each is; each is its own patient's if left out.
+        bootstrap: How intervals are made; none are if left out.
 
     Returns:
         ``{"mean": {score: value}, "mean_std": {...}, "mean_ci95": {score: [low, high]}, "per_label": {name: {score:

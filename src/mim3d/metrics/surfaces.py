@@ -26,9 +26,9 @@ def hausdorff_95(prediction_XYZ: Mask, reference_XYZ: Mask, spacing_mm: Spacing)
     """The 95th percentile of surface distances, the larger of the two directions (Huttenlocher 1993), in mm.
 
     Args:
-        prediction_XYZ: a mask that holds a voxel.
-        reference_XYZ: another on the same grid.
-        spacing_mm: voxel size along the three axes.
+        prediction_XYZ: A mask that holds a voxel.
+        reference_XYZ: Another on the same grid.
+        spacing_mm: Voxel size along the three axes.
     """
     surfaces = [_surface_voxels(mask) for mask in (prediction_XYZ, reference_XYZ)]
     there = _nearest_mm(surfaces[0], surfaces[1], prediction_XYZ.shape, spacing_mm)
@@ -40,10 +40,10 @@ def surface_dice(prediction_XYZ: Mask, reference_XYZ: Mask, spacing_mm: Spacing,
     """Share of both surfaces, by area, within a tolerance of the other one (Nikolov et al. 2021).
 
     Args:
-        prediction_XYZ: a mask that holds a voxel.
-        reference_XYZ: another on the same grid.
-        spacing_mm: voxel size along the three axes.
-        tolerance_mm: distance up to which two surfaces agree.
+        prediction_XYZ: A mask that holds a voxel.
+        reference_XYZ: Another on the same grid.
+        spacing_mm: Voxel size along the three axes.
+        tolerance_mm: Distance up to which two surfaces agree.
     """
     elements = [_surface_elements(mask, spacing_mm) for mask in (prediction_XYZ, reference_XYZ)]
     # Elements lie at the corners of voxels, of which there is one more along each axis.

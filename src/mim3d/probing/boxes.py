@@ -29,15 +29,15 @@ def class_set(
     """Boxes of scans with a class each, placed and sized as `mim3d finetune --task classification` plans them.
 
     Args:
-        training: scans to learn from.
-        held_out: scans to score on.
-        encoder: what will see them.
-        intensity: mapping of stored intensities to network input.
-        probing: its ``crop_size`` gives the voxels of a box.
-        watch: passes the scans on, to show progress.
+        training: Scans to learn from.
+        held_out: Scans to score on.
+        encoder: What will see them.
+        intensity: Mapping of stored intensities to network input.
+        probing: Its ``crop_size`` gives the voxels of a box.
+        watch: Passes the scans on, to show progress.
     Raises:
-        ConfigError: a size that is no multiple of the token edge.
-        DataError: fewer than two classes.
+        ConfigError: A size that is no multiple of the token edge.
+        DataError: Fewer than two classes.
     """
     asked = Classification(size=probing.crop_size).checked(encoder.recipe)
     classes = asked.classes_of(training)

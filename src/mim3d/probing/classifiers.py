@@ -25,8 +25,8 @@ class Standardised:
     """Mean and deviation of training features; a feature that does not vary is 0 everywhere.
 
     Attributes:
-        mean_D: of each feature.
-        scale_D: the inverse deviation; 0 where there is none.
+        mean_D: Mean of each feature.
+        scale_D: The inverse deviation; 0 where there is none.
     """
 
     mean_D: Tensor
@@ -53,11 +53,11 @@ def linear_probabilities(
     squared coefficients (not the bias), by L-BFGS (Liu and Nocedal 1989) from zero.
 
     Args:
-        features_ND: standardised training features, float64.
-        targets_N: their classes, each of the K at least once.
-        queries_MD: standardised features to classify.
+        features_ND: Standardised training features, float64.
+        targets_N: Their classes, each of the K at least once.
+        queries_MD: Standardised features to classify.
         num_classes: K.
-        l2: above 0, so that there is one solution.
+        l2: Above 0, so that there is one solution.
     """
     counts_K = torch.bincount(targets_N, minlength=num_classes).to(features_ND)
     weights_N = (1 / (num_classes * counts_K))[targets_N]
@@ -101,12 +101,12 @@ def neighbour_probabilities(
     here a vote also weighs the inverse of its class's items, else rare labels would never win.
 
     Args:
-        features_ND: standardised training features, float64.
-        targets_N: their classes, each of the K at least once.
-        queries_MD: standardised features to classify.
+        features_ND: Standardised training features, float64.
+        targets_N: Their classes, each of the K at least once.
+        queries_MD: Standardised features to classify.
         num_classes: K.
-        num_neighbours: that vote; all where there are fewer.
-        temperature: of the weights.
+        num_neighbours: Number of neighbours that vote; all items where there are fewer.
+        temperature: Temperature of the votes' weights.
     """
     known_ND = F.normalize(features_ND, dim=1)
     counts_K = torch.bincount(targets_N, minlength=num_classes).to(features_ND)

@@ -35,11 +35,11 @@ def features_of(
     """Features ``(N, D)`` of all items, float64 on the CPU.
 
     Args:
-        encoder: in evaluation mode, on any device.
-        views: of one size.
-        features: which of the encoder's maps.
-        batch_size: views that go through the encoder together.
-        watch: passes the batches on, to show progress.
+        encoder: Encoder in evaluation mode, on any device.
+        views: Views of one size.
+        features: Which of the encoder's maps.
+        batch_size: Views that go through the encoder together.
+        watch: Passes the batches on, to show progress.
     """
     device = next(encoder.parameters()).device
     batches = [views[start : start + batch_size] for start in range(0, len(views), batch_size)]

@@ -21,11 +21,11 @@ class View:
     """A box of one scan as the encoder sees it, and its items: tokens, or the whole box as one.
 
     Attributes:
-        load: reads it, ``(C, X, Y, Z)`` float32 network input.
-        tokens_n: raster indices of its tokens; None for the mean over all of them, which is then the one item.
-        classes_n: class of each item.
+        load: Reads it, ``(C, X, Y, Z)`` float32 network input.
+        tokens_n: Raster indices of its tokens; None for the mean over all of them, which is then the one item.
+        classes_n: Class of each item.
         raw_nF: mean and deviation of each channel over each item's voxels: what needs no encoder.
-        patient: whose scan it is.
+        patient: Whose scan it is.
     """
 
     load: Callable[[], Tensor]
@@ -42,12 +42,12 @@ class ProbeSet:
     Attributes:
         target: ``labels`` of tokens, or ``classes`` of whole scans.
         names: K classes, each of them among the items to learn from.
-        training: views to learn from.
-        held_out: views to score on.
-        size: voxels of every view.
-        token_edge: voxels per token edge.
-        num_scans: scans to learn from, and to score on.
-        left_out: names of classes without an item to learn from.
+        training: Views to learn from.
+        held_out: Views to score on.
+        size: Voxels of every view.
+        token_edge: Voxels per token edge.
+        num_scans: Scans to learn from, and to score on.
+        left_out: Names of classes without an item to learn from.
     """
 
     target: str

@@ -26,9 +26,9 @@ class Probed:
     """What a set of features is worth.
 
     Attributes:
-        linear: the linear classifier on held-out items.
-        neighbours: the nearest-neighbour classifier on them.
-        collapse: measures of the features to learn from; None for raw values.
+        linear: The linear classifier on held-out items.
+        neighbours: The nearest-neighbour classifier on them.
+        collapse: Measures of the features to learn from; None for raw values.
         num_features: D.
     """
 
@@ -42,12 +42,12 @@ def probe_encoder(encoder: Encoder, items: ProbeSet, probing: Probing, watch: Wa
     """Probe the features of an encoder, in evaluation mode and as it is.
 
     Args:
-        encoder: on any device.
-        items: made for its tokens.
-        probing: how.
-        watch: passes batches of views on, to show progress.
+        encoder: Encoder on any device.
+        items: Made for its tokens.
+        probing: How.
+        watch: Passes batches of views on, to show progress.
     Raises:
-        DataError: features that are not finite.
+        DataError: Features that are not finite.
     """
     batch_size = batch_size_for(items.size)
     training_ND, held_out_MD = (

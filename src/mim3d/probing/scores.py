@@ -15,7 +15,7 @@ from mim3d.metrics.class_statistics import defined_mean, rates, weighted_auc
 from mim3d.probing.items import Floats, Ints
 
 CONVENTIONS = {
-    "balanced_accuracy": "Mean over the labels or classes that occur of the share of their items that are told right.",
+    "balanced_accuracy": "Mean over the labels or classes that occur of the share of their items that is right.",
     "f1_macro": "Mean over labels or classes that occur or are predicted of 2 TP / (2 TP + FP + FN), a Dice of items.",
     "auc": (
         "Classes of scans alone: area under the receiver operating characteristic, ties count half; the mean over "
@@ -30,10 +30,10 @@ class Scored:
     """What a classifier made of held-out items.
 
     Attributes:
-        probabilities_NK: of each class.
-        classes_N: the true ones.
-        patients: whose item each is.
-        with_auc: whether items are scans, whose probabilities are ranked too.
+        probabilities_NK: Probability of each class.
+        classes_N: The true ones.
+        patients: Whose item each is.
+        with_auc: Whether items are scans, whose probabilities are ranked too.
     """
 
     probabilities_NK: Floats

@@ -13,14 +13,14 @@ class Probing:
 
     Attributes:
         features: `last`: the tokens of the encoder's last map; `all`: beside them all other maps, averaged to tokens.
-        crop_size: voxels of the crops that the encoder sees, multiples of its token edge; None plans what the median
+        crop_size: Voxels of the crops that the encoder sees, multiples of its token edge; None plans what the median
             scan has, at most 96 along each axis. Label maps only.
-        crops_per_scan: crops of each scan, each with a token centred on a voxel of one of its labels, in turn.
-        tokens_per_label: tokens of each label and scan, at most.
-        clear_ratio: share of a token's voxels that must carry one label, else the token is left out.
-        num_neighbours: k of the nearest-neighbour classifier.
-        temperature: of its weights.
-        l2: weight of the squared coefficients in the linear classifier's loss.
+        crops_per_scan: Crops of each scan, each with a token centred on a voxel of one of its labels, in turn.
+        tokens_per_label: Tokens of each label and scan, at most.
+        clear_ratio: Share of a token's voxels that must carry one label, else the token is left out.
+        num_neighbours: K of the nearest-neighbour classifier.
+        temperature: Temperature of the votes' weights.
+        l2: Weight of the squared coefficients in the linear classifier's loss.
     """
 
     features: Literal["last", "all"] = "last"

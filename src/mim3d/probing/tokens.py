@@ -25,7 +25,7 @@ from mim3d.tasks.segmentation.partial_labels import annotated_values
 #: Edge in voxels that a planned crop does not exceed.
 LARGEST_PLANNED_EDGE = 96
 
-#: Background whose voxels vary less than this (in mapped intensities) is air: it would be told without any feature.
+#: Background whose voxels vary less than this (in mapped intensities) is air: it needs no feature to be recognised.
 CONSTANT_STD = 1e-3
 
 #: Passes scans on and shows how many have come.
@@ -57,18 +57,18 @@ def label_set(
     Which tokens of a scan are taken depends on the scan, the encoder's tokens, the settings and the seed alone.
 
     Args:
-        training: scans to learn from.
-        held_out: scans to score on.
-        names: label value -> name, background 0 included.
-        encoder: whose tokens they are.
-        intensity: mapping of stored intensities to network input.
-        probing: how tokens are chosen.
-        seed: of places and tokens.
-        largest: edges that a planned crop does not exceed.
-        watch: passes the scans on, to show progress.
+        training: Scans to learn from.
+        held_out: Scans to score on.
+        names: Label value -> name, background 0 included.
+        encoder: Whose tokens they are.
+        intensity: Mapping of stored intensities to network input.
+        probing: How tokens are chosen.
+        seed: Seed of places and tokens.
+        largest: Edges that a planned crop does not exceed.
+        watch: Passes the scans on, to show progress.
     Raises:
-        ConfigError: a crop that is no multiple of the token edge.
-        DataError: fewer than two labels have clear tokens, or none is left to score on.
+        ConfigError: A crop that is no multiple of the token edge.
+        DataError: Fewer than two labels have clear tokens, or none is left to score on.
     """
     size = _size(probing.crop_size, training, encoder, largest)
     chooser = _Chooser(names, size, encoder.strides[-1], intensity, probing, seed)
@@ -95,17 +95,17 @@ def check_crop_size(asked: int | Triple | None, encoder: Encoder) -> None:
     """Refuse a crop that is no multiple of the token edge.
 
     Raises:
-        ConfigError: naming the sizes beside it.
+        ConfigError: It is no multiple; the sentence names the nearest sizes.
     """
     if asked is not None:
         check_multiple((asked,) * 3 if isinstance(asked, int) else asked, encoder.patch_size, "probing.crop_size")
 
 
 def _check(parts: Sequence[Sequence[View]], absent: Sequence[str], clear_ratio: float, token_edge: int) -> None:
-    """Refuse items that nothing can be told apart by.
+    """Refuse items of fewer than two classes.
 
     Raises:
-        DataError: one label to learn, or none, or no item to score on.
+        DataError: One label to learn, or none, or no item to score on.
     """
     remedy = (
         f"a token is {token_edge} voxels wide; probe an encoder with smaller tokens, prepare the scans with a smaller "
@@ -157,8 +157,8 @@ class Crop:
         """Of each token (L,), the label value that most of its voxels carry, and their share of all its voxels.
 
         Args:
-            values: label values that count; voxels of others, and those beyond the scan, carry none.
-            token_edge: voxels per token edge.
+            values: Label values that count; voxels of others, and those beyond the scan, carry none.
+            token_edge: Voxels per token edge.
         """
         label = self.scan.read_label(self.origin, self.size)
         x, y, z = (
@@ -173,9 +173,9 @@ def token_labels(label_XYZ: npt.NDArray[np.int64], values: Sequence[int], token_
     """Of each token (L,) in raster order, the value that most of its voxels carry, and their share of its voxels.
 
     Args:
-        label_XYZ: label values; what is none of ``values`` counts for no label.
-        values: label values, rising.
-        token_edge: voxels per token edge, a divisor of every axis.
+        label_XYZ: Label values; what is none of ``values`` counts for no label.
+        values: Label values, rising.
+        token_edge: Voxels per token edge, a divisor of every axis.
     """
     blocks = to_blocks(torch.from_numpy(label_XYZ)[None, None], token_edge)[0].flatten(1).numpy()
     places = np.searchsorted(values, blocks).clip(max=len(values) - 1)
