@@ -12,7 +12,7 @@ from torch import nn
 
 from mim3d.backbones import Hybrid, create_recipe
 from mim3d.cli import COMMANDS, main
-from mim3d.cli.arguments import Signature, command_arguments, split_line
+from mim3d.cli.arguments import command_arguments, split_line
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import write_yaml
@@ -199,7 +199,7 @@ def test_variants_that_are_taken_already_are_not_offered():
 )
 def test_offered_flags_of_fine_tuning_name_the_same_backbone(recipe):
     words = shlex.split(finetuning_variants(lambda recipe: Plain(), recipe)[1].flags)
-    signature = Signature.of(COMMANDS["finetune"].load(), "finetune", COMMANDS["finetune"].positional)
+    signature = COMMANDS["finetune"].signature("finetune")
     arguments = command_arguments(split_line([*words, "--data", "x", "--out", "y"], signature), signature)
     assert create_recipe(arguments["backbone"]) == replace(recipe, recompute=True)
 

@@ -6,8 +6,8 @@ import pytest
 
 import mim3d
 from mim3d.cli import COMMANDS, overview
-from mim3d.cli.arguments import RESERVED, Signature
-from mim3d.cli.help import manual
+from mim3d.cli.arguments import RESERVED
+from mim3d.cli.help import help_text
 
 
 def test_the_commands_are_those_that_work():
@@ -29,20 +29,19 @@ def test_the_commands_are_those_that_work():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_can_be_put_on_a_command_line(name):
     command = COMMANDS[name]
-    signature = Signature.of(command.load(), name, command.positional)
+    signature = command.signature(name)
     assert not set(signature.hints) & set(RESERVED)
     assert set(command.positional) <= set(signature.hints)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_every_command_describes_every_flag(name):
-    command = COMMANDS[name]
-    function = command.load()
-    text = manual(function, name, command.positional)
-    assert inspect.getdoc(function).splitlines()[0] in " ".join(text.split())
+    signature = COMMANDS[name].signature(name)
+    text = help_text(signature)
+    assert inspect.getdoc(signature.function).splitlines()[0] in " ".join(text.split())
     entries = text.replace("\n  --", "\0--").split("\0")[1:]
     words = {entry.split()[0]: entry.split("(")[0] for entry in entries}
-    for flag in Signature.of(function, name, command.positional).hints:
+    for flag in signature.hints:
         described = [entry for key, entry in words.items() if key == f"--{flag}" or key.startswith(f"--{flag}.")]
         assert described, f"--{flag} is missing"
         for entry in described:

@@ -16,7 +16,7 @@ import torch
 from torch.distributed import HashStore
 
 from mim3d.cli import COMMANDS
-from mim3d.cli.arguments import Signature, command_arguments, split_line
+from mim3d.cli.arguments import command_arguments, split_line
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import write_yaml
@@ -314,7 +314,7 @@ def test_the_batch_script_is_a_script_whose_command_is_understood() -> None:
     joined = script.read_text(encoding="utf-8").replace("\\\n", " ")
     (line,) = [line for line in joined.splitlines() if line.startswith("srun ")]
     words = shlex.split(line[line.index("mim3d ") :])
-    signature = Signature.of(COMMANDS[words[1]].load(), words[1], COMMANDS[words[1]].positional)
+    signature = COMMANDS[words[1]].signature(words[1])
     arguments = command_arguments(split_line(words[2:], signature), signature)
     assert arguments["resume"] is True
     assert "devices" not in arguments

@@ -22,7 +22,13 @@ EXIT_BROKEN_PIPE = 141
 
 @dataclass(frozen=True)
 class Command:
-    """One command: where its function is, what it does, and which parameters need no flag."""
+    """One command.
+
+    Attributes:
+        target: Module and name of its function.
+        summary: What it does, in one line.
+        positional: Parameters that need no flag.
+    """
 
     target: str
     summary: str
@@ -33,6 +39,10 @@ class Command:
         module, _, attribute = self.target.partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
         return function
+
+    def signature(self, name: str) -> Signature:
+        """Import the function and read what the command line has to know of it."""
+        return Signature.of(self.load(), name, self.positional)
 
 
 COMMANDS = {
@@ -51,14 +61,14 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    A refusal (Mim3dError) is one line on stderr and exit code 2, with its traceback under ``--debug true``;
-    anything unexpected stays a traceback.
+    A refusal (Mim3dError) is one line on stderr and exit code 2; ``--debug true`` shows its traceback. Any other error
+    stays a traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     # A user's own method or backbone, named by dotted path, may lie in the folder where they work.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    _speak_plainly()
+    _show_warnings_in_one_line()
     debug = re.search(r" --debug(?![ =]false\b)", " ".join(["", *words])) is not None
     try:
         return _run(words)
@@ -86,15 +96,13 @@ def _run(words: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise ConfigError(f"There is no command '{name}'.{nearest(name, COMMANDS)}")
-    command = COMMANDS[name]
-    function = command.load()
+    signature = COMMANDS[name].signature(name)
     if "--help" in words or "-h" in words:
-        from mim3d.cli.help import manual
+        from mim3d.cli.help import help_text
 
-        print(manual(function, name, command.positional))
-        return 0
-    signature = Signature.of(function, name, command.positional)
-    function(**command_arguments(split_line(words[1:], signature), signature))
+        print(help_text(signature))
+    else:
+        signature.function(**command_arguments(split_line(words[1:], signature), signature))
     return 0
 
 
@@ -115,7 +123,7 @@ def overview() -> str:
     )
 
 
-def _speak_plainly() -> None:
+def _show_warnings_in_one_line() -> None:
     """Print warnings of mim3d as one line; those of other packages keep their place and source."""
     package, others = str(Path(__file__).parents[1]), warnings.showwarning
 

@@ -1,7 +1,7 @@
 """From the words of a command line to the keyword arguments of a command.
 
-A flag takes as many words as its parameter's type says, so positional words may stand anywhere and
-negative numbers are values. Files of settings lie below, flags on top, and one strict coercer serves both.
+A flag takes as many words as its parameter's type says, so positional words may stand anywhere and negative numbers are
+values. Files of settings lie below, flags on top, and one strict coercer serves both.
 """
 
 import dataclasses
@@ -18,25 +18,28 @@ from mim3d.core.settings import coerce, nearest, parse_yaml, read_yaml, update_s
 
 _FLAG = re.compile(r"--[A-Za-z]")
 _SHORT_FLAG = re.compile(r"-[A-Za-z]+")
-_TRUTHS = {"true", "false"}
-_PATHS = tuple[str, ...]
 
-#: Flags of the command line itself: no command may have a parameter of these names.
-RESERVED = ("config", "debug", "help", "command")
+#: Flags of the command line itself, with their types.
+_OWN_FLAGS = {"config": tuple[str, ...], "debug": bool, "help": bool}
+
+#: Names that no parameter of a command may have.
+RESERVED = (*_OWN_FLAGS, "command")
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What the command line has to know of a command's function.
+    """What the command line knows of a command.
 
     Attributes:
-        command: the command's name.
-        positional: parameters that may be given without a flag, in order; the last takes all words left
-            when its type is a list.
-        hints: parameter -> its type.
-        defaults: parameter -> its default, for those that have one.
+        function: The function of the command, with a Google-style docstring.
+        command: Name of the command.
+        positional: Parameters that may be given without a flag, in order. The last takes all words that are left when
+            its type is a list.
+        hints: Type of each parameter.
+        defaults: Default of each parameter that has one.
     """
 
+    function: Callable[..., Any]
     command: str
     positional: tuple[str, ...]
     hints: Mapping[str, Any]
@@ -44,37 +47,42 @@ class Signature:
 
     @classmethod
     def of(cls, function: Callable[..., Any], command: str, positional: tuple[str, ...]) -> "Signature":
-        """Read it from the function."""
+        """Read the signature of a function."""
         hints = typing.get_type_hints(function)
         parameters = inspect.signature(function).parameters
         defaults = {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
-        return cls(command, positional, {name: hints[name] for name in parameters}, defaults)
+        return cls(function, command, positional, {name: hints[name] for name in parameters}, defaults)
 
-    def known_flags(self) -> list[str]:
-        """Every flag with its dashes, those of nested settings included."""
-        flags = [f"--{name}" for name in (*self.hints, "config", "debug", "help")]
-        for name, hint in self.hints.items():
-            settings = settings_type(hint)
-            if settings is not None:
-                flags += [f"--{name}.{field.name}" for field in dataclasses.fields(settings) if field.init]
-        return flags
+    @property
+    def required(self) -> list[str]:
+        """Parameters without a default."""
+        return [name for name in self.hints if name not in self.defaults]
 
     def hint_of(self, key: str) -> Any:
-        """The type of a dotted key, ``Any`` below a named choice (its settings depend on the name).
+        """Look up the type of a dotted key; it is ``Any`` below a named choice, whose settings depend on the name.
 
         Raises:
-            ConfigError: there is no such flag; the nearest one is offered.
+            ConfigError: There is no such flag. The nearest one is offered.
         """
         name, *parts = key.split(".")
         hint = self.hints.get(name)
         for part in parts:
-            if settings_type(hint) is not None:
-                hint = typing.get_type_hints(settings_type(hint)).get(part)
+            settings = settings_type(hint)
+            if settings is not None:
+                hint = typing.get_type_hints(settings).get(part)
             else:
                 hint = Any if hint is not None and (hint is Any or takes_mapping(hint)) else None
         if hint is None:
-            raise ConfigError(f"mim3d {self.command} has no flag --{key}.{nearest('--' + key, self.known_flags())}")
+            known = [f"--{name}" for name in (*self.hints, *_OWN_FLAGS)]
+            for name, settings in self.groups().items():
+                known += [f"--{name}.{field.name}" for field in dataclasses.fields(settings) if field.init]
+            raise ConfigError(f"mim3d {self.command} has no flag --{key}.{nearest('--' + key, known)}")
         return hint
+
+    def groups(self) -> dict[str, Any]:
+        """Parameters that are dataclasses of settings, each with its dataclass."""
+        kinds = {name: settings_type(hint) for name, hint in self.hints.items()}
+        return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -96,107 +104,102 @@ def is_named(hint: Any) -> bool:
 
 
 def settings_type(hint: Any) -> Any | None:
-    """The settings dataclass of a type, if it has one and is no named choice."""
+    """The dataclass of settings among the members of a type; None where there is none, and for a named choice."""
     if hint is None or is_named(hint):
         return None
-    found = [member for member in _members(hint) if isinstance(member, type) and dataclasses.is_dataclass(member)]
-    return found[0] if found else None
+    kinds = (member for member in _members(hint) if isinstance(member, type) and dataclasses.is_dataclass(member))
+    return next(kinds, None)
 
 
 def word_limit(hint: Any) -> int | None:
-    """How many words a flag of this type takes at most; None is any number."""
-    limits: list[int | None] = []
+    """The most words that a flag of this type takes; None where any number may follow."""
+    limits = [1]
     for member in _members(hint):
         kind, arguments = get_origin(member) or member, get_args(member)
-        if member is Any:
-            return None
         if kind is tuple and arguments and arguments[-1] is not Ellipsis:
             limits.append(len(arguments))
-        elif isinstance(kind, type) and issubclass(kind, Sequence) and kind not in (str, bytes):
+        elif member is Any or (isinstance(kind, type) and issubclass(kind, Sequence) and kind not in (str, bytes)):
             return None
-        else:
-            limits.append(1)
-    return max(limit for limit in limits if limit is not None)
+    return max(limits)
 
 
-@dataclass
-class Line:
-    """A command line taken apart: flags by dotted key, in order, and the words without a flag."""
+def split_line(words: Sequence[str], signature: Signature) -> dict[str, Any]:
+    """Give each flag its words, and the words without a flag to the positional parameters.
 
-    flags: dict[str, Any]
-    loose: list[str]
-
-
-def split_line(words: Sequence[str], signature: Signature) -> Line:
-    """Give each flag its words.
+    Returns:
+        Value of each flag, by its dotted key.
 
     Raises:
-        ConfigError: an unknown flag, or a flag without a value.
+        ConfigError: A flag is unknown or has no value, or there are more words than positional parameters.
     """
-    line = Line(flags={}, loose=[])
-    position = 0
-    while position < len(words):
-        word = words[position]
-        position += 1
+    found: dict[str, Any] = {}
+    loose: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if _SHORT_FLAG.fullmatch(word):
+            raise ConfigError(f"mim3d {signature.command} has no flag {word}; flags begin with two dashes.")
         if not _FLAG.match(word):
-            if _SHORT_FLAG.fullmatch(word):
-                raise ConfigError(f"mim3d {signature.command} has no flag {word}; flags begin with two dashes.")
-            line.loose.append(word)
+            loose.append(word)
             continue
         key, equals, attached = word[2:].partition("=")
-        hint = _reserved_hint(key) or signature.hint_of(key)
-        values = [attached] if equals else _values_after(words[position:], hint)
-        position += 0 if equals else len(values)
-        line.flags[key] = _value_of(key, values, hint, signature)
-    return line
+        hint = _OWN_FLAGS.get(key) or signature.hint_of(key)
+        values = [attached] if equals else _values_at(rest, hint)
+        if not equals:
+            del rest[: len(values)]
+        found[key] = _value_of(key, values, hint, signature.command)
+    for name in signature.positional:
+        limit = word_limit(signature.hints[name])
+        taken, loose = loose[:limit], loose[len(loose) if limit is None else limit :]
+        if taken:
+            found[name] = taken if limit is None or len(taken) > 1 else taken[0]
+    if loose:
+        raise ConfigError(f"mim3d {signature.command} cannot place '{loose[0]}'; see mim3d {signature.command} --help.")
+    return found
 
 
-def _reserved_hint(key: str) -> Any:
-    return {"config": _PATHS, "debug": bool, "help": bool}.get(key)
-
-
-def _values_after(words: Sequence[str], hint: Any) -> list[str]:
+def _values_at(words: Sequence[str], hint: Any) -> list[str]:
+    """The words at the front that belong to a flag of this type."""
     if _members(hint) == (bool,):
-        return list(words[:1]) if words and words[0].lower() in _TRUTHS else []
-    limit = word_limit(hint)
+        return list(words[:1]) if words and words[0].lower() in ("true", "false") else []
     values: list[str] = []
-    for word in words:
-        if _FLAG.match(word) or _SHORT_FLAG.fullmatch(word) or (limit is not None and len(values) == limit):
+    for word in words[: word_limit(hint)]:
+        if _FLAG.match(word) or _SHORT_FLAG.fullmatch(word):
             break
         values.append(word)
     return values
 
 
-def _value_of(key: str, values: list[str], hint: Any, signature: Signature) -> Any:
+def _value_of(key: str, values: list[str], hint: Any, command: str) -> Any:
     if not values and _members(hint) == (bool,):
         return True
     if not values:
-        raise ConfigError(f"mim3d {signature.command} --{key} has no value; write it after the flag.")
+        raise ConfigError(f"mim3d {command} --{key} has no value; write it after the flag.")
     if len(values) > 1:
         return values
     # A list or mapping may be written as one word of YAML: --method '{name: MiM, temperature: 0.2}'.
-    if values[0][:1] in ("[", "{") and (
-        hint is Any or word_limit(hint) != 1 or settings_type(hint) or takes_mapping(hint)
-    ):
-        return parse_yaml(values[0], f"--{key}")
-    return values[0]
+    structured = hint is Any or word_limit(hint) != 1 or settings_type(hint) or takes_mapping(hint)
+    return parse_yaml(values[0], f"--{key}") if values[0][:1] in ("[", "{") and structured else values[0]
 
 
-def command_arguments(line: Line, signature: Signature) -> dict[str, Any]:
-    """The keyword arguments of the command: its files of settings, the flags on top, typed and complete.
+def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[str, Any]:
+    """Turn flags into the keyword arguments of the command: files of settings below, flags on top, all of them typed.
+
+    Args:
+        flags: What :func:`split_line` returns.
+        signature: Signature of the command.
 
     Raises:
-        ConfigError: an unknown or missing setting, a value of another type, a file for another command.
+        ConfigError: A setting is unknown, missing or of another type, or a file belongs to another command.
     """
-    layers = [_read_settings(path, signature) for path in coerce(line.flags.get("config", ()), _PATHS, "--config")]
-    flags = {key: value for key, value in line.flags.items() if key not in RESERVED}
-    layers.append(_nested(flags | _positional(line, signature)))
+    files = coerce(flags.get("config", ()), _OWN_FLAGS["config"], "--config")
+    layers = [_read_settings(path, signature) for path in files]
+    layers.append(_nested({key: value for key, value in flags.items() if key not in RESERVED}))
     merged: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
-            signature.hint_of(name)
-            merged[name] = _overlay(merged.get(name), _named(value, signature.hints[name]))
-    missing = [name for name in signature.hints if name not in signature.defaults and name not in merged]
+            merged[name] = _overlay(merged.get(name), _named(value, signature.hint_of(name)))
+    missing = [name for name in signature.required if name not in merged]
     if missing:
         words = [name.upper() if name in signature.positional else f"--{name}" for name in missing]
         raise ConfigError(
@@ -217,19 +220,6 @@ def _read_settings(path: str, signature: Signature) -> dict[str, Any]:
         if key not in signature.hints:
             raise ConfigError(f"{path}: mim3d {command} has no setting '{key}'.{nearest(key, signature.hints)}")
     return content
-
-
-def _positional(line: Line, signature: Signature) -> dict[str, Any]:
-    words, found = list(line.loose), {}
-    for name in signature.positional:
-        if not words:
-            break
-        limit = word_limit(signature.hints[name])
-        taken, words = (words, []) if limit is None else (words[:limit], words[limit:])
-        found[name] = taken if limit is None or len(taken) > 1 else taken[0]
-    if words:
-        raise ConfigError(f"mim3d {signature.command} cannot place '{words[0]}'; see mim3d {signature.command} --help.")
-    return found
 
 
 def _nested(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""The text of ``mim3d COMMAND --help``, read from the function's signature and docstring."""
+"""The text of ``mim3d COMMAND --help``, read from the signature and docstring of the command's function."""
 
 import dataclasses
 import inspect
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mim3d.cli.arguments import Signature, is_named, settings_type, word_limit
+from mim3d.cli.arguments import Signature, is_named, word_limit
 from mim3d.core.command import documented
 from mim3d.core.settings import describe, to_mapping
 
@@ -43,78 +42,64 @@ EVERY_COMMAND = (
 )
 
 
-def manual(function: Callable[..., Any], name: str, positional: tuple[str, ...]) -> str:
-    """The help of a command, as wide as the terminal; 80 columns and no colours where there is none.
-
-    Args:
-        function: The function of the command, with a Google-style docstring.
-        name: Name of the command.
-        positional: Parameters that need no flag.
-    """
-    signature = Signature.of(function, name, positional)
-    groups = {**_flag_groups(function, signature), "every command": EVERY_COMMAND}
+def help_text(signature: Signature) -> str:
+    """The help of a command, as wide as the terminal; 80 columns and no colours where there is none."""
+    groups = {**_flag_groups(signature), "every command": EVERY_COMMAND}
     console = Console(width=shutil.get_terminal_size().columns, highlight=False)
     longest = max(len(flag.usage) for flags in groups.values() for flag in flags)
-    description = re.split(r"\n(?:Args|Returns|Raises):\n", inspect.getdoc(function) or "")[0].strip()
+    description = re.split(r"\n(?:Args|Returns|Raises):\n", inspect.getdoc(signature.function) or "")[0].strip()
     with console.capture() as capture:
-        console.print(Text(f"usage: {_usage(signature)}"))
+        console.print(Text(_usage(signature)))
         for paragraph in re.split(r"\n\s*\n", description):
             console.print("", Text(" ".join(paragraph.split())), sep="\n")
         for title, flags in groups.items():
             table = Table.grid(padding=(0, 2, 0, 0))
             table.add_column(width=min(longest, max(FLAG_COLUMN, console.width // 4)))
             for flag in flags:
-                facts = f"({'; '.join(flag.facts)})" if flag.facts else ""
-                table.add_row(
-                    Text(flag.usage, style="bold"), Text.assemble(f"{flag.meaning} ".lstrip(), (facts, "dim"))
-                )
+                facts = Text(f"({'; '.join(flag.facts)})" if flag.facts else "", "dim")
+                table.add_row(Text(flag.usage, style="bold"), Text(" ").join(filter(None, (Text(flag.meaning), facts))))
             console.print("", Text(f"{title}:", style="bold"), Padding(table, (0, 0, 0, 2)), sep="\n")
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def _usage(signature: Signature) -> str:
-    places = [
-        name.upper() + (" ..." if word_limit(signature.hints[name]) is None else "") for name in signature.positional
-    ]
-    required = [
-        f"--{name} {_values(hint)}"
-        for name, hint in signature.hints.items()
-        if name not in signature.defaults and name not in signature.positional
-    ]
-    return " ".join(["mim3d", signature.command, *places, *required, "[flags]"])
+    several = {name: " ..." if word_limit(signature.hints[name]) is None else "" for name in signature.positional}
+    places = [name.upper() + dots for name, dots in several.items()]
+    flags = [f"--{name} {_values(signature.hints[name])}" for name in signature.required if name not in several]
+    return " ".join(["usage: mim3d", signature.command, *places, *flags, "[flags]"])
 
 
-def _flag_groups(function: Callable[..., Any], signature: Signature) -> dict[str, list[FlagHelp]]:
-    """Title -> flags: those of the command first, then those of each parameter that is a dataclass of settings."""
-    meanings = documented(function, "Args")
-    plain: list[FlagHelp] = []
-    groups = {"flags": plain}
-    for name, hint in signature.hints.items():
-        settings = settings_type(hint)
-        if settings is None:
-            plain.append(_flag_help(name, meanings.get(name, ""), signature.defaults.get(name), signature))
-            continue
+def _flag_groups(signature: Signature) -> dict[str, list[FlagHelp]]:
+    """Title -> flags: first those of the command, then those of each parameter that is a dataclass of settings."""
+    meanings = documented(signature.function, "Args")
+    nested = signature.groups()
+    groups = {
+        "flags": [
+            _flag_help(name, meanings.get(name, ""), signature.defaults.get(name), signature)
+            for name in signature.hints
+            if name not in nested
+        ]
+    }
+    for name, settings in nested.items():
+        described = documented(settings, "Attributes")
         # Settings that are left to the command as a whole still have the defaults of their own class.
         defaults = signature.defaults.get(name) or settings
-        described = documented(settings, "Attributes")
         groups[meanings.get(name, name).rstrip(".")] = [
-            _flag_help(f"{name}.{field.name}", described.get(field.name, ""), default, signature)
-            for field in dataclasses.fields(settings)
-            if field.init
-            for default in [getattr(defaults, field.name, None)]
+            _flag_help(f"{name}.{key}", described.get(key, ""), getattr(defaults, key, None), signature)
+            for key in (field.name for field in dataclasses.fields(settings) if field.init)
         ]
     return groups
 
 
 def _flag_help(key: str, meaning: str, default: Any, signature: Signature) -> FlagHelp:
-    """One flag with as many values as it takes, its type in words and its default as in YAML."""
+    """Describe one flag: as many values as it takes, its type in words, and its default as in YAML."""
     hint = signature.hint_of(key)
     facts = [f"a name; its settings as --{key}.SETTING VALUE" if is_named(hint) else describe(hint)]
-    if key in signature.hints and key not in signature.defaults:
+    if key in signature.required:
         facts.append("required")
-    default = to_mapping(default)
-    if default is not None:
-        facts.append(f"default {_shown(default)}")
+    shown = to_mapping(default)
+    if shown is not None:
+        facts.append(f"default {_shown(shown)}")
     if key in signature.positional:
         facts.append("needs no flag")
     return FlagHelp(f"--{key} {_values(hint)}", meaning, tuple(facts))

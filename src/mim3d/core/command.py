@@ -63,6 +63,6 @@ def documented(thing: Any, section: str) -> dict[str, str]:
             elif inside and entry:
                 name = entry[1]
                 found[name] = entry[2]
-            elif inside and line.strip():
+            elif name and inside and line.strip():
                 found[name] += f" {line.strip()}"
     return found
