@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from mim3d.caching.cache import build_cache
+from mim3d.caching.build import build_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.datasets.cases import Case, CaseSet
 from yardstick.ct_scans import Scan

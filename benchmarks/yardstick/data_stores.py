@@ -10,7 +10,8 @@ import nibabel
 import numpy as np
 import torch
 
-from mim3d.caching.cache import CachedScan, open_cache
+from mim3d.caching.cache import open_cache
+from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.nn.resizing import resize_image
 from mim3d.scans.intensity import CT_WINDOW_HU, Intensity, apply_lines

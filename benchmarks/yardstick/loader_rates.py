@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from mim3d.backbones import create_recipe
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.loading.loader import Loader, Sample, Sampler
 from mim3d.methods.mim.hierarchy import Level

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mim3d.caching import workers as build_workers
-from mim3d.caching.cache import build_cache, open_cache
+from mim3d.caching.build import build_cache
+from mim3d.caching.cache import open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import DataError
 from mim3d.datasets.cases import read_cases
@@ -25,7 +26,7 @@ from tests.nifti import noise, write_nifti
 
 BUILD = """
 import sys
-from mim3d.caching.cache import build_cache
+from mim3d.caching.build import build_cache
 from mim3d.datasets.cases import read_cases
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import DataError

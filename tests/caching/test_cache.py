@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mim3d.caching.cache import build_cache, is_cache, open_cache
+from mim3d.caching.build import build_cache
+from mim3d.caching.cache import is_cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.caching.stored_voxels import levels_of
 from mim3d.core.errors import ConfigError, DataError

@@ -17,7 +17,7 @@ from tests.caching.test_packs import TWO_CASES
 
 BUILD = """
 import sys
-from mim3d.caching.cache import build_cache
+from mim3d.caching.build import build_cache
 from mim3d.datasets.cases import read_cases
 from mim3d.caching.preprocessing import Preprocessing
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from mim3d.caching.cache import build_cache
+from mim3d.caching.build import build_cache
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import DataError
 from mim3d.datasets.cases import Case, CaseSet

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from mim3d.caching.cache import build_cache
-from mim3d.caching.case import Outcome, Recipe, build_case
-from mim3d.caching.dask_workers import _outcome, _Shared, _work
+from mim3d.caching.build import build_cache
+from mim3d.caching.case import BuildSettings, CaseResult, build_case
+from mim3d.caching.dask_workers import _checked_result, _Shared, _work
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import read_cases
@@ -149,33 +149,32 @@ def test_workers_that_do_not_see_the_folder_are_told(whole, on_cluster, tmp_path
 
 def test_a_worker_that_writes_into_another_folder_of_the_same_path_is_told(whole, tmp_path):
     case = read_cases(whole[0]).cases[0]
-    recipe = Recipe(out=str(tmp_path), preprocessing=Preprocessing(), labels={})
+    settings = BuildSettings(out=str(tmp_path), preprocessing=Preprocessing(), labels={})
     with pytest.raises(DataError, match=r"a Dask worker says that c0 is there, and it is not; workers must share"):
-        _outcome(Outcome(id="c0", folder="c0.1"), case, recipe, "tcp://x:1")
+        _checked_result(CaseResult(id="c0", folder="c0.1"), case, settings, "tcp://x:1")
 
 
 def test_workers_of_another_version_are_told(whole, tmp_path):
     (tmp_path / "cases").mkdir()
-    recipe = Recipe(out=str(tmp_path), preprocessing=Preprocessing(), labels={})
-    shared = _Shared(recipe=recipe, memo={}, sources=str(whole[0]), version="0.0.1")
+    settings = BuildSettings(out=str(tmp_path), preprocessing=Preprocessing(), labels={})
+    shared = _Shared(settings=settings, memo={}, sources=str(whole[0]), version="0.0.1")
     with pytest.raises(DataError, match=r"on the Dask worker \S+, but 0\.0\.1 here; install one version everywhere"):
         _work(read_cases(whole[0]).cases[0], shared)
 
 
 def test_a_case_is_built_the_same_in_a_thread(whole, tmp_path):
     (tmp_path / "cases").mkdir()
-    settings = whole[1].preprocessing
-    recipe = Recipe(out=str(tmp_path), preprocessing=settings, labels={})
-    outcomes = []
+    settings = BuildSettings(out=str(tmp_path), preprocessing=whole[1].preprocessing, labels={})
+    results = []
     cases = read_cases(whole[0]).cases[:4]
-    threads = [threading.Thread(target=lambda c=case: outcomes.append(build_case(c, recipe, {}))) for case in cases * 2]
+    threads = [threading.Thread(target=lambda c=c: results.append(build_case(c, settings, {}))) for c in cases * 2]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {outcome.write_error or outcome.reason for outcome in outcomes} == {None}
-    for outcome in outcomes:
-        assert tree(tmp_path / "cases" / outcome.folder) == tree(f"{whole[1].path}/cases/{outcome.folder}")
+    assert {result.write_error or result.reason for result in results} == {None}
+    for result in results:
+        assert tree(tmp_path / "cases" / result.folder) == tree(f"{whole[1].path}/cases/{result.folder}")
     assert os.listdir(tmp_path / "unfinished") == []
 
 

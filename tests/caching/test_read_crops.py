@@ -8,8 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mim3d.caching.layout import FileRange
-from mim3d.caching.packs import names_in
+from mim3d.caching.layout import FileRange, names_in
 from mim3d.core.errors import DamagedError
 from tests.caching.test_cache import built, make_set
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mim3d.backbones import BACKBONES, create_recipe
-from mim3d.caching.cache import build_cache, open_cache
+from mim3d.caching.build import build_cache
+from mim3d.caching.cache import open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.cli import main
 from mim3d.commands.finetune import finetune

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from mim3d.caching.cache import build_cache
+from mim3d.caching.build import build_cache
 from mim3d.caching.leaks import Labelled
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, DataError

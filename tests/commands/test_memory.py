@@ -205,7 +205,7 @@ def test_offered_flags_of_fine_tuning_name_the_same_backbone(recipe):
 
 
 def test_a_sample_has_the_shapes_that_were_foreseen_from_headers(ball_set, tmp_path):
-    from mim3d.caching.cache import build_cache
+    from mim3d.caching.build import build_cache
     from mim3d.caching.preprocessing import Preprocessing
     from mim3d.datasets.cases import read_cases
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mim3d.backbones import create_recipe
-from mim3d.caching.cache import Cache, build_cache
+from mim3d.caching.build import build_cache
+from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.cli import main
 from mim3d.commands.evaluate import evaluate

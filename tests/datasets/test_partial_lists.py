@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mim3d.caching.cache import build_cache, open_cache
+from mim3d.caching.build import build_cache
+from mim3d.caching.cache import open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import DataError
 from mim3d.datasets.cases import read_cases

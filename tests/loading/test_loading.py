@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim3d.caching.cache import build_cache
+from mim3d.caching.build import build_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import DamagedError, Mim3dError
 from mim3d.datasets.cases import read_cases

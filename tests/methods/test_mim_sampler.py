@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mim3d.backbones.hybrid import Hybrid
-from mim3d.caching.cache import build_cache
+from mim3d.caching.build import build_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import ConfigError
 from mim3d.datasets.cases import read_cases

@@ -4,20 +4,23 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mim3d.caching import layout
-from mim3d.caching.case import Outcome, Recipe
-from mim3d.caching.dask_workers import build_cases_on, require_scheduler
-from mim3d.caching.digests import Memo
-from mim3d.caching.layout import ByteSource, open_bytes
-from mim3d.caching.manifest import held_ids, row_of, write_manifest
-from mim3d.caching.packs import PackedCase, cases_in, find_packed, pack_plan, size_of, write_pack
+from mim3d.caching.cache import Cache, open_cache
+from mim3d.caching.case import BuildSettings, CaseResult
+from mim3d.caching.dask_workers import build_on_cluster, require_scheduler
+from mim3d.caching.digests import DigestMemo
+from mim3d.caching.layout import ByteSource, open_bytes, size_of
+from mim3d.caching.manifest import read_ids, row_of, write_manifest
+from mim3d.caching.packs import PackedCase, cases_in, find_packed, pack_plan, write_pack
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.caching.workers import build_cases
+from mim3d.caching.scan import Card
+from mim3d.caching.workers import build_in_processes
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, remove_partial, write_csv
 from mim3d.core.progress import counted
@@ -27,56 +30,77 @@ from mim3d.datasets.cases import CaseSet
 _MEMO_EVERY_S = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Build:
-    """How a cache is built, as far as its voxels do not depend on it.
+def build_cache(
+    cases: CaseSet,
+    out: str | Path,
+    preprocessing: Preprocessing,
+    *,
+    num_workers: int = 0,
+    pack_gb: float | None = None,
+    scheduler: str | None = None,
+) -> Cache:
+    """Bring every case of a data set into a cache folder, or bring the folder up to date.
 
-    Attributes:
-        num_workers: Processes; 0 or 1 works in this one.
-        pack_gb: Size of a pack; None keeps what the cache is, a new one in folders.
-        scheduler: Of a Dask cluster whose workers take the place of processes here.
+    What is there already and still fits (same source contents, same settings) is kept; changed, new and
+    unfinished cases are made; cases no longer in the data set go. It may be killed at any moment and run again.
+    Scans that cannot be used are left out and listed in ``failed.csv`` with the reason.
+
+    Args:
+        cases: The data set.
+        out: The folder; made if missing.
+        preprocessing: How to prepare and store the scans; all of them are stored in one way.
+        num_workers: Number of processes; 0 or 1 works in this one. More are spawned; they do not run the caller's
+            script.
+        pack_gb: Size in GB of the files that the cases are brought into. With None a cache that is there stays as it
+            is, and a new one has a folder for each case.
+        scheduler: Address of a running Dask scheduler, ``tcp://host:8786``, on whose workers the cases are made;
+            ``num_workers`` then means nothing. They must see the same files.
+
+    Raises:
+        DataError: ``out`` cannot be written, holds other things, other scans or a cache of another version, is being
+            built by another process, none of the scans can be used, or the cluster cannot do it.
+        ConfigError: ``out`` holds a cache of other settings, ``pack_gb`` is not above 0, or Dask is not installed.
     """
-
-    num_workers: int = 0
-    pack_gb: float | None = None
-    scheduler: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.pack_gb is not None and not self.pack_gb > 0:
-            raise ConfigError(f"pack_gb {self.pack_gb} must be above 0, such as 3.")
-
-
-def build(cases: CaseSet, out: str, preprocessing: Preprocessing, how: Build) -> None:
-    """Fill a cache folder; see ``mim3d.caching.cache.build_cache``."""
-    if how.scheduler is not None:
-        require_scheduler(how.scheduler)
-    with _writing(out):
-        os.makedirs(os.path.join(out, layout.CASES), exist_ok=True)
-    with _writing(out), layout.locked(out):
-        pack_gb = _claim(out, cases, preprocessing, how.pack_gb)
-        packed = find_packed(os.path.join(out, layout.PACKS))
-        recipe = Recipe(out=out, preprocessing=preprocessing, labels=cases.labels, packed=frozenset(packed))
-        outcomes = _build_all(cases, recipe, how)
-        _write_failed(out, cases, outcomes)
-        cards = {
-            folder: _Stored(source)
-            for outcome in outcomes.values()
-            if (folder := outcome.folder) is not None
-            for source in [packed.get(folder) or os.path.join(out, layout.CASES, folder)]
-        }
-        if pack_gb is not None:
-            cards = _packed(out, cards, pack_gb)
-        _finish(out, cases, outcomes, cards)
+    if pack_gb is not None and not pack_gb > 0:
+        raise ConfigError(f"pack_gb {pack_gb} must be above 0, such as 3.")
+    root = os.path.abspath(out)
+    preprocessing = preprocessing.settled(any(case.label is not None for case in cases.cases))
+    _check_place(root, preprocessing)
+    if scheduler is not None:
+        require_scheduler(scheduler)
+    with _explained(root):
+        os.makedirs(os.path.join(root, layout.CASES), exist_ok=True)
+        with layout.locked(root):
+            pack_gb = _claim(root, cases, preprocessing, pack_gb)
+            packed = find_packed(os.path.join(root, layout.PACKS))
+            settings = BuildSettings(
+                out=root, preprocessing=preprocessing, labels=cases.labels, packed=frozenset(packed)
+            )
+            results = _build_all(cases, settings, num_workers, scheduler)
+            _write_failed(root, cases, results)
+            stored = {
+                folder: _StoredCase.at(packed.get(folder) or os.path.join(root, layout.CASES, folder))
+                for result in results.values()
+                if (folder := result.folder) is not None
+            }
+            if pack_gb is not None:
+                stored = _pack(root, stored, pack_gb)
+            _finish(root, cases, results, stored)
+    return open_cache(root)
 
 
-class _Stored:
-    """A finished case: its card, and where it lies."""
+@dataclass(frozen=True, eq=False)
+class _StoredCase:
+    """A finished case: where it lies, and its card."""
 
-    def __init__(self, source: ByteSource) -> None:
-        self.source = source
+    source: ByteSource
+    card: Card
+
+    @classmethod
+    def at(cls, source: ByteSource) -> "_StoredCase":
         try:
             card = open_bytes(source, layout.CARD)
-            self.card: dict[str, Any] = json.loads(card.pread(0, card.size))
+            return cls(source, json.loads(card.pread(0, card.size)))
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{source}: its {layout.CARD} is missing or damaged ({error}); delete it and run `mim3d cache` again."
@@ -84,7 +108,7 @@ class _Stored:
 
 
 @contextmanager
-def _writing(out: str) -> Iterator[None]:
+def _explained(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -99,12 +123,12 @@ def _write_error(out: str, reason: str) -> DataError:
     )
 
 
-def check_place(out: str, preprocessing: Preprocessing) -> None:
+def _check_place(out: str, preprocessing: Preprocessing) -> None:
     """Refuse a place that is no cache folder, or the cache of other settings.
 
     Raises:
-        DataError: A file, a folder of other things, or a cache of another version.
-        ConfigError: A cache of other settings.
+        DataError: It is a file, a folder of other things, or a cache of another version.
+        ConfigError: It is a cache of other settings.
     """
     if os.path.exists(out) and not os.path.isdir(out):
         raise DataError(f"{out}: is a file; choose a folder for the cache.")
@@ -124,11 +148,11 @@ def check_place(out: str, preprocessing: Preprocessing) -> None:
                 f"{out}: holds a cache of other settings ({found}) than asked for ({wanted}); choose another folder, "
                 "or delete this one."
             )
-    # A build that was killed before it wrote its settings left at most these, and a scratch folder.
-    elif os.path.isdir(out) and any(
-        name not in (layout.CASES, layout.LOCK) and not name.endswith(".partial") for name in os.listdir(out)
-    ):
-        raise DataError(f"{out}: holds other things than a mim3d cache; choose a new or empty folder.")
+    elif os.path.isdir(out):
+        # A build that was killed right at its start leaves these.
+        own = {layout.CASES, layout.LOCK} | {path.name for path in Path(out).glob(".*.partial")}
+        if set(os.listdir(out)) - own:
+            raise DataError(f"{out}: holds other things than a mim3d cache; choose a new or empty folder.")
 
 
 def _described(preprocessing: Preprocessing) -> dict[str, Any]:
@@ -141,109 +165,115 @@ def _described(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: float | None) -> float | None:
-    """Write down the settings, and take away the manifest: until all cases are checked again nothing is vouched for.
+    """Write the settings, and remove the manifest: nothing is vouched for until all cases are checked again.
 
     Returns:
-        Size of the packs that this cache shall have; None for folders.
+        Size of the packs that this cache will have; None for folders.
     """
     settings_path, manifest = os.path.join(out, layout.SETTINGS), os.path.join(out, layout.MANIFEST)
     if pack_gb is None and os.path.exists(settings_path):
         pack_gb = layout.read_json(settings_path).get("pack_gb")
     if os.path.exists(manifest):
-        held = held_ids(manifest)
+        held = read_ids(manifest)
         if held and held.isdisjoint(case.id for case in cases.cases):
             raise DataError(
                 f"{out}: holds a cache of other scans ({len(held)}, none of them in {cases.root}); choose another "
                 "folder, or delete this one."
             )
         os.remove(manifest)
-    shutil.rmtree(os.path.join(out, layout.UNFINISHED), ignore_errors=True)
     remove_partial(out)
+    shutil.rmtree(os.path.join(out, layout.UNFINISHED), ignore_errors=True)
     identity = {"format": layout.FORMAT, "version": layout.VERSION}
     layout.write_json(settings_path, identity | {"preprocessing": _described(preprocessing), "pack_gb": pack_gb})
     return pack_gb
 
 
-def read_memo(out: str) -> Memo:
+def _read_memo(path: str) -> DigestMemo:
     """The digests known from earlier runs; none where they cannot be read."""
     try:
-        rows = layout.read_json(os.path.join(out, layout.DIGESTS))
+        rows = layout.read_json(path)
         return {path: ((s[0], s[1], s[2], s[3]), digest) for path, (s, digest) in rows.items()}
     except (DataError, ValueError, AttributeError, TypeError, IndexError):
         return {}
 
 
-def _build_all(cases: CaseSet, recipe: Recipe, how: Build) -> dict[str, Outcome]:
-    memo = read_memo(recipe.out)
-    outcomes: dict[str, Outcome] = {}
-    memo_path = os.path.join(recipe.out, layout.DIGESTS)
+def _build_all(
+    cases: CaseSet, settings: BuildSettings, num_workers: int, scheduler: str | None
+) -> dict[str, CaseResult]:
+    """Build every case; the results by the ids of the cases.
+
+    Raises:
+        DataError: The cache cannot be written, or processes or the cluster cannot do it.
+    """
+    memo_path = os.path.join(settings.out, layout.DIGESTS)
+    memo = _read_memo(memo_path)
+    known = dict(memo)
+    if scheduler is None:
+        building = build_in_processes(cases.cases, settings, known, num_workers)
+    else:
+        building = build_on_cluster(scheduler, cases.cases, settings, known)
+    results: dict[str, CaseResult] = {}
     written = time.monotonic()
     # Closed before anything else happens after a failure: no process may write once the lock has fallen.
-    with closing(_worked(cases, recipe, dict(memo), how)) as done:
-        for outcome in counted(done, len(cases.cases), "caching"):
-            outcomes[outcome.id] = outcome
-            memo.update(outcome.digests)
-            if outcome.write_error is not None:
-                raise _write_error(recipe.out, outcome.write_error)
+    with closing(building):
+        for result in counted(building, len(cases.cases), "caching"):
+            results[result.id] = result
+            memo.update(result.digests)
+            if result.write_error is not None:
+                raise _write_error(settings.out, result.write_error)
             if time.monotonic() - written > _MEMO_EVERY_S:
                 layout.write_json(memo_path, memo)
                 written = time.monotonic()
-    current = {path: entry for outcome in outcomes.values() for path, entry in outcome.digests.items()}
+    current = {path: entry for result in results.values() for path, entry in result.digests.items()}
     layout.write_json(memo_path, current)
-    return outcomes
+    return results
 
 
-def _worked(cases: CaseSet, recipe: Recipe, memo: Memo, how: Build) -> Generator[Outcome, None, None]:
-    if how.scheduler is None:
-        yield from build_cases(cases.cases, recipe, memo, how.num_workers)
-    else:
-        yield from build_cases_on(how.scheduler, cases.cases, recipe, memo)
-
-
-def _write_failed(out: str, cases: CaseSet, outcomes: Mapping[str, Outcome]) -> None:
+def _write_failed(out: str, cases: CaseSet, results: Mapping[str, CaseResult]) -> None:
     """Write the table of scans that could not be used.
 
     Raises:
         DataError: None of them can.
     """
-    failed = [(case, outcomes[case.id].reason) for case in cases.cases if outcomes[case.id].folder is None]
-    rows = ([case.id, ";".join(case.images), case.label or "", reason] for case, reason in failed)
+    failed = [(case, results[case.id].reason) for case in cases.cases if results[case.id].folder is None]
+    rows = [(case.id, ";".join(case.images), case.label, reason) for case, reason in failed]
     write_csv(os.path.join(out, layout.FAILED), layout.FAILED_COLUMNS, rows, remedy=None)
     if len(failed) == len(cases.cases):
         raise DataError(f"{cases.root}: none of {len(failed)} scans can be used; the first: {failed[0][1]}")
 
 
-def _packed(out: str, stored: Mapping[str, _Stored], pack_gb: float) -> dict[str, _Stored]:
+def _pack(out: str, stored: Mapping[str, _StoredCase], pack_gb: float) -> dict[str, _StoredCase]:
     """Bring cases into packs, in the order of their digests; each pack is whole before its cases' folders go."""
     packs_dir = os.path.join(out, layout.PACKS)
     os.makedirs(packs_dir, exist_ok=True)
-    packed: dict[str, _Stored] = {}
+    packed: dict[str, _StoredCase] = {}
     in_order = sorted(stored, key=lambda folder: (stored[folder].card["digest"], folder))
     plan = pack_plan({folder: size_of(stored[folder].source) for folder in in_order}, int(pack_gb * 1e9))
     for name, folders in counted(plan.items(), len(plan), "packing"):
         path = os.path.join(packs_dir, name)
         if not os.path.exists(path):
             with atomic_file(path, durable=True, remedy=None) as part:
-                write_pack(str(part), {folder: stored[folder].source for folder in folders})
-        packed |= {folder: _Stored(source) for folder, source in cases_in(path).items()}
+                write_pack(part, {folder: stored[folder].source for folder in folders})
+        packed |= {folder: _StoredCase.at(source) for folder, source in cases_in(path).items()}
         for folder in folders:
             layout.remove_case(os.path.join(out, layout.CASES, folder))
     return packed
 
 
-def _finish(out: str, cases: CaseSet, outcomes: Mapping[str, Outcome], stored: Mapping[str, _Stored]) -> None:
-    """Write the manifest, then take away what it does not name."""
+def _finish(out: str, cases: CaseSet, results: Mapping[str, CaseResult], stored: Mapping[str, _StoredCase]) -> None:
+    """Write the manifest, then remove what it does not name."""
     rows = []
     for case in cases.cases:
-        folder = outcomes[case.id].folder
+        folder = results[case.id].folder
         if folder is not None:
             item = stored[folder]
             rows.append(row_of(case, item.card | {"size_bytes": size_of(item.source)}, folder, item.source))
     write_manifest(os.path.join(out, layout.MANIFEST), rows, cases.labels, cases.root)
     packs = {os.path.basename(item.source.path) for item in stored.values() if isinstance(item.source, PackedCase)}
     _keep_only(os.path.join(out, layout.PACKS), packs)
-    loose = {folder for folder, item in stored.items() if isinstance(item.source, str)}
-    _keep_only(os.path.join(out, layout.CASES), loose)
+    _keep_only(
+        os.path.join(out, layout.CASES), {folder for folder, item in stored.items() if isinstance(item.source, str)}
+    )
     shutil.rmtree(os.path.join(out, layout.UNFINISHED), ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The store of preprocessed volumes: built once, then read crop by crop without touching the scans again."""
+"""A finished cache: preprocessed scans that are read crop by crop without touching their files again."""
 
 import csv
 import hashlib
@@ -6,16 +6,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from mim3d.caching import layout
 from mim3d.caching.manifest import read_fingerprints, read_manifest
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.datasets.cases import Case, CaseSet
-
-__all__ = ["Cache", "CachedScan", "build_cache", "is_cache", "open_cache"]
+from mim3d.datasets.cases import Case
 
 
 class Cache(Sequence[CachedScan]):
@@ -23,7 +21,7 @@ class Cache(Sequence[CachedScan]):
 
     Args:
         path: The cache folder.
-        scans: Those of its scans that this object shows.
+        scans: Scans of the cache that this object shows.
         labels: Label value -> name with background 0; values found where none were declared; empty without labels.
         preprocessing: How the scans were prepared; its ``intensities`` are never ``auto``.
         failed: Scans that could not be used, by ``id``, ``images``, ``label`` and ``reason``.
@@ -66,19 +64,11 @@ class Cache(Sequence[CachedScan]):
     @property
     def digest(self) -> str:
         """SHA-256 of what the scans hold: the same wherever the cache and its sources lie."""
-        cases = [(scan.case, scan.digest) for scan in self._scans]
-        rows = sorted(
-            [
-                case.id,
-                digest,
-                case.class_name,
-                case.patient,
-                case.split,
-                *([] if case.labelled is None else case.labelled),
-            ]
-            for case, digest in cases
-        )
-        content = {"labels": {str(value): name for value, name in self.labels.items()}, "scans": rows}
+        rows = []
+        for scan in self._scans:
+            case = scan.case
+            rows.append([case.id, scan.digest, case.class_name, case.patient, case.split, *(case.labelled or ())])
+        content = {"labels": {str(value): name for value, name in self.labels.items()}, "scans": sorted(rows)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -117,46 +107,6 @@ class Cache(Sequence[CachedScan]):
         )
 
 
-def build_cache(
-    cases: CaseSet,
-    out: str | Path,
-    preprocessing: Preprocessing,
-    *,
-    num_workers: int = 0,
-    pack_gb: float | None = None,
-    scheduler: str | None = None,
-) -> Cache:
-    """Bring every case of a data set into a cache folder, or bring the folder up to date.
-
-    What is there already and still fits (same source contents, same settings) is kept; changed, new and
-    unfinished cases are made; cases no longer in the data set go. It may be killed at any moment and run again.
-    Scans that cannot be used are left out and listed in ``failed.csv`` with the reason.
-
-    Args:
-        cases: The data set.
-        out: The folder; made if missing.
-        preprocessing: How to prepare and store the scans; all of them are stored in one way.
-        num_workers: Processes; 0 or 1 works in this one. More are spawned; they do not run the caller's script.
-        pack_gb: Bring the cases into files of about so many GB; a cache that is there stays as it is if None, a new
-            one has a folder for each case.
-        scheduler: Address of a running Dask scheduler, ``tcp://host:8786``, on whose workers the cases are made;
-            ``num_workers`` then means nothing. They must see the same files.
-
-    Raises:
-        DataError: ``out`` cannot be written, holds other things, other scans or a cache of another version, is being
-            built by another process, none of the scans can be used, or the cluster cannot do it.
-        ConfigError: ``out`` holds a cache of other settings, or Dask is not installed.
-    """
-    from mim3d.caching.build import Build, build, check_place
-
-    path = os.path.abspath(out)
-    how = Build(num_workers=num_workers, pack_gb=pack_gb, scheduler=scheduler)
-    preprocessing = preprocessing.settled(any(case.label is not None for case in cases.cases))
-    check_place(path, preprocessing)
-    build(cases, path, preprocessing, how)
-    return open_cache(path)
-
-
 def is_cache(path: str | Path) -> bool:
     """Whether a folder is a mim3d cache, finished or not."""
     settings = os.path.join(path, layout.SETTINGS)
@@ -173,7 +123,7 @@ def open_cache(path: str | Path) -> Cache:
     """Open a finished cache; no voxel is read.
 
     Raises:
-        DataError: No cache, unfinished, damaged, or of another version.
+        DataError: The folder is no cache, or one that is unfinished, damaged, or of another version.
     """
     root = os.path.abspath(path)
     if not is_cache(root):
@@ -187,32 +137,22 @@ def open_cache(path: str | Path) -> Cache:
     if not os.path.exists(os.path.join(root, layout.MANIFEST)):
         raise DataError(f"{path}: this cache is not finished; run the same `mim3d cache` command again to go on.")
     try:
-        preprocessing = _preprocessing(settings["preprocessing"])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as error:
+        row = settings["preprocessing"]
+        spacing_mm = None if row["spacing_mm"] is None else tuple(row["spacing_mm"])
+        preprocessing = Preprocessing(**(row | {"spacing_mm": spacing_mm, "window": tuple(row["window"])}))
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise DataError(f"{root}: its {layout.SETTINGS} is damaged ({error!r}); run `mim3d cache` again.") from error
-    scans, declared, _ = read_manifest(os.path.join(root, layout.MANIFEST))
-    labels = declared or _found_labels(scans)
-    return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=_failed(root))
+    scans, labels = read_manifest(os.path.join(root, layout.MANIFEST))
+    found = sorted({value for scan in scans for value in scan.num_voxels} - {0})
+    if found and not labels:
+        labels = {0: "background", **{value: f"label_{value}" for value in found}}
+    return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=_read_failed(root))
 
 
-def _failed(root: str) -> list[dict[str, str]]:
+def _read_failed(root: str) -> list[dict[str, str]]:
     path = os.path.join(root, layout.FAILED)
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return [{name: row[name] for name in layout.FAILED_COLUMNS} for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise DataError(f"{path}: missing or damaged ({error!r}); run `mim3d cache` again to rebuild it.") from error
-
-
-def _preprocessing(row: dict[str, Any]) -> Preprocessing:
-    spacing, window = row["spacing_mm"], row["window"]
-    in_tuples = {
-        "spacing_mm": None if spacing is None else (spacing[0], spacing[1], spacing[2]),
-        "window": (window[0], window[1]),
-    }
-    return Preprocessing(**(row | in_tuples))
-
-
-def _found_labels(scans: Sequence[CachedScan]) -> dict[int, str]:
-    values = sorted({value for scan in scans for value in scan.num_voxels} - {0})
-    return {0: "background", **{value: f"label_{value}" for value in values}} if values else {}

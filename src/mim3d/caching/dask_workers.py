@@ -1,7 +1,7 @@
 """A build on the workers of a Dask cluster that is running already: the same cases, the same bytes.
 
-What all cases share (settings, digests known, cases in packs) is a task of its own, on which the others depend: it is
-sent once, workers hand it on to each other, and it is made again if every worker that holds it ends. Scattered data
+What all cases share (settings, known digests, cases in packs) is a task of its own, on which the others depend: it is
+sent once, workers pass it on to each other, and it is made again if every worker that holds it ends. Scattered data
 would be lost then.
 
 Dask gives the cases of a worker that ends to others, a few times over. It then gives up all that were waiting on such
@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from typing import Any
 
 from mim3d import __version__
 from mim3d.caching import layout
-from mim3d.caching.case import Outcome, Recipe, build_case
-from mim3d.caching.digests import Memo
+from mim3d.caching.case import BuildSettings, CaseResult, build_case
+from mim3d.caching.digests import DigestMemo
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import Case
 
@@ -36,59 +36,57 @@ class _Shared:
     """What all cases share.
 
     Attributes:
-        recipe: How they are made.
+        settings: How they are made.
         memo: Digests known from earlier runs.
         sources: Folder that holds all of the sources.
-        version: Of mim3d here.
+        version: Version of mim3d here.
     """
 
-    recipe: Recipe
-    memo: Memo
+    settings: BuildSettings
+    memo: DigestMemo
     sources: str
     version: str = __version__
 
 
-def build_cases_on(scheduler: str, cases: Sequence[Case], recipe: Recipe, memo: Memo) -> Iterator[Outcome]:
-    """Bring cases into a cache on a Dask cluster; what became of each, in the order in which they are done.
+def build_on_cluster(
+    scheduler: str, cases: Sequence[Case], settings: BuildSettings, memo: DigestMemo
+) -> Generator[CaseResult, None, None]:
+    """Bring cases into a cache on a Dask cluster; the result of each, in the order in which they are done.
 
     Args:
-        scheduler: Address of its scheduler, ``tcp://host:8786``.
-        cases: Each of them once.
-        recipe: What they share.
+        scheduler: Address of the cluster's scheduler, ``tcp://host:8786``.
+        cases: Cases, each of them once.
+        settings: What they share.
         memo: Digests known from earlier runs.
 
     Raises:
         ConfigError: Dask is not installed.
-        DataError: No answer from the scheduler, the cluster ended, or its workers do not see the same files.
+        DataError: The scheduler does not answer, the cluster ended, or its workers do not see the same files.
     """
-    shared = _Shared(recipe=recipe, memo=memo, sources=_folder_of(cases))
+    shared = _Shared(settings=settings, memo=memo, sources=_folder_of(cases))
     with _connected(scheduler) as client:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s)Sending large graph")
             sent = client.submit(_sent, shared, pure=False)
         suspects: list[Case] = []
-        for case, result in _results(client, cases, sent):
-            outcome = _outcome(result, case, recipe, scheduler)
-            if outcome is None:
+        for case, answer in _answers(client, cases, sent):
+            result = _checked_result(answer, case, settings, scheduler)
+            if result is None:
                 suspects.append(case)
             else:
-                yield outcome
+                yield result
         if len(suspects) == len(cases) > 1:
             raise DataError(
                 f"{scheduler}: the workers ended at every one of {len(cases)} cases, most likely out of memory; give "
                 "them more, then run again."
             )
         for suspect in suspects:
-            for case, result in _results(client, [suspect], sent):
-                alone = _outcome(result, case, recipe, scheduler)
-                yield alone or Outcome(id=case.id, reason=_lost_reason(case))
-
-
-def _lost_reason(case: Case) -> str:
-    return (
-        f"{case.images[0]}: the workers reading it ended without a word again and again, most likely out of memory; "
-        "crop the scan, or run again with workers that have more memory."
-    )
+            for case, answer in _answers(client, [suspect], sent):
+                yield _checked_result(answer, case, settings, scheduler) or CaseResult(
+                    id=case.id,
+                    reason=f"{case.images[0]}: the workers reading it ended without a word again and again, most "
+                    "likely out of memory; crop the scan, or run again with workers that have more memory.",
+                )
 
 
 def _folder_of(cases: Sequence[Case]) -> str:
@@ -145,7 +143,7 @@ def _connected(scheduler: str) -> Iterator[Any]:
         client = _distributed().Client(scheduler, timeout=_ANSWER_S, set_as_default=False)
     log = logging.getLogger("distributed.client")
     level = log.level
-    # The end of a cluster is told in one sentence, not by a traceback beside it.
+    # The end of a cluster is reported in one sentence, without a traceback beside it.
     log.setLevel(logging.CRITICAL)
     try:
         yield client
@@ -155,56 +153,53 @@ def _connected(scheduler: str) -> Iterator[Any]:
         log.setLevel(level)
 
 
-def _results(client: Any, cases: Sequence[Case], sent: Any) -> Iterator[tuple[Case, Any]]:
-    """Each case with what Dask tells of it: an outcome, or an error and where it comes from."""
+def _answers(client: Any, cases: Sequence[Case], sent: Any) -> Iterator[tuple[Case, Any]]:
+    """Each case with Dask's answer: a result, or an error and where it comes from."""
     futures = client.map(_work, cases, shared=sent, pure=False)
     case_of = {future.key: case for future, case in zip(futures, cases, strict=True)}
     done = _distributed().as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
-    # Each result is let go once it has been told.
+    # So each result is let go once it has been handed on.
     del futures
-    for future, result in done:
-        yield case_of[future.key], result
+    for future, answer in done:
+        yield case_of[future.key], answer
 
 
-def _outcome(result: Any, case: Case, recipe: Recipe, scheduler: str) -> Outcome | None:
-    """The outcome of a case; None where Dask gave it up because the workers it was on have ended.
+def _checked_result(answer: Any, case: Case, settings: BuildSettings, scheduler: str) -> CaseResult | None:
+    """The result of a case; None where Dask gave it up because the workers it was on have ended.
 
     Raises:
         DataError: The cluster ended, or a worker cannot take part.
     """
-    if not isinstance(result, Outcome):
-        error = result[1] if isinstance(result, tuple) else result
+    if not isinstance(answer, CaseResult):
+        error = answer[1] if isinstance(answer, tuple) else answer
         if isinstance(error, _distributed().KilledWorker):
             return None
         if isinstance(error, DataError):
             raise error
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
-            f"{scheduler}: the Dask cluster cannot go on ({told}); check that it runs and that its "
+            f"{scheduler}: the Dask cluster cannot go on ({reason}); check that it runs and that its "
             "workers have this version of mim3d, then run again: the cases that are finished are kept."
         )
-    if result.folder is not None and result.folder not in recipe.packed:
-        _require_seen(os.path.join(recipe.out, layout.CASES, result.folder, layout.CARD), case)
-    return result
-
-
-def _require_seen(card: str, case: Case) -> None:
-    """A worker may find a folder of the same path that is not this one."""
-    if not os.path.exists(card):
-        raise DataError(
-            f"{card}: a Dask worker says that {case.id} is there, and it is not; workers must share the file system "
-            "that holds the cache."
-        )
+    if answer.folder is not None and answer.folder not in settings.packed:
+        card = os.path.join(settings.out, layout.CASES, answer.folder, layout.CARD)
+        # A worker may find a folder of the same path that is not this one.
+        if not os.path.exists(card):
+            raise DataError(
+                f"{card}: a Dask worker says that {case.id} is there, and it is not; workers must share the file "
+                "system that holds the cache."
+            )
+    return answer
 
 
 def _sent(shared: _Shared) -> _Shared:
     return shared
 
 
-def _work(case: Case, shared: _Shared) -> Outcome:
+def _work(case: Case, shared: _Shared) -> CaseResult:
     """Runs on a worker, in a thread that is not its main one."""
     host = socket.gethostname()
-    for place in (os.path.join(shared.recipe.out, layout.CASES), shared.sources):
+    for place in (os.path.join(shared.settings.out, layout.CASES), shared.sources):
         if not os.path.isdir(place):
             raise DataError(
                 f"{place}: not seen by the Dask worker on {host}; workers must share the file systems that hold the "
@@ -214,4 +209,4 @@ def _work(case: Case, shared: _Shared) -> Outcome:
         raise DataError(
             f"mim3d {__version__} on the Dask worker {host}, but {shared.version} here; install one version everywhere."
         )
-    return build_case(case, shared.recipe, shared.memo)
+    return build_case(case, shared.settings, shared.memo)

@@ -9,18 +9,18 @@ from mim3d.scans.files import check_file
 from mim3d.scans.grids import split_channel
 from mim3d.scans.image_stacks import is_slice_folder, slice_paths
 
-#: What tells a file apart from a later one under the same path: size, mtime, ctime (ns) and inode.
+#: What distinguishes a file from a later one under the same path: size, mtime, ctime (ns) and inode.
 Stamp = tuple[int, int, int, int]
 
 #: Path -> stamp and SHA-256 of the file as it was then.
-Memo = dict[str, tuple[Stamp, str]]
+DigestMemo = dict[str, tuple[Stamp, str]]
 
 
 def source_files(path: str) -> list[str]:
-    """Every file a scan is read from: itself, the voxels of a detached header, slices of DICOM or pictures.
+    """Every file a scan is read from: itself, the voxels of a detached header, or the slices of a series.
 
     Raises:
-        DataError: A file or series that is not there.
+        DataError: A file or series is missing.
     """
     path, _ = split_channel(path)
     if "::" not in path and is_slice_folder(path):
@@ -39,7 +39,7 @@ def source_files(path: str) -> list[str]:
 
 
 def _detached(path: str, keys: tuple[str, ...]) -> list[str]:
-    """Files a text header points at; where it names a list or a pattern, all files beside it."""
+    """Files that a text header points at; all files beside it where it names a list or a pattern."""
     folder = os.path.dirname(path)
     with open(path, encoding="latin-1") as lines:
         for line in lines:
@@ -59,14 +59,14 @@ def stamp_of(path: str) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def digest_files(paths: Iterable[str], memo: Memo) -> tuple[str, Memo]:
+def digest_files(paths: Iterable[str], memo: DigestMemo) -> tuple[str, DigestMemo]:
     """One SHA-256 over the contents of files, in order; files whose stamp stands in ``memo`` are not read.
 
     Returns:
         The digest, and the memo entries of these files.
     """
     whole = hashlib.sha256()
-    entries: Memo = {}
+    entries: DigestMemo = {}
     for path in paths:
         stamp = stamp_of(path)
         known = memo.get(path)
@@ -78,11 +78,11 @@ def digest_files(paths: Iterable[str], memo: Memo) -> tuple[str, Memo]:
     return whole.hexdigest(), entries
 
 
-def require_unchanged(entries: Memo) -> None:
+def require_unchanged(entries: DigestMemo) -> None:
     """Refuse files that changed since their digest was taken.
 
     Raises:
-        DataError: Names the file.
+        DataError: A file changed; the sentence names it.
     """
     for path, (stamp, _) in entries.items():
         if stamp_of(path) != stamp:

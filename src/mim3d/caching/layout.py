@@ -1,4 +1,4 @@
-"""Where things lie in a cache folder, and how they get there whole.
+"""The files of a cache folder, and where the bytes of each case lie.
 
 ::
 
@@ -9,7 +9,7 @@
     cases/ID.KEY/     one folder per case, KEY being the digest of its sources and settings: a zarr group of
                       image/0, image/1, ... (each resolution) and label, with locations.npz and card.json
     packs/            instead of cases/ where asked for: such folders in files of some GB, see mim3d.caching.packs
-    unfinished/       cases and packs being written; renamed into place when complete
+    unfinished/       cases being written; renamed into place when complete
     lock              held while a build runs
 """
 
@@ -41,6 +41,9 @@ LOCATIONS = "locations.npz"
 CARD = "card.json"
 LOCK = "lock"
 
+#: Largest number of files that a process keeps open.
+MAX_OPEN_FILES = 128
+
 
 def write_json(path: str, content: Any) -> None:
     """Write one of the cache's own JSON files; the same content makes the same bytes.
@@ -55,7 +58,7 @@ def read_json(path: str) -> Any:
     """Read one of the cache's own JSON files.
 
     Raises:
-        DataError: Missing or damaged.
+        DataError: The file is missing or damaged.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -65,15 +68,10 @@ def read_json(path: str) -> Any:
 
 
 def remove_case(path: str) -> None:
-    """Remove a case's folder; what is left of it after a power cut does not pass for finished."""
+    """Remove a case's folder. What is left of it after a power cut does not pass for finished."""
     with suppress(OSError):
         os.remove(os.path.join(path, CARD))
     shutil.rmtree(path, ignore_errors=True)
-
-
-def size_bytes(path: str) -> int:
-    """Bytes of all files below a folder."""
-    return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
 
 
 @contextmanager
@@ -89,10 +87,6 @@ def locked(path: str) -> Iterator[None]:
         yield
 
 
-#: Files that a process keeps open at most.
-MAX_OPEN_FILES = 128
-
-
 class ArrayBytes(Protocol):
     """Bytes that any number of threads and processes may read at once; equal and hashed by where they lie."""
 
@@ -105,7 +99,7 @@ class ArrayBytes(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are. Raises OSError where the file is not there."""
+        """Number of bytes. Raises OSError where the file is missing."""
         ...
 
     def will_need(self, offset: int, length: int) -> None:
@@ -113,7 +107,7 @@ class ArrayBytes(Protocol):
         ...
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset`` on. Raises OSError where they are not there."""
+        """Exactly ``length`` bytes from ``offset`` on. Raises OSError where they are missing."""
         ...
 
 
@@ -122,9 +116,9 @@ class FileRange:
     """A file, or a range of bytes inside one; opened at the first read in each process.
 
     Attributes:
-        path: the file.
-        offset: its first byte that counts.
-        length: bytes that count; None for all that follow.
+        path: Path of the file.
+        offset: First byte that counts.
+        length: Number of bytes that count; None for all that follow.
     """
 
     path: str
@@ -133,7 +127,7 @@ class FileRange:
 
     @property
     def size(self) -> int:
-        """How many bytes there are. Raises OSError where the file is not there."""
+        """Number of bytes. Raises OSError where the file is missing."""
         rest = max(0, os.fstat(_opened(self.path, os.getpid()).number).st_size - self.offset)
         return rest if self.length is None else min(rest, self.length)
 
@@ -144,7 +138,7 @@ class FileRange:
             os.posix_fadvise(file.number, self.offset + offset, length, os.POSIX_FADV_WILLNEED)
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset`` on. Raises OSError where they are not there."""
+        """Exactly ``length`` bytes from ``offset`` on. Raises OSError where they are missing."""
         if offset < 0 or length < 0 or (self.length is not None and offset + length > self.length):
             raise OSError(f"bytes {offset} to {offset + length} are not in it")
         # Held here, the file stays open until this read is done, whatever other threads open in the meantime.
@@ -160,7 +154,7 @@ class FileRange:
         return data
 
 
-#: A case's folder; or, for a case inside a larger file, each of its files' names -> its bytes.
+#: Where the files of a case lie: the case's folder; or, for a case inside a pack, name of each file -> its bytes.
 ByteSource = str | Mapping[str, ArrayBytes]
 
 
@@ -168,13 +162,35 @@ def open_bytes(source: ByteSource, name: str) -> ArrayBytes:
     """The bytes of a case's file ``name`` (with ``/`` between folders); nothing is opened before it is read.
 
     Raises:
-        OSError: A case inside a larger file has no such member.
+        OSError: The case lies inside a pack and has no such file.
     """
     if isinstance(source, str):
         return FileRange(os.path.join(source, *name.split("/")))
     if name not in source:
         raise OSError(f"{name} is not in it")
     return source[name]
+
+
+def names_in(source: ByteSource) -> list[str]:
+    """Names of a case's files, with ``/`` between folders, in a fixed order."""
+    if not isinstance(source, str):
+        return sorted(source)
+    return sorted(
+        os.path.relpath(os.path.join(folder, name), source).replace(os.sep, "/")
+        for folder, _, names in os.walk(source)
+        for name in names
+    )
+
+
+def size_of(source: ByteSource) -> int:
+    """Bytes of all files of a case.
+
+    Raises:
+        OSError: A file is missing.
+    """
+    if isinstance(source, str):
+        return sum(os.path.getsize(os.path.join(source, name)) for name in names_in(source))
+    return sum(source[name].size for name in source)
 
 
 def forget_open_files() -> None:

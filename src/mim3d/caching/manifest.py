@@ -11,27 +11,26 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from mim3d.caching import layout
-from mim3d.caching.cards import scan_of
 from mim3d.caching.foreground import Statistics
 from mim3d.caching.layout import ByteSource
 from mim3d.caching.packs import PackedCase
-from mim3d.caching.scan import CachedScan
+from mim3d.caching.scan import CachedScan, Card
 from mim3d.core.errors import DataError
 from mim3d.core.files import atomic_file
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import available_memory_bytes
 
-#: Kept in the file and read alone: scans are opened without them.
+#: Column that is read alone: scans are opened without it.
 FINGERPRINT = "fingerprint"
 
 #: Labels annotated in a case; missing in caches made before cases could be annotated in part.
 LABELLED = "labelled"
 
-#: Rows become Python objects of about so many times their size in the file, unpacked.
+#: Rows become Python objects of about this many times their size in the file, unpacked.
 _GROWTH = 8
 
 
-def row_of(case: Case, card: Mapping[str, Any], folder: str, source: ByteSource) -> dict[str, Any]:
+def row_of(case: Case, card: Card, folder: str, source: ByteSource) -> dict[str, Any]:
     """One row: a case, its card, and where it is stored."""
     place: dict[str, Any] = {"folder": folder, "pack": None, "members": []}
     if isinstance(source, PackedCase):
@@ -43,10 +42,10 @@ def write_manifest(path: str, rows: Sequence[Mapping[str, Any]], labels: Mapping
     """Write the manifest, whole or not at all.
 
     Args:
-        path: The file.
-        rows: From ``row_of``.
+        path: Path of the file.
+        rows: Rows from ``row_of``.
         labels: Declared label value -> name.
-        root: The data set they come from.
+        root: Data set that the cases come from.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -60,11 +59,11 @@ def write_manifest(path: str, rows: Sequence[Mapping[str, Any]], labels: Mapping
         pq.write_table(table, part, compression="zstd")
 
 
-def read_manifest(path: str) -> tuple[list[CachedScan], dict[int, str], str]:
-    """The scans of a cache, its declared labels, and the data set it was made from.
+def read_manifest(path: str) -> tuple[list[CachedScan], dict[int, str]]:
+    """The scans of a cache and its declared labels.
 
     Raises:
-        DataError: Damaged, larger than memory, or a row that points outside the cache's folder.
+        DataError: The file is damaged or larger than memory, or a row points outside the cache's folder.
     """
     table = _read(path)
     root = os.path.dirname(path)
@@ -72,12 +71,12 @@ def read_manifest(path: str) -> tuple[list[CachedScan], dict[int, str], str]:
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         labels = {int(value): str(name) for value, name in json.loads(about["labels"]).items()}
         scans = [
-            scan_of(row, _case(row), _source(row, root))
+            CachedScan.from_card(row, _case(row), _source(row, root))
             # A few rows at a time: as Python objects they are many times as large.
             for rows in table.to_batches(max_chunksize=1024)
             for row in rows.to_pylist()
         ]
-        return scans, labels, about["root"]
+        return scans, labels
     except DataError:
         raise
     except Exception as error:  # Whatever a row of the wrong kind raises.
@@ -88,17 +87,17 @@ def read_fingerprints(path: str) -> dict[str, str]:
     """Case id -> fingerprint as text.
 
     Raises:
-        DataError: Damaged.
+        DataError: The file is damaged.
     """
     table = _read(path, ["id", FINGERPRINT])
     return dict(zip(table["id"].to_pylist(), table[FINGERPRINT].to_pylist(), strict=True))
 
 
-def held_ids(path: str) -> set[str]:
+def read_ids(path: str) -> set[str]:
     """Ids of the cases in a manifest.
 
     Raises:
-        DataError: Damaged.
+        DataError: The file is damaged.
     """
     return set(_read(path, ["id"])["id"].to_pylist())
 

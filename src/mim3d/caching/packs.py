@@ -1,7 +1,7 @@
 """Packs: many cases in files of some GB, for file systems that suffer from millions of small files.
 
 A pack is a ZIP file whose members are stored as they are, uncompressed and with fixed times: the same cases make the
-same bytes. The zarr library opens it as a group of one group per case. mim3d reads ranges of bytes of it, whose places
+same bytes. The zarr library opens it as a group of one group per case. mim3d reads ranges of its bytes, whose places
 stand in the manifest, and never its directory.
 
 Cases are packed in the order of their digests, and a pack's name is the digest of what it holds: a pack of the right
@@ -16,14 +16,13 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 
-from mim3d.caching import layout
-from mim3d.caching.layout import ArrayBytes, ByteSource, FileRange, open_bytes
+from mim3d.caching.layout import ArrayBytes, ByteSource, FileRange, names_in, open_bytes
 from mim3d.caching.shards import METADATA
 
 #: The earliest time that ZIP knows.
 _TIME = (1980, 1, 1, 0, 0, 0)
 
-#: Signature, nine fields that the directory tells too, and the lengths of name and extra field.
+#: Signature, nine fields that the directory holds too, and the lengths of name and extra field.
 _LOCAL_HEADER = struct.Struct("<4s22sHH")
 
 SUFFIX = ".zip"
@@ -38,11 +37,11 @@ class PackedCase(Mapping[str, ArrayBytes]):
     """The files of one case inside a pack, by their names below the case's folder.
 
     Args:
-        path: The pack.
-        places: Name -> first byte and number of bytes in it.
+        path: Path of the pack.
+        places: Name of each file -> its first byte and number of bytes in the pack.
 
     Raises:
-        ValueError: A place that cannot be.
+        ValueError: A place is negative.
     """
 
     def __init__(self, path: str, places: Mapping[str, tuple[int, int]]) -> None:
@@ -70,34 +69,12 @@ class PackedCase(Mapping[str, ArrayBytes]):
         return [{"name": name, "offset": at, "length": length} for name, (at, length) in self._places.items()]
 
 
-def names_in(source: ByteSource) -> list[str]:
-    """Names of a case's files, with ``/`` between folders, in a fixed order."""
-    if not isinstance(source, str):
-        return sorted(source)
-    return sorted(
-        os.path.relpath(os.path.join(folder, name), source).replace(os.sep, "/")
-        for folder, _, names in os.walk(source)
-        for name in names
-    )
-
-
-def size_of(source: ByteSource) -> int:
-    """Bytes of all files of a case.
-
-    Raises:
-        OSError: One of them is missing.
-    """
-    if isinstance(source, str):
-        return layout.size_bytes(source)
-    return sum(source[name].size for name in source)
-
-
 def pack_plan(sizes: Mapping[str, int], pack_bytes: int) -> dict[str, tuple[str, ...]]:
     """Which cases go into which pack: name of the pack -> case folders.
 
     Args:
         sizes: Case folder -> bytes, in the order in which they are packed.
-        pack_bytes: A pack is closed once it holds as much.
+        pack_bytes: Size at which a pack is closed.
     """
     packs: list[list[str]] = []
     filled = pack_bytes
@@ -110,11 +87,11 @@ def pack_plan(sizes: Mapping[str, int], pack_bytes: int) -> dict[str, tuple[str,
     return {f"{hashlib.sha256(json.dumps(held).encode()).hexdigest()[:24]}{SUFFIX}": tuple(held) for held in packs}
 
 
-def write_pack(path: str, sources: Mapping[str, ByteSource]) -> None:
+def write_pack(path: str | os.PathLike[str], sources: Mapping[str, ByteSource]) -> None:
     """Write finished cases into a pack, one after the other.
 
     Args:
-        path: The file; written under this very name.
+        path: Path of the file, which is written in place.
         sources: Case folder -> where its files lie now.
 
     Raises:
@@ -128,7 +105,7 @@ def write_pack(path: str, sources: Mapping[str, ByteSource]) -> None:
 
 
 def find_packed(packs_dir: str) -> dict[str, PackedCase]:
-    """Every case in the packs of a folder: case folder -> its files. Damaged packs are told and taken away.
+    """Every case in the packs of a folder: case folder -> its files. Damaged packs are removed with a warning.
 
     Raises:
         OSError: A pack cannot be read.
@@ -150,7 +127,7 @@ def cases_in(path: str) -> dict[str, PackedCase]:
     """Every case in a pack, read from its directory.
 
     Raises:
-        OSError, ValueError, zipfile.BadZipFile, struct.error: It is damaged or cannot be read.
+        OSError, ValueError, zipfile.BadZipFile, struct.error: The pack is damaged or cannot be read.
     """
     places: dict[str, dict[str, tuple[int, int]]] = {}
     with zipfile.ZipFile(path) as pack, open(path, "rb") as file:

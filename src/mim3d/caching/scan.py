@@ -1,10 +1,12 @@
-"""One scan of a cache: its card at hand, its voxels read crop by crop."""
+"""One scan of a cache: its card, which holds everything but the voxels, and its voxels, read crop by crop."""
 
+import base64
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +14,46 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.caching import layout
+from mim3d.caching.fingerprints import fingerprint_of
 from mim3d.caching.foreground import Statistics
 from mim3d.caching.layout import ByteSource, open_bytes
+from mim3d.caching.preprocessing import Prepared
 from mim3d.caching.shards import BLOCK, ShardedArray
 from mim3d.caching.stored_voxels import StoredIntensity, level_shapes
 from mim3d.core.errors import DamagedError, DataError
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case
+
+#: What is known of a cached case besides its voxels, as plain values for JSON and Parquet.
+Card = dict[str, Any]
+
+#: First voxel and number of voxels along X, Y, Z.
+Box = tuple[Triple, Triple]
+
+
+def card_of(prepared: Prepared, meanings: Sequence[StoredIntensity], dtype: np.dtype[Any], num_levels: int) -> Card:
+    """The card of a case, as far as its prepared voxels decide it.
+
+    Args:
+        prepared: The case.
+        meanings: What the stored numbers mean in each channel.
+        dtype: Type in which they are stored.
+        num_levels: Number of resolutions stored.
+    """
+    return {
+        "shape": list(prepared.image.shape[1:]),
+        "spacing_mm": [float(mm) for mm in prepared.spacing_mm],
+        "affine": prepared.affine.ravel().tolist(),
+        "num_channels": prepared.image.shape[0],
+        "dtype": dtype.name,
+        "num_levels": num_levels,
+        "has_label": prepared.label is not None,
+        "statistics": [asdict(channel) for channel in prepared.statistics],
+        "stored_intensities": [asdict(meaning) for meaning in meanings],
+        "body_box": [voxel for corner in prepared.foreground.box for voxel in corner],
+        "foreground": base64.b64encode(zlib.compress(prepared.foreground.shares.tobytes())).decode("ascii"),
+        "fingerprint": fingerprint_of(prepared.image[0], prepared.spacing_mm, prepared.affine).to_text(),
+    }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,25 +61,25 @@ class CachedScan:
     """A preprocessed scan on disk; may be pickled and used in any process.
 
     Attributes:
-        case: Where it comes from.
+        case: Case that the scan comes from.
         source: Where its files lie: a folder, or ranges of a pack.
         shape: Voxels along X, Y, Z.
         spacing_mm: Voxel size along X, Y, Z.
         affine: (4, 4) float64, voxel index to RAS millimetres.
-        num_channels: Channels of the image.
-        statistics: Of each channel.
-        dtype: Name of the type that the image is stored in.
-        digest: Of source files and settings: the same digest means the same voxels.
-        source_digest: SHA-256 of the images' files alone: the same digest means the same scan.
+        num_channels: Number of channels of the image.
+        statistics: Statistics of each channel.
+        dtype: Name of the type in which the image is stored.
+        digest: SHA-256 of source files and settings. The same digest means the same voxels.
+        source_digest: SHA-256 of the images' files alone. The same digest means the same scan.
         body_box: Box of the foreground, first voxel and first voxel behind it.
-        foreground: (ceil(X / 32), ceil(Y / 32), ceil(Z / 32)) uint8, foreground voxels of each block of 32 voxels a
-            side, from 0 for none to 255 for all.
+        foreground: (ceil(X / 32), ceil(Y / 32), ceil(Z / 32)) uint8, share of foreground voxels in each block of 32
+            voxels a side, from 0 for none to 255 for all.
         has_label: Whether a label map is stored.
-        num_voxels: Label value -> voxels of it.
+        num_voxels: Label value -> number of its voxels.
         source_bytes: Size of the source files.
         size_bytes: Size of what is stored.
-        stored_intensities: Of each channel, what its stored numbers mean.
-        num_levels: Resolutions stored, full resolution first, each half the one before.
+        stored_intensities: What the stored numbers of each channel mean.
+        num_levels: Number of resolutions stored, full resolution first, each half the one before.
     """
 
     case: Case
@@ -66,8 +101,42 @@ class CachedScan:
     stored_intensities: tuple[StoredIntensity, ...] = ()
     num_levels: int = 1
 
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any], case: Case, source: ByteSource) -> "CachedScan":
+        """The scan behind a card.
+
+        Raises:
+            KeyError, TypeError, ValueError, IndexError, zlib.error: The card is damaged.
+        """
+        x, y, z = (int(voxels) for voxels in card["shape"])
+        sx, sy, sz = (float(mm) for mm in card["spacing_mm"])
+        box = [int(voxel) for voxel in card["body_box"]]
+        blocks = [-(-voxels // BLOCK) for voxels in (x, y, z)]
+        packed = base64.b64decode(card["foreground"], validate=True)
+        foreground = zlib.decompressobj().decompress(packed, math.prod(blocks))
+        return cls(
+            case=case,
+            source=source,
+            shape=(x, y, z),
+            spacing_mm=(sx, sy, sz),
+            affine=np.array(card["affine"], dtype=np.float64).reshape(4, 4),
+            num_channels=int(card["num_channels"]),
+            dtype=np.dtype(card["dtype"]).name,
+            statistics=tuple(Statistics(**channel) for channel in card["statistics"]),
+            digest=str(card["digest"]),
+            source_digest=str(card["source_digest"]),
+            body_box=((box[0], box[1], box[2]), (box[3], box[4], box[5])),
+            foreground=np.frombuffer(foreground, dtype=np.uint8).reshape(blocks),
+            has_label=bool(card["has_label"]),
+            num_voxels={int(item["value"]): int(item["count"]) for item in card["num_voxels"]},
+            source_bytes=int(card["source_bytes"]),
+            size_bytes=int(card["size_bytes"]),
+            stored_intensities=tuple(StoredIntensity(**meaning) for meaning in card["stored_intensities"]),
+            num_levels=int(card["num_levels"]),
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        """Only the card travels to another process: loaded places are found again there."""
+        """Only the card travels to another process: class locations are read again there."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @cached_property
@@ -110,20 +179,20 @@ class CachedScan:
             level: 0 for full resolution; each level halves the one before.
 
         Returns:
-            (C, X, Y, Z) in the stored type, see ``to_values``; outside the scan the number nearest to each channel's
-            ``low``.
+            (C, X, Y, Z) in the stored type, see ``to_values``. Outside the scan it holds the number nearest to each
+            channel's ``low``.
 
         Raises:
             DataError: There is no such level, or the stored voxels are missing or damaged.
         """
         return self.read_crops([(origin, size)], level)[0]
 
-    def read_crops(self, boxes: Sequence[tuple[Triple, Triple]], level: int = 0) -> list[npt.NDArray[Any]]:
-        """Read several crops at once: what neighbours share is read and unpacked once.
+    def read_crops(self, boxes: Sequence[Box], level: int = 0) -> list[npt.NDArray[Any]]:
+        """Read several crops of one level at once: blocks that they share are read and unpacked once.
 
         Args:
-            boxes: Origin and size of each, see ``read``.
-            level: Of all of them.
+            boxes: Origin and size of each crop, see ``read``.
+            level: Level of all of them.
 
         Raises:
             DataError: There is no such level, or the stored voxels are missing or damaged.
@@ -136,16 +205,16 @@ class CachedScan:
             source, target = _overlap(origin, size, shape[1:])
             part = crop[(slice(None), *target)]
             if part.size < crop.size:
-                for channel, line, stats in zip(crop, self.stored_intensities, self.statistics, strict=True):
-                    channel[...] = line.nearest(stats.low, dtype)
+                for channel, meaning, stats in zip(crop, self.stored_intensities, self.statistics, strict=True):
+                    channel[...] = meaning.nearest(stats.low, dtype)
             if part.size:
                 inside.append(((0, *source), part))
             crops.append(crop)
         array.read_crops(inside)
         return crops
 
-    def will_need(self, boxes: Sequence[tuple[Triple, Triple]], level: int = 0) -> None:
-        """Let the disk begin with crops that are to be read soon; what is wrong with them is told by ``read``."""
+    def will_need(self, boxes: Sequence[Box], level: int = 0) -> None:
+        """Let the disk begin with crops that are read soon. Missing or damaged files raise only when they are read."""
         shape = self.level_shapes[level]
         overlaps = [_overlap(origin, size, shape) for origin, size in boxes]
         inside = [
@@ -165,13 +234,13 @@ class CachedScan:
     def to_values(self, stored_CXYZ: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Stored numbers as float32 in source units (HU for CT)."""
         values = np.empty(stored_CXYZ.shape, dtype=np.float32)
-        for channel, stored, line in zip(values, stored_CXYZ, self.stored_intensities, strict=True):
-            np.multiply(stored, np.float32(line.scale), out=channel, dtype=np.float32, casting="unsafe")
-            channel += np.float32(line.offset)
+        for channel, stored, meaning in zip(values, stored_CXYZ, self.stored_intensities, strict=True):
+            np.multiply(stored, np.float32(meaning.scale), out=channel, dtype=np.float32, casting="unsafe")
+            channel += np.float32(meaning.offset)
         return values
 
     def read_label(self, origin: Triple, size: Triple) -> npt.NDArray[Any]:
-        """Read a crop of the label map, (X, Y, Z) in the stored type; outside the scan 0.
+        """Read a crop of the label map, (X, Y, Z) in the stored type; outside the scan it is 0.
 
         Raises:
             DataError: There is no label, or it is missing or damaged on disk.
@@ -188,7 +257,7 @@ class CachedScan:
         return crop
 
     def _checked(self, array: ShardedArray, shape: tuple[int, ...]) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """Type and shape of an array, which must be what the card says."""
+        """Type and shape of an array; its shape must be what the card says."""
         found = array.layout
         if found.shape != shape:
             raise DamagedError(
@@ -204,9 +273,7 @@ def _voxels_of_blocks(first: int, length: int, limit: int) -> npt.NDArray[np.flo
     return np.diff(edges).astype(np.float32)
 
 
-def _overlap(
-    origin: Triple, size: Triple, shape: Sequence[int]
-) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
+def _overlap(origin: Triple, size: Triple, shape: Sequence[int]) -> tuple[Triple, tuple[slice, slice, slice]]:
     """First voxel to read, and where in the crop the voxels go that lie inside the scan."""
     firsts, target = [], []
     for first, length, limit in zip(origin, size, shape, strict=True):

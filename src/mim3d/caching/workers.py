@@ -1,6 +1,6 @@
 """The processes that build a cache: they take cases one by one, and end with the process that started them.
 
-A process may be killed, mostly by a system that runs out of memory. Which case it was reading is not told, so every
+A process may be killed, mostly by a system that runs out of memory. Nobody says which case it was reading, so every
 case that was in work then is read once more with nothing beside it: one that ends its process twice alone is left out
 like a bad scan, the others go on.
 """
@@ -8,12 +8,12 @@ like a bad scan, the others go on.
 import multiprocessing
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from mim3d.caching.case import Outcome, Recipe, build_case
-from mim3d.caching.digests import Memo
+from mim3d.caching.case import BuildSettings, CaseResult, build_case
+from mim3d.caching.digests import DigestMemo
 from mim3d.core.errors import DataError
 from mim3d.core.worker_processes import prepare_worker, without_main_module
 from mim3d.datasets.cases import Case
@@ -22,74 +22,77 @@ from mim3d.datasets.cases import Case
 MAX_LOST_AT_FIRST = 8
 
 #: What a worker needs for every case: sent to it once.
-_shared: tuple[Recipe, Memo] | None = None
+_shared: tuple[BuildSettings, DigestMemo] | None = None
 
 
-def build_cases(cases: Sequence[Case], recipe: Recipe, memo: Memo, num_workers: int) -> Iterator[Outcome]:
-    """Bring cases into a cache; what became of each, in the order in which they are done.
+def build_in_processes(
+    cases: Sequence[Case], settings: BuildSettings, memo: DigestMemo, num_workers: int
+) -> Generator[CaseResult, None, None]:
+    """Bring cases into a cache; the result of each, in the order in which they are done.
 
     Args:
-        cases: Each of them once.
-        recipe: What they share.
+        cases: Cases, each of them once.
+        settings: What they share.
         memo: Digests known from earlier runs.
-        num_workers: Processes; 0 or 1 works in this one.
+        num_workers: Number of processes; 0 or 1 works in this one.
 
     Raises:
         DataError: Processes cannot be started, or are killed at every case.
     """
     if num_workers <= 1 or len(cases) == 1:
-        yield from (build_case(case, recipe, memo) for case in cases)
+        yield from (build_case(case, settings, memo) for case in cases)
         return
     waiting, num_lost, num_done = deque(cases), 0, 0
     while waiting:
         suspects: list[Case] = []
-        for outcome in _pool_of(min(num_workers, len(waiting)), waiting, recipe, memo, suspects.append):
+        for result in _build_until_killed(min(num_workers, len(waiting)), waiting, settings, memo, suspects.append):
             num_done += 1
-            yield outcome
+            yield result
         guilty = 0
         for case in suspects:
-            alone = _alone(case, recipe, memo)
+            alone = _build_alone(case, settings, memo)
             guilty += alone is None
-            yield alone or Outcome(id=case.id, reason=_lost_reason(case))
+            yield alone or CaseResult(
+                id=case.id,
+                reason=f"{case.images[0]}: the process reading it ended without a word twice, most likely out of "
+                "memory; crop the scan, or run again where there is more memory.",
+            )
         num_lost, num_done = num_lost + guilty, num_done + len(suspects) - guilty
         if num_done == 0 and num_lost >= MAX_LOST_AT_FIRST:
             raise DataError(
-                f"{recipe.out}: the process reading a scan ended without a word {num_lost} times out of {num_lost}, "
+                f"{settings.out}: the process reading a scan ended without a word {num_lost} times out of {num_lost}, "
                 "most likely out of memory; run again where there is more of it."
             )
         if suspects and not guilty and num_workers > 1:
-            # Each of them fits into memory alone: it was all of them together that did not.
+            # Each of them fits into memory alone, so they did not fit all at once.
             num_workers = (num_workers + 1) // 2
             warnings.warn(
-                f"{recipe.out}: a process was killed, most likely out of memory; going on with {num_workers}.",
+                f"{settings.out}: a process was killed, most likely out of memory; going on with {num_workers}.",
                 stacklevel=2,
             )
 
 
-def _lost_reason(case: Case) -> str:
-    return (
-        f"{case.images[0]}: the process reading it ended without a word twice, most likely out of memory; crop the "
-        "scan, or run again where there is more memory."
-    )
-
-
-def _alone(case: Case, recipe: Recipe, memo: Memo) -> Outcome | None:
-    """Read a case with nothing beside it; None if that ends the process twice."""
+def _build_alone(case: Case, settings: BuildSettings, memo: DigestMemo) -> CaseResult | None:
+    """Build a case with nothing beside it; None if that ends the process twice."""
     for _ in range(2):
-        for outcome in _pool_of(1, deque([case]), recipe, memo, lambda suspect: None):
-            return outcome
+        for result in _build_until_killed(1, deque([case]), settings, memo, lambda suspect: None):
+            return result
     return None
 
 
-def _pool_of(
-    num_workers: int, waiting: deque[Case], recipe: Recipe, memo: Memo, suspect: Callable[[Case], None]
-) -> Generator[Outcome, None, None]:
-    """Take cases until none is left or a process is killed.
+def _build_until_killed(
+    num_workers: int,
+    waiting: deque[Case],
+    settings: BuildSettings,
+    memo: DigestMemo,
+    suspect: Callable[[Case], None],
+) -> Generator[CaseResult, None, None]:
+    """Build cases until none is left or a process is killed.
 
     Args:
-        num_workers: Processes; so many cases are in work at a time.
-        waiting: Cases are taken from its left.
-        recipe: What they share.
+        num_workers: Number of processes; as many cases are in work at a time.
+        waiting: Cases, which are taken from its left.
+        settings: What they share.
         memo: Digests known from earlier runs.
         suspect: Called with every case that was in work when a process was killed.
 
@@ -98,18 +101,24 @@ def _pool_of(
     """
     # Spawned, not forked: the caller may run threads (torch, progress bars), which a fork would freeze.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker, initargs=(recipe, memo))
-    in_work: dict[Future[Outcome], Case] = {}
+    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker, initargs=(settings, memo))
+    in_work: dict[Future[CaseResult], Case] = {}
     broken = False
     try:
         while in_work or (waiting and not broken):
             try:
                 # No more than are read at once, so that few are under suspicion.
                 while waiting and len(in_work) < num_workers and not broken:
-                    future = _submitted(pool, waiting[0], recipe)
+                    with without_main_module():
+                        future = pool.submit(_work, waiting[0])
                     in_work[future] = waiting.popleft()
             except BrokenProcessPool:
                 broken = True
+            except OSError as error:
+                raise DataError(
+                    f"{settings.out}: no process can be started ({error.strerror or error}); run again with fewer "
+                    "num_workers: the cases that are finished are kept."
+                ) from error
             for future in wait(in_work, return_when=FIRST_COMPLETED).done:
                 case = in_work.pop(future)
                 if isinstance(future.exception(), BrokenProcessPool):
@@ -121,23 +130,12 @@ def _pool_of(
         pool.shutdown(cancel_futures=True)
 
 
-def _submitted(pool: ProcessPoolExecutor, case: Case, recipe: Recipe) -> Future[Outcome]:
-    try:
-        with without_main_module():
-            return pool.submit(_work, case)
-    except OSError as error:
-        raise DataError(
-            f"{recipe.out}: no process can be started ({error.strerror or error}); run again with fewer num_workers: "
-            "the cases that are finished are kept."
-        ) from error
-
-
-def _start_worker(recipe: Recipe, memo: Memo) -> None:
+def _start_worker(settings: BuildSettings, memo: DigestMemo) -> None:
     global _shared
-    _shared = recipe, memo
+    _shared = settings, memo
     prepare_worker()
 
 
-def _work(case: Case) -> Outcome:
+def _work(case: Case) -> CaseResult:
     assert _shared is not None
     return build_case(case, *_shared)

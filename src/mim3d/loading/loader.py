@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.caching.stored_voxels import reduction_of
 from mim3d.core.errors import DamagedError, DataError
 from mim3d.core.types import Triple

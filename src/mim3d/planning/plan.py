@@ -18,7 +18,7 @@ from mim3d.planning.scans import ScanGrid
 from mim3d.scans.intensity import Intensity
 
 if TYPE_CHECKING:
-    from mim3d.caching.cache import CachedScan
+    from mim3d.caching.scan import CachedScan
 
 #: Spacings that differ by less are taken for one: nothing is gained by resampling them.
 SAME_SPACING = 0.01

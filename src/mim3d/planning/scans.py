@@ -17,7 +17,7 @@ from mim3d.scans.grids import orientations
 from mim3d.scans.volumes import read_grid
 
 if TYPE_CHECKING:
-    from mim3d.caching.cache import CachedScan
+    from mim3d.caching.scan import CachedScan
 
 Result = TypeVar("Result")
 

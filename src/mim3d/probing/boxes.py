@@ -7,7 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from mim3d.backbones.contract import Encoder
-from mim3d.caching.cache import Cache, CachedScan
+from mim3d.caching.cache import Cache
+from mim3d.caching.scan import CachedScan
 from mim3d.loading.loader import SampleDataset
 from mim3d.probing.items import ProbeSet, View
 from mim3d.probing.settings import Probing

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mim3d.backbones.contract import Encoder, check_multiple
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DataError, listed
 from mim3d.core.types import Triple
 from mim3d.nn.patches import to_blocks

@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 
-from mim3d.caching.cache import Cache, build_cache
+from mim3d.caching.build import build_cache
+from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.resources import in_words, num_cores
 from mim3d.datasets.cases import read_cases

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.caching.stored_voxels import reduction_of
 from mim3d.core.types import Triple
 from mim3d.loading.loader import Read, Sample

@@ -6,7 +6,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Spacing, Triple
 
 #: Edge in voxels that a planned box does not exceed.

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mim3d.caching.cache import CachedScan
 from mim3d.caching.resampling import plan_axis, resample_linear
+from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Spacing, Triple
 from mim3d.loading.loader import Augment, Read, Sample
 from mim3d.nn.resizing import resize_image

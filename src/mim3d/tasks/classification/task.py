@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from mim3d.backbones.contract import Backbone, check_multiple
-from mim3d.caching.cache import Cache, CachedScan
+from mim3d.caching.cache import Cache
+from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.splits import Split

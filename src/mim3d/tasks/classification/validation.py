@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.loading.loader import SampleDataset
 from mim3d.metrics import Bootstrap, classification_scores

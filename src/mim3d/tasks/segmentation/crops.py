@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.loading.loader import Read, Sample
 from mim3d.tasks.segmentation.partial_labels import PartialLabels

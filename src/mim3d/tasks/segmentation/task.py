@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from mim3d.backbones.contract import Backbone, check_multiple
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.settings import nearest
 from mim3d.core.types import Spacing, Triple

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.inference import Windows, padding_values, sliding_logits
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.segmentation.objective import SegmentationObjective

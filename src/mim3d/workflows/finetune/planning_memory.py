@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from mim3d.backbones import Backbone
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import Mim3dError
 from mim3d.core.types import Triple
 from mim3d.planning.patch import FILLED_SHARE

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from mim3d.backbones.contract import Encoder
-from mim3d.caching.cache import Cache, CachedScan, build_cache
+from mim3d.caching.build import build_cache
+from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.progress import counted
 from mim3d.core.resources import num_cores

@@ -10,7 +10,8 @@ from typing import Any
 
 import mim3d
 from mim3d.backbones import BACKBONES, Backbone
-from mim3d.caching.cache import Cache, build_cache, is_cache, open_cache
+from mim3d.caching.build import build_cache
+from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.resampling import target_grid
 from mim3d.core.errors import ConfigError, DataError, listed

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 
 from mim3d.backbones import BACKBONES, Backbone
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.resources import available_memory_bytes, in_words
 from mim3d.core.run_folder import is_first_process

@@ -7,7 +7,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from mim3d.caching.cache import CachedScan
+from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.resources import num_cores
 from mim3d.core.settings import parse_duration
