@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mim3d.backbones.contract import Backbone
 from mim3d.caching.cache import Cache
-from mim3d.caching.scan import CachedScan
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
