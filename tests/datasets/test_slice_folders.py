@@ -27,7 +27,7 @@ def stack(number: int = 12, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (number, 6, 8), dtype=np.uint8)
 
 
-@pytest.mark.filterwarnings("ignore:slices saved as pictures")
+@pytest.mark.filterwarnings("ignore:slices saved as images")
 def test_slices_are_stacked_by_number_with_columns_to_the_left_rows_to_the_back_and_slices_to_the_head(tmp_path):
     volume = stack()
     read = read_volume(write_slices(tmp_path / "scan", volume))
@@ -49,7 +49,7 @@ def test_the_unknown_voxel_size_is_told_once(tmp_path):
         read_grid(folder)
 
 
-@pytest.mark.filterwarnings("ignore:slices saved as pictures")
+@pytest.mark.filterwarnings("ignore:slices saved as images")
 def test_grey_pictures_saved_in_colour_are_grey_and_coloured_ones_refused(tmp_path):
     volume = stack(2)
     grey = np.repeat(volume[..., None], 3, axis=-1)
@@ -63,14 +63,14 @@ def test_grey_pictures_saved_in_colour_are_grey_and_coloured_ones_refused(tmp_pa
         read_volume(tmp_path / "grey")
 
 
-@pytest.mark.filterwarnings("ignore:slices saved as pictures")
+@pytest.mark.filterwarnings("ignore:slices saved as images")
 def test_slices_of_another_size_twice_the_same_number_and_broken_files_are_refused(tmp_path):
     folder = write_slices(tmp_path / "scan", stack(3))
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 5), np.uint8)), str(folder / "4.png"))
     with pytest.raises(DataError, match=r"4\.png: 5 x 5 pixels, but the first slice of the folder has 8 x 6"):
         read_volume(folder)
     (folder / "4.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"4\.png: cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"4\.png: cannot be read as an image"):
         read_volume(folder)
     (folder / "4.png").rename(folder / "03.png")
     with pytest.raises(DataError, match="are the same slice"):

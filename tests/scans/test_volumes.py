@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from mim3d.core.errors import DataError
-from mim3d.scans import files, nifti, voxel_copies
+from mim3d.scans import files, grids, nifti, volumes
 from mim3d.scans.volumes import find_scans, patient_of, read_grid, read_volume, scan_id, write_volume
 
 GEOMETRY_FIELDS = (
@@ -417,8 +417,8 @@ def test_a_missing_file_is_refused(tmp_path):
     ("highest", "kept"), [(200, np.uint8), (300, np.int16), (-2, np.int16), (40000, np.int32), (2**40, np.int64)]
 )
 def test_a_label_is_narrowed_to_what_holds_it_where_asked(tmp_path, monkeypatch, highest, kept):
-    monkeypatch.setattr(voxel_copies, "_SLAB_VOXELS", 1)
-    monkeypatch.setattr(voxel_copies, "_MIN_SLICES", 2)
+    monkeypatch.setattr(grids, "_SLAB_VOXELS", 1)
+    monkeypatch.setattr(grids, "_MIN_SLICES", 2)
     label = (voxels() % 3).astype(np.int64)
     label[2, 3, 5] = highest
     path = tmp_path / "label.nii.gz"
@@ -431,9 +431,9 @@ def test_a_label_is_narrowed_to_what_holds_it_where_asked(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0), (0, 2, 1)])
 def test_slab_by_slab_and_tile_by_tile_every_voxel_comes_to_its_place(tmp_path, monkeypatch, order):
-    monkeypatch.setattr(voxel_copies, "_SLAB_VOXELS", 1)
-    monkeypatch.setattr(voxel_copies, "_MIN_SLICES", 3)
-    monkeypatch.setattr(voxel_copies, "_TILE", (2, 3, 2))
+    monkeypatch.setattr(grids, "_SLAB_VOXELS", 1)
+    monkeypatch.setattr(grids, "_MIN_SLICES", 3)
+    monkeypatch.setattr(volumes, "_TILE", (2, 3, 2))
     stored, affine = voxels((7, 8, 10)), oblique_affine(order, (-1, 1, -1))
     first = read_volume(write_nifti(tmp_path / "first.nii", stored, affine))
     for name in ("scan.nii", "scan.nii.gz", "scan.mha"):
@@ -443,8 +443,8 @@ def test_slab_by_slab_and_tile_by_tile_every_voxel_comes_to_its_place(tmp_path, 
 
 
 def test_whole_scaled_voxels_take_the_type_that_holds_those_of_all_slabs(tmp_path, monkeypatch):
-    monkeypatch.setattr(voxel_copies, "_SLAB_VOXELS", 1)
-    monkeypatch.setattr(voxel_copies, "_MIN_SLICES", 2)
+    monkeypatch.setattr(grids, "_SLAB_VOXELS", 1)
+    monkeypatch.setattr(grids, "_MIN_SLICES", 2)
     stored = np.arange(7, dtype=np.int16) * np.ones((3, 4, 7), np.int16)
     path = write_nifti(tmp_path / "scan.nii", stored)
     edit_header(path, scl_slope=10000.0, scl_inter=-5.0)
@@ -462,7 +462,7 @@ def test_a_label_with_fractions_is_refused(tmp_path):
 def test_a_scan_beyond_the_memory_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
     path = write_nifti(tmp_path / "scan.nii.gz", voxels((40, 40, 40)))
     monkeypatch.setattr(files, "available_memory_bytes", lambda: 200_000)
-    monkeypatch.setattr(nifti, "read_slabs", lambda source: pytest.fail("the voxels were opened"))
+    monkeypatch.setattr(nifti.NiftiScan, "read_slabs", lambda scan: pytest.fail("the voxels were opened"))
     with pytest.raises(DataError, match="40 x 40 x 40 voxels"):
         read_volume(path)
 

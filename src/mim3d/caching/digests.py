@@ -26,9 +26,9 @@ def source_files(path: str) -> list[str]:
     if "::" not in path and is_slice_folder(path):
         return slice_paths(path)
     if "::" in path or os.path.isdir(path):
-        from mim3d.scans.dicom.series import read_stack
+        from mim3d.scans.dicom.series import open_series
 
-        return sorted({item.path for item in read_stack(path).slices})
+        return sorted({item.path for item in open_series(path).slices})
     check_file(path)
     lower = path.lower()
     if lower.endswith(".nhdr"):

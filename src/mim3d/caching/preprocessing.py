@@ -14,8 +14,8 @@ from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.types import Spacing
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import available_memory_bytes
-from mim3d.scans.grids import require_same_grid, times
-from mim3d.scans.volumes import Grid, read_grid, read_volume
+from mim3d.scans.grids import Grid, require_same_grid, times
+from mim3d.scans.volumes import read_grid, read_volume
 
 #: Resolutions that a cache can hold: the coarsest voxel of eight is 128 voxels a side.
 MAX_LEVELS = 8

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from mim3d.core.errors import DataError, listed
 from mim3d.datasets.entries import Entry
+from mim3d.scans.formats import SUFFIXES, suffix_of
 from mim3d.scans.volumes import find_scans, scan_id
 
 IMAGE_FOLDERS = ("images", "imagesTr")
@@ -71,7 +72,7 @@ def scans_in(folder: str) -> list[str]:
     """
     paths = [path for path in find_scans(folder) if not os.path.basename(path).startswith(".")]
     if not paths:
-        raise DataError(f"{folder}: no scan in here; expected .nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd or DICOM series.")
+        raise DataError(f"{folder}: no scan in here; expected {', '.join(SUFFIXES)} or DICOM series.")
     return paths
 
 
@@ -119,8 +120,7 @@ def _is_beside_images(path: str, root: str) -> bool:
 
 
 def _holds_images(folder: str, except_name: str) -> bool:
-    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
     return any(
-        name != except_name and (re.match(r"images($|T[rs]$|Val$)", name) or name.lower().endswith(suffixes))
+        name != except_name and (re.match(r"images($|T[rs]$|Val$)", name) or suffix_of(name))
         for name in os.listdir(folder)
     )

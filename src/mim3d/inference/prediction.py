@@ -21,8 +21,8 @@ from mim3d.inference.readout import Readout
 from mim3d.inference.sweep import CHUNK_SCORES, Sweep, run_sweep
 from mim3d.inference.windows import Windows, inside_of, padded_window, slices_of
 from mim3d.scans.files import available_memory_bytes
+from mim3d.scans.grids import Grid
 from mim3d.scans.intensity import Intensity
-from mim3d.scans.volumes import Grid
 
 #: Told the grid of a scan and the number of channels, gives an array ``(X, Y, Z, K)`` float32 along RAS+ axes to fill.
 ProbabilityTarget = Callable[[Grid, int], npt.NDArray[np.float32]]

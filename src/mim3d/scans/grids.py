@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,12 @@ MAX_SHEAR_COSINE = 1e-3
 
 #: Corners of two grids may differ by this much, plus a hundredth of a voxel, from rounding in the headers.
 TOLERANCE_MM = 1e-3
+
+#: Slices read at a time, at least: then every piece of a line that is written to an array is a full cache line.
+_MIN_SLICES = 32
+
+#: Voxels read at a time, about, where slices are small.
+_SLAB_VOXELS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +116,13 @@ class Grid:
         identity = np.array([[0, 1], [1, 1], [2, 1]])
         undo = orientations.ornt_transform(identity, self.orientation)
         return np.asarray(orientations.apply_orientation(array, undo))
+
+    def slabs(self) -> Iterator[slice]:
+        """Ranges of slices along the last stored axis that are worth reading before they are copied into an array."""
+        columns, rows, num_slices = self.shape
+        num_at_once = max(_MIN_SLICES, _SLAB_VOXELS // (columns * rows))
+        for start in range(0, num_slices, num_at_once):
+            yield slice(start, min(start + num_at_once, num_slices))
 
     def describe(self) -> str:
         """One phrase for a message: size, spacing, orientation and first voxel of the stored grid."""

@@ -1,4 +1,4 @@
-"""Scans published as pictures, one file per slice: a folder of them read as one volume.
+"""Scans published as images, one file per slice: a folder of them read as one volume.
 
 Nothing in such files says how large a voxel is or how the patient lay: voxels count as 1 mm, columns run to the
 patient's left, rows to the back and slices to the head, as radiologists look at axial slices.
@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,66 @@ from mim3d.core.errors import DataError
 from mim3d.scans import files
 from mim3d.scans.grids import LPS_TO_RAS, Grid
 from mim3d.scans.itk import simple_itk
-from mim3d.scans.voxel_copies import slices_at_once
 
 SLICE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
-#: A grey picture saved in colour may differ by so much between its channels, from the rounding of JPEG.
+#: A grey image saved in colour may differ by so much between its channels, from the rounding of JPEG.
 MAX_COLOUR_DIFFERENCE = 4
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageStack:
+    """The slice images of one scan.
+
+    Attributes:
+        grid: Grid of the scan; stored axes are (column, row, slice).
+        paths: Path of each slice, in order.
+    """
+
+    grid: Grid
+    paths: tuple[str, ...]
+
+    def read_slabs(self) -> Iterator[npt.NDArray[Any]]:
+        """Voxels in stored axis order (column, row, some slices), slab by slab, in the type of the images.
+
+        Raises:
+            DataError: An image cannot be read, is of another size than the first, or holds colours.
+        """
+        for slab in self.grid.slabs():
+            images = []
+            for path in self.paths[slab]:
+                image = _read_slice(path)
+                if image.shape[::-1] != self.grid.shape[:2]:
+                    raise DataError(
+                        f"{path}: {image.shape[1]} x {image.shape[0]} pixels, but the first slice of the folder has "
+                        f"{self.grid.shape[0]} x {self.grid.shape[1]}; keep the slices of one scan in one folder."
+                    )
+                images.append(image)
+            yield np.stack(images).T
+
+
+def open_image_stack(folder: str) -> ImageStack:
+    """Find the slice images of a folder; the size of each slice is that in the header of the first one.
+
+    Raises:
+        DataError: There are no images, two have the same number, or the first cannot be read.
+    """
+    paths = slice_paths(folder)
+    files.check_file(paths[0])
+    reader = simple_itk().ImageFileReader()
+    reader.SetFileName(paths[0])
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise _unreadable(paths[0]) from error
+    columns, rows = (int(size) for size in reader.GetSize()[:2])
+    _warn_of_spacing()
+    grid = Grid(shape=(columns, rows, len(paths)), affine=LPS_TO_RAS.copy(), path=folder)
+    return ImageStack(grid=grid, paths=tuple(paths))
+
+
 def is_slice_folder(folder: str) -> bool:
-    """Whether a folder holds pictures and nothing else, hidden files apart."""
+    """Whether a folder holds images and nothing else, hidden files apart."""
     try:
         names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
     except OSError:
@@ -36,48 +87,15 @@ def is_slice_folder(folder: str) -> bool:
     return bool(names) and all(is_slice(name) for name in names)
 
 
-def read_grid(folder: str) -> Grid:
-    """The grid of a folder of pictures, from the header of its first one.
-
-    Raises:
-        DataError: no picture, or one that cannot be read.
-    """
-    paths = slice_paths(folder)
-    columns, rows = _size_of(paths[0])
-    _warn_of_spacing()
-    return Grid(shape=(columns, rows, len(paths)), affine=LPS_TO_RAS.copy(), path=folder)
-
-
-def read_slabs(grid: Grid) -> Iterator[npt.NDArray[Any]]:
-    """Voxels in stored axis order (column, row, some slices), slab by slab, in the type of the pictures.
-
-    Raises:
-        DataError: a picture that cannot be read, is of another size than the first, or holds colours.
-    """
-    paths = slice_paths(grid.path)
-    num_at_once = slices_at_once(grid.shape[0] * grid.shape[1])
-    for start in range(0, len(paths), num_at_once):
-        pictures = []
-        for path in paths[start : start + num_at_once]:
-            picture = _read_slice(path)
-            if picture.shape[::-1] != grid.shape[:2]:
-                raise DataError(
-                    f"{path}: {picture.shape[1]} x {picture.shape[0]} pixels, but the first slice of the folder has "
-                    f"{grid.shape[0]} x {grid.shape[1]}; keep the slices of one scan in one folder."
-                )
-            pictures.append(picture)
-        yield np.stack(pictures).T
-
-
 def slice_paths(folder: str) -> list[str]:
-    """The pictures of a folder in natural order: 2.png before 10.png.
+    """The slice images of a folder in natural order: 2.png before 10.png.
 
     Raises:
-        DataError: none, or two of the same number.
+        DataError: There are none, or two of the same number.
     """
     names = sorted(filter(is_slice, os.listdir(folder)), key=natural)
     if not names:
-        raise DataError(f"{folder}: no pictures of slices; expected files such as 1.png.")
+        raise DataError(f"{folder}: no images of slices; expected files such as 1.png.")
     for one, other in itertools.pairwise(names):
         if natural(os.path.splitext(one)[0]) == natural(os.path.splitext(other)[0]):
             raise DataError(f"{folder}: {one} and {other} are the same slice; keep one of them.")
@@ -85,7 +103,7 @@ def slice_paths(folder: str) -> list[str]:
 
 
 def is_slice(name: str) -> bool:
-    """Whether a file is a picture by its name."""
+    """Whether a file is a slice image by its name."""
     return not name.startswith(".") and name.lower().endswith(SLICE_SUFFIXES)
 
 
@@ -95,44 +113,32 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _size_of(path: str) -> tuple[int, int]:
-    files.check_file(path)
-    reader = simple_itk().ImageFileReader()
-    reader.SetFileName(path)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise _unreadable(path) from error
-    columns, rows = reader.GetSize()[:2]
-    return int(columns), int(rows)
-
-
 def _read_slice(path: str) -> npt.NDArray[Any]:
-    """One picture ``(row, column)``; grey ones saved in colour become grey again."""
+    """One image ``(row, column)``; grey ones saved in colour become grey again."""
     files.check_file(path)
     sitk = simple_itk()
     try:
-        picture = np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(path)))
+        image = np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(path)))
     except RuntimeError as error:
         raise _unreadable(path) from error
-    if picture.ndim == 2:
-        return picture
+    if image.ndim == 2:
+        return image
     # Two values are grey and opacity, four are colour and opacity.
-    colours = picture[..., : 1 if picture.shape[-1] == 2 else 3] if picture.ndim == 3 else picture
+    colours = image[..., : 1 if image.shape[-1] == 2 else 3] if image.ndim == 3 else image
     if colours.ndim != 3 or int(np.ptp(colours.astype(np.int64), axis=-1).max()) > MAX_COLOUR_DIFFERENCE:
-        raise DataError(f"{path}: holds colours or several pictures, but a slice is one grey picture; convert it.")
+        raise DataError(f"{path}: holds colours or several images, but a slice is one grey image; convert it.")
     return np.asarray(colours[..., 0])
 
 
 def _unreadable(path: str) -> DataError:
-    return DataError(f"{path}: cannot be read as a picture; copy it again from its source.")
+    return DataError(f"{path}: cannot be read as an image; copy it again from its source.")
 
 
 @functools.cache
 def _warn_of_spacing() -> None:
-    """Once per process: what is not known of one folder of pictures is known of none."""
+    """Once per process: what is not known of one folder of images is known of none."""
     warnings.warn(
-        "slices saved as pictures say nothing of the size of a voxel: 1 x 1 x 1 mm is assumed, so lengths and volumes "
-        "mean nothing.",
+        "slices saved as images do not say how large a voxel is: 1 x 1 x 1 mm is assumed, so lengths and volumes mean "
+        "nothing.",
         stacklevel=3,
     )

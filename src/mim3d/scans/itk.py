@@ -1,8 +1,10 @@
-"""NRRD and MetaImage files: the text header held against the file, then read and written by SimpleITK."""
+"""NRRD and MetaImage files: the text header checked against the file, then read and written by SimpleITK."""
 
 import math
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,27 +21,96 @@ from mim3d.scans.grids import (
     spacing_of,
     volume_shape,
 )
-from mim3d.scans.itk_headers import TextHeader, is_nrrd, read_text_header
-from mim3d.scans.voxel_copies import slices_at_once
+
+#: Bytes per voxel, by the last word that matters of a type in either format.
+_ITEMSIZES = {
+    "char": 1, "int8": 1, "uint8": 1, "int8_t": 1, "uint8_t": 1, "uchar": 1,
+    "short": 2, "int16": 2, "uint16": 2, "int16_t": 2, "uint16_t": 2, "ushort": 2,
+    "int": 4, "int32": 4, "uint32": 4, "int32_t": 4, "uint32_t": 4, "uint": 4, "float": 4,
+    "longlong": 8, "int64": 8, "uint64": 8, "int64_t": 8, "uint64_t": 8, "ulonglong": 8, "double": 8,
+}  # fmt: skip
+
+#: A text header longer than this is no header.
+_MAX_HEADER_BYTES = 2**20
 
 
-def read_grid(path: str) -> Grid:
+@dataclass(frozen=True, kw_only=True)
+class TextHeader:
+    """What the text in front of the voxels, or in a file beside them, claims.
+
+    Attributes:
+        sizes: Number of voxels along each stored axis.
+        spacing: Voxel size along each axis, in millimetres.
+        itemsize: Bytes per value.
+        num_values: Values per voxel; more than one for colours and vectors.
+        encoding: "raw", "gzip", "zlib", or "other" for what SimpleITK has to check itself.
+        packed_bytes: Number of compressed bytes, where the header says so, else 0.
+        data_path: File of the voxels; None for voxels in several files.
+        data_offset: Byte of that file where the voxels start.
+    """
+
+    sizes: tuple[int, ...]
+    spacing: tuple[float, ...]
+    itemsize: int
+    num_values: int
+    encoding: str
+    packed_bytes: int = 0
+    data_path: str | None
+    data_offset: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ItkScan:
+    """An NRRD or MetaImage file whose header has been checked.
+
+    Attributes:
+        grid: Grid of the scan.
+        header: The text header.
+    """
+
+    grid: Grid
+    header: TextHeader
+
+    def read_slabs(self) -> Iterator[npt.NDArray[Any]]:
+        """Voxels in stored axis order, (i, j, some k), slab by slab along the last axis, in the type of the file.
+
+        All voxels are unpacked at the first slab, as SimpleITK has no other way; the slabs are views of them.
+
+        Raises:
+            DataError: The voxels cannot be unpacked.
+        """
+        path, header = self.grid.path, self.header
+        if header.data_path is not None and header.encoding in ("gzip", "zlib"):
+            # SimpleITK hands over garbage where a compressed stream is damaged.
+            files.check_packed(header.data_path, header.data_offset, math.prod(header.sizes) * header.itemsize)
+        try:
+            image = _reader(path).Execute()
+        except RuntimeError as error:
+            raise DataError(
+                f"{path}: the voxels cannot be read ({_reason(error)}); copy the file again from its source."
+            ) from error
+        # The view is valid for as long as the image is referred to: as long as this function has not ended.
+        stored = simple_itk().GetArrayViewFromImage(image).T.reshape(self.grid.shape, order="F")
+        for slab in self.grid.slabs():
+            yield stored[..., slab]
+
+
+def open_itk(path: str) -> ItkScan:
     """Read and check the header of an .nrrd, .nhdr, .mha or .mhd file; no voxel is unpacked into memory.
 
     Raises:
-        DataError: not of this format, truncated, without its detached voxels, colours or vectors, not 3-D,
-            impossible geometry, or more voxels than the file or the memory can hold.
+        DataError: The file is not of this format, truncated or without its detached voxels; it holds colours or vectors
+            or is not 3-D; its geometry is impossible, or it has more voxels than the file or the memory can hold.
     """
     files.check_file(path)
-    header = read_text_header(path)
+    header = _nrrd_header(path) if _is_nrrd(path) else _meta_header(path)
     _check_header(header, path)
     reader = _reader(path)
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise DataError(f"{path}: the header cannot be read ({_reason(error)}); export the scan again.") from error
-    if reader.GetNumberOfComponents() != 1:
-        raise DataError(_vector_sentence(path, reader.GetNumberOfComponents()))
+    _require_one_value(reader.GetNumberOfComponents(), path)
     shape = volume_shape(reader.GetSize(), path)
     num_axes = reader.GetDimension()
     direction = np.array(reader.GetDirection()).reshape(num_axes, num_axes)[:3, :3]
@@ -53,40 +124,22 @@ def read_grid(path: str) -> Grid:
     affine[:3, 3] = geometry.origin
     affine = LPS_TO_RAS @ affine
     check_affine(affine, path)
-    return Grid(shape=shape, affine=affine, path=path, itk=geometry)
+    return ItkScan(grid=Grid(shape=shape, affine=affine, path=path, itk=geometry), header=header)
 
 
-def read_slabs(grid: Grid) -> Iterator[npt.NDArray[Any]]:
-    """Voxels in stored axis order, (i, j, some k), slab by slab along the last axis, in the type of the file.
-
-    All voxels are unpacked at the first slab, as SimpleITK has no other way; the slabs are views of them.
-
-    Raises:
-        DataError: the voxels cannot be unpacked.
-    """
-    header = read_text_header(grid.path)
-    if header.data_path is not None and header.encoding in ("gzip", "zlib"):
-        # SimpleITK hands over garbage where a compressed stream is damaged.
-        size_bytes = math.prod(header.sizes) * header.itemsize
-        files.check_packed(header.data_path, header.data_offset, size_bytes)
-    try:
-        image = _reader(grid.path).Execute()
-    except RuntimeError as error:
-        raise DataError(
-            f"{grid.path}: the voxels cannot be read ({_reason(error)}); copy the file again from its source."
-        ) from error
-    # The view is valid for as long as the image is referred to: as long as this function has not ended.
-    stored = simple_itk().GetArrayViewFromImage(image).T.reshape(grid.shape, order="F")
-    num_at_once = slices_at_once(grid.shape[0] * grid.shape[1])
-    for start in range(0, grid.shape[2], num_at_once):
-        yield stored[..., start : start + num_at_once]
-
-
-def write_stored(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
+def write_itk(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
     """Write voxels in stored axis order, compressed, as the format that the suffix of `path` names."""
+    geometry = grid.itk
+    if geometry is None:
+        lps = LPS_TO_RAS @ grid.affine
+        spacing = spacing_of(lps)
+        geometry = ItkGeometry(
+            spacing=spacing,
+            origin=tuple(float(value) for value in lps[:3, 3]),
+            direction=tuple(float(value) for value in (lps[:3, :3] / np.array(spacing)).ravel()),
+        )
     sitk = simple_itk()
     image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
-    geometry = grid.itk or _geometry_of(grid.affine)
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
@@ -96,28 +149,21 @@ def write_stored(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
         raise OSError(_reason(error)) from error
 
 
-def _geometry_of(affine: npt.NDArray[np.float64]) -> ItkGeometry:
-    lps = LPS_TO_RAS @ affine
-    spacing = spacing_of(lps)
-    direction = lps[:3, :3] / np.array(spacing)
-    return ItkGeometry(
-        spacing=spacing,
-        origin=tuple(float(value) for value in lps[:3, 3]),
-        direction=tuple(float(value) for value in direction.ravel()),
-    )
-
-
 def simple_itk() -> Any:
-    """The SimpleITK module, imported at the first scan that needs it; untyped, as it is."""
+    """The SimpleITK module, imported at the first scan that needs it; it has no types."""
     import SimpleITK
 
     return SimpleITK
 
 
+def _is_nrrd(path: str) -> bool:
+    return path.lower().endswith((".nrrd", ".nhdr"))
+
+
 def _reader(path: str) -> Any:
     reader = simple_itk().ImageFileReader()
     # Named, so that content of another format under this suffix is not handed to another decoder.
-    reader.SetImageIO("NrrdImageIO" if is_nrrd(path) else "MetaImageIO")
+    reader.SetImageIO("NrrdImageIO" if _is_nrrd(path) else "MetaImageIO")
     reader.SetFileName(path)
     return reader
 
@@ -127,16 +173,17 @@ def _reason(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _vector_sentence(path: str, num_values: int) -> str:
-    return (
-        f"{path}: every voxel holds {num_values} values (a colour, a vector or a displacement), but one "
-        "value per voxel is needed; save one component as a file of its own."
-    )
+def _require_one_value(num_values: int, path: str) -> None:
+    if num_values != 1:
+        raise DataError(
+            f"{path}: every voxel holds {num_values} values (a colour, a vector or a displacement), but one "
+            "value per voxel is needed; save one component as a file of its own."
+        )
 
 
 def _check_header(header: TextHeader, path: str) -> None:
-    if header.num_values != 1:
-        raise DataError(_vector_sentence(path, header.num_values))
+    """Refuse a header that the file of the voxels cannot keep, before anything is allocated."""
+    _require_one_value(header.num_values, path)
     volume_shape(header.sizes, path)
     check_spacing(header.spacing, path)
     size_bytes = files.check_memory(path, header.sizes, header.itemsize)
@@ -153,6 +200,101 @@ def _check_header(header: TextHeader, path: str) -> None:
         files.check_deflate(header.data_path, held, size_bytes)
         if held < header.packed_bytes:
             raise DataError(
-                f"{path}: the header tells of {header.packed_bytes} compressed bytes, but the file holds {held}; it is "
+                f"{path}: the header claims {header.packed_bytes} compressed bytes, but the file holds {held}; it is "
                 "truncated, so copy it again from its source."
             )
+
+
+def _nrrd_header(path: str) -> TextHeader:
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"NRRD":
+            raise DataError(f"{path}: this is not an NRRD file (its first bytes say otherwise).")
+    fields, end = _read_fields(path, ":", None)
+    missing = [name for name in ("sizes", "type", "encoding") if name not in fields]
+    if missing:
+        raise DataError(f"{path}: the header lacks '{missing[0]}'; it is truncated or damaged.")
+    sizes = list(_integers(fields["sizes"], path, "sizes"))
+    kinds = fields.get("kinds", "").split()
+    num_values = 1
+    if kinds and len(kinds) == len(sizes) and kinds[0] not in ("domain", "space", "???", "none"):
+        num_values = sizes.pop(0)
+    vectors = re.findall(r"\(([^)]*)\)", fields.get("space directions", ""))
+    spacing = [math.hypot(*_numbers(vector, path, "space directions")) for vector in vectors]
+    if "spacings" in fields:
+        spacing = list(_numbers(fields["spacings"], path, "spacings"))[-len(sizes) :]
+    name = fields.get("data file", fields.get("datafile"))
+    encoding = {"raw": "raw", "gzip": "gzip", "gz": "gzip"}.get(fields["encoding"].lower(), "other")
+    if any(fields.get(skip, "0") != "0" for skip in ("line skip", "lineskip", "byte skip", "byteskip")):
+        encoding = "other"
+    return TextHeader(
+        sizes=tuple(sizes),
+        spacing=tuple(spacing),
+        itemsize=_itemsize(fields["type"].lower(), path),
+        num_values=num_values,
+        encoding=encoding,
+        data_path=path if name is None else _beside(path, name),
+        data_offset=end if name is None else 0,
+    )
+
+
+def _meta_header(path: str) -> TextHeader:
+    fields, end = _read_fields(path, "=", "elementdatafile")
+    missing = [name for name in ("dimsize", "elementtype", "elementdatafile") if name not in fields]
+    if missing:
+        raise DataError(f"{path}: this is not a MetaImage file, or its header is truncated (no '{missing[0]}').")
+    name = fields["elementdatafile"]
+    zipped = fields.get("compresseddata", "False").lower() == "true"
+    kind = fields["elementtype"].lower().removeprefix("met_").removesuffix("_array")
+    spacing = fields.get("elementspacing", fields.get("elementsize", ""))
+    return TextHeader(
+        sizes=_integers(fields["dimsize"], path, "DimSize"),
+        spacing=_numbers(spacing, path, "ElementSpacing"),
+        itemsize=_itemsize(kind.replace("long_long", "longlong").replace("ulong", "longlong"), path),
+        num_values=_integers(fields.get("elementnumberofchannels", "1"), path, "ElementNumberOfChannels")[0],
+        packed_bytes=_integers(fields.get("compresseddatasize", "0"), path, "CompressedDataSize")[0],
+        encoding="zlib" if zipped else "raw" if "headersize" not in fields else "other",
+        data_path=path if name.upper() == "LOCAL" else _beside(path, name),
+        data_offset=end if name.upper() == "LOCAL" else 0,
+    )
+
+
+def _read_fields(path: str, separator: str, last_field: str | None) -> tuple[dict[str, str], int]:
+    """Fields of a text header (names in lower case) up to a blank line or `last_field`, and its end."""
+    fields: dict[str, str] = {}
+    with open(path, "rb") as stream:
+        while line := stream.readline(_MAX_HEADER_BYTES):
+            text = line.decode("latin-1").strip()
+            if not text and last_field is None:
+                break
+            name, found, value = text.partition(separator)
+            if found and not text.startswith("#") and not value.startswith("="):
+                fields[name.strip().lower()] = value.strip()
+            if name.strip().lower() == last_field or stream.tell() > _MAX_HEADER_BYTES:
+                break
+        return fields, stream.tell()
+
+
+def _numbers(text: str, path: str, field: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.replace(",", " ").split())
+    except ValueError as error:
+        raise DataError(f"{path}: the header has '{field}: {text}', not numbers; correct the header.") from error
+
+
+def _integers(text: str, path: str, field: str) -> tuple[int, ...]:
+    numbers = _numbers(text, path, field)
+    if not numbers or not all(number.is_integer() for number in numbers):
+        raise DataError(f"{path}: the header has '{field}: {text}', not whole numbers; correct the header.")
+    return tuple(int(number) for number in numbers)
+
+
+def _itemsize(kind: str, path: str) -> int:
+    word = kind.removeprefix("unsigned ").removeprefix("signed ").replace("long long", "longlong").split(" ")[0]
+    if word not in _ITEMSIZES:
+        raise DataError(f"{path}: the header has the unknown voxel type '{kind}'; export the scan again.")
+    return _ITEMSIZES[word]
+
+
+def _beside(path: str, name: str) -> str | None:
+    """Path of detached voxels in one file; None for a list or a pattern, which SimpleITK checks itself."""
+    return None if "%" in name or name.upper().startswith("LIST") else os.path.join(os.path.dirname(path), name)

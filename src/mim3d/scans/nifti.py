@@ -1,4 +1,4 @@
-"""NIfTI files: headers held against the file before a voxel is read, and geometry written back bit by bit."""
+"""NIfTI files: headers checked against the file before a voxel is read, and geometry written back bit by bit."""
 
 import gzip
 import math
@@ -29,7 +29,6 @@ from mim3d.scans.grids import (
     times,
     volume_shape,
 )
-from mim3d.scans.voxel_copies import slices_at_once
 
 # Untyped, so that calls into it are not held against the types of this package.
 nib: Any = nibabel
@@ -41,16 +40,16 @@ UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NiftiSource:
-    """What a header says, checked: the grid and how the voxels of one volume are stored.
+class NiftiScan:
+    """One volume of a NIfTI file whose header has been checked.
 
     Attributes:
-        grid: of the volume; its path is the address that was asked for.
-        file: where the voxels lie.
-        dtype: of the voxels as stored.
-        voxel_offset: bytes before the first voxel of this volume; those of earlier channels count.
-        slope: of the rescaling.
-        intercept: of the rescaling.
+        grid: Grid of the volume; its path is the address that was asked for.
+        file: Path of the file.
+        dtype: Type of the voxels as stored.
+        voxel_offset: Number of bytes before the first voxel of this volume, those of earlier channels included.
+        slope: Factor of the rescaling.
+        intercept: Offset of the rescaling, added after the factor.
     """
 
     grid: Grid
@@ -60,33 +59,79 @@ class NiftiSource:
     slope: float
     intercept: float
 
+    def read_slabs(self) -> Iterator[npt.NDArray[Any]]:
+        """Voxels in stored axis order, slab by slab along the last axis: (i, j, some k), in one buffer used again.
 
-def read_source(address: str) -> NiftiSource:
+        Integers stay integers where the rescaling keeps them whole; all else that is rescaled becomes float32.
+
+        Raises:
+            DataError: The voxels cannot be unpacked, or their checksum is wrong.
+        """
+        columns, rows, _ = self.grid.shape
+        slabs = list(self.grid.slabs())
+        buffer = np.empty(columns * rows * slabs[0].stop, dtype=self.dtype)
+        zipped = _is_zipped(self.file)
+        try:
+            with igzip.open(self.file, "rb") if zipped else open(self.file, "rb", buffering=0) as stream:
+                stream.seek(self.voxel_offset)
+                for slab in slabs:
+                    flat = buffer[: columns * rows * (slab.stop - slab.start)]
+                    plain_bytes: Any = flat.view(np.uint8)
+                    rest = memoryview(plain_bytes)
+                    while rest:
+                        num_bytes = stream.readinto(rest[: 2**24])
+                        if not num_bytes:
+                            raise EOFError("the stream ends before the last voxel")
+                        rest = rest[num_bytes:]
+                    raw = flat.reshape((columns, rows, -1), order="F")
+                    native = raw.astype(raw.dtype.newbyteorder("="), copy=False)
+                    is_scaled = (self.slope, self.intercept) != (1.0, 0.0)
+                    yield rescaled(native, self.slope, self.intercept) if is_scaled else native
+                # The checksum is compared where a compressed stream ends, so it has to be read to its end.
+                while zipped and stream.read(2**20):
+                    pass
+        except (OSError, EOFError, ValueError, IsalError) as error:
+            raise DataError(f"{self.file}: the voxels cannot be read ({error}); copy the file again.") from error
+
+
+def open_nifti(address: str) -> NiftiScan:
     """Read and check the header of a .nii or .nii.gz file; no voxel is unpacked into memory.
 
     Args:
-        address: the file, or ``file::channel=2`` for one volume of a file of four axes.
+        address: The file, or ``file::channel=2`` for one volume of a file of four axes.
 
     Raises:
-        DataError: no NIfTI, damaged, truncated, colours or complex numbers, not 3-D and no channel named, no such
-            channel, impossible geometry, or more voxels than the file or the memory can hold.
+        DataError: The file is no NIfTI, damaged or truncated; it holds colours or complex numbers, is not 3-D and no
+            channel is named, or lacks the channel; its geometry is impossible, or it has more voxels than the file or
+            the memory can hold.
     """
     path, channel = split_channel(address)
-    files.check_file(path)
     header = _read_header(path)
-    dtype = _checked_dtype(header, path)
+    dtype = _dtype_of(header, path)
     stored = _stored_shape(header, path)
-    shape = _volume_of(stored, path, channel)
-    check_spacing([float(value) for value in header["pixdim"][1:4]], path)
-    affine = _affine_mm(header, path)
-    check_affine(affine, path)
-    _warn_of_two_spacings(header, affine, path)
+    number = math.prod(stored[3:])
+    if channel is None and number > 1 and min(stored) > 0:
+        raise DataError(
+            f"{path}: the image has {len(stored)} axes ({times(stored)}), but one volume of three is needed; name one "
+            f"channel or time point as {os.path.basename(path)}::channel=0, or save each as a 3-D file of its own."
+        )
+    shape = volume_shape(stored[:3] if number > 1 else stored, path)
+    if channel is not None and channel >= number:
+        raise DataError(
+            f"{path}: channel {channel} was asked for, but the file has {number}; count the channels from 0."
+        )
+    grid = _grid_of(header, shape, path, address)
     size_bytes = files.check_memory(path, shape, dtype.itemsize)
-    voxel_offset = _voxel_offset(header, path)
-    _check_extent(path, voxel_offset, math.prod(stored) * dtype.itemsize)
+    offset = float(header["vox_offset"])
+    if not (np.isfinite(offset) and offset >= 0):
+        raise DataError(f"{path}: the header puts the voxels at byte {offset}; it is damaged.")
+    voxel_offset = int(offset) or header.single_vox_offset
+    if _is_zipped(path):
+        files.check_gzip(path, 0, voxel_offset + math.prod(stored) * dtype.itemsize)
+    else:
+        files.check_raw(path, voxel_offset, math.prod(stored) * dtype.itemsize)
     slope, intercept = header.get_slope_inter()
-    grid = Grid(shape=shape, affine=affine, path=address, nifti=_geometry(header))
-    return NiftiSource(
+    return NiftiScan(
         grid=grid,
         file=path,
         dtype=dtype,
@@ -100,113 +145,9 @@ def num_channels(path: str) -> int:
     """Volumes in a file: the sizes of the axes after the third, multiplied; 1 for a file of three axes.
 
     Raises:
-        DataError: no NIfTI, or damaged.
+        DataError: The file is no NIfTI, or damaged.
     """
-    files.check_file(path)
     return math.prod(_stored_shape(_read_header(path), path)[3:])
-
-
-def _volume_of(stored: tuple[int, ...], path: str, channel: int | None) -> Triple:
-    """The sizes of one volume.
-
-    Raises:
-        DataError: as for ``volume_shape``, several volumes and none named, or a channel that is not there.
-    """
-    number = math.prod(stored[3:])
-    if channel is None and number > 1 and min(stored) > 0:
-        raise DataError(
-            f"{path}: the image has {len(stored)} axes ({times(stored)}), but one volume of three is needed; name one "
-            f"channel or time point as {os.path.basename(path)}::channel=0, or save each as a 3-D file of its own."
-        )
-    shape = volume_shape(stored[:3] if number > 1 else stored, path)
-    if channel is not None and channel >= number:
-        raise DataError(
-            f"{path}: channel {channel} was asked for, but the file has {number}; count the channels from 0."
-        )
-    return shape
-
-
-def read_slabs(source: NiftiSource) -> Iterator[npt.NDArray[Any]]:
-    """Voxels in stored axis order, slab by slab along the last axis: (i, j, some k), in one buffer used again.
-
-    Integers are integers where the scaling keeps them whole; all else that is scaled is float32.
-
-    Raises:
-        DataError: the voxels cannot be unpacked, or their checksum is wrong.
-    """
-    is_scaled = (source.slope, source.intercept) != (1.0, 0.0)
-    try:
-        for raw in _raw_slabs(source):
-            native = raw.astype(raw.dtype.newbyteorder("="), copy=False)
-            yield scaled(native, source.slope, source.intercept) if is_scaled else native
-    except (OSError, EOFError, ValueError, IsalError) as error:
-        raise DataError(f"{source.file}: the voxels cannot be read ({error}); copy the file again.") from error
-
-
-def _raw_slabs(source: NiftiSource) -> Iterator[npt.NDArray[Any]]:
-    columns, rows, num_slices = source.grid.shape
-    num_at_once = min(slices_at_once(columns * rows), num_slices)
-    buffer = np.empty(columns * rows * num_at_once, dtype=source.dtype)
-    zipped = _is_zipped(source.file)
-    with igzip.open(source.file, "rb") if zipped else open(source.file, "rb", buffering=0) as stream:
-        stream.seek(source.voxel_offset)
-        for start in range(0, num_slices, num_at_once):
-            num_here = min(num_at_once, num_slices - start)
-            flat = buffer[: columns * rows * num_here]
-            _fill(flat, stream)
-            yield flat.reshape((columns, rows, num_here), order="F")
-        # The checksum is compared where a compressed stream ends, so it has to be read to its end.
-        while zipped and stream.read(2**20):
-            pass
-
-
-def _fill(flat: npt.NDArray[Any], stream: Any) -> None:
-    plain_bytes: Any = flat.view(np.uint8)
-    rest = memoryview(plain_bytes)
-    while rest:
-        num_bytes = stream.readinto(rest[: 2**24])
-        if not num_bytes:
-            raise EOFError("the stream ends before the last voxel")
-        rest = rest[num_bytes:]
-
-
-def scaled(raw: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
-    """`raw * slope + intercept`: whole numbers stay integers that hold them, all else becomes float32."""
-    whole = raw.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer()
-    dtype: np.dtype[Any] = np.dtype(np.float32)
-    if whole:
-        ends = [int(end) * int(slope) + int(intercept) for end in (raw.min(), raw.max())]
-        dtype = smallest_integer(min(ends), max(ends))
-    out = np.empty_like(raw, dtype=dtype)
-    for index in range(raw.shape[-1]):
-        slab = raw[..., index].astype(np.int64 if whole else np.float64)
-        out[..., index] = slab * (int(slope) if whole else slope) + (int(intercept) if whole else intercept)
-    return out
-
-
-def write_stored(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
-    """Write voxels in stored axis order; the geometry of a NIfTI source is copied field by field.
-
-    A grid of another format gets its affine as both sform and qform, code 1 (scanner), in millimetres.
-    """
-    kept = grid.nifti
-    image_class = nib.Nifti2Image if kept is not None and kept.version == 2 else nib.Nifti1Image
-    if kept is None:
-        image = image_class(array, grid.affine)
-        image.set_sform(grid.affine, code=1)
-        image.set_qform(grid.affine, code=1)
-        image.header.set_xyzt_units("mm")
-    else:
-        # Without an affine nibabel leaves the geometry fields alone; after construction it does not mend them.
-        image = image_class(array, None)
-        header = image.header
-        header["pixdim"] = kept.pixdim
-        header["quatern_b"], header["quatern_c"], header["quatern_d"] = kept.quaternion
-        header["qoffset_x"], header["qoffset_y"], header["qoffset_z"] = kept.qoffset
-        header["srow_x"], header["srow_y"], header["srow_z"] = kept.srow[:4], kept.srow[4:8], kept.srow[8:]
-        header["qform_code"], header["sform_code"] = kept.qform_code, kept.sform_code
-        header["xyzt_units"] = kept.xyzt_units
-    nib.save(image, path)
 
 
 def _is_zipped(path: str) -> bool:
@@ -214,11 +155,14 @@ def _is_zipped(path: str) -> bool:
 
 
 def _read_header(path: str) -> Any:
+    files.check_file(path)
     zipped = _is_zipped(path)
-    with open(path, "rb") as stream:
-        if zipped and stream.read(2) != b"\x1f\x8b":
-            raise DataError(f"{path}: the name ends in .gz but the content is not gzip; rename or compress the file.")
     try:
+        with open(path, "rb") as stream:
+            if zipped and stream.read(2) != b"\x1f\x8b":
+                raise DataError(
+                    f"{path}: the name ends in .gz but the content is not gzip; rename or compress the file."
+                )
         with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
             block = stream.read(540)
     except (OSError, EOFError, zlib.error) as error:
@@ -233,7 +177,7 @@ def _read_header(path: str) -> Any:
     raise DataError(f"{path}: this is no NIfTI file (its first bytes say otherwise), or it is damaged.")
 
 
-def _checked_dtype(header: Any, path: str) -> np.dtype[Any]:
+def _dtype_of(header: Any, path: str) -> np.dtype[Any]:
     try:
         dtype: np.dtype[Any] = np.dtype(header.get_data_dtype())
     except (nib.spatialimages.HeaderDataError, KeyError) as error:
@@ -257,14 +201,15 @@ def _stored_shape(header: Any, path: str) -> tuple[int, ...]:
     return tuple(dims[1 : dims[0] + 1])
 
 
-def _voxel_offset(header: Any, path: str) -> int:
-    offset = float(header["vox_offset"])
-    if not (np.isfinite(offset) and offset >= 0):
-        raise DataError(f"{path}: the header puts the voxels at byte {offset}; it is damaged.")
-    return int(offset) or header.single_vox_offset
+def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
+    """The grid of one volume, with the fields of the header that hold it.
 
-
-def _affine_mm(header: Any, path: str) -> npt.NDArray[np.float64]:
+    Raises:
+        DataError: The header is damaged, or its geometry is impossible.
+    """
+    spacing = np.array(header["pixdim"][1:4], dtype=np.float64)
+    check_spacing(spacing.tolist(), path)
+    unit_mm = UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
     try:
         # A copy, because the check mends small faults (a qfac of 0) that are to be written back as they were.
         mended = header.copy()
@@ -272,33 +217,20 @@ def _affine_mm(header: Any, path: str) -> npt.NDArray[np.float64]:
         affine = np.array(mended.get_best_affine(), dtype=np.float64)
     except (nib.spatialimages.HeaderDataError, ValueError) as error:
         raise DataError(f"{path}: the header is damaged ({error}); export the scan again.") from error
-    affine[:3] *= UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    return affine
-
-
-def _warn_of_two_spacings(header: Any, affine: npt.NDArray[np.float64], path: str) -> None:
-    told = np.array(header["pixdim"][1:4], dtype=np.float64) * UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    used = np.array(spacing_of(affine))
-    if not np.allclose(told, used, rtol=0.01):
+    affine[:3] *= unit_mm
+    check_affine(affine, path)
+    declared, used = spacing * unit_mm, np.array(spacing_of(affine))
+    if not np.allclose(declared, used, rtol=0.01):
         warnings.warn(
-            f"{path}: the header tells two voxel sizes, {times(np.round(told, 4).tolist())} mm (pixdim) and "
+            f"{path}: the header has two voxel sizes, {times(np.round(declared, 4).tolist())} mm (pixdim) and "
             f"{times(np.round(used, 4).tolist())} mm (sform); the sform is used.",
             stacklevel=4,
         )
 
-
-def _check_extent(path: str, offset: int, size_bytes: int) -> None:
-    if _is_zipped(path):
-        files.check_gzip(path, 0, offset + size_bytes)
-    else:
-        files.check_raw(path, offset, size_bytes)
-
-
-def _geometry(header: Any) -> NiftiGeometry:
     def floats(*names: str) -> tuple[float, ...]:
         return tuple(float(value) for name in names for value in np.ravel(header[name]))
 
-    return NiftiGeometry(
+    geometry = NiftiGeometry(
         version=2 if isinstance(header, nib.Nifti2Header) else 1,
         pixdim=floats("pixdim"),
         quaternion=floats("quatern_b", "quatern_c", "quatern_d"),
@@ -308,3 +240,42 @@ def _geometry(header: Any) -> NiftiGeometry:
         sform_code=int(header["sform_code"]),
         xyzt_units=int(header["xyzt_units"]),
     )
+    return Grid(shape=shape, affine=affine, path=address, nifti=geometry)
+
+
+def rescaled(raw: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
+    """`raw * slope + intercept`: whole numbers stay integers that hold them, all else becomes float32."""
+    whole = raw.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer()
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+    if whole:
+        ends = [int(end) * int(slope) + int(intercept) for end in (raw.min(), raw.max())]
+        dtype = smallest_integer(min(ends), max(ends))
+    out = np.empty_like(raw, dtype=dtype)
+    for index in range(raw.shape[-1]):
+        slab = raw[..., index].astype(np.int64 if whole else np.float64)
+        out[..., index] = slab * (int(slope) if whole else slope) + (int(intercept) if whole else intercept)
+    return out
+
+
+def write_nifti(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
+    """Write voxels in stored axis order; the geometry of a NIfTI source is copied field by field.
+
+    A grid of another format gets its affine as both sform and qform, code 1 (scanner), in millimetres.
+    """
+    kept = grid.nifti
+    if kept is None:
+        image = nib.Nifti1Image(array, grid.affine)
+        image.set_sform(grid.affine, code=1)
+        image.set_qform(grid.affine, code=1)
+        image.header.set_xyzt_units("mm")
+    else:
+        # Without an affine nibabel leaves the geometry fields alone; after construction it does not mend them.
+        image = (nib.Nifti2Image if kept.version == 2 else nib.Nifti1Image)(array, None)
+        header = image.header
+        header["pixdim"] = kept.pixdim
+        header["quatern_b"], header["quatern_c"], header["quatern_d"] = kept.quaternion
+        header["qoffset_x"], header["qoffset_y"], header["qoffset_z"] = kept.qoffset
+        header["srow_x"], header["srow_y"], header["srow_z"] = kept.srow[:4], kept.srow[4:8], kept.srow[8:]
+        header["qform_code"], header["sform_code"] = kept.qform_code, kept.sform_code
+        header["xyzt_units"] = kept.xyzt_units
+    nib.save(image, path)

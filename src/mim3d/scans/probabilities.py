@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mim3d.core.errors import DataError
 from mim3d.core.files import atomic_file
 from mim3d.scans.grids import Grid
-from mim3d.scans.nifti import write_stored
+from mim3d.scans.nifti import write_nifti
 
 
 class ProbabilityFile:
@@ -80,4 +80,4 @@ class ProbabilityFile:
         """
         assert self._stored is not None and self._grid is not None
         with atomic_file(self._path) as part:
-            write_stored(str(part), self._stored, self._grid)
+            write_nifti(str(part), self._stored, self._grid)

@@ -1,10 +1,10 @@
-"""A scan in and out: NIfTI, NRRD, MetaImage and DICOM series as (X, Y, Z) arrays along RAS+ axes."""
+"""A scan in and out: any format as an (X, Y, Z) array along RAS+ axes, with the grid it is stored on."""
 
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,24 +13,12 @@ import numpy.typing as npt
 from mim3d.core.errors import DataError
 from mim3d.core.files import atomic_file
 from mim3d.core.types import Spacing
-from mim3d.scans.files import check_file, walk
+from mim3d.scans.files import walk
+from mim3d.scans.formats import DICOM, format_of, format_of_file, open_scan, suffix_of, writer_of
 from mim3d.scans.grids import Grid, split_channel
-from mim3d.scans.voxel_copies import copy_tiled
 
-__all__ = [
-    "Grid",
-    "Volume",
-    "channels_of",
-    "find_scans",
-    "patient_of",
-    "read_grid",
-    "read_volume",
-    "scan_id",
-    "write_volume",
-]
-
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+#: Voxels copied at a time along each axis: what is read and what is written of them stays in the processor's cache.
+_TILE = (128, 8, 64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +26,8 @@ class Volume:
     """A scan in memory.
 
     Attributes:
-        array: (X, Y, Z) along RAS+ axes, contiguous; integers keep their type, rescaling has been applied.
-        grid: the grid as the file stores it.
+        array: Voxels (X, Y, Z) along RAS+ axes, contiguous; integers keep their type, rescaling has been applied.
+        grid: Grid as the file stores it.
     """
 
     array: npt.NDArray[Any]
@@ -60,99 +48,44 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     """Read where the voxels of a scan lie, from its headers alone.
 
     Args:
-        path: an image file, `file::channel=2` for one volume of a NIfTI file of four axes, a folder with one DICOM
-            series, `folder::hash` for one of several series, or a folder of slices saved as pictures.
+        path: An image file, `file::channel=2` for one volume of a NIfTI file of four axes, a folder with one DICOM
+            series, `folder::hash` for one of several series, or a folder of slices saved as images.
 
     Raises:
-        DataError: whatever keeps the scan from being read as one volume, in one sentence with its remedy.
+        DataError: The scan cannot be read as one volume; the sentence names the remedy.
     """
-    name = os.fspath(path)
-    form = _form(name)
-    if form == "nifti":
-        from mim3d.scans import nifti
-
-        return nifti.read_source(name).grid
-    if form == "itk":
-        from mim3d.scans import itk
-
-        return itk.read_grid(name)
-    if form == "slices":
-        from mim3d.scans import image_stacks
-
-        return image_stacks.read_grid(name)
-    from mim3d.scans.dicom import series as dicom
-
-    return dicom.read_stack(name).grid
+    return open_scan(os.fspath(path)).grid
 
 
 def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bool = False) -> Volume:
     """Read a scan and bring it to RAS+ axes by swapping and flipping axes, never by resampling.
 
-    The voxels go from the file straight to their places: memory holds them once, and some slices more. Formats that
-    SimpleITK reads (NRRD, MetaImage) are held twice until the last voxel is in place.
+    The voxels are copied from the file straight to their places: memory holds them once, and some slices more. Formats
+    that SimpleITK reads (NRRD, MetaImage) are held twice until the last voxel is in place.
 
     Args:
-        path: as for `read_grid`.
-        label: whole numbers are needed; a float file that holds only whole numbers is cast to integers.
-        narrow: a label is kept in the smallest of uint8, int16 and int32 that holds its values, whatever its file has.
+        path: The scan, as for `read_grid`.
+        label: Whether whole numbers are needed; a float file that holds only whole numbers is cast to integers.
+        narrow: Whether a label map is kept in the smallest of uint8, int16 and int32 that holds its values, whatever
+            its file has.
 
     Raises:
-        DataError: as for `read_grid`, voxels that cannot be unpacked, NaN or infinite voxels, or a label with
-            fractions.
+        DataError: As for `read_grid`; or voxels cannot be unpacked, are NaN or infinite, or a label map has fractions.
     """
     name = os.fspath(path)
-    grid, slabs = _open(name)
-    kept = (lambda slab: _as_label(slab, name, narrow)) if label else None
-    return Volume(array=_assembled(grid, slabs, name, kept), grid=grid)
-
-
-def _open(name: str) -> tuple[Grid, Iterator[npt.NDArray[Any]]]:
-    """A scan's grid, and its voxels in stored axis order, slab by slab along the last axis."""
-    form = _form(name)
-    if form == "nifti":
-        from mim3d.scans import nifti
-
-        source = nifti.read_source(name)
-        return source.grid, nifti.read_slabs(source)
-    if form == "itk":
-        from mim3d.scans import itk
-
-        grid = itk.read_grid(name)
-        return grid, itk.read_slabs(grid)
-    if form == "slices":
-        from mim3d.scans import image_stacks
-
-        grid = image_stacks.read_grid(name)
-        return grid, image_stacks.read_slabs(grid)
-    from mim3d.scans.dicom import series as dicom
-
-    stack = dicom.read_stack(name)
-    return stack.grid, dicom.read_slabs(stack)
-
-
-def _assembled(
-    grid: Grid,
-    slabs: Iterator[npt.NDArray[Any]],
-    name: str,
-    kept: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] | None,
-) -> npt.NDArray[Any]:
-    """Slabs, as what is kept of them, in their places along RAS+ axes and in one type that holds all of them.
-
-    Raises:
-        DataError: NaN or infinite voxels, or what ``kept`` raises.
-    """
+    scan = open_scan(name)
     array: npt.NDArray[Any] | None = None
     start = num_bad = 0
-    for slab in slabs:
+    for slab in scan.read_slabs():
         if slab.dtype.kind == "f":
             num_bad += int(np.count_nonzero(~np.isfinite(slab)))
-        if kept is not None and not num_bad:
-            slab = kept(slab)
+        if label and not num_bad:
+            slab = _as_label(slab, name, narrow)
         if array is None:
-            array = np.empty(grid.ras_shape, dtype=slab.dtype)
+            array = np.empty(scan.grid.ras_shape, dtype=slab.dtype)
         array = array.astype(np.promote_types(array.dtype, slab.dtype), copy=False)
         stop = start + slab.shape[2]
-        copy_tiled(grid.from_ras(array)[..., start:stop], slab)
+        copy_tiled(scan.grid.from_ras(array)[..., start:stop], slab)
         start = stop
     assert array is not None
     if num_bad:
@@ -160,32 +93,73 @@ def _assembled(
             f"{name}: {num_bad} of {array.size} voxels are NaN or infinite; replace them (for CT by -1000) "
             "and save the scan again."
         )
+    return Volume(array=array, grid=scan.grid)
+
+
+def _as_label(slab: npt.NDArray[Any], path: str, narrow: bool) -> npt.NDArray[Any]:
+    """Voxels as integers.
+
+    Raises:
+        DataError: Voxels are fractions, or beyond 32 bits.
+    """
+    is_integer = slab.dtype.kind in "iu"
+    if is_integer and not narrow:
+        return slab
+    broken = slab[:0] if is_integer else slab[slab != np.rint(slab)]
+    if broken.size:
+        raise DataError(
+            f"{path}: a label needs whole numbers, but voxels hold values such as {float(broken[0]):g}; "
+            "give the label map, not an image or a probability."
+        )
+    kept = _narrowed(slab)
+    if kept.dtype.kind == "f":
+        low, high = float(slab.min()), float(slab.max())
+        raise DataError(f"{path}: label values from {low:g} to {high:g} are not plausible; give the label map.")
+    return kept
+
+
+def _narrowed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Whole numbers in the smallest of uint8, int16 and int32 that holds them; as they are where none does."""
+    low, high = array.min().item(), array.max().item()
+    for dtype in (np.uint8, np.int16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return array.astype(dtype)
     return array
+
+
+def copy_tiled(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
+    """Copy between two views of equal (X, Y, Z) shape whatever the order of their axes in memory.
+
+    This is several times faster than plain assignment where one runs fast along X and the other along Z.
+    """
+    spans = (range(0, size, edge) for size, edge in zip(target.shape, _TILE, strict=True))
+    for corner in product(*spans):
+        tile = tuple(slice(start, start + edge) for start, edge in zip(corner, _TILE, strict=True))
+        target[tile] = source[tile]
 
 
 def write_volume(path: str | os.PathLike[str], array: npt.NDArray[Any], grid: Grid) -> None:
     """Write an array on a scan's own grid and orientation; the file appears whole or not at all.
 
     Args:
-        path: ends in .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd; missing folders are made.
-        array: (X, Y, Z) on the RAS+ form of `grid`.
-        grid: grid of the scan the array belongs to; NIfTI to NIfTI copies the geometry bit by bit.
+        path: File to be written; it ends in .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd. Missing folders are made.
+        array: Voxels (X, Y, Z) on the RAS+ form of `grid`.
+        grid: Grid of the scan that the array belongs to; from NIfTI to NIfTI the geometry is copied bit by bit.
 
     Raises:
-        DataError: unknown suffix, another shape than the grid, or a place that cannot be written to.
+        DataError: The suffix is unknown, the array has another shape than the grid, or the file cannot be written.
     """
-    name = os.fspath(path)
-    suffix = _suffix(name)
-    if suffix is None:
-        known = ", ".join(NIFTI_SUFFIXES + ITK_SUFFIXES)
-        raise DataError(f"{name}: no format is known by this name; end it in one of {known}.")
-    stored = grid.from_ras(_storable(array))
-    if suffix in NIFTI_SUFFIXES:
-        from mim3d.scans.nifti import write_stored
-    else:
-        from mim3d.scans.itk import write_stored
-    with atomic_file(name) as part:
-        write_stored(str(part), stored, grid)
+    write = writer_of(os.fspath(path))
+    # No format holds booleans or half precision, and few readers take 64 bits.
+    if array.dtype.kind == "b":
+        array = array.astype(np.uint8)
+    elif array.dtype == np.float16:
+        array = array.astype(np.float32)
+    elif array.dtype in (np.int64, np.uint64) and array.size:
+        array = _narrowed(array)
+    stored = grid.from_ras(array)
+    with atomic_file(path) as part:
+        write(str(part), stored, grid)
 
 
 def find_scans(folder: str | os.PathLike[str]) -> list[str]:
@@ -196,18 +170,18 @@ def find_scans(folder: str | os.PathLike[str]) -> list[str]:
     of other kinds are passed over. Hidden files and folders are not entered.
 
     Raises:
-        DataError: no such folder, or nothing in it but DICOM series that cannot be stacked.
+        DataError: There is no such folder, or nothing in it but DICOM series that cannot be stacked.
     """
     root = os.fspath(folder)
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder; check the path and that the disk is mounted.")
-    from mim3d.scans.dicom import series as dicom
+    from mim3d.scans.dicom.series import find_series
 
     scans: list[str] = []
     others: list[str] = []
     for path in walk(root):
-        (scans if _suffix(path) else others).append(path)
-    series, refused = dicom.find_series(others)
+        (scans if suffix_of(path) else others).append(path)
+    series, refused = find_series(others)
     if not scans and not series and refused:
         more = f" ({len(refused) - 1} more series were refused too.)" if len(refused) > 1 else ""
         raise DataError(refused[0] + more)
@@ -218,10 +192,11 @@ def channels_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Addresses of the volumes in a file: `file::channel=0` and so on for a NIfTI of four axes, else the path alone.
 
     Raises:
-        DataError: a NIfTI file that cannot be read.
+        DataError: A NIfTI file cannot be read.
     """
     name = os.fspath(path)
-    if _suffix(name) not in NIFTI_SUFFIXES or os.path.isdir(name):
+    form = None if os.path.isdir(name) else format_of_file(name)
+    if form is None or not form.has_channels:
         return (name,)
     from mim3d.scans.nifti import num_channels
 
@@ -237,8 +212,7 @@ def scan_id(path: str | os.PathLike[str]) -> str:
     address, channel = split_channel(os.fspath(path))
     folder, _, series = address.partition("::")
     name = os.path.basename(os.path.abspath(folder))
-    suffix = _suffix(name)
-    stem = name[: -len(suffix)] if suffix else name
+    stem = name.removesuffix(suffix_of(name))
     safe = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", stem)).strip("._") or "scan"
     if channel:
         return f"{safe}_channel_{channel}"
@@ -249,73 +223,11 @@ def patient_of(path: str | os.PathLike[str]) -> str | None:
     """Salted hash that stands for the patient of a DICOM series; None for other formats, which name none.
 
     Raises:
-        DataError: as for `read_grid`, where the series cannot be found.
+        DataError: As for `read_grid`, where the series cannot be found.
     """
     name = os.fspath(path)
-    if _form(name) != "dicom":
+    if format_of(name) is not DICOM:
         return None
-    from mim3d.scans.dicom import series as dicom
+    from mim3d.scans.dicom.series import patient_key
 
-    return dicom.patient_key(name)
-
-
-def _suffix(name: str) -> str | None:
-    lower = name.lower()
-    found = [suffix for suffix in NIFTI_SUFFIXES + ITK_SUFFIXES if lower.endswith(suffix)]
-    return max(found, key=len) if found else None
-
-
-def _form(name: str) -> str:
-    file, channel = split_channel(name)
-    suffix = None if os.path.isdir(name) else _suffix(file)
-    if channel is not None and suffix not in NIFTI_SUFFIXES:
-        raise DataError(f"{name}: a channel can be named in a NIfTI file alone; save it as a file of its own.")
-    if suffix in NIFTI_SUFFIXES:
-        return "nifti"
-    if suffix in ITK_SUFFIXES:
-        return "itk"
-    if "::" not in name and os.path.isdir(name):
-        from mim3d.scans.image_stacks import is_slice_folder
-
-        return "slices" if is_slice_folder(name) else "dicom"
-    if "::" in name:
-        return "dicom"
-    check_file(name)
-    known = ", ".join(NIFTI_SUFFIXES + ITK_SUFFIXES)
-    raise DataError(
-        f"{name}: no image format is known by this name; give a file that ends in one of {known}, or the "
-        "folder of a DICOM series."
-    )
-
-
-def _as_label(slab: npt.NDArray[Any], path: str, narrow: bool) -> npt.NDArray[Any]:
-    is_integer = slab.dtype.kind in "iu"
-    if is_integer and not narrow:
-        return slab
-    broken = slab[:0] if is_integer else slab[slab != np.rint(slab)]
-    if broken.size:
-        raise DataError(
-            f"{path}: a label needs whole numbers, but voxels hold values such as {float(broken[0]):g}; "
-            "give the label map, not an image or a probability."
-        )
-    low, high = float(slab.min()), float(slab.max())
-    for dtype in (np.uint8, np.int16, np.int32):
-        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return slab.astype(dtype)
-    if is_integer:
-        return slab
-    raise DataError(f"{path}: label values from {low:g} to {high:g} are not plausible; give the label map.")
-
-
-def _storable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array in a type that every format holds: no booleans, no half precision, no needless 64 bits."""
-    if array.dtype.kind == "b":
-        return array.astype(np.uint8)
-    if array.dtype == np.float16:
-        return array.astype(np.float32)
-    if array.dtype in (np.int64, np.uint64) and array.size:
-        low, high = int(array.min()), int(array.max())
-        for dtype in (np.uint8, np.int16, np.int32):
-            if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-                return array.astype(dtype)
-    return array
+    return patient_key(name)

@@ -251,6 +251,6 @@ def _is_image(scans: ScanSet, path: str, folder: str) -> bool:
 
 def _is_ct(address: str) -> bool:
     """Whether a DICOM series is CT: the same collections hold PET, MRI and radiographs."""
-    from mim3d.scans.dicom.series import read_stack
+    from mim3d.scans.dicom.series import open_series
 
-    return read_stack(address).slices[0].modality == "CT"
+    return open_series(address).slices[0].modality == "CT"

@@ -18,7 +18,7 @@ import pydicom
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file
-from mim3d.scans.dicom.series import read_stack
+from mim3d.scans.dicom.series import open_series
 from mim3d.scans.dicom.stacks import Stack
 from mim3d.scans.grids import spacing_of
 
@@ -39,7 +39,7 @@ def require_highdicom() -> None:
     """Refuse to go on without the library that writes DICOM-SEG.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: The library is not installed.
     """
     if importlib.util.find_spec("highdicom") is None:
         raise ConfigError("format dicom_seg needs the package highdicom; install it with pip install 'mim3d[dicom]'.")
@@ -54,26 +54,49 @@ def write_dicom_seg(
     voxel of their segment are left out.
 
     Args:
-        path: The file.
-        labels: (X, Y, Z) label map on the RAS+ form of the series' grid.
-        series: The DICOM series that was segmented: a folder, or ``folder::hash``.
+        path: File to be written.
+        labels: Label map (X, Y, Z) on the RAS+ form of the series' grid.
+        series: DICOM series that was segmented: a folder, or ``folder::hash``.
         names: Label value -> name; background 0 may be among them.
-        algorithm: What the network is called, without anything about a patient.
+        algorithm: Name of the network, without anything about a patient.
 
     Raises:
         ConfigError: highdicom is not installed.
-        DataError: No DICOM series, one that lacks what a Segmentation takes over from it, or another grid.
+        DataError: There is no DICOM series, it lacks what a Segmentation takes over from it, or has another grid.
     """
     require_highdicom()
-    stack = read_stack(series)
+    import highdicom
+    from highdicom.seg import Segmentation
+
+    stack = open_series(series)
     values = sorted(value for value in names if value != 0)
-    numbers = _numbers_of(labels, stack, values)
+    # Segments are numbered from 1 in the order of their values; stored axes of a stack are column, row, slice.
+    numbers = np.zeros(
+        max([*values, int(labels.max(initial=0))]) + 1, dtype=np.uint8 if len(values) < 256 else np.uint16
+    )
+    numbers[values] = np.arange(1, len(values) + 1)
+    pixels = np.ascontiguousarray(numbers[stack.grid.from_ras(labels)].T)
     segments = [_segment(number, names[value], algorithm) for number, value in enumerate(values, start=1)]
     try:
         with warnings.catch_warnings():
             # Libraries quote what they find odd in a header, a patient's name for one; that belongs into no log.
             warnings.simplefilter("ignore")
-            segmentation = _segmentation(_sources(stack), numbers, segments)
+            segmentation = Segmentation(
+                source_images=_source_headers(stack),
+                pixel_array=pixels,
+                segmentation_type="BINARY",
+                segment_descriptions=segments,
+                series_instance_uid=highdicom.UID(),
+                series_number=300,
+                sop_instance_uid=highdicom.UID(),
+                instance_number=1,
+                manufacturer="mim3d",
+                manufacturer_model_name="mim3d",
+                software_versions=__version__,
+                device_serial_number="0",
+                series_description="Segmentation by mim3d",
+                content_description="Segmentation by mim3d",
+            )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # The text of the error is left out: it may quote the patient.
         missing = f" (element {error.name} is missing)" if isinstance(error, AttributeError) and error.name else ""
@@ -85,17 +108,7 @@ def write_dicom_seg(
         segmentation.save_as(part)
 
 
-def _numbers_of(labels: npt.NDArray[Any], stack: Stack, values: list[int]) -> npt.NDArray[np.uint8 | np.uint16]:
-    """(slice, row, column) segment numbers, from 1 in the order of ``values``, in the order of the stack's slices."""
-    lookup = np.zeros(
-        max([*values, int(labels.max(initial=0))]) + 1, dtype=np.uint8 if len(values) < 256 else np.uint16
-    )
-    lookup[values] = np.arange(1, len(values) + 1)
-    # Stored axes of a stack are column, row, slice.
-    return np.ascontiguousarray(lookup[stack.grid.from_ras(labels)].T)
-
-
-def _sources(stack: Stack) -> list[Any]:
+def _source_headers(stack: Stack) -> list[Any]:
     """Headers of the slices in order, without pixels; one header for a multi-frame file."""
     paths = dict.fromkeys(item.path for item in stack.slices)
     if len(paths) not in (1, len(stack.slices)):
@@ -136,26 +149,4 @@ def _segment(number: int, name: str, algorithm: str) -> Any:
         segmented_property_type=kind,
         algorithm_type="AUTOMATIC",
         algorithm_identification=AlgorithmIdentificationSequence(algorithm[:_MAX_LABEL], family, __version__),
-    )
-
-
-def _segmentation(sources: list[Any], numbers: npt.NDArray[Any], segments: list[Any]) -> Any:
-    import highdicom
-    from highdicom.seg import Segmentation
-
-    return Segmentation(
-        source_images=sources,
-        pixel_array=numbers,
-        segmentation_type="BINARY",
-        segment_descriptions=segments,
-        series_instance_uid=highdicom.UID(),
-        series_number=300,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
-        manufacturer="mim3d",
-        manufacturer_model_name="mim3d",
-        software_versions=__version__,
-        device_serial_number="0",
-        series_description="Segmentation by mim3d",
-        content_description="Segmentation by mim3d",
     )

@@ -1,13 +1,17 @@
-"""One DICOM slice by its header, and slices to a stack: in order, evenly spaced and upright, or refused."""
+"""The slices of one DICOM series as a stack: in order, evenly spaced and upright, or refused; and its voxels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import DataError
-from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, check_spacing, times
+from mim3d.scans import files
+from mim3d.scans.dicom.headers import Slice
+from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, check_spacing, smallest_integer, times
+from mim3d.scans.itk import simple_itk
 
 #: A stack leaning by more than this is tilted: rounded positions in a header stay below.
 MAX_TILT_DEGREES = 0.1
@@ -18,54 +22,74 @@ MAX_SIDEWAYS_PIXELS = 0.1
 _REMEDY = "convert it with dcm2niix, which straightens such series, and use that file, or leave it out"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """What the header of one slice (or one frame of a multi-frame file) tells; no patient data.
-
-    Positions and directions are LPS millimetres; `pixel_spacing` is (between rows, between columns).
-    `native_bytes` is the size of the pixels of the whole file, from `pixel_offset` on; None where compressed.
-    """
-
-    path: str
-    frame: int | None
-    series_uid: str
-    study_uid: str
-    slice_uid: str
-    modality: str
-    secondary_capture: bool
-    image_type: tuple[str, ...]
-    rows: int
-    columns: int
-    num_values: int
-    itemsize: int
-    pixel_offset: int
-    native_bytes: int | None
-    position: tuple[float, ...] | None
-    orientation: tuple[float, ...] | None
-    pixel_spacing: tuple[float, ...] | None
-    tilt_degrees: float
-    slope: float
-    intercept: float
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stack:
-    """Slices in order along the normal, and the grid they make; stored axes are (column, row, slice)."""
+    """A DICOM series whose slices make one volume.
+
+    Attributes:
+        grid: Grid of the scan; stored axes are (column, row, slice).
+        slices: Slices in order along their normal.
+    """
 
     grid: Grid
     slices: tuple[Slice, ...]
 
+    def read_slabs(self) -> Iterator[npt.NDArray[Any]]:
+        """Voxels in stored axis order (column, row, some slices), rescaled (HU for CT), in a buffer used again.
+
+        They are int16 where the rescaled values are whole and fit, int32 where they are whole, else float32.
+
+        Raises:
+            DataError: Pixels cannot be decoded, or differ in size from their header.
+        """
+        whole = all(item.slope.is_integer() and item.intercept.is_integer() for item in self.slices)
+        columns, rows, _ = self.grid.shape
+        slabs = list(self.grid.slabs())
+        dtype = np.int16 if whole else np.float32
+        buffer: npt.NDArray[Any] = np.empty((slabs[0].stop, rows, columns), dtype=dtype)
+        frames: npt.NDArray[Any] = np.empty((0, rows, columns))
+        loaded = ""
+        for slab in slabs:
+            for place, item in enumerate(self.slices[slab]):
+                if item.path != loaded:
+                    frames, loaded = _decode(item), item.path
+                if whole:
+                    needed = smallest_integer(int(frames.min()), int(frames.max()))
+                    buffer = buffer.astype(np.promote_types(buffer.dtype, needed), copy=False)
+                buffer[place] = frames[item.frame or 0]
+            yield buffer[: slab.stop - slab.start].T
+
+
+def _decode(item: Slice) -> npt.NDArray[Any]:
+    """(frame, row, column) of one file; SimpleITK unpacks compressed syntaxes and rescales."""
+    sitk = simple_itk()
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(item.path)
+    try:
+        pixels: npt.NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise DataError(
+            f"{item.path}: the pixels cannot be decoded ({reason}); copy the series again from its source."
+        ) from error
+    frames = pixels.reshape((-1, *pixels.shape[-2:]))
+    if frames.shape[-2:] != (item.rows, item.columns):
+        raise DataError(f"{item.path}: the pixels differ in size from the header; copy the series again.")
+    return frames
+
 
 def stack(slices: Sequence[Slice], name: str) -> Stack:
-    """Order the slices of one series along their normal and derive the grid.
+    """Order the slices of one series along their normal, derive the grid, and check that its pixels are there.
 
     Args:
-        slices: every slice of one series, in any order.
-        name: how messages call the series.
+        slices: Every slice of one series, in any order.
+        name: Name of the series in messages.
 
     Raises:
-        DataError: one slice only, missing geometry, mixed sizes or orientations, several slices in one place,
-            gantry tilt, or uneven gaps; the sentence tells angle, gaps and remedy.
+        DataError: There is one slice only, the geometry is missing, slices differ in size, orientation or rescaling,
+            several lie in one place, the gantry was tilted, gaps are uneven, or a file or the memory is too small; the
+            sentence names angle, gaps and remedy.
     """
     rows, columns = _common_size(slices, name)
     across, down, spacing = _common_plane(slices, name)
@@ -74,14 +98,8 @@ def stack(slices: Sequence[Slice], name: str) -> Stack:
     order = np.argsort(positions @ normal, kind="stable")
     positions = positions[order]
     heights = positions @ normal
-    complaints = [
-        complaint
-        for complaint in (
-            _tilt(positions, normal, slices[0], float(min(spacing))),
-            _gaps(heights, float(max(item.tilt_degrees for item in slices))),
-        )
-        if complaint
-    ]
+    tilt = _tilt(positions, normal, slices[0], float(min(spacing)))
+    complaints = [complaint for complaint in (tilt, _gaps(heights)) if complaint]
     if complaints:
         raise DataError(f"{name}: the DICOM series cannot be stacked: {' and '.join(complaints)}; {_REMEDY}.")
     affine = np.eye(4)
@@ -91,7 +109,13 @@ def stack(slices: Sequence[Slice], name: str) -> Stack:
     affine[:3, 3] = positions[0]
     affine = LPS_TO_RAS @ affine
     check_affine(affine, name)
+    if slices[0].frame is not None and len({(item.slope, item.intercept) for item in slices}) > 1:
+        raise DataError(f"{name}: the frames of the DICOM file are rescaled in different ways; export single slices.")
     grid = Grid(shape=(columns, rows, len(slices)), affine=affine, path=name)
+    files.check_memory(name, grid.shape, max(item.itemsize for item in slices))
+    for item in slices:
+        if item.native_bytes is not None:
+            files.check_raw(item.path, item.pixel_offset, item.native_bytes)
     return Stack(grid=grid, slices=tuple(slices[index] for index in order))
 
 
@@ -132,7 +156,7 @@ def _common_plane(
     if min(lengths) < 0.99 or max(lengths) > 1.01 or abs(across @ down) > 1e-3:
         raise DataError(
             f"{name}: the orientation in the DICOM header is not two perpendicular unit vectors; "
-            " export the original series."
+            "export the original series."
         )
     across = across / lengths[0]
     down = down - across * (across @ down)
@@ -158,7 +182,7 @@ def _tilt(
     return None
 
 
-def _gaps(heights: npt.NDArray[np.float64], tilt_degrees: float) -> str | None:
+def _gaps(heights: npt.NDArray[np.float64]) -> str | None:
     """Complaint about slices that share a place, are missing, or are unevenly spaced, or None."""
     gaps = np.diff(heights)
     typical = float(np.median(gaps))
