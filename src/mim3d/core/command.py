@@ -1,4 +1,4 @@
-"""Commands whose parameters are the fields of a class of settings, and what docstrings say of parameters."""
+"""Commands whose parameters are the fields of a class of settings, and the meanings that docstrings give them."""
 
 import functools
 import inspect
@@ -47,11 +47,11 @@ def command(settings: Callable[P, Settings]) -> Callable[[Callable[[Settings], R
 
 
 def documented(thing: Any, section: str) -> dict[str, str]:
-    """Name -> meaning in a section of a Google-style docstring.
+    """Read the meaning of each name in a section of a Google-style docstring.
 
     Args:
-        thing: A function or a class; the docstrings of the classes that it inherits from count too.
-        section: The section's title, ``Args`` or ``Attributes``.
+        thing: A function or a class. The docstrings of the classes that it inherits from are read too.
+        section: Title of the section, ``Args`` or ``Attributes``.
     """
     found: dict[str, str] = {}
     for owner in reversed(inspect.getmro(thing) if isinstance(thing, type) else [thing]):

@@ -1,14 +1,14 @@
-"""The errors a user can meet: each carries the value at fault and the remedy."""
+"""The errors that a user can meet. Each names the value at fault and the remedy in one sentence."""
 
 from collections.abc import Sequence
 
 
 class Mim3dError(Exception):
-    """Root of every error mim3d raises on purpose; the command line prints it as one line."""
+    """Root of every error that mim3d raises on purpose. The command line prints it as one line."""
 
 
 class ConfigError(Mim3dError):
-    """A setting that cannot work, found before any work begins."""
+    """A setting that cannot work. It is found before any work begins."""
 
 
 class DataError(Mim3dError):
@@ -16,11 +16,11 @@ class DataError(Mim3dError):
 
 
 class DamagedError(DataError):
-    """What a cache stores of one scan is missing or damaged; its other scans can still be used."""
+    """What a cache stores of one scan is missing or damaged. Its other scans can still be used."""
 
 
 class CheckpointError(Mim3dError):
-    """Weights or a run that cannot be read, or that do not fit."""
+    """Weights or a run that cannot be read or do not fit."""
 
 
 def listed(names: Sequence[object], limit: int = 5) -> str:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import mim3d
-from mim3d.core.resources import num_cores
+from mim3d.core.resources import num_cores, total_memory_bytes
 
 _PACKAGE = Path(mim3d.__file__).resolve().parent
 _GIT_PATIENCE_S = 10
 
 
 def environment() -> dict[str, Any]:
-    """Command line, code version, package versions and hardware, for the manifest of a run."""
+    """Collect command line, code version, package versions and hardware, for the manifest of a run."""
     return {"command_line": command_line(), "code": code_version(), "versions": versions(), "hardware": hardware()}
 
 
@@ -32,7 +32,7 @@ def command_line() -> str | None:
 
 @cache
 def code_version() -> dict[str, Any]:
-    """Version of mim3d; and run from a checkout, its git commit and whether tracked files differ from that."""
+    """Version of mim3d. In a git checkout also its commit, and whether tracked files differ from that."""
     version = {"mim3d": mim3d.__version__}
     top = _git("rev-parse", "--show-toplevel")
     # An environment inside somebody else's repository must not pass for that repository's code.
@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 
 
 def _required() -> list[str]:
-    """Packages that mim3d declares, tools for its development left out."""
+    """Packages that mim3d declares, without the tools for its development."""
     try:
         lines = metadata.requires("mim3d") or []
     except metadata.PackageNotFoundError:
@@ -76,7 +76,7 @@ def _required() -> list[str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, memory and GPUs, with what else decides on how numbers are rounded."""
+    """Describe processor, memory and GPUs, and whatever else decides how numbers are rounded."""
     import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -84,38 +84,25 @@ def hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_properties(index) for index in range(num_gpus)]
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
+        "cpu": _found(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor(),
         "cpu_count": os.cpu_count(),
         "usable_cores": num_cores(),
         "num_threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": total_memory_bytes(),
         "gpus": [gpu.name for gpu in gpus],
         "gpu_memory_bytes": [gpu.total_memory for gpu in gpus],
-        "gpu_driver": _gpu_driver() if gpus else None,
+        "gpu_driver": _found(r"Kernel Module.*?\s(\d+\.\d[\d.]*)", "/proc/driver/nvidia/version") if gpus else None,
         "cuda": torch.version.cuda if gpus else None,
         "cudnn": cudnn.version() if gpus else None,
     }
 
 
-def _cpu_model() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    return match[1].strip() if match else platform.processor()
-
-
-def _gpu_driver() -> str | None:
-    match = re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)", _text("/proc/driver/nvidia/version"))
-    return match[1] if match else None
-
-
-def _memory_bytes() -> int | None:
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _text(path: str) -> str:
+def _found(pattern: str, path: str) -> str | None:
+    """What the group of a pattern matches in a file of the system; None without a match or a file."""
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""
+        return None
+    match = re.search(pattern, text, re.MULTILINE)
+    return match[1].strip() if match else None

@@ -17,7 +17,7 @@ _RECLAIMABLE = (("total_inactive_file", "inactive_file"), ("total_active_file", 
 
 
 def in_words(num_bytes: int) -> str:
-    """A number of bytes for people, ``3 MiB`` or ``7.0 GiB``."""
+    """Write a number of bytes for people, as ``3 MiB`` or ``7.0 GiB``."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB"):
         if size < 1000:
@@ -27,7 +27,7 @@ def in_words(num_bytes: int) -> str:
 
 
 def num_cores() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -35,27 +35,32 @@ def available_memory_bytes(root: Path = _ROOT) -> int | None:
     """Memory that this process can still get: free and reclaimable, and within the limits of its control groups.
 
     Args:
-        root: where the system's files lie; other than ``/`` in tests.
+        root: Folder that the system's files lie in. It is another than ``/`` in tests alone.
+
     Returns:
-        Bytes; None where the system does not say (without ``/proc`` all memory there is counts as available).
+        Bytes. None where the system does not say; without ``/proc`` all memory of the machine counts as available.
     """
     limits = list(_left_in_groups(root))
     free_kib = _fields(root / "proc/meminfo").get("MemAvailable")
-    if free_kib is not None:
-        limits.append(free_kib * 1024)
-    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(limits, default=None)
+    free = total_memory_bytes() if free_kib is None else free_kib * 1024
+    return min(limits if free is None else [*limits, free], default=None)
+
+
+def total_memory_bytes() -> int | None:
+    """Memory of the whole machine; None where the system does not say."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def resident_memory_bytes(root: Path = _ROOT) -> int | None:
-    """Memory that this process holds now; None where the system does not say."""
+    """Memory that this process holds now, in bytes; None where the system does not say."""
     kib = _fields(root / "proc/self/status").get("VmRSS")
     return None if kib is None else kib * 1024
 
 
 def peak_memory_bytes(root: Path = _ROOT) -> int | None:
-    """The most memory that this process has ever held; None where the system does not say."""
+    """The most memory that this process has ever held, in bytes; None where the system does not say."""
     kib = _fields(root / "proc/self/status").get("VmHWM")
     return None if kib is None else kib * 1024
 

@@ -30,13 +30,13 @@ def without_main_module() -> Iterator[None]:
 
 
 def prepare_worker() -> None:
-    """Called first in a worker: an interruption is the parent's to handle, and the worker ends with the parent."""
+    """Prepare a new worker process: its parent handles interruptions, and it ends when its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A pool's workers outlive a killed parent; these do not."""
+    # Without this, the workers of a pool outlive a parent that was killed.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
