@@ -11,8 +11,12 @@ turns at every crop.
 Crops and samples are read with the allocator tuned as mim3d tunes it for training, for every store alike; caches are
 built without that. Crops of mim3d are judged as float32 network input, as the published pipeline gives them; crops as
 stored stand beside them. Samples are judged when they are in the trainer's hands: float32 from the published loader, as
-stored from mim3d's, whose conversion is left to the device; what that takes on this device stands beside it. Writes
-benchmarks/results/data_loading_*.json.
+stored from mim3d's, whose conversion is left to the device; what that takes on this device stands beside it.
+
+``--parts hand_over`` compares the ways from the reading processes to the trainer: mim3d's shared ring and torch's
+DataLoader (persistent workers, pinned beside a GPU), which read the same samples with the same code. It needs two
+cores; rates per CPU second, of the trainer and its reading processes, hold where other programs run as well. Writes
+benchmarks/results/data_loading_*.json, or hand_over_*.json.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from yardstick.crop_times import Times, draw_origins, fits, largest_error_hu, ti
 from yardstick.ct_scans import Scan, noise_hu, phantom_scans, real_scans
 from yardstick.data_marks import LARGE, SIZES, Row, judge_builds, judge_crops, judge_loaders, name_of
 from yardstick.data_stores import pyramid_stores
+from yardstick.hand_over import judge_hand_over, materials, measure_hand_over
 from yardstick.loader_rates import (
     Batches,
     Hierarchy,
@@ -179,10 +184,50 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
     """Measure, print and write."""
     device = torch.device(arguments.device)
     torch.set_num_threads(1)
-    if not HAVE_BLOSC:
-        print("blosc2 is not installed: its two stores are left out")
     quick = arguments.quick
     phantoms = phantom_scans(scratch / "phantoms", 2 if quick else 3, (208, 208, 200) if quick else (512, 512, 200))
+    if arguments.parts == "hand_over":
+        machine, rows = run_hand_over(arguments, device, phantoms, scratch)
+    else:
+        machine, rows = run_stores(arguments, device, phantoms, scratch)
+    part = "data_loading" if arguments.parts == "stores" else arguments.parts
+    name = arguments.out or ("" if quick else f"{part}_{device.type}")
+    if name:
+        write_results(name, machine, rows)
+
+
+def run_hand_over(
+    arguments: argparse.Namespace, device: torch.device, phantoms: Sequence[Scan], scratch: Path
+) -> tuple[Row, list[Row]]:
+    """Rates of the shared ring and of torch's DataLoader."""
+    read = materials(phantoms[0].path.parent, scratch / "hand_over", arguments.quick)
+    prepare(device)
+    machine = describe_machine(device, phantoms[0].path)
+    print(machine, flush=True)
+    rows = []
+    for material in read:
+        for batch_size in (1, 4):
+            for num_workers in (1, 2):
+                rows += measure_hand_over(
+                    material,
+                    device,
+                    batch_size=batch_size,
+                    num_workers=num_workers,
+                    prefetch=arguments.prefetch,
+                    num_rounds=2 if arguments.quick else arguments.rounds,
+                )
+    ratios = judge_hand_over(rows)
+    print_ratios("hand-over from reading processes", ratios)
+    return machine, [*rows, *({"part": "ratio", **ratio.row()} for ratio in ratios)]
+
+
+def run_stores(
+    arguments: argparse.Namespace, device: torch.device, phantoms: Sequence[Scan], scratch: Path
+) -> tuple[Row, list[Row]]:
+    """Crops, samples and caches against those of others."""
+    quick = arguments.quick
+    if not HAVE_BLOSC:
+        print("blosc2 is not installed: its two stores are left out")
     # Caches are built before the allocator is tuned: `mim3d cache` does not tune it, and it halves mim3d's time alone.
     built = build(phantoms, scratch, "phantom")
     real = build(real_scans(arguments.scans, scratch / "scans"), scratch, "real") if arguments.scans else []
@@ -203,16 +248,16 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
             rows += measure_crops(real, 3 if quick else 5, "real", size)
     print_ratios("phantom scans, marks", [ratio for ratio in ratios if ratio.reached is not None])
     print_ratios("phantom scans, without a mark", [ratio for ratio in ratios if ratio.reached is None])
-    rows += [{"part": "ratio", **ratio.row()} for ratio in ratios]
-    name = arguments.out or ("" if quick else f"data_loading_{device.type}")
-    if name:
-        write_results(name, machine, rows)
+    return machine, [*rows, *({"part": "ratio", **ratio.row()} for ratio in ratios)]
 
 
 def main() -> None:
     """Parse arguments; measure in a folder that goes away."""
     parser = options(__doc__)
     parser.add_argument("--scans", nargs="+", default=[], help="folders or files of real CT scans, for another table")
+    parser.add_argument("--parts", choices=["stores", "hand_over"], default="stores", help="what is compared")
+    parser.add_argument("--rounds", type=int, default=3, help="of hand_over, in each of which every loader has a turn")
+    parser.add_argument("--prefetch", type=int, default=2, help="of hand_over: batches a DataLoader's worker is ahead")
     parser.add_argument("--quick", action="store_true", help="small scans, few crops, no results written: to try it")
     parser.add_argument("--out", help="name of the results' file, without .json")
     parser.add_argument("--scratch", help="folder for the stores, 4 GB; a temporary one if not given")

@@ -125,7 +125,7 @@ def converted(start: Batches, device: torch.device) -> Batches:
                     torch.cuda.synchronize(device)
                 yield moved
         finally:
-            _close(batches)
+            close(batches)
 
     return start_converted
 
@@ -160,10 +160,11 @@ def _round_s(batches: Iterator[Mapping[str, Any]], dropped_s: Tensor, num_sample
     for _ in range(num_samples):
         next(batches)
     seconds = time.perf_counter() - start_s - (dropped_s.item() - before_s)
-    _close(batches)
+    close(batches)
     return seconds / num_samples
 
 
-def _close(batches: Iterator[Mapping[str, Any]]) -> None:
+def close(batches: Iterator[Mapping[str, Any]]) -> None:
+    """End the reading processes of a loader."""
     if isinstance(batches, Generator):
         batches.close()
