@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import mim3d
 from mim3d.backbones import create_recipe
 from mim3d.caching.build import build_cache
-from mim3d.caching.scan import CachedScan
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import read_cases
 from mim3d.kernels.allocator import keep_freed_memory
