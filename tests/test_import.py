@@ -113,3 +113,14 @@ def test_data_and_model_work_without_the_optional_packages(tmp_path):
     assert encoder.feature_maps(torch.zeros(1, 1, 32, 32, 32))
     """
     run(BLOCKER + textwrap.dedent(code), str(tmp_path))
+
+
+def test_label_maps_and_classes_are_scored_without_torch():
+    code = """
+    import sys
+    import mim3d.workflows.evaluate
+    import mim3d.tasks.segmentation.evaluation
+    import mim3d.tasks.classification.evaluation
+    print(*sorted({name.split(".")[0] for name in sys.modules}))
+    """
+    assert not {"torch", "monai"} & set(run(code).split())

@@ -15,8 +15,8 @@ from mim3d.commands.report import report
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import Run
 from mim3d.datasets.score_pairs import find_pairs
-from mim3d.workflows.evaluate import labels as evaluate_labels
-from mim3d.workflows.evaluate.scoring import Scoring, processes_for, scored
+from mim3d.metrics import CONVENTIONS
+from mim3d.tasks.segmentation.scoring import CaseScoring, processes_for, score_cases
 
 LABELS = '{"labels": {"0": "background", "1": "oedema", "2": "necrosis", "3": "enhancing"}}'
 REGIONS = {"whole tumour": [1, 2, 3], "tumour core": ["necrosis", 3]}
@@ -306,15 +306,15 @@ def test_a_script_without_a_main_guard_scores_in_processes(quick):
 def test_a_killed_process_is_survived_with_fewer_of_them(quick, monkeypatch):
     pairs = find_pairs(str(quick / "pred"), str(quick / "ref")).pairs
     settings = {"allowed": None, "nsd_tolerance_mm": 1.0, "lesions": None, "lesions_of": None}
-    expected = list(scored(pairs, Scoring(regions={"a": (1,)}, **settings), 1))
+    expected = list(score_cases(pairs, CaseScoring(regions={"a": (1,)}, **settings), 1))
     assert len({case["a"].reference_volume_ml for case in expected}) == 5
     killing = KilledOnce(regions={"a": (1,)}, **settings)
     monkeypatch.setenv("KILLED_ONCE", str(quick / "killed"))
     with pytest.warns(UserWarning, match="killed while scoring.*going on with 1"):
-        assert list(scored(pairs, killing, 2)) == expected
+        assert list(score_cases(pairs, killing, 2)) == expected
 
 
-class KilledOnce(Scoring):
+class KilledOnce(CaseScoring):
     """Ends its process at the third case, the first time."""
 
     def score(self, pair):
@@ -329,10 +329,10 @@ def test_small_sets_stay_in_one_process_and_large_ones_within_memory(folders, mo
     pairs = find_pairs(str(folders / "pred"), str(folders / "ref")).pairs
     assert processes_for(pairs, None) == 1
     assert processes_for(pairs, 3) == 3 and processes_for(pairs, 30) == 5 and processes_for(pairs, 0) == 1
-    monkeypatch.setattr("mim3d.workflows.evaluate.scoring.SMALL_VOXELS", 100)
-    monkeypatch.setattr("mim3d.workflows.evaluate.scoring.num_cores", lambda: 4)
+    monkeypatch.setattr("mim3d.tasks.segmentation.scoring.SMALL_VOXELS", 100)
+    monkeypatch.setattr("mim3d.tasks.segmentation.scoring.num_cores", lambda: 4)
     assert processes_for(pairs, None) == 4
-    monkeypatch.setattr("mim3d.workflows.evaluate.scoring.available_memory_bytes", lambda: 2 * 24 * 16 * 14 * 12 + 5)
+    monkeypatch.setattr("mim3d.tasks.segmentation.scoring.available_memory_bytes", lambda: 2 * 24 * 16 * 14 * 12 + 5)
     assert processes_for(pairs, None) == 2
 
 
@@ -347,4 +347,4 @@ def test_conventions_of_everything_that_is_written_are_stated(folders):
         "missing",
         "regions",
     } <= stated.keys()
-    assert evaluate_labels.CONVENTIONS.items() <= stated.items()
+    assert CONVENTIONS.items() <= stated.items()

@@ -27,6 +27,7 @@ import torch
 
 from mim3d.objective import Objective, StepOutput
 from mim3d.tasks.contract import ExportForm, LogitsProgram, Predictor, Task
+from mim3d.tasks.evaluation import Scores
 from mim3d.tasks.segmentation.crops import CropSampler
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.schedule import Optimisation
@@ -109,6 +110,12 @@ class Volume(Task):
     def predictor(self, networks, settings):
         return VolumePredictor(networks, settings)
 
+    @classmethod
+    def score(cls, settings):
+        rows = [["a", 0.5]]
+        content = {"kind": "shares", "predictions": settings.predictions}
+        return Scores(content=content, num_cases=1, csv_tables={".csv": (["id", "error"], rows)})
+
     def export_form(self, network):
         return ExportForm(
             program=LogitsProgram(network.module).eval(),
@@ -122,9 +129,10 @@ class Volume(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class OnlyTrains(Volume):
-    """Says neither how to predict nor how to export."""
+    """Says neither how to predict, nor how to score, nor how to export."""
 
     predictor = Task.predictor
+    score = Task.score
     export_form = Task.export_form
 
 
@@ -202,6 +210,9 @@ def test_a_task_of_a_new_kind_goes_all_the_way(my_measure, tmp_path):
     out = Path(predict(str(my_measure), str(tmp_path / "out"), task=name, accelerator="cpu"))
     rows = json.loads((out / "shares.json").read_text())["cases"]
     assert [row["share"] for row in rows] == [0.25, 0.25]
+    scores = evaluate(str(out), str(tmp_path), str(tmp_path / "scores.json"), task=name)
+    assert json.loads(Path(scores).read_text()) == {"kind": "shares", "predictions": str(out)}
+    assert (tmp_path / "scores.csv").read_text().split() == ["id,error", "a,0.5"]
     folder = Path(export(str(my_measure), str(tmp_path / "pt2"), format="torch-export", task=name))
     metadata = json.loads((folder / "metadata.json").read_text())
     assert metadata["outputs"][0]["shape"] == ["batch", 1] and metadata["channels"] == ["share"]
@@ -228,6 +239,8 @@ def test_a_task_that_says_not_how_is_refused_in_a_sentence(my_measure, my_lab, t
     task = "my_lab.task.OnlyTrains"
     with pytest.raises(ConfigError, match="OnlyTrains cannot predict"):
         predict(str(my_measure), str(tmp_path / "out"), task=task)
+    with pytest.raises(ConfigError, match="cannot score predictions"):
+        evaluate(str(tmp_path), str(tmp_path), str(tmp_path / "scores.json"), task=task)
     with pytest.raises(ConfigError, match=r"OnlyTrains cannot be exported.*--network encoder"):
         export(str(my_measure), str(tmp_path / "out"), task=task)
     export(str(my_measure), str(tmp_path / "encoder"), task=task, network="encoder")

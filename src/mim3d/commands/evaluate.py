@@ -1,14 +1,6 @@
 """``mim3d evaluate``: predictions against references, scored on the scan's own grid."""
 
-import math
-import os
-from typing import TYPE_CHECKING, Any, Literal
-
-from mim3d.core.errors import ConfigError
-from mim3d.datasets.class_tables import is_class_table
-
-if TYPE_CHECKING:
-    from mim3d.datasets.published.presets import Preset
+from typing import Literal
 
 
 def evaluate(
@@ -34,6 +26,7 @@ def evaluate(
     by_patient: bool = False,
     num_bins: int = 10,
     baseline_column: str | None = None,
+    task: str | None = None,
 ) -> str:
     """Score predictions of any tool against references: label maps per label, or classes.
 
@@ -71,6 +64,7 @@ def evaluate(
         by_patient: score patients by the mean probabilities of their scans, not scans.
         num_bins: bins of the calibration error.
         baseline_column: a number in the references, such as a diameter, whose AUC is held against the classifier's.
+        task: name or dotted path of a task of one's own that scores its predictions; its code is imported.
 
     Returns:
         Path of the file of scores.
@@ -80,105 +74,33 @@ def evaluate(
         DataError: nothing to match, an unreadable file (a DICOM-SEG for one), grids that disagree, or an undeclared
             label value.
     """
-    given = dict(locals())
-    _check_settings(out, nsd_tolerance_mm, num_workers)
-    if is_class_table(predictions):
-        _refuse_others(given, _FOR_MAPS, "label maps", "a table of classes")
-        return _evaluate_classes(given)
-    _refuse_others(given, _FOR_CLASSES, "tables of classes", "a folder of label maps")
-    return _evaluate_labels(given)
-
-
-#: Distance up to which two surfaces agree where neither a flag nor a preset says so.
-NSD_TOLERANCE_MM = 1.0
-
-#: Settings of one kind of predictions that mean nothing to the other, with their defaults.
-_FOR_MAPS = {
-    "preset": None,
-    "nsd_tolerance_mm": None,
-    "labels": None,
-    "regions": None,
-    "lesions": False,
-    "lesion_overlap": 0.0,
-    "lesion_matching": "many",
-    "lesion_min_ml": 0.0,
-    "missing": "leave_out",
-}
-_FOR_CLASSES = {
-    "class_column": "class",
-    "positive": None,
-    "by_patient": False,
-    "num_bins": 10,
-    "baseline_column": None,
-}
-
-
-def _evaluate_labels(given: dict[str, Any]) -> str:
-    from mim3d.metrics import Bootstrap, LesionSettings
-    from mim3d.workflows.evaluate.labels import LabelEvaluation
-
-    lesions = {name: given.pop(f"lesion_{name}") for name in ("overlap", "matching", "min_ml")}
-    bootstrap = Bootstrap(num_bootstrap=given.pop("num_bootstrap"), seed=given.pop("seed"))
-    settings = {name: value for name, value in given.items() if name not in _FOR_CLASSES}
-    settings["out"] = os.path.abspath(settings["out"])
-    preset = settings["preset"] = None if settings["preset"] is None else _segmentation_preset(settings["preset"])
-    if settings["nsd_tolerance_mm"] is None:
-        settings["nsd_tolerance_mm"] = NSD_TOLERANCE_MM if preset is None else preset.nsd_tolerance_mm
-    return LabelEvaluation(**settings, lesion_settings=LesionSettings(**lesions), bootstrap=bootstrap).run()
-
-
-def _segmentation_preset(name: str) -> "Preset":
-    from mim3d.datasets.published.presets import find_preset
-
-    preset = find_preset(name)
-    if preset.task != "segmentation":
-        raise ConfigError(f"preset {preset.name} is for {preset.task}, but predictions are label maps; leave it out.")
-    return preset
-
-
-def _evaluate_classes(given: dict[str, Any]) -> str:
     from mim3d.metrics import Bootstrap
-    from mim3d.workflows.evaluate.classes import ClassEvaluation
+    from mim3d.tasks.evaluation import ClassTableSettings, EvaluationSettings, LabelMapSettings
+    from mim3d.workflows.evaluate import evaluate_predictions
 
-    bootstrap = Bootstrap(num_bootstrap=given.pop("num_bootstrap"), seed=given.pop("seed"))
-    # A table is scored in no time: nothing to share among processes.
-    settings = {name: value for name, value in given.items() if name not in {*_FOR_MAPS, "num_workers"}}
-    settings["out"] = os.path.abspath(settings["out"])
-    settings["references"] = _one_table(settings["references"])
-    return ClassEvaluation(**settings, bootstrap=bootstrap).run()
-
-
-def _refuse_others(given: dict[str, Any], defaults: dict[str, Any], theirs: str, ours: str) -> None:
-    strange = [name for name, default in defaults.items() if given[name] != default]
-    if strange:
-        raise ConfigError(
-            f"{strange[0]} is {given[strange[0]]!r}, which is a setting for {theirs}, but predictions names {ours} "
-            f"({given['predictions']}); leave it out."
-        )
-
-
-def _one_table(references: str | list[str]) -> str:
-    names = [references] if isinstance(references, str) else references
-    if len(names) != 1 or not names[0].lower().endswith(".csv"):
-        raise ConfigError(
-            f"references is {references!r}, but classes are held against one table; name a .csv with a class column."
-        )
-    return names[0]
-
-
-def _check_settings(out: str, nsd_tolerance_mm: float | None, num_workers: int | None) -> None:
-    if not out.lower().endswith(".json"):
-        raise ConfigError(f"out is {out}, but a file of scores ends in .json; use {out.rstrip('/')}.json.")
-    if os.path.isdir(out):
-        raise ConfigError(f"out is {out}, which is a folder; give the name of a file.")
-    folder = os.path.dirname(os.path.abspath(out))
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out is {out}, but {folder} cannot be made ({error.strerror}).") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"out is {out}, but {folder} cannot be written to; choose another.")
-    if nsd_tolerance_mm is not None and (not math.isfinite(nsd_tolerance_mm) or nsd_tolerance_mm < 0):
-        raise ConfigError(f"nsd_tolerance_mm is {nsd_tolerance_mm}, but it takes a length in mm from 0.")
-    if num_workers is not None and num_workers < 0:
-        raise ConfigError(f"num_workers is {num_workers}, but it takes a number from 0, or nothing for one per core.")
+    settings = EvaluationSettings(
+        predictions=predictions,
+        references=references,
+        compare=compare,
+        bootstrap=Bootstrap(num_bootstrap=num_bootstrap, seed=seed),
+        num_workers=num_workers,
+        label_maps=LabelMapSettings(
+            preset=preset,
+            nsd_tolerance_mm=nsd_tolerance_mm,
+            labels=labels,
+            regions=regions,
+            lesions=lesions,
+            lesion_overlap=lesion_overlap,
+            lesion_matching=lesion_matching,
+            lesion_min_ml=lesion_min_ml,
+            missing=missing,
+        ),
+        class_tables=ClassTableSettings(
+            class_column=class_column,
+            positive=positive,
+            by_patient=by_patient,
+            num_bins=num_bins,
+            baseline_column=baseline_column,
+        ),
+    )
+    return evaluate_predictions(settings, out, tables=tables, task=task)

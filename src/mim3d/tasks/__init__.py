@@ -1,9 +1,13 @@
 """Tasks by name. A new task is one file and one line here; a user's own is named by dotted path."""
 
+from typing import TYPE_CHECKING
+
 from mim3d.core.errors import ConfigError
 from mim3d.core.settings import find_named, resolve
 from mim3d.core.types import Named
-from mim3d.tasks.contract import Task
+
+if TYPE_CHECKING:
+    from mim3d.tasks.contract import Task
 
 #: Settings class of each task, imported when asked for.
 TASKS: dict[str, str] = {
@@ -12,7 +16,7 @@ TASKS: dict[str, str] = {
 }
 
 
-def create_task(task: Named, *, allow_import: bool = True) -> Task:
+def create_task(task: Named, *, allow_import: bool = True) -> "Task":
     """Create the settings of a task from its name, its dotted path, or a mapping of both and settings.
 
     Args:
@@ -27,7 +31,7 @@ def create_task(task: Named, *, allow_import: bool = True) -> Task:
     return settings
 
 
-def find_task(name: str) -> type[Task]:
+def find_task(name: str) -> "type[Task]":
     """Find the class of a task by its name or by the dotted path of a user's own, which is imported.
 
     Raises:
@@ -37,7 +41,10 @@ def find_task(name: str) -> type[Task]:
     return _require_task(found if isinstance(found, type) else type(found))
 
 
-def _require_task(kind: type) -> type[Task]:
+def _require_task(kind: type) -> "type[Task]":
+    # Scores of label maps are made in processes that import this package, but have no use for torch.
+    from mim3d.tasks.contract import Task
+
     if not issubclass(kind, Task):
         raise ConfigError(f"task '{kind.__module__}.{kind.__name__}' does not extend mim3d.tasks.contract.Task.")
     return kind

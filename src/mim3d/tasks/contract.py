@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from mim3d.loading.loader import Augment, Sampler
 from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity
 from mim3d.training.schedule import Optimisation
+
+if TYPE_CHECKING:
+    from mim3d.tasks.evaluation import EvaluationSettings, Scores
 
 #: Formats that label maps are written in. ``auto`` is that of the source.
 Format = Literal["auto", "nii.gz", "nrrd", "mha", "dicom_seg"]
@@ -144,6 +147,16 @@ class Task(ABC):
             ConfigError: Networks that do not belong together, or settings that cannot work.
         """
         raise ConfigError(f"the task {type(self).__name__} cannot predict; give it a method `predictor`.")
+
+    @classmethod
+    def score(cls, settings: "EvaluationSettings") -> "Scores":
+        """Score predictions against references, for `mim3d evaluate`.
+
+        Raises:
+            ConfigError: The task scores nothing, or a setting cannot work.
+            DataError: Predictions or references cannot be scored.
+        """
+        raise ConfigError(f"the task {cls.__name__} cannot score predictions; give it a class method `score`.")
 
     def export_form(self, network: "TrainedNetwork") -> "ExportForm":
         """Return what other programs must know of a trained network of this task.

@@ -24,6 +24,7 @@ from mim3d.tasks.classification.cube_plan import (
 )
 from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler
 from mim3d.tasks.contract import ExportForm, LogitsProgram, PredictionSettings, Predictor, Task, TrainedNetwork
+from mim3d.tasks.evaluation import EvaluationSettings, Scores
 from mim3d.tasks.frozen import check_freezing, freezing_lines
 from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels
 from mim3d.training.schedule import Optimisation
@@ -267,6 +268,13 @@ class Classification(Task):
         from mim3d.tasks.classification.prediction import ClassificationPredictor
 
         return ClassificationPredictor(networks, settings)
+
+    @classmethod
+    def score(cls, settings: EvaluationSettings) -> Scores:
+        """Score classes of any tool by their probabilities."""
+        from mim3d.tasks.classification.evaluation import ClassEvaluation
+
+        return ClassEvaluation(settings).scores()
 
     def export_form(self, network: TrainedNetwork) -> ExportForm:
         """Return what other programs must know of a classifier: its classes and the box of a scan that it sees."""

@@ -13,6 +13,7 @@ from mim3d.inference import Windows
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.contract import ExportForm, LogitsProgram, PredictionSettings, Predictor, Task, TrainedNetwork
+from mim3d.tasks.evaluation import EvaluationSettings, Scores
 from mim3d.tasks.frozen import check_freezing, freezing_lines
 from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels
 from mim3d.tasks.segmentation.crops import CropSampler
@@ -320,6 +321,13 @@ class Segmentation(Task):
         from mim3d.tasks.segmentation.prediction import SegmentationPredictor
 
         return SegmentationPredictor(networks, settings)
+
+    @classmethod
+    def score(cls, settings: EvaluationSettings) -> Scores:
+        """Score label maps of any tool by overlap, surfaces, volumes and lesions."""
+        from mim3d.tasks.segmentation.evaluation import LabelEvaluation
+
+        return LabelEvaluation(settings).scores()
 
     def export_form(self, network: TrainedNetwork) -> ExportForm:
         """Return what other programs must know of a segmenter: its channels and the label values that they give."""

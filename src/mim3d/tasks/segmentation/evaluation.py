@@ -1,0 +1,340 @@
+"""Label maps against their references: which cases, which names, and the scores that come of it."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.progress import counted
+from mim3d.datasets.score_pairs import Pair, Pairs, differing_names, find_pairs
+from mim3d.metrics import (
+    ABSENT,
+    CONVENTIONS,
+    SCORE_NAMES,
+    LabelScore,
+    LesionScore,
+    LesionSettings,
+    compare_paired,
+    paired,
+    summarise,
+)
+from mim3d.reporting.paper_tables import p_cell, paper_tables
+from mim3d.scans.grids import require_same_grid
+from mim3d.scans.volumes import read_grid
+from mim3d.tasks.evaluation import CsvTable, EvaluationSettings, Scores, interval_cell, number_cell, printed_table
+from mim3d.tasks.segmentation.scoring import (
+    CaseScoring,
+    ScoredNames,
+    chosen_lesions,
+    label_name,
+    processes_for,
+    score_cases,
+    scored_names,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mim3d.datasets.published.presets import Preset
+
+#: SOP classes of DICOM-SEG: Segmentation Storage and Label Map Segmentation Storage (PS3.4 B.5).
+_DICOM_SEG = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+
+#: Distance in mm up to which two surfaces agree where neither a flag nor a preset says so.
+NSD_TOLERANCE_MM = 1.0
+
+#: Scores of a case's lesions that go into the table of cases.
+LESION_NAMES = (
+    "num_reference",
+    "num_predicted",
+    "num_detected",
+    "num_true",
+    "sensitivity",
+    "precision",
+    "f1",
+    "false_positives",
+    "dice",
+)
+
+CaseScores = Mapping[str, LabelScore]
+
+
+class LabelEvaluation:
+    """The scoring of label maps.
+
+    Args:
+        settings: What is scored against what, and how.
+
+    Raises:
+        ConfigError: Settings that mean nothing to label maps, or a preset that is unknown or of another task.
+    """
+
+    def __init__(self, settings: EvaluationSettings) -> None:
+        settings.refuse_given(settings.class_tables, "tables of classes", "a folder of label maps")
+        self.settings, self.maps = settings, settings.label_maps
+        self.preset = None if self.maps.preset is None else _segmentation_preset(self.maps.preset)
+        tolerance_mm = self.maps.nsd_tolerance_mm
+        if tolerance_mm is None:
+            tolerance_mm = NSD_TOLERANCE_MM if self.preset is None else self.preset.nsd_tolerance_mm
+        self.nsd_tolerance_mm = tolerance_mm
+        self.lesion_settings = LesionSettings(
+            overlap=self.maps.lesion_overlap, matching=self.maps.lesion_matching, min_ml=self.maps.lesion_min_ml
+        )
+
+    def scores(self) -> Scores:
+        """Score all cases, and compare them with those of another method where one is named.
+
+        Raises:
+            ConfigError: A label or region is unknown.
+            DataError: There is nothing to match, a file is unreadable, or grids disagree.
+        """
+        settings, maps = self.settings, self.maps
+        found = self._pairs(settings.predictions)
+        names = scored_names(found.labels, maps.labels, found.regions if maps.regions is None else maps.regions)
+        is_strict = maps.labels is None and maps.regions is None and bool(found.labels)
+        scoring = CaseScoring(
+            regions=names.regions,
+            allowed=frozenset(value for value in found.labels if value) if is_strict else None,
+            nsd_tolerance_mm=self.nsd_tolerance_mm,
+            lesions=None if maps.lesions is False else self.lesion_settings,
+            lesions_of=chosen_lesions(maps.lesions, list(names.regions)),
+        )
+        others = None if settings.compare is None else self._compared(found, settings.compare)
+        pairs = [*found.pairs, *(others.pairs if others else ())]
+        for pair in pairs:
+            if pair.prediction is not None:
+                require_same_grid(read_grid(pair.reference), read_grid(pair.prediction))
+        work = score_cases(pairs, scoring, processes_for(pairs, settings.num_workers))
+        scores = list(counted(work, len(pairs), "scoring"))
+        if not names.regions:
+            names = _names_held(scores, settings.predictions)
+        # A label that a case does not hold is absent.
+        absent = LabelScore(status="absent", lesions=LesionScore()) if maps.lesions is True else ABSENT
+        completed = [{name: case.get(name, absent) for name in names.regions} for case in scores]
+        ours, theirs = completed[: len(found.pairs)], completed[len(found.pairs) :]
+        content = self._content(found, ours, names)
+        csv_tables = {".csv": _rows(content["cases"])}
+        if others is not None:
+            content["conventions"] = {**content["conventions"], **paired.CONVENTIONS}
+            content["comparison"] = self._comparison(found, others, ours, theirs, list(names.regions))
+            csv_tables[".compared.csv"] = _rows(content["comparison"]["cases"])
+        return Scores(
+            content=content,
+            num_cases=len(ours),
+            csv_tables=csv_tables,
+            printed=_printed(content),
+            paper_tables=paper_tables(content),
+        )
+
+    def _pairs(self, predictions: str) -> Pairs:
+        """Find what is to be scored, under the names of the preset."""
+        references = self.settings.references
+        try:
+            found = find_pairs(predictions, references, missing_as_empty=self.maps.missing == "worst")
+        except DataError:
+            # A folder of nothing but DICOM-SEG seems to hold no label map at all.
+            paths = [references] if isinstance(references, str) else references
+            _refuse_dicom_seg([*_files(predictions), *(file for path in paths for file in _files(path))])
+            raise
+        _refuse_dicom_seg([path for pair in found.pairs for path in (pair.prediction, pair.reference) if path])
+        if self.preset is None:
+            return found
+        differing = differing_names(self.preset.labels, found.labels)
+        if differing:
+            warnings.warn(
+                f"The preset {self.preset.name} and {predictions} or its references name their labels differently: "
+                f"{listed(differing)}; check the values.",
+                stacklevel=2,
+            )
+        found = replace(found, labels=self.preset.labels)
+        regions = self.preset.regions
+        return found if regions is None else replace(found, regions={name: [*regions[name]] for name in regions})
+
+    def _compared(self, found: Pairs, compare: str) -> Pairs:
+        """Find the pairs of the other method, of the cases that both have."""
+        predictions, others = self.settings.predictions, self._pairs(compare)
+        differing = differing_names(found.labels, others.labels)
+        if differing:
+            warnings.warn(
+                f"{predictions} and {compare} name their labels differently: {listed(differing)}; check the values.",
+                stacklevel=2,
+            )
+        shared = {pair.id for pair in found.pairs}
+        pairs = tuple(pair for pair in others.pairs if pair.id in shared)
+        if not pairs:
+            raise DataError(f"{compare}: has no prediction of a case that {predictions} has; compare others.")
+        return replace(others, pairs=pairs)
+
+    def _content(self, found: Pairs, scores: Sequence[CaseScores], names: ScoredNames) -> dict[str, Any]:
+        """Return what the file of scores holds."""
+        settings, references = self.settings, self.settings.references
+        patients = [pair.patient for pair in found.pairs]
+        return {
+            "kind": "segmentation",
+            "labels": {str(value): name for value, name in names.labels.items()},
+            "regions": {name: list(members) for name, members in names.unions.items()},
+            "settings": {
+                "predictions": os.path.abspath(settings.predictions),
+                "references": os.path.abspath(references) if isinstance(references, str) else references,
+                **asdict(self.maps),
+                "preset": self.preset and self.preset.name,
+                "nsd_tolerance_mm": self.nsd_tolerance_mm,
+                "compare": settings.compare and os.path.abspath(settings.compare),
+                **asdict(settings.bootstrap),
+            },
+            "conventions": {
+                **CONVENTIONS,
+                "missing": (
+                    "A reference without a prediction, one whose prediction failed included, is left out of all scores "
+                    "and named under not_scored (leave_out), or scored as an empty prediction and named under "
+                    "scored_as_empty (worst)."
+                ),
+                "regions": "A region is scored as the union of its labels; the mean is over all rows of per_label.",
+            },
+            "num_cases": len(scores),
+            "num_patients": len(set(patients)),
+            "not_scored": {
+                "failed": found.failed,
+                "without_reference": found.without_reference,
+                "without_prediction": found.without_prediction,
+            },
+            "scored_as_empty": found.scored_as_empty,
+            **summarise(scores, list(names.regions), patients, settings.bootstrap),
+            "cases": [_record(pair, case) for pair, case in zip(found.pairs, scores, strict=True)],
+        }
+
+    def _comparison(
+        self,
+        found: Pairs,
+        others: Pairs,
+        ours: Sequence[CaseScores],
+        theirs: Sequence[CaseScores],
+        names: Sequence[str],
+    ) -> dict[str, Any]:
+        """Compare both methods on the cases that both have."""
+        bootstrap, compare = self.settings.bootstrap, self.settings.compare
+        by_id = {pair.id: case for pair, case in zip(found.pairs, ours, strict=True)}
+        mine = [by_id[pair.id] for pair in others.pairs]
+        patients = [pair.patient for pair in others.pairs]
+        assert compare is not None
+        return {
+            "predictions": os.path.abspath(compare),
+            "num_cases": len(others.pairs),
+            "only_in_predictions": sorted(by_id.keys() - {pair.id for pair in others.pairs}),
+            "this": summarise(mine, names, patients, bootstrap),
+            "compared": summarise(theirs, names, patients, bootstrap),
+            "paired": compare_paired(mine, theirs, names, patients, bootstrap),
+            "cases": [_record(pair, case) for pair, case in zip(others.pairs, theirs, strict=True)],
+        }
+
+
+def _segmentation_preset(name: str) -> "Preset":
+    from mim3d.datasets.published.presets import find_preset
+
+    preset = find_preset(name)
+    if preset.task != "segmentation":
+        raise ConfigError(f"preset {preset.name} is for {preset.task}, but predictions are label maps; leave it out.")
+    return preset
+
+
+def _files(path: str) -> list[str]:
+    """List the files that lie in a folder, or the file itself."""
+    if not os.path.isdir(path):
+        return [path]
+    return sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+
+
+def _refuse_dicom_seg(paths: Sequence[str]) -> None:
+    """Refuse DICOM-SEG: its segments are no label values, and frames without any are left out."""
+    for path in paths:
+        if not path.lower().endswith(".dcm"):
+            continue
+        from mim3d.scans.dicom.headers import read_header
+
+        try:
+            header, _ = read_header(path)
+        except DataError:
+            continue
+        if header.get("SOPClassUID") in _DICOM_SEG:
+            raise DataError(
+                f"{path}: is a DICOM-SEG, which cannot be scored; run mim3d predict with --format nii.gz, or convert "
+                "it to NIfTI."
+            )
+
+
+def _names_held(scores: Sequence[CaseScores], predictions: str) -> ScoredNames:
+    """Return the labels that maps hold, where nothing was declared or chosen."""
+    values = sorted({int(name.removeprefix(label_name(0)[:-1])) for case in scores for name in case})
+    if not values:
+        raise DataError(f"{predictions}: neither the predictions nor the references hold a label to score.")
+    return ScoredNames(
+        regions={label_name(value): (value,) for value in values},
+        labels={value: label_name(value) for value in values},
+        unions={},
+    )
+
+
+def _record(pair: Pair, case: CaseScores) -> dict[str, Any]:
+    """Return what the file of scores holds of a case."""
+    labels = {name: asdict(score) for name, score in case.items()}
+    for score in labels.values():
+        if score["lesions"] is None:
+            del score["lesions"]
+    return {**asdict(pair), "labels": labels}
+
+
+def _rows(cases: Sequence[Mapping[str, Any]]) -> CsvTable:
+    """Return the table of cases: a row per case and label."""
+    with_lesions = any("lesions" in score for case in cases for score in case["labels"].values())
+    lesion_names = LESION_NAMES if with_lesions else ()
+    rows = []
+    for case in cases:
+        for name, score in case["labels"].items():
+            found = score.get("lesions") or {}
+            numbers = [*(score[key] for key in SCORE_NAMES), *(found.get(key) for key in lesion_names)]
+            rows.append([case["id"], name, score["status"], *numbers, case["patient"]])
+    return ["id", "label", "status", *SCORE_NAMES, *(f"lesion_{key}" for key in lesion_names), "patient"], rows
+
+
+def _printed(content: Mapping[str, Any]) -> "list[Table]":
+    """Return the scores per label, those of lesions, and the comparison, for the terminal."""
+    tolerance = content["settings"]["nsd_tolerance_mm"]
+    heads = ("Cases", "Dice", "HD95 mm", f"NSD {tolerance:g} mm", "Volume error ml", "Missed", "Invented")
+    table, keys = printed_table(None, "Label", heads), ("dice", "hd95_mm", "nsd", "volume_error_ml")
+    for name, row in content["per_label"].items():
+        counts = [str(row[key]) for key in ("num_cases", "num_missed", "num_invented")]
+        table.add_row(Text(name), counts[0], *(number_cell(row[key], key) for key in keys), *counts[1:])
+    table.add_section()
+    mean, ends = content["mean"], content["mean_ci95"]
+    table.add_row("mean", str(content["num_cases"]), *(number_cell(mean[key], key) for key in keys), "", "")
+    if ends["dice"] is not None:
+        table.add_row("95 % interval", "", *(interval_cell(ends[key], key) for key in keys), "", "")
+    tables = [table]
+    lesions = {name: row["lesions"] for name, row in content["per_label"].items() if "lesions" in row}
+    if lesions:
+        heads = ("Lesions", "Detected", "Sensitivity", "Precision", "F1", "Lesion Dice", "False per scan")
+        table = printed_table("Lesions", "Label", heads)
+        for name, row in lesions.items():
+            counts = [str(row["num_reference"]), str(row["num_detected"])]
+            values = [row[key] for key in ("sensitivity", "precision", "f1", "dice", "false_positives_per_scan")]
+            table.add_row(Text(name), *counts, *(number_cell(value, "dice") for value in values))
+        tables.append(table)
+    if "comparison" in content:
+        tables.append(_printed_comparison(content["comparison"]))
+    return tables
+
+
+def _printed_comparison(comparison: Mapping[str, Any]) -> "Table":
+    title = f"Difference to {comparison['predictions']}, {comparison['num_cases']} cases"
+    table = printed_table(title, "Label", ("Score", "Difference", "95 % interval", "p", "p after Holm"))
+    for name, row in [*comparison["paired"]["per_label"].items(), ("mean", comparison["paired"]["mean"])]:
+        for key in ("dice", "hd95_mm", "nsd", *(key for key in ("lesion_f1",) if key in row)):
+            each = row[key]
+            holm = p_cell(each["p_holm"]) if "p_holm" in each else ""
+            difference = "-" if each["difference"] is None else f"{each['difference']:+.4f}"
+            table.add_row(Text(name), key, difference, interval_cell(each["ci95"], key), p_cell(each["p"]), holm)
+    return table

@@ -1,1 +1,0 @@
-"""Evaluation: scores of label maps and of classes."""
