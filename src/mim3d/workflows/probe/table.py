@@ -116,13 +116,13 @@ def show(content: Mapping[str, Any]) -> None:
 
 
 def _with_differences(row: Mapping[str, Any]) -> list[list[str]]:
-    """A line for features, and one for each row that they are held against."""
+    """A line for features, and one for the difference to each row that they are compared with."""
     found, name = [row[kind] for kind in CLASSIFIERS], "balanced_accuracy"
     lines = [[row["name"]]]
     for each in found:
         lines[0] += [_number(each[name]), _interval(each["ci95"][name])]
     for other in found[0]["less"]:
-        line = [f"  less {other}"]
+        line = [f"  difference to {'a random encoder' if other == 'random' else other}"]
         for each in found:
             less = each["less"][other][name]
             line += [f"{less['difference']:+.3f}", _interval(less["ci95"])]
