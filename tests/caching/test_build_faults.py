@@ -291,7 +291,7 @@ def test_names_of_any_script_are_kept_to_the_letter(tmp_path):
 
 def built_digest(path):
     """Digest of the source of a scan, by the rule for several files of one scan."""
-    from mim3d.caching.digests import digest_files
+    from mim3d.caching.case import digest_files
 
     return digest_files([str(path)], {})[0]
 

@@ -10,8 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from mim3d.caching.fingerprints import CELLS, Fingerprint, distances, fingerprint_of, is_same_scan
-from mim3d.caching.leaks import Labelled, find_duplicates, find_leaks
+from mim3d.caching.fingerprints import CELLS, Fingerprint, ScanIdentity, distances, find_leaks, fingerprint_of
 from mim3d.caching.resampling import plan_resampling, resample_linear, target_grid
 from mim3d.core.errors import DataError
 from mim3d.phantoms.body import make_phantom
@@ -30,6 +29,11 @@ def real(path):
     """Voxels, spacing and affine of a scan on disk."""
     volume = read_volume(path)
     return volume.array, volume.spacing_mm, volume.affine
+
+
+def is_same_scan(first, second):
+    """Whether two fingerprints are those of one scan."""
+    return bool(distances([(first, second)])[0] <= 1)
 
 
 def resampled(scan, spacing_mm):
@@ -111,8 +115,8 @@ def test_other_phantoms_are_told_apart(change):
 @pytest.mark.parametrize("folder", ["sts_ct/images", "hippocampus/imagesTr"])
 def test_other_patients_are_told_apart(folder, shared_data):
     paths = sorted((shared_data / folder).glob("*.nii.gz"))
-    entries = [Labelled(id=p.name, digest=p.name, fingerprint=fingerprint_of(*real(str(p)))) for p in paths]
-    assert find_duplicates(entries) == []
+    entries = [ScanIdentity(id=p.name, digest=p.name, fingerprint=fingerprint_of(*real(str(p)))) for p in paths]
+    assert [leak for at, entry in enumerate(entries) for leak in find_leaks(entries[:at], [entry])] == []
 
 
 def test_a_dicom_series_and_the_nifti_made_from_it_are_one_scan(shared_data):
@@ -173,29 +177,21 @@ def noise_entries(number, seed):
     place = {"extent_mm": np.full(3, 300, np.float32), "centre_mm": np.zeros(3, np.float32)}
     cells = rng.integers(0, 256, (number, 1, CELLS, CELLS, CELLS), dtype=np.uint8)
     return [
-        Labelled(id=f"{seed}-{at}", digest=f"{seed}-{at}", fingerprint=Fingerprint(cells=item, **place))
+        ScanIdentity(id=f"{seed}-{at}", digest=f"{seed}-{at}", fingerprint=Fingerprint(cells=item, **place))
         for at, item in enumerate(cells)
     ]
 
 
 def test_the_same_content_and_the_same_look_are_found_under_other_names():
     training, others = noise_entries(40, 1), noise_entries(10, 2)
-    copied = Labelled(id="copied", digest=training[7].digest, fingerprint=training[7].fingerprint)
-    converted = Labelled(id="converted", digest="new", fingerprint=training[30].fingerprint)
+    copied = ScanIdentity(id="copied", digest=training[7].digest, fingerprint=training[7].fingerprint)
+    converted = ScanIdentity(id="converted", digest="new", fingerprint=training[30].fingerprint)
     leaks = find_leaks(training, [*others, copied, converted])
     assert [(leak.training, leak.held_out, leak.how) for leak in leaks] == [
         ("1-7", "copied", "identical"),
         ("1-30", "converted", "the same scan, converted"),
     ]
     assert find_leaks(training, others) == find_leaks([], others) == find_leaks(training, []) == []
-
-
-def test_duplicates_of_a_set_are_named_once_each():
-    entries = noise_entries(300, 1)
-    entries.append(Labelled(id="copy", digest=entries[290].digest, fingerprint=entries[290].fingerprint))
-    entries.append(Labelled(id="look", digest="new", fingerprint=entries[5].fingerprint))
-    found = [(leak.training, leak.held_out, leak.how) for leak in find_duplicates(entries)]
-    assert found == [("1-290", "copy", "identical"), ("1-5", "look", "the same scan, converted")]
 
 
 def test_ten_thousand_scans_are_searched_in_little_memory_and_time():
@@ -207,5 +203,5 @@ def test_ten_thousand_scans_are_searched_in_little_memory_and_time():
 
 def test_fingerprints_need_no_torch():
     # A build computes them in many small processes.
-    code = "import sys, mim3d.caching.leaks; sys.exit('torch' in sys.modules)"
+    code = "import sys, mim3d.caching.fingerprints; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0

@@ -27,7 +27,7 @@ from mim3d.workflows.finetune.folds import finetune_folds
 from mim3d.workflows.finetune.presets import apply_preset
 from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
 from mim3d.workflows.finetune.settings import FinetuneSettings
-from mim3d.workflows.shared.leakage import SEEN_NAME, labelled, seen_from, write_seen
+from mim3d.workflows.shared.leakage import SEEN_NAME, identities_of, seen_from, write_seen
 from tests.commands.conftest import BACKBONE, TASK
 from tests.miniatures import MINIATURES, Miniature
 
@@ -192,7 +192,7 @@ def pretrained(btcv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pretrained")
     cases = read_cases(str(btcv / "imagesTr"), recursive_images_only=True)
     scans = build_cache(cases, root / "cache", Preprocessing(intensities="8-bit"))
-    seen = [scan for scan in labelled(scans) if "0035" not in scan.id]
+    seen = [scan for scan in identities_of(scans) if "0035" not in scan.id]
     assert len(seen) == len(CASES) - 1
     return write_encoder(root / "run", seen)
 
@@ -321,7 +321,7 @@ def test_a_cache_of_a_preset_serves_all_folds(btcv, tmp_path, monkeypatch):
 def test_strict_refuses_weights_that_saw_what_a_later_fold_holds_out_before_the_first_is_trained(ball_set, tmp_path):
     scans = build_cache(read_cases(str(ball_set)), tmp_path / "cache", Preprocessing())
     held_out = {"ball_0", "ball_5"}
-    encoder = write_encoder(tmp_path / "pre", [scan for scan in labelled(scans) if scan.id in held_out])
+    encoder = write_encoder(tmp_path / "pre", [scan for scan in identities_of(scans) if scan.id in held_out])
     given = {**SETTINGS, "backbone": None, "weights": str(encoder), "strict": True}
     with pytest.raises(DataError, match=r"2 of 6 held-out cases are in the pre-training data .*strict: refused"):
         finetune(str(ball_set), str(tmp_path / "out"), **given)

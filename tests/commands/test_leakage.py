@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mim3d.caching.build import build_cache
-from mim3d.caching.leaks import Labelled
+from mim3d.caching.fingerprints import ScanIdentity
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, DataError
 from mim3d.datasets.cases import read_cases
@@ -18,7 +18,7 @@ from mim3d.workflows.shared.leakage import (
     check_leakage,
     check_pretraining,
     check_split,
-    labelled,
+    identities_of,
     read_seen,
     seen_from,
     write_seen,
@@ -46,8 +46,8 @@ def scans(tmp_path_factory):
     # Converted, so that the file is another one; and stored as fine-tuning does.
     write_phantom(root / "held_out/copy.nii.gz", 1, np.float32)
     return (
-        labelled(cached(root / "learned", intensities="8-bit")),
-        labelled(cached(root / "held_out", intensities="lossless", spacing_mm=(12.0, 12.0, 12.0))),
+        identities_of(cached(root / "learned", intensities="8-bit")),
+        identities_of(cached(root / "held_out", intensities="lossless", spacing_mm=(12.0, 12.0, 12.0))),
     )
 
 
@@ -126,7 +126,7 @@ def test_a_damaged_list_is_refused(run, text):
 
 def test_one_scan_under_two_names_in_both_parts_is_found(scans):
     training, held_out = scans
-    twin = Labelled(id="twin", digest=training[2].digest, fingerprint=training[2].fingerprint)
+    twin = ScanIdentity(id="twin", digest=training[2].digest, fingerprint=training[2].fingerprint)
     with pytest.warns(UserWarning) as caught:
         check_split(training, [*held_out, twin], strict=False)
     (warning,) = caught
@@ -137,7 +137,7 @@ def test_one_scan_under_two_names_in_both_parts_is_found(scans):
 
 def test_many_leaks_make_one_sentence_with_the_first_few(scans):
     entry = scans[0][0]
-    many = [Labelled(id=f"case_{at}", digest=entry.digest, fingerprint=entry.fingerprint) for at in range(40)]
+    many = [ScanIdentity(id=f"case_{at}", digest=entry.digest, fingerprint=entry.fingerprint) for at in range(40)]
     with pytest.warns(UserWarning, match=r"40 of 40 held-out cases .* and 35 more"):
         leaks = check_leakage([entry], many, place="here", strict=False)
     assert len(leaks) == 40

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mim3d.caching.digests import source_files
+from mim3d.caching.case import source_files
 from mim3d.core.errors import DataError
 from mim3d.datasets.cases import read_slice_folders
 from mim3d.scans.image_stacks import is_slice_folder

@@ -12,9 +12,8 @@ from typing import Any
 
 from mim3d.caching import layout
 from mim3d.caching.cache import Cache, open_cache
-from mim3d.caching.case import BuildSettings, CaseResult
+from mim3d.caching.case import BuildSettings, CaseResult, DigestMemo
 from mim3d.caching.dask_workers import build_on_cluster, require_scheduler
-from mim3d.caching.digests import DigestMemo
 from mim3d.caching.layout import ByteSource, open_bytes, size_of
 from mim3d.caching.manifest import read_ids, row_of, write_manifest
 from mim3d.caching.packs import PackedCase, cases_in, find_packed, pack_plan, write_pack

@@ -22,8 +22,7 @@ from typing import Any
 
 from mim3d import __version__
 from mim3d.caching import layout
-from mim3d.caching.case import BuildSettings, CaseResult, build_case
-from mim3d.caching.digests import DigestMemo
+from mim3d.caching.case import BuildSettings, CaseResult, DigestMemo, build_case
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import Case
 

@@ -1,25 +1,26 @@
-"""What a scan looks like in a kilobyte: finds the same scan again after conversion, resampling or windowing.
+"""What a scan looks like in a kilobyte, and which held-out scans were learned from.
 
-A fingerprint holds the mean intensity in 10 x 10 x 10 equal cells of the scan, and where the scan lies in millimetres.
-Of a CT in HU the cells are taken twice, over a wide and over a narrow window, so that a copy saved through either of
-them is found. Two fingerprints are compared over the box that both scans cover, as the correlation of what varies from
-cell to cell: slow changes, which all bodies share, weigh least. A scaled, shifted or clipped intensity changes that
-little.
+A fingerprint finds the same scan again after conversion, resampling or windowing. It holds the mean intensity in 10 x
+10 x 10 equal cells of the scan, and where the scan lies in millimetres. Of a CT in HU the cells are taken twice, over a
+wide and over a narrow window, so that a copy saved through either of them is found. Two fingerprints are compared over
+the box that both scans cover, as the correlation of what varies from cell to cell: slow changes, which all bodies
+share, weigh least. A scaled, shifted or clipped intensity changes that little.
 
 Where two scans may overlap is not known if a file lost its position. So the scans are laid over each other as their
 affines say, and with their centres or any of their sides together (a few slices cut off). Chance fits are likelier in
 the second case, which is therefore held to a stricter bound.
 
-What cannot be told: pieces of a few millimetres resampled to coarser voxels (missed), and scans of one plain object in
-noise, in the same place by chance (taken for one).
+What cannot be found out: pieces of a few millimetres resampled to coarser voxels (missed), and scans of one plain
+object in noise, in the same place by chance (taken for one).
 """
 
 import base64
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +28,6 @@ import numpy.typing as npt
 from mim3d.caching.foreground import HU_BELOW
 from mim3d.core.errors import DataError
 from mim3d.core.types import Spacing
-
-__all__ = [
-    "Fingerprint",
-    "coarse_features",
-    "correlation",
-    "distances",
-    "fingerprint_of",
-    "is_same_scan",
-    "may_overlap",
-]
 
 #: Cells along each axis.
 CELLS = 10
@@ -48,8 +39,8 @@ WIDE_HU = (-1000.0, 1000.0)
 NARROW_HU = (-175.0, 250.0)
 #: Cells within this share of the darkest or the brightest count as saturated ...
 SATURATED_RATIO = 0.03
-#: ... and a scan with fewer other cells than this share shows too little to be told from others.
-LEAST_TOLD_RATIO = 0.2
+#: ... and a scan with fewer other cells than this share shows too little to be distinguished from others.
+LEAST_INFORMATIVE_RATIO = 0.2
 #: Scans may be cut by this share of an axis, or by one thick slice, and still be found.
 MAX_CUT_RATIO = 0.2
 MAX_CUT_MM = 4.5
@@ -59,8 +50,16 @@ SAME_EXTENT_RATIO = 0.02
 IN_PLACE_DISTANCE = 0.08
 #: The same where centres or sides are put together.
 MOVED_DISTANCE = 0.025
+#: Training scans that are compared in full with each held-out scan.
+NEAREST = 5
+#: Scans correlate at least this well in their coarse features where they may be the same one; measured: 0.70.
+LEAST_CORRELATION = 0.6
+#: Held-out scans that are compared with all others at a time.
+_CHUNK = 256
+#: Pairs of fingerprints that are compared in full at a time.
+_PAIRS = 512
 
-Distances = npt.NDArray[np.float32]
+How = Literal["identical", "the same scan, converted"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,10 +79,10 @@ class Fingerprint:
 
     @cached_property
     def is_informative(self) -> tuple[bool, bool]:
-        """Whether the wide and the narrow cells show enough to tell the scan from others."""
+        """Whether the wide and the narrow cells show enough to distinguish the scan from others."""
         margin = 255 * SATURATED_RATIO
-        told = [float(np.mean((cells > margin) & (cells < 255 - margin))) for cells in (self.cells[0], self.cells[-1])]
-        return told[0] >= LEAST_TOLD_RATIO, told[1] >= LEAST_TOLD_RATIO
+        wide, narrow = (float(np.mean((cells > margin) & (cells < 255 - margin))) for cells in self.cells[[0, -1]])
+        return wide >= LEAST_INFORMATIVE_RATIO, narrow >= LEAST_INFORMATIVE_RATIO
 
     def to_text(self) -> str:
         """The fingerprint as base64, 1.4 or 2.7 kB."""
@@ -95,7 +94,7 @@ class Fingerprint:
         """The fingerprint that ``to_text`` wrote.
 
         Raises:
-            DataError: It is none.
+            DataError: The text is no fingerprint.
         """
         try:
             content = base64.b64decode(text, validate=True)
@@ -112,51 +111,63 @@ def fingerprint_of(image_XYZ: npt.NDArray[Any], spacing_mm: Spacing, affine: npt
     """Fingerprint of one channel of a scan.
 
     Args:
-        image_XYZ: Along RAS+ axes, in any unit; HU are taken for HU where air is among them.
+        image_XYZ: Voxels along RAS+ axes, in any unit; taken for HU where air is among them.
         spacing_mm: Voxel size along X, Y, Z.
         affine: (4, 4) voxel index to RAS millimetres.
     """
-    return _of_samples(image_XYZ[_picks(image_XYZ.shape)], image_XYZ.shape, spacing_mm, affine)
+    shape = image_XYZ.shape
+    steps = [max(1, size // MAX_SAMPLES) for size in shape]
+    # The middle voxel of each step.
+    samples = image_XYZ[tuple(slice((step - 1) // 2, None, step) for step in steps)]
+    means = [_cell_means(size, step) for size, step in zip(shape, steps, strict=True)]
+    is_hu = float(samples.min()) < HU_BELOW
+    windows: Sequence[tuple[float, float] | None] = (WIDE_HU, NARROW_HU) if is_hu else (None,)
+    channels = []
+    for window in windows:
+        cells = samples.astype(np.float32)
+        if window is not None:
+            np.clip(cells, *window, out=cells)
+        for axis, mean in enumerate(means):
+            cells = np.moveaxis(np.tensordot(mean, cells, axes=(1, axis)), 0, axis)
+        low, high = float(cells.min()), float(cells.max())
+        # Rounding alone must not be taken for contrast.
+        range_ = high - low if high - low > 1e-5 * max(abs(low), abs(high)) else np.inf
+        channels.append(np.rint((cells - low) * (255 / range_)).astype(np.uint8))
+    middle = affine[:3, :3] @ ((np.array(shape) - 1) / 2) + affine[:3, 3]
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return Fingerprint(
+        cells=np.ascontiguousarray(np.stack(channels)),
+        extent_mm=(np.array(shape) * spacing_mm).astype(np.float32),
+        centre_mm=(axes.T @ middle).astype(np.float32),
+    )
 
 
-def is_same_scan(first: Fingerprint, second: Fingerprint) -> bool:
-    """Whether two fingerprints are those of one scan."""
-    return bool(distances([(first, second)])[0] <= 1)
+def _cell_means(size: int, step: int) -> npt.NDArray[np.float32]:
+    """(10, samples) weights of an axis's samples in each cell: how much of the cell each stands for."""
+    starts = np.arange(len(range((step - 1) // 2, size, step))) * step
+    stops = np.minimum(starts + step, size)
+    edges = np.arange(CELLS + 1) * (size / CELLS)
+    weight = np.minimum(stops, edges[1:, None]) - np.maximum(starts, edges[:-1, None])
+    weight = np.clip(weight, 0, None)
+    # A cell that lies wholly behind the last sample of an unfinished step takes that sample.
+    weight[weight.sum(axis=1) == 0, -1] = 1
+    return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def distances(pairs: Sequence[tuple[Fingerprint, Fingerprint]]) -> Distances:
+def distances(pairs: Sequence[tuple[Fingerprint, Fingerprint]]) -> npt.NDArray[np.float32]:
     """Distance of each pair in units of the largest that one scan may have to itself: at most 1 is the same scan.
 
     Returns:
-        (len(pairs),) float32; infinite where the sizes do not fit, large where a scan shows too little to be told.
+        (len(pairs),) float32; infinite where the sizes do not fit, large where a scan shows too little.
     """
     best = np.full(len(pairs), np.inf, dtype=np.float32)
-    if not pairs:
-        return best
-    for start in range(0, len(pairs), 512):
-        part = _Pairs(pairs[start : start + 512])
+    for start in range(0, len(pairs), _PAIRS):
+        part = _Pairs(pairs[start : start + _PAIRS])
         for offset_mm, tried, bound in part.placements():
             rows = np.flatnonzero(tried)
             found = (1 - part.correlations(rows, offset_mm[rows])) / bound
             best[start + rows] = np.minimum(best[start + rows], found)
     return best
-
-
-def coarse_features(prints: Sequence[Fingerprint]) -> npt.NDArray[np.float32]:
-    """Unit vectors (N, 2, 216) of wide and narrow cells, for a first choice by their products; 0 where saturated."""
-    return _features(
-        _stacked_cells(prints), [_COARSE] * 3, _COARSE_WEIGHT, np.array([p.is_informative for p in prints])
-    )
-
-
-def may_overlap(first_mm: npt.NDArray[Any], second_mm: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Whether extents (..., 3) of two scans are close enough to be compared."""
-    return _covers(np.minimum(first_mm, second_mm), np.maximum(first_mm, second_mm))
-
-
-def _covers(shared_mm: npt.NDArray[Any], whole_mm: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    enough = (shared_mm >= (1 - MAX_CUT_RATIO) * whole_mm) | (shared_mm >= whole_mm - MAX_CUT_MM)
-    return np.asarray((enough & (shared_mm > 0)).all(axis=-1))
 
 
 class _Pairs:
@@ -208,67 +219,10 @@ class _Pairs:
         return np.where(self.mixed[rows], np.maximum(wide, np.maximum(narrow, other)), wide)
 
 
-def correlation(
-    first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], mixed: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.float32]:
-    """Correlation (P, Q) of features (P, 2, F) and (Q, 2, F), that of the wide cells.
-
-    Where one of both scans alone is in HU (``mixed``) the other may have been saved through either of its windows, and
-    the better correlation counts.
-    """
-    wide = first[:, 0] @ second[:, 0].T
-    narrow = np.maximum(first[:, 1] @ second[:, 0].T, first[:, 0] @ second[:, 1].T)
-    return np.where(mixed, np.maximum(wide, narrow), wide)
-
-
-def _of_samples(
-    samples_XYZ: npt.NDArray[Any], shape: Sequence[int], spacing_mm: Spacing, affine: npt.NDArray[np.float64]
-) -> Fingerprint:
-    """Fingerprint of a scan of a shape, of which the voxels of ``_picks`` are given."""
-    means = [_cell_means(size, _step(size)) for size in shape]
-    windows: tuple[tuple[float, float] | None, ...] = (None,)
-    if float(samples_XYZ.min()) < HU_BELOW:
-        windows = (WIDE_HU, NARROW_HU)
-    channels = []
-    for window in windows:
-        cells = samples_XYZ.astype(np.float32)
-        if window is not None:
-            np.clip(cells, *window, out=cells)
-        for axis, mean in enumerate(means):
-            cells = np.moveaxis(np.tensordot(mean, cells, axes=(1, axis)), 0, axis)
-        low, high = float(cells.min()), float(cells.max())
-        # Rounding alone must not be taken for contrast.
-        range_ = high - low if high - low > 1e-5 * max(abs(low), abs(high)) else np.inf
-        channels.append(np.rint((cells - low) * (255 / range_)).astype(np.uint8))
-    middle = affine[:3, :3] @ ((np.array(shape) - 1) / 2) + affine[:3, 3]
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    return Fingerprint(
-        cells=np.ascontiguousarray(np.stack(channels)),
-        extent_mm=(np.array(shape) * spacing_mm).astype(np.float32),
-        centre_mm=(axes.T @ middle).astype(np.float32),
-    )
-
-
-def _step(size: int) -> int:
-    return max(1, size // MAX_SAMPLES)
-
-
-def _picks(shape: Sequence[int]) -> tuple[slice, slice, slice]:
-    """The middle voxel of each step along X, Y, Z."""
-    x, y, z = (slice((_step(size) - 1) // 2, None, _step(size)) for size in shape)
-    return x, y, z
-
-
-def _cell_means(size: int, step: int) -> npt.NDArray[np.float32]:
-    """(10, samples) weights of an axis's samples in each cell: how much of the cell each stands for."""
-    starts = np.arange(len(range((step - 1) // 2, size, step))) * step
-    stops = np.minimum(starts + step, size)
-    edges = np.arange(CELLS + 1) * (size / CELLS)
-    weight = np.minimum(stops, edges[1:, None]) - np.maximum(starts, edges[:-1, None])
-    weight = np.clip(weight, 0, None)
-    # A cell that lies wholly behind the last sample of an unfinished step takes that sample.
-    weight[weight.sum(axis=1) == 0, -1] = 1
-    return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+def _covers(shared_mm: npt.NDArray[Any], whole_mm: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether what two scans share (..., 3) is enough of the larger one along every axis to compare them."""
+    enough = (shared_mm >= (1 - MAX_CUT_RATIO) * whole_mm) | (shared_mm >= whole_mm - MAX_CUT_MM)
+    return np.asarray((enough & (shared_mm > 0)).all(axis=-1))
 
 
 def _means(start: npt.NDArray[Any], stop: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -327,3 +281,87 @@ _COARSE = _cosines(CELLS, 6)
 _COARSE_WEIGHT = _weight(6)
 _SHARED = _cosines(SHARED_CELLS, SHARED_CELLS)
 _SHARED_WEIGHT = _weight(SHARED_CELLS)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScanIdentity:
+    """What a scan is known by.
+
+    Attributes:
+        id: Id of the case; empty where it is not to be known.
+        digest: SHA-256 of its content. The same digest means the same scan.
+        fingerprint: What it looks like.
+    """
+
+    id: str
+    digest: str
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    """A held-out scan that was learned from.
+
+    Attributes:
+        training: Id of the scan that was learned from.
+        held_out: Id of the scan that is held out.
+        how: Whether the contents are the same, or look the same.
+        distance: Distance of the fingerprints, from 0; at most 1 counts as the same scan.
+    """
+
+    training: str
+    held_out: str
+    how: How
+    distance: float
+
+
+def find_leaks(training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity]) -> list[Leak]:
+    """Held-out scans that are among the training scans, in the order of the held-out ones.
+
+    A held-out scan is named once for each training scan of the same content, and for each of the nearest few that look
+    the same.
+    """
+    if not training or not held_out:
+        return []
+    places = defaultdict(list)
+    for row, scan in enumerate(training):
+        places[scan.digest].append(row)
+    identical = {(row, column) for column, scan in enumerate(held_out) for row in places.get(scan.digest, ())}
+    near = [pair for pair in _candidates(training, held_out) if pair not in identical]
+    apart = distances([(training[row].fingerprint, held_out[column].fingerprint) for row, column in near])
+    found: list[tuple[int, float, int, How]] = [(column, 0.0, row, "identical") for row, column in identical]
+    for (row, column), distance in zip(near, apart, strict=True):
+        if distance <= 1:
+            found.append((column, float(distance), row, "the same scan, converted"))
+    return [
+        Leak(training=training[row].id, held_out=held_out[column].id, how=how, distance=distance)
+        for column, distance, row, how in sorted(found)
+    ]
+
+
+def _candidates(training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity]) -> Iterator[tuple[int, int]]:
+    """For each held-out scan the training scans that resemble it most, as places in both sequences."""
+    features, extent_mm, in_hu = _coarse(training)
+    for start in range(0, len(held_out), _CHUNK):
+        others, other_extent_mm, other_in_hu = _coarse(held_out[start : start + _CHUNK])
+        alike = others[:, 0] @ features[:, 0].T
+        # Where one of both scans alone is in HU, the other may have been saved through either of its windows.
+        narrow = np.maximum(others[:, 1] @ features[:, 0].T, others[:, 0] @ features[:, 1].T)
+        alike = np.where(other_in_hu[:, None] != in_hu, np.maximum(alike, narrow), alike)
+        shared = np.minimum(other_extent_mm[:, None], extent_mm), np.maximum(other_extent_mm[:, None], extent_mm)
+        alike[~_covers(*shared)] = -1
+        kept = min(NEAREST, len(training))
+        best = np.argpartition(-alike, kept - 1, axis=1)[:, :kept]
+        for column, rows in enumerate(best):
+            yield from ((int(row), start + column) for row in rows if alike[column, row] >= LEAST_CORRELATION)
+
+
+def _coarse(
+    scans: Sequence[ScanIdentity],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Coarse features (N, 2, 216) for a first choice by their products, extents in mm, and which scans are in HU."""
+    prints = [scan.fingerprint for scan in scans]
+    informative = np.array([print_.is_informative for print_ in prints])
+    features = _features(_stacked_cells(prints), [_COARSE] * 3, _COARSE_WEIGHT, informative)
+    extent_mm = np.stack([print_.extent_mm for print_ in prints])
+    return features, extent_mm, np.array([len(print_.cells) == 2 for print_ in prints])

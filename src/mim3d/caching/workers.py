@@ -12,8 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from mim3d.caching.case import BuildSettings, CaseResult, build_case
-from mim3d.caching.digests import DigestMemo
+from mim3d.caching.case import BuildSettings, CaseResult, DigestMemo, build_case
 from mim3d.core.errors import DataError
 from mim3d.core.worker_processes import prepare_worker, without_main_module
 from mim3d.datasets.cases import Case

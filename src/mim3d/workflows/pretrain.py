@@ -26,7 +26,7 @@ from mim3d.weights import load_into
 from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, LastEncoder, ProbeMonitor, ProbePlan
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
-from mim3d.workflows.shared.leakage import check_split, labelled, record_seen
+from mim3d.workflows.shared.leakage import check_split, identities_of, record_seen
 from mim3d.workflows.shared.memory import pretraining_sample, pretraining_variants, require_memory
 from mim3d.workflows.shared.training import TrainingSettings, joined_processes
 
@@ -200,7 +200,7 @@ def _learned(scans: Cache, cases: Sequence[Case], *, strict: bool) -> Cache:
     chosen = {case.id for case in cases}
     held_out = [case for case in scans.cases if case.id not in chosen]
     if held_out:
-        check_split(labelled(learned), labelled(scans.subset(held_out)), strict=strict)
+        check_split(identities_of(learned), identities_of(scans.subset(held_out)), strict=strict)
     return learned
 
 

@@ -32,7 +32,7 @@ from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split, write_split
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
-from mim3d.workflows.shared.leakage import SEEN_NAME, check_pretraining, check_split, labelled, record_seen
+from mim3d.workflows.shared.leakage import SEEN_NAME, check_pretraining, check_split, identities_of, record_seen
 from mim3d.workflows.shared.memory import finetuning_variants, require_memory
 from mim3d.workflows.shared.training import joined_processes
 
@@ -167,11 +167,11 @@ def _check_leakage(run: Run, split: Split, scans: Cache, settings: FinetuneSetti
     """
     learned, strict = scans.subset(split.train), bool(settings.strict)
     if split.val:
-        held_out = labelled(scans.subset(split.val))
+        held_out = identities_of(scans.subset(split.val))
         if strict and every_fold:
-            check_pretraining(settings.weights, labelled(scans), strict=True)
+            check_pretraining(settings.weights, identities_of(scans), strict=True)
         check_pretraining(settings.weights, held_out, strict=strict)
-        check_split(labelled(learned), held_out, strict=strict)
+        check_split(identities_of(learned), held_out, strict=strict)
     record_seen(run, learned, settings.weights)
 
 

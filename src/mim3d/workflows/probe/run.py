@@ -27,7 +27,7 @@ from mim3d.workflows.probe.table import Row, content_of, show
 from mim3d.workflows.shared.devices import choose_device
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels
-from mim3d.workflows.shared.leakage import check_pretraining, check_split, labelled
+from mim3d.workflows.shared.leakage import check_pretraining, check_split, identities_of
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def _scans(encoders: Mapping[str, Initialisation], cases: ProbeCases, folder: st
         other.spacing_mm(spacing_mm, cases.source)
     strict = settings.strict
     scans = cases.prepared(folder, spacing_mm, num_workers=settings.num_workers, strict=strict)
-    held_out = labelled(scans.subset(cases.split.val))
-    check_split(labelled(scans.subset(cases.split.train)), held_out, strict=strict)
+    held_out = identities_of(scans.subset(cases.split.val))
+    check_split(identities_of(scans.subset(cases.split.train)), held_out, strict=strict)
     for path in encoders:
         check_pretraining(path, held_out, strict=strict)
     return scans

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mim3d.caching.cache import Cache
-from mim3d.caching.fingerprints import Fingerprint
-from mim3d.caching.leaks import Labelled, Leak, find_leaks
+from mim3d.caching.fingerprints import Fingerprint, Leak, ScanIdentity, find_leaks
 from mim3d.core.errors import CheckpointError, DataError, listed
 from mim3d.core.files import write_json
 from mim3d.core.run_folder import GO_ON, Run
@@ -32,11 +31,11 @@ class Seen:
         complete: False where it went on from weights that came without such a list.
     """
 
-    scans: tuple[Labelled, ...]
+    scans: tuple[ScanIdentity, ...]
     complete: bool = True
 
 
-def labelled(scans: Cache) -> list[Labelled]:
+def identities_of(scans: Cache) -> list[ScanIdentity]:
     """Cached scans by what they hold.
 
     Raises:
@@ -44,7 +43,7 @@ def labelled(scans: Cache) -> list[Labelled]:
     """
     texts = scans.fingerprints()
     return [
-        Labelled(
+        ScanIdentity(
             id=scan.case.id,
             digest=scan.source_digest,
             fingerprint=Fingerprint.from_text(texts[scan.case.id]),
@@ -53,7 +52,7 @@ def labelled(scans: Cache) -> list[Labelled]:
     ]
 
 
-def seen_from(scans: Sequence[Labelled], weights: str | None) -> Seen:
+def seen_from(scans: Sequence[ScanIdentity], weights: str | None) -> Seen:
     """What a network has seen that learns from ``scans``, and starts from ``weights``.
 
     Raises:
@@ -76,7 +75,7 @@ def record_seen(run: Run, learned: Cache, weights: str | None) -> None:
         CheckpointError: The list beside the weights is damaged.
     """
     if run.writes:
-        write_seen(run.path, seen_from(labelled(learned), weights))
+        write_seen(run.path, seen_from(identities_of(learned), weights))
 
 
 def write_seen(folder: Path, seen: Seen) -> None:
@@ -101,7 +100,7 @@ def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
         if content["format"] != SEEN_FORMAT:
             raise CheckpointError(f"{path} is of format {content['format']}, not {SEEN_FORMAT}; update mim3d.")
         scans = tuple(
-            Labelled(id="", digest=str(row["digest"]), fingerprint=Fingerprint.from_text(row["fingerprint"]))
+            ScanIdentity(id="", digest=str(row["digest"]), fingerprint=Fingerprint.from_text(row["fingerprint"]))
             for row in content["scans"]
         )
         return Seen(scans=scans, complete=bool(content["complete"]))
@@ -112,7 +111,7 @@ def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
         ) from None
 
 
-def check_pretraining(weights: str | None, held_out: Sequence[Labelled], *, strict: bool) -> None:
+def check_pretraining(weights: str | None, held_out: Sequence[ScanIdentity], *, strict: bool) -> None:
     """Say which held-out scans the network of ``weights`` has learned from; a note where that cannot be known.
 
     Raises:
@@ -132,7 +131,7 @@ def check_pretraining(weights: str | None, held_out: Sequence[Labelled], *, stri
         check_leakage(seen.scans, held_out, place=f"in the pre-training data of {weights}", strict=strict)
 
 
-def check_split(training: Sequence[Labelled], held_out: Sequence[Labelled], *, strict: bool) -> None:
+def check_split(training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity], *, strict: bool) -> None:
     """Say which held-out scans are among the training scans of the same run under another name.
 
     Raises:
@@ -142,7 +141,7 @@ def check_split(training: Sequence[Labelled], held_out: Sequence[Labelled], *, s
 
 
 def check_leakage(
-    training: Sequence[Labelled], held_out: Sequence[Labelled], *, place: str, strict: bool
+    training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity], *, place: str, strict: bool
 ) -> list[Leak]:
     """Warn of held-out scans that were learned from, in one sentence.
 

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from mim3d.caching import digests
-from mim3d.caching.digests import digest_files, require_unchanged, source_files
+from mim3d.caching import case
+from mim3d.caching.case import digest_files, require_unchanged, source_files
 from mim3d.core.errors import DataError
 
 
@@ -20,7 +20,7 @@ def test_a_file_of_known_stamp_is_not_read_again(tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_text("x")
     digest, memo = digest_files([str(path)], {})
-    monkeypatch.setattr(digests.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(case.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     assert digest_files([str(path)], memo)[0] == digest
 
 
