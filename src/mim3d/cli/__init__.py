@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mim3d import __version__
-from mim3d.cli.arguments import Signature, command_arguments, split_line
 from mim3d.core.errors import ConfigError, Mim3dError
-from mim3d.core.settings import nearest
+
+if TYPE_CHECKING:
+    from mim3d.cli.arguments import Signature
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
@@ -40,8 +41,10 @@ class Command:
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
         return function
 
-    def signature(self, name: str) -> Signature:
+    def signature(self, name: str) -> "Signature":
         """Import the function and read what the command line has to know of it."""
+        from mim3d.cli.arguments import Signature
+
         return Signature.of(self.load(), name, self.positional)
 
 
@@ -94,6 +97,10 @@ def _run(words: list[str]) -> int:
     if name == "--version":
         print(f"mim3d {__version__}")
         return 0
+    # Only now: the overview of commands needs nothing of what reads settings.
+    from mim3d.cli.arguments import command_arguments, split_line
+    from mim3d.core.settings import nearest
+
     if name not in COMMANDS:
         raise ConfigError(f"There is no command '{name}'.{nearest(name, COMMANDS)}")
     signature = COMMANDS[name].signature(name)

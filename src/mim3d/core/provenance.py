@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -55,24 +56,19 @@ def _git(*words: str) -> str | None:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of mim3d, Python, and of all packages that mim3d needs or can use and that are installed."""
-    found = {"mim3d": mim3d.__version__, "python": platform.python_version()}
-    for name in ["torch", *_required()]:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _required() -> list[str]:
-    """Packages that mim3d declares, without the tools for its development."""
+    """Versions of mim3d, of Python, and of all installed packages that mim3d needs or can use."""
     try:
-        lines = metadata.requires("mim3d") or []
+        declared = metadata.requires("mim3d") or []
     except metadata.PackageNotFoundError:
-        return []
-    names = [re.match(r"[\w.-]+", line) for line in lines if not re.search(r"extra == ['\"]dev['\"]", line)]
-    return sorted({name[0] for name in names if name})
+        declared = []
+    # Tools for the development of mim3d are left out.
+    used = [line for line in declared if not re.search(r"extra == ['\"]dev['\"]", line)]
+    names = {match[0] for line in used if (match := re.match(r"[\w.-]+", line))}
+    found = {"mim3d": mim3d.__version__, "python": platform.python_version()}
+    for name in ["torch", *sorted(names)]:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def hardware() -> dict[str, Any]:
