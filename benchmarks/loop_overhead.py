@@ -58,7 +58,7 @@ class FixedBatch:
 def build(size: str, num_children: int) -> tuple[Objective, Batch]:
     """The network, and one batch of noise."""
     recipe = create_recipe(f"hybrid_{size}")
-    method = mim_with_children(recipe.patch_size, num_children)
+    method = mim_with_children(recipe.token_size, num_children)
     torch.manual_seed(0)
     return method.build(recipe), random_batch(method, recipe, 1)
 

@@ -88,7 +88,7 @@ def list_cases(sizes: list[str], device: str, batch_size: int) -> list[Case]:
 def build_loss(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The network, and what computes its loss on a fixed batch."""
     recipe = replace(create_recipe(f"hybrid_{case.size}"), recompute=case.recompute)
-    method = mim_with_children(recipe.patch_size, case.num_children)
+    method = mim_with_children(recipe.token_size, case.num_children)
     if case.network == "mae":
         edge = method.levels[0].size[0]
         volumes = torch.rand(case.batch_size * case.num_volumes, 1, edge, edge, edge, device=device)
@@ -148,7 +148,7 @@ def derive(
     row |= {"s_per_sample": round(per_sample_s, 4), "peak_memory_gib": round(measured["memory_gib"], 2)}
     if case.network != "mae":
         recipe = create_recipe(f"hybrid_{case.size}")
-        needed = count_flops(mim_with_children(recipe.patch_size, case.num_children), recipe).needed
+        needed = count_flops(mim_with_children(recipe.token_size, case.num_children), recipe).needed
         row["needed_gflop_per_s"] = round(needed / per_sample_s / 1e9, 1)
         row["share_of_floor"] = round(needed / peaks[case.precision] / per_sample_s, 3)
     if dense_s is not None and case.num_children == 1:

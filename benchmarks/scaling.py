@@ -56,7 +56,7 @@ class Trainer:
             os.sched_setaffinity(0, {cores[rank % len(cores)]})
         prepare(self.fabric.device)
         recipe = create_recipe(f"hybrid_{arguments.size}")
-        method = mim_with_children(recipe.patch_size, arguments.children)
+        method = mim_with_children(recipe.token_size, arguments.children)
         torch.manual_seed(0)
         self.model: FabricModule = self.fabric.setup_module(StepModule(method.build(recipe)))
         schedule = make_schedule(OPTIM, effective_batch=arguments.worker, max_steps=1)

@@ -14,8 +14,8 @@ from mim3d.methods.mim.hierarchy import Hierarchy
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 #: The same number of stages at a width that any machine trains.
-REDUCED = ["--backbone.num_heads", "2", "--backbone.decoder_dim", "12"]
-REDUCED += ["--backbone.decoder_depth", "1", "--backbone.decoder_num_heads", "2"]
+REDUCED = ["--backbone.num_heads", "2"]
+DECODER = ["--method.decoder_dim", "12", "--method.decoder_depth", "1", "--method.decoder_num_heads", "2"]
 WIDTHS = {
     "hybrid_base": (["6", "6", "12", "12"], ["1", "1", "1", "1"]),
     "hybrid_nano": (["6", "6", "12"], ["1", "1", "1"]),
@@ -52,7 +52,8 @@ def reduced(recipe: dict) -> list[str]:
         widths, depths = ["6", "12"], ["1", "1"]
     else:
         widths, depths = WIDTHS[backbone]
-    return ["--backbone.widths", *widths, "--backbone.depths", *depths, *REDUCED]
+    decoder = DECODER if recipe["command"] == "pretrain" else []
+    return ["--backbone.widths", *widths, "--backbone.depths", *depths, *REDUCED, *decoder]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -6,15 +6,16 @@ import numpy as np
 import torch
 
 from mim3d.backbones.hybrid import Hybrid
+from mim3d.core.types import Triple
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.planning import full_levels
 from mim3d.methods.mim.sampler import relative_corners
 from mim3d.objective import Batch
 
 
-def mim_with_children(patch_size: int, num_children: int) -> MiM:
+def mim_with_children(token_size: Triple, num_children: int) -> MiM:
     """MiM with the paper's levels, and this many children of each volume above the last level."""
-    *parents, last = full_levels(patch_size)
+    *parents, last = full_levels(token_size)
     return MiM(levels=(*(replace(level, num_children=num_children) for level in parents), last))
 
 

@@ -117,7 +117,7 @@ class DenseEncoder(nn.Module):
 
     def __init__(self, recipe: Hybrid) -> None:
         super().__init__()
-        self.patch_size, self.embed_dim, self.num_stages = recipe.patch_size, recipe.widths[-1], len(recipe.widths)
+        self.edge, self.embed_dim, self.num_stages = 2 ** len(recipe.widths), recipe.widths[-1], len(recipe.widths)
         dims_in = (recipe.in_channels, *recipe.widths[:-1])
         for stage, (dim_in, dim, depth) in enumerate(zip(dims_in, recipe.widths, recipe.depths, strict=True), start=1):
             self.add_module(f"patch_embed{stage}", Embed(dim_in, dim))
@@ -128,7 +128,7 @@ class DenseEncoder(nn.Module):
             ]
             self.add_module(f"blocks{stage}", nn.ModuleList(blocks))
             if not last:
-                stride = self.patch_size // 2**stage
+                stride = self.edge // 2**stage
                 self.add_module(f"stage{stage}_output_decode", nn.Conv3d(dim, self.embed_dim, stride, stride=stride))
         self.add_module(f"patch_embed{self.num_stages + 1}", nn.Linear(self.embed_dim, self.embed_dim))
         self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
@@ -136,12 +136,12 @@ class DenseEncoder(nn.Module):
     def forward(self, volume_BCXYZ: Tensor, hidden_BL: Tensor) -> Tensor:
         """Tokens ``(B, V, E)`` of visible places, in raster order."""
         batch = len(volume_BCXYZ)
-        grid = tuple(size // self.patch_size for size in volume_BCXYZ.shape[2:])
+        grid = tuple(size // self.edge for size in volume_BCXYZ.shape[2:])
         visible_B1xyz = (~hidden_BL).reshape(batch, 1, *grid).to(volume_BCXYZ.dtype)
         features, skipped = volume_BCXYZ, volume_BCXYZ.new_zeros(())
         for stage in range(1, self.num_stages):
             features = getattr(self, f"patch_embed{stage}")(features)
-            visible = F.interpolate(visible_B1xyz, scale_factor=self.patch_size // 2**stage)
+            visible = F.interpolate(visible_B1xyz, scale_factor=self.edge // 2**stage)
             for block in getattr(self, f"blocks{stage}"):
                 features = block(features, visible)
             skipped = skipped + getattr(self, f"stage{stage}_output_decode")(features).flatten(2).transpose(1, 2)
@@ -224,7 +224,7 @@ class DenseMiM(nn.Module):
 
     def _targets(self, volume_MCXYZ: Tensor) -> Tensor:
         """Every token's own voxels, X slowest and channels fastest, at mean 0 and variance 1."""
-        p = self.encoder.patch_size
+        p = self.encoder.edge
         patches = volume_MCXYZ.unfold(2, p, p).unfold(3, p, p).unfold(4, p, p)
         target = patches.permute(0, 2, 3, 4, 5, 6, 7, 1).flatten(4).flatten(1, 3)
         if not self.heads.normalise_targets:

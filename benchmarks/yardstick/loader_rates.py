@@ -54,7 +54,7 @@ def hierarchies() -> list[Hierarchy]:
     A root of 384x384x192 has 4x4x2 cells of 96^3; shown as 96^3 their edges would cut tokens of 16^3, so it is shown
     as 192x192x96, or has its cells at 192^3.
     """
-    coarse, middle, fine = full_levels(patch_size=16)
+    coarse, middle, fine = full_levels((16, 16, 16))
     wide = Level(name="coarse", footprint=(384, 384, 192), size=(192, 192, 96), mask_ratio=0.5, num_children=4)
     top = Level(name="top", footprint=(384, 384, 192), size=(96, 96, 48), mask_ratio=0.5, num_children=1)
     return [

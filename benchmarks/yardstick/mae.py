@@ -1,5 +1,7 @@
 """A masked autoencoder with a plain ViT-B (He et al. 2022) on tokens of 16^3, for comparison on the same voxels."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from mim3d.nn.masks import num_hidden, split_tokens, take_tokens
 from mim3d.nn.patches import patchify, token_grid
 from mim3d.nn.positions import sincos_positions
 
-PATCH_SIZE, WIDTH, DEPTH, NUM_HEADS = 16, 768, 12, 12
+TOKEN_SIZE, WIDTH, DEPTH, NUM_HEADS = (16, 16, 16), 768, 12, 12
 HIDDEN_RATIO = 0.75
 
 
@@ -19,15 +21,15 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Linear(PATCH_SIZE**3, WIDTH)
+        self.embed = nn.Linear(math.prod(TOKEN_SIZE), WIDTH)
         self.blocks = nn.ModuleList(TransformerBlock(WIDTH, NUM_HEADS) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
-        self.decoder = TokenDecoder(WIDTH, 576, 8, 16, PATCH_SIZE**3)
+        self.decoder = TokenDecoder(WIDTH, 576, 8, 16, math.prod(TOKEN_SIZE))
 
     def forward(self, volume_BCXYZ: Tensor) -> Tensor:
         """Loss on hidden tokens, drawn here."""
-        grid = token_grid(tuple(volume_BCXYZ.shape), PATCH_SIZE)
-        patches_BLP = patchify(volume_BCXYZ, PATCH_SIZE)
+        grid = token_grid(tuple(volume_BCXYZ.shape), TOKEN_SIZE)
+        patches_BLP = patchify(volume_BCXYZ, TOKEN_SIZE)
         batch, length, _ = patches_BLP.shape
         hidden_count = num_hidden(length, HIDDEN_RATIO)
         order_BL = torch.rand(batch, length, device=volume_BCXYZ.device).argsort(1).argsort(1)

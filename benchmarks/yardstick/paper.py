@@ -70,7 +70,7 @@ def paper_step(results: Path) -> Step:
         results: folder of ``data_loading_cpu.json``.
     """
     recipe = create_recipe("hybrid_base")
-    method = mim_with_children(recipe.patch_size, 4)
+    method = mim_with_children(recipe.token_size, 4)
     objective = method.build(recipe)
     parameters = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
     seconds = SAMPLES_PER_GPU * count_flops(method, recipe).needed / (SUSTAINED_TFLOPS * 1e12)
@@ -156,7 +156,7 @@ class Held:
 def paper_held() -> Held:
     """What MiM with the largest network on the full hierarchy holds."""
     recipe = replace(create_recipe(LARGEST), recompute=True)
-    method = mim_with_children(recipe.patch_size, 4)
+    method = mim_with_children(recipe.token_size, 4)
     sample = {key: (tuple(value.shape[1:]), value.dtype) for key, value in random_batch(method, recipe, 1).items()}
     loop = LoopSettings(max_steps=1, accelerator="cpu", precision="bf16-mixed", devices=2)
     optim = Optimisation(learning_rate=1e-4, weight_decay=0.05)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mim3d.backbones.contract import Encoder
 from mim3d.core.types import Triple
+from mim3d.nn.patches import token_grid
 
 Batch = dict[str, Tensor]
 
@@ -29,9 +30,9 @@ class Tokens:
     hidden: int = 0
 
 
-def crop_tokens(size: Triple, patch_size: int) -> tuple[Tokens, ...]:
-    """Tokens of a sample that is one crop of ``size`` voxels, all of it shown; tokens have ``patch_size`` per edge."""
-    return (Tokens("crop", 1, math.prod(voxels // patch_size for voxels in size)),)
+def crop_tokens(size: Triple, token_size: Triple) -> tuple[Tokens, ...]:
+    """Tokens of ``token_size`` voxels in a sample that is one crop of ``size`` voxels, all of it shown."""
+    return (Tokens("crop", 1, math.prod(token_grid(size, token_size))),)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 from tests.array_scans import random_scan
 
-RECIPE = Hybrid(widths=(6, 12, 24), depths=(1, 2, 2), num_heads=2, decoder_dim=12, decoder_num_heads=2)
+RECIPE = Hybrid(widths=(6, 12, 24), depths=(1, 2, 2), num_heads=2)
 
 
 def encoder_of(drop_path: float, *, recompute: bool = False) -> HybridEncoder:

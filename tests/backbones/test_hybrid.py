@@ -24,8 +24,6 @@ def small_encoder(**changes: object) -> HybridEncoder:
         "widths": (6, 12, 24),
         "depths": (1, 2, 2),
         "num_heads": 2,
-        "decoder_dim": 12,
-        "decoder_num_heads": 2,
     }
     torch.manual_seed(0)
     return create_model("hybrid", **{**settings, **changes}).double()
@@ -108,7 +106,7 @@ def test_every_size_has_the_published_make_up(name: str) -> None:
     num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
     if name == "hybrid_base":
         assert num_parameters == pytest.approx(34.0e6, rel=0.01)
-    assert encoder.patch_size == (8 if name == "hybrid_nano" else 16)
+    assert encoder.input_multiple == ((8, 8, 8) if name == "hybrid_nano" else (16, 16, 16))
 
 
 @pytest.mark.parametrize(("layout", "name"), [("pretrain_base", "hybrid_base"), ("pretrain_tiny", "hybrid_tiny")])
@@ -162,7 +160,7 @@ def test_the_published_network_is_reproduced(published: dict, case: str) -> None
     features = decoder([(latent, visible)], (6, 6, 6))
     close(features, f"{case}.decoder_features")
     close(decoder.pred(features)[..., ::16], f"{case}.pred_every16")
-    target = patchify(volume, 16)
+    target = patchify(volume, (16, 16, 16))
     close(target[..., ::16], "target_every16")
     predicted, own = decoder.predict(features, places), take_tokens(target, places)
     close(reconstruction_loss(predicted, own), f"{case}.loss_norm_pix")

@@ -42,8 +42,8 @@ LEVELS = [
 SMALL_DECODER = {"decoder_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2}
 PRETRAIN = {
     "command": "pretrain",
-    "method": {"name": "MiM", "levels": LEVELS},
-    "backbone": {**BACKBONE, **SMALL_DECODER},
+    "method": {"name": "MiM", "levels": LEVELS, **SMALL_DECODER},
+    "backbone": BACKBONE,
 }
 FINETUNE = {"command": "finetune", "task": TASK, "backbone": BACKBONE, "num_folds": 3}
 

@@ -53,7 +53,7 @@ def applied(name: str, data: object, settings: FinetuneSettings):
 
 
 def task_of(name: str, token_edge: int) -> dict:
-    return with_preset(given(), PRESETS[name], token_edge).task
+    return with_preset(given(), PRESETS[name], (token_edge, token_edge, token_edge)).task
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_gives_settings_that_its_task_accepts(name):
     preset = PRESETS[name]
-    settings = with_preset(given(fold=1), preset, 16)
+    settings = with_preset(given(fold=1), preset, (16, 16, 16))
     recipe = create_recipe(settings.backbone)
     task = create_task(settings.task).checked(recipe)
     size = task.patch_size if isinstance(task, Segmentation) else task.size

@@ -56,6 +56,15 @@ def test_the_run_holds_encoder_card_metrics_and_a_config_that_runs_again(ball_se
     assert [line["loss"] for line in repeated] == [line["loss"] for line in record.metrics]
 
 
+def test_a_config_of_before_with_the_decoder_in_the_backbone_trains_the_same(ball_set, tmp_path):
+    decoder = {"decoder_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
+    today = read_run(learn(ball_set, tmp_path / "today", method={**METHOD, **decoder})).metrics
+    before = {"method": {**METHOD, **dict.fromkeys(decoder)}, "backbone": {**BACKBONE, **decoder}}
+    run = read_run(learn(ball_set, tmp_path / "before", **before))
+    assert [line["loss"] for line in run.metrics] == [line["loss"] for line in today]
+    assert run.config["method"]["decoder_dim"] == 24 and "decoder_dim" not in run.config["backbone"]
+
+
 def test_labels_are_never_read(ball_set, tmp_path):
     run = learn(ball_set, tmp_path / "run")
     assert not any(scan.has_label for scan in open_cache(run / "cache"))
@@ -196,4 +205,4 @@ def test_levels_left_out_are_planned_and_written_into_the_config(ball_set, tmp_p
     run = learn(ball_set, tmp_path / "run", method="MiM", max_steps=1)
     planned = read_yaml(run / "config.yaml")["method"]["levels"]
     levels = [Level(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}) for row in planned]
-    assert len(Hierarchy(levels, 4).levels) == 2
+    assert len(Hierarchy(levels, (4, 4, 4)).levels) == 2

@@ -1,16 +1,16 @@
 """What every registered method, backbone and task must do, in every combination: a new one is tested by existing."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import default_collate
 
-from mim3d.backbones import BACKBONES, Backbone, Hybrid, create_recipe
+from mim3d.backbones import BACKBONES, Backbone, Hybrid, VisibleEncoder, create_recipe
 from mim3d.core.settings import resolve, to_named
 from mim3d.loading.loader import SampleDataset
-from mim3d.methods import METHODS, create_method
+from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective, StepOutput
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task
@@ -25,15 +25,16 @@ def small(name: str) -> Backbone:
     assert isinstance(recipe, Hybrid)
     stages = range(len(recipe.widths))
     widths = tuple(6 * 2**stage for stage in stages)
-    return replace(
-        recipe,
-        widths=widths,
-        depths=tuple(1 for _ in stages),
-        num_heads=2,
-        decoder_dim=12,
-        decoder_depth=1,
-        decoder_num_heads=2,
-    )
+    return replace(recipe, widths=widths, depths=tuple(1 for _ in stages), num_heads=2)
+
+
+def small_method(name: str, recipe: Backbone, shape: tuple[int, int, int]) -> Method:
+    """The registered method, planned for a scan, with a decoder that a test can train."""
+    method = create_method(name)
+    decoder = {"decoder_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
+    known = {field.name for field in fields(method)}
+    changes = {key: value for key, value in decoder.items() if key in known}
+    return replace(method, **changes).planned(recipe, [shape])
 
 
 def labelled_scan(edge: int) -> ArrayScan:
@@ -63,21 +64,26 @@ def test_backbone_keeps_the_encoders_contract(name: str) -> None:
     recipe = small(name)
     assert resolve(to_named(recipe, BACKBONES), BACKBONES, "backbone") == recipe
     encoder = recipe.build().eval()
-    edge = 2 * recipe.patch_size
-    volume = torch.rand(2, 1, edge, edge, 2 * edge)
-    maps = encoder.feature_maps(volume)
-    shapes = [(2, w, edge // s, edge // s, 2 * edge // s) for w, s in zip(encoder.widths, encoder.strides, strict=True)]
+    x, y, z = (2 * voxels for voxels in recipe.input_multiple)
+    assert isinstance(encoder, recipe.encoder_class)
+    assert (encoder.input_multiple, encoder.token_size) == (recipe.input_multiple, recipe.token_size)
+    volume = torch.rand(2, 1, x, y, 2 * z)
+    maps = encoder(volume)
+    shapes = [(2, w, x // s, y // s, 2 * z // s) for w, s in zip(encoder.widths, encoder.strides, strict=True)]
     assert [tuple(features.shape) for features in maps] == shapes
-    visible = torch.arange(0, 16, 2).repeat(2, 1)
-    assert encoder.encode_visible(volume, visible).shape == (2, 8, encoder.embed_dim)
+    if isinstance(encoder, VisibleEncoder):
+        visible = torch.arange(0, 16, 2).repeat(2, 1)
+        assert encoder.encode_visible(volume, visible).shape == (2, 8, encoder.embed_dim)
 
 
 @pytest.mark.parametrize("backbone", sorted(BACKBONES))
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_method_trains_every_backbone(name: str, backbone: str) -> None:
     recipe = small(backbone)
-    scan = random_scan((4 * recipe.patch_size,) * 3)
-    method = create_method(name).planned(recipe, [scan.shape])
+    x, y, z = (4 * voxels for voxels in recipe.input_multiple)
+    scan = random_scan((x, y, z))
+    method = small_method(name, recipe, scan.shape)
+    method.check_backbone(recipe)
     assert resolve(to_named(method, METHODS), METHODS, "method") == method
     assert method.summary(recipe, [scan.shape])
     assert method.optimisation.learning_rate or method.optimisation.base_learning_rate
@@ -89,7 +95,7 @@ def test_method_trains_every_backbone(name: str, backbone: str) -> None:
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_task_trains_every_backbone(name: str, backbone: str) -> None:
     recipe = small(backbone)
-    scan = labelled_scan(2 * recipe.patch_size)
+    scan = labelled_scan(2 * max(recipe.input_multiple))
     task = create_task(name).checked(recipe).planned(recipe, [scan], LABELS)
     assert resolve(to_named(task, TASKS), TASKS, "task") == task
     dataset = SampleDataset([scan], task.sampler(), Intensity(), 0, task.augment())

@@ -45,6 +45,18 @@ def test_settings_may_be_dataclasses(tmp_path: Path) -> None:
     assert make(tmp_path / "run", resume=True, method=Settings((1, 2, 3))).path == run.path
 
 
+def test_a_run_whose_backbone_still_holds_the_decoder_goes_on_where_the_method_has_the_same(tmp_path: Path) -> None:
+    old = {"backbone": {"name": "hybrid", "decoder_dim": 24}, "method": {"name": "MiM", "decoder_dim": None}}
+    run = make(tmp_path / "run", **old)
+    today = {"backbone": {"name": "hybrid"}, "method": {"name": "MiM", "decoder_dim": 24}}
+    assert make(tmp_path / "run", resume=True, **today).path == run.path
+    with pytest.raises(ConfigError, match=r"method\.decoder_dim was 24 and is now 48"):
+        make(tmp_path / "run", resume=True, backbone={"name": "hybrid"}, method={"name": "MiM", "decoder_dim": 48})
+    tuned = make(tmp_path / "tuned", command="finetune", backbone=old["backbone"])
+    again = make(tmp_path / "tuned", resume=True, command="finetune", backbone=today["backbone"])
+    assert again.path == tuned.path
+
+
 def test_metrics_are_lines_of_json_and_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
     run.log(1, {"loss": 0.5, "val/dice": float("nan")})

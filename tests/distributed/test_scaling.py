@@ -204,8 +204,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scaling")
     settings = {
         "data": str(write_ball_set(folder / "balls")),
-        "method": {"name": "MiM", "levels": LEVELS},
-        "backbone": {"name": "hybrid", "widths": [8, 16], "depths": [1, 1], "num_heads": 2, **DECODER},
+        "method": {"name": "MiM", "levels": LEVELS, **DECODER},
+        "backbone": {"name": "hybrid", "widths": [8, 16], "depths": [1, 1], "num_heads": 2},
         "optim": {"learning_rate": 1e-3},
         "max_steps": 3,
         "log_every": 1,

@@ -51,7 +51,7 @@ class UnevenObjective(Objective):
         self.register_buffer("scale", torch.tensor(2.0))
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        hidden = self.encoder.encode_visible(batch["x"], batch["x"])
+        hidden = self.encoder.tokens(batch["x"])
         for block in self.blocks:
             hidden = block(hidden)
         if not self.sometimes or int(batch["number"][0]) % 16 == 2:
@@ -60,7 +60,7 @@ class UnevenObjective(Objective):
         return StepOutput(error, {"loss/error": error.detach()})
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        return {"uneven/input": self.encoder.encode_visible(batch["x"], batch["x"])[:, :, None]}
+        return {"uneven/input": self.encoder.tokens(batch["x"])[:, :, None]}
 
 
 def uneven_run(out: Path, *, sometimes: bool = True, batch_size: int = 2, **settings: Any) -> UnevenObjective:

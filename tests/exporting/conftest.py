@@ -17,8 +17,6 @@ BACKBONE = {
     "widths": [8, 16],
     "depths": [1, 1],
     "num_heads": 2,
-    "decoder_dim": 16,
-    "decoder_num_heads": 2,
 }
 WINDOW = {"kind": "window", "window": [-160.0, 240.0]}
 ZSCORE = {"kind": "zscore", "window": None}
@@ -41,7 +39,7 @@ def make(tmp_path: Path) -> Make:
         recipe = create_recipe({**BACKBONE, "in_channels": channels})
         card: dict[str, Any] = {
             "backbone": to_named(recipe, BACKBONES),
-            "patch_size": recipe.patch_size,
+            "input_multiple": list(recipe.input_multiple),
             "orientation": "RAS+",
             "spacing_mm": None,
             "intensity": WINDOW,

@@ -35,7 +35,7 @@ def dense_convolution(blocks: Tensor, weight: Tensor, bias: Tensor, visible: Ten
     canvas = blocks.new_zeros(len(visible) * math.prod(grid), *blocks.shape[1:]).index_copy(0, flat, blocks)
     volume = from_blocks(canvas.reshape(len(visible), -1, *blocks.shape[1:]), grid).permute(0, 4, 1, 2, 3)
     out = F.conv3d(volume, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-    return to_blocks(out, blocks.shape[1]).flatten(0, 1)[flat]
+    return to_blocks(out, (blocks.shape[1],) * 3).flatten(0, 1)[flat]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
 from mim3d.methods.mim.hierarchy import Hierarchy, Level
 from mim3d.methods.mim.planning import check_padding, full_levels, padding_ratio, plan_levels
 from mim3d.nn.masks import unit_index
 
-PAPER = full_levels(16)
+TOKEN = (16, 16, 16)
+SMALL_TOKEN = (8, 8, 8)
+PAPER = full_levels(TOKEN)
 NON_CUBIC = (
     Level(name="coarse", footprint=(64, 96, 32), size=(64, 48, 32), mask_ratio=0.5, num_children=3),
     Level(name="middle", footprint=(32, 32, 16), size=(32, 32, 32), mask_ratio=0.6, num_children=2),
@@ -23,7 +26,7 @@ FOUR = (
 
 
 def test_the_papers_hierarchy_is_1_4_16_volumes_with_4_and_130_hidden_places() -> None:
-    hierarchy = Hierarchy(PAPER, 16)
+    hierarchy = Hierarchy(PAPER, TOKEN)
     assert [geometry.num_volumes for geometry in hierarchy.levels] == [1, 4, 16]
     assert [geometry.num_hidden_units for geometry in hierarchy.levels] == [4, 130, 108]
     assert hierarchy.levels[0].tokens_per_unit == (3, 3, 3)
@@ -31,10 +34,18 @@ def test_the_papers_hierarchy_is_1_4_16_volumes_with_4_and_130_hidden_places() -
 
 
 @pytest.mark.parametrize(
-    ("levels", "patch_size"), [(PAPER, 16), (full_levels(8), 8), (NON_CUBIC, 8), (FOUR, 16), (PAPER[1:], 16)]
+    ("levels", "token_size"),
+    [
+        (PAPER, TOKEN),
+        (full_levels(SMALL_TOKEN), SMALL_TOKEN),
+        (NON_CUBIC, SMALL_TOKEN),
+        (FOUR, TOKEN),
+        (PAPER[1:], TOKEN),
+        (full_levels((16, 16, 4)), (16, 16, 4)),
+    ],
 )
-def test_every_child_is_cut_from_a_hidden_place_all_of_it(levels: tuple[Level, ...], patch_size: int) -> None:
-    hierarchy = Hierarchy(levels, patch_size)
+def test_every_child_is_cut_from_a_hidden_place_all_of_it(levels: tuple[Level, ...], token_size: Triple) -> None:
+    hierarchy = Hierarchy(levels, token_size)
     for seed in range(20):
         drawn = hierarchy.draw(np.random.default_rng(seed))
         for geometry, parent, child_geometry, child in zip(
@@ -57,7 +68,7 @@ def test_every_child_is_cut_from_a_hidden_place_all_of_it(levels: tuple[Level, .
 def test_the_number_hidden_is_the_same_for_every_volume_and_children_never_share_a_place(
     levels: tuple[Level, ...],
 ) -> None:
-    hierarchy = Hierarchy(levels, 16)
+    hierarchy = Hierarchy(levels, TOKEN)
     for seed in range(10):
         drawn = hierarchy.draw(np.random.default_rng(seed))
         for geometry, level in zip(hierarchy.levels, drawn, strict=True):
@@ -71,38 +82,40 @@ def test_the_number_hidden_is_the_same_for_every_volume_and_children_never_share
 def test_more_children_than_hidden_places_are_refused() -> None:
     levels = (replace(PAPER[0], num_children=5), *PAPER[1:])
     with pytest.raises(ConfigError, match="num_children \\(5\\) must be between 1 and its 4 hidden units"):
-        Hierarchy(levels, 16)
+        Hierarchy(levels, TOKEN)
 
 
 @pytest.mark.parametrize(
-    ("levels", "patch_size", "sentence"),
+    ("levels", "token_size", "sentence"),
     [
         (
             (replace(PAPER[1], num_children=0, size=(90, 96, 96)),),
-            16,
+            TOKEN,
             r"axis X \(90\) is not a multiple of stride 16; use 80 or 96",
         ),
         (
             (replace(PAPER[0], size=(80, 96, 96)), *PAPER[1:]),
-            16,
+            TOKEN,
             "cuts a token at the edge of a middle cell.*use 64 or 96",
         ),
         (
             (replace(PAPER[0], footprint=(100, 192, 192)), *PAPER[1:]),
-            16,
+            TOKEN,
             r"axis X \(100\) is not a multiple of the middle",
         ),
-        ((replace(PAPER[2], num_children=1),), 16, "must be 0, since no level follows"),
-        ((replace(PAPER[2], mask_ratio=0.0),), 16, "at least one must be hidden"),
-        ((), 16, "1 to 4 levels"),
-        ((PAPER[2], PAPER[2]), 16, "different names"),
+        ((replace(PAPER[2], num_children=1),), TOKEN, "must be 0, since no level follows"),
+        ((replace(PAPER[2], mask_ratio=0.0),), TOKEN, "at least one must be hidden"),
+        ((), TOKEN, "1 to 4 levels"),
+        ((PAPER[2], PAPER[2]), TOKEN, "different names"),
+        ((PAPER[2],), (16, 16, 36), r"axis Z \(96\) is not a multiple of stride 36; use 72 or 108"),
+        (PAPER, (16, 16, 24), r"cuts a token at the edge of a fine cell \(6 cells, tokens of 16 x 16 x 24\); use 144"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_sizes_that_do(
-    levels: tuple[Level, ...], patch_size: int, sentence: str
+    levels: tuple[Level, ...], token_size: Triple, sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        Hierarchy(levels, patch_size)
+        Hierarchy(levels, token_size)
 
 
 def test_padding_is_the_share_of_the_crop_outside_the_scan() -> None:
@@ -110,21 +123,22 @@ def test_padding_is_the_share_of_the_crop_outside_the_scan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patch_size", "shape", "names"),
+    ("token_size", "shape", "names"),
     [
-        (16, (512, 512, 200), ["coarse", "middle", "fine"]),
-        (8, (224, 224, 160), ["coarse", "middle", "fine"]),
-        (8, (36, 50, 36), ["coarse", "middle"]),
-        (4, (20, 20, 20), ["coarse", "middle"]),
-        (8, (24, 24, 24), ["middle"]),
-        (4, (44, 44, 8), ["middle"]),
+        (TOKEN, (512, 512, 200), ["coarse", "middle", "fine"]),
+        (SMALL_TOKEN, (224, 224, 160), ["coarse", "middle", "fine"]),
+        (SMALL_TOKEN, (36, 50, 36), ["coarse", "middle"]),
+        ((4, 4, 4), (20, 20, 20), ["coarse", "middle"]),
+        (SMALL_TOKEN, (24, 24, 24), ["middle"]),
+        ((4, 4, 4), (44, 44, 8), ["middle"]),
+        ((16, 16, 4), (512, 512, 60), ["coarse", "middle", "fine"]),
     ],
 )
 def test_planned_hierarchies_fit_the_scans_and_small_scans_get_fewer_levels(
-    patch_size: int, shape: tuple[int, int, int], names: list[str]
+    token_size: Triple, shape: Triple, names: list[str]
 ) -> None:
-    levels = plan_levels(patch_size, [shape])
-    hierarchy = Hierarchy(levels, patch_size)
+    levels = plan_levels(token_size, [shape])
+    hierarchy = Hierarchy(levels, token_size)
     assert [level.name for level in levels] == names
     assert padding_ratio(levels[0].footprint, [shape]) < 0.25
     if len(levels) < 3:
@@ -135,4 +149,4 @@ def test_planned_hierarchies_fit_the_scans_and_small_scans_get_fewer_levels(
 
 def test_a_hierarchy_that_is_mostly_padding_is_refused_with_one_that_fits() -> None:
     with pytest.raises(ConfigError, match=r"75% of every 64x64x64 crop would be padding.*coarse 32x48x32 shown as"):
-        check_padding(full_levels(8), 8, [(36, 50, 36)])
+        check_padding(full_levels(SMALL_TOKEN), SMALL_TOKEN, [(36, 50, 36)])

@@ -24,14 +24,13 @@ from mim3d.scans.intensity import Intensity
 from tests.array_scans import ArrayScan, random_scan
 from tests.batches import on_cpu
 
-BACKBONE = Hybrid(
-    widths=(6, 12, 24), depths=(1, 1, 1), num_heads=2, decoder_dim=24, decoder_depth=1, decoder_num_heads=2
-)
+BACKBONE = Hybrid(widths=(6, 12, 24), depths=(1, 1, 1), num_heads=2)
+DECODER = {"decoder_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
 INTENSITY = Intensity(window=(-1000.0, 1000.0))
 
 
 def nano(**changes: object) -> MiM:
-    return MiM(**changes).planned(BACKBONE, [(80, 80, 80)])
+    return MiM(**DECODER, **changes).planned(BACKBONE, [(80, 80, 80)])
 
 
 def one_batch(method: MiM, scan: ArrayScan, samples: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -167,7 +166,7 @@ def test_one_level_alone_is_a_masked_autoencoder() -> None:
     (only,) = objective.levels(batch)
     encoded = objective.encoder.encode_visible(only.volume_MCXYZ, only.visible_MV)
     features = objective.decoder([(encoded, only.visible_MV)], (4, 4, 4))
-    target = take_tokens(patchify(only.volume_MCXYZ, 8), only.hidden_MH)
+    target = take_tokens(patchify(only.volume_MCXYZ, (8, 8, 8)), only.hidden_MH)
     expected = reconstruction_loss(objective.decoder.predict(features, only.hidden_MH), target)
     assert output.loss.item() == pytest.approx(float(expected), rel=1e-6)
 

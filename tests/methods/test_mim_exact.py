@@ -15,9 +15,8 @@ from mim3d.methods.mim.hierarchy import Level
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.objective import MiMObjective
 
-BACKBONE = Hybrid(
-    widths=(6, 12, 24), depths=(2, 1, 2), num_heads=2, decoder_dim=24, decoder_depth=2, decoder_num_heads=2
-)
+BACKBONE = Hybrid(widths=(6, 12, 24), depths=(2, 1, 2), num_heads=2)
+DECODER = {"decoder_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2}
 COARSE = Level(name="coarse", footprint=(64, 64, 32), size=(32, 32, 16), mask_ratio=0.5, num_children=2)
 MIDDLE = Level(name="middle", footprint=(32, 32, 16), size=(32, 32, 16), mask_ratio=0.6, num_children=2)
 FINE = Level(name="fine", footprint=(8, 8, 8), size=(16, 24, 16), mask_ratio=0.5)
@@ -56,7 +55,7 @@ def assert_exact(objective: MiMObjective, batch: dict[str, Tensor]) -> None:
 
 
 def check(levels: Sequence[Level], batch_size: int, seed: int, **changes: object) -> None:
-    method = MiM(levels=tuple(levels), **changes)
+    method = MiM(levels=tuple(levels), **DECODER, **changes)
     torch.manual_seed(seed)
     objective = method.build(BACKBONE).double()
     batch = random_batch(method, BACKBONE, batch_size, seed)
@@ -88,7 +87,7 @@ def test_small_chunks() -> None:
 
 @pytest.mark.parametrize("kernel", ["torch", "cpp"])
 def test_bfloat16_stays_within_rounding_of_float32(kernel: str) -> None:
-    method = MiM(levels=(COARSE, MIDDLE, FINE))
+    method = MiM(levels=(COARSE, MIDDLE, FINE), **DECODER)
     torch.manual_seed(0)
     objective = method.build(BACKBONE)
     batch = random_batch(method, BACKBONE, 2)

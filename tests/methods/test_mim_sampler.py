@@ -18,9 +18,7 @@ from mim3d.scans.intensity import Intensity
 from tests.array_scans import random_scan
 from tests.nifti import write_nifti
 
-BACKBONE = Hybrid(
-    widths=(6, 12, 24), depths=(1, 1, 1), num_heads=2, decoder_dim=24, decoder_depth=1, decoder_num_heads=2
-)
+BACKBONE = Hybrid(widths=(6, 12, 24), depths=(1, 1, 1), num_heads=2)
 
 #: A hierarchy of reductions by 4 and by 2, then full resolution.
 DEEP = (

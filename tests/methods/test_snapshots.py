@@ -34,7 +34,7 @@ SUBJECTS = [*(f"method {name}" for name in sorted(METHODS)), *(f"task {name}" fo
 
 STEPS = 3
 LABELS = {0: "background", 1: "left part", 3: "right part"}
-RECIPE = Hybrid(widths=(8, 16), depths=(1, 1), num_heads=2, decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
+RECIPE = Hybrid(widths=(8, 16), depths=(1, 1), num_heads=2)
 #: Other processors round otherwise: far below this after three steps.
 RELATIVE = 1e-5
 #: What depends on the machine's speed, not on the numbers.
@@ -73,7 +73,8 @@ def built(subject: str) -> tuple[Objective, Sampler, Augment | None]:
     kind, name = subject.split()
     torch.manual_seed(0)
     if kind == "method":
-        method = create_method(name).planned(RECIPE, [scan.shape for scan in scans()])
+        decoder = {"decoder_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
+        method = create_method(name, {"name": "hybrid", **decoder}).planned(RECIPE, [scan.shape for scan in scans()])
         return method.build(RECIPE), method.sampler(RECIPE), None
     task = create_task(name).checked(RECIPE).planned(RECIPE, scans(), LABELS)
     return task.build(RECIPE, LABELS), task.sampler(), task.augment()

@@ -20,8 +20,8 @@ def test_projection_and_pointwise_equal_convolutions() -> None:
 
 def test_patches_go_back_to_the_same_volume() -> None:
     volume = torch.arange(2 * 2 * 8 * 4 * 12, dtype=torch.float32).reshape(2, 2, 8, 4, 12)
-    assert torch.equal(unpatchify(patchify(volume, 4), (2, 1, 3), 4), volume)
-    assert torch.equal(from_blocks(to_blocks(volume, 4), (2, 1, 3)).permute(0, 4, 1, 2, 3), volume)
+    assert torch.equal(unpatchify(patchify(volume, (4, 4, 4)), (2, 1, 3), (4, 4, 4)), volume)
+    assert torch.equal(from_blocks(to_blocks(volume, (4, 4, 4)), (2, 1, 3)).permute(0, 4, 1, 2, 3), volume)
 
 
 def test_positions_differ_everywhere_and_leftover_channels_are_zero() -> None:

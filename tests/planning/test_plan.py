@@ -207,7 +207,7 @@ def test_shapes_follow_from_the_spacing():
 
 
 def test_patches_grow_token_by_token_in_the_proportions_of_the_scan():
-    patches = list(growing_patches((256.0, 256.0, 128.0), 16))
+    patches = list(growing_patches((256.0, 256.0, 128.0), (16, 16, 16)))
     assert patches[-1] == (256, 256, 128)
     for small, large in itertools.pairwise(patches):
         assert all(have <= more for have, more in zip(small, large, strict=True)) and small != large
@@ -218,18 +218,19 @@ def test_patches_grow_token_by_token_in_the_proportions_of_the_scan():
 
 
 def test_a_stack_of_few_slices_gets_thin_patches():
-    chosen = choose_patch((512.0, 512.0, 12.0), 16, None, 2)
+    chosen = choose_patch((512.0, 512.0, 12.0), (16, 16, 16), None, 2)
     assert chosen.patch_size[2] == 16 and chosen.patch_size[0] == chosen.patch_size[1] > 256
     assert math.prod(chosen.patch_size) <= MAX_PATCH_VOXELS
 
 
 def test_a_scan_smaller_than_a_token_gets_two_tokens_along_its_longest_axis():
-    assert list(growing_patches((10.0, 12.0, 9.0), 16)) == [(16, 32, 16)]
+    assert list(growing_patches((10.0, 12.0, 9.0), (16, 16, 16))) == [(16, 32, 16)]
+    assert list(growing_patches((40.0, 40.0, 9.0), (32, 32, 8)))[-1] == (64, 64, 16)
 
 
 def test_a_scan_that_fits_is_covered_and_a_large_one_is_not_beyond_the_limit():
-    assert choose_patch((35.0, 50.0, 36.0), 8, None, 2).patch_size == (40, 56, 40)
-    large = choose_patch((400.0, 300.0, 500.0), 16, None, 2)
+    assert choose_patch((35.0, 50.0, 36.0), (8, 8, 8), None, 2).patch_size == (40, 56, 40)
+    large = choose_patch((400.0, 300.0, 500.0), (16, 16, 16), None, 2)
     assert 0.6 * MAX_PATCH_VOXELS < math.prod(large.patch_size) <= MAX_PATCH_VOXELS
     assert "128 x 128 x 128" in large.reason
 
@@ -237,9 +238,9 @@ def test_a_scan_that_fits_is_covered_and_a_large_one_is_not_beyond_the_limit():
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.4, 0.75, 0.99, 2.0])
 def test_the_largest_patch_that_memory_holds_is_found_with_few_questions(share):
     whole = Line(1)
-    patches = [p for p in growing_patches((400.0, 300.0, 500.0), 8) if math.prod(p) <= MAX_PATCH_VOXELS]
+    patches = [p for p in growing_patches((400.0, 300.0, 500.0), (8, 8, 8)) if math.prod(p) <= MAX_PATCH_VOXELS]
     memory = Line(int(share * whole.need_bytes(patches[-1], 2) / FILLED_SHARE))
-    chosen = choose_patch((400.0, 300.0, 500.0), 8, memory, 2)
+    chosen = choose_patch((400.0, 300.0, 500.0), (8, 8, 8), memory, 2)
     fitting = [p for p in patches if memory.need_bytes(p, 2) <= FILLED_SHARE * memory.usable_bytes]
     assert chosen.patch_size == fitting[-1]
     questions = len(memory.asked) - len(patches)
@@ -249,7 +250,7 @@ def test_the_largest_patch_that_memory_holds_is_found_with_few_questions(share):
 
 
 def test_where_nothing_fits_the_smallest_patch_is_left_for_the_memory_check_to_refuse():
-    assert choose_patch((400.0, 300.0, 500.0), 16, Line(10), 2).patch_size == (16, 16, 32)
+    assert choose_patch((400.0, 300.0, 500.0), (16, 16, 16), Line(10), 2).patch_size == (16, 16, 32)
 
 
 # Batches and steps.
@@ -273,7 +274,7 @@ def test_steps_follow_from_cases_and_voxels_and_stay_within_bounds():
     def steps(num_training, shape):
         plan = plan_dataset(
             fingerprint([grid((1.0, 1.0, 1.0), shape)]),
-            token_edge=16,
+            multiple=(16, 16, 16),
             num_training=num_training,
             decided=Decided(values={"patch_size": (64, 64, 64), "batch_size": 2}),
         )
@@ -303,17 +304,19 @@ def test_a_window_of_the_sets_own_has_a_margin_and_stays_within_what_ct_holds():
 
 
 def test_mri_gets_the_z_score_and_ct_without_labelled_voxels_the_whole_window():
-    mri = plan_dataset(fingerprint([grid((1.0, 1.0, 1.0))], ct=False), token_edge=16, num_training=1)
+    mri = plan_dataset(fingerprint([grid((1.0, 1.0, 1.0))], ct=False), multiple=(16, 16, 16), num_training=1)
     assert mri.intensity == Intensity(kind="zscore", window=None)
     unlabelled = fingerprint([grid((1.0, 1.0, 1.0))])
     empty = ChannelValues(num_ct=1, minimum=-1000.0, maximum=1.0, body_mean=0.0, body_std=1.0)
     bare = build_settings(DatasetFingerprint, {**to_mapping(unlabelled), "channels": [to_mapping(empty)]}, "bare")
-    assert plan_dataset(bare, token_edge=16, num_training=1).intensity == Intensity()
+    assert plan_dataset(bare, multiple=(16, 16, 16), num_training=1).intensity == Intensity()
 
 
 def test_rare_structures_are_looked_for_more_often():
     ratios = [
-        plan_dataset(fingerprint([grid((1.0, 1.0, 1.0))], ratio=ratio), token_edge=16, num_training=1).positive_ratio
+        plan_dataset(
+            fingerprint([grid((1.0, 1.0, 1.0))], ratio=ratio), multiple=(16, 16, 16), num_training=1
+        ).positive_ratio
         for ratio in (0.2, 0.01, 0.0001)
     ]
     assert ratios == sorted(ratios) and len(set(ratios)) == 3
@@ -324,12 +327,12 @@ def test_rare_structures_are_looked_for_more_often():
 
 def test_what_is_decided_stays_and_the_rest_follows_from_it():
     grids = [grid((1.0, 1.0, z), (200, 200, 60)) for z in (2.0, 2.5, 3.0)]
-    free = plan_dataset(fingerprint(grids), token_edge=16, num_training=3)
+    free = plan_dataset(fingerprint(grids), multiple=(16, 16, 16), num_training=3)
     decided = Decided(
         values={"spacing_mm": (2.0, 2.0, 2.0), "max_steps": None},
         by={"spacing_mm": "of the encoder", "max_steps": "max_epochs 3 given"},
     )
-    bound = plan_dataset(fingerprint(grids), token_edge=16, num_training=3, decided=decided)
+    bound = plan_dataset(fingerprint(grids), multiple=(16, 16, 16), num_training=3, decided=decided)
     assert free.spacing_mm == (1.0, 1.0, 2.5) and bound.spacing_mm == (2.0, 2.0, 2.0)
     assert bound.patch_size == (112, 112, 80) and free.patch_size != bound.patch_size
     assert bound.reasons["spacing_mm"].startswith("of the encoder (the plan would be 1 1 2.5")
@@ -337,13 +340,13 @@ def test_what_is_decided_stays_and_the_rest_follows_from_it():
 
 
 def test_every_choice_has_a_reason_with_numbers():
-    plan = plan_dataset(fingerprint([grid((1.0, 1.0, 1.0))]), token_edge=16, num_training=1)
+    plan = plan_dataset(fingerprint([grid((1.0, 1.0, 1.0))]), multiple=(16, 16, 16), num_training=1)
     for name in ("spacing_mm", "intensity", "patch_size", "batch_size", "max_steps", "positive_ratio"):
         assert any(sign.isdigit() for sign in plan.reasons[name]), name
 
 
 def test_a_plan_comes_back_from_yaml_as_it_was(tmp_path):
-    plan = plan_dataset(fingerprint([grid((1.0, 1.0, 1.0))]), token_edge=16, num_training=1)
+    plan = plan_dataset(fingerprint([grid((1.0, 1.0, 1.0))]), multiple=(16, 16, 16), num_training=1)
     write_yaml(tmp_path / "plan.yaml", to_mapping(plan))
     assert build_settings(Plan, read_yaml(tmp_path / "plan.yaml"), "plan") == plan
 

@@ -132,9 +132,9 @@ def test_labels_that_fill_no_token_are_refused_with_a_remedy():
 
 def test_crops_are_as_large_as_scans_and_limits_let_them_be():
     scans = [halves(0, (10, 30, 200))]
-    assert planned_size(scans, 4) == (8, 28, 96)
-    assert planned_size(scans, 16) == (16, 16, 96)
-    assert planned_size(scans, 4, (32, 16, 16)) == (8, 16, 16)
+    assert planned_size(scans, (4, 4, 4)) == (8, 28, 96)
+    assert planned_size(scans, (16, 16, 16)) == (16, 16, 96)
+    assert planned_size(scans, (4, 4, 4), (32, 16, 16)) == (8, 16, 16)
 
 
 def test_encoders_of_other_tokens_are_not_scored_on_the_same_items():

@@ -86,13 +86,10 @@ class Normed(Encoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recipe, self.strides, self.widths, self.patch_size, self.embed_dim = BACKBONE, (1,), (4,), 1, 4
+        self.recipe, self.strides, self.widths = BACKBONE, (1,), (4,)
         stem, low, high = ((nn.Conv3d(dim, 4, 1), nn.BatchNorm3d(4), nn.Dropout(0.5)) for dim in (1, 4, 4))
         self.stem = nn.Sequential(*stem)
         self.blocks = nn.ModuleList([nn.Sequential(*low), nn.Sequential(*high)])
-
-    def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
-        return volume_BCXYZ
 
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
         features = self.stem(volume_BCXYZ)

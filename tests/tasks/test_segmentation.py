@@ -12,6 +12,7 @@ from mim3d.backbones import Hybrid
 from mim3d.backbones.contract import Backbone, Encoder
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.settings import to_mapping
+from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
@@ -32,25 +33,22 @@ class Pools(Backbone):
     widths: tuple[int, ...] = (4, 6)
 
     @property
-    def patch_size(self) -> int:
-        return self.strides[-1]
+    def encoder_class(self) -> type[Encoder]:
+        return PoolEncoder
 
-    def build(self) -> Encoder:
-        return PoolEncoder(self)
+    @property
+    def input_multiple(self) -> Triple:
+        return (self.strides[-1],) * 3
 
 
 class PoolEncoder(Encoder):
     def __init__(self, recipe: Pools) -> None:
         super().__init__()
         self.recipe, self.strides, self.widths = recipe, recipe.strides, recipe.widths
-        self.patch_size, self.embed_dim = recipe.patch_size, recipe.widths[-1]
         self.layers = nn.ModuleList(
             nn.Conv3d(recipe.in_channels, width, stride, stride)
             for stride, width in zip(recipe.strides, recipe.widths, strict=True)
         )
-
-    def encode_visible(self, volume_BCXYZ: torch.Tensor, visible_BV: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("segmentation hides nothing")
 
     def feature_maps(self, volume_BCXYZ: torch.Tensor) -> list[torch.Tensor]:
         return [layer(volume_BCXYZ) for layer in self.layers]
@@ -82,7 +80,8 @@ def labelled_scan(seed: int = 0) -> ArrayScan:
 )
 def test_logits_have_the_size_of_the_input_for_any_stages_and_non_cubic_patches(backbone):
     objective = Segmentation(feature_dim=4).build(backbone, LABELS)
-    size = (2 * backbone.patch_size, 3 * backbone.patch_size, backbone.patch_size)
+    x, y, z = backbone.input_multiple
+    size = (2 * x, 3 * y, z)
     logits = objective.logits(torch.randn(2, backbone.in_channels, *size))
     assert logits.shape == (2, 3, *size)
 

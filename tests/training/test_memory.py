@@ -40,7 +40,8 @@ LEVELS = (
     Level(name="coarse", footprint=(32, 32, 32), size=(32, 32, 32), mask_ratio=0.5, num_children=3),
     Level(name="middle", footprint=(16, 16, 16), size=(32, 32, 32), mask_ratio=0.5),
 )
-SMALL = Hybrid(widths=(24, 48), depths=(2, 1), num_heads=4, decoder_dim=24, decoder_depth=1, decoder_num_heads=2)
+SMALL = Hybrid(widths=(24, 48), depths=(2, 1), num_heads=4)
+DECODER = {"decoder_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
 class Chain(Objective):
@@ -124,7 +125,7 @@ def test_processes_that_train_together_hold_gradients_twice() -> None:
 
 
 def test_steps_of_any_number_of_samples_lie_on_the_line_through_one_and_two() -> None:
-    method = MiM(levels=LEVELS)
+    method = MiM(levels=LEVELS, **DECODER)
     line = StepMemory(lambda: method.build(SMALL), mim_sample(method, SMALL), loop(), method.optimisation)
     six = {key: ((6 * shape[0], *shape[1:]), dtype) for key, (shape, dtype) in mim_sample(method, SMALL).items()}
 
@@ -144,8 +145,9 @@ def test_steps_of_any_number_of_samples_lie_on_the_line_through_one_and_two() ->
 
 def test_recomputation_smaller_chunks_and_half_precision_need_less() -> None:
     # A small decoder and few hidden places, so that the convolution stages decide.
-    method = MiM(levels=(LEVELS[0], replace(LEVELS[1], mask_ratio=0.1)), chunk_size=16)
-    recipe = replace(SMALL, widths=(48, 48), decoder_dim=8)
+    small = {**DECODER, "decoder_dim": 8}
+    method = MiM(levels=(LEVELS[0], replace(LEVELS[1], mask_ratio=0.1)), chunk_size=16, **small)
+    recipe = replace(SMALL, widths=(48, 48))
     asked = tensors(mim_need(method, recipe, 4))
     recomputed = tensors(mim_need(method, replace(recipe, recompute=True), 4))
     chunked = tensors(mim_need(replace(method, chunk_size=1), replace(recipe, recompute=True), 4))
@@ -164,7 +166,7 @@ def test_nothing_is_computed_and_no_memory_is_taken() -> None:
 
 
 def test_a_dry_run_leaves_no_trace_in_later_steps() -> None:
-    method = MiM(levels=LEVELS)
+    method = MiM(levels=LEVELS, **DECODER)
 
     def loss() -> float:
         torch.manual_seed(0)

@@ -70,7 +70,7 @@ def test_a_hierarchy_counts_its_tokens_and_the_voxels_that_are_read() -> None:
 
 
 def test_a_crop_is_shown_whole() -> None:
-    assert crop_tokens((32, 16, 16), 8) == (Tokens("crop", 1, 4 * 2 * 2, 0),)
+    assert crop_tokens((32, 16, 16), (8, 8, 8)) == (Tokens("crop", 1, 4 * 2 * 2, 0),)
 
 
 def test_memory_stands_in_the_line_where_it_is_known() -> None:

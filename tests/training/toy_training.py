@@ -29,14 +29,14 @@ class ToyEncoder(Encoder):
 
     def __init__(self, recipe: Backbone) -> None:
         super().__init__()
-        self.recipe, self.strides, self.widths, self.patch_size, self.embed_dim = recipe, (1,), (8,), 1, 8
+        self.recipe, self.strides, self.widths = recipe, (1,), (8,)
         self.proj = nn.Linear(FEATURES, 8)
         self.norm = nn.LayerNorm(8)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
         self.position_embedding = nn.Parameter(torch.full((4, 8), 0.1))
 
-    def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
-        return self.norm(self.proj(volume_BCXYZ))
+    def tokens(self, features: Tensor) -> Tensor:
+        return self.norm(self.proj(features))
 
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
         return [self.proj(volume_BCXYZ)]
@@ -45,12 +45,8 @@ class ToyEncoder(Encoder):
 class ToyBackbone(Backbone):
     """Settings of the toy encoder."""
 
-    @property
-    def patch_size(self) -> int:
-        return 1
-
-    def build(self) -> Encoder:
-        return ToyEncoder(self)
+    encoder_class = ToyEncoder
+    input_multiple = (1, 1, 1)
 
 
 class ToyObjective(Objective):
@@ -71,7 +67,7 @@ class ToyObjective(Objective):
         self.seen: list[float] = []
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        hidden = self.encoder.encode_visible(batch["x"], batch["x"]) + self.encoder.position_embedding[0]
+        hidden = self.encoder.tokens(batch["x"]) + self.encoder.position_embedding[0]
         error = (self.head(self.drop(torch.tanh(hidden))) - batch["y"]).square().mean()
         penalty = 0.01 * self.head.weight.square().sum()
         if self.bad_sample is not None and bool((batch["number"] == self.bad_sample).any()):

@@ -20,8 +20,6 @@ SMALL = {
     "widths": (6, 12, 24),
     "depths": (1, 1, 1),
     "num_heads": 2,
-    "decoder_dim": 12,
-    "decoder_num_heads": 2,
 }
 
 

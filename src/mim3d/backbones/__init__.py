@@ -2,31 +2,21 @@
 
 from typing import Any
 
-from mim3d.backbones.contract import Backbone, Encoder
+from mim3d.backbones.contract import Backbone, Encoder, VisibleEncoder
 from mim3d.backbones.hybrid import Hybrid
+from mim3d.core.run_folder import DECODER_SETTINGS
 from mim3d.core.settings import resolve
 from mim3d.core.types import Named
 
 #: Recipes by name: a settings class with its defaults, or a ready size.
 BACKBONES: dict[str, type[Backbone] | Backbone] = {
     "hybrid": Hybrid,
-    "hybrid_nano": Hybrid(
-        widths=(24, 48, 96),
-        depths=(1, 1, 4),
-        num_heads=4,
-        decoder_dim=96,
-        decoder_depth=2,
-        decoder_num_heads=4,
-    ),
+    "hybrid_nano": Hybrid(widths=(24, 48, 96), depths=(1, 1, 4), num_heads=4),
     "hybrid_tiny": Hybrid(widths=(12, 24, 48, 96), num_heads=3),
-    "hybrid_small": Hybrid(widths=(24, 48, 96, 192), num_heads=6, decoder_dim=288, decoder_num_heads=8),
+    "hybrid_small": Hybrid(widths=(24, 48, 96, 192), num_heads=6),
     "hybrid_base": Hybrid(),
-    "hybrid_large": Hybrid(
-        widths=(64, 128, 256, 512), depths=(2, 2, 4, 20), num_heads=16, decoder_dim=768, decoder_num_heads=16
-    ),
-    "hybrid_huge": Hybrid(
-        widths=(96, 192, 384, 768), depths=(2, 2, 6, 28), num_heads=16, decoder_dim=1152, decoder_num_heads=16
-    ),
+    "hybrid_large": Hybrid(widths=(64, 128, 256, 512), depths=(2, 2, 4, 20), num_heads=16),
+    "hybrid_huge": Hybrid(widths=(96, 192, 384, 768), depths=(2, 2, 6, 28), num_heads=16),
 }
 
 
@@ -39,25 +29,49 @@ def create_model(backbone: Named = "hybrid_base", **settings: Any) -> Encoder:
     """Build an encoder.
 
     Args:
-        backbone: a name of :func:`list_models`, a dotted path, or a mapping with ``name`` and settings.
-        settings: changes to the named recipe, e.g. ``in_channels=4``.
+        backbone: A name of :func:`list_models`, a dotted path, or a mapping with ``name`` and settings.
+        settings: Changes to the named recipe, e.g. ``in_channels=4``.
+
     Raises:
-        ConfigError: for an unknown name (the nearest is offered) or settings that cannot work.
+        ConfigError: The name is unknown (the nearest known one is offered), or settings cannot work.
     """
     named = {"name": backbone} if isinstance(backbone, str) else backbone
     return create_recipe({**named, **settings}).build()
 
 
 def create_recipe(backbone: Named, *, allow_import: bool = True) -> Backbone:
-    """The settings of an encoder by name, dotted path or mapping; raises ConfigError as :func:`create_model` does.
+    """Find the settings of an encoder.
 
     Args:
-        backbone: the name or mapping.
-        allow_import: whether a dotted path may be imported; false for cards that somebody else may have written.
+        backbone: A name, a dotted path, or a mapping with ``name`` and settings. A decoder's settings in it are passed
+            over, see :func:`former_decoder`.
+        allow_import: Whether a dotted path may be imported; false for cards that somebody else may have written.
+
+    Raises:
+        ConfigError: As :func:`create_model` does.
     """
+    if isinstance(backbone, dict):
+        backbone = {key: value for key, value in backbone.items() if key not in DECODER_SETTINGS}
     recipe = resolve(backbone, BACKBONES, "backbone", allow_import=allow_import)
     assert isinstance(recipe, Backbone)
     return recipe
 
 
-__all__ = ["BACKBONES", "Backbone", "Encoder", "Hybrid", "create_model", "create_recipe", "list_models"]
+def former_decoder(backbone: Named) -> dict[str, Any]:
+    """The settings of a decoder in the mapping of a backbone, as cards and runs hold them that were made before they
+    belonged to the method.
+    """
+    return {key: backbone[key] for key in DECODER_SETTINGS if key in backbone} if isinstance(backbone, dict) else {}
+
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "Encoder",
+    "Hybrid",
+    "VisibleEncoder",
+    "create_model",
+    "create_recipe",
+    "former_decoder",
+    "list_models",
+]

@@ -1,5 +1,6 @@
-"""The contract every encoder keeps, whatever its architecture."""
+"""The contract that every encoder keeps, whatever its architecture, and what some encoders can do besides."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,34 +8,42 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
 
 # Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, E embedding.
 
 
 class Encoder(nn.Module, ABC):
-    """Maps a volume to tokens (masked pre-training) and to feature maps (everything downstream).
+    """Maps a volume to feature maps.
 
     Attributes:
-        recipe: the settings that built it.
-        strides: down-sampling of each feature map, finest first, e.g. ``(2, 4, 8, 16)``.
-        widths: channels of each feature map.
-        patch_size: voxels per token edge; inputs must be multiples of it along every axis.
-        embed_dim: token width.
+        recipe: The settings that built it.
+        strides: Down-sampling of each feature map along every axis, finest first, such as ``(2, 4, 8, 16)``. A network
+            of one resolution has one.
+        widths: Channels of each feature map.
     """
 
     recipe: "Backbone"
     strides: tuple[int, ...]
     widths: tuple[int, ...]
-    patch_size: int
-    embed_dim: int
-
-    @abstractmethod
-    def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
-        """Tokens ``(B, V, E)`` of the visible places, given as raster indices ``(B, V)`` in ascending order."""
 
     @abstractmethod
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
-        """One map ``(B, widths[i], X / strides[i], ...)`` per stage, finest first, nothing hidden."""
+        """One map ``(B, widths[i], X / strides[i], ...)`` for each stride, finest first, with nothing hidden."""
+
+    def forward(self, volume_BCXYZ: Tensor) -> list[Tensor]:
+        """The feature maps."""
+        return self.feature_maps(volume_BCXYZ)
+
+    @property
+    def input_multiple(self) -> Triple:
+        """Voxels along X, Y, Z that the sizes of an input must be multiples of."""
+        return self.recipe.input_multiple
+
+    @property
+    def token_size(self) -> Triple:
+        """Voxels of one token along X, Y, Z."""
+        return self.recipe.token_size
 
     @property
     def num_layers(self) -> int:
@@ -50,7 +59,7 @@ class Encoder(nn.Module, ABC):
         the later one. An encoder that registers its parts in another order says otherwise.
 
         Args:
-            name: as ``named_parameters`` gives it.
+            name: Name of the parameter, as ``named_parameters`` gives it.
         """
         blocks = self._blocks()
         held = [number for number, prefix in enumerate(blocks, start=1) if name.startswith(prefix)]
@@ -72,40 +81,91 @@ class Encoder(nn.Module, ABC):
         return [f"{name}.{number}." for name, length in lists.items() for number in range(length)]
 
 
+class VisibleEncoder(Encoder):
+    """An encoder that can be shown the visible tokens of a volume alone, as masked autoencoders need.
+
+    Attributes:
+        embed_dim: Width of a token.
+    """
+
+    embed_dim: int
+
+    @abstractmethod
+    def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
+        """Tokens ``(B, V, E)`` that depend on the visible places alone.
+
+        Args:
+            volume_BCXYZ: The whole volume. What it holds at hidden tokens must not matter.
+            visible_BV: Raster indices of the visible tokens, in ascending order.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone(ABC):
     """Settings of an encoder: what a user writes and YAML stores.
 
     Attributes:
-        in_channels: channels of the input volume.
-        decoder_dim: width of the decoder that belongs to this size in masked pre-training.
-        decoder_depth: its blocks.
-        decoder_num_heads: its attention heads.
+        in_channels: Channels of the input volume.
     """
 
     in_channels: int = 1
-    decoder_dim: int = 576
-    decoder_depth: int = 8
-    decoder_num_heads: int = 16
 
     @property
     @abstractmethod
-    def patch_size(self) -> int:
-        """Voxels per token edge."""
+    def encoder_class(self) -> type[Encoder]:
+        """Class of the network, which is called with these settings."""
 
+    @property
     @abstractmethod
+    def input_multiple(self) -> Triple:
+        """Voxels along X, Y, Z that the sizes of an input must be multiples of."""
+
+    @property
+    def token_size(self) -> Triple:
+        """Voxels of one token along X, Y, Z, by default the least input."""
+        return self.input_multiple
+
     def build(self) -> Encoder:
-        """The module; raises ConfigError for settings that cannot work together."""
+        """A freshly initialised network.
+
+        Raises:
+            ConfigError: The settings cannot work together.
+        """
+        return self.encoder_class(self)
 
 
-def check_multiple(size: Sequence[int], stride: int, what: str = "input size") -> None:
-    """Refuse a size with an axis that is no multiple of ``stride``, naming the nearest that are.
+def check_multiple(size: Sequence[int], multiple: Triple, what: str = "input size") -> None:
+    """Refuse a size with an axis that is no multiple of what it must be, naming the nearest that are.
+
+    Args:
+        size: Voxels along X, Y, Z.
+        multiple: What each of them must be a multiple of.
+        what: Beginning of the sentence of an error, such as ``patch_size``.
 
     Raises:
-        ConfigError: naming the axis, its value and the sizes that fit.
+        ConfigError: The sentence names the axis, its value and the sizes that fit.
     """
-    for axis, voxels in zip("XYZ", size, strict=True):
-        if voxels % stride or voxels <= 0:
-            below = voxels // stride * stride
-            fits = f"{below} or {below + stride}" if below > 0 else f"{stride}"
-            raise ConfigError(f"{what} axis {axis} ({voxels}) is not a multiple of stride {stride}; use {fits}.")
+    for axis, voxels, step in zip("XYZ", size, multiple, strict=True):
+        if voxels % step or voxels <= 0:
+            below = voxels // step * step
+            fits = f"{below} or {below + step}" if below > 0 else f"{step}"
+            raise ConfigError(f"{what} axis {axis} ({voxels}) is not a multiple of stride {step}; use {fits}.")
+
+
+def round_up(size: Sequence[float], multiple: Triple, largest: int | None = None) -> Triple:
+    """The least multiples that hold a size.
+
+    Args:
+        size: Voxels along X, Y, Z.
+        multiple: What each result must be a multiple of.
+        largest: Edge that no result exceeds unless it is a single multiple; None for no limit.
+    """
+    whole = (max(1, -int(-voxels // step)) for voxels, step in zip(size, multiple, strict=True))
+    limits = (max(1, largest // step) if largest else math.inf for step in multiple)
+    x, y, z = (int(min(have, limit)) * step for have, limit, step in zip(whole, limits, multiple, strict=True))
+    return x, y, z
+
+
+def size_text(size: Triple) -> str:
+    """A size in an error or a report: ``16`` for a cube, ``16 x 16 x 8`` for anything else."""
+    return str(size[0]) if len(set(size)) == 1 else " x ".join(map(str, size))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mim3d.backbones.contract import Backbone, Encoder, check_multiple
+from mim3d.backbones.contract import Backbone, VisibleEncoder, check_multiple
 from mim3d.backbones.layouts import VisibleBlocks
 from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
 from mim3d.kernels.depthwise import depthwise_dense
 from mim3d.nn.blocks import (
     ConvBlock,
@@ -61,19 +62,22 @@ class Hybrid(Backbone):
                 f"backbone widths {list(self.widths)} and depths {list(self.depths)} must have "
                 "one entry per stage, two stages or more."
             )
-        for name, dim, heads in (
-            ("num_heads", self.widths[-1], self.num_heads),
-            ("decoder_num_heads", self.decoder_dim, self.decoder_num_heads),
-        ):
-            if dim % heads:
-                raise ConfigError(
-                    f"token width {dim} is not a multiple of {name} ({heads}); choose one that divides it."
-                )
+        if self.widths[-1] % self.num_heads:
+            raise ConfigError(
+                f"token width {self.widths[-1]} is not a multiple of num_heads ({self.num_heads}); "
+                "choose one that divides it."
+            )
 
     @property
-    def patch_size(self) -> int:
-        """Voxels per token edge: every stage halves the grid."""
-        return int(2 ** len(self.widths))
+    def encoder_class(self) -> "type[HybridEncoder]":
+        """The network."""
+        return HybridEncoder
+
+    @property
+    def input_multiple(self) -> Triple:
+        """A token along each axis: every stage halves the grid."""
+        edge: int = 2 ** len(self.widths)
+        return edge, edge, edge
 
     @property
     def drop_paths(self) -> tuple[tuple[float, ...], ...]:
@@ -84,12 +88,8 @@ class Hybrid(Backbone):
             for first, depth in zip(before, self.depths, strict=True)
         )
 
-    def build(self) -> "HybridEncoder":
-        """The encoder, freshly initialised."""
-        return HybridEncoder(self)
 
-
-class HybridEncoder(Encoder):
+class HybridEncoder(VisibleEncoder):
     """Convolution stages at strides 2, 4, ..., then ViT blocks on tokens of the last stride.
 
     Args:
@@ -102,7 +102,6 @@ class HybridEncoder(Encoder):
         self.num_stages = len(recipe.widths)
         self.strides = tuple(2 ** (stage + 1) for stage in range(self.num_stages))
         self.widths = recipe.widths
-        self.patch_size = recipe.patch_size
         self.embed_dim = recipe.widths[-1]
         dims_in = (recipe.in_channels, *recipe.widths[:-1])
         stages = zip(dims_in, recipe.widths, recipe.drop_paths, strict=True)
@@ -117,7 +116,7 @@ class HybridEncoder(Encoder):
             )
             self.add_module(f"blocks{stage}", nn.ModuleList(blocks))
             if not last:
-                kernel_size = recipe.patch_size // self.strides[stage - 1]
+                kernel_size = self.strides[-1] // self.strides[stage - 1]
                 self.add_module(f"stage{stage}_output_decode", Projection(dim, self.embed_dim, kernel_size))
         self.add_module(f"patch_embed{self.num_stages + 1}", nn.Linear(self.embed_dim, self.embed_dim))
         self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
@@ -125,9 +124,9 @@ class HybridEncoder(Encoder):
 
     def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
         """Tokens ``(B, V, E)`` of the visible places; nothing is computed at hidden ones."""
-        grid = token_grid(tuple(volume_BCXYZ.shape), self.patch_size)
+        grid = token_grid(tuple(volume_BCXYZ.shape), self.token_size)
         layout = VisibleBlocks(visible_BV, grid)
-        blocks_NsssC = layout.gather(volume_BCXYZ, self.patch_size)
+        blocks_NsssC = layout.gather(volume_BCXYZ, self.token_size)
         # The blocks of one volume are one sample to drop path, as the volume is when nothing is hidden.
         maps, tokens_NE = self._convolution_stages(blocks_NsssC, layout.depthwise, len(volume_BCXYZ))
         positions_LE = sincos_positions(grid, self.embed_dim).to(tokens_NE)
@@ -139,10 +138,10 @@ class HybridEncoder(Encoder):
         """Maps ``(B, widths[i], X / strides[i], ...)`` of all stages, finest first; the last holds the normed tokens.
 
         Raises:
-            ConfigError: when an axis of the input is no multiple of the patch size.
+            ConfigError: An axis of the input is no multiple of the token size.
         """
-        check_multiple(tuple(volume_BCXYZ.shape[2:]), self.patch_size)
-        grid = token_grid(tuple(volume_BCXYZ.shape), self.patch_size)
+        check_multiple(tuple(volume_BCXYZ.shape[2:]), self.input_multiple)
+        grid = token_grid(tuple(volume_BCXYZ.shape), self.token_size)
         features_BXYZC = volume_BCXYZ.permute(0, 2, 3, 4, 1)
         # Not len(): it would make the number of samples a constant of exported programs.
         maps, tokens_BxyzE = self._convolution_stages(features_BXYZC, depthwise_dense, volume_BCXYZ.shape[0])

@@ -27,9 +27,9 @@ class VisibleBlocks:
         self.flat_indices_N = flat_tokens(visible_BV, math.prod(grid))
         self.neighbours_N27 = block_neighbours(visible_BV, grid)
 
-    def gather(self, volume_BCXYZ: Tensor, patch_size: int) -> Tensor:
-        """Blocks ``(B V, p, p, p, C)`` of the input at visible tokens."""
-        return to_blocks(volume_BCXYZ, patch_size).flatten(0, 1).index_select(0, self.flat_indices_N)
+    def gather(self, volume_BCXYZ: Tensor, token_size: Triple) -> Tensor:
+        """Blocks ``(B V, *token_size, C)`` of the input at visible tokens."""
+        return to_blocks(volume_BCXYZ, token_size).flatten(0, 1).index_select(0, self.flat_indices_N)
 
     def depthwise(self, features_NsssC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Depth-wise convolution across blocks, with zeros at hidden tokens and outside the volume."""

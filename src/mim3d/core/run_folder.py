@@ -31,6 +31,9 @@ FREE_ON_RESUME = frozenset(
 #: may change them as long as the product stays.
 SPLIT_OF_A_STEP = ("batch_size", "accumulation", "devices", "num_nodes")
 
+#: Settings of a method's decoder, which stood among those of the backbone before they belonged to the method.
+DECODER_SETTINGS = ("decoder_dim", "decoder_depth", "decoder_num_heads")
+
 #: End of the sentence about a write that failed while a run was training.
 GO_ON = "what is there is kept. Free some space, or repair the disk, and go on with --resume true."
 
@@ -224,7 +227,7 @@ class Run:
                 f"{self.path} holds a run of mim3d {manifest['command']}, not of mim3d {self.command}; "
                 "choose another --out."
             )
-        before = manifest["settings"]
+        before = _with_decoder_of_method(manifest["settings"])
         sizes = [math.prod(settings.get(name) or 1 for name in SPLIT_OF_A_STEP) for settings in (before, values)]
         if sizes[0] == sizes[1]:
             values = {**values, **{name: before[name] for name in SPLIT_OF_A_STEP if name in before}}
@@ -243,6 +246,18 @@ class Run:
                 f"{self.path} was started with other {name}: its content has changed since. "
                 "Restore it, or start a new run with another --out."
             )
+
+
+def _with_decoder_of_method(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of any age as they are written today: those of the decoder with the method, not with the backbone."""
+    backbone, method = settings.get("backbone"), settings.get("method")
+    if not isinstance(backbone, dict):
+        return settings
+    decoder = {key: backbone[key] for key in DECODER_SETTINGS if key in backbone}
+    today = {**settings, "backbone": {key: value for key, value in backbone.items() if key not in decoder}}
+    if isinstance(method, dict):
+        today["method"] = {key: decoder.get(key) if value is None else value for key, value in method.items()}
+    return today
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 import mim3d
+from mim3d.backbones.contract import size_text
 from mim3d.exporting.description import formula, millimetres
 from mim3d.exporting.networks import Exported
 from mim3d.tasks import TASKS
@@ -77,8 +78,16 @@ def _input_rows(network: Exported, modality: str | None) -> dict[str, str]:
         "voxel size": millimetres(card.get("spacing_mm"), "of each scan"),
         "intensities": formula(card.get("intensity")),
         **_view_rows(network),
-        "sizes must be multiples of": f"{card['patch_size']} voxels" if "patch_size" in card else "not recorded",
+        "sizes must be multiples of": _multiple(card),
     }
+
+
+def _multiple(card: Mapping[str, Any]) -> str:
+    """What sizes must be multiples of; older cards hold one edge for all axes."""
+    known = card.get("input_multiple", card.get("patch_size"))
+    if known is None:
+        return "not recorded"
+    return f"{size_text(tuple(known)) if isinstance(known, list) else known} voxels"
 
 
 def _view_rows(network: Exported) -> dict[str, str]:

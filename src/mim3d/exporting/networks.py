@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mim3d.backbones import BACKBONES
-from mim3d.backbones.contract import Encoder, check_multiple
+from mim3d.backbones.contract import Encoder, check_multiple, round_up
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.settings import nearest, to_named
 from mim3d.core.types import Triple
@@ -97,15 +97,15 @@ def load_exported(
         form=form,
         card=card,
         num_channels=network.num_channels,
-        patch_size=_checked(patch_size or form.input_size, network.module.encoder.patch_size),
+        patch_size=_checked(patch_size or form.input_size, network.module.encoder.input_multiple),
         located=located,
     )
 
 
 def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None) -> Exported:
     encoder = load_encoder(located)
-    edge = encoder.patch_size
-    longest = max(edge, ENCODER_EDGE // edge * edge)
+    multiple = encoder.input_multiple
+    usual = round_up((ENCODER_EDGE,) * 3, multiple, ENCODER_EDGE)
     own = {key: value for key, value in card.items() if key not in OF_THE_TASK}
     task = card.get("task")
     size = task.get("patch_size") if isinstance(task, dict) else None
@@ -121,18 +121,18 @@ def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None) 
             pipeline="image-feature-extraction",
         ),
         # A published checkpoint has no card: what its shapes tell is all that is known.
-        card=own or {"backbone": to_named(encoder.recipe, BACKBONES), "patch_size": edge},
+        card=own or {"backbone": to_named(encoder.recipe, BACKBONES), "input_multiple": list(multiple)},
         num_channels=encoder.recipe.in_channels,
-        patch_size=_checked(patch_size or trained_size or (longest, longest, longest), edge),
+        patch_size=_checked(patch_size or trained_size or usual, multiple),
         located=located,
     )
 
 
-def _checked(patch_size: Triple | None, edge: int) -> Triple:
+def _checked(patch_size: Triple | None, multiple: Triple) -> Triple:
     if patch_size is None or len(patch_size) != 3:
         shown = "not known" if patch_size is None else list(patch_size)
         raise ConfigError(f"patch_size is {shown}; it must be three numbers of voxels, such as 96 96 96.")
-    check_multiple(patch_size, edge, "patch_size")
+    check_multiple(patch_size, multiple, "patch_size")
     return patch_size
 
 

@@ -1,6 +1,7 @@
 """Pre-training methods by name. A new method is one file and one line here; a user's own is named by dotted path."""
 
-from mim3d.core.settings import resolve
+from mim3d.backbones import former_decoder
+from mim3d.core.settings import resolve, update_settings
 from mim3d.core.types import Named
 from mim3d.methods.contract import Method
 
@@ -10,8 +11,18 @@ __all__ = ["METHODS", "Method", "create_method"]
 METHODS: dict[str, str] = {"MiM": "mim3d.methods.mim.method:MiM"}
 
 
-def create_method(method: Named) -> Method:
-    """The settings of a method by name, dotted path or mapping; raises ConfigError with the nearest known name."""
+def create_method(method: Named, backbone: Named = "") -> Method:
+    """Find the settings of a method.
+
+    Args:
+        method: A name, a dotted path, or a mapping with ``name`` and settings.
+        backbone: The backbone that it is asked for with. Runs made before the decoder belonged to the method hold the
+            decoder's settings there: they count where the method leaves them open.
+
+    Raises:
+        ConfigError: The name is unknown (the nearest known one is offered), or a setting or a value is wrong.
+    """
     settings = resolve(method, METHODS, "method")
     assert isinstance(settings, Method)
-    return settings
+    left_open = {key: value for key, value in former_decoder(backbone).items() if getattr(settings, key, value) is None}
+    return update_settings(settings, left_open, "method")

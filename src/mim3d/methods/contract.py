@@ -1,11 +1,16 @@
-"""The contract every pre-training method keeps."""
+"""The contract that every pre-training method keeps."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
-from mim3d.backbones.contract import Backbone
+from torch import nn
+
+from mim3d.backbones import BACKBONES, Backbone, create_recipe
+from mim3d.backbones.contract import Encoder
+from mim3d.core.errors import ConfigError, listed
+from mim3d.core.settings import to_named
 from mim3d.core.types import Triple
 from mim3d.loading.loader import Sampler
 from mim3d.objective import Objective
@@ -14,22 +19,43 @@ from mim3d.training.schedule import Optimisation
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Settings of a pre-training method: what a user writes and YAML stores, with the paper's defaults."""
+    """Settings of a pre-training method: what a user writes and YAML stores, with the paper's defaults.
+
+    Attributes:
+        needs: The contract that the encoder must keep. A method that is content with feature maps leaves it alone.
+    """
+
+    needs: ClassVar[type[nn.Module]] = Encoder
 
     @property
     @abstractmethod
     def optimisation(self) -> Optimisation:
-        """The paper's optimisation; a user's own settings come on top."""
+        """The optimisation of the paper; a user's own settings come on top."""
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse a backbone whose encoder cannot do what this method needs.
+
+        Raises:
+            ConfigError: The sentence names the method, the backbone and backbones that fit.
+        """
+        if not issubclass(backbone.encoder_class, self.needs):
+            fitting = [name for name in BACKBONES if issubclass(create_recipe(name).encoder_class, self.needs)]
+            remedy = f"use a backbone such as {listed(fitting)}, or another method" if fitting else "use another method"
+            raise ConfigError(
+                f"method {type(self).__name__} needs a {self.needs.__name__}, which the encoder of backbone "
+                f"{to_named(backbone, BACKBONES)['name']} is not; {remedy}."
+            )
 
     @abstractmethod
     def planned(self, backbone: Backbone, shapes: Sequence[Triple]) -> Self:
         """These settings with everything that depends on the data filled in.
 
         Args:
-            backbone: the encoder's recipe.
-            shapes: voxels of every scan.
+            backbone: The encoder's recipe.
+            shapes: Voxels of every scan.
+
         Raises:
-            ConfigError: when they cannot work on these scans, naming settings that do.
+            ConfigError: They cannot work on these scans. The sentence names settings that do.
         """
 
     @abstractmethod
@@ -38,11 +64,11 @@ class Method(ABC):
 
     @abstractmethod
     def sampler(self, backbone: Backbone) -> Sampler:
-        """Which places of a scan one sample needs: decided before anything is read."""
+        """What decides, before anything is read, which places of a scan a sample needs."""
 
     @abstractmethod
     def build(self, backbone: Backbone) -> Objective:
-        """The module the loop trains."""
+        """The module that the loop trains."""
 
     def idle_parts(self, final_logs: dict[str, float]) -> list[str]:
         """Sentences about parts that learned nothing, judged by the mean logs of the last steps; none by default."""

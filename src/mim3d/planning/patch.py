@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from mim3d.backbones.contract import size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.resources import in_words
 from mim3d.core.types import Spacing, Triple
@@ -46,7 +47,7 @@ class Chosen:
     reason: str
 
 
-def growing_patches(median_shape: Spacing, token_edge: int) -> Iterator[Triple]:
+def growing_patches(median_shape: Spacing, multiple: Triple) -> Iterator[Triple]:
     """Patches from the smallest to the one that covers the median scan, each a little larger than the one before.
 
     The axes that cover the smallest share of the scan grow next, so that a patch has the scan's proportions in
@@ -54,38 +55,38 @@ def growing_patches(median_shape: Spacing, token_edge: int) -> Iterator[Triple]:
 
     Args:
         median_shape: Voxels along X, Y, Z of the median scan, at the voxel size of training.
-        token_edge: Voxels per token edge of the encoder.
+        multiple: Voxels along X, Y, Z that a patch must be a multiple of for the encoder.
     """
-    whole = [max(1, math.ceil(voxels / token_edge)) for voxels in median_shape]
+    whole = [max(1, math.ceil(voxels / edge)) for voxels, edge in zip(median_shape, multiple, strict=True)]
     if max(whole) == 1:
         # One token alone leaves nothing to normalise over; the longest axis gets two.
         whole[max(range(3), key=lambda axis: median_shape[axis])] = 2
     tokens = [1, 1, 1]
     while True:
         if max(tokens) > 1:
-            yield tokens[0] * token_edge, tokens[1] * token_edge, tokens[2] * token_edge
+            yield tokens[0] * multiple[0], tokens[1] * multiple[1], tokens[2] * multiple[2]
         smallest = min(have / all_of_it for have, all_of_it in zip(tokens, whole, strict=True))
         if smallest == 1:
             return
         tokens = [have + (have / all_of_it == smallest) for have, all_of_it in zip(tokens, whole, strict=True)]
 
 
-def choose_patch(median_shape: Spacing, token_edge: int, memory: MemoryQuestion | None, batch_size: int) -> Chosen:
+def choose_patch(median_shape: Spacing, multiple: Triple, memory: MemoryQuestion | None, batch_size: int) -> Chosen:
     """The largest patch of ``growing_patches`` that memory holds and that has no more than 128^3 voxels.
 
     Args:
         median_shape: Of the median scan, in voxels of training.
-        token_edge: Voxels per token edge of the encoder.
+        multiple: Voxels along X, Y, Z that a patch must be a multiple of for the encoder.
         memory: Answers what training needs; None for no limit.
         batch_size: Crops of a batch that memory must hold.
     """
-    patches = list(growing_patches(median_shape, token_edge))
+    patches = list(growing_patches(median_shape, multiple))
     small = [patch for patch in patches if math.prod(patch) <= MAX_PATCH_VOXELS] or patches[:1]
     usable = None if memory is None else memory.usable_bytes
     chosen = small[-1] if usable is None or memory is None else _largest_that_fits(small, memory, usable, batch_size)
     scan = times([round(voxels) for voxels in median_shape])
     if chosen == patches[-1]:
-        reason = f"covers the median scan of {scan} voxels in tokens of {token_edge}"
+        reason = f"covers the median scan of {scan} voxels in tokens of {size_text(multiple)}"
     elif chosen == small[-1]:
         reason = f"in the proportions of the median scan ({scan} voxels), up to 128 x 128 x 128 voxels in all"
     else:

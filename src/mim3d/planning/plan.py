@@ -126,7 +126,7 @@ class Decided:
 def plan_dataset(
     fingerprint: DatasetFingerprint,
     *,
-    token_edge: int,
+    multiple: Triple,
     num_training: int,
     memory: MemoryQuestion | None = None,
     num_together: int = 1,
@@ -140,7 +140,7 @@ def plan_dataset(
 
     Args:
         fingerprint: Of the data set.
-        token_edge: Voxels per token edge of the encoder.
+        multiple: Voxels along X, Y, Z that a patch must be a multiple of for the encoder.
         num_training: Scans to train on.
         memory: Answers what training needs; None for no limit.
         num_together: Micro-batches that make a step: accumulated ones, and those of all devices.
@@ -154,7 +154,7 @@ def plan_dataset(
     training_voxels = num_training * float(np.mean([math.prod(shape) for shape in shapes]))
     if "patch_size" not in decided.values:
         # Asked only where it is open: answers about memory take seconds.
-        patch = choose_patch((x, y, z), token_edge, memory, decided.values.get("batch_size") or MIN_BATCH)
+        patch = choose_patch((x, y, z), multiple, memory, decided.values.get("batch_size") or MIN_BATCH)
         choices.take("patch_size", patch.patch_size, patch.reason + _reach(patch, spacing_mm, fingerprint))
     patch_size: Triple = choices.take("patch_size", None, "")
     if "batch_size" not in decided.values:

@@ -32,11 +32,11 @@ CONSTANT_STD = 1e-3
 Watch = Callable[[Sequence[CachedScan]], Iterable[CachedScan]]
 
 
-def planned_size(scans: Sequence[CachedScan], token_edge: int, largest: Triple | None = None) -> Triple:
-    """Voxels of a crop in whole tokens: those of the median scan, limited along each axis."""
+def planned_size(scans: Sequence[CachedScan], multiple: Triple, largest: Triple | None = None) -> Triple:
+    """Voxels of a crop in multiples of an encoder's: those of the median scan, limited along each axis."""
     limits = largest or (LARGEST_PLANNED_EDGE,) * 3
     voxels = (min(int(median(scan.shape[axis] for scan in scans)), limits[axis]) for axis in range(3))
-    x, y, z = (max(1, edge // token_edge) * token_edge for edge in voxels)
+    x, y, z = (max(1, edge // step) * step for edge, step in zip(voxels, multiple, strict=True))
     return x, y, z
 
 
@@ -98,7 +98,7 @@ def check_crop_size(asked: int | Triple | None, encoder: Encoder) -> None:
         ConfigError: It is no multiple; the sentence names the nearest sizes.
     """
     if asked is not None:
-        check_multiple((asked,) * 3 if isinstance(asked, int) else asked, encoder.patch_size, "probing.crop_size")
+        check_multiple((asked,) * 3 if isinstance(asked, int) else asked, encoder.input_multiple, "probing.crop_size")
 
 
 def _check(parts: Sequence[Sequence[View]], absent: Sequence[str], clear_ratio: float, token_edge: int) -> None:
@@ -122,7 +122,7 @@ def _check(parts: Sequence[Sequence[View]], absent: Sequence[str], clear_ratio: 
 
 def _size(asked: int | Triple | None, scans: Sequence[CachedScan], encoder: Encoder, largest: Triple | None) -> Triple:
     if asked is None:
-        return planned_size(scans, encoder.patch_size, largest)
+        return planned_size(scans, encoder.input_multiple, largest)
     check_crop_size(asked, encoder)
     return (asked, asked, asked) if isinstance(asked, int) else asked
 
@@ -177,7 +177,7 @@ def token_labels(label_XYZ: npt.NDArray[np.int64], values: Sequence[int], token_
         values: Label values, rising.
         token_edge: Voxels per token edge, a divisor of every axis.
     """
-    blocks = to_blocks(torch.from_numpy(label_XYZ)[None, None], token_edge)[0].flatten(1).numpy()
+    blocks = to_blocks(torch.from_numpy(label_XYZ)[None, None], (token_edge,) * 3)[0].flatten(1).numpy()
     places = np.searchsorted(values, blocks).clip(max=len(values) - 1)
     known = np.asarray(values)[places] == blocks
     token = np.broadcast_to(np.arange(len(blocks))[:, None], blocks.shape)
@@ -266,6 +266,6 @@ class _Chooser:
 
 def raw_of_tokens(image_CXYZ: Tensor, token_edge: int) -> Floats:
     """Mean, then deviation, of each channel over each token's voxels: ``(L, 2 C)``."""
-    blocks_LVC = to_blocks(image_CXYZ[None].double(), token_edge)[0].flatten(1, 3)
+    blocks_LVC = to_blocks(image_CXYZ[None].double(), (token_edge,) * 3)[0].flatten(1, 3)
     raw: Floats = torch.cat([blocks_LVC.mean(1), blocks_LVC.std(1, correction=0)], dim=1).numpy()
     return raw

@@ -97,7 +97,8 @@ def run_pretraining(settings: PretrainSettings) -> str:
     settings = settings.on_processes()
     with joined_processes(settings) as processes:
         settings.check_machine()
-        asked, recipe = create_method(settings.method), create_recipe(settings.backbone)
+        asked, recipe = create_method(settings.method, settings.backbone), create_recipe(settings.backbone)
+        asked.check_backbone(recipe)
         source = _source(settings)
         cases = _training_cases(source, settings)
         check_channels(cases, recipe)

@@ -11,10 +11,11 @@ from functools import cached_property
 
 import numpy as np
 
-from mim3d.backbones.contract import check_multiple
+from mim3d.backbones.contract import check_multiple, size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.nn.masks import draw_hidden_units, num_hidden, unit_index, unit_mask
+from mim3d.nn.patches import token_grid
 
 MAX_LEVELS = 4
 
@@ -100,21 +101,21 @@ class Hierarchy:
 
     Args:
         levels: one to four levels.
-        patch_size: voxels per token edge of the backbone.
+        token_size: voxels of one token of the encoder along X, Y, Z.
     Raises:
         ConfigError: when sizes do not fit each other, naming sizes that do, or when fewer units are hidden than
             children are asked for.
     """
 
-    def __init__(self, levels: Sequence[Level], patch_size: int) -> None:
+    def __init__(self, levels: Sequence[Level], token_size: Triple) -> None:
         if not 1 <= len(levels) <= MAX_LEVELS or len({level.name for level in levels}) < len(levels):
             names = [level.name for level in levels]
             raise ConfigError(f"a hierarchy has 1 to {MAX_LEVELS} levels with different names, not {names}.")
-        self.patch_size = patch_size
+        self.token_size = token_size
         geometries: list[Geometry] = []
         for index, level in enumerate(levels):
             child = levels[index + 1] if index + 1 < len(levels) else None
-            geometries.append(_geometry(level, child, patch_size, geometries))
+            geometries.append(_geometry(level, child, token_size, geometries))
         self.levels = tuple(geometries)
 
     @property
@@ -139,23 +140,22 @@ class Hierarchy:
         return drawn
 
 
-def _geometry(level: Level, child: Level | None, patch_size: int, above: Sequence[Geometry]) -> Geometry:
-    check_multiple(level.size, patch_size, f"{level.name} level: size")
-    x, y, z = (size // patch_size for size in level.size)
-    token_grid = (x, y, z)
-    unit_grid = token_grid if child is None else _unit_grid(level, child, patch_size)
+def _geometry(level: Level, child: Level | None, token_size: Triple, above: Sequence[Geometry]) -> Geometry:
+    check_multiple(level.size, token_size, f"{level.name} level: size")
+    tokens = token_grid(level.size, token_size)
+    unit_grid = tokens if child is None else _unit_grid(level, child, token_size)
     parent = above[-1] if above else None
     num_volumes = parent.num_volumes * parent.level.num_children if parent else 1
     native = [index for index, ancestor in enumerate(above) if ancestor.level.size == ancestor.level.footprint]
-    geometry = Geometry(level, token_grid, unit_grid, num_volumes, native[-1] if native else None)
+    geometry = Geometry(level, tokens, unit_grid, num_volumes, native[-1] if native else None)
     _check_counts(geometry, child)
     return geometry
 
 
-def _unit_grid(level: Level, child: Level, patch_size: int) -> Triple:
+def _unit_grid(level: Level, child: Level, token_size: Triple) -> Triple:
     units = []
-    for axis, parent_voxels, child_voxels, size in zip(
-        "XYZ", level.footprint, child.footprint, level.size, strict=True
+    for axis, parent_voxels, child_voxels, size, edge in zip(
+        "XYZ", level.footprint, child.footprint, level.size, token_size, strict=True
     ):
         if child_voxels <= 0 or parent_voxels % child_voxels:
             whole = max(1, parent_voxels // max(child_voxels, 1)) * child_voxels
@@ -164,13 +164,13 @@ def _unit_grid(level: Level, child: Level, patch_size: int) -> Triple:
                 f"{child.name} footprint ({child_voxels}); use {whole} for the parent."
             )
         num_units = parent_voxels // child_voxels
-        step = num_units * patch_size
+        step = num_units * edge
         if size % step:
             below = size // step * step
             fits = f"{below} or {below + step}" if below else f"{step}"
             raise ConfigError(
                 f"{level.name} level: size axis {axis} ({size}) cuts a token at the edge of a {child.name} cell "
-                f"({num_units} cells, tokens of {patch_size}); use {fits}."
+                f"({num_units} cells, tokens of {size_text(token_size)}); use {fits}."
             )
         units.append(num_units)
     return units[0], units[1], units[2]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from mim3d.backbones.contract import Backbone
+from mim3d.backbones.contract import Backbone, VisibleEncoder
+from mim3d.backbones.hybrid import Hybrid
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.methods.contract import Method
@@ -17,6 +18,17 @@ from mim3d.training.schedule import Optimisation
 
 #: A normalised reconstruction loss above this has learned nothing (1 is the loss of a constant guess).
 IDLE_LOSS = 0.98
+
+#: Width, blocks and heads of the decoder in proportion to each ready size, known by the widths of its stages.
+DECODERS = {
+    (24, 48, 96): (96, 2, 4),
+    (24, 48, 96, 192): (288, 8, 8),
+    (64, 128, 256, 512): (768, 8, 16),
+    (96, 192, 384, 768): (1152, 8, 16),
+}
+
+#: The published decoder: that of the sizes tiny and base, and of every backbone that is no ready size.
+PUBLISHED_DECODER = (576, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +44,7 @@ class MiM(Method):
         temperature: of the contrastive form.
         negatives: ``parent`` contrasts a child with the hidden places of its own parent, ``batch`` with those of every
             parent in the batch.
-        decoder_dim: width of the decoder; the backbone's own when left out.
+        decoder_dim: width of the decoder; in proportion to the backbone when left out, see ``DECODERS``.
         decoder_depth: its blocks.
         decoder_num_heads: its attention heads.
         flip_prob: probability of a flip along each axis, one draw for the whole hierarchy.
@@ -63,6 +75,8 @@ class MiM(Method):
     max_air: float | None = 0.5
     chunk_size: int | None = None
 
+    needs = VisibleEncoder
+
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ConfigError(f"method.temperature ({self.temperature}) must be positive; the default is 0.1.")
@@ -86,13 +100,30 @@ class MiM(Method):
 
     def hierarchy(self, backbone: Backbone) -> Hierarchy:
         """The checked hierarchy for a backbone's tokens; raises ConfigError as :class:`Hierarchy` does."""
-        return Hierarchy(self.levels or full_levels(backbone.patch_size), backbone.patch_size)
+        return Hierarchy(self.levels or full_levels(backbone.token_size), backbone.token_size)
+
+    def decoder(self, backbone: Backbone) -> tuple[int, int, int]:
+        """Width, blocks and heads of the decoder: as set, else in proportion to the backbone.
+
+        Raises:
+            ConfigError: The width is no multiple of the heads.
+        """
+        widths = backbone.widths if isinstance(backbone, Hybrid) else ()
+        own_dim, own_depth, own_heads = DECODERS.get(widths, PUBLISHED_DECODER)
+        dim, num_heads = self.decoder_dim or own_dim, self.decoder_num_heads or own_heads
+        if dim % num_heads:
+            raise ConfigError(
+                f"method.decoder_dim ({dim}) is not a multiple of method.decoder_num_heads ({num_heads}); "
+                "choose heads that divide it."
+            )
+        return dim, self.decoder_depth or own_depth, num_heads
 
     def planned(self, backbone: Backbone, shapes: Sequence[Triple]) -> Self:
-        """These settings with a hierarchy; refuses one that is mostly padding on these scans."""
-        levels = self.levels or plan_levels(backbone.patch_size, shapes)
-        check_padding(levels, backbone.patch_size, shapes)
-        planned = replace(self, levels=levels)
+        """These settings with a hierarchy and a decoder; refuses a hierarchy that is mostly padding on these scans."""
+        levels = self.levels or plan_levels(backbone.token_size, shapes)
+        check_padding(levels, backbone.token_size, shapes)
+        dim, depth, num_heads = self.decoder(backbone)
+        planned = replace(self, levels=levels, decoder_dim=dim, decoder_depth=depth, decoder_num_heads=num_heads)
         planned.hierarchy(backbone)
         return planned
 
@@ -129,13 +160,17 @@ class MiM(Method):
 
     def build(self, backbone: Backbone) -> MiMObjective:
         """Encoder, decoder and alignment heads."""
+        self.check_backbone(backbone)
+        encoder = backbone.build()
+        assert isinstance(encoder, VisibleEncoder)
+        dim, depth, num_heads = self.decoder(backbone)
         return MiMObjective(
-            backbone.build(),
+            encoder,
             self.hierarchy(backbone),
             in_channels=backbone.in_channels,
-            decoder_dim=self.decoder_dim or backbone.decoder_dim,
-            decoder_depth=self.decoder_depth or backbone.decoder_depth,
-            decoder_num_heads=self.decoder_num_heads or backbone.decoder_num_heads,
+            decoder_dim=dim,
+            decoder_depth=depth,
+            decoder_num_heads=num_heads,
             normalise_targets=self.normalise_targets,
             contrastive=self.alignment == "contrastive",
             alignment_weight=self.alignment_weight,

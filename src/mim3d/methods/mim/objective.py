@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mim3d.backbones.contract import Encoder
+from mim3d.backbones.contract import VisibleEncoder
 from mim3d.core.types import Triple
 from mim3d.methods.mim.alignment import Places, align
 from mim3d.methods.mim.hierarchy import Geometry, Hierarchy
@@ -65,9 +65,11 @@ class MiMObjective(Objective):
         chunk_size: volumes per encoder call; None for what suits the device.
     """
 
+    encoder: VisibleEncoder
+
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: VisibleEncoder,
         hierarchy: Hierarchy,
         *,
         in_channels: int,
@@ -93,7 +95,7 @@ class MiMObjective(Objective):
         self.batch_negatives = batch_negatives
         self.chunk_size = chunk_size
         self.tokens_per_sample = tuple(_tokens(geometry) for geometry in hierarchy.levels)
-        voxels = encoder.patch_size**3 * in_channels
+        voxels = math.prod(encoder.token_size) * in_channels
         self.decoder = TokenDecoder(encoder.embed_dim, decoder_dim, decoder_depth, decoder_num_heads, voxels)
         children = [geometry.level.name for geometry in hierarchy.levels[1:]]
         self.project = nn.ModuleDict({name: Mlp(decoder_dim, decoder_dim, alignment_dim) for name in children})
@@ -113,7 +115,7 @@ class MiMObjective(Objective):
         logs: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         for level, features_MLD in zip(levels, features, strict=True):
-            target_MHP = take_tokens(patchify(level.volume_MCXYZ, self.encoder.patch_size), level.hidden_MH)
+            target_MHP = take_tokens(patchify(level.volume_MCXYZ, self.encoder.token_size), level.hidden_MH)
             predicted_MHP = self.decoder.predict(features_MLD, level.hidden_MH)
             loss = reconstruction_loss(predicted_MHP, target_MHP, normalised=self.normalise_targets)
             logs[f"loss/{level.geometry.level.name}"] = loss.detach()
@@ -200,7 +202,7 @@ class MiMObjective(Objective):
         levels = self.levels({key: value[:1] for key, value in batch.items()})
         pictures: dict[str, Tensor] = {}
         for level, features_MLD in zip(levels, self._features(levels), strict=True):
-            patches_1LP = patchify(level.volume_MCXYZ[:1], self.encoder.patch_size).float()
+            patches_1LP = patchify(level.volume_MCXYZ[:1], self.encoder.token_size).float()
             hidden_1H = level.hidden_MH[:1]
             predicted_1HP = self.decoder.predict(features_MLD[:1], hidden_1H).float()
             if self.normalise_targets:
@@ -210,7 +212,7 @@ class MiMObjective(Objective):
             masked = patches_1LP.scatter(1, index_1HP, 0.0)
             rebuilt = patches_1LP.scatter(1, index_1HP, predicted_1HP)
             for kind, tokens in (("original", patches_1LP), ("masked", masked), ("reconstructed", rebuilt)):
-                volume = unpatchify(tokens, level.geometry.token_grid, self.encoder.patch_size)
+                volume = unpatchify(tokens, level.geometry.token_grid, self.encoder.token_size)
                 pictures[f"{level.geometry.level.name}/{kind}"] = volume[0, 0]
         return pictures
 

@@ -6,6 +6,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
+from mim3d.backbones.contract import round_up
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Spacing, Triple
 
@@ -32,27 +33,23 @@ def planned_edges_mm(scans: Sequence[CachedScan], around_label: bool) -> Spacing
     return x, y, z
 
 
-def planned_size(edges_mm: Spacing, scans: Sequence[CachedScan], token_edge: int) -> Triple:
-    """Voxels of a box in whole tokens: those of the median scan, limited along each axis."""
+def planned_size(edges_mm: Spacing, scans: Sequence[CachedScan], multiple: Triple) -> Triple:
+    """Voxels of a box, in multiples of an encoder's: those of the median scan, limited along each axis."""
     spacing_mm = [median(scan.spacing_mm[axis] for scan in scans) for axis in range(3)]
-    return _in_tokens([edge / voxel for edge, voxel in zip(edges_mm, spacing_mm, strict=True)], token_edge)
+    voxels = [edge / voxel for edge, voxel in zip(edges_mm, spacing_mm, strict=True)]
+    return round_up(voxels, multiple, LARGEST_PLANNED_EDGE)
 
 
-def planned_whole_size(scans: Sequence[CachedScan], token_edge: int) -> Triple:
-    """Voxels that the median scan has along each axis, in whole tokens and limited."""
-    return _in_tokens([median(scan.shape[axis] for scan in scans) for axis in range(3)], token_edge)
+def planned_whole_size(scans: Sequence[CachedScan], multiple: Triple) -> Triple:
+    """Voxels that the median scan has along each axis, in multiples of an encoder's and limited."""
+    voxels = [median(scan.shape[axis] for scan in scans) for axis in range(3)]
+    return round_up(voxels, multiple, LARGEST_PLANNED_EDGE)
 
 
 def covered_ratio(edges_mm: Spacing, scans: Sequence[CachedScan], around_label: bool) -> float:
     """Share of the scans, or of their labels, that a box holds along every axis."""
     inside = _extents_mm(scans, around_label) <= np.array(edges_mm) + 1e-6
     return float(inside.all(axis=1).mean())
-
-
-def _in_tokens(voxels: Sequence[float], token_edge: int) -> Triple:
-    limit = max(token_edge, LARGEST_PLANNED_EDGE // token_edge * token_edge)
-    x, y, z = (min(limit, max(1, -int(-wanted // token_edge)) * token_edge) for wanted in voxels)
-    return x, y, z
 
 
 def _extents_mm(scans: Sequence[CachedScan], around_label: bool) -> npt.NDArray[np.float64]:

@@ -113,7 +113,7 @@ class Classification(Task):
             ConfigError: naming the axis at fault and the sizes that fit.
         """
         if self.size is not None:
-            check_multiple(_whole(self.size), backbone.patch_size, "size")
+            check_multiple(_whole(self.size), backbone.input_multiple, "size")
         return self
 
     def check_split(self, split: Split) -> None:
@@ -237,7 +237,7 @@ class Classification(Task):
             unfreeze_ratio=self.unfreeze_ratio,
         )
         if self.size is not None:
-            objective.tokens_per_sample = crop_tokens(_whole(self.size), backbone.patch_size)
+            objective.tokens_per_sample = crop_tokens(_whole(self.size), backbone.token_size)
         return objective
 
     def validate(
@@ -310,7 +310,7 @@ class Classification(Task):
     def _placed(self, backbone: Backbone, scans: Sequence[CachedScan]) -> "Classification":
         """With box, size and centre filled in."""
         if self.fit == "scan":
-            size = planned_whole_size(scans, backbone.patch_size) if self.size is None else self.size
+            size = planned_whole_size(scans, backbone.input_multiple) if self.size is None else self.size
             return replace(self, size=_whole(size), centre="scan")
         centre: Literal["scan", "label"] = self.centre or ("label" if has_labels(scans) else "scan")
         around_label = centre == "label"
@@ -320,7 +320,7 @@ class Classification(Task):
                 "leave these scans out."
             )
         x, y, z = planned_edges_mm(scans, around_label) if self.cube_mm is None else _three(self.cube_mm)
-        size = planned_size((x, y, z), scans, backbone.patch_size) if self.size is None else self.size
+        size = planned_size((x, y, z), scans, backbone.input_multiple) if self.size is None else self.size
         covered = covered_ratio((x, y, z), scans, around_label)
         return replace(self, cube_mm=(x, y, z), size=_whole(size), centre=centre, covered=covered)
 

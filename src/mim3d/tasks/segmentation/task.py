@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from mim3d.backbones.contract import Backbone, check_multiple
+from mim3d.backbones.contract import Backbone, check_multiple, round_up
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.settings import nearest
@@ -151,11 +151,12 @@ class Segmentation(Task):
         """
         if self.patch_size is None:
             return self
-        edge = backbone.patch_size
-        check_multiple(self.patch_size, edge, "patch_size")
-        if all(voxels == edge for voxels in self.patch_size):
+        multiple = backbone.input_multiple
+        check_multiple(self.patch_size, multiple, "patch_size")
+        if self.patch_size == multiple:
             raise ConfigError(
-                f"patch_size {list(self.patch_size)} is a single token of the encoder; use {2 * edge} along some axis."
+                f"patch_size {list(self.patch_size)} is a single token of the encoder; use {2 * multiple[0]} along "
+                "some axis."
             )
         return self
 
@@ -184,7 +185,7 @@ class Segmentation(Task):
         self.check_labels(labels)
         names = self.named_structures(labels)
         augmentation = self.augmentation.planned(names, spacing_mm)
-        patch_size = self.patch_size or _patch_for([scan.shape for scan in scans], backbone.patch_size)
+        patch_size = self.patch_size or _patch_for([scan.shape for scan in scans], backbone.input_multiple)
         unseen = set(self.mirror_axes) - set(augmentation.flip_axes or ())
         if unseen:
             axis = min(unseen)
@@ -267,7 +268,7 @@ class Segmentation(Task):
             unfreeze_ratio=self.unfreeze_ratio,
         )
         if self.patch_size is not None:
-            objective.tokens_per_sample = crop_tokens(self.patch_size, backbone.patch_size)
+            objective.tokens_per_sample = crop_tokens(self.patch_size, backbone.token_size)
         return objective
 
     def targets(self, labels: Mapping[int, str]) -> Targets:
@@ -349,13 +350,11 @@ class Segmentation(Task):
         return self.patch_size
 
 
-def _patch_for(shapes: Sequence[Triple], edge: int) -> Triple:
+def _patch_for(shapes: Sequence[Triple], multiple: Triple) -> Triple:
     """The smallest patch of whole tokens that holds the median scan, limited along each axis."""
-    limit = max(edge, LARGEST_PLANNED_EDGE // edge * edge)
-    x, y, z = (min(limit, -int(-median(shape[axis] for shape in shapes) // edge) * edge) for axis in range(3))
-    if x == y == z == edge:
-        return 2 * edge, 2 * edge, 2 * edge
-    return x, y, z
+    middle = [median(shape[axis] for shape in shapes) for axis in range(3)]
+    x, y, z = size = round_up(middle, multiple, LARGEST_PLANNED_EDGE)
+    return (2 * x, 2 * y, 2 * z) if size == multiple else size
 
 
 def _spread(scans: Sequence[CachedScan], number: int | None) -> list[CachedScan]:

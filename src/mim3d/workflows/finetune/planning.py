@@ -152,7 +152,7 @@ def make_plan(
     labels = _labels(source, fingerprint, task)
     plan = plan_dataset(
         fingerprint,
-        token_edge=initial.recipe.patch_size,
+        multiple=initial.recipe.input_multiple,
         num_training=len(split.train),
         memory=training_memory(task, initial.recipe, labels, settings, shapes),
         num_together=settings.accumulation * (settings.devices or 1) * (settings.num_nodes or 1),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mim3d.backbones.contract import round_up, size_text
 from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.run_folder import is_first_process
@@ -44,8 +45,8 @@ def apply_preset(settings: FinetuneSettings) -> tuple[FinetuneSettings, CaseSet 
     assert settings.preset is not None
     preset = find_preset(settings.preset)
     require_own_folds(preset, settings)
-    token_edge = asked_recipe(settings.backbone, settings.weights)[0].patch_size
-    merged = with_preset(settings, preset, token_edge)
+    multiple = asked_recipe(settings.backbone, settings.weights)[0].input_multiple
+    merged = with_preset(settings, preset, multiple)
     data, fold, strict = settings.data, settings.single_fold, settings.strict
     source: CaseSet | Cache
     if is_cache(data):
@@ -63,7 +64,7 @@ def apply_preset(settings: FinetuneSettings) -> tuple[FinetuneSettings, CaseSet 
         cases = source.cases
     split = choose_split(cases, fold=fold, num_folds=preset.num_folds, part=settings.train_part)
     if is_first_process():
-        _print_preset(preset, split, merged.task, token_edge)
+        _print_preset(preset, split, merged.task, multiple)
     return merged, source, split
 
 
@@ -81,13 +82,13 @@ def require_own_folds(preset: Preset, settings: FinetuneSettings) -> None:
             )
 
 
-def with_preset(settings: FinetuneSettings, preset: Preset, token_edge: int) -> FinetuneSettings:
+def with_preset(settings: FinetuneSettings, preset: Preset, multiple: Triple) -> FinetuneSettings:
     """Settings with those of a preset where the user gave none; the patch is rounded up to whole tokens.
 
     Args:
         settings: Settings as the user gave them.
         preset: Preset of the data set.
-        token_edge: Voxels along the edge of the encoder's tokens.
+        multiple: Voxels along X, Y, Z that a patch must be a multiple of for the encoder.
     Raises:
         ConfigError: The preset is for another task.
     """
@@ -106,7 +107,7 @@ def with_preset(settings: FinetuneSettings, preset: Preset, token_edge: int) -> 
         max_epochs = preset.epochs
     return replace(
         settings,
-        task=_merged_task(preset, _task_of(preset, token_edge), settings.task),
+        task=_merged_task(preset, _task_of(preset, multiple), settings.task),
         backbone=_merged_backbone(len(preset.channels), settings.backbone, settings.weights),
         spacing_mm=preset.spacing_mm if settings.spacing_mm is None else settings.spacing_mm,
         intensity=preset.intensity if settings.intensity is None else settings.intensity,
@@ -116,9 +117,9 @@ def with_preset(settings: FinetuneSettings, preset: Preset, token_edge: int) -> 
     )
 
 
-def _task_of(preset: Preset, token_edge: int) -> dict[str, Any]:
+def _task_of(preset: Preset, multiple: Triple) -> dict[str, Any]:
     """The preset's task, by its name and settings."""
-    patch_size = list(_whole_tokens(preset.patch_size, token_edge))
+    patch_size = list(round_up(preset.patch_size, multiple))
     if preset.task == "classification":
         task: dict[str, Any] = {"name": "classification", "fit": "scan", "size": patch_size}
     else:
@@ -145,20 +146,16 @@ def _augmentation(variation: Variation) -> dict[str, Any]:
     }
 
 
-def _whole_tokens(size: Triple, edge: int) -> Triple:
-    x, y, z = (-(-voxels // edge) * edge for voxels in size)
-    return x, y, z
-
-
-def _print_preset(preset: Preset, split: Split, task: Any, edge: int) -> None:
+def _print_preset(preset: Preset, split: Split, task: Any, multiple: Triple) -> None:
     """Print what the preset comes to in this run."""
     kind = "published folds" if preset.folds else "seeded folds by patient"
     print(f"preset {preset.name} ({kind}): {len(split.train)} cases to train on, {len(split.val)} held out")
-    rounded = _whole_tokens(preset.patch_size, edge)
+    rounded = round_up(preset.patch_size, multiple)
     used = task.get("patch_size", task.get("size")) if isinstance(task, Mapping) else None
     if rounded != preset.patch_size and used is not None and tuple(used) == rounded:
         published, taken = (" x ".join(map(str, size)) for size in (preset.patch_size, rounded))
-        print(f"crops of {published} voxels, as published, are rounded up to {taken}: whole tokens of {edge} voxels")
+        token = size_text(multiple)
+        print(f"crops of {published} voxels, as published, are rounded up to {taken}: whole tokens of {token} voxels")
     mirrored = _mirrored(preset, task)
     if mirrored:
         print(mirrored)

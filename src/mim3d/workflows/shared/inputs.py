@@ -175,7 +175,7 @@ def encoder_card(recipe: Backbone, intensity: Intensity, scans: Cache) -> dict[s
     """What an encoder carries with its weights: how its input was made, and from what it learned."""
     return {
         "backbone": to_named(recipe, BACKBONES),
-        "patch_size": recipe.patch_size,
+        "input_multiple": list(recipe.input_multiple),
         "orientation": "RAS+",
         "spacing_mm": to_mapping(scans.preprocessing.spacing_mm),
         "intensity": to_mapping(intensity),
