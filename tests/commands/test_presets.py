@@ -149,7 +149,7 @@ def test_a_patch_is_rounded_up_to_whole_tokens_and_the_run_says_so(folders, caps
     assert task_of("COVID-19-20", 40)["patch_size"] == [200, 200, 40]
     wide = {**SMALL, "widths": [4, 8, 16, 32, 64, 128], "depths": [1] * 6}
     merged, _, _ = applied("COVID-19-20", folders("COVID-19-20"), given(backbone=wide))
-    assert create_recipe(wide).patch_size == 64
+    assert create_recipe(wide).input_multiple == (64, 64, 64)
     assert merged.task["patch_size"] == [192, 192, 64]
     assert "crops of 192 x 192 x 32 voxels, as published, are rounded up to 192 x 192 x 64" in capsys.readouterr().out
 

@@ -67,9 +67,6 @@ class Plain(Encoder):
         self.high = nn.ModuleList(nn.Linear(2, 2) for _ in range(11))
         self.norm = nn.LayerNorm(2)
 
-    def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
-        return volume_BCXYZ
-
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
         return [volume_BCXYZ]
 
