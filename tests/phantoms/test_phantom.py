@@ -6,7 +6,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.phantoms import body as phantoms
 from mim3d.phantoms.body import LABELS, Phantom, make_phantom
 from mim3d.phantoms.parts import AORTA, BONES, LEFT_KIDNEY, LESION, LIVER, LUNGS, RIGHT_KIDNEY, SPLEEN
-from mim3d.phantoms.pose import MAX_BEND_MM, draw_pose
+from mim3d.phantoms.scanner import MAX_BEND_MM, draw_pose
 
 SIZE = (64, 56, 48)
 SEEDS = (0, 1, 2, 3, 4, 5)
@@ -154,7 +154,7 @@ def test_a_table_lies_behind_the_patient(made: dict[int, Phantom]) -> None:
 
 def test_parts_never_reach_out_of_the_box_they_are_painted_in() -> None:
     size = (32, 30, 26)
-    grid_rng, body_rng, _ = phantoms._streams(11)
+    grid_rng, body_rng, _ = map(np.random.default_rng, np.random.SeedSequence(11).spawn(3))
     body = phantoms._draw_body(body_rng)
     placement = phantoms._place(body, grid_rng, size)
     places = placement.body_mm(0, size[2])

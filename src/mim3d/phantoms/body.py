@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +10,9 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.types import Spacing, Triple
 from mim3d.phantoms.clutter import belly_parts, chest_parts, vessel_parts
 from mim3d.phantoms.organs import draw_organs, lesion_parts, organ_parts
-from mim3d.phantoms.parts import BONES, LABELS, LUNGS, Part, Slab
-from mim3d.phantoms.pose import Placement, Pose, draw_pose
-from mim3d.phantoms.scanner import AIR_HU, draw_scanner, paint_table, scan
-from mim3d.phantoms.shapes import Vector
-from mim3d.phantoms.skeleton import draw_spine, skeleton
-from mim3d.phantoms.tissues import Tissues, draw_tissues
-from mim3d.phantoms.trunk import CHEST, WALL, Trunk, draw_trunk, paint_ribs, paint_trunk
+from mim3d.phantoms.parts import BONES, CHEST, LABELS, LUNGS, WALL, Part, Slab, Tissues, draw_tissues
+from mim3d.phantoms.scanner import AIR_HU, Placement, Pose, draw_pose, draw_scanner, paint_table, scan
+from mim3d.phantoms.trunk import Trunk, draw_spine, draw_trunk, paint_ribs, paint_trunk, skeleton
 
 __all__ = ["LABELS", "Phantom", "make_phantom"]
 
@@ -66,8 +61,13 @@ def make_phantom(seed: int | Sequence[int], size: Triple) -> Phantom:
     Raises:
         ConfigError: A size below 16, or a negative seed.
     """
-    _check(seed, size)
-    grid_rng, body_rng, noise_rng = _streams(seed)
+    if len(size) != 3 or any(voxels < MIN_SIZE for voxels in size):
+        shown = " x ".join(map(str, size))
+        raise ConfigError(f"phantom size {shown} needs three axes of at least {MIN_SIZE} voxels; use 96 96 80.")
+    if any(number < 0 for number in np.atleast_1d(seed)):
+        raise ConfigError(f"phantom seed {seed} is negative; use a whole number from 0.")
+    # Independent sources for the grid, the patient, and the noise.
+    grid_rng, body_rng, noise_rng = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(3))
     body, scanner = _draw_body(body_rng), draw_scanner(body_rng)
     placement = _place(body, grid_rng, size)
     hu = np.full(size, AIR_HU, dtype=np.float32)
@@ -76,35 +76,28 @@ def make_phantom(seed: int | Sequence[int], size: Triple) -> Phantom:
     step = max(1, SLAB_VOXELS // (size[0] * size[1]))
     for start in range(0, size[2], step):
         stop = min(start + step, size[2])
-        _paint(body, placement, start, stop, hu[..., start:stop], label[..., start:stop])
-    return Phantom(
-        image=scan(scanner, placement, hu, noise_rng),
-        label=label,
-        spacing_mm=placement.spacing_mm,
-        affine=_affine(placement, grid_rng),
-        labels=dict(LABELS),
-    )
-
-
-def _paint(body: _Body, placement: Placement, start: int, stop: int, hu: Any, label: Any) -> None:
-    """Paint the slices from `start` to `stop`; `hu` and `label` are views of them in the whole scan."""
-    places = placement.body_mm(start, stop)
-    tissue = np.ascontiguousarray(hu)
-    region = paint_trunk(body.trunk, body.tissues, places, tissue)
-    slab = Slab(
-        placement=placement,
-        start=start,
-        stop=stop,
-        places=places,
-        hu=tissue,
-        label=np.where(region == CHEST, np.uint8(LUNGS), np.uint8(0)),
-        region=region,
-    )
-    slab.paint(body.parts)
-    ribs = paint_ribs(body.trunk, body.tissues, places, tissue, (region == WALL) & (slab.label != BONES))
-    slab.label[ribs] = BONES
-    hu[...] = tissue
-    label[...] = slab.label
+        places = placement.body_mm(start, stop)
+        tissue = np.ascontiguousarray(hu[..., start:stop])
+        region = paint_trunk(body.trunk, body.tissues, places, tissue)
+        slab = Slab(
+            placement=placement,
+            start=start,
+            stop=stop,
+            places=places,
+            hu=tissue,
+            label=np.where(region == CHEST, np.uint8(LUNGS), np.uint8(0)),
+            region=region,
+        )
+        slab.paint(body.parts)
+        ribs = paint_ribs(body.trunk, body.tissues, places, tissue, (region == WALL) & (slab.label != BONES))
+        slab.label[ribs] = BONES
+        hu[..., start:stop], label[..., start:stop] = tissue, slab.label
+    image = scan(scanner, placement, hu, noise_rng)
+    # Axes along RAS+, the scanner's origin anywhere.
+    half_mm = (np.array(size) - 1) / 2 * placement.spacing_mm
+    affine = np.diag([*placement.spacing_mm, 1.0])
+    affine[:3, 3] = np.round(grid_rng.uniform((-20, -40, -900), (20, 180, 400)) - half_mm, 2)
+    return Phantom(image=image, label=label, spacing_mm=placement.spacing_mm, affine=affine, labels=dict(LABELS))
 
 
 def _draw_body(rng: np.random.Generator) -> _Body:
@@ -133,31 +126,10 @@ def _place(body: _Body, rng: np.random.Generator, size: Triple) -> Placement:
     return Placement(pose=body.pose, shape=size, spacing_mm=(pixel_mm, pixel_mm, slice_mm))
 
 
-def _back(body: _Body) -> Vector:
+def _back(body: _Body) -> tuple[float, float, float]:
     """Where the patient's back is lowest in the scan, mm from its middle."""
     heights = np.linspace(-60, 160, 12, dtype=np.float32)
     skin = np.stack([0 * heights, -body.trunk.skin_axes(heights)[2], heights])
     x, y, z = np.linalg.inv(body.pose.linear) @ (skin - np.array(body.pose.centre_mm)[:, None])
     lowest = int(np.argmin(y))
     return float(x[lowest]), float(y[lowest]), float(z[lowest])
-
-
-def _affine(placement: Placement, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Axes along RAS+, the scanner's origin anywhere."""
-    half_mm = (np.array(placement.shape) - 1) / 2 * placement.spacing_mm
-    affine = np.diag([*placement.spacing_mm, 1.0])
-    affine[:3, 3] = np.round(rng.uniform((-20, -40, -900), (20, 180, 400)) - half_mm, 2)
-    return affine
-
-
-def _streams(seed: int | Sequence[int]) -> list[np.random.Generator]:
-    """Independent sources for the grid, the patient, and the noise."""
-    return [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(3)]
-
-
-def _check(seed: int | Sequence[int], size: Triple) -> None:
-    if len(size) != 3 or any(voxels < MIN_SIZE for voxels in size):
-        shown = " x ".join(map(str, size))
-        raise ConfigError(f"phantom size {shown} needs three axes of at least {MIN_SIZE} voxels; use 96 96 80.")
-    if any(number < 0 for number in np.atleast_1d(seed)):
-        raise ConfigError(f"phantom seed {seed} is negative; use a whole number from 0.")

@@ -123,7 +123,12 @@ def open_set(out: Path, settings: PhantomSettings) -> None:
     wanted = json.loads(json.dumps({"format": FORMAT, **asdict(settings)}))
     path = out / SETTINGS_FILE
     if path.exists():
-        found = _read_settings(path)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path} cannot be read as the settings of a set of phantoms; choose another folder.")
         different = [name for name in wanted if found.get(name) != wanted[name]]
         if different:
             changes = ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in different)
@@ -144,7 +149,13 @@ def write_cases(out: Path, cases: list[PhantomCase]) -> Iterator[bool]:
     for case in cases:
         missing = not all(_is_finished(out / name, case) for name in (case.label, case.image))
         if missing:
-            _write_case(out, case)
+            phantom = make_phantom(case.seed, case.shape)
+            stored = orientations.axcodes2ornt(case.stored_axes)
+            turn = orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), stored)
+            affine = phantom.affine @ orientations.inv_ornt_aff(turn, case.shape)
+            grid = Grid(shape=_stored_shape(case), affine=affine, path=str(out / case.image))
+            write_volume(out / case.label, phantom.label, grid)
+            write_volume(out / case.image, phantom.image, grid)
         yield missing
 
 
@@ -186,20 +197,6 @@ def _plan_case(settings: PhantomSettings, part: int, number: int) -> PhantomCase
     )
 
 
-def _write_case(out: Path, case: PhantomCase) -> None:
-    phantom = make_phantom(case.seed, case.shape)
-    stored = orientations.axcodes2ornt(case.stored_axes)
-    ras = np.array([[0, 1], [1, 1], [2, 1]])
-    turn = orientations.ornt_transform(ras, stored)
-    grid = Grid(
-        shape=_stored_shape(case),
-        affine=phantom.affine @ orientations.inv_ornt_aff(turn, case.shape),
-        path=str(out / case.image),
-    )
-    write_volume(out / case.label, phantom.label, grid)
-    write_volume(out / case.image, phantom.image, grid)
-
-
 def _stored_shape(case: PhantomCase) -> Triple:
     x, y, z = (case.shape[int(axis)] for axis, _ in orientations.axcodes2ornt(case.stored_axes))
     return x, y, z
@@ -213,13 +210,3 @@ def _is_finished(path: Path, case: PhantomCase) -> bool:
         return read_grid(path).shape == _stored_shape(case)
     except DataError:
         return False
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} cannot be read as the settings of a set of phantoms; choose another folder.")
-    return found

@@ -1,22 +1,12 @@
 """Liver, spleen, kidneys and lesions of the phantom."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mim3d.phantoms.parts import (
-    BELLY,
-    LEFT_KIDNEY,
-    LESION,
-    LIVER,
-    RIGHT_KIDNEY,
-    SPLEEN,
-    Part,
-)
+from mim3d.phantoms.parts import BELLY, LEFT_KIDNEY, LESION, LIVER, RIGHT_KIDNEY, SPLEEN, Part, Tissues
 from mim3d.phantoms.shapes import (
     Array,
-    Level,
     Solid,
     Vector,
     blended,
@@ -27,8 +17,8 @@ from mim3d.phantoms.shapes import (
     outside,
     rotation,
     tube,
+    vector,
 )
-from mim3d.phantoms.tissues import Tissues
 from mim3d.phantoms.trunk import Trunk
 
 #: Candidates among which the place of a lesion is drawn.
@@ -51,12 +41,25 @@ def draw_organs(rng: np.random.Generator, trunk: Trunk) -> tuple[Organs, dict[st
     Returns:
         The organs, and centre and angles of each kidney by its side ("right", "left").
     """
-    poses = {side: _kidney_pose(rng, sign) for side, sign in (("right", 1), ("left", -1))}
-    right, left = (_kidney(rng, *poses[side]) for side in ("right", "left"))
+    poses: dict[str, tuple[Vector, Vector]] = {}
+    for side, sign, place in (("right", 1, (66, -33, -14)), ("left", -1, (-64, -34, 3))):
+        centre = _near(rng, place, 4)
+        # The angles bring the upper pole inwards and turn the hilum to the front.
+        poses[side] = centre, (rng.uniform(-10, 2), -sign * rng.uniform(6, 15), -sign * rng.uniform(15, 38))
+    kidneys = []
+    for centre, angles in poses.values():
+        size = rng.uniform(0.9, 1.12)
+        kidneys.append(ellipsoid(centre, (27 * size, 23.5 * size, 53 * size), angles))
+    right, left = kidneys
     spine = outside(capsule((2, -46, -300), (2, -52, 300), 43, 43))
     liver = _liver(rng, trunk)
     spleen = _spleen(rng)
-    for level in (spine, _under_diaphragm(trunk)):
+
+    def under_diaphragm(x: Array, y: Array, z: Array) -> Array:
+        # Inside the wall and below the diaphragm, with a little fat left between.
+        return np.asarray(np.maximum(trunk.cavity(x, y, z) + 3.5, trunk.diaphragm(x, y, z) + 4.5))
+
+    for level in (spine, under_diaphragm):
         liver, spleen = cut(liver, level), cut(spleen, level)
     organs = Organs(
         liver=cut(liver, outside(grown(right, 5))),
@@ -72,20 +75,32 @@ def organ_parts(
 ) -> list[Part]:
     """Liver with its vessels and gall-bladder, spleen, and kidneys with cortex, medulla and sinus."""
     parts = [Part(solid=organs.liver, hu=tissues.liver, label=LIVER, regions=BELLY)]
-    parts += [
-        Part(solid=piece, hu=hu, label=None, regions=BELLY, on=(LIVER,))
-        for hu, pieces in _liver_vessels(rng, tissues)
-        for piece in pieces
-    ]
+    # Portal branches from the hilum, and hepatic veins that run to the vena cava under the dome.
+    portal = ((60, 0, 45), (98, 10, 30), (8, 40, 72)), ((70, -22, 55), (104, -45, 70), (105, -30, 40))
+    veins = ((62, -5, 88), (108, 0, 62), (30, 30, 80)), ((55, 20, 92), (85, 45, 60), (-10, 40, 85))
+    for hu, root, trees in ((tissues.portal, (28, 10, 38), portal), (tissues.vein, (22, -8, 100), veins)):
+        for middle, *ends in trees:
+            fork = _near(rng, middle, 5)
+            pieces = [*tube((root, fork), (6.5, 5))]
+            for end in ends:
+                pieces += tube((fork, _near(rng, end, 9)), (4.6, 1.6))
+            parts += [Part(solid=piece, hu=hu, label=None, regions=BELLY, on=(LIVER,)) for piece in pieces]
     bile = ellipsoid(_near(rng, (44, 48, 2), 7), (13, 17, 26), (25, 20, 0))
     parts.append(Part(solid=grown(bile, 1.8), hu=tissues.bowel_wall, regions=BELLY))
     parts.append(Part(solid=bile, hu=tissues.bile, regions=BELLY))
     parts.append(Part(solid=organs.spleen, hu=tissues.spleen, label=SPLEEN, regions=BELLY))
-    for side, solid, label in (
-        ("right", organs.right_kidney, RIGHT_KIDNEY),
-        ("left", organs.left_kidney, LEFT_KIDNEY),
-    ):
-        parts += _kidney_parts(solid, *poses[side], label, tissues)
+    for side, solid, label in (("right", organs.right_kidney, RIGHT_KIDNEY), ("left", organs.left_kidney, LEFT_KIDNEY)):
+        centre, angles = poses[side]
+        inward = rotation(angles) @ np.array([-1.0 if centre[0] > 0 else 1.0, 0.0, 0.0])
+        sinus = ellipsoid(vector(np.array(centre) + 17 * inward), (17, 7, 19), angles)
+        pelvis = ellipsoid(vector(np.array(centre) + 18 * inward), (13, 4.5, 12), angles)
+        parts += [
+            Part(solid=grown(solid, 7), hu=tissues.fat, regions=BELLY),
+            Part(solid=solid, hu=tissues.renal_cortex, label=label, regions=BELLY),
+            Part(solid=grown(solid, -6.5), hu=tissues.renal_medulla, label=label, regions=BELLY),
+            Part(solid=sinus, hu=tissues.fat, regions=BELLY),
+            Part(solid=pelvis, hu=tissues.bile, regions=BELLY),
+        ]
     return parts
 
 
@@ -108,8 +123,8 @@ def _lesion(rng: np.random.Generator, host: Solid, label: int, radius_mm: float,
     spots = rng.uniform(host.low, host.high, (NUM_CANDIDATES, 3)).astype(np.float32)
     depth = host.level(spots[:, 0], spots[:, 1], spots[:, 2])
     deep = np.flatnonzero(depth < -0.6 * radius_mm)
-    centre = _vector(spots[deep[0] if deep.size else int(np.argmin(depth))])
-    solid = ellipsoid(centre, _vector(radii), _vector(angles))
+    centre = vector(spots[deep[0] if deep.size else int(np.argmin(depth))])
+    solid = ellipsoid(centre, vector(radii), vector(angles))
     parts = [Part(solid=solid, hu=hu, label=LESION, regions=BELLY, on=(label, LESION))]
     if radius_mm > 14 and rng.random() < 0.4:
         core = grown(solid, -0.5 * radius_mm)
@@ -121,7 +136,7 @@ def _liver(rng: np.random.Generator, trunk: Trunk) -> Solid:
     """Two lobes, cut from below by a slanting face so that it is a wedge, thick at the right ribs."""
     size, top = rng.uniform(0.92, 1.1), trunk.dome - 108
     right = ellipsoid(
-        (68, _spread(rng, 0, 5), 44 + top), (74 * size, 86 * size, 94 * size), _vector(rng.uniform(-6, 6, 3))
+        (68, rng.uniform(-5, 5), 44 + top), (74 * size, 86 * size, 94 * size), vector(rng.uniform(-6, 6, 3))
     )
     reach = rng.uniform(0.8, 1.2)
     left = ellipsoid((2, 44, 80 + top), (82 * reach, 36, 40 * size), (0, rng.uniform(4, 16), rng.uniform(-8, 4)))
@@ -143,60 +158,5 @@ def _spleen(rng: np.random.Generator) -> Solid:
     return cut(body, outside(hilum))
 
 
-def _kidney_pose(rng: np.random.Generator, sign: int) -> tuple[Vector, Vector]:
-    """Centre, and angles that bring the upper pole inwards and turn the hilum to the front."""
-    centre = _near(rng, (66, -33, -14), 4) if sign > 0 else _near(rng, (-64, -34, 3), 4)
-    return centre, (rng.uniform(-10, 2), -sign * rng.uniform(6, 15), -sign * rng.uniform(15, 38))
-
-
-def _kidney(rng: np.random.Generator, centre: Vector, angles: Vector) -> Solid:
-    size = rng.uniform(0.9, 1.12)
-    return ellipsoid(centre, (27 * size, 23.5 * size, 53 * size), angles)
-
-
-def _kidney_parts(solid: Solid, centre: Vector, angles: Vector, label: int, tissues: Tissues) -> list[Part]:
-    inward = rotation(angles) @ np.array([-1.0 if centre[0] > 0 else 1.0, 0.0, 0.0])
-    sinus = ellipsoid(_vector(np.array(centre) + 17 * inward), (17, 7, 19), angles)
-    pelvis = ellipsoid(_vector(np.array(centre) + 18 * inward), (13, 4.5, 12), angles)
-    return [
-        Part(solid=grown(solid, 7), hu=tissues.fat, regions=BELLY),
-        Part(solid=solid, hu=tissues.renal_cortex, label=label, regions=BELLY),
-        Part(solid=grown(solid, -6.5), hu=tissues.renal_medulla, label=label, regions=BELLY),
-        Part(solid=sinus, hu=tissues.fat, regions=BELLY),
-        Part(solid=pelvis, hu=tissues.bile, regions=BELLY),
-    ]
-
-
-def _liver_vessels(rng: np.random.Generator, tissues: Tissues) -> list[tuple[float, Sequence[Solid]]]:
-    """Portal branches from the hilum and hepatic veins that run to the vena cava under the dome."""
-    hilum, cava = (28.0, 10.0, 38.0), (22.0, -8.0, 100.0)
-    portal = ((60, 0, 45), (98, 10, 30), (8, 40, 72)), ((70, -22, 55), (104, -45, 70), (105, -30, 40))
-    veins = ((62, -5, 88), (108, 0, 62), (30, 30, 80)), ((55, 20, 92), (85, 45, 60), (-10, 40, 85))
-    out: list[tuple[float, Sequence[Solid]]] = []
-    for hu, root, trees in ((tissues.portal, hilum, portal), (tissues.vein, cava, veins)):
-        for middle, *ends in trees:
-            fork = _near(rng, middle, 5)
-            out.append((hu, tube((root, fork), (6.5, 5))))
-            out += [(hu, tube((fork, _near(rng, end, 9)), (4.6, 1.6))) for end in ends]
-    return out
-
-
-def _under_diaphragm(trunk: Trunk) -> Level:
-    """Inside the wall and below the diaphragm, with a little fat left between."""
-
-    def level(x: Array, y: Array, z: Array) -> Array:
-        return np.asarray(np.maximum(trunk.cavity(x, y, z) + 3.5, trunk.diaphragm(x, y, z) + 4.5))
-
-    return level
-
-
 def _near(rng: np.random.Generator, place: Vector, spread_mm: float) -> Vector:
-    return _vector(np.array(place) + rng.uniform(-spread_mm, spread_mm, 3))
-
-
-def _spread(rng: np.random.Generator, value: float, spread: float) -> float:
-    return float(value + rng.uniform(-spread, spread))
-
-
-def _vector(values: np.ndarray) -> Vector:
-    return float(values[0]), float(values[1]), float(values[2])
+    return vector(np.array(place) + rng.uniform(-spread_mm, spread_mm, 3))

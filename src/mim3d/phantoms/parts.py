@@ -1,4 +1,4 @@
-"""Parts of the phantom: solids with a tissue and a label, and the slab of voxels that they are painted into."""
+"""Parts of the phantom: tissues and their HU, labels, solids to paint, and the slab of voxels they are painted into."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.phantoms.pose import Placement
+from mim3d.phantoms.scanner import Placement
 from mim3d.phantoms.shapes import Array, Solid
-from mim3d.phantoms.trunk import ABDOMEN, CHEST, MEDIASTINUM, WALL
 
 BACKGROUND, LIVER, SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, AORTA, LUNGS, BONES, LESION = range(9)
 
@@ -25,11 +24,90 @@ LABELS: dict[int, str] = {
     LESION: "lesion",
 }
 
+#: What of the trunk a voxel lies in; organs are painted into one of these.
+AIR, FAT, WALL, ABDOMEN, CHEST, MEDIASTINUM = range(6)
 #: Where organs of the belly, the chest and the whole trunk may lie.
 BELLY = (ABDOMEN,)
 THORAX = (MEDIASTINUM, CHEST)
 CAVITY = (ABDOMEN, MEDIASTINUM, CHEST)
 BODY = (WALL, ABDOMEN, MEDIASTINUM, CHEST)
+
+
+#: HU without contrast, in the arterial and in the portal venous phase.
+_PHASES: dict[str, tuple[float, float, float]] = {
+    "muscle": (52, 58, 62),
+    "liver": (58, 72, 112),
+    "spleen": (48, 128, 122),
+    "renal_cortex": (34, 172, 178),
+    "renal_medulla": (30, 78, 152),
+    "artery": (42, 310, 152),
+    "vein": (42, 92, 142),
+    "portal": (44, 118, 168),
+    "pancreas": (40, 104, 92),
+    "bowel_wall": (36, 84, 76),
+    "heart": (42, 110, 112),
+    "heart_chamber": (44, 250, 140),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tissues:
+    """HU of one patient's tissues."""
+
+    fat: float
+    skin: float
+    muscle: float
+    liver: float
+    spleen: float
+    renal_cortex: float
+    renal_medulla: float
+    artery: float
+    vein: float
+    portal: float
+    pancreas: float
+    bowel_wall: float
+    bowel_fluid: float
+    stomach_fluid: float
+    heart: float
+    heart_chamber: float
+    bile: float
+    lung: float
+    disc: float
+    cord: float
+    cartilage: float
+    cancellous: float
+    cortical: float
+    gas: float
+    cyst: float
+    hypodense: float
+    hyperdense: float
+
+
+def draw_tissues(rng: np.random.Generator) -> Tissues:
+    """Draw a contrast phase (none, arterial, portal venous) and every tissue's HU around it."""
+    phase = int(rng.choice(3, p=(0.2, 0.25, 0.55)))
+    strength = float(rng.uniform(0.8, 1.15))
+    dyed = {name: hu[0] + strength * (hu[phase] - hu[0]) for name, hu in _PHASES.items()}
+    dyed["liver"] -= max(0.0, float(rng.normal(0, 14)))  # fatty livers are darker
+    plain = {
+        "fat": -104.0,
+        "skin": 5.0,
+        "bowel_fluid": float(rng.choice((18.0, 30.0, 45.0, 190.0), p=(0.35, 0.3, 0.2, 0.15))),
+        "stomach_fluid": float(rng.choice((10.0, 28.0, 55.0, 210.0), p=(0.35, 0.3, 0.2, 0.15))),
+        "bile": 8.0,
+        "lung": float(rng.uniform(-885, -790)),
+        "disc": 82.0,
+        "cord": 32.0,
+        "cartilage": 96.0,
+        "cancellous": float(rng.uniform(130, 260)),
+        "cortical": float(rng.uniform(560, 820)),
+        "gas": -985.0,
+        "cyst": 4.0,
+    }
+    hu = {name: float(value + rng.normal(0, 5)) for name, value in {**plain, **dyed}.items()}
+    hu["hypodense"] = hu["liver"] - float(rng.uniform(32, 55))
+    hu["hyperdense"] = hu["liver"] + float(rng.uniform(32, 60))
+    return Tissues(**hu)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +155,16 @@ class Slab:
         """Paint parts in their order."""
         for part in parts:
             box = self.placement.box(part.solid.low, part.solid.high, self.start, self.stop)
-            if box is not None:
-                self._paint(part, box)
-
-    def _paint(self, part: Part, box: tuple[slice, slice, slice]) -> None:
-        x, y, z = (place[box] for place in self.places)
-        inside = part.solid.level(x, y, z) < 0
-        region, label = self.region[box], self.label[box]
-        allowed = np.zeros(256, dtype=np.bool_)
-        allowed[list(part.regions)] = True
-        inside &= allowed[region]
-        if part.on is not None:
-            allowed = np.zeros(256, dtype=np.bool_)
-            allowed[list(part.on)] = True
-            inside &= allowed[label]
-        self.hu[box][inside] = part.hu
-        if part.label is not None:
-            label[inside] = part.label
+            if box is None:
+                continue
+            x, y, z = (place[box] for place in self.places)
+            inside = part.solid.level(x, y, z) < 0
+            region, label = self.region[box], self.label[box]
+            for values, covered in ((region, part.regions), (label, part.on)):
+                if covered is not None:
+                    allowed = np.zeros(256, dtype=np.bool_)
+                    allowed[list(covered)] = True
+                    inside &= allowed[values]
+            self.hu[box][inside] = part.hu
+            if part.label is not None:
+                label[inside] = part.label

@@ -1,16 +1,106 @@
-"""The phantom's CT scanner: table, finite resolution, noise as reconstructed slices have it, field of view."""
+"""How a phantom is scanned: its pose, table, finite resolution, noise of reconstructed slices, field of view."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import ndimage
 
-from mim3d.phantoms.pose import Placement
-from mim3d.phantoms.shapes import Array, Vector
+from mim3d.core.types import Spacing, Triple
+from mim3d.phantoms.shapes import Array, Vector, rotation
 
 AIR_HU = -1000.0
 #: What scanners store outside their round field of view.
 OUTSIDE_HU = -1024.0
+#: Distance of the control points of the bend.
+KNOT_MM = 90.0
+#: Control points per axis: from -4 to +4 knots around the middle of the scan.
+NUM_KNOTS = 9
+#: Largest length of the bend anywhere, along each axis.
+MAX_BEND_MM = 13.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pose:
+    """A patient's pose. Body axes are x to the right, y to the front, z to the head; 0 is the first lumbar vertebra.
+
+    Attributes:
+        linear: (3, 3), millimetres of the scan to millimetres of the body.
+        centre_mm: The body's point in the middle of the scan.
+        bend: (3, K, K, K) float32, displacement at the control points, mm.
+    """
+
+    linear: npt.NDArray[np.float64]
+    centre_mm: Vector
+    bend: Array
+
+
+def draw_pose(rng: np.random.Generator) -> Pose:
+    """Draw a pose: a few degrees of turn, 15 % of scale, a shift, and a smooth bend."""
+    tilt = (rng.uniform(-4, 4), rng.uniform(-3, 3), rng.uniform(-7, 7))
+    scale = rng.uniform(0.9, 1.12) * rng.uniform(0.96, 1.04, 3)
+    bend = rng.uniform(-MAX_BEND_MM, MAX_BEND_MM, (3, NUM_KNOTS, NUM_KNOTS, NUM_KNOTS)).astype(np.float32)
+    centre = (rng.uniform(-10, 10), rng.uniform(-6, 6), rng.uniform(12, 52))
+    return Pose(linear=np.diag(1 / scale) @ rotation(tilt), centre_mm=centre, bend=bend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A pose on the voxels of one scan.
+
+    Attributes:
+        pose: How the patient lies.
+        shape: Voxels along X, Y, Z (RAS+).
+        spacing_mm: Their size.
+    """
+
+    pose: Pose
+    shape: Triple
+    spacing_mm: Spacing
+
+    def scan_mm(self, axis: int) -> Array:
+        """Places of the voxels along one axis of the scan, 0 in its middle."""
+        steps = np.arange(self.shape[axis]) - (self.shape[axis] - 1) / 2
+        return np.asarray(steps * self.spacing_mm[axis], dtype=np.float32)
+
+    def body_mm(self, start: int, stop: int) -> tuple[Array, Array, Array]:
+        """Body x, y, z of the voxels in the slices from `start` to `stop`, each (X, Y, stop - start)."""
+        axes = [self.scan_mm(0), self.scan_mm(1), self.scan_mm(2)[start:stop]]
+        knots = np.arange(NUM_KNOTS) - (NUM_KNOTS - 1) / 2
+        weights = []
+        for axis in axes:
+            # Cubic B-splines, (N, K) weights of the control points, which never leave the range of their points.
+            far = np.abs(np.clip(axis / KNOT_MM, knots[1], knots[-2])[:, None] - knots)
+            near = (4 - 6 * far**2 + 3 * far**3) / 6
+            weights.append(np.where(far < 1, near, np.clip(2 - far, 0, None) ** 3 / 6).astype(np.float32))
+        x, y, z = axes[0][:, None, None], axes[1][:, None], axes[2]
+        out = []
+        for row, centre, bend in zip(self.pose.linear, self.pose.centre_mm, self.pose.bend, strict=True):
+            a, b, c = (float(value) for value in row)
+            # einsum without optimisation adds up in one fixed order, which a threaded matrix product does not.
+            along_z: Any = np.einsum("ijk,zk->ijz", bend, weights[2])
+            along_y: Any = np.einsum("ijz,yj->iyz", along_z, weights[1])
+            whole: Any = np.einsum("xi,iyz->xyz", weights[0], along_y)
+            whole += a * x + (b * y + (c * z + np.float32(centre)))
+            out.append(whole)
+        return out[0], out[1], out[2]
+
+    def box(self, low: Vector, high: Vector, start: int, stop: int) -> tuple[slice, slice, slice] | None:
+        """Voxels of the slices `start` to `stop` that a body box can reach (z counted from `start`), or None."""
+        corners = np.array([[(low, high)[i >> axis & 1][axis] for axis in range(3)] for i in range(8)])
+        reach = np.linalg.inv(self.pose.linear)
+        middle = (np.array(self.shape) - 1) / 2
+        places = (corners - np.array(self.pose.centre_mm)) @ reach.T
+        margin = np.abs(reach).sum(axis=1) * MAX_BEND_MM
+        spacing = np.array(self.spacing_mm)
+        first = np.floor((places.min(axis=0) - margin) / spacing + middle).astype(int)
+        last = np.ceil((places.max(axis=0) + margin) / spacing + middle).astype(int) + 1
+        first = np.maximum(first, (0, 0, start)) - (0, 0, start)
+        last = np.minimum(last, (*self.shape[:2], stop)) - (0, 0, start)
+        if (first >= last).any():
+            return None
+        return slice(first[0], last[0]), slice(first[1], last[1]), slice(first[2], last[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +176,14 @@ def scan(scanner: Scanner, placement: Placement, hu: Array, rng: np.random.Gener
     middle = np.exp(-0.5 * radius.astype(np.float32)).astype(np.float32)
     hips = 1 / (1 + np.exp((z + 110) / 30)).astype(np.float32)
     hu += _grain(scanner, hu.shape, rng) * (np.float32(scanner.noise_hu) * (0.45 + 0.65 * middle))[:, :, None]
-    hu += _streaks(hu.shape, rng) * (np.float32(scanner.streak_hu) * (0.5 + 1.5 * hips)) * middle[:, :, None]
+    # Streaks are long from side to side and new in every row of every slice, of about unit deviation.
+    num_knots = 8
+    knots = rng.standard_normal((num_knots, *hu.shape[1:]), dtype=np.float32)
+    places = np.linspace(0, num_knots - 1, hu.shape[0])
+    left = np.minimum(places.astype(int), num_knots - 2)
+    right_share = (places - left).astype(np.float32)[:, None, None]
+    streaks = knots[left] * (1 - right_share) + knots[left + 1] * right_share
+    hu += streaks * (np.float32(scanner.streak_hu) * (0.5 + 1.5 * hips)) * middle[:, :, None]
     hu -= (np.float32(scanner.cupping_hu) * middle)[:, :, None]
     if scanner.round_view:
         view = max(float(np.ptp(x)), float(np.ptp(y))) / 2
@@ -108,13 +205,3 @@ def _grain(scanner: Scanner, shape: tuple[int, ...], rng: np.random.Generator) -
     noise -= coarse
     noise *= 1 / noise.std(dtype=np.float64)
     return noise
-
-
-def _streaks(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Noise of about unit deviation that is long from side to side and new in every row of every slice."""
-    num_knots = 8
-    knots = rng.standard_normal((num_knots, *shape[1:]), dtype=np.float32)
-    places = np.linspace(0, num_knots - 1, shape[0])
-    left = np.minimum(places.astype(int), num_knots - 2)
-    right_share = (places - left).astype(np.float32)[:, None, None]
-    return np.asarray(knots[left] * (1 - right_share) + knots[left + 1] * right_share)

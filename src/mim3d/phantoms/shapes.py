@@ -47,7 +47,7 @@ def ellipsoid(centre: Vector, radii: Vector, angles_deg: Vector = (0.0, 0.0, 0.0
         gauge = np.sqrt(near)
         return np.asarray(gauge * (gauge - 1) / np.sqrt(steep))
 
-    return Solid(level=level, low=_vector(np.array(centre) - reach), high=_vector(np.array(centre) + reach))
+    return Solid(level=level, low=vector(np.array(centre) - reach), high=vector(np.array(centre) + reach))
 
 
 def capsule(start: Vector, end: Vector, start_radius: float, end_radius: float) -> Solid:
@@ -65,7 +65,7 @@ def capsule(start: Vector, end: Vector, start_radius: float, end_radius: float) 
 
     reach = max(start_radius, end_radius)
     ends = np.array([start, end])
-    return Solid(level=level, low=_vector(ends.min(axis=0) - reach), high=_vector(ends.max(axis=0) + reach))
+    return Solid(level=level, low=vector(ends.min(axis=0) - reach), high=vector(ends.max(axis=0) + reach))
 
 
 def tube(points: Sequence[Vector], radii: Sequence[float], *, piece_mm: float = 14.0) -> tuple[Solid, ...]:
@@ -81,19 +81,19 @@ def tube(points: Sequence[Vector], radii: Sequence[float], *, piece_mm: float = 
     line = [knots[0]]
     for before, start, stop, after in zip(ends, ends[1:], ends[2:], ends[3:], strict=False):
         num_pieces = max(1, round(float(np.linalg.norm((stop - start)[:3])) / piece_mm))
-        for t in np.arange(1, num_pieces + 1) / num_pieces:
-            line.append(_catmull_rom(before, start, stop, after, float(t)))
-    return tuple(
-        capsule(_vector(a), _vector(b), max(float(a[3]), 0.5), max(float(b[3]), 0.5)) for a, b in pairwise(line)
-    )
+        for t in (np.arange(1, num_pieces + 1) / num_pieces).tolist():
+            # A Catmull-Rom spline.
+            bend = t * (2 * before - 5 * start + 4 * stop - after + t * (3 * (start - stop) + after - before))
+            line.append(start + 0.5 * t * (stop - before + bend))
+    return tuple(capsule(vector(a), vector(b), max(float(a[3]), 0.5), max(float(b[3]), 0.5)) for a, b in pairwise(line))
 
 
 def grown(solid: Solid, margin_mm: float) -> Solid:
     """The solid with its surface moved outwards by `margin_mm` (inwards if negative)."""
     return Solid(
         level=lambda x, y, z: solid.level(x, y, z) - margin_mm,
-        low=_vector(np.array(solid.low) - margin_mm),
-        high=_vector(np.array(solid.high) + margin_mm),
+        low=vector(np.array(solid.low) - margin_mm),
+        high=vector(np.array(solid.high) + margin_mm),
     )
 
 
@@ -106,7 +106,7 @@ def blended(first: Solid, second: Solid, blend_mm: float) -> Solid:
         return np.asarray(np.minimum(a, b) - gap * gap * (0.25 / blend_mm))
 
     low = np.minimum(first.low, second.low) - blend_mm / 4
-    return Solid(level=level, low=_vector(low), high=_vector(np.maximum(first.high, second.high) + blend_mm / 4))
+    return Solid(level=level, low=vector(low), high=vector(np.maximum(first.high, second.high) + blend_mm / 4))
 
 
 def cut(solid: Solid, keep: Level) -> Solid:
@@ -131,10 +131,6 @@ def rotation(angles_deg: Vector) -> npt.NDArray[np.float64]:
     return turn
 
 
-def _catmull_rom(before: Any, start: Any, stop: Any, after: Any, t: float) -> Any:
-    bend = 2 * before - 5 * start + 4 * stop - after
-    return start + 0.5 * t * (stop - before + t * (bend + t * (3 * (start - stop) + after - before)))
-
-
-def _vector(values: Any) -> Vector:
+def vector(values: Any) -> Vector:
+    """Three numbers as a tuple of floats."""
     return float(values[0]), float(values[1]), float(values[2])
