@@ -1,9 +1,9 @@
-"""Tables of classes: what was predicted of each scan, and what its reference says."""
+"""Tables of classes: the class predicted for each scan, and the class in its reference."""
 
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mim3d.core.errors import DataError, listed
@@ -14,7 +14,7 @@ from mim3d.datasets.lists import read_table
 #: Name of the table that prediction writes into its folder.
 TABLE_NAME = "predictions.csv"
 
-#: Columns that may name a case, the first that is there counts; an image is named as cases of a list are.
+#: Columns that may name a case; the first that is there counts. An image is named as cases of a list are.
 ID_COLUMNS = ("id", "case", "image")
 _PROBABILITY = "probability_"
 
@@ -24,12 +24,12 @@ class ClassRow:
     """A case of both tables.
 
     Attributes:
-        id: what both call it.
-        patient: whose case it is; the id where neither table says so.
-        true_class: class in the references.
-        predicted: class in the predictions.
-        probabilities: of each class, in the order of the names.
-        baseline: number of the baseline's column, if one was asked for.
+        id: Name of the case in both tables.
+        patient: Name of the patient; the id where neither table has one.
+        true_class: Class in the references.
+        predicted: Class in the predictions.
+        probabilities: Probability of each class, in the order of the names.
+        baseline: Number in the baseline's column, if one was asked for.
     """
 
     id: str
@@ -42,13 +42,13 @@ class ClassRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTable:
-    """What two tables have in common.
+    """The cases of a table of predictions and a table of references.
 
     Attributes:
-        rows: sorted by id.
-        class_names: in the order of the predictions' columns.
-        without_reference: ids of predictions that no reference belongs to.
-        without_prediction: ids of references that were not predicted.
+        rows: Cases of both tables, sorted by id.
+        class_names: Names of the classes, in the order of the predictions' columns.
+        without_reference: Ids of predictions that no reference belongs to.
+        without_prediction: Ids of references that were not predicted.
     """
 
     rows: tuple[ClassRow, ...]
@@ -57,25 +57,10 @@ class ClassTable:
     without_prediction: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A CSV file with a header, its rows by the id of their case."""
-
-    path: str
-    columns: tuple[str, ...]
-    rows: dict[str, dict[str, str]]
-
-    def require(self, column: str) -> None:
-        """Refuse a table without this column."""
-        if column not in self.columns:
-            raise DataError(f"{self.path}: has no column {column!r}.{nearest(column, self.columns)}")
-
-
 def is_class_table(predictions: str) -> bool:
     """Whether predictions are those of a classifier: a CSV file, or a folder with nothing but such a table."""
     if os.path.isdir(predictions):
-        names = [TABLE_NAME, "predictions.json"]
-        table, maps = (os.path.isfile(os.path.join(predictions, name)) for name in names)
+        table, maps = (os.path.isfile(os.path.join(predictions, name)) for name in (TABLE_NAME, "predictions.json"))
         return table and not maps
     return predictions.lower().endswith(".csv")
 
@@ -86,44 +71,65 @@ def read_class_tables(
     """Match two tables by the ids of their cases.
 
     Args:
-        predictions: a table with the columns id, predicted and a probability_CLASS for each class, or its folder.
-        references: a table with a column id, case or image (whose id is that of a case of a list), and a class.
-        class_column: column of the references that holds the class.
-        baseline_column: column of the references that holds a number to compare with.
+        predictions: Table with the columns id, predicted and a probability_CLASS for each class, or its folder.
+        references: Table with a column id, case or image (whose id is that of a case of a list), and a class.
+        class_column: Column of the references that holds the class.
+        baseline_column: Column of the references that holds a number to compare with.
 
     Raises:
-        DataError: a table that cannot be read, lacks a column or a value, or names a case twice; a class that was not
-            predicted; no case in both.
+        DataError: A table cannot be read, lacks a column or a value, or names a case twice; a class was not predicted;
+            or no case is in both.
     """
     path = os.path.join(predictions, TABLE_NAME) if os.path.isdir(predictions) else predictions
     ours, theirs = _read(path), _read(references)
-    class_names = tuple(name.removeprefix(_PROBABILITY) for name in ours.columns if name.startswith(_PROBABILITY))
+    columns = next(iter(ours.values()))
+    class_names = tuple(name.removeprefix(_PROBABILITY) for name in columns if name.startswith(_PROBABILITY))
     if len(class_names) < 2:
         raise DataError(f"{path}: needs a column {_PROBABILITY}CLASS for each of two or more classes.")
+    their_columns = next(iter(theirs.values()))
     for column in (class_column, *([baseline_column] if baseline_column else [])):
-        theirs.require(column)
-    shared = sorted(ours.rows.keys() & theirs.rows.keys())
+        if column not in their_columns:
+            raise DataError(f"{references}: has no column {column!r}.{nearest(column, their_columns)}")
+    shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         raise DataError(
-            f"{path}: no prediction is named like a reference; the predictions are {listed(sorted(ours.rows))}, the "
-            f"references {listed(sorted(theirs.rows))}."
+            f"{path}: no prediction is named like a reference; the predictions are {listed(sorted(ours))}, the "
+            f"references {listed(sorted(theirs))}."
         )
-    found = ClassTable(
-        rows=tuple(_row(name, ours, theirs, class_names, class_column, baseline_column) for name in shared),
-        class_names=class_names,
-        without_reference=tuple(sorted(ours.rows.keys() - theirs.rows.keys())),
-        without_prediction=tuple(sorted(theirs.rows.keys() - ours.rows.keys())),
-    )
-    for names, fault in (
-        (found.without_reference, "predicted without a reference"),
-        (found.without_prediction, "with a reference but no prediction"),
+    rows = []
+    for name in shared:
+        prediction, reference = ours[name], theirs[name]
+        if reference[class_column] not in class_names:
+            raise DataError(
+                f"{references}: case {name} is of the class {reference[class_column]!r}, for which {path} has no "
+                f"probability; its classes are {listed(class_names)}."
+            )
+        probabilities = tuple(_number(prediction[f"{_PROBABILITY}{each}"], path, name) for each in class_names)
+        predicted = prediction.get("predicted") or class_names[probabilities.index(max(probabilities))]
+        if predicted not in class_names:
+            raise DataError(f"{path}: case {name} is predicted {predicted!r}, which has no column of probabilities.")
+        row = ClassRow(
+            id=name,
+            patient=reference.get("patient") or prediction.get("patient") or name,
+            true_class=reference[class_column],
+            predicted=predicted,
+            probabilities=probabilities,
+            baseline=_number(reference[baseline_column], references, name) if baseline_column else None,
+        )
+        rows.append(row)
+    unmatched = (tuple(sorted(ours.keys() - theirs.keys())), tuple(sorted(theirs.keys() - ours.keys())))
+    for names, fault in zip(
+        unmatched, ("predicted without a reference", "with a reference but no prediction"), strict=True
     ):
         if names:
             warnings.warn(f"Not scored, {fault}: {listed(names)}.", stacklevel=2)
-    return found
+    return ClassTable(
+        rows=tuple(rows), class_names=class_names, without_reference=unmatched[0], without_prediction=unmatched[1]
+    )
 
 
-def _read(path: str) -> _Table:
+def _read(path: str) -> dict[str, Mapping[str, str]]:
+    """Rows of a table by the id of their case; every row has all columns."""
     header, lines = read_table(path)
     key = next((name for name in ID_COLUMNS if name in header), None)
     if key is None or not lines:
@@ -146,32 +152,7 @@ def _read(path: str) -> _Table:
             tuple(os.path.join(os.path.dirname(root), part.strip()) for part in name.split(";")) for name in rows
         ]
         names = unique_ids([Entry(images=paths) for paths in channels], root)
-    return _Table(path, tuple(header), dict(zip(names, rows.values(), strict=True)))
-
-
-def _row(
-    name: str, ours: _Table, theirs: _Table, class_names: Sequence[str], class_column: str, baseline_column: str | None
-) -> ClassRow:
-    prediction, reference = ours.rows[name], theirs.rows[name]
-    true_class = reference[class_column]
-    if true_class not in class_names:
-        raise DataError(
-            f"{theirs.path}: case {name} is of the class {true_class!r}, for which {ours.path} has no probability; "
-            f"its classes are {listed(class_names)}."
-        )
-    probabilities = tuple(_number(prediction[f"{_PROBABILITY}{each}"], ours.path, name) for each in class_names)
-    likeliest = class_names[probabilities.index(max(probabilities))]
-    predicted = prediction.get("predicted") or likeliest
-    if predicted not in class_names:
-        raise DataError(f"{ours.path}: case {name} is predicted {predicted!r}, which has no column of probabilities.")
-    return ClassRow(
-        id=name,
-        patient=reference.get("patient") or prediction.get("patient") or name,
-        true_class=true_class,
-        predicted=predicted,
-        probabilities=probabilities,
-        baseline=_number(reference[baseline_column], theirs.path, name) if baseline_column else None,
-    )
+    return dict(zip(names, rows.values(), strict=True))
 
 
 def _number(text: str, path: str, name: str) -> float:

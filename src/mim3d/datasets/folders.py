@@ -17,7 +17,11 @@ _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
 def pair_folders(folder: str) -> tuple[str, str] | None:
-    """The image and label subfolders of a folder that has both, as absolute paths."""
+    """The image and label subfolders of a folder that has both, as absolute paths; None where one is missing.
+
+    Raises:
+        DataError: There are several folders of images or of labels.
+    """
     names = {name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))}
     images = [name for name in IMAGE_FOLDERS if name in names]
     labels = [name for name in LABEL_FOLDERS if name in names]
@@ -34,13 +38,16 @@ def pair_folders(folder: str) -> tuple[str, str] | None:
 def read_pairs(image_folder: str, label_folder: str, *, with_labels: bool = True) -> list[Entry]:
     """Pair images and labels of the same file name; an image without a label stays unlabelled.
 
+    Args:
+        image_folder: Folder of images; the channels of a case may be separate files.
+        label_folder: Folder of label maps.
+        with_labels: Whether the label maps are looked at.
+
     Raises:
-        DataError: No images, a label without its image, or no pair at all.
+        DataError: There are no images, or no labels where they are looked at, or a label has no image.
     """
     images = group_channels(scans_in(image_folder), image_folder)
-    if not with_labels:
-        return [Entry(id=name, images=paths) for name, paths in images.items()]
-    labels = {scan_id(path): path for path in scans_in(label_folder)}
+    labels = {scan_id(path): path for path in scans_in(label_folder)} if with_labels else {}
     orphans = sorted(set(labels) - set(images))
     if orphans:
         raise DataError(
@@ -54,12 +61,12 @@ def read_tree(folder: str) -> list[Entry]:
     """Every scan in a tree; label folders beside image folders or scans are left out.
 
     Raises:
-        DataError: Nothing readable in the tree.
+        DataError: Nothing in the tree is readable.
     """
     paths = [path for path in scans_in(folder) if not _is_beside_images(path, folder)]
     if not paths:
         raise DataError(f"{folder}: only label maps in here; give the folder of the images.")
-    if _is_image_folder(folder):
+    if re.fullmatch(r"images(Tr|Ts|Val)", os.path.basename(folder)):
         return [Entry(id=name, images=files) for name, files in group_channels(paths, folder).items()]
     return [Entry(images=(path,)) for path in paths]
 
@@ -83,7 +90,7 @@ def group_channels(paths: Iterable[str], folder: str) -> dict[str, tuple[str, ..
     case has the same channels from 0000 on; otherwise each file is a case.
 
     Raises:
-        DataError: Two files of one name.
+        DataError: Two files have the same name.
     """
     named: dict[str, str] = {}
     for path in paths:
@@ -94,9 +101,7 @@ def group_channels(paths: Iterable[str], folder: str) -> dict[str, tuple[str, ..
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     for name, path in named.items():
         match = _CHANNEL.match(name)
-        if match is None:
-            return {name: (path,) for name, path in named.items()}
-        groups[match["case"]][match["channel"]] = path
+        groups[match["case"] if match else name][match["channel"] if match else ""] = path
     channels = {tuple(sorted(group)) for group in groups.values()}
     expected = tuple(f"{index:04d}" for index in range(len(next(iter(channels), ()))))
     if channels != {expected}:
@@ -104,23 +109,15 @@ def group_channels(paths: Iterable[str], folder: str) -> dict[str, tuple[str, ..
     return {case: tuple(group[channel] for channel in expected) for case, group in groups.items()}
 
 
-def _is_image_folder(folder: str) -> bool:
-    return re.fullmatch(r"images(Tr|Ts|Val)", os.path.basename(folder)) is not None
-
-
 def _is_beside_images(path: str, root: str) -> bool:
     """Whether a folder of labels, with images next to it, lies between the root and this file."""
     folder = os.path.dirname(path.split("::")[0])
     while len(folder) > len(root):
         parent, name = os.path.split(folder)
-        if name in _NEVER_IMAGES and _holds_images(parent, name):
+        if name in _NEVER_IMAGES and any(
+            other != name and (re.match(r"images($|T[rs]$|Val$)", other) or suffix_of(other))
+            for other in os.listdir(parent)
+        ):
             return True
         folder = parent
     return False
-
-
-def _holds_images(folder: str, except_name: str) -> bool:
-    return any(
-        name != except_name and (re.match(r"images($|T[rs]$|Val$)", name) or suffix_of(name))
-        for name in os.listdir(folder)
-    )
