@@ -14,7 +14,7 @@ from mim3d.caching.cache import open_cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.nn.resizing import resize_image
-from mim3d.scans.intensity import CT_WINDOW_HU, Intensity, apply_lines
+from mim3d.scans.intensity import CT_WINDOW_HU, Intensity, apply_rescaling
 from yardstick.blosc_partition import blosc_partition
 from yardstick.ct_scans import Scan
 from yardstick.page_cache import files_below
@@ -217,7 +217,7 @@ def _values(scan: CachedScan, origin: Triple, size: Triple, level: int, shown: T
     x, y, z = (first >> level for first in origin)
     p, q, r = (length >> level for length in size)
     image = torch.from_numpy(scan.read((x, y, z), (p, q, r), level)).to(torch.float32)
-    apply_lines(image, Intensity().lines(scan.stored_intensities, scan.statistics))
+    apply_rescaling(image, Intensity().rescaling(scan.stored_intensities, scan.statistics))
     return (image if shown is None else resize_image(image[None], shown)[0])[0].numpy()
 
 

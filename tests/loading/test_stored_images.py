@@ -29,7 +29,7 @@ def test_every_stored_type_becomes_what_its_values_become(dtype, kind):
     statistics = [statistics_of(channel) for channel in values]
     low, high = (float(np.percentile(values, percent)) for percent in (20, 80))
     intensity = Intensity(kind=kind, window=(low, high) if kind == "window" else None)
-    sample = {"image": Crops([crop, crop[:, ::-1]], intensity.lines(LINES, statistics, gain=1.1, bias=-0.02))}
+    sample = {"image": Crops([crop, crop[:, ::-1]], intensity.rescaling(LINES, statistics, gain=1.1, bias=-0.02))}
     images = pack([sample, sample], np.empty)["image"].unpacked()
     assert isinstance(images, StoredImages)
     assert images.numbers.element_size() == np.dtype(dtype).itemsize
@@ -44,7 +44,7 @@ def test_every_stored_type_becomes_what_its_values_become(dtype, kind):
 
 @pytest.mark.parametrize("others", [(np.int16,), (np.uint16, np.int16), (np.int32, np.uint32), (np.float32, np.uint8)])
 def test_a_batch_of_several_types_holds_the_same_bits_as_each_sample_alone(others):
-    lines = Intensity().lines(LINES, [statistics_of(np.zeros(1))] * 2)
+    lines = Intensity().rescaling(LINES, [statistics_of(np.zeros(1))] * 2)
     crops = [crop_of(np.uint8)]
     crops += [crop_of(t) if t is not np.float32 else np.random.rand(2, 4, 5, 6).astype(t) for t in others]
     samples = [{"image": Crops([crop], lines)} for crop in crops]
@@ -63,7 +63,7 @@ def test_whatever_else_a_sample_holds_is_stacked_as_it_is():
 
 
 def test_fabric_sends_images_to_the_device_as_float32():
-    lines = Intensity().lines(LINES, [statistics_of(np.zeros(1))] * 2)
+    lines = Intensity().rescaling(LINES, [statistics_of(np.zeros(1))] * 2)
     batch = {"image": pack([{"image": Crops([crop_of(np.uint8)], lines)}], np.empty)["image"].unpacked()}
     assert batch["image"].numbers.nbytes == 2 * 4 * 5 * 6
     moved = move_data_to_device(batch, torch.device("cpu"))["image"]
@@ -75,6 +75,6 @@ def test_fabric_sends_images_to_the_device_as_float32():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", INTEGER_TYPES)
 def test_a_gpu_gives_what_a_cpu_gives(dtype):
-    lines = Intensity(window=(0.0, 200.0)).lines(LINES, [statistics_of(np.zeros(1))] * 2)
+    lines = Intensity(window=(0.0, 200.0)).rescaling(LINES, [statistics_of(np.zeros(1))] * 2)
     images = pack([{"image": Crops([crop_of(dtype)], lines)}], np.empty)["image"].unpacked()
     torch.testing.assert_close(images.to("cuda").cpu(), images.to("cpu"), atol=1e-6, rtol=1e-6)

@@ -25,7 +25,7 @@ from mim3d.loading.reading_processes import Filled
 from mim3d.loading.ring import Ring, slot_bytes
 from mim3d.loading.stored_images import Allocate, Crops, pack
 from mim3d.nn.resizing import flip, resize_image, resize_labels
-from mim3d.scans.intensity import NO_CHANGE, Intensity, apply_lines
+from mim3d.scans.intensity import NO_RESCALING, Intensity, apply_rescaling
 
 #: So many damaged scans in a row are no chance: it is the disk, or all of the cache.
 MAX_DAMAGED_IN_A_ROW = 100
@@ -211,12 +211,12 @@ class SampleDataset:
         return {**self.augment({**values, **others}, int(drawn.rng.integers(2**31)))}
 
     def _images(self, scan: CachedScan, reads: Sequence[Read], sample: Sample) -> Crops:
-        lines = self.intensity.lines(scan.stored_intensities, scan.statistics, gain=sample.gain, bias=sample.bias)
+        lines = self.intensity.rescaling(scan.stored_intensities, scan.statistics, gain=sample.gain, bias=sample.bias)
         crops = _read_images(scan, reads, sample)
         if self.augment is None and all(crop.shape[1:] == read.size for crop, read in zip(crops, reads, strict=True)):
             return Crops(crops, lines)
         finished = [_finished(crop, lines, read.size) for crop, read in zip(crops, reads, strict=True)]
-        return Crops(finished, np.tile(np.array(NO_CHANGE, dtype=np.float32), (len(lines), 1)))
+        return Crops(finished, np.tile(np.array(NO_RESCALING, dtype=np.float32), (len(lines), 1)))
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _boxes(scan: CachedScan, reads: Sequence[Read], sample: Sample) -> dict[int,
 def _finished(crop: np.ndarray, lines: np.ndarray, size: Triple) -> np.ndarray:
     """Network input ``(C, *size)`` of a crop as stored."""
     image = torch.from_numpy(crop.astype(np.float32))
-    apply_lines(image, lines)
+    apply_rescaling(image, lines)
     resized: np.ndarray = resize_image(image[None], size)[0].numpy()
     return resized
 

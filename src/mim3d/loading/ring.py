@@ -27,7 +27,7 @@ from torch import Tensor
 from mim3d.core.errors import Mim3dError
 from mim3d.loading.reading_processes import Done, Failed, Fill, Filled, aligned, read_batches, signals_held_back
 from mim3d.loading.stored_images import MAX_VOXEL_BYTES
-from mim3d.scans.intensity import NO_CHANGE
+from mim3d.scans.intensity import NO_RESCALING
 
 #: Batches in the making or on their way, of each process.
 SLOTS_PER_WORKER = 2
@@ -53,7 +53,7 @@ def slot_bytes(sample: Iterable[Tensor], batch_size: int) -> int:
     for tensor in sample:
         channels = tensor.shape[1] if tensor.ndim == 5 else 0
         total += aligned(batch_size * tensor.nbytes)
-        total += aligned(batch_size * channels * len(NO_CHANGE) * MAX_VOXEL_BYTES)
+        total += aligned(batch_size * channels * len(NO_RESCALING) * MAX_VOXEL_BYTES)
     return total
 
 

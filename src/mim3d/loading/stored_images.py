@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim3d.scans.intensity import apply_lines
+from mim3d.scans.intensity import apply_rescaling
 
 #: Gives an array to be filled, of a shape and type.
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
@@ -34,7 +34,7 @@ class Crops:
 
     Attributes:
         crops: ``(C, X, Y, Z)`` each; may be views of what was read, such as flipped ones.
-        lines: ``(C, 4)`` float32, what makes network input of them, see ``Intensity.lines``.
+        lines: ``(C, 4)`` float32, what makes network input of them, see ``Intensity.rescaling``.
     """
 
     crops: Sequence[np.ndarray]
@@ -47,7 +47,7 @@ class Packed:
 
     Attributes:
         array: ``(B, ...)``.
-        lines: ``(B, C, 4)`` float32 for images, see ``Intensity.lines``; None for everything else.
+        lines: ``(B, C, 4)`` float32 for images, see ``Intensity.rescaling``; None for everything else.
     """
 
     array: np.ndarray
@@ -66,7 +66,7 @@ class StoredImages:
 
     Attributes:
         numbers: ``(B, N, C, X, Y, Z)``; unsigned numbers of 16 or 32 bits as signed ones of the same bits.
-        lines: ``(B, C, 4)`` float32, see ``Intensity.lines``.
+        lines: ``(B, C, 4)`` float32, see ``Intensity.rescaling``.
         type_name: numpy's name of the numbers' type.
     """
 
@@ -92,7 +92,7 @@ class StoredImages:
             numbers = numbers.to(wider) & bits
         images = numbers.to(torch.float32, copy=True)
         for sample, lines in zip(images, self.lines, strict=True):
-            apply_lines(sample, lines)
+            apply_rescaling(sample, lines)
         return images
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import ConfigError
-from mim3d.scans.components import connected
+from mim3d.scans.components import find_components
 
 Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -197,8 +197,8 @@ def detection_rates(
 
 def _overlaps(prediction: Mask, reference: Mask) -> _Overlaps:
     """Number the components of both masks from 1 and find the pairs that share voxels."""
-    ours, num_ours = connected(prediction)
-    theirs, num_theirs = connected(reference)
+    ours, num_ours = find_components(prediction)
+    theirs, num_theirs = find_components(reference)
     both = prediction & reference
     pairs, shared = np.unique(theirs[both].astype(np.int64) * (num_ours + 1) + ours[both], return_counts=True)
     return _Overlaps(

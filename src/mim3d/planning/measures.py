@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mim3d.caching.foreground import Statistics, class_counts_of
 from mim3d.core.types import Spacing
-from mim3d.scans.components import connected
+from mim3d.scans.components import find_components
 
 #: Labelled voxels of each scan whose intensities are looked at: every scan counts alike, whatever its structures' size.
 MAX_CLASS_VOXELS = 10_000
@@ -88,7 +88,7 @@ def _measure_classes(label_XYZ: npt.NDArray[Any], spacing_mm: Spacing) -> dict[i
     for value, box in enumerate(find_objects(label_XYZ), start=1):
         if box is None:
             continue
-        _, num_components = connected(label_XYZ[box] == value)
+        _, num_components = find_components(label_XYZ[box] == value)
         x, y, z = ((axis.stop - axis.start) * mm for axis, mm in zip(box, spacing_mm, strict=True))
         measures[value] = ClassMeasures(
             volume_ml=int(num_voxels[value]) * math.prod(spacing_mm) / 1000,

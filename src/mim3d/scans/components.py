@@ -10,11 +10,12 @@ import numpy.typing as npt
 from mim3d.core.types import Spacing
 
 
-def connected(mask_XYZ: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], int]:
-    """Number what hangs together by faces, edges or corners of voxels (26 neighbours).
+def find_components(mask_XYZ: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], int]:
+    """Label the connected components of a mask; voxels are connected by faces, edges or corners (26 neighbours).
 
     Returns:
-        (X, Y, Z) number of each voxel's component from 1, 0 outside the mask, four bytes each; and how many there are.
+        The number of each voxel's component (X, Y, Z), from 1 and 0 outside the mask, in four bytes each; and the
+        number of components.
     """
     from scipy.ndimage import generate_binary_structure, label
 
@@ -27,12 +28,12 @@ def remove_components(
 ) -> None:
     """Turn components of labels into background 0, in place.
 
-    A component is what hangs together, see ``connected``, of one label alone.
+    The components of each label are those of its own mask, see ``find_components``.
 
     Args:
-        labels: (X, Y, Z) label map, background 0.
+        labels: Label map (X, Y, Z), background 0.
         spacing_mm: Voxel size along X, Y, Z.
-        largest: Labels of which the largest component alone is kept; of equals the first in the order of voxels.
+        largest: Labels of which only the largest component is kept; of equals the first in the order of voxels.
         min_ml: Components of any label smaller than this volume are removed, in millilitres; 0 keeps all.
     """
     from scipy.ndimage import find_objects
@@ -42,7 +43,7 @@ def remove_components(
         if box is None or not (min_ml or value in largest):
             continue
         inside = labels[box]
-        components, count = connected(inside == value)
+        components, count = find_components(inside == value)
         sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
         keeps = np.ones(count, dtype=np.bool_)
         if value in largest:

@@ -1,4 +1,4 @@
-"""Files on disk, before and after the voxels: is all of it there, does it fit, and writing without halves."""
+"""Checks of scan files before their voxels are read: the file is complete, and its voxels fit into memory."""
 
 import math
 import os
@@ -18,7 +18,7 @@ def check_file(path: str) -> None:
     """Refuse a path that is no readable file.
 
     Raises:
-        DataError: missing, a folder, empty, or not readable.
+        DataError: The file is missing, a folder, empty, or not readable.
     """
     if os.path.isdir(path):
         raise DataError(f"{path}: a folder where an image file is needed; name a file inside it.")
@@ -52,8 +52,13 @@ def available_memory_bytes() -> int:
 def check_memory(path: str, shape: Sequence[int], itemsize: int) -> int:
     """Bytes of the voxels that a header claims, refused before anything is allocated for them.
 
+    Args:
+        path: Name of the scan, for messages.
+        shape: Number of voxels along each axis.
+        itemsize: Bytes per voxel.
+
     Raises:
-        DataError: they do not fit into the memory that is available.
+        DataError: The voxels do not fit into the memory that is available.
     """
     size_bytes = math.prod(shape) * itemsize
     available = available_memory_bytes()
@@ -69,7 +74,7 @@ def check_raw(path: str, offset: int, size_bytes: int) -> None:
     """Refuse an uncompressed file that ends before its last voxel.
 
     Raises:
-        DataError: the file holds fewer bytes than its header claims.
+        DataError: The file holds fewer bytes than its header claims.
     """
     held = os.path.getsize(path) - offset
     if held < size_bytes:
@@ -83,7 +88,7 @@ def check_deflate(path: str, compressed_bytes: int, size_bytes: int) -> None:
     """Refuse a compressed file too small to hold what its header claims, without unpacking it.
 
     Raises:
-        DataError: it cannot hold that many bytes.
+        DataError: The file cannot hold that many bytes.
     """
     if size_bytes > (compressed_bytes + 64) * MAX_DEFLATE_RATIO:
         raise DataError(
@@ -95,28 +100,41 @@ def check_deflate(path: str, compressed_bytes: int, size_bytes: int) -> None:
 def check_gzip(path: str, offset: int, size_bytes: int) -> None:
     """Refuse a truncated or damaged gzip stream of `size_bytes` that starts at `offset` of a file.
 
-    The last four bytes of a stream tell its unpacked length: where they agree nothing is unpacked. Where they
-    do not (truncated, or joined from several streams), the stream is run through once without keeping it.
+    The last four bytes of a stream are its unpacked length: where they agree, nothing is unpacked. Where they do not
+    (truncated, or joined from several streams), the stream is unpacked once without keeping it.
 
     Raises:
-        DataError: the stream is damaged or ends too early.
+        DataError: The stream is damaged or ends too early.
     """
     check_deflate(path, os.path.getsize(path) - offset, size_bytes)
     with open(path, "rb") as stream:
         stream.seek(max(offset, os.path.getsize(path) - 4))
-        told = int.from_bytes(stream.read(4), "little")
-    if told != size_bytes % 2**32:
+        unpacked = int.from_bytes(stream.read(4), "little")
+    if unpacked != size_bytes % 2**32:
         check_packed(path, offset, size_bytes)
 
 
 def check_packed(path: str, offset: int, size_bytes: int) -> None:
-    """Run a gzip or zlib stream through once, without keeping it, and compare its length and checksum.
+    """Unpack a gzip or zlib stream once, without keeping it, and compare its length and checksum.
 
     Raises:
-        DataError: the stream is damaged or ends too early.
+        DataError: The stream is damaged or ends too early.
     """
+    unpacked = 0
     try:
-        unpacked = _unpacked_bytes(path, offset)
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            block = stream.read(2**20)
+            while True:
+                # Window bits of 32 + 15 take a gzip or a zlib stream; its first bytes say which.
+                packed = zlib.decompressobj(32 + zlib.MAX_WBITS)
+                while block and not packed.eof:
+                    unpacked += len(packed.decompress(block, 2**22))
+                    block = packed.unconsumed_tail or packed.unused_data or stream.read(2**20)
+                if not packed.eof:
+                    raise EOFError("it ends too early")
+                if not block.startswith(b"\x1f\x8b"):
+                    break
     except (EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: the compressed stream is truncated or damaged ({error}); copy it again from its source."
@@ -126,20 +144,3 @@ def check_packed(path: str, offset: int, size_bytes: int) -> None:
             f"{path}: the header claims {size_bytes} bytes of voxels, but unpacking gives {unpacked}; "
             "the file is truncated or its header is wrong, so copy it again from its source."
         )
-
-
-def _unpacked_bytes(path: str, offset: int) -> int:
-    unpacked = 0
-    with open(path, "rb") as stream:
-        stream.seek(offset)
-        block = stream.read(2**20)
-        while True:
-            # Window bits of 32 + 15 take a gzip or a zlib stream, told by its first bytes.
-            packed = zlib.decompressobj(32 + zlib.MAX_WBITS)
-            while block and not packed.eof:
-                unpacked += len(packed.decompress(block, 2**22))
-                block = packed.unconsumed_tail or packed.unused_data or stream.read(2**20)
-            if not packed.eof:
-                raise EOFError("it ends too early")
-            if not block.startswith(b"\x1f\x8b"):
-                return unpacked

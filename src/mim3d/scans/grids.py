@@ -13,7 +13,7 @@ from nibabel import orientations as _orientations
 from mim3d.core.errors import DataError
 from mim3d.core.types import Spacing, Triple
 
-# Untyped, so that calls into it are not held against the types of this package.
+# Without types, so that mypy does not check calls into it.
 orientations: Any = _orientations
 
 #: Turns LPS millimetres (DICOM, ITK) into RAS millimetres (NIfTI, mim3d) and back.
@@ -35,46 +35,21 @@ _MIN_SLICES = 32
 _SLAB_VOXELS = 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class NiftiGeometry:
-    """The geometry fields of a NIfTI header as stored, so that they can be written back bit by bit."""
-
-    version: int
-    pixdim: tuple[float, ...]
-    quaternion: tuple[float, ...]
-    qoffset: tuple[float, ...]
-    srow: tuple[float, ...]
-    qform_code: int
-    sform_code: int
-    xyzt_units: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ItkGeometry:
-    """Spacing, origin and direction of an ITK image (LPS millimetres), as stored."""
-
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
     """A scan's grid exactly as stored.
 
     Attributes:
-        shape: voxels along the stored axes.
+        shape: Number of voxels along each stored axis.
         affine: (4, 4) float64, stored index to RAS millimetres.
-        path: the file or DICOM series it was read from.
-        nifti: the header fields of a NIfTI source, else None.
-        itk: the geometry of an NRRD or MetaImage source, else None.
+        path: File or DICOM series that it was read from.
+        source: Geometry as its format stores it, so that a file of the same format gets it back bit by bit, or None.
     """
 
     shape: Triple
     affine: npt.NDArray[np.float64]
     path: str
-    nifti: NiftiGeometry | None = None
-    itk: ItkGeometry | None = None
+    source: object | None = None
 
     @property
     def orientation(self) -> npt.NDArray[np.float64]:
@@ -106,7 +81,7 @@ class Grid:
         """View of an array along RAS+ axes in the stored axis order.
 
         Raises:
-            DataError: the array does not have the shape of this grid.
+            DataError: The array does not have the shape of this grid.
         """
         if array.shape != self.ras_shape:
             raise DataError(
@@ -153,7 +128,7 @@ def volume_shape(shape: Sequence[int], path: str) -> Triple:
     """The three sizes of a volume; trailing axes of size 1 are dropped.
 
     Raises:
-        DataError: fewer or more axes than three, or an axis without voxels.
+        DataError: There are fewer or more axes than three, or an axis has no voxels.
     """
     sizes = tuple(int(size) for size in shape)
     if any(size < 1 for size in sizes):
@@ -178,7 +153,7 @@ def check_spacing(spacing_mm: Sequence[float], path: str) -> None:
     """Refuse a voxel size that no scan can have.
 
     Raises:
-        DataError: a value is zero, negative, NaN or infinite.
+        DataError: A value is zero, negative, NaN or infinite.
     """
     if not all(np.isfinite(value) and value > 0 for value in spacing_mm):
         shown = ", ".join(f"{value:g}" for value in spacing_mm)
@@ -192,7 +167,7 @@ def check_affine(affine: npt.NDArray[np.float64], path: str) -> None:
     """Refuse a grid that permutation and flips cannot bring to RAS+.
 
     Raises:
-        DataError: values that are not finite, axes without length, parallel or sheared axes.
+        DataError: Values are not finite, or axes have no length, are parallel or sheared.
     """
     if not np.all(np.isfinite(affine)):
         raise DataError(f"{path}: the affine of the header holds NaN or infinite values; correct the header.")

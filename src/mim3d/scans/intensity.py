@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 #: Clipping range of CT pre-training, HU.
 CT_WINDOW_HU = (-1000.0, 1000.0)
 
-#: The line (factor, shift, lower and upper bound) that leaves numbers as they are.
-NO_CHANGE = (1.0, 0.0, -np.inf, np.inf)
+#: The rescaling (factor, offset, lower and upper bound) that leaves numbers as they are.
+NO_RESCALING = (1.0, 0.0, -np.inf, np.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Intensity:
     Attributes:
         kind: ``window`` clips to ``window`` and maps it to [0, 1] (CT); ``zscore`` subtracts the mean and divides by
             the standard deviation of the scan's foreground (MRI, whose scale differs from file to file).
-        window: lower and upper bound in source units (HU for CT); needed by ``window`` alone.
+        window: Lower and upper bound in source units (HU for CT); only ``window`` needs it.
     """
 
     kind: Literal["window", "zscore"] = "window"
@@ -48,7 +48,7 @@ class Intensity:
             channel /= width
         return image
 
-    def lines(
+    def rescaling(
         self,
         stored: Sequence["StoredIntensity"],
         statistics: Sequence["Statistics"],
@@ -56,25 +56,26 @@ class Intensity:
         gain: float = 1.0,
         bias: float = 0.0,
     ) -> np.ndarray:
-        """What makes network input of stored numbers, see ``apply_lines``: ``apply`` to their values, then scaled.
+        """The map from stored numbers to network input: ``apply`` to their values, then gain and bias.
 
-        Every map on the way is a straight line, so they are one multiplication, one addition and one clip.
+        Every step of it is affine, so all together are one multiplication, one addition and one clip, see
+        ``apply_rescaling``.
 
         Args:
-            stored: of each channel, from stored numbers to source units.
-            statistics: of each channel.
-            gain: factor on the network input.
-            bias: added to it after that.
+            stored: Map from stored numbers to source units, for each channel.
+            statistics: Statistics of each channel.
+            gain: Factor on the network input.
+            bias: Offset of the network input, added after the factor.
 
         Returns:
-            ``(C, 4)`` float32: factor, shift, lower and upper bound of each channel.
+            ``(C, 4)`` float32: factor, offset, lower and upper bound of each channel.
         """
         bounds = (min(bias, gain + bias), max(bias, gain + bias)) if self.kind == "window" else (-np.inf, np.inf)
-        lines = np.empty((len(stored), len(NO_CHANGE)), dtype=np.float32)
-        for row, line, stats in zip(lines, stored, statistics, strict=True):
+        rescaling = np.empty((len(stored), len(NO_RESCALING)), dtype=np.float32)
+        for row, units, stats in zip(rescaling, stored, statistics, strict=True):
             low, width = self._zero_and_unit(stats)
-            row[:] = gain * line.scale / width, gain * (line.offset - low) / width + bias, *bounds
-        return lines
+            row[:] = gain * units.scale / width, gain * (units.offset - low) / width + bias, *bounds
+        return rescaling
 
     def _zero_and_unit(self, stats: "Statistics") -> tuple[float, float]:
         """The intensity that becomes 0, and the step from there to 1."""
@@ -84,13 +85,13 @@ class Intensity:
         return stats.mean, max(stats.std, 1e-6)
 
 
-def apply_lines(image: Tensor, lines: np.ndarray) -> None:
-    """Make network input of stored numbers, channel by channel, in place: ``clip(number * factor + shift)``.
+def apply_rescaling(image: Tensor, rescaling: np.ndarray) -> None:
+    """Make network input of stored numbers, channel by channel, in place: ``clip(number * factor + offset)``.
 
     Args:
         image: ``(..., C, X, Y, Z)`` float32 on any device.
-        lines: ``(C, 4)``, see ``Intensity.lines``.
+        rescaling: ``(C, 4)``, see ``Intensity.rescaling``.
     """
     # Bounds that are plain numbers are several times faster on a CPU than tensors of them.
-    for channel, (factor, shift, low, high) in zip(image.movedim(-4, 0), lines.tolist(), strict=True):
-        channel.mul_(factor).add_(shift).clamp_(low, high)
+    for channel, (factor, offset, low, high) in zip(image.movedim(-4, 0), rescaling.tolist(), strict=True):
+        channel.mul_(factor).add_(offset).clamp_(low, high)

@@ -15,7 +15,6 @@ from mim3d.scans import files
 from mim3d.scans.grids import (
     LPS_TO_RAS,
     Grid,
-    ItkGeometry,
     check_affine,
     check_spacing,
     spacing_of,
@@ -32,6 +31,15 @@ _ITEMSIZES = {
 
 #: A text header longer than this is no header.
 _MAX_HEADER_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItkGeometry:
+    """Spacing, origin and direction of an ITK image as stored, in LPS millimetres."""
+
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +132,13 @@ def open_itk(path: str) -> ItkScan:
     affine[:3, 3] = geometry.origin
     affine = LPS_TO_RAS @ affine
     check_affine(affine, path)
-    return ItkScan(grid=Grid(shape=shape, affine=affine, path=path, itk=geometry), header=header)
+    return ItkScan(grid=Grid(shape=shape, affine=affine, path=path, source=geometry), header=header)
 
 
 def write_itk(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
     """Write voxels in stored axis order, compressed, as the format that the suffix of `path` names."""
-    geometry = grid.itk
-    if geometry is None:
+    geometry = grid.source
+    if not isinstance(geometry, ItkGeometry):
         lps = LPS_TO_RAS @ grid.affine
         spacing = spacing_of(lps)
         geometry = ItkGeometry(

@@ -20,7 +20,6 @@ from mim3d.core.types import Triple
 from mim3d.scans import files
 from mim3d.scans.grids import (
     Grid,
-    NiftiGeometry,
     check_affine,
     check_spacing,
     smallest_integer,
@@ -30,13 +29,33 @@ from mim3d.scans.grids import (
     volume_shape,
 )
 
-# Untyped, so that calls into it are not held against the types of this package.
+# Without types, so that mypy does not check calls into them.
 nib: Any = nibabel
 igzip: Any = isal.igzip
 IsalError: Any = isal.isal_zlib.IsalError
 
 #: Millimetres per unit of length, by the lowest three bits of xyzt_units; 0 (unknown) counts as mm.
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+
+
+#: Fields of a header that hold the geometry; they are written back as they were read.
+_GEOMETRY = (
+    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NiftiGeometry:
+    """The geometry of a NIfTI file as stored.
+
+    Attributes:
+        is_nifti2: Whether the file is NIfTI-2.
+        fields: Value of each field of the header that holds geometry.
+    """
+
+    is_nifti2: bool
+    fields: dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -226,21 +245,9 @@ def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
             f"{times(np.round(used, 4).tolist())} mm (sform); the sform is used.",
             stacklevel=4,
         )
-
-    def floats(*names: str) -> tuple[float, ...]:
-        return tuple(float(value) for name in names for value in np.ravel(header[name]))
-
-    geometry = NiftiGeometry(
-        version=2 if isinstance(header, nib.Nifti2Header) else 1,
-        pixdim=floats("pixdim"),
-        quaternion=floats("quatern_b", "quatern_c", "quatern_d"),
-        qoffset=floats("qoffset_x", "qoffset_y", "qoffset_z"),
-        srow=floats("srow_x", "srow_y", "srow_z"),
-        qform_code=int(header["qform_code"]),
-        sform_code=int(header["sform_code"]),
-        xyzt_units=int(header["xyzt_units"]),
-    )
-    return Grid(shape=shape, affine=affine, path=address, nifti=geometry)
+    fields = {name: np.array(header[name]) for name in _GEOMETRY}
+    geometry = NiftiGeometry(is_nifti2=isinstance(header, nib.Nifti2Header), fields=fields)
+    return Grid(shape=shape, affine=affine, path=address, source=geometry)
 
 
 def rescaled(raw: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
@@ -262,20 +269,15 @@ def write_nifti(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
 
     A grid of another format gets its affine as both sform and qform, code 1 (scanner), in millimetres.
     """
-    kept = grid.nifti
-    if kept is None:
+    kept = grid.source
+    if isinstance(kept, NiftiGeometry):
+        # Without an affine nibabel leaves the geometry fields alone; after construction it does not mend them.
+        image = (nib.Nifti2Image if kept.is_nifti2 else nib.Nifti1Image)(array, None)
+        for name, value in kept.fields.items():
+            image.header[name] = value
+    else:
         image = nib.Nifti1Image(array, grid.affine)
         image.set_sform(grid.affine, code=1)
         image.set_qform(grid.affine, code=1)
         image.header.set_xyzt_units("mm")
-    else:
-        # Without an affine nibabel leaves the geometry fields alone; after construction it does not mend them.
-        image = (nib.Nifti2Image if kept.version == 2 else nib.Nifti1Image)(array, None)
-        header = image.header
-        header["pixdim"] = kept.pixdim
-        header["quatern_b"], header["quatern_c"], header["quatern_d"] = kept.quaternion
-        header["qoffset_x"], header["qoffset_y"], header["qoffset_z"] = kept.qoffset
-        header["srow_x"], header["srow_y"], header["srow_z"] = kept.srow[:4], kept.srow[4:8], kept.srow[8:]
-        header["qform_code"], header["sform_code"] = kept.qform_code, kept.sform_code
-        header["xyzt_units"] = kept.xyzt_units
     nib.save(image, path)

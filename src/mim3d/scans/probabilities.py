@@ -12,23 +12,23 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import DataError
-from mim3d.core.files import atomic_file
+from mim3d.core.files import atomic_file, explained_write
 from mim3d.scans.grids import Grid
 from mim3d.scans.nifti import write_nifti
 
 
 class ProbabilityFile:
-    """A 4-D NIfTI file in the making: float32, one volume per channel, on a scan's own grid and orientation.
+    """A 4-D NIfTI file that is filled part by part: float32, one volume per channel, on a scan's own grid.
 
     Until it is saved the numbers lie in a file beside it, not in memory: 4 bytes per voxel and channel of disk.
 
     Args:
-        path: Ends in .nii or .nii.gz; missing folders are made.
+        path: File to be written; it ends in .nii or .nii.gz. Missing folders are made.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        self._scratch: Path | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._stored: npt.NDArray[np.float32] | None = None
         self._grid: Grid | None = None
 
@@ -40,7 +40,7 @@ class ProbabilityFile:
     ) -> None:
         self._stored = None
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.cleanup()
 
     def target(self, grid: Grid, num_channels: int) -> npt.NDArray[np.float32]:
         """(X, Y, Z, K) zeros along RAS+ axes, to be filled.
@@ -49,7 +49,7 @@ class ProbabilityFile:
             DataError: The folder cannot be written to, or its disk has not enough room.
         """
         size_bytes = 4 * math.prod(grid.shape) * num_channels
-        try:
+        with explained_write(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             free_bytes = shutil.disk_usage(self._path.parent).free
             if size_bytes > free_bytes:
@@ -57,16 +57,16 @@ class ProbabilityFile:
                     f"{self._path}: the probabilities of {num_channels} channels need {size_bytes / 2**30:.1f} GiB of "
                     f"disk, and {free_bytes / 2**30:.1f} GiB are free; choose another disk, or --probabilities false."
                 )
-            self._scratch = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=self._path.parent))
+            self._scratch = tempfile.TemporaryDirectory(
+                prefix=".", suffix=".partial", dir=self._path.parent, ignore_cleanup_errors=True
+            )
             self._stored = np.memmap(
-                self._scratch / "probabilities",
+                os.path.join(self._scratch.name, "probabilities"),
                 dtype=np.float32,
                 mode="w+",
                 shape=(*grid.shape, num_channels),
                 order="F",
             )
-        except OSError as error:
-            raise DataError(f"{self._path}: this folder is not writable ({error.strerror}); choose another.") from error
         self._grid = grid
         # Reorientation concerns the first three axes; the channels stay last.
         view: Any = grid.to_ras(self._stored)

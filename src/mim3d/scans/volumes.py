@@ -45,7 +45,7 @@ class Volume:
 
 
 def read_grid(path: str | os.PathLike[str]) -> Grid:
-    """Read where the voxels of a scan lie, from its headers alone.
+    """Read where the voxels of a scan lie, from its headers only.
 
     Args:
         path: An image file, `file::channel=2` for one volume of a NIfTI file of four axes, a folder with one DICOM
@@ -189,7 +189,7 @@ def find_scans(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def channels_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Addresses of the volumes in a file: `file::channel=0` and so on for a NIfTI of four axes, else the path alone.
+    """Addresses of the volumes in a file: `file::channel=0` and so on for a NIfTI of four axes, else just the path.
 
     Raises:
         DataError: A NIfTI file cannot be read.
