@@ -9,7 +9,7 @@ from mim3d.core.progress import Progress
 from mim3d.core.run_folder import Run
 from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat
 from mim3d.distributed.stopping import StopRequests
-from mim3d.objective import Batch, Objective
+from mim3d.objective import Batch, Objective, StepContext
 from mim3d.training.bad_steps import NonFiniteError, skip_if_not_finite, spread_non_finite
 from mim3d.training.batches import DeviceBatches
 from mim3d.training.checkpoint import Checkpoints
@@ -147,6 +147,7 @@ def _take_step(session: TrainingSession, model: FabricModule, batches: DeviceBat
         with session.speed.waiting():
             batch = next(batches)
         session.heartbeat.at(step, COMPUTING)
+        session.objective.context = StepContext(loop.seed, step, fabric.global_rank, micro)
         with fabric.no_backward_sync(model, enabled=micro + 1 < loop.accumulation):
             loss, logs = model(batch, progress)
             fabric.backward(spread_non_finite(loss) / loop.accumulation)
