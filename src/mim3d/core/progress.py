@@ -102,7 +102,7 @@ def _rich_bar(steady_s: float) -> Any:
     class TwoLines(progress.Progress):
         def get_renderables(self) -> Iterator[RenderableType]:
             yield from super().get_renderables()
-            yield from (beside(task) for task in self.tasks)
+            yield from (beside(task) for task in self.tasks if task.fields["beside"])
 
     columns = (
         progress.TextColumn("{task.description}", markup=False),
