@@ -11,6 +11,7 @@ import pytest
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
+from mim3d.core.devices import choose_device
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import read_run
 from mim3d.datasets.cases import Case
@@ -19,7 +20,6 @@ from mim3d.tasks.classification.prediction import box_of_scan, classes_of, prepa
 from mim3d.tasks.trained import load_trained
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card
-from mim3d.workflows.shared.devices import choose_device
 from tests.commands.conftest import BACKBONE
 from tests.labelled import write_scan
 from tests.miniatures import write_cc_ccii

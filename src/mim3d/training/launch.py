@@ -16,6 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.wrappers import _FabricModule as FabricModule
 from torch import Tensor, nn
 
+from mim3d.core.devices import choose_accelerator, choose_device
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.distributed.processes import choose_processes, export_to_torch, launched_rank
 from mim3d.kernels.allocator import keep_freed_memory
@@ -28,9 +29,7 @@ __all__ = [
     "FabricModule",
     "StepModule",
     "check_machine",
-    "choose_accelerator",
     "compile_blocks",
-    "device_name",
     "launch",
     "seed_step",
 ]
@@ -128,13 +127,7 @@ def check_machine(loop: LoopSettings) -> None:
     """
     # Where a launcher has started other numbers than these: a refusal, not a wait for processes that never come.
     choose_processes(loop.devices, loop.num_nodes)
-    accelerator = choose_accelerator(loop.accelerator)
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not found[accelerator]:
-        raise ConfigError(
-            f"accelerator is '{loop.accelerator}', but this machine shows no such device; use accelerator "
-            f"{' or '.join(name for name, there in found.items() if there)}, or auto."
-        )
+    accelerator = choose_device(loop.accelerator).type
     if loop.compile and accelerator == "cpu" and find_compiler() is None:
         raise ConfigError("compile is true, but this machine has no C++ compiler; install one, or leave it out.")
     if accelerator == "cuda" and torch.cuda.device_count() < loop.devices:
@@ -144,22 +137,6 @@ def check_machine(loop: LoopSettings) -> None:
         raise ConfigError(
             f"devices is {loop.devices}, but this process sees {torch.cuda.device_count()} GPUs; {remedy}."
         )
-
-
-def choose_accelerator(name: str) -> str:
-    """The kind of device for an ``accelerator`` setting: ``cpu``, ``cuda`` or ``mps``."""
-    if name != "auto":
-        return "cuda" if name == "gpu" else name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words, for people."""
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return device.type
 
 
 def usable_precision(precision: str, device: str) -> str:

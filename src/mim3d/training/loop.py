@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mim3d.core.devices import device_name
 from mim3d.core.progress import Progress
 from mim3d.core.run_folder import Run
 from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat
@@ -13,7 +14,7 @@ from mim3d.objective import Batch, Objective, StepContext
 from mim3d.training.bad_steps import NonFiniteError, skip_if_not_finite, spread_non_finite
 from mim3d.training.batches import DeviceBatches
 from mim3d.training.checkpoint import Checkpoints
-from mim3d.training.launch import FabricModule, StepModule, compile_blocks, device_name, launch, seed_step
+from mim3d.training.launch import FabricModule, StepModule, compile_blocks, launch, seed_step
 from mim3d.training.memory import is_out_of_memory
 from mim3d.training.meter import gradient_terms
 from mim3d.training.optim import build_optimizer, clip_gradients, set_learning_rate

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mim3d.core.devices import choose_device
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import write_json
 from mim3d.core.progress import Progress
@@ -18,7 +19,6 @@ from mim3d.datasets.dataset_json import read_json
 from mim3d.scans.grids import split_channel
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_together
-from mim3d.workflows.shared.devices import choose_device
 from mim3d.workflows.shared.held_out import held_out_by_all
 
 

@@ -11,6 +11,7 @@ import torch
 
 from mim3d.backbones import Backbone, Encoder
 from mim3d.caching.cache import Cache
+from mim3d.core.devices import choose_accelerator
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import Run
 from mim3d.core.types import Triple
@@ -21,7 +22,6 @@ from mim3d.probing.items import ProbeSet
 from mim3d.probing.probe import Probed, probe_encoder, random_encoder, without_encoder
 from mim3d.probing.settings import Probing
 from mim3d.training.checkpoint import load_best
-from mim3d.training.launch import choose_accelerator
 from mim3d.training.memory import SampleShapes
 from mim3d.weights import save_network
 from mim3d.workflows.probe.cases import PHANTOM, ProbeCases, check_classes, labelled_cases, read_source

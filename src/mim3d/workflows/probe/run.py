@@ -9,6 +9,7 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES, Encoder
 from mim3d.caching.cache import Cache
+from mim3d.core.devices import choose_device
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json
 from mim3d.core.progress import counted
@@ -24,7 +25,6 @@ from mim3d.scans.intensity import Intensity
 from mim3d.weights import InputLayers, locate, weights_digest
 from mim3d.workflows.probe.cases import ProbeCases, Target, choose_cases, read_source
 from mim3d.workflows.probe.table import Row, content_of, show
-from mim3d.workflows.shared.devices import choose_device
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels
 from mim3d.workflows.shared.leakage import check_pretraining, check_split, identities_of
