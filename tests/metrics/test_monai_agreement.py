@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.metrics import DiceMetric, HausdorffDistanceMetric, SurfaceDiceMetric
 
-from mim3d.metrics import score_labels, surfaces
+from mim3d.metrics import label_scores, score_labels
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.7, 5.0), (2.5, 0.9, 1.3)]
 
@@ -56,8 +56,8 @@ def test_dice_hd95_and_surface_dice_agree_with_monai(name, spacing_mm):
 def test_working_in_slabs_and_in_parts_changes_nothing(monkeypatch):
     maps = [mask.astype(np.uint8) for mask in random_masks(3, (17, 12, 10))]
     whole = score_labels(*maps, (0.9, 1.1, 2.0), [1])
-    monkeypatch.setattr(surfaces, "SLAB_VOXELS", 250)
-    monkeypatch.setattr(surfaces, "_POINTS_AT_ONCE", 7)
+    monkeypatch.setattr(label_scores, "SLAB_VOXELS", 250)
+    monkeypatch.setattr(label_scores, "_POINTS_AT_ONCE", 7)
     assert score_labels(*maps, (0.9, 1.1, 2.0), [1]) == whole
 
 

@@ -1,6 +1,6 @@
 """Scores of class probabilities, with intervals over patients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,19 +179,37 @@ def score_classes(cases: ClassifiedCases, num_bins: int = 10, bootstrap: Bootstr
     """What :func:`classification_scores` returns, of checked cases."""
     if num_bins < 1:
         raise ConfigError(f"num_bins is {num_bins}, but a calibration error takes one bin or more.")
-    whole = np.ones((1, len(cases.classes_N)))
-    names, of_case = grouped(cases.patients)
+    classes, whole = cases.classes_N, np.ones((1, len(cases.classes_N)))
     values = _statistics(cases, num_bins, whole)
-    intervals = _intervals(cases, num_bins, bootstrap)
-    matrix = confusion(cases.classes_N, cases.predicted_N, len(cases.class_names), whole)
+    drawn = _resampled(cases, bootstrap, lambda w: np.stack(list(_statistics(cases, num_bins, w).values()), axis=1))
+    matrix = confusion(classes, cases.predicted_N, len(cases.class_names), whole)
+    of_class = rates(matrix)
+    bins = reliability(*_sureness(cases), num_bins, whole)
     content = {
         "mean": {key: _plain(value[0]) for key, value in values.items()},
-        "mean_ci95": intervals,
-        "per_class": _per_class(cases, matrix),
+        "mean_ci95": {key: None if drawn is None else interval(drawn[:, k]) for k, key in enumerate(values)},
+        "per_class": {
+            name: {
+                "num_cases": int((classes == k).sum()),
+                "num_predicted": int((cases.predicted_N == k).sum()),
+                **{key: _plain(of_class[key][0, k]) for key in ("recall", "precision", "f1")},
+                "auc": _plain(weighted_auc(cases.probabilities_NK[:, k], classes == k, whole)[0]),
+            }
+            for k, name in enumerate(cases.class_names)
+        },
         "confusion": matrix[0].astype(int).tolist(),
-        "reliability": _reliability_rows(cases, num_bins),
-        "num_cases": len(of_case),
-        "num_patients": len(names),
+        "reliability": [
+            {
+                "from": place / num_bins,
+                "to": (place + 1) / num_bins,
+                "num_cases": int(bins.weight_BM[0, place]),
+                "mean_probability": _plain(bins.mean_probability_BM[0, place]),
+                "frequency": _plain(bins.frequency_BM[0, place]),
+            }
+            for place in range(num_bins)
+        ],
+        "num_cases": len(classes),
+        "num_patients": len(set(cases.patients)),
     }
     if cases.baseline_N is not None:
         content["baseline"] = _baseline(cases, bootstrap)
@@ -239,7 +257,8 @@ def _statistics(cases: ClassifiedCases, num_bins: int, weights_BN: Floats) -> di
     probabilities, classes = cases.probabilities_NK, cases.classes_N
     num_classes = len(cases.class_names)
     found = rates(confusion(classes, cases.predicted_N, num_classes, weights_BN))
-    of_classes = [weighted_auc(probabilities[:, k], classes == k, weights_BN) for k in _auc_classes(cases)]
+    ranked = [cases.positive] if cases.is_binary else range(num_classes)
+    of_classes = [weighted_auc(probabilities[:, k], classes == k, weights_BN) for k in ranked]
     scores = {"auc": defined_mean(np.stack(of_classes, axis=1))}
     scores |= {key: found[key] for key in ("accuracy", "balanced_accuracy", "f1_macro")}
     errors = (probabilities - np.eye(num_classes)[classes]) ** 2
@@ -252,49 +271,11 @@ def _statistics(cases: ClassifiedCases, num_bins: int, weights_BN: Floats) -> di
     return scores
 
 
-def _auc_classes(cases: ClassifiedCases) -> Sequence[int]:
-    return [cases.positive] if cases.is_binary else range(len(cases.class_names))
-
-
 def _sureness(cases: ClassifiedCases) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """The probability whose calibration is looked at, and whether its event came true."""
     if cases.is_binary:
         return cases.probabilities_NK[:, cases.positive], cases.classes_N == cases.positive
     return cases.probabilities_NK.max(1), cases.probabilities_NK.argmax(1) == cases.classes_N
-
-
-def _intervals(cases: ClassifiedCases, num_bins: int, bootstrap: Bootstrap) -> dict[str, list[float] | None]:
-    keys = list(_statistics(cases, num_bins, np.ones((1, len(cases.classes_N)))))
-    drawn = _resampled(cases, bootstrap, lambda w: np.stack(list(_statistics(cases, num_bins, w).values()), axis=1))
-    return {key: None if drawn is None else interval(drawn[:, place]) for place, key in enumerate(keys)}
-
-
-def _per_class(cases: ClassifiedCases, matrix_BKK: Floats) -> dict[str, Mapping[str, Any]]:
-    found = rates(matrix_BKK)
-    whole = np.ones((1, len(cases.classes_N)))
-    return {
-        name: {
-            "num_cases": int((cases.classes_N == k).sum()),
-            "num_predicted": int((cases.predicted_N == k).sum()),
-            **{key: _plain(found[key][0, k]) for key in ("recall", "precision", "f1")},
-            "auc": _plain(weighted_auc(cases.probabilities_NK[:, k], cases.classes_N == k, whole)[0]),
-        }
-        for k, name in enumerate(cases.class_names)
-    }
-
-
-def _reliability_rows(cases: ClassifiedCases, num_bins: int) -> list[dict[str, Any]]:
-    found = reliability(*_sureness(cases), num_bins, np.ones((1, len(cases.classes_N))))
-    return [
-        {
-            "from": place / num_bins,
-            "to": (place + 1) / num_bins,
-            "num_cases": int(found.weight_BM[0, place]),
-            "mean_probability": _plain(found.mean_probability_BM[0, place]),
-            "frequency": _plain(found.frequency_BM[0, place]),
-        }
-        for place in range(num_bins)
-    ]
 
 
 def _baseline(cases: ClassifiedCases, bootstrap: Bootstrap) -> dict[str, Any]:

@@ -1,6 +1,11 @@
-"""Scores of a label map against its reference, on the scan's own grid and in millimetres."""
+"""Scores of a label map against its reference, on the scan's own grid and in millimetres.
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+Masks are worked on in slabs of planes and surfaces kept as lists of points, so that memory stays at a few bytes for a
+voxel of the box around a label, whatever the size of the scan.
+"""
+
+import functools
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -9,27 +14,23 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError
 from mim3d.core.types import Spacing
-from mim3d.metrics.lesions import LesionScore, LesionSettings, score_lesions
-from mim3d.metrics.surfaces import hausdorff_95, surface_dice
+from mim3d.metrics.lesions import LesionScore, LesionSettings, Mask, score_lesions
 
 Status = Literal["scored", "missed", "invented", "absent"]
-Box = tuple[slice, slice, slice]
 Key = TypeVar("Key", bound=Hashable)
+Points = npt.NDArray[np.int64]
+
+#: Voxels that a slab of planes has at most, if a single plane has not more.
+SLAB_VOXELS = 2**23
+#: Points whose distance is asked for at a time.
+_POINTS_AT_ONCE = 2**20
 
 #: Scores that enter the means, in the order of the tables.
-SCORE_NAMES = (
-    "dice",
-    "hd95_mm",
-    "nsd",
-    "volume_ml",
-    "reference_volume_ml",
-    "volume_error_ml",
-    "volume_error_ratio",
-)
+SCORE_NAMES = ("dice", "hd95_mm", "nsd", "volume_ml", "reference_volume_ml", "volume_error_ml", "volume_error_ratio")
 
 #: What every number means; written into a file of scores.
 CONVENTIONS = {
-    "grid": ("Scores are taken voxel by voxel on the scan's own grid; distances are in millimetres along its axes."),
+    "grid": "Scores are taken voxel by voxel on the scan's own grid; distances are in millimetres along its axes.",
     "dice": "2 |P and R| / (|P| + |R|), P the predicted and R the reference voxels of the label.",
     "hd95_mm": (
         "95th percentile of the distances from each surface voxel of one mask to the nearest surface voxel "
@@ -127,6 +128,8 @@ def score_regions(
     Raises:
         DataError: The shapes differ, a map holds other than whole numbers from 0, or a label is below 1.
     """
+    from scipy.ndimage import find_objects
+
     values = [value for members in regions.values() for value in members]
     if min(values, default=1) < 1:
         raise DataError(f"Label {min(values)} cannot be scored; labels count from 1, 0 is the background.")
@@ -139,16 +142,21 @@ def score_regions(
     x, y, z = (round(float(value), 5) for value in spacing_mm)
     spacing = (x, y, z)
     highest = max(values, default=0)
-    boxes = [_boxes(array, highest) for array in (prediction_XYZ, reference_XYZ)]
+    boxes: list[list[tuple[slice, ...] | None]] = []
+    for array in (prediction_XYZ, reference_XYZ):
+        if not np.issubdtype(array.dtype, np.integer) or (array.size and int(array.min()) < 0):
+            raise DataError(f"A label map holds whole numbers from 0; this one holds others ({array.dtype}).")
+        boxes.append(find_objects(array, max_label=highest) if highest else [])
     diagonal_mm = float(np.linalg.norm(np.multiply(prediction_XYZ.shape, spacing)))
     scores = {}
     for key, members in regions.items():
         asked = lesions if lesions_of is None or key in lesions_of else None
-        box = _joint_box([held[value - 1] for held in boxes for value in members])
-        if box is None:
+        held = [box for of_map in boxes for value in members if (box := of_map[value - 1]) is not None]
+        if not held:
             scores[key] = ABSENT if asked is None else LabelScore(status="absent", lesions=LesionScore())
             continue
-        prediction, reference = _mask(prediction_XYZ[box], members), _mask(reference_XYZ[box], members)
+        around = tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*held, strict=True))
+        prediction, reference = _mask(prediction_XYZ[around], members), _mask(reference_XYZ[around], members)
         scores[key] = _score_masks(prediction, reference, spacing, nsd_tolerance_mm, diagonal_mm, asked)
     return scores
 
@@ -160,36 +168,16 @@ def values_in(array: npt.NDArray[Any]) -> list[int]:
     return [value for value, box in enumerate(find_objects(array), start=1) if box is not None]
 
 
-def _mask(array: npt.NDArray[Any], members: Sequence[int]) -> npt.NDArray[np.bool_]:
-    mask: npt.NDArray[np.bool_] = array == members[0]
+def _mask(array: npt.NDArray[Any], members: Sequence[int]) -> Mask:
+    mask: Mask = array == members[0]
     for value in members[1:]:
         mask |= array == value
     return mask
 
 
-def _boxes(array: npt.NDArray[Any], highest: int) -> list[Box | None]:
-    from scipy.ndimage import find_objects
-
-    if not np.issubdtype(array.dtype, np.integer) or (array.size and int(array.min()) < 0):
-        raise DataError(f"A label map holds whole numbers from 0; this one holds others ({array.dtype}).")
-    boxes: list[Box | None] = find_objects(array, max_label=highest) if highest else []
-    return boxes
-
-
-def _joint_box(boxes: Sequence[Box | None]) -> Box | None:
-    """The smallest box around all of these, or None where there is none."""
-    held = [box for box in boxes if box is not None]
-    if not held:
-        return None
-    x, y, z = (
-        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*held, strict=True)
-    )
-    return x, y, z
-
-
 def _score_masks(
-    prediction: npt.NDArray[np.bool_],
-    reference: npt.NDArray[np.bool_],
+    prediction: Mask,
+    reference: Mask,
     spacing_mm: Spacing,
     nsd_tolerance_mm: float,
     diagonal_mm: float,
@@ -216,3 +204,99 @@ def _score_masks(
         lesions=found,
         **shared,
     )
+
+
+def hausdorff_95(prediction_XYZ: Mask, reference_XYZ: Mask, spacing_mm: Spacing) -> float:
+    """The 95th percentile of surface distances, the larger of the two directions (Huttenlocher 1993), in mm.
+
+    Args:
+        prediction_XYZ: A mask that holds a voxel.
+        reference_XYZ: Another on the same grid.
+        spacing_mm: Voxel size along the three axes.
+    """
+    surfaces = [_surface_voxels(mask) for mask in (prediction_XYZ, reference_XYZ)]
+    there = _nearest_mm(surfaces[0], surfaces[1], prediction_XYZ.shape, spacing_mm)
+    back = _nearest_mm(surfaces[1], surfaces[0], prediction_XYZ.shape, spacing_mm)
+    return max(float(np.percentile(distances, 95)) for distances in (there, back))
+
+
+def surface_dice(prediction_XYZ: Mask, reference_XYZ: Mask, spacing_mm: Spacing, tolerance_mm: float) -> float:
+    """Share of both surfaces, by area, within a tolerance of the other one (Nikolov et al. 2021).
+
+    Args:
+        prediction_XYZ: A mask that holds a voxel.
+        reference_XYZ: Another on the same grid.
+        spacing_mm: Voxel size along the three axes.
+        tolerance_mm: Distance up to which two surfaces agree.
+    """
+    elements = [_surface_elements(mask, spacing_mm) for mask in (prediction_XYZ, reference_XYZ)]
+    # Elements lie at the corners of voxels, of which there is one more along each axis.
+    shape = tuple(size + 1 for size in prediction_XYZ.shape)
+    near = whole = 0.0
+    for (points, areas_mm2), (others, _) in (elements, elements[::-1]):
+        distances_mm = _nearest_mm(points, others, shape, spacing_mm)
+        near += float(areas_mm2[distances_mm <= tolerance_mm].sum())
+        whole += float(areas_mm2.sum())
+    return near / whole
+
+
+def _slabs(num_planes: int, plane_voxels: int) -> Iterator[tuple[int, int]]:
+    step = max(1, SLAB_VOXELS // max(plane_voxels, 1))
+    return ((start, min(start + step, num_planes)) for start in range(0, num_planes, step))
+
+
+def _surface_voxels(mask: Mask) -> Points:
+    """Indices (N, 3) of the voxels with a face neighbour outside the mask; outside the array counts as outside."""
+    held = np.pad(mask, 1)
+    found = []
+    for start, stop in _slabs(mask.shape[0], mask[:1].size):
+        middle = held[start + 1 : stop + 1, 1:-1, 1:-1]
+        inside = held[start:stop, 1:-1, 1:-1] & held[start + 2 : stop + 2, 1:-1, 1:-1]
+        planes = held[start + 1 : stop + 1]
+        inside &= planes[:, :-2, 1:-1] & planes[:, 2:, 1:-1]
+        inside &= planes[:, 1:-1, :-2] & planes[:, 1:-1, 2:]
+        found.append(np.argwhere(middle & ~inside) + np.array([start, 0, 0]))
+    return np.concatenate(found)
+
+
+def _surface_elements(mask: Mask, spacing_mm: Spacing) -> tuple[Points, npt.NDArray[np.float64]]:
+    """Where (N, 3) the surface passes through a 2 x 2 x 2 neighbourhood, and its area (N,) there in mm2."""
+    held = np.pad(mask, 1).view(np.uint8)
+    x, y, z = (size + 1 for size in mask.shape)
+    areas_of = _areas_mm2(spacing_mm)
+    points, areas = [], []
+    for start, stop in _slabs(x, y * z):
+        code = np.zeros((stop - start, y, z), dtype=np.uint8)
+        for bit, (i, j, k) in enumerate(np.ndindex(2, 2, 2)):
+            code |= held[start + i : stop + i, j : j + y, k : k + z] << (7 - bit)
+        is_surface = (code != 0) & (code != 255)
+        points.append(np.argwhere(is_surface) + np.array([start, 0, 0]))
+        areas.append(areas_of[code[is_surface]])
+    return np.concatenate(points), np.concatenate(areas)
+
+
+@functools.lru_cache(maxsize=64)
+def _areas_mm2(spacing_mm: Spacing) -> npt.NDArray[np.float64]:
+    """Area (256,) of the surface in a 2 x 2 x 2 neighbourhood, by the bits of its voxels (marching cubes)."""
+    from monai.metrics.utils import get_code_to_measure_table
+
+    table, _ = get_code_to_measure_table(spacing_mm)  # type: ignore[no-untyped-call]
+    return np.asarray(table, dtype=np.float64)
+
+
+def _nearest_mm(points: Points, others: Points, shape: tuple[int, ...], spacing_mm: Spacing) -> npt.NDArray[np.float32]:
+    """Distance (N,) from each point (N, 3) to the nearest of the others (M, 3)."""
+    from scipy.spatial import KDTree
+
+    distances = np.zeros(len(points), dtype=np.float32)
+    # Where surfaces coincide, which is most of a good prediction, no search is needed.
+    apart = ~np.isin(np.ravel_multi_index(tuple(points.T), shape), np.ravel_multi_index(tuple(others.T), shape))
+    if not apart.any():
+        return distances
+    tree = KDTree(others * np.array(spacing_mm), leafsize=32)
+    asked = np.flatnonzero(apart)
+    for start in range(0, len(asked), _POINTS_AT_ONCE):
+        some = asked[start : start + _POINTS_AT_ONCE]
+        # Single precision takes the last digits off, so that ten voxels of 0.1 mm lie within 1 mm.
+        distances[some] = tree.query(points[some] * np.array(spacing_mm))[0]
+    return distances

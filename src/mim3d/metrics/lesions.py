@@ -4,7 +4,6 @@ Terms and choices follow Maier-Hein et al. 2024 (Metrics Reloaded): a localisati
 components overlap enough, an assignment strategy says which of these count.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,7 +127,17 @@ def score_lesions(
         voxel_ml: Volume of a voxel.
         settings: Rules by which lesions match.
     """
-    overlaps = _overlaps(prediction_XYZ, reference_XYZ)
+    ours, num_ours = find_components(prediction_XYZ)
+    theirs, num_theirs = find_components(reference_XYZ)
+    both = prediction_XYZ & reference_XYZ
+    pairs, shared = np.unique(theirs[both].astype(np.int64) * (num_ours + 1) + ours[both], return_counts=True)
+    overlaps = _Overlaps(
+        reference=pairs // (num_ours + 1),
+        predicted=pairs % (num_ours + 1),
+        shared=shared,
+        reference_sizes=np.bincount(theirs.ravel(), minlength=num_theirs + 1),
+        predicted_sizes=np.bincount(ours.ravel(), minlength=num_ours + 1),
+    )
     # A hair less, so that a lesion of exactly the least size is one whatever the rounding of the spacing.
     least = settings.min_ml / voxel_ml * (1 - 1e-6)
     is_reference, is_predicted = overlaps.reference_sizes >= least, overlaps.predicted_sizes >= least
@@ -141,30 +150,19 @@ def score_lesions(
     matched = counted.only(counted.iou >= settings.overlap)
     if settings.matching == "one_to_one":
         matched = matched.only(_assigned(matched))
-    numbers = np.flatnonzero(is_reference)
-    dice = _dice(matched)[numbers]
-    return _score(
-        num_reference=int(is_reference.sum()),
-        num_predicted=int(is_predicted.sum()),
-        num_detected=len(np.unique(matched.reference)),
-        num_true=len(np.unique(matched.predicted)),
-        dice=dice.tolist(),
-        reference_ml=(overlaps.reference_sizes[numbers] * voxel_ml).tolist(),
+    # Dice of every reference lesion with all that match it; 0 without a match.
+    sizes_of_matches = matched.predicted_sizes[matched.predicted]
+    shared, found = (
+        np.bincount(matched.reference, weights=weights, minlength=num_theirs + 1)
+        for weights in (matched.shared, sizes_of_matches)
     )
-
-
-def _score(
-    *,
-    num_reference: int,
-    num_predicted: int,
-    num_detected: int,
-    num_true: int,
-    dice: Sequence[float],
-    reference_ml: Sequence[float],
-) -> LesionScore:
+    numbers = np.flatnonzero(is_reference)
+    dice = (2 * shared / np.maximum(overlaps.reference_sizes + found, 1))[numbers].tolist()
+    num_reference, num_predicted = int(is_reference.sum()), int(is_predicted.sum())
+    num_detected, num_true = len(np.unique(matched.reference)), len(np.unique(matched.predicted))
     sensitivity, precision, f1 = (
         None if np.isnan(value) else float(value)
-        for value in detection_rates(*map(np.float64, (num_reference, num_predicted, num_detected, num_true)))
+        for value in detection_rates(num_reference, num_predicted, num_detected, num_true)
     )
     return LesionScore(
         num_reference=num_reference,
@@ -176,7 +174,7 @@ def _score(
         f1=f1,
         false_positives=num_predicted - num_true,
         dice=float(np.mean(dice)) if num_reference else None,
-        reference_ml=tuple(reference_ml),
+        reference_ml=tuple((overlaps.reference_sizes[numbers] * voxel_ml).tolist()),
         reference_dice=tuple(dice),
     )
 
@@ -193,29 +191,6 @@ def detection_rates(
         both = np.nan_to_num(sensitivity) + np.nan_to_num(precision)
         f1 = np.where(both > 0, 2 * np.nan_to_num(sensitivity) * np.nan_to_num(precision) / both, 0.0)
     return sensitivity, precision, np.where((references > 0) | (predictions > 0), f1, np.nan)
-
-
-def _overlaps(prediction: Mask, reference: Mask) -> _Overlaps:
-    """Number the components of both masks from 1 and find the pairs that share voxels."""
-    ours, num_ours = find_components(prediction)
-    theirs, num_theirs = find_components(reference)
-    both = prediction & reference
-    pairs, shared = np.unique(theirs[both].astype(np.int64) * (num_ours + 1) + ours[both], return_counts=True)
-    return _Overlaps(
-        reference=pairs // (num_ours + 1),
-        predicted=pairs % (num_ours + 1),
-        shared=shared,
-        reference_sizes=np.bincount(theirs.ravel(), minlength=num_theirs + 1),
-        predicted_sizes=np.bincount(ours.ravel(), minlength=num_ours + 1),
-    )
-
-
-def _dice(matched: _Overlaps) -> npt.NDArray[np.float64]:
-    """Dice of every reference component with all that match it; 0 for the others."""
-    num = len(matched.reference_sizes)
-    shared = np.bincount(matched.reference, weights=matched.shared, minlength=num)
-    found = np.bincount(matched.reference, weights=matched.predicted_sizes[matched.predicted], minlength=num)
-    return 2 * shared / np.maximum(matched.reference_sizes + found, 1)
 
 
 def _assigned(pairs: _Overlaps) -> npt.NDArray[np.bool_]:

@@ -66,12 +66,18 @@ def compare_paired(
     mean: dict[str, Any] = {}
     per_label: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key in keys:
-        first, second = (_values(cases, names, key) for cases in (ours, theirs))
+        # None becomes NaN.
+        first, second = (
+            np.array([[paired_value(case[name], key) for name in names] for case in cases], dtype=np.float64).reshape(
+                len(cases), len(names)
+            )
+            for cases in (ours, theirs)
+        )
         differences_NL = first - second
-        num_unpaired_L = (np.isnan(first) != np.isnan(second)).sum(0)
+        is_unpaired_NL = np.isnan(first) != np.isnan(second)
         rows = [_compared(column, of_case, len(known), bootstrap) for column in differences_NL.T]
         for name, row, num_unpaired, p_holm in zip(
-            names, rows, num_unpaired_L, holm([row["p"] for row in rows]), strict=True
+            names, rows, is_unpaired_NL.sum(0), holm([row["p"] for row in rows]), strict=True
         ):
             per_label[name][key] = {**row, "num_unpaired": int(num_unpaired), "p_holm": p_holm}
         defined = ~np.isnan(differences_NL)
@@ -79,21 +85,9 @@ def compare_paired(
             of_cases = np.where(defined, differences_NL, 0).sum(1) / defined.sum(1)
         mean[key] = {
             **_compared(of_cases, of_case, len(known), bootstrap),
-            "num_unpaired": int((np.isnan(of_cases) & (_num_unpaired(first, second) > 0)).sum()),
+            "num_unpaired": int((np.isnan(of_cases) & is_unpaired_NL.any(1)).sum()),
         }
     return {"mean": mean, "per_label": per_label}
-
-
-def _num_unpaired(first_NL: Floats, second_NL: Floats) -> npt.NDArray[np.int64]:
-    """For each case the number (N,) of labels that one method alone defines."""
-    return np.asarray((np.isnan(first_NL) != np.isnan(second_NL)).sum(1))
-
-
-def _values(cases: Sequence[Mapping[str, LabelScore]], names: Sequence[str], key: str) -> Floats:
-    rows = [[paired_value(case[name], key) for name in names] for case in cases]
-    return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64).reshape(
-        len(cases), len(names)
-    )
 
 
 def _compared(

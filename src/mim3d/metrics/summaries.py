@@ -1,8 +1,8 @@
 """Means of scores over cases and labels, with their intervals."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,6 @@ _LESION_COUNTS = ("num_reference", "num_predicted", "num_detected", "num_true", 
 LESION_RATES = ("sensitivity", "precision", "f1", "dice", "false_positives_per_scan")
 
 
-@dataclass(frozen=True)
-class _Patients:
-    """Whose case each is: the patient's number for each case, and how many there are."""
-
-    of_case: npt.NDArray[np.int64]
-    num: int
-
-
 def summarise(
     cases: Sequence[Mapping[str, LabelScore]],
     names: Sequence[str],
@@ -53,12 +45,11 @@ def summarise(
         scored; a value that nothing defines is None.
     """
     known, of_case = grouped(patients or [str(position) for position in range(len(cases))])
-    members = _Patients(of_case, len(known))
     resampling = bootstrap or Bootstrap(num_bootstrap=0)
-    values_NLS = np.array(
-        [[[_number(getattr(case[name], key)) for key in SCORE_NAMES] for name in names] for case in cases], dtype=float
-    ).reshape(len(cases), len(names), len(SCORE_NAMES))
-    label_intervals, mean_intervals = _intervals(values_NLS, members, resampling)
+    # None becomes NaN.
+    rows = [[[getattr(case[name], key) for key in SCORE_NAMES] for name in names] for case in cases]
+    values_NLS = np.array(rows, dtype=float).reshape(len(cases), len(names), len(SCORE_NAMES))
+    label_intervals, mean_intervals = _intervals(values_NLS, of_case, len(known), resampling)
     per_label: dict[str, dict[str, Any]] = {}
     for place, name in enumerate(names):
         scores = [case[name] for case in cases]
@@ -70,7 +61,7 @@ def summarise(
             "num_cases": len(scores) - counts["absent"],
             **{f"num_{status}": counts[status] for status in ("missed", "invented", "absent")},
         }
-        lesions = _lesions(scores, members, resampling)
+        lesions = _lesions(scores, of_case, len(known), resampling)
         if lesions is not None:
             per_label[name]["lesions"] = lesions
     return {
@@ -79,10 +70,6 @@ def summarise(
         "mean_ci95": dict(zip(SCORE_NAMES, mean_intervals, strict=True)),
         "per_label": per_label,
     }
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 def _by_score(values: Floats) -> dict[str, float | None]:
@@ -106,13 +93,13 @@ Interval = list[float] | None
 
 
 def _intervals(
-    values_NLS: Floats, patients: _Patients, bootstrap: Bootstrap
+    values_NLS: Floats, of_case: npt.NDArray[np.int64], num_patients: int, bootstrap: Bootstrap
 ) -> tuple[list[list[Interval]], list[Interval]]:
     """Intervals of the means (L, S) over cases, and (S,) over cases and labels."""
     _, num_labels, num_scores = values_NLS.shape
     defined = ~np.isnan(values_NLS)
-    sums = summed(np.where(defined, values_NLS, 0), patients.of_case, patients.num)
-    numbers = summed(defined, patients.of_case, patients.num)
+    sums = summed(np.where(defined, values_NLS, 0), of_case, num_patients)
+    numbers = summed(defined, of_case, num_patients)
     none: list[Interval] = [None] * num_scores
     if not bootstrap.num_bootstrap or not num_labels:
         return [none] * num_labels, none
@@ -121,7 +108,7 @@ def _intervals(
         with np.errstate(invalid="ignore"):
             return np.tensordot(counts_BP, sums, 1) / np.tensordot(counts_BP, numbers, 1)
 
-    means_BLS = bootstrap.resampled(patients.num, means)
+    means_BLS = bootstrap.resampled(num_patients, means)
     # A single patient's value would pass for one that is certain.
     enough_LS = (numbers > 0).sum(0) > 1
     per_label = [
@@ -133,35 +120,28 @@ def _intervals(
     return per_label, [interval(means_BS[:, s]) if enough_S[s] else None for s in range(num_scores)]
 
 
-def _lesions(scores: Sequence[LabelScore], patients: _Patients, bootstrap: Bootstrap) -> dict[str, Any] | None:
+def _lesions(
+    scores: Sequence[LabelScore], of_case: npt.NDArray[np.int64], num_patients: int, bootstrap: Bootstrap
+) -> dict[str, Any] | None:
     """Lesions of all cases together; None where they were not scored."""
     found = [score.lesions for score in scores if score.lesions is not None]
     if not found or len(found) != len(scores):
         return None
     rows = [[asdict(each)[key] for key in _LESION_COUNTS] + [sum(each.reference_dice), 1] for each in found]
-    counts_PC = summed(np.array(rows, dtype=np.float64), patients.of_case, patients.num)
+    counts_PC = summed(np.array(rows, dtype=np.float64), of_case, num_patients)
     rates = _rates(counts_PC.sum(0)[None])[0]
     intervals: list[Interval] = [None] * len(LESION_RATES)
-    if bootstrap.num_bootstrap and patients.num > 1:
-        resampled = bootstrap.resampled(patients.num, _rates_of(counts_PC))
+    if bootstrap.num_bootstrap and num_patients > 1:
+        resampled_BR = bootstrap.resampled(num_patients, lambda drawn_BP: _rates(drawn_BP @ counts_PC))
+        num_defining_R = (~np.isnan(_rates(counts_PC))).sum(0)
         intervals = [
-            interval(column) if _num_defining(counts_PC, place) > 1 else None
-            for place, column in enumerate(resampled.T)
+            interval(column) if num > 1 else None for column, num in zip(resampled_BR.T, num_defining_R, strict=True)
         ]
     return {
         **{key: None if np.isnan(value) else float(value) for key, value in zip(LESION_RATES, rates, strict=True)},
         "ci95": dict(zip(LESION_RATES, intervals, strict=True)),
         **{key: int(value) for key, value in zip(_LESION_COUNTS, counts_PC.sum(0), strict=False)},
     }
-
-
-def _rates_of(counts_PC: Floats) -> Callable[[Floats], Floats]:
-    return lambda drawn_BP: _rates(drawn_BP @ counts_PC)
-
-
-def _num_defining(counts_PC: Floats, place: int) -> int:
-    """How many patients define the rate at this place of :data:`LESION_RATES`."""
-    return int((~np.isnan(_rates(counts_PC)[:, place])).sum())
 
 
 def _rates(counts_BC: Floats) -> Floats:
