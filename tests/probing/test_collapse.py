@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mim3d.probing.collapse import effective_rank, measure_collapse
+from mim3d.probing.features import effective_rank, measure_collapse
 
 
 def test_independent_directions_are_spread_and_of_full_rank():

@@ -1,5 +1,6 @@
 """One probe: features of a probe set, the two classifiers on them, and what they score."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +12,16 @@ from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import DataError
 from mim3d.nn.positions import sincos_positions
 from mim3d.probing.classifiers import Standardised, linear_probabilities, neighbour_probabilities
-from mim3d.probing.collapse import Collapse, measure_collapse
-from mim3d.probing.features import Watch, batch_size_for, features_of
+from mim3d.probing.features import Collapse, Watch, features_of, measure_collapse
 from mim3d.probing.items import ProbeSet, classes_of, patients_of, raw_of
 from mim3d.probing.scores import Scored
 from mim3d.probing.settings import Probing
 
 #: Width of the embedding of places.
 PLACE_DIM = 48
+
+#: Voxels of the views that go through the encoder together, and views at most.
+_BATCH_VOXELS, _BATCH_VIEWS = 2 * 96**3, 8
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def probe_encoder(encoder: Encoder, items: ProbeSet, probing: Probing, watch: Wa
     Raises:
         DataError: Features that are not finite.
     """
-    batch_size = batch_size_for(items.size)
+    batch_size = max(1, min(_BATCH_VIEWS, _BATCH_VOXELS // math.prod(items.size)))
     training_ND, held_out_MD = (
         features_of(encoder, views, probing.features, batch_size=batch_size, watch=watch)
         for views in (items.training, items.held_out)
@@ -62,31 +65,24 @@ def probe_encoder(encoder: Encoder, items: ProbeSet, probing: Probing, watch: Wa
     return _probe(training_ND, held_out_MD, items, probing, measure_collapse(training_ND))
 
 
-def probe_raw(items: ProbeSet, probing: Probing) -> Probed:
-    """The same for the mean and deviation of each item's voxels: what needs no encoder."""
-    return _probe(
-        torch.from_numpy(raw_of(items.training)), torch.from_numpy(raw_of(items.held_out)), items, probing, None
-    )
-
-
-def probe_place(items: ProbeSet, probing: Probing) -> Probed:
-    """The same for the place of each token in its view, by the fixed embedding that encoders add to their tokens.
-
-    Where scans lie alike, place alone tells much: features are worth what they have over it.
-    """
-    x, y, z = (edge // items.token_edge for edge in items.size)
-    places_LE = sincos_positions((x, y, z), PLACE_DIM).double()
-    training_NE, held_out_ME = (
-        torch.cat([places_LE[torch.from_numpy(view.tokens_n)] for view in views if view.tokens_n is not None])
-        for views in (items.training, items.held_out)
-    )
-    return _probe(training_NE, held_out_ME, items, probing, None)
-
-
 def without_encoder(items: ProbeSet, probing: Probing) -> dict[str, Probed]:
-    """What intensities are worth, and, of tokens, their places."""
-    place = {"place": probe_place(items, probing)} if items.target == "labels" else {}
-    return {"intensities": probe_raw(items, probing), **place}
+    """What needs no encoder: the mean and deviation of each item's voxels, and, of tokens, their places in their view.
+
+    Places go by the fixed embedding that encoders add to their tokens. Where scans lie alike, place alone tells much:
+    features are worth what they have over it.
+    """
+    parts = (items.training, items.held_out)
+    training_NF, held_out_MF = (torch.from_numpy(raw_of(views)) for views in parts)
+    found = {"intensities": _probe(training_NF, held_out_MF, items, probing, None)}
+    if items.target == "labels":
+        x, y, z = (edge // items.token_edge for edge in items.size)
+        places_LE = sincos_positions((x, y, z), PLACE_DIM).double()
+        training_NE, held_out_ME = (
+            torch.cat([places_LE[torch.from_numpy(view.tokens_n)] for view in views if view.tokens_n is not None])
+            for views in parts
+        )
+        found["place"] = _probe(training_NE, held_out_ME, items, probing, None)
+    return found
 
 
 @contextmanager

@@ -64,14 +64,9 @@ class Scored:
         return counts
 
     @property
-    def patient_names(self) -> list[str]:
-        """P of them, in the order of their first items."""
-        return grouped(self.patients)[0]
-
-    @property
     def num_patients(self) -> int:
         """P."""
-        return len(self.patient_names)
+        return len(set(self.patients))
 
     def values(self) -> dict[str, float]:
         """Every score."""

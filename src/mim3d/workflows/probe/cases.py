@@ -18,10 +18,8 @@ from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet
 from mim3d.datasets.splits import Split
 from mim3d.phantoms.dataset import PhantomSettings, make_set
-from mim3d.probing.boxes import class_set
-from mim3d.probing.items import ProbeSet
+from mim3d.probing.items import ProbeSet, class_set, label_set
 from mim3d.probing.settings import Probing
-from mim3d.probing.tokens import label_set
 from mim3d.scans.intensity import Intensity
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.inputs import read_data

@@ -16,10 +16,9 @@ from mim3d.core.progress import counted
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Spacing
 from mim3d.metrics import Bootstrap
-from mim3d.probing.items import ProbeSet, View
+from mim3d.probing.items import ProbeSet, View, check_crop_size
 from mim3d.probing.probe import Probed, drawn_from, probe_encoder, random_encoder, without_encoder
 from mim3d.probing.settings import Probing
-from mim3d.probing.tokens import check_crop_size
 from mim3d.reporting.sources import short_names
 from mim3d.scans.intensity import Intensity
 from mim3d.weights import InputLayers, locate, weights_digest

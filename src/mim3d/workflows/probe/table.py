@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mim3d.metrics import Bootstrap
-from mim3d.probing.collapse import CONVENTIONS as COLLAPSE
+from mim3d.probing.features import CONVENTIONS as COLLAPSE
 from mim3d.probing.items import ProbeSet
 from mim3d.probing.probe import Probed
 from mim3d.probing.scores import CONVENTIONS, Scored, differences, intervals
