@@ -86,8 +86,23 @@ def test_logits_have_the_size_of_the_input_for_any_stages_and_non_cubic_patches(
     assert logits.shape == (2, 3, *size)
 
 
-def test_every_parameter_of_encoder_stages_and_decoder_gets_a_gradient():
-    objective = Segmentation(feature_dim=4).build(Pools(), LABELS)
+@pytest.mark.parametrize(
+    ("stride", "strides", "widths"),
+    [(16, (2, 4, 8, 16), (3, 5, 10, 20)), (8, (2, 4, 8), (5, 10, 20)), (6, (3, 6), (10, 20)), (2, (2,), (20,))],
+)
+def test_an_encoder_of_one_map_gets_a_pyramid(stride, strides, widths):
+    decoder = Segmentation(feature_dim=4).build(Pools(strides=(stride,), widths=(20,)), LABELS).decoder
+    assert (decoder.pyramid.strides, decoder.pyramid.widths) == (strides, widths)
+    maps = decoder.pyramid(torch.randn(2, 20, 2, 3, 1))
+    assert [tuple(each.shape) for each in maps] == [
+        (2, width, 2 * stride // s, 3 * stride // s, stride // s) for s, width in zip(strides, widths, strict=True)
+    ]
+    assert Segmentation(feature_dim=4).build(Pools(), LABELS).decoder.pyramid is None
+
+
+@pytest.mark.parametrize("backbone", [Pools(), Pools(strides=(4,), widths=(6,))])
+def test_every_parameter_of_encoder_stages_and_decoder_gets_a_gradient(backbone):
+    objective = Segmentation(feature_dim=4).build(backbone, LABELS)
     batch = {"image": torch.randn(2, 1, 1, 8, 12, 8), "label": torch.randint(0, 2, (2, 1, 8, 12, 8)) * 2}
     objective(batch, 0.0).loss.backward()
     assert all(parameter.grad is not None for parameter in objective.parameters())

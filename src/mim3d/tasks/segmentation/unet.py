@@ -6,23 +6,60 @@ from collections.abc import Sequence
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Shape suffixes: B batch, C channels of the input, K classes, X Y Z space.
+
+
+class FeaturePyramid(nn.Module):
+    """Finer maps beside the only one of an encoder, such as a plain vision transformer (ViTDet, Li et al. 2022).
+
+    Each doubles the resolution of the next coarser one at half its channels: transposed convolution, LayerNorm, GELU.
+
+    Args:
+        stride: Down-sampling of the map.
+        width: Channels of the map.
+
+    Attributes:
+        strides: Down-sampling of each map that comes out, finest first: 2 or the least odd stride, then twice the one
+            before, up to the given one.
+        widths: Channels of each of them.
+    """
+
+    def __init__(self, stride: int, width: int) -> None:
+        super().__init__()
+        strides, widths = [stride], [width]
+        self.ups = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        while strides[0] > 2 and strides[0] % 2 == 0:
+            strides.insert(0, strides[0] // 2)
+            widths.insert(0, -(-widths[0] // 2))
+            self.ups.append(nn.ConvTranspose3d(widths[1], widths[0], kernel_size=2, stride=2))
+            self.norms.append(nn.LayerNorm(widths[0], eps=1e-6))
+        self.strides, self.widths = tuple(strides), tuple(widths)
+
+    def forward(self, features_BCXYZ: Tensor) -> list[Tensor]:
+        """Maps ``(B, widths[i], X / strides[i], ...)``, finest first; the last is the one that was given."""
+        maps = [features_BCXYZ]
+        for up, norm in zip(self.ups, self.norms, strict=True):
+            finer_BXYZC = norm(up(maps[0]).movedim(1, -1))
+            maps.insert(0, F.gelu(finer_BXYZC).movedim(-1, 1))
+        return maps
 
 
 class UNetDecoder(nn.Module):
     """Brings feature maps back to full resolution, with a skip connection at every stage (as SwinUNETR does).
 
     The encoder's finest map has a stride above 1, so a residual block on the input itself gives the skip at full
-    resolution.
+    resolution. An encoder with a single map gets a pyramid first.
 
     Args:
-        in_channels: channels of the input.
-        strides: down-sampling of each map, finest first, each a multiple of the one before.
-        widths: channels of each map.
-        feature_dim: channels at full resolution.
-        num_classes: output channels.
-        deep_supervision: whether the coarser levels of the decoder get heads too (Lee et al. 2015).
+        in_channels: Channels of the input.
+        strides: Down-sampling of each map, finest first, each a multiple of the one before.
+        widths: Channels of each map.
+        feature_dim: Channels at full resolution.
+        num_classes: Channels of the output.
+        deep_supervision: Whether the coarser levels of the decoder get heads too (Lee et al. 2015).
     """
 
     def __init__(
@@ -36,6 +73,9 @@ class UNetDecoder(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        self.pyramid = FeaturePyramid(strides[0], widths[0]) if len(strides) == 1 else None
+        if self.pyramid is not None:
+            strides, widths = self.pyramid.strides, self.pyramid.widths
         self.stem = _residual(in_channels, feature_dim)
         self.skips = nn.ModuleList(_residual(width, width) for width in widths)
         self.ups = nn.ModuleList()
@@ -61,6 +101,8 @@ class UNetDecoder(nn.Module):
 
     def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """Features of the decoder at every level, finest first."""
+        if self.pyramid is not None:
+            maps = self.pyramid(maps[0])
         skips = [self.stem(volume_BCXYZ)]
         skips += [block(features) for block, features in zip(self.skips, maps, strict=True)]
         features = skips.pop()
