@@ -113,6 +113,21 @@ def remove_partial(folder: str | os.PathLike[str]) -> None:
             path.unlink()
 
 
+def read_json(path: str) -> Any:
+    """Read a JSON file, with or without a byte order mark.
+
+    Raises:
+        DataError: The file cannot be read or is not JSON; the sentence names the line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}).") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+
+
 def write_text(path: str | os.PathLike[str], text: str, *, remedy: str | None = REMEDY) -> None:
     """Write text as UTF-8 so that the file is there whole or not at all, even after a power cut.
 

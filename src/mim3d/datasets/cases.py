@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mim3d.core.errors import DataError, listed
-from mim3d.datasets.dataset_json import is_nnunet, read_json, read_labels, read_msd, read_nnunet
+from mim3d.core.files import read_json
+from mim3d.datasets.dataset_json import is_nnunet, read_labels, read_msd, read_nnunet
 from mim3d.datasets.entries import Entry, unique_ids
 from mim3d.datasets.folders import pair_folders, read_pairs, read_tree
 from mim3d.datasets.lists import read_csv, read_json_list

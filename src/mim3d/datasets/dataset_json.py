@@ -1,6 +1,5 @@
 """Cases from a ``dataset.json``: Medical Segmentation Decathlon and nnU-Net raw folders."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -8,21 +7,6 @@ from typing import Any
 from mim3d.core.errors import DataError, listed
 from mim3d.datasets.entries import Entry
 from mim3d.scans.volumes import channels_of
-
-
-def read_json(path: str) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        DataError: The file cannot be read or is not JSON; the sentence names the line.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
 
 
 def is_nnunet(description: Mapping[str, Any]) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mim3d.core.errors import DataError, listed
+from mim3d.core.files import read_json
 from mim3d.datasets.cases import read_cases
-from mim3d.datasets.dataset_json import read_json, read_labels
+from mim3d.datasets.dataset_json import read_labels
 from mim3d.datasets.folders import pair_folders, scans_in
 from mim3d.scans.volumes import scan_id
 

@@ -48,14 +48,15 @@ class Format:
         reader: Function that opens an address as a ``StoredScan`` or refuses it with a DataError, as
             ``"module:function"``. It is imported at the first scan of the format.
         writer: Function that writes the format, see ``Writer``, in the same notation; None where it is not written.
-        has_channels: Whether a file may hold several volumes, named as ``file::channel=2``.
+        counter: Function that counts the volumes in a file, named as ``file::channel=2``, in the same notation; None
+            where a file holds one.
     """
 
     name: str
     suffixes: tuple[str, ...] = ()
     reader: str
     writer: str | None = None
-    has_channels: bool = False
+    counter: str | None = None
 
 
 IMAGE_STACK = Format(name="slice images", reader="mim3d.scans.image_stacks:open_image_stack")
@@ -68,7 +69,7 @@ FORMATS = (
         suffixes=(".nii", ".nii.gz"),
         reader="mim3d.scans.nifti:open_nifti",
         writer="mim3d.scans.nifti:write_nifti",
-        has_channels=True,
+        counter="mim3d.scans.nifti:num_channels",
     ),
     Format(
         name="NRRD",
@@ -114,8 +115,8 @@ def format_of(address: str) -> Format:
     file, channel = split_channel(address)
     is_folder = os.path.isdir(address)
     found = None if is_folder else format_of_file(file)
-    if channel is not None and (found is None or not found.has_channels):
-        names = " and ".join(form.name for form in FORMATS if form.has_channels)
+    if channel is not None and (found is None or found.counter is None):
+        names = " and ".join(form.name for form in FORMATS if form.counter)
         raise DataError(f"{address}: only {names} files have channels; save it as a file of its own.")
     if found is not None:
         return found
@@ -138,6 +139,16 @@ def open_scan(address: str) -> StoredScan:
     """
     opened: StoredScan = _imported(format_of(address).reader)(address)
     return opened
+
+
+def num_channels(path: str) -> int:
+    """Number of volumes in a file; 1 for a folder and for formats whose files hold one.
+
+    Raises:
+        DataError: The header of a file that may hold several cannot be read.
+    """
+    form = None if os.path.isdir(path) else format_of_file(path)
+    return 1 if form is None or form.counter is None else int(_imported(form.counter)(path))
 
 
 def writer_of(path: str) -> Writer:

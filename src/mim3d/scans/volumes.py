@@ -14,7 +14,7 @@ from mim3d.core.errors import DataError
 from mim3d.core.files import atomic_file
 from mim3d.core.types import Spacing
 from mim3d.scans.files import walk
-from mim3d.scans.formats import DICOM, format_of, format_of_file, open_scan, suffix_of, writer_of
+from mim3d.scans.formats import DICOM, format_of, num_channels, open_scan, suffix_of, writer_of
 from mim3d.scans.grids import Grid, split_channel
 
 #: Voxels copied at a time along each axis: what is read and what is written of them stays in the processor's cache.
@@ -195,11 +195,6 @@ def channels_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
         DataError: A NIfTI file cannot be read.
     """
     name = os.fspath(path)
-    form = None if os.path.isdir(name) else format_of_file(name)
-    if form is None or not form.has_channels:
-        return (name,)
-    from mim3d.scans.nifti import num_channels
-
     number = num_channels(name)
     return (name,) if number == 1 else tuple(f"{name}::channel={channel}" for channel in range(number))
 

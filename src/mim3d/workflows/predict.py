@@ -11,11 +11,10 @@ import torch
 
 from mim3d.core.devices import choose_device
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.files import write_json
+from mim3d.core.files import read_json, write_json
 from mim3d.core.progress import Progress
 from mim3d.core.types import Named
 from mim3d.datasets.cases import Case, read_cases
-from mim3d.datasets.dataset_json import read_json
 from mim3d.scans.grids import split_channel
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_together

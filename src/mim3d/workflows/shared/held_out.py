@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.files import write_csv, write_json
+from mim3d.core.files import read_json, write_csv, write_json
 from mim3d.core.run_folder import GO_ON, Run
 from mim3d.datasets.cases import Case
-from mim3d.datasets.dataset_json import read_json
 from mim3d.datasets.splits import Split, TrainPart, split_cases
 
 SPLIT_NAME = "split.json"

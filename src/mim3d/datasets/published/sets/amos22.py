@@ -3,26 +3,16 @@
 from mim3d.datasets.published.presets import NIFTI, FileNames, Preset, Variation, numbered
 from mim3d.scans.intensity import Intensity
 
+LABELS = numbered(
+    "spleen", "right kidney", "left kidney", "gallbladder", "oesophagus", "liver", "stomach", "aorta",
+    "inferior vena cava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder",
+    "prostate or uterus",
+)  # fmt: skip
+
 AMOS22 = Preset(
     name="AMOS22",
     aliases=("AMOS", "AMOS22 CT", "AMOS CT"),
-    labels=numbered(
-        "spleen",
-        "right kidney",
-        "left kidney",
-        "gallbladder",
-        "oesophagus",
-        "liver",
-        "stomach",
-        "aorta",
-        "inferior vena cava",
-        "pancreas",
-        "right adrenal gland",
-        "left adrenal gland",
-        "duodenum",
-        "bladder",
-        "prostate or uterus",
-    ),
+    labels=LABELS,
     num_cases=300,
     spacing_mm=(1.5, 1.5, 2.0),
     intensity=Intensity(window=(-175.0, 250.0)),

@@ -3,24 +3,15 @@
 from mim3d.datasets.published.presets import NIFTI, FileNames, Preset, Variation, numbered
 from mim3d.scans.intensity import Intensity
 
+LABELS = numbered(
+    "spleen", "right kidney", "left kidney", "gallbladder", "oesophagus", "liver", "stomach", "aorta",
+    "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland",
+)  # fmt: skip
+
 BTCV = Preset(
     name="BTCV",
     aliases=("Synapse", "Beyond the Cranial Vault"),
-    labels=numbered(
-        "spleen",
-        "right kidney",
-        "left kidney",
-        "gallbladder",
-        "oesophagus",
-        "liver",
-        "stomach",
-        "aorta",
-        "inferior vena cava",
-        "portal and splenic veins",
-        "pancreas",
-        "right adrenal gland",
-        "left adrenal gland",
-    ),
+    labels=LABELS,
     num_cases=30,
     spacing_mm=(1.5, 1.5, 2.0),
     intensity=Intensity(window=(-175.0, 250.0)),

@@ -3,24 +3,15 @@
 from mim3d.datasets.published.presets import NIFTI, FileNames, Preset, Variation, numbered
 from mim3d.scans.intensity import Intensity
 
+LABELS = numbered(
+    "liver", "right kidney", "spleen", "pancreas", "aorta", "inferior vena cava", "right adrenal gland",
+    "left adrenal gland", "gallbladder", "oesophagus", "stomach", "duodenum", "left kidney",
+)  # fmt: skip
+
 FLARE22 = Preset(
     name="FLARE22",
     aliases=("FLARE",),
-    labels=numbered(
-        "liver",
-        "right kidney",
-        "spleen",
-        "pancreas",
-        "aorta",
-        "inferior vena cava",
-        "right adrenal gland",
-        "left adrenal gland",
-        "gallbladder",
-        "oesophagus",
-        "stomach",
-        "duodenum",
-        "left kidney",
-    ),
+    labels=LABELS,
     num_cases=50,
     spacing_mm=(1.5, 1.5, 2.0),
     intensity=Intensity(window=(-175.0, 250.0)),
