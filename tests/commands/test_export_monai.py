@@ -14,7 +14,7 @@ import torch
 from mim3d.commands.export import export
 from mim3d.commands.predict import predict
 from mim3d.core.errors import CheckpointError
-from mim3d.exporting.monai_inference import inference_config
+from mim3d.exporting.monai_bundle import inference_config
 from mim3d.exporting.networks import load_exported
 from tests.labelled import ball_scan, write_scan
 
@@ -97,7 +97,7 @@ def test_regions_paint_their_label_values(segmenter_run, tmp_path):
 
     network = load_exported(str(segmenter_run))
     regions = replace(
-        network, form=replace(network.form, activation="sigmoid", painted=(2, 5), channels=("ball", "core"))
+        network, form=replace(network.form, activation="sigmoid", label_values=(2, 5), channels=("ball", "core"))
     )
     parser = ConfigParser(inference_config(regions))
     steps = parser.get_parsed_content("postprocessing").transforms

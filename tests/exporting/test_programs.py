@@ -15,8 +15,7 @@ from mim3d.commands.export import export
 from mim3d.core.errors import CheckpointError
 from mim3d.exporting import programs
 from mim3d.exporting.networks import EncoderProgram, load_exported
-from mim3d.exporting.parity import difference
-from mim3d.exporting.programs import outputs_of, traced
+from mim3d.exporting.programs import difference, outputs_of, traced
 from tests.exporting.conftest import BACKBONE
 
 

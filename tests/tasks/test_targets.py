@@ -13,14 +13,14 @@ REGIONS = {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour":
 
 def test_labels_are_channels_background_first_whatever_is_declared():
     targets = exclusive_targets({5: "b", 0: "background", 2: "a"}, None)
-    assert targets.painted == (0, 2, 5) and targets.names == ("background", "a", "b")
+    assert targets.label_values == (0, 2, 5) and targets.names == ("background", "a", "b")
     assert targets.activation == "softmax" and targets.structures == {"a": (2,), "b": (5,)}
     assert exclusive_targets({1: "a"}, None).names == ("background", "a")
 
 
 def test_an_ignored_label_has_no_channel():
     targets = exclusive_targets({0: "background", 1: "liver", 7: "unsure"}, 7)
-    assert targets.painted == (0, 1)
+    assert targets.label_values == (0, 1)
     assert targets.known(torch.tensor([0, 1, 7])).tolist() == [True, True, False]
 
 

@@ -4,32 +4,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mim3d.exporting.networks import Exported
-from mim3d.exporting.parity import Parity
+from mim3d.exporting.programs import Parity
 
 
 def described(
-    network: Exported,
-    parity: Mapping[str, Parity],
-    outputs: Mapping[str, list[Any]],
-    *,
-    license: str | None = None,
-    modality: str | None = None,
+    network: Exported, parity: Mapping[str, Parity], output_shapes: Mapping[str, list[Any]]
 ) -> dict[str, Any]:
-    """The content of ``metadata.json`` beside a program.
+    """Return the content of ``metadata.json`` beside a program.
 
     Args:
-        network: the network.
-        parity: differences that were measured at export.
-        outputs: shape of each output.
-        license: id of the licence of the weights.
-        modality: what the scans are.
+        network: The network.
+        parity: Differences between network and program that were measured at export, by the name of the input.
+        output_shapes: Shape of each output by its name.
     """
-    card = network.card
+    card, form = network.card, network.form
+    meaning = f"logits of the channels; {form.activation} gives probabilities"
+    if form.activation is None:
+        meaning = "feature map, one voxel for every {stride} of the input along each axis"
     content: dict[str, Any] = {
         "format": 1,
         "network": network.kind,
-        "license": license,
-        "modality": modality,
+        "license": network.license,
+        "modality": network.modality,
         "input": {
             "name": "image",
             "dtype": "float32",
@@ -38,23 +34,28 @@ def described(
         },
         "preprocessing": preprocessing_of(network),
         "outputs": [
-            {"name": name, "dtype": "float32", "shape": outputs[name], "meaning": _meaning(network, name)}
-            for name in network.form.outputs
+            {
+                "name": name,
+                "dtype": "float32",
+                "shape": output_shapes[name],
+                "meaning": meaning.format(stride=name.removeprefix("features_stride")),
+            }
+            for name in form.outputs
         ],
         "parity": {name: {"absolute": value.absolute, "relative": value.relative} for name, value in parity.items()},
         "card": {key: card[key] for key in ("backbone", "data_digest", "mim3d_version", "scores") if key in card},
     }
-    if network.form.channels:
-        content["channels"] = list(network.form.channels)
-        content["activation"] = network.form.activation
-    if network.form.painted:
-        content["label_values"] = list(network.form.painted)
+    if form.channels:
+        content["channels"] = list(form.channels)
+        content["activation"] = form.activation
+    if form.label_values:
+        content["label_values"] = list(form.label_values)
         content["label_map"] = label_rule(network)
     return content
 
 
 def preprocessing_of(network: Exported) -> dict[str, Any]:
-    """How a scan becomes input: orientation, voxel size, intensities, and padding."""
+    """Return how a scan becomes input: orientation, voxel size, intensities, and padding."""
     intensity = network.card.get("intensity")
     steps: dict[str, Any] = {
         "orientation": network.card.get("orientation", "RAS+"),
@@ -67,12 +68,12 @@ def preprocessing_of(network: Exported) -> dict[str, Any]:
 
 
 def millimetres(sizes: Sequence[float] | None, otherwise: str) -> str:
-    """Voxel sizes along X, Y, Z for people; something else where there are none."""
+    """Return voxel sizes along X, Y, Z for people, or other words where there are none."""
     return otherwise if sizes is None else " x ".join(f"{size:.4g}" for size in sizes) + " mm"
 
 
 def formula(intensity: Mapping[str, Any] | None) -> str:
-    """The mapping of intensities in words that leave nothing open."""
+    """Return the mapping of intensities in words that leave nothing open."""
     if intensity is None:
         return "not recorded"
     if intensity.get("kind") == "zscore" or intensity.get("window") is None:
@@ -86,13 +87,7 @@ def formula(intensity: Mapping[str, Any] | None) -> str:
 
 
 def label_rule(network: Exported) -> str:
-    """How probabilities become label values."""
+    """Return how probabilities become label values, as a formula."""
     if network.form.activation == "softmax":
         return "label_values[index of the largest logit]"
     return "0; then for each channel in order: its label value wherever sigmoid(logit) > 0.5"
-
-
-def _meaning(network: Exported, name: str) -> str:
-    if network.form.activation is None:
-        return f"feature map, one voxel for every {name.removeprefix('features_stride')} of the input along each axis"
-    return f"logits of the channels; {network.form.activation} gives probabilities"

@@ -36,6 +36,8 @@ class Exported:
         num_channels: Number of images per scan.
         patch_size: Voxels of a program's input.
         located: Folder or file that the weights come from.
+        license: Id of the licence of the weights; None names none.
+        modality: What the scans are, in the user's words.
     """
 
     kind: str
@@ -45,13 +47,15 @@ class Exported:
     num_channels: int
     patch_size: Triple
     located: Path
+    license: str | None = None
+    modality: str | None = None
 
 
 class EncoderProgram(nn.Module):
     """All feature maps of an encoder, as a tuple.
 
     Args:
-        encoder: the encoder.
+        encoder: The encoder.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -59,7 +63,7 @@ class EncoderProgram(nn.Module):
         self.encoder = encoder
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Maps ``(B, widths[i], X / strides[i], ...)``, finest first."""
+        """Return maps ``(B, widths[i], X / strides[i], ...)``, finest first."""
         return tuple(self.encoder.feature_maps(image))
 
 
@@ -134,16 +138,3 @@ def _checked(patch_size: Triple | None, multiple: Triple) -> Triple:
         raise ConfigError(f"patch_size is {shown}; it must be three numbers of voxels, such as 96 96 96.")
     check_multiple(patch_size, multiple, "patch_size")
     return patch_size
-
-
-def require_segmenter(network: Exported, weights: str) -> None:
-    """Refuse what gives no label map.
-
-    Raises:
-        CheckpointError: The network is an encoder or a classifier.
-    """
-    if not network.form.painted:
-        raise CheckpointError(
-            f"{weights} is exported as {network.kind}, but a MONAI bundle is made of a segmenter; use --format "
-            "safetensors, onnx or torch-export, or give a run of mim3d finetune with the task segmentation."
-        )

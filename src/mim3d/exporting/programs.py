@@ -1,4 +1,4 @@
-"""Networks as graphs of the library's own operators: what ONNX, torch.export and MONAI bundles are made of.
+"""Networks as graphs of the library's own operators, and whether they compute what the network computes.
 
 The hot operations of training are operators of mim3d's own. Here they become what they compute, so that a program runs
 where mim3d is not installed, on any device.
@@ -6,8 +6,9 @@ where mim3d is not installed, on any device.
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,19 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.nn import functional as F
 
+from mim3d.core.errors import CheckpointError
 from mim3d.core.types import Triple
+from mim3d.exporting.networks import Exported
 from mim3d.nn.blocks import Projection
 
 # Shape suffixes: R rows (voxels), C channels, H hidden channels.
+
+#: Largest difference allowed, as a share of the largest value of an output. Rounding in float32 gives 1e-6 to 1e-4
+#: (the most where a network has flat input to normalise); a wrong operator gives more than 1e-2.
+TOLERANCE = 5e-4
+
+#: Seed of the inputs that are compared.
+SEED = 20
 
 
 def plain_residual_mlp(
@@ -35,7 +45,7 @@ def plain_residual_mlp(
     eps: float,
     products: torch.dtype,
 ) -> Tensor:
-    """What ``mim3d::residual_mlp`` computes in float32: ``x + W2 gelu(W1 LN(x) + b1) + b2``."""
+    """Compute what ``mim3d::residual_mlp`` does in float32: ``x + W2 gelu(W1 LN(x) + b1) + b2``."""
     normed_RC = F.layer_norm(features_RC, norm_weight_C.shape, norm_weight_C, norm_bias_C, eps)
     hidden_RH = F.gelu(F.linear(normed_RC, weight_HC, bias_H))
     return features_RC + F.linear(hidden_RH, out_weight_CH, out_bias_C)
@@ -43,14 +53,14 @@ def plain_residual_mlp(
 
 @torch.no_grad()
 def traced(program: nn.Module, num_channels: int, patch_size: Triple) -> ExportedProgram:
-    """The program as a graph over ``image`` ``(B, C, *patch_size)`` with any number ``B`` of samples.
+    """Trace a program as a graph over ``image`` ``(B, C, *patch_size)`` with any number ``B`` of samples.
 
     The spatial size is fixed: position embeddings are a table of its token grid.
 
     Args:
-        program: in evaluation mode, on the CPU.
-        num_channels: channels of the input.
-        patch_size: voxels of the input.
+        program: The program, in evaluation mode, on the CPU.
+        num_channels: Number of channels of the input.
+        patch_size: Voxels of the input along X, Y, Z.
     """
     # A single sample would be taken for a constant.
     example = torch.zeros(2, num_channels, *patch_size)
@@ -81,7 +91,7 @@ def _plain_projections(program: nn.Module) -> Iterator[None]:
 
 
 def plain_projection(module: Projection, features_NXYZC: Tensor) -> Tensor:
-    """What a projection computes, channels last."""
+    """Compute what a projection does, channels last."""
     features_NCXYZ = features_NXYZC.permute(0, 4, 1, 2, 3)
     out = F.conv3d(features_NCXYZ, module.weight, module.bias, stride=module.kernel_size)
     return out.permute(0, 2, 3, 4, 1)
@@ -118,14 +128,24 @@ def _free_of_paths(program: ExportedProgram) -> None:
                 node.meta.pop("from_node", None)
 
 
-def save_program(program: ExportedProgram, path: Path) -> None:
-    """Write a program as a ``.pt2`` archive."""
+def write_program(network: Exported, path: Path) -> tuple[ExportedProgram, dict[str, "Parity"]]:
+    """Write a network as a ``.pt2`` archive, read it back and compare it.
+
+    Returns:
+        The program, and its differences to the network, see :func:`compared`.
+
+    Raises:
+        CheckpointError: The program computes something else.
+    """
+    graph = traced(network.form.program, network.num_channels, network.patch_size)
     with quiet():
-        torch.export.save(program, path)
+        torch.export.save(graph, path)
+    module = read_own_program(path)
+    return graph, compared(network, lambda image: outputs_of(module(image)), path.name)
 
 
 def read_own_program(path: Path) -> nn.Module:
-    """The module of an archive that was just written; ``torch.export.load`` is no safe way to read a stranger's."""
+    """Read an archive that was just written; ``torch.export.load`` is no safe way to read a stranger's."""
     with quiet():
         module = torch.export.unflatten(torch.export.load(path))
     return module.eval()
@@ -140,5 +160,84 @@ def quiet() -> Iterator[None]:
 
 
 def outputs_of(result: Any) -> list[Tensor]:
-    """What a program gave, as a list."""
+    """Return what a program gave as a list."""
     return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The largest difference between a program and its network.
+
+    Attributes:
+        absolute: The difference in units of the output.
+        relative: The same as a share of the largest value of that output.
+    """
+
+    absolute: float
+    relative: float
+
+    def __str__(self) -> str:
+        return f"largest difference {self.absolute:.1e} ({self.relative:.1e} of the largest value)"
+
+
+def compared(network: Exported, run: Callable[[Tensor], Sequence[Tensor]], what: str) -> dict[str, Parity]:
+    """Run a program and the network on the same inputs; each comparison is printed.
+
+    Args:
+        network: The network.
+        run: Gives the program's outputs, in order, for ``(B, C, X, Y, Z)`` float32.
+        what: Name of the file, for messages.
+
+    Returns:
+        The larger difference of all outputs, by the name of the input.
+
+    Raises:
+        CheckpointError: It differs by more than ``TOLERANCE``, or gives outputs of another number or shape.
+    """
+    results = {}
+    for name, image in inputs_for(network).items():
+        with torch.no_grad():
+            parity = difference(outputs_of(network.form.program(image)), list(run(image)))
+        if parity is None or not parity.relative <= TOLERANCE:
+            shown = "outputs of other shapes" if parity is None else str(parity)
+            raise CheckpointError(
+                f"{what} does not compute what its network does ({name}: {shown}; allowed are {TOLERANCE:.0e}); it was "
+                "deleted: try other versions of torch and of the format's packages."
+            )
+        print(f"{what}: {name}: {parity}")
+        results[name] = parity
+    return results
+
+
+def difference(reference: Sequence[Tensor], given: Sequence[Tensor]) -> Parity | None:
+    """Return the largest difference; None where number or shapes do not agree, infinite where a value is no number."""
+    if [tuple(tensor.shape) for tensor in reference] != [tuple(tensor.shape) for tensor in given]:
+        return None
+    worst = Parity(0.0, 0.0)
+    for expected, got in zip(reference, given, strict=True):
+        absolute = float((expected - got).abs().max())
+        relative = absolute / max(float(expected.abs().max()), 1e-12)
+        if not relative <= worst.relative:
+            worst = Parity(absolute, relative)
+    return worst
+
+
+def inputs_for(network: Exported) -> dict[str, Tensor]:
+    """Return what is compared: two samples of noise, and one sample of intensities such as a scan has."""
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (network.num_channels, *network.patch_size)
+    noise = torch.randn(2, *shape, generator=generator)
+    intensity = network.card.get("intensity") or {}
+    return {"random input": noise, "scan-like input": _scan_like(shape, intensity.get("kind"), generator)}
+
+
+def _scan_like(shape: tuple[int, ...], kind: str | None, generator: torch.Generator) -> Tensor:
+    """Air, soft tissue and bone in smooth shapes with a little noise, mapped as the network's input is."""
+    channels, *size = shape
+    coarse = torch.randn(1, channels, *(max(2, edge // 12) for edge in size), generator=generator)
+    smooth = F.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
+    image = torch.where(smooth < -0.2, 0.0, torch.where(smooth > 0.8, 1.0, 0.5))
+    image = (image + 0.03 * torch.randn(image.shape, generator=generator)).clamp(0, 1)
+    if kind == "zscore":
+        return (image - image.mean()) / image.std()
+    return image

@@ -329,8 +329,8 @@ class ExportForm:
         outputs: Names of what the program gives.
         channels: What the channels of the logits stand for, in their order; empty where there are no logits.
         activation: What turns logits into probabilities: ``softmax`` or ``sigmoid``; None where there are no logits.
-        painted: Label value that each channel gives in a label map; empty where no label map is made. A MONAI bundle
-            needs them.
+        label_values: Label value that each channel gives in a label map; empty where no label map is made. A MONAI
+            bundle needs them.
         input_size: Voxels of the input along X, Y, Z in training; None where that is not known.
         overlap: Share of a window that its neighbour sees too, where scans are covered with windows.
         box: What the input shows of a scan, in plain values by name, where it is no window at the scan's voxel size.
@@ -342,7 +342,7 @@ class ExportForm:
     outputs: tuple[str, ...] = ("logits",)
     channels: tuple[str, ...] = ()
     activation: str | None = None
-    painted: tuple[int, ...] = ()
+    label_values: tuple[int, ...] = ()
     input_size: Triple | None = None
     overlap: float = 0.5
     box: Mapping[str, Any] | None = None

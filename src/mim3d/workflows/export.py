@@ -1,6 +1,7 @@
 """Export of a trained network: checks before any work begins, then one folder for each format."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mim3d.core.errors import ConfigError
@@ -8,15 +9,16 @@ from mim3d.core.files import atomic_folder
 from mim3d.core.settings import nearest
 from mim3d.core.types import Triple
 from mim3d.exporting.hub_folder import check_license, write_hub_folder
-from mim3d.exporting.monai_bundle import write_monai_bundle
-from mim3d.exporting.networks import Exported, load_exported, require_segmenter
-from mim3d.exporting.onnx_file import check_onnx, write_onnx
-from mim3d.exporting.output import check_target
-from mim3d.exporting.torch_program import write_torch_program
+from mim3d.exporting.monai_bundle import require_segmenter, write_monai_bundle
+from mim3d.exporting.networks import load_exported
+from mim3d.exporting.program_files import check_onnx, write_onnx, write_torch_program
 from mim3d.weights import WEIGHTS_NAME
 from mim3d.workflows.shared.leakage import SEEN_NAME
 
 FORMATS = ("safetensors", "onnx", "torch-export", "monai")
+
+#: Of each format a file, below its folder, by which an earlier export is known.
+MARKS = ("card.json", "metadata.json", "configs/metadata.json")
 
 
 def export_network(
@@ -62,22 +64,23 @@ def export_network(
     if "onnx" in names:
         check_onnx()
     for target in targets.values():
-        check_target(target, overwrite=overwrite)
-    exported = load_exported(weights, kind, patch_size, task=task)
+        _check_target(target, overwrite=overwrite)
+    network = load_exported(weights, kind, patch_size, task=task)
+    network = replace(network, license=license, modality=modality)
     if "monai" in names:
-        require_segmenter(exported, weights)
-    seen = _seen(exported, weights) if include_seen else None
+        require_segmenter(network, weights)
+    seen = _seen(network.located, weights) if include_seen else None
     for name, target in targets.items():
         with atomic_folder(target) as scratch:
             if name == "safetensors":
-                write_hub_folder(exported, scratch, license=license, modality=modality, seen=seen)
+                write_hub_folder(network, scratch, seen)
             elif name == "onnx":
-                write_onnx(exported, scratch, license=license, modality=modality)
+                write_onnx(network, scratch)
             elif name == "torch-export":
-                write_torch_program(exported, scratch, license=license, modality=modality)
+                write_torch_program(network, scratch)
             else:
-                write_monai_bundle(exported, scratch, license=license, modality=modality)
-        print(f"{name}: {exported.kind} in {target}")
+                write_monai_bundle(network, scratch)
+        print(f"{name}: {network.kind} in {target}")
     return str(folder)
 
 
@@ -104,13 +107,28 @@ def _check_formats(formats: Sequence[str], patch_size: Triple | None, include_se
         )
 
 
-def _seen(exported: Exported, weights: str) -> Path:
+def _check_target(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a place that holds anything else, before any work begins.
+
+    Raises:
+        ConfigError: A file, or a folder that is not empty: an earlier export without ``overwrite``, or other things.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"{folder} is no folder; choose another --out.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not any((folder / mark).is_file() for mark in MARKS) or (folder / "checkpoints").exists():
+        raise ConfigError(f"{folder} holds other things than an export; choose another --out.")
+    if not overwrite:
+        raise ConfigError(f"{folder} holds an export already; choose another --out, or use --overwrite true.")
+
+
+def _seen(located: Path, weights: str) -> Path:
     """Find the list of scans beside the weights.
 
     Raises:
         ConfigError: There is none.
     """
-    located = exported.located
     path = (located if located.is_dir() else located.parent) / SEEN_NAME
     if not path.is_file() or (located.is_file() and located.name != WEIGHTS_NAME):
         raise ConfigError(f"{weights} came without {SEEN_NAME}; leave out --include_seen.")

@@ -7,7 +7,7 @@ from mim3d.backbones.contract import Encoder
 from mim3d.objective import Batch, Objective, StepOutput
 from mim3d.tasks.frozen import Freezing
 from mim3d.tasks.segmentation.losses import LossWeights, SegmentationLoss, head_weights
-from mim3d.tasks.segmentation.targets import Activation, Targets
+from mim3d.tasks.segmentation.targets import Targets
 from mim3d.tasks.segmentation.unet import UNetDecoder
 
 # Shape suffixes: B samples, C channels of the input, K channels of the output, X Y Z space.
@@ -52,16 +52,6 @@ class SegmentationObjective(Objective):
             deep_supervision=deep_supervision,
         )
         self.loss = SegmentationLoss(targets, weights)
-
-    @property
-    def activation(self) -> Activation:
-        """What turns logits into probabilities."""
-        return self.targets.activation
-
-    @property
-    def label_values(self) -> tuple[int, ...]:
-        """Label value that each channel of the output gives."""
-        return self.targets.painted
 
     def probabilities(self, logits: Tensor, dim: int = 0) -> Tensor:
         """Probability of each channel, of logits whose axis ``dim`` holds the channels."""

@@ -178,7 +178,7 @@ class SegmentationPredictor(Predictor):
                 from mim3d.scans.dicom.segmentation import write_dicom_seg
 
                 # What the network can give: a label that was ignored in training is no segment.
-                names = {value: self.first.labels.get(value, str(value)) for value in self.targets.painted}
+                names = {value: self.first.labels.get(value, str(value)) for value in self.targets.label_values}
                 algorithm = f"mim3d {self.digest[:12]}"
                 write_dicom_seg(folder / files["prediction"], labels, case.images[0], names, algorithm=algorithm)
             else:
@@ -219,8 +219,8 @@ class SegmentationPredictor(Predictor):
 def readout_of(targets: Targets) -> Readout:
     """Return how scores of whole scans become label values: of one label each, or of regions in one another."""
     if targets.activation == "softmax":
-        return classes_readout(len(targets.names), torch.tensor(targets.painted))
-    dtype = torch.uint8 if max(targets.painted) < 256 else torch.int32
+        return classes_readout(len(targets.names), torch.tensor(targets.label_values))
+    dtype = torch.uint8 if max(targets.label_values) < 256 else torch.int32
     return Readout(
         empty=(0.0,) * len(targets.names),
         activate=targets.probabilities,

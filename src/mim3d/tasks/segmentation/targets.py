@@ -25,7 +25,7 @@ class Targets:
     Attributes:
         names: of the channels.
         members: label values that belong to each channel.
-        painted: label value that each channel gives.
+        label_values: label value that each channel gives.
         activation: "softmax", every voxel belongs to one channel, the first of which is the background; or "sigmoid",
             every channel is a region for itself.
         ignore_label: label value of voxels about which nothing is known.
@@ -33,7 +33,7 @@ class Targets:
 
     names: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
-    painted: tuple[int, ...]
+    label_values: tuple[int, ...]
     activation: Activation
     ignore_label: int | None = None
 
@@ -53,12 +53,12 @@ class Targets:
         One of several labels: the most probable, the lower one of equals. Regions paint their label value one after the
         other, in their order, where they are more probable than not (as nnU-Net does with ``regions_class_order``).
         """
-        painted = torch.tensor(self.painted, device=probabilities_K.device)
+        label_values = torch.tensor(self.label_values, device=probabilities_K.device)
         if self.activation == "softmax":
             # On a CPU argmax along a leading axis takes three times as long.
-            return painted[probabilities_K.max(dim=0).indices]
+            return label_values[probabilities_K.max(dim=0).indices]
         labels = torch.zeros_like(probabilities_K[0], dtype=torch.long)
-        for probability, value in zip(probabilities_K, self.painted, strict=True):
+        for probability, value in zip(probabilities_K, self.label_values, strict=True):
             labels[probability > REGION_THRESHOLD] = value
         return labels
 
@@ -81,7 +81,7 @@ def exclusive_targets(labels: Mapping[int, str], ignore_label: int | None) -> Ta
     return Targets(
         names=tuple(labels.get(value, "background" if value == 0 else str(value)) for value in values),
         members=tuple((value,) for value in values),
-        painted=values,
+        label_values=values,
         activation="softmax",
         ignore_label=ignore_label,
     )
@@ -112,7 +112,7 @@ def region_targets(
     return Targets(
         names=tuple(regions),
         members=tuple(tuple(members) for members in regions.values()),
-        painted=tuple(derived_values(regions) if region_values is None else region_values),
+        label_values=tuple(derived_values(regions) if region_values is None else region_values),
         activation="sigmoid",
         ignore_label=ignore_label,
     )

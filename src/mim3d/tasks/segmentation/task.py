@@ -221,8 +221,8 @@ class Segmentation(Task):
         ]
         if self.regions is not None:
             values = derived_values(self.regions) if self.region_values is None else self.region_values
-            painted = ", ".join(f"{name} as {value}" for name, value in zip(self.regions, values, strict=True))
-            lines.append(f"regions, each for itself; predictions hold {painted}")
+            given = ", ".join(f"{name} as {value}" for name, value in zip(self.regions, values, strict=True))
+            lines.append(f"regions, each for itself; predictions hold {given}")
         if self.partial_labels is not None:
             lines.append("some cases are annotated in part: what they leave out counts as background there (Shi 2021)")
         return [*lines, *freezing_lines(self.freeze_encoder, self.unfreeze_ratio, "the decoder is")]
@@ -337,7 +337,7 @@ class Segmentation(Task):
             program=LogitsProgram(network.module).eval(),
             channels=targets.names,
             activation=targets.activation,
-            painted=targets.painted,
+            label_values=targets.label_values,
             input_size=self._patch_size(),
             overlap=self.overlap,
             purpose="A segmentation network for volumes: one label map for each scan.",
