@@ -29,10 +29,11 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import read_cases
 from mim3d.kernels.allocator import keep_freed_memory
-from mim3d.loading.loader import Augment, Loader, Read, Sample
-from mim3d.loading.loader import Sampler as CropSource
+from mim3d.loading.loader import Loader
+from mim3d.loading.samples import Sampler as CropSource
 from mim3d.loading.reading_processes import Place, Shelf, aligned
 from mim3d.loading.ring import slot_bytes
+from mim3d.loading.samples import Augment, Crop, Sample
 from mim3d.loading.stored_images import Allocate, Packed, pack
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.planning import full_levels
@@ -82,7 +83,7 @@ class OneCrop:
     def draw(self, scan: CachedScan, rng: np.random.Generator) -> Sample:
         """Draw one sample."""
         x, y, z = (int(rng.integers(voxels - edge + 1)) for voxels, edge in zip(scan.shape, self.size, strict=True))
-        return Sample(images={"image": (Read((x, y, z), self.size, self.size),)})
+        return Sample(images={"image": (Crop((x, y, z), self.size, self.size),)})
 
 
 def materials(large: Path, scratch: Path, quick: bool) -> list[Material]:
@@ -180,14 +181,14 @@ class Tensors(TorchBatches):
         for key, packed in self.read(number, np.empty).items():
             array, type_name = packed.array, packed.array.dtype.name
             large = array.nbytes >= SMALL_BYTES
-            message[key] = torch.from_numpy(array.view(_signed(array))) if large else array, packed.lines, type_name
+            message[key] = torch.from_numpy(array.view(_signed(array))) if large else array, packed.rescaling, type_name
         return message
 
     def opened(self, message: Any) -> Mapping[str, Any]:
         """See ``TorchBatches``."""
         return {
-            key: Packed(np.asarray(values).view(type_name), lines).unpacked()
-            for key, (values, lines, type_name) in message.items()
+            key: Packed(np.asarray(values).view(type_name), rescaling).unpacked()
+            for key, (values, rescaling, type_name) in message.items()
         }
 
 
@@ -198,7 +199,7 @@ class OneBuffer(TorchBatches):
 
     def __init__(self, loader: Loader, prefetch: int) -> None:
         super().__init__(loader, prefetch)
-        arrays = [array for packed in self.read(0, np.empty).values() for array in (packed.array, packed.lines)]
+        arrays = [array for packed in self.read(0, np.empty).values() for array in (packed.array, packed.rescaling)]
         self._num_bytes = sum(aligned(array.nbytes) for array in arrays if array is not None)
 
     def __getitem__(self, number: int) -> Any:
@@ -255,15 +256,15 @@ def _new_shared(num_bytes: int) -> Tensor:
 
 def _places(arrays: Mapping[str, Packed], memory: np.ndarray) -> dict[str, tuple[Place, Place | None]]:
     return {
-        key: (Place.of(packed.array, memory), None if packed.lines is None else Place.of(packed.lines, memory))
+        key: (Place.of(packed.array, memory), None if packed.rescaling is None else Place.of(packed.rescaling, memory))
         for key, packed in arrays.items()
     }
 
 
 def _at(places: Mapping[str, tuple[Place, Place | None]], memory: np.ndarray) -> Mapping[str, Any]:
     return {
-        key: Packed(array.array(memory), None if lines is None else lines.array(memory)).unpacked()
-        for key, (array, lines) in places.items()
+        key: Packed(array.array(memory), None if rescaling is None else rescaling.array(memory)).unpacked()
+        for key, (array, rescaling) in places.items()
     }
 
 

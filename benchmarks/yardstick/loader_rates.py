@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from mim3d.backbones import create_recipe
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
-from mim3d.loading.loader import Loader, Sample, Sampler
+from mim3d.loading.loader import Loader
+from mim3d.loading.samples import Sample, Sampler
 from mim3d.methods.mim.hierarchy import Level
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.planning import full_levels

@@ -13,7 +13,7 @@ from mim3d.backbones.hybrid import HybridEncoder
 from mim3d.core.errors import ConfigError
 from mim3d.core.settings import resolve, to_named
 from mim3d.kernels.depthwise import depthwise_dense
-from mim3d.loading.loader import SampleDataset
+from mim3d.loading.samples import SampleDataset
 from mim3d.methods import Method, create_method
 from mim3d.nn.blocks import ConvBlock, DropPath, TransformerBlock
 from mim3d.objective import Objective

@@ -182,7 +182,7 @@ def test_masks_are_not_needed_then_boxes_lie_in_the_middle_of_scans(class_list, 
 
 def test_the_box_of_a_file_is_the_box_of_the_cache(run, class_list):
     from mim3d.caching.cache import open_cache
-    from mim3d.loading.loader import SampleDataset
+    from mim3d.loading.samples import SampleDataset
     from mim3d.tasks.classification.cubes import CubeFinisher
 
     classifier = load_trained(run)

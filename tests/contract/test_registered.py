@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from mim3d.backbones import BACKBONES, Backbone, Hybrid, VisibleEncoder, create_recipe
 from mim3d.core.settings import resolve, to_named
-from mim3d.loading.loader import SampleDataset
+from mim3d.loading.samples import SampleDataset
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective, StepOutput
 from mim3d.scans.intensity import Intensity

@@ -17,7 +17,8 @@ from mim3d.caching.build import build_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import DamagedError, Mim3dError
 from mim3d.datasets.cases import read_cases
-from mim3d.loading.loader import MAX_DAMAGED_IN_A_ROW, Loader, Read, Sample, SampleDataset, level_of
+from mim3d.loading.loader import Loader
+from mim3d.loading.samples import MAX_DAMAGED_IN_A_ROW, Crop, Sample, SampleDataset, level_of
 from mim3d.loading.stored_images import StoredImages
 from mim3d.nn.resizing import flip, resize_image
 from mim3d.scans.intensity import Intensity
@@ -30,13 +31,14 @@ FLIPS = [(False, False, False), (True, False, True), (True, True, True)]
 
 SCRIPT = """
     import os, signal, sys, time
-    from mim3d.loading.loader import Loader, Read, Sample
+    from mim3d.loading.loader import Loader
+    from mim3d.loading.samples import Crop, Sample
     from mim3d.scans.intensity import Intensity
     from tests.array_scans import random_scan
 
     class Corner:
         def draw(self, scan, rng):
-            return Sample(images={"image": (Read((0, 0, 0), (4, 4, 4), (4, 4, 4)),)})
+            return Sample(images={"image": (Crop((0, 0, 0), (4, 4, 4), (4, 4, 4)),)})
 
     if __name__ == "__main__":
         loader = Loader([random_scan((8, 8, 8))], Corner(), Intensity(), batch_size=1, seed=0, num_workers=1)
@@ -112,10 +114,10 @@ def scans(tmp_path_factory):
 @pytest.mark.parametrize("flips", FLIPS)
 def test_one_fused_map_gives_what_the_maps_give_one_after_the_other(scans, name, intensity, flips):
     for read in (
-        Read((3, 4, 5), (20, 21, 22), (20, 21, 22)),
-        Read((-5, 30, 50), (20, 20, 20), (20, 20, 20)),
-        Read((4, 4, 4), (32, 32, 32), (16, 16, 16)),
-        Read((4, 4, 4), (10, 20, 30), (16, 16, 16)),
+        Crop((3, 4, 5), (20, 21, 22), (20, 21, 22)),
+        Crop((-5, 30, 50), (20, 20, 20), (20, 20, 20)),
+        Crop((4, 4, 4), (32, 32, 32), (16, 16, 16)),
+        Crop((4, 4, 4), (10, 20, 30), (16, 16, 16)),
     ):
         for gain, bias in ((1.0, 0.0), (1.1, -0.05), (-0.9, 0.02)):
             got = loaded(scans[name], read, intensity, flips=flips, gain=gain, bias=bias, pyramid=False)
@@ -128,7 +130,7 @@ def test_one_fused_map_gives_what_the_maps_give_one_after_the_other(scans, name,
 @pytest.mark.parametrize(("edge", "origin", "level"), [(32, (2, 4, 6), 1), (40, (8, 0, 16), 2)])
 def test_the_pyramid_gives_the_mean_of_full_resolution_within_one_grey_level(scans, flips, edge, origin, level):
     scan = scans["8-bit"]
-    read = Read(origin, (edge,) * 3, (edge >> level,) * 3)
+    read = Crop(origin, (edge,) * 3, (edge >> level,) * 3)
     assert level_of(read, scan.num_levels) == level
     got = loaded(scan, read, flips=flips)
     expected = by_steps(scan, read, INTENSITIES[0], flips)
@@ -142,14 +144,14 @@ def test_the_pyramid_gives_the_mean_of_full_resolution_within_one_grey_level(sca
 @pytest.mark.parametrize(
     ("read", "level"),
     [
-        (Read((0, 2, -4), (32, 32, 16), (16, 16, 8)), 1),
-        (Read((0, 4, 8), (32, 32, 16), (8, 8, 4)), 2),
-        (Read((0, 2, 8), (32, 32, 16), (8, 8, 4)), 0),
-        (Read((1, 2, 4), (32, 32, 16), (16, 16, 8)), 0),
-        (Read((0, 8, 8), (64, 64, 64), (8, 8, 8)), 0),
-        (Read((0, 0, 0), (32, 32, 32), (32, 32, 32)), 0),
-        (Read((0, 0, 0), (16, 16, 16), (32, 32, 32)), 0),
-        (Read((0, 0, 0), (32, 32, 32), (16, 16, 32)), 0),
+        (Crop((0, 2, -4), (32, 32, 16), (16, 16, 8)), 1),
+        (Crop((0, 4, 8), (32, 32, 16), (8, 8, 4)), 2),
+        (Crop((0, 2, 8), (32, 32, 16), (8, 8, 4)), 0),
+        (Crop((1, 2, 4), (32, 32, 16), (16, 16, 8)), 0),
+        (Crop((0, 8, 8), (64, 64, 64), (8, 8, 8)), 0),
+        (Crop((0, 0, 0), (32, 32, 32), (32, 32, 32)), 0),
+        (Crop((0, 0, 0), (16, 16, 16), (32, 32, 32)), 0),
+        (Crop((0, 0, 0), (32, 32, 32), (16, 16, 32)), 0),
     ],
 )
 def test_a_crop_comes_from_the_level_whose_voxels_are_its_own(read, level):
@@ -158,7 +160,7 @@ def test_a_crop_comes_from_the_level_whose_voxels_are_its_own(read, level):
 
 
 def test_outside_the_scan_a_level_is_padded_like_full_resolution(scans):
-    got = loaded(scans["8-bit"], Read((-16, -8, 48), (32, 32, 32), (16, 16, 16)))
+    got = loaded(scans["8-bit"], Crop((-16, -8, 48), (32, 32, 32), (16, 16, 16)))
     assert (got[:, :8] == 0).all()
     assert (got[:, :, :4] == 0).all()
     assert (got[:, :, :, 7:] == 0).all()
@@ -174,7 +176,7 @@ class Drawn:
     def draw(self, scan, rng):
         def read(size):
             x, y, z = (int(rng.integers(-3, voxels - 3)) for voxels in scan.shape)
-            return Read((x, y, z), (8, 6, 4), size)
+            return Crop((x, y, z), (8, 6, 4), size)
 
         return Sample(
             images={"near": (read((8, 6, 4)), read((8, 6, 4))), "far": (read((4, 3, 2)),)},

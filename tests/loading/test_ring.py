@@ -347,9 +347,9 @@ def images_of(number, allocate):
     """Many bytes, so that a copy takes a while."""
     numbers = allocate((1, 1, 1, 256, 256, 64), np.dtype(np.uint16))
     numbers[...] = 60000 + number
-    lines = allocate((1, 1, 4), np.dtype(np.float32))
-    lines[...] = 1, 0, -np.inf, np.inf
-    return Filled({"x": Packed(numbers, lines)}, {})
+    rescaling = allocate((1, 1, 4), np.dtype(np.float32))
+    rescaling[...] = 1, 0, -np.inf, np.inf
+    return Filled({"x": Packed(numbers, rescaling)}, {})
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import torch
 from lightning_fabric.utilities.apply_func import move_data_to_device
 
 from mim3d.caching.stored_voxels import INTEGER_TYPES, StoredIntensity
-from mim3d.loading.stored_images import Crops, StoredImages, pack
+from mim3d.loading.stored_images import StoredCrops, StoredImages, pack
 from mim3d.scans.intensity import Intensity
 from tests.array_scans import statistics_of
 
@@ -29,7 +29,7 @@ def test_every_stored_type_becomes_what_its_values_become(dtype, kind):
     statistics = [statistics_of(channel) for channel in values]
     low, high = (float(np.percentile(values, percent)) for percent in (20, 80))
     intensity = Intensity(kind=kind, window=(low, high) if kind == "window" else None)
-    sample = {"image": Crops([crop, crop[:, ::-1]], intensity.rescaling(LINES, statistics, gain=1.1, bias=-0.02))}
+    sample = {"image": StoredCrops([crop, crop[:, ::-1]], intensity.rescaling(LINES, statistics, gain=1.1, bias=-0.02))}
     images = pack([sample, sample], np.empty)["image"].unpacked()
     assert isinstance(images, StoredImages)
     assert images.numbers.element_size() == np.dtype(dtype).itemsize
@@ -44,10 +44,10 @@ def test_every_stored_type_becomes_what_its_values_become(dtype, kind):
 
 @pytest.mark.parametrize("others", [(np.int16,), (np.uint16, np.int16), (np.int32, np.uint32), (np.float32, np.uint8)])
 def test_a_batch_of_several_types_holds_the_same_bits_as_each_sample_alone(others):
-    lines = Intensity().rescaling(LINES, [statistics_of(np.zeros(1))] * 2)
+    rescaling = Intensity().rescaling(LINES, [statistics_of(np.zeros(1))] * 2)
     crops = [crop_of(np.uint8)]
     crops += [crop_of(t) if t is not np.float32 else np.random.rand(2, 4, 5, 6).astype(t) for t in others]
-    samples = [{"image": Crops([crop], lines)} for crop in crops]
+    samples = [{"image": StoredCrops([crop], rescaling)} for crop in crops]
     together = pack(samples, np.empty)["image"].unpacked()
     assert together.numbers.element_size() <= 4
     alone = [pack([sample], np.empty)["image"].unpacked().to("cpu")[0] for sample in samples]
@@ -63,8 +63,8 @@ def test_whatever_else_a_sample_holds_is_stacked_as_it_is():
 
 
 def test_fabric_sends_images_to_the_device_as_float32():
-    lines = Intensity().rescaling(LINES, [statistics_of(np.zeros(1))] * 2)
-    batch = {"image": pack([{"image": Crops([crop_of(np.uint8)], lines)}], np.empty)["image"].unpacked()}
+    rescaling = Intensity().rescaling(LINES, [statistics_of(np.zeros(1))] * 2)
+    batch = {"image": pack([{"image": StoredCrops([crop_of(np.uint8)], rescaling)}], np.empty)["image"].unpacked()}
     assert batch["image"].numbers.nbytes == 2 * 4 * 5 * 6
     moved = move_data_to_device(batch, torch.device("cpu"))["image"]
     assert torch.equal(moved, batch["image"].to("cpu"))
@@ -75,6 +75,6 @@ def test_fabric_sends_images_to_the_device_as_float32():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", INTEGER_TYPES)
 def test_a_gpu_gives_what_a_cpu_gives(dtype):
-    lines = Intensity(window=(0.0, 200.0)).rescaling(LINES, [statistics_of(np.zeros(1))] * 2)
-    images = pack([{"image": Crops([crop_of(dtype)], lines)}], np.empty)["image"].unpacked()
+    rescaling = Intensity(window=(0.0, 200.0)).rescaling(LINES, [statistics_of(np.zeros(1))] * 2)
+    images = pack([{"image": StoredCrops([crop_of(dtype)], rescaling)}], np.empty)["image"].unpacked()
     torch.testing.assert_close(images.to("cuda").cpu(), images.to("cpu"), atol=1e-6, rtol=1e-6)

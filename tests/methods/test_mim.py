@@ -10,7 +10,8 @@ from torch.utils.data import default_collate
 from mim3d.backbones import create_recipe
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.core.errors import ConfigError
-from mim3d.loading.loader import Loader, SampleDataset
+from mim3d.loading.loader import Loader
+from mim3d.loading.samples import SampleDataset
 from mim3d.methods import create_method
 from mim3d.methods.mim.hierarchy import Level
 from mim3d.methods.mim.method import MiM

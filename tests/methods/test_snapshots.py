@@ -18,7 +18,8 @@ import torch
 
 from mim3d.backbones import Hybrid
 from mim3d.core.run_folder import Run, read_run
-from mim3d.loading.loader import Augment, Loader, Sampler
+from mim3d.loading.loader import Loader
+from mim3d.loading.samples import Augment, Sampler
 from mim3d.methods import METHODS, create_method
 from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity

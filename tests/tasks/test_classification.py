@@ -11,7 +11,7 @@ from mim3d.backbones import Hybrid
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split
-from mim3d.loading.loader import SampleDataset
+from mim3d.loading.samples import SampleDataset
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
 from mim3d.tasks.classification.objective import AttentionPool, ClassificationObjective

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mim3d.inference import padding_values
-from mim3d.loading.loader import SampleDataset
+from mim3d.loading.samples import SampleDataset
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler, centre_of_label, centre_of_scan, cut_from
 from tests.array_scans import ArrayScan

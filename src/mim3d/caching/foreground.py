@@ -1,4 +1,4 @@
-"""What of a scan is body and what is background: intensity statistics, the body's box, places of each class.
+"""What of a scan is body and what is background: intensity statistics, the body's box, locations of each class.
 
 The rule for foreground, chosen to need no knowledge of the modality:
 
@@ -38,15 +38,15 @@ class Statistics:
     """Intensities of one channel, in stored units (HU for CT).
 
     Attributes:
-        minimum: Of all voxels.
-        maximum: Of all voxels.
-        mean: Of the foreground.
-        std: Of the foreground.
-        percentile_00_1: Of the foreground, as all percentiles here; over evenly spaced voxels of it.
-        percentile_00_5: Of the foreground.
-        percentile_99_5: Of the foreground.
-        percentile_99_9: Of the foreground.
-        low: What stands for "nothing there" outside the scan: its darkest value, for CT at least -1024 HU.
+        minimum: Smallest value of all voxels.
+        maximum: Largest value of all voxels.
+        mean: Mean of the foreground.
+        std: Standard deviation of the foreground.
+        percentile_00_1: The 0.1 percentile of the foreground, over evenly spaced voxels of it like all percentiles.
+        percentile_00_5: The 0.5 percentile of the foreground.
+        percentile_99_5: The 99.5 percentile of the foreground.
+        percentile_99_9: The 99.9 percentile of the foreground.
+        low: Padding value outside the scan: its darkest value, for CT at least -1024 HU.
     """
 
     minimum: float
@@ -62,7 +62,7 @@ class Statistics:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Foreground:
-    """Where the foreground of a scan lies: of all its channels together.
+    """Where the foreground of a scan lies, which is foreground in any of its channels.
 
     Attributes:
         blocks: (ceil(X / 4), ceil(Y / 4), ceil(Z / 4)) bool, whether at least half of the voxels of a block of 4 voxels
@@ -78,12 +78,16 @@ class Foreground:
 
 
 def threshold_of(channel: npt.NDArray[Any]) -> float:
-    """What the foreground of an (X, Y, Z) channel lies above, by the rule above; minus infinity where all of it is."""
+    """The threshold of an (X, Y, Z) channel's foreground by the rule above; minus infinity where all of it is.
+
+    The foreground lies above the threshold.
+    """
     minimum = float(channel.min())
     if minimum < HU_BELOW:
         threshold = CT_FOREGROUND_HU
     else:
-        high = float(np.percentile(thinned(channel.ravel()), 99.5))
+        values = channel.ravel()
+        high = float(np.percentile(values[:: _stride_of(values.size)], 99.5))
         threshold = minimum + BACKGROUND_RATIO * (high - minimum)
     is_enough = _num_above(channel, threshold) >= MIN_FOREGROUND_RATIO * channel.size
     return threshold if is_enough else -math.inf
@@ -95,7 +99,7 @@ def statistics_of(channel: npt.NDArray[Any], threshold: float) -> Statistics:
     Sums are in double precision and taken plane by plane: nothing as large as the channel is made.
     """
     minimum, maximum = float(channel.min()), float(channel.max())
-    every = _spacing_of(_num_above(channel, threshold))
+    stride = _stride_of(_num_above(channel, threshold))
     # Sums of differences from a value of the foreground's own size: their squares cancel nothing.
     origin = threshold if math.isfinite(threshold) else minimum
     seen, total, squares = 0, 0.0, 0.0
@@ -103,7 +107,7 @@ def statistics_of(channel: npt.NDArray[Any], threshold: float) -> Statistics:
     for plane in channel:
         voxels = plane[_above(plane, threshold)]
         # A copy, as a view would keep all of the plane's foreground.
-        picked.append(voxels[-seen % every :: every].copy())
+        picked.append(voxels[-seen % stride :: stride].copy())
         seen += voxels.size
         differences = voxels.astype(np.float64)
         differences -= origin
@@ -139,12 +143,8 @@ def foreground_of(image_CXYZ: npt.NDArray[Any], thresholds: Sequence[float]) -> 
     return Foreground(blocks=blocks, box=_box_around(blocks, shape), shares=shares)
 
 
-def thinned(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """At most about ``MAX_PERCENTILE_VOXELS`` of the values, evenly spaced: enough for percentiles."""
-    return values[:: _spacing_of(values.size)]
-
-
-def _spacing_of(num_values: int) -> int:
+def _stride_of(num_values: int) -> int:
+    """Step between the values that percentiles are taken over."""
     return max(1, num_values // MAX_PERCENTILE_VOXELS)
 
 
@@ -187,19 +187,19 @@ def _box_around(is_body: npt.NDArray[np.bool_], shape: Sequence[int]) -> tuple[T
 
 
 def class_counts_of(label: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """(X, V) voxels of each value 0 .. V - 1 in each plane along X of an (X, Y, Z) label map."""
+    """(X, V) number of voxels of each value 0 .. V - 1 in each plane along X of an (X, Y, Z) label map."""
     num_values = int(label.max(initial=0)) + 1
     return np.array([np.bincount(plane.ravel(), minlength=num_values) for plane in label], dtype=np.int64)
 
 
 def class_locations_of(label: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Places of each class: (N, 4) rows ``value, x, y, z`` sorted by value, at most 2000 per value above 0.
+    """Locations of each class: (N, 4) rows ``value, x, y, z`` sorted by value, at most 2000 per value above 0.
 
-    Drawn evenly over a class's voxels, the same for the same label map.
+    They are drawn evenly over a class's voxels, and are the same for the same label map.
 
     Args:
         label: (X, Y, Z) label map.
-        counts: Its ``class_counts_of``.
+        counts: What ``class_counts_of`` returns for it.
     """
     rows = [np.zeros((0, 4), dtype=np.int64)]
     for value in range(1, counts.shape[1]):

@@ -71,7 +71,7 @@ class Done:
     """The message that a batch is there.
 
     Attributes:
-        places: batch key -> place of the array, and of the lines of images.
+        places: batch key -> place of the array, and of the rescaling of images.
         damaged: see ``Filled``.
     """
 
@@ -82,7 +82,10 @@ class Done:
     def of(cls, filled: Filled, memory: np.ndarray) -> "Done":
         """The message for a batch in the shared memory."""
         places = {
-            key: (Place.of(packed.array, memory), None if packed.lines is None else Place.of(packed.lines, memory))
+            key: (
+                Place.of(packed.array, memory),
+                None if packed.rescaling is None else Place.of(packed.rescaling, memory),
+            )
             for key, packed in filled.arrays.items()
         }
         return cls(places, filled.damaged)
@@ -90,8 +93,8 @@ class Done:
     def filled(self, memory: np.ndarray) -> Filled:
         """The batch that the message is about."""
         arrays = {
-            key: Packed(array.array(memory), None if lines is None else lines.array(memory))
-            for key, (array, lines) in self.places.items()
+            key: Packed(array.array(memory), None if rescaling is None else rescaling.array(memory))
+            for key, (array, rescaling) in self.places.items()
         }
         return Filled(arrays, self.damaged)
 

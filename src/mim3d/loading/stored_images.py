@@ -29,16 +29,16 @@ _UNSIGNED = {
 
 
 @dataclass(frozen=True)
-class Crops:
+class StoredCrops:
     """Crops of one sample under one batch key, before they become part of a batch.
 
     Attributes:
-        crops: ``(C, X, Y, Z)`` each; may be views of what was read, such as flipped ones.
-        lines: ``(C, 4)`` float32, what makes network input of them, see ``Intensity.rescaling``.
+        crops: Stored numbers, ``(C, X, Y, Z)`` each; may be views of what was read, such as flipped ones.
+        rescaling: ``(C, 4)`` float32, how they become network input, see ``Intensity.rescaling``.
     """
 
     crops: Sequence[np.ndarray]
-    lines: np.ndarray
+    rescaling: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Packed:
     """What a batch holds under one key, as plain arrays: what reading processes hand over.
 
     Attributes:
-        array: ``(B, ...)``.
-        lines: ``(B, C, 4)`` float32 for images, see ``Intensity.rescaling``; None for everything else.
+        array: The values, ``(B, ...)``.
+        rescaling: ``(B, C, 4)`` float32 for images, see ``Intensity.rescaling``; None for everything else.
     """
 
     array: np.ndarray
-    lines: np.ndarray | None = None
+    rescaling: np.ndarray | None = None
 
     def unpacked(self) -> "Tensor | StoredImages":
         """The same memory as the trainer sees it."""
-        if self.lines is None:
+        if self.rescaling is None:
             return torch.from_numpy(self.array)
-        return StoredImages.of(self.array, self.lines)
+        return StoredImages.of(self.array, self.rescaling)
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,20 @@ class StoredImages:
     """Images of a batch that become float32 network input on the device they are sent to.
 
     Attributes:
-        numbers: ``(B, N, C, X, Y, Z)``; unsigned numbers of 16 or 32 bits as signed ones of the same bits.
-        lines: ``(B, C, 4)`` float32, see ``Intensity.rescaling``.
-        type_name: numpy's name of the numbers' type.
+        numbers: Stored numbers, ``(B, N, C, X, Y, Z)``; unsigned ones of 16 or 32 bits as signed ones of the same bits.
+        rescaling: ``(B, C, 4)`` float32, see ``Intensity.rescaling``.
+        type_name: Name that numpy gives the type of the numbers.
     """
 
     numbers: Tensor
-    lines: np.ndarray
+    rescaling: np.ndarray
     type_name: str
 
     @classmethod
-    def of(cls, numbers: np.ndarray, lines: np.ndarray) -> Self:
+    def of(cls, numbers: np.ndarray, rescaling: np.ndarray) -> Self:
         """From arrays, whose memory is used as it is."""
         signed = _UNSIGNED[numbers.dtype][0] if numbers.dtype in _UNSIGNED else numbers.dtype
-        return cls(torch.from_numpy(numbers.view(signed)), lines, numbers.dtype.name)
+        return cls(torch.from_numpy(numbers.view(signed)), rescaling, numbers.dtype.name)
 
     def to(self, device: torch.device | str) -> Tensor:
         """The images as ``(B, N, C, X, Y, Z)`` float32 on ``device``, in memory of their own.
@@ -91,23 +91,23 @@ class StoredImages:
             _, wider, bits = unsigned
             numbers = numbers.to(wider) & bits
         images = numbers.to(torch.float32, copy=True)
-        for sample, lines in zip(images, self.lines, strict=True):
-            apply_rescaling(sample, lines)
+        for sample, rescaling in zip(images, self.rescaling, strict=True):
+            apply_rescaling(sample, rescaling)
         return images
 
 
-def pack(samples: Sequence[Mapping[str, Crops | Tensor]], allocate: Allocate) -> dict[str, Packed]:
+def pack(samples: Sequence[Mapping[str, StoredCrops | Tensor]], allocate: Allocate) -> dict[str, Packed]:
     """Put samples of the same keys and shapes together.
 
     Args:
-        samples: key -> crops or any tensor.
-        allocate: gives the arrays that the batch is written to.
+        samples: Batch key -> crops or any tensor, for each sample.
+        allocate: Gives the arrays that the batch is written to.
     """
     return {key: _pack([sample[key] for sample in samples], allocate) for key in samples[0]}
 
 
-def _pack(values: Sequence[Crops | Tensor], allocate: Allocate) -> Packed:
-    images = [value for value in values if isinstance(value, Crops)]
+def _pack(values: Sequence[StoredCrops | Tensor], allocate: Allocate) -> Packed:
+    images = [value for value in values if isinstance(value, StoredCrops)]
     if not images:
         arrays = [value.numpy() for value in values if isinstance(value, Tensor)]
         return Packed(np.stack(arrays, out=allocate((len(arrays), *arrays[0].shape), arrays[0].dtype)))
@@ -116,8 +116,8 @@ def _pack(values: Sequence[Crops | Tensor], allocate: Allocate) -> Packed:
     numbers = allocate(shape, _common_type(crops))
     for place, crop in zip(numbers.reshape(-1, *crops[0].shape), crops, strict=True):
         place[...] = crop
-    lines = [image.lines for image in images]
-    return Packed(numbers, np.stack(lines, out=allocate((len(lines), *lines[0].shape), lines[0].dtype)))
+    rescaling = allocate((len(images), *images[0].rescaling.shape), images[0].rescaling.dtype)
+    return Packed(numbers, np.stack([image.rescaling for image in images], out=rescaling))
 
 
 def _common_type(crops: Sequence[np.ndarray]) -> np.dtype[Any]:

@@ -12,7 +12,7 @@ from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import ConfigError, listed
 from mim3d.core.settings import to_named
 from mim3d.core.types import Triple
-from mim3d.loading.loader import Sampler
+from mim3d.loading.samples import Sampler
 from mim3d.objective import Objective
 from mim3d.training.schedule import Optimisation
 

@@ -23,7 +23,7 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DataError, listed
 from mim3d.core.types import Triple
-from mim3d.loading.loader import SampleDataset
+from mim3d.loading.samples import SampleDataset
 from mim3d.nn.patches import to_blocks
 from mim3d.probing.settings import Probing
 from mim3d.scans.intensity import Intensity

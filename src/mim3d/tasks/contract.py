@@ -23,7 +23,7 @@ from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split
 from mim3d.inference import scores_bytes
-from mim3d.loading.loader import Augment, Sampler
+from mim3d.loading.samples import Augment, Sampler
 from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity
 from mim3d.training.schedule import Optimisation

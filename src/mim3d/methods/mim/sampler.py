@@ -9,13 +9,13 @@ import numpy as np
 from mim3d.caching.scan import CachedScan
 from mim3d.caching.stored_voxels import reduction_of
 from mim3d.core.types import Triple
-from mim3d.loading.loader import Read, Sample
+from mim3d.loading.samples import Crop, Sample
 from mim3d.methods.mim.hierarchy import DrawnLevel, Geometry, Hierarchy
 
 #: A hierarchy with too much air is drawn anew until it was drawn so many times; the one with least air is kept.
 MAX_DRAWS = 8
 
-Images = Mapping[str, tuple[Read, ...]]
+Images = Mapping[str, tuple[Crop, ...]]
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class MiMSampler:
         return stored
 
     @staticmethod
-    def _read(geometry: Geometry, origin: np.ndarray) -> Read:
+    def _read(geometry: Geometry, origin: np.ndarray) -> Crop:
         x, y, z = (int(voxel) for voxel in origin)
-        return Read((x, y, z), geometry.level.footprint, geometry.level.size)
+        return Crop((x, y, z), geometry.level.footprint, geometry.level.size)
 
 
 def relative_corners(level: DrawnLevel, ancestor: DrawnLevel) -> np.ndarray:

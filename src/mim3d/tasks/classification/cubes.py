@@ -10,7 +10,7 @@ from torch import Tensor
 from mim3d.caching.resampling import plan_axis, resample_linear
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Spacing, Triple
-from mim3d.loading.loader import Augment, Read, Sample
+from mim3d.loading.samples import Augment, Crop, Sample
 from mim3d.nn.resizing import resize_image
 
 #: Place of a point in voxels of a scan; whole numbers are the centres of voxels.
@@ -29,7 +29,7 @@ class Cut:
         size: voxels of the cube.
     """
 
-    read: Read
+    read: Crop
     step: npt.NDArray[np.float64]
     shift: npt.NDArray[np.float64]
     size: Triple
@@ -73,7 +73,7 @@ class Cube:
         delivered = (last - first) // factor
         middle = first + (last - first - 1) / 2
         origin, footprint, size = (_triple(values) for values in (first, last - first, delivered))
-        return Cut(Read(origin, footprint, size), step / factor, (centre - middle) / factor, self.size)
+        return Cut(Crop(origin, footprint, size), step / factor, (centre - middle) / factor, self.size)
 
 
 def centre_of_scan(shape: Triple) -> Point:
@@ -189,7 +189,7 @@ class CubeFinisher:
         image = sample["image"][0].numpy()
         x, y, z = (int(voxels) for voxels in sample["size"])
         shape = _triple(np.array(image.shape[1:]))
-        cut = Cut(Read((0, 0, 0), shape, shape), sample["step"].numpy(), sample["shift"].numpy(), (x, y, z))
+        cut = Cut(Crop((0, 0, 0), shape, shape), sample["step"].numpy(), sample["shift"].numpy(), (x, y, z))
         cube = torch.from_numpy(resampled(image, cut))[None]
         if self.augment is not None:
             # The augmentation of segmentation varies an image with its label map; here there is none to vary.

@@ -9,7 +9,7 @@ import torch
 
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
-from mim3d.loading.loader import SampleDataset
+from mim3d.loading.samples import SampleDataset
 from mim3d.metrics import Bootstrap, classification_scores
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.cubes import CubeFinisher, CubeSampler

@@ -6,7 +6,7 @@ import numpy as np
 
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
-from mim3d.loading.loader import Read, Sample
+from mim3d.loading.samples import Crop, Sample
 from mim3d.tasks.segmentation.partial_labels import PartialLabels
 
 
@@ -47,7 +47,7 @@ class CropSampler:
             margin = np.ceil(size * self.margin_ratio).astype(int)
             origin, size = [int(voxel) for voxel in np.array(origin) - margin], size + 2 * margin
         footprint = (int(size[0]), int(size[1]), int(size[2]))
-        read = Read((origin[0], origin[1], origin[2]), footprint, footprint)
+        read = Crop((origin[0], origin[1], origin[2]), footprint, footprint)
         return Sample(images={"image": (read,)}, labels={"label": (read,)}, arrays=self._annotated(scan))
 
     def _annotated(self, scan: CachedScan) -> dict[str, np.ndarray]:

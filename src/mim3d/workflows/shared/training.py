@@ -13,7 +13,8 @@ from mim3d.core.resources import num_cores
 from mim3d.core.settings import parse_duration
 from mim3d.distributed.processes import Processes, choose_processes, join_processes
 from mim3d.distributed.stopping import requeued_when_stopped
-from mim3d.loading.loader import Augment, Loader, Sampler
+from mim3d.loading.loader import Loader
+from mim3d.loading.samples import Augment, Sampler
 from mim3d.scans.intensity import Intensity
 from mim3d.tracking import Tracking
 from mim3d.training.plan import steps_for_epochs
