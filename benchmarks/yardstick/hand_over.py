@@ -30,10 +30,10 @@ from mim3d.core.types import Triple
 from mim3d.datasets.cases import read_cases
 from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.loading.loader import Loader
-from mim3d.loading.samples import Sampler as CropSource
 from mim3d.loading.reading_processes import Place, Shelf, aligned
 from mim3d.loading.ring import slot_bytes
 from mim3d.loading.samples import Augment, Crop, Sample
+from mim3d.loading.samples import Sampler as CropSource
 from mim3d.loading.stored_images import Allocate, Packed, pack
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.planning import full_levels
