@@ -175,7 +175,7 @@ def find_preset(name: str) -> Preset:
         ConfigError: There is no such preset (the nearest names are offered), or the path does not lead to a preset.
     """
     known = {alias: preset for preset in published_presets().values() for alias in (preset.name, *preset.aliases)}
-    found = {_plain(alias): preset for alias, preset in known.items()}.get(_plain(name))
+    found = {plain(alias): preset for alias, preset in known.items()}.get(plain(name))
     if found is not None:
         return found
     if "." in name and all(part.isidentifier() for part in name.split(".")):
@@ -187,5 +187,6 @@ def find_preset(name: str) -> Preset:
     raise ConfigError(f"There is no preset '{name}'.{close if 'mean' in close else nearest(name, PRESETS)}")
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name in lower case without blanks and punctuation, for comparisons."""
     return re.sub(r"[^a-z0-9]", "", name.lower())

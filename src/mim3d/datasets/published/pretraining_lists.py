@@ -16,7 +16,7 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.cases import CaseSet, to_cases
 from mim3d.datasets.entries import Entry
 from mim3d.datasets.published.folds import fold_numbers
-from mim3d.datasets.published.presets import NIFTI, Preset
+from mim3d.datasets.published.presets import NIFTI, Preset, plain
 from mim3d.datasets.published.sets.btcv import BTCV
 from mim3d.scans.volumes import find_scans
 
@@ -207,19 +207,15 @@ def _summary(scans: ScanSet, folders: Sequence[str], num_images: int) -> str:
 
 
 def _folders_of(scans: ScanSet, root: str) -> Iterator[str]:
-    """Folders named like a set, the root itself included; nothing below one of them is looked at."""
-    wanted = {_plain(folder) for folder in scans.folders}
+    """Folders named like a set, the root itself included; folders below one of them are not searched."""
+    wanted = {plain(folder) for folder in scans.folders}
     for folder, names, _ in os.walk(root, followlinks=True):
-        if _plain(os.path.basename(folder)) in wanted:
+        if plain(os.path.basename(folder)) in wanted:
             yield folder
             names.clear()
             continue
         depth = os.path.relpath(folder, root).count(os.sep) + (folder != root)
         names[:] = sorted(name for name in names if not name.startswith(".")) if depth < MAX_DEPTH else []
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _images(scans: ScanSet, folder: str) -> list[str]:
@@ -232,9 +228,13 @@ def _images(scans: ScanSet, folder: str) -> list[str]:
 
 
 def _is_image(scans: ScanSet, path: str, folder: str) -> bool:
-    inside = os.path.relpath(path.partition("::")[0], folder).replace(os.sep, "/")
+    """Whether a scan below the folder of a set is an image of the list."""
     if "::" in path or os.path.isdir(path):
-        return _is_ct(path)
+        from mim3d.scans.dicom.series import open_series
+
+        # The same collections hold PET, MRI and radiographs.
+        return open_series(path).slices[0].modality == "CT"
+    inside = os.path.relpath(path, folder).replace(os.sep, "/")
     *parents, file = inside.split("/")
     if any(_MASK_FOLDER.fullmatch(part) for part in parents) or _MASK_FILE.fullmatch(file.partition(".")[0]):
         return False
@@ -247,10 +247,3 @@ def _is_image(scans: ScanSet, path: str, folder: str) -> bool:
         return match is not None
     _, *others = fold_numbers(scans.preset) or ()
     return str(int(match["case"])) in frozenset().union(*others)
-
-
-def _is_ct(address: str) -> bool:
-    """Whether a DICOM series is CT: the same collections hold PET, MRI and radiographs."""
-    from mim3d.scans.dicom.series import open_series
-
-    return open_series(address).slices[0].modality == "CT"
