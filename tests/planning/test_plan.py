@@ -21,7 +21,16 @@ from mim3d.planning.fingerprint import (
     voxel_time_s,
 )
 from mim3d.planning.patch import FILLED_SHARE, MAX_PATCH_VOXELS, choose_batch, choose_patch, growing_patches
-from mim3d.planning.plan import MAX_STEPS, MIN_STEPS, Decided, Plan, plan_dataset, plan_spacing, plan_window, shapes_at
+from mim3d.planning.plan import (
+    MAX_STEPS,
+    MIN_STEPS,
+    FixedChoices,
+    Plan,
+    plan_dataset,
+    plan_spacing,
+    plan_window,
+    shapes_at,
+)
 from mim3d.planning.scans import ScanGrid, file_sources
 from mim3d.scans.intensity import Intensity
 from tests.nifti import affine_of, noise, write_nifti
@@ -276,7 +285,7 @@ def test_steps_follow_from_cases_and_voxels_and_stay_within_bounds():
             fingerprint([grid((1.0, 1.0, 1.0), shape)]),
             multiple=(16, 16, 16),
             num_training=num_training,
-            decided=Decided(values={"patch_size": (64, 64, 64), "batch_size": 2}),
+            fixed=FixedChoices(values={"patch_size": (64, 64, 64), "batch_size": 2}),
         )
         return plan.max_steps
 
@@ -328,11 +337,11 @@ def test_rare_structures_are_looked_for_more_often():
 def test_what_is_decided_stays_and_the_rest_follows_from_it():
     grids = [grid((1.0, 1.0, z), (200, 200, 60)) for z in (2.0, 2.5, 3.0)]
     free = plan_dataset(fingerprint(grids), multiple=(16, 16, 16), num_training=3)
-    decided = Decided(
+    decided = FixedChoices(
         values={"spacing_mm": (2.0, 2.0, 2.0), "max_steps": None},
         by={"spacing_mm": "of the encoder", "max_steps": "max_epochs 3 given"},
     )
-    bound = plan_dataset(fingerprint(grids), multiple=(16, 16, 16), num_training=3, decided=decided)
+    bound = plan_dataset(fingerprint(grids), multiple=(16, 16, 16), num_training=3, fixed=decided)
     assert free.spacing_mm == (1.0, 1.0, 2.5) and bound.spacing_mm == (2.0, 2.0, 2.0)
     assert bound.patch_size == (112, 112, 80) and free.patch_size != bound.patch_size
     assert bound.reasons["spacing_mm"].startswith("of the encoder (the plan would be 1 1 2.5")

@@ -1,7 +1,7 @@
 """What a data set looks like, as far as a plan needs it: the headers of all scans, the voxels of some.
 
 In the spirit of nnU-Net's "data fingerprint" (Isensee et al., Nature Methods 2021), in code of our own. Voxels and
-labels are looked at in a few scans drawn by a seed: percentiles and typical volumes change little beyond those.
+labels are looked at in a few scans drawn by a seed: percentiles and typical volumes change little with more of them.
 """
 
 import hashlib
@@ -20,8 +20,7 @@ from mim3d.core.files import write_json
 from mim3d.core.progress import counted
 from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import Spacing
-from mim3d.planning.measures import ClassMeasures, ScanMeasures
-from mim3d.planning.scans import ScanGrid, ScanSource, looked_at
+from mim3d.planning.scans import ClassMeasures, ScanGrid, ScanMeasures, ScanSource, inspect_scans
 from mim3d.scans.files import available_memory_bytes
 
 #: Changes when fingerprints of old no longer say what new ones say.
@@ -30,7 +29,7 @@ VERSION = 1
 #: Scans whose voxels are looked at where nothing else is asked for.
 DEFAULT_VOXEL_SCANS = 24
 
-#: What a voxel of one channel takes on one core, seconds: unpacking, statistics, components (measured: 3.6e-8 to 5e-8).
+#: Time that a voxel of one channel takes on one core: unpacking, statistics, components (measured: 3.6e-8 to 5e-8 s).
 VOXEL_TIME_S = 5e-8
 
 #: Bytes held for each voxel of one channel while a scan is measured.
@@ -42,14 +41,15 @@ class ChannelValues:
     """Intensities of one channel, in source units, over the scans whose voxels were looked at.
 
     Attributes:
-        num_ct: Scans that are CT by the rule of :mod:`mim3d.caching.foreground`.
+        num_ct: Number of scans that are CT by the rule of :mod:`mim3d.caching.foreground`.
         minimum: Median over the scans of their darkest voxels.
         maximum: Median over the scans of their brightest voxels.
         body_mean: Median over the scans of the foreground's mean.
         body_std: Median over the scans of the foreground's standard deviation.
-        class_percentile_00_5: Of voxels inside labelled structures of all scans together; None without any.
-        class_median: Of the same voxels.
-        class_percentile_99_5: Of the same voxels.
+        class_percentile_00_5: The 0.5 percentile of voxels inside labelled structures, over all scans; None without
+            any.
+        class_median: Median of the same voxels.
+        class_percentile_99_5: The 99.5 percentile of the same voxels.
     """
 
     num_ct: int
@@ -69,9 +69,9 @@ class ClassFacts:
     Attributes:
         value: Label value.
         name: Declared name, or the value as text.
-        num_scans: Scans in which it is present; what follows is over those.
+        num_scans: Number of scans in which it is present; what follows is over those.
         volume_ml: Smallest, median and largest volume.
-        num_components: Median number of parts that do not touch.
+        num_components: Median number of its parts that do not touch.
         extent_mm: Largest extent along X, Y, Z.
     """
 
@@ -89,8 +89,8 @@ class DatasetFingerprint:
 
     Attributes:
         key: Digest of the files (path, size, time of change) and of what was asked about them.
-        scans: By their headers, all that could be read.
-        voxel_scans: Ids of those whose voxels were looked at.
+        scans: Headers of all scans that could be read.
+        voxel_scans: Ids of the scans whose voxels were looked at.
         channels: Intensities of each channel; empty where no voxels were looked at.
         classes: Structures by rising label value.
         foreground_ratio: Median share of a scan's voxels that carry a label above 0.
@@ -148,26 +148,31 @@ def fingerprint_of(
     Args:
         sources: The scans.
         labels: Declared label value -> name; empty where nothing is declared.
-        learned: Ids of the scans that may be looked into, those trained on; None for all.
-        num_voxel_scans: Scans whose voxels are looked at, drawn by ``seed``; 0 for headers alone.
-        seed: Of that draw.
-        num_workers: Threads; fewer where scans are large for the memory available.
+        learned: Ids of the scans whose voxels may be looked at, those trained on; None for all.
+        num_voxel_scans: Number of scans whose voxels are looked at, drawn by ``seed``; 0 for headers alone.
+        seed: Seed of that draw.
+        num_workers: Number of threads; fewer are used where scans are large for the memory available.
 
     Raises:
         DataError: No scan can be used, or cases have different numbers of channels.
     """
     ids = [source.id for source in sources] if learned is None else learned
-    headers = counted(looked_at(sources, lambda source: source.grid(), num_workers), len(sources), "headers")
-    grids = {source.id: grid for source, grid in headers if grid is not None}
+    headers = inspect_scans(sources, lambda source: source.grid(), num_workers)
+    grids = {source.id: grid for source, grid in counted(headers, len(sources), "headers") if grid is not None}
     if not grids:
         raise DataError("No scan of the data set can be read; the warnings above say why.")
     _require_same_channels(list(grids.values()))
     candidates = [source for source in sources if source.id in grids and source.id in set(ids)]
-    chosen = _drawn(candidates, num_voxel_scans, seed)
-    title = f"voxels ({_in_time(voxel_time_s([grids[source.id] for source in chosen]))} of one core)"
-    num_threads = _threads_for([grids[source.id] for source in chosen], num_workers)
-    looks = counted(looked_at(chosen, lambda source: source.measure(), num_threads), len(chosen), title)
-    measured = {source.id: measures for source, measures in looks if measures is not None}
+    places = np.random.default_rng(seed).permutation(len(candidates))[:num_voxel_scans]
+    chosen = [candidates[place] for place in sorted(places)]
+    chosen_grids = [grids[source.id] for source in chosen]
+    largest = max((math.prod(grid.shape) * grid.num_channels for grid in chosen_grids), default=1)
+    num_threads = max(1, min(num_workers, available_memory_bytes() // (_BYTES_PER_VOXEL * largest)))
+    seconds = voxel_time_s(chosen_grids)
+    duration = f"about {max(1, round(seconds))} s" if seconds < 90 else f"about {round(seconds / 60)} min"
+    voxels = inspect_scans(chosen, lambda source: source.measure(), num_threads)
+    shown = counted(voxels, len(chosen), f"voxels ({duration} of one core)")
+    measured = {source.id: measures for source, measures in shown if measures is not None}
     if num_voxel_scans and not measured:
         raise DataError("No scan that training may learn from can be read; the warnings above say why.")
     return DatasetFingerprint(
@@ -181,23 +186,8 @@ def fingerprint_of(
 
 
 def voxel_time_s(grids: Sequence[ScanGrid]) -> float:
-    """About what looking at the voxels of scans takes on one core, seconds."""
+    """About how long looking at the voxels of scans takes on one core, seconds."""
     return VOXEL_TIME_S * sum(math.prod(grid.shape) * grid.num_channels for grid in grids)
-
-
-def _in_time(seconds: float) -> str:
-    return f"about {max(1, round(seconds))} s" if seconds < 90 else f"about {round(seconds / 60)} min"
-
-
-def _threads_for(grids: Sequence[ScanGrid], num_workers: int) -> int:
-    largest = max((math.prod(grid.shape) * grid.num_channels for grid in grids), default=1)
-    return max(1, min(num_workers, available_memory_bytes() // (_BYTES_PER_VOXEL * largest)))
-
-
-def _drawn(sources: Sequence[ScanSource], number: int, seed: int) -> list[ScanSource]:
-    """At most ``number`` of the scans, in their order."""
-    places = np.random.default_rng(seed).permutation(len(sources))[:number]
-    return [sources[place] for place in sorted(places)]
 
 
 def _require_same_channels(grids: Sequence[ScanGrid]) -> None:

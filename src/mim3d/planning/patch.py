@@ -11,10 +11,10 @@ from mim3d.core.resources import in_words
 from mim3d.core.types import Spacing, Triple
 from mim3d.scans.grids import times
 
-#: A patch has about so many voxels at most: 128 along each axis of a cube.
+#: A patch has about this many voxels at most: 128 along each axis of a cube.
 MAX_PATCH_VOXELS = 128**3
 
-#: Crops of a batch: fewer than two tell nothing about each other, more than these slow a step and steady it no further.
+#: Crops of a batch: one alone is no average over scans, and more than the largest number slow a step without gain.
 MIN_BATCH, MAX_BATCH = 2, 16
 
 #: A batch holds at most this share of all training voxels (nnU-Net's rule): more of them would see little variety.
@@ -25,22 +25,28 @@ FILLED_SHARE = 0.9
 
 
 class MemoryQuestion(Protocol):
-    """What a plan asks about memory; answered by whoever knows the network.
+    """Answers what a plan asks about memory; implemented where the network is known.
 
     Attributes:
-        usable_bytes: What training may take; None when it is not known, which is no limit.
+        usable_bytes: Memory that training may take; None where it is not known, which is no limit.
     """
 
     usable_bytes: int | None
 
     def need_bytes(self, patch_size: Triple, batch_size: int) -> int:
-        """What training with crops of a size needs."""
+        """Memory that training with crops of a size needs."""
         ...
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A patch or batch size with the numbers it follows from."""
+class SizeChoice:
+    """A patch and a batch size.
+
+    Attributes:
+        patch_size: Voxels of a crop along X, Y, Z.
+        batch_size: Number of crops of a batch.
+        reason: The numbers that the choice follows from, for people.
+    """
 
     patch_size: Triple
     batch_size: int
@@ -71,14 +77,14 @@ def growing_patches(median_shape: Spacing, multiple: Triple) -> Iterator[Triple]
         tokens = [have + (have / all_of_it == smallest) for have, all_of_it in zip(tokens, whole, strict=True)]
 
 
-def choose_patch(median_shape: Spacing, multiple: Triple, memory: MemoryQuestion | None, batch_size: int) -> Chosen:
+def choose_patch(median_shape: Spacing, multiple: Triple, memory: MemoryQuestion | None, batch_size: int) -> SizeChoice:
     """The largest patch of ``growing_patches`` that memory holds and that has no more than 128^3 voxels.
 
     Args:
-        median_shape: Of the median scan, in voxels of training.
+        median_shape: Voxels along X, Y, Z of the median scan, at the voxel size of training.
         multiple: Voxels along X, Y, Z that a patch must be a multiple of for the encoder.
         memory: Answers what training needs; None for no limit.
-        batch_size: Crops of a batch that memory must hold.
+        batch_size: Number of crops that memory must hold.
     """
     patches = list(growing_patches(median_shape, multiple))
     small = [patch for patch in patches if math.prod(patch) <= MAX_PATCH_VOXELS] or patches[:1]
@@ -97,21 +103,21 @@ def choose_patch(median_shape: Spacing, multiple: Triple, memory: MemoryQuestion
             f"{in_words(memory.need_bytes(larger, batch_size))} of memory in batches of {batch_size}, and "
             f"{in_words(int(FILLED_SHARE * usable))} are to be filled"
         )
-    return Chosen(chosen, batch_size, reason)
+    return SizeChoice(chosen, batch_size, reason)
 
 
 def choose_batch(
-    patch_size: Triple, training_voxels: float, memory: MemoryQuestion | None, num_together: int
-) -> Chosen:
+    patch_size: Triple, training_voxels: float, memory: MemoryQuestion | None, micro_batches: int
+) -> SizeChoice:
     """The largest batch that memory holds and that has no more than a twentieth of the training voxels.
 
     Args:
-        patch_size: Of a crop.
-        training_voxels: In all training scans together, at the voxel size of training.
+        patch_size: Voxels of a crop along X, Y, Z.
+        training_voxels: Voxels of all training scans, at the voxel size of training.
         memory: Answers what training needs; None for no limit.
-        num_together: Micro-batches that make a step: accumulated ones, and those of all devices.
+        micro_batches: Number of micro-batches that make a step: accumulated ones, and those of all devices.
     """
-    allowed = int(MAX_BATCH_SHARE * training_voxels / (math.prod(patch_size) * num_together))
+    allowed = int(MAX_BATCH_SHARE * training_voxels / (math.prod(patch_size) * micro_batches))
     wanted = min(MAX_BATCH, max(MIN_BATCH, allowed))
     usable = None if memory is None else memory.usable_bytes
     chosen = wanted
@@ -128,7 +134,7 @@ def choose_batch(
         reason = f"the most; memory and {training_voxels / 1e6:.4g} million training voxels would allow it"
     else:
         reason = _share(allowed, patch_size, training_voxels)
-    return Chosen(patch_size, chosen, reason)
+    return SizeChoice(patch_size, chosen, reason)
 
 
 def check_patch(patch_size: Triple | None) -> None:

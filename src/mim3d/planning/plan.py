@@ -13,7 +13,7 @@ from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Spacing, Triple
 from mim3d.planning.fingerprint import DatasetFingerprint
-from mim3d.planning.patch import MIN_BATCH, Chosen, MemoryQuestion, check_patch, choose_batch, choose_patch
+from mim3d.planning.patch import MIN_BATCH, MemoryQuestion, SizeChoice, check_patch, choose_batch, choose_patch
 from mim3d.planning.scans import ScanGrid
 from mim3d.scans.intensity import Intensity
 
@@ -74,14 +74,14 @@ class Plan:
     Attributes:
         spacing_mm: Voxel size along X, Y, Z that scans are resampled to; None keeps each scan's own.
         intensity: How intensities become network input.
-        patch_size: Voxels of one crop.
-        batch_size: Crops of a micro-batch on one device.
-        max_steps: Optimiser steps.
-        positive_ratio: Share of the crops centred on a structure.
+        patch_size: Voxels of one crop along X, Y, Z.
+        batch_size: Number of crops of a micro-batch on one device.
+        max_steps: Number of optimiser steps.
+        positive_ratio: Share of the crops that are centred on a structure.
         flip_axes: Axes (0 X, 1 Y, 2 Z) along which crops may be mirrored.
         rotation_degrees: Largest rotations about X, Y, Z.
-        reasons: For each of these the numbers it follows from; for people alone.
-        made_for: Digest of the data and settings it was made for, by which the processes of one run find it.
+        reasons: The numbers that each of these follows from, by its name; for people alone.
+        made_for: Digest of the data and settings that the plan was made for. The processes of one run find it by this.
     """
 
     spacing_mm: Spacing | None = None
@@ -111,12 +111,12 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decided:
-    """What is no longer the plan's to choose.
+class FixedChoices:
+    """Choices that were made before planning.
 
     Attributes:
-        values: By field of :class:`Plan`; None is a value too.
-        by: By the same names who decided, such as ``the encoder``.
+        values: Field of :class:`Plan` -> its value, which may be None.
+        by: Field of :class:`Plan` -> who chose it, such as ``of the encoder``.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -129,8 +129,8 @@ def plan_dataset(
     multiple: Triple,
     num_training: int,
     memory: MemoryQuestion | None = None,
-    num_together: int = 1,
-    decided: Decided = Decided(),
+    micro_batches: int = 1,
+    fixed: FixedChoices = FixedChoices(),
 ) -> Plan:
     """Plan training for a data set.
 
@@ -139,48 +139,47 @@ def plan_dataset(
     tokens and within measured memory.
 
     Args:
-        fingerprint: Of the data set.
+        fingerprint: What the data set looks like.
         multiple: Voxels along X, Y, Z that a patch must be a multiple of for the encoder.
-        num_training: Scans to train on.
+        num_training: Number of scans to train on.
         memory: Answers what training needs; None for no limit.
-        num_together: Micro-batches that make a step: accumulated ones, and those of all devices.
-        decided: Choices already made, which others then follow from.
+        micro_batches: Number of micro-batches that make a step: accumulated ones, and those of all devices.
+        fixed: Choices already made, which others then follow from.
     """
-    choices = _Choices(decided)
-    spacing_mm = choices.take("spacing_mm", *plan_spacing(fingerprint.scans))
-    choices.take("intensity", *_plan_intensity(fingerprint))
+    choices = _Choices(fixed)
+    spacing_mm = choices.settle("spacing_mm", *plan_spacing(fingerprint.scans))
+    choices.settle("intensity", *_plan_intensity(fingerprint))
     shapes = shapes_at(fingerprint.scans, spacing_mm)
     x, y, z = (float(np.median([shape[axis] for shape in shapes])) for axis in range(3))
     training_voxels = num_training * float(np.mean([math.prod(shape) for shape in shapes]))
-    if "patch_size" not in decided.values:
+    if "patch_size" not in fixed.values:
         # Asked only where it is open: answers about memory take seconds.
-        patch = choose_patch((x, y, z), multiple, memory, decided.values.get("batch_size") or MIN_BATCH)
-        choices.take("patch_size", patch.patch_size, patch.reason + _reach(patch, spacing_mm, fingerprint))
-    patch_size: Triple = choices.take("patch_size", None, "")
-    if "batch_size" not in decided.values:
-        batch = choose_batch(patch_size, training_voxels, memory, num_together)
-        choices.take("batch_size", batch.batch_size, batch.reason)
-    batch_size: int = choices.take("batch_size", None, "")
-    steps = _plan_steps(training_voxels, num_training, math.prod(patch_size), batch_size * num_together)
-    choices.take("max_steps", *steps)
-    choices.take("positive_ratio", *_plan_positive(fingerprint))
+        patch = choose_patch((x, y, z), multiple, memory, fixed.values.get("batch_size") or MIN_BATCH)
+        choices.settle("patch_size", patch.patch_size, patch.reason + _reach(patch, spacing_mm, fingerprint))
+    patch_size: Triple = choices.values["patch_size"]
+    if "batch_size" not in fixed.values:
+        batch = choose_batch(patch_size, training_voxels, memory, micro_batches)
+        choices.settle("batch_size", batch.batch_size, batch.reason)
+    batch_size: int = choices.values["batch_size"]
+    steps = _plan_steps(training_voxels, num_training, math.prod(patch_size), batch_size * micro_batches)
+    choices.settle("max_steps", *steps)
+    choices.settle("positive_ratio", *_plan_positive(fingerprint))
     return Plan(**choices.values, reasons=choices.reasons)
 
 
 class _Choices:
-    """Values and reasons gathered one after the other; what is decided already stays."""
+    """Values and reasons gathered one after the other; fixed choices stay as they are."""
 
-    def __init__(self, decided: Decided) -> None:
-        self._decided = decided
-        self.values: dict[str, Any] = dict(decided.values)
-        self.reasons = {name: decided.by.get(name, "given") for name in decided.values}
+    def __init__(self, fixed: FixedChoices) -> None:
+        self.values: dict[str, Any] = dict(fixed.values)
+        self.reasons = {name: fixed.by.get(name, "given") for name in fixed.values}
 
-    def take(self, name: str, value: Any, reason: str) -> Any:
-        """The value of a choice: as decided or taken before, else this one."""
+    def settle(self, name: str, value: Any, reason: str) -> Any:
+        """Settle a choice on a planned value, unless it is fixed; the value that it has then."""
         if name not in self.values:
             self.values[name], self.reasons[name] = value, reason
-        elif name in self._decided.values and reason and value != self.values[name]:
-            self.reasons[name] = f"{self._decided.by.get(name, 'given')} (the plan would be {_said(value)}: {reason})"
+        elif reason and value != self.values[name]:
+            self.reasons[name] += f" (the plan would be {_in_words(value)}: {reason})"
         return self.values[name]
 
 
@@ -281,13 +280,13 @@ def _plan_steps(training_voxels: float, num_training: int, patch_voxels: int, cr
 
 def _plan_positive(fingerprint: DatasetFingerprint) -> tuple[float | None, str]:
     if not fingerprint.voxel_scans:
-        return None, "no scan was looked into"
+        return None, "the voxels of no scan were looked at"
     filled = fingerprint.foreground_ratio
     ratio = next(ratio for share, ratio in POSITIVE_RATIOS if filled >= share)
     return ratio, f"structures fill {filled:.2%} of a scan (median)"
 
 
-def _reach(patch: Chosen, spacing_mm: Spacing | None, fingerprint: DatasetFingerprint) -> str:
+def _reach(patch: SizeChoice, spacing_mm: Spacing | None, fingerprint: DatasetFingerprint) -> str:
     """The patch in millimetres beside the largest structure."""
     middle = np.median([grid.spacing_mm for grid in fingerprint.scans], axis=0) if spacing_mm is None else spacing_mm
     size = " x ".join(f"{voxels * mm:.0f}" for voxels, mm in zip(patch.patch_size, middle, strict=True))
@@ -303,7 +302,7 @@ def _mm(spacing_mm: Sequence[float]) -> str:
     return " x ".join(f"{value:.4g}" for value in spacing_mm) + " mm"
 
 
-def _said(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if isinstance(value, Intensity):
         return describe_intensity(value)
     return " ".join(f"{item:g}" for item in value) if isinstance(value, tuple) else str(value)

@@ -26,7 +26,7 @@ from mim3d.planning.fingerprint import (
     fingerprint_of,
 )
 from mim3d.planning.patch import MIN_BATCH
-from mim3d.planning.plan import Decided, Plan, describe_intensity, plan_dataset, plan_spacing, shapes_at
+from mim3d.planning.plan import FixedChoices, Plan, describe_intensity, plan_dataset, plan_spacing, shapes_at
 from mim3d.planning.scans import ScanSource, cached_sources, file_sources
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS
@@ -133,7 +133,7 @@ def make_plan(
     initial: Initialisation,
     task: Segmentation,
     settings: FinetuneSettings,
-    decided: Decided,
+    decided: FixedChoices,
 ) -> Plan:
     """The plan for a data set and an encoder, within the memory that training may use.
 
@@ -155,8 +155,8 @@ def make_plan(
         multiple=initial.recipe.input_multiple,
         num_training=len(split.train),
         memory=training_memory(task, initial.recipe, labels, settings, shapes),
-        num_together=settings.accumulation * (settings.devices or 1) * (settings.num_nodes or 1),
-        decided=decided,
+        micro_batches=settings.accumulation * (settings.devices or 1) * (settings.num_nodes or 1),
+        fixed=decided,
     )
     return _with_augmentation(plan, task, labels, fingerprint)
 
@@ -191,7 +191,7 @@ def _planned(settings: FinetuneSettings, task: Task, plan: Plan | None = None) -
     return PlannedRun(replace(settings, plan=None, batch_size=batch_size, task=to_named(task, TASKS)), task, plan)
 
 
-def _given(source: CaseSet | Cache, task: Segmentation, settings: FinetuneSettings) -> Decided:
+def _given(source: CaseSet | Cache, task: Segmentation, settings: FinetuneSettings) -> FixedChoices:
     """What the settings decide, and the data where they are a cache."""
     known: dict[str, tuple[Any, str]] = {}
     if isinstance(source, Cache):
@@ -213,7 +213,7 @@ def _given(source: CaseSet | Cache, task: Segmentation, settings: FinetuneSettin
     return _decided(known)
 
 
-def _with_encoder(given: Decided, initial: Initialisation) -> Decided:
+def _with_encoder(given: FixedChoices, initial: Initialisation) -> FixedChoices:
     """Also what the encoder learned from, where nothing else is given."""
     known = {name: (value, given.by[name]) for name, value in given.values.items()}
     spacing_mm = initial.card.get("spacing_mm")
@@ -226,14 +226,14 @@ def _with_encoder(given: Decided, initial: Initialisation) -> Decided:
     return _decided(known)
 
 
-def _decided(known: Mapping[str, tuple[Any, str]]) -> Decided:
-    return Decided(
+def _decided(known: Mapping[str, tuple[Any, str]]) -> FixedChoices:
+    return FixedChoices(
         values={name: value for name, (value, _) in known.items()}, by={name: by for name, (_, by) in known.items()}
     )
 
 
 def _filled(
-    settings: FinetuneSettings, task: Segmentation, initial: Initialisation, plan: Plan, decided: Decided
+    settings: FinetuneSettings, task: Segmentation, initial: Initialisation, plan: Plan, decided: FixedChoices
 ) -> PlannedRun:
     """Settings with the plan's values where nothing else was decided; the encoder's spacing is written out too."""
 
@@ -282,7 +282,7 @@ def _key(
     selection: VoxelSelection,
     initial: Initialisation,
     task: Segmentation,
-    decided: Decided,
+    decided: FixedChoices,
     settings: FinetuneSettings,
 ) -> str:
     """Digest of all that a plan depends on but the memory that happens to be free."""
