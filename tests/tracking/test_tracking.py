@@ -12,7 +12,7 @@ from mim3d.commands.pretrain import pretrain
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run, read_run
 from mim3d.tracking import TrackedRun, Tracking
-from mim3d.tracking.mlflow import allowed_name, store_uris
+from mim3d.tracking.trackers import allowed_name, store_uris
 from tests.tracking.fakes import FakeMLflow, FakeWandb
 
 SETTINGS = {"data": "scans", "seed": 3, "optim": {"learning_rate": 1e-3}}

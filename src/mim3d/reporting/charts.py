@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -43,7 +42,18 @@ def curves_chart(runs: Sequence[NamedRun], keys: Sequence[str]) -> str:
             style_axes(panel, theme)
             panel.set_title(key, loc="left", fontsize=9, color=theme.ink)
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            drawn = np.concatenate([_draw_curve(panel, run, key) for run in runs])
+            curves = [(run, *run.series(key)) for run in runs]
+            for run, steps, values in curves:
+                if key.startswith("loss") and steps.size >= _SMOOTHED_FROM:
+                    panel.plot(steps, values, color=run.colour, linewidth=0.7, alpha=0.3)
+                    width = steps.size // 30 | 1
+                    padded = np.pad(values, width // 2, mode="reflect")
+                    smooth = np.convolve(padded, np.ones(width) / width, mode="valid")
+                    panel.plot(steps, smooth, color=run.colour, linewidth=1.6)
+                elif steps.size:
+                    marker = "o" if steps.size < 25 else None
+                    panel.plot(steps, values, color=run.colour, linewidth=1.5, marker=marker, markersize=3)
+            drawn = np.concatenate([values for _, _, values in curves])
             if key != "learning_rate" and drawn.size and drawn.min() > 0 and drawn.max() / drawn.min() > 30:
                 panel.set_yscale("log")
             if key == "learning_rate":
@@ -56,22 +66,6 @@ def curves_chart(runs: Sequence[NamedRun], keys: Sequence[str]) -> str:
         return figure
 
     return chart(draw, "Learning curves: " + ", ".join(keys))
-
-
-def _draw_curve(panel: Axes, run: NamedRun, key: str) -> np.ndarray:
-    """Draw a metric of a run, if it has any, and return its values."""
-    steps, values = run.series(key)
-    if not steps.size:
-        return values
-    if not key.startswith("loss") or steps.size < _SMOOTHED_FROM:
-        marker = "o" if steps.size < 25 else None
-        panel.plot(steps, values, color=run.colour, linewidth=1.5, marker=marker, markersize=3)
-        return values
-    panel.plot(steps, values, color=run.colour, linewidth=0.7, alpha=0.3)
-    width = steps.size // 30 | 1
-    padded = np.pad(values, width // 2, mode="reflect")
-    panel.plot(steps, np.convolve(padded, np.ones(width) / width, mode="valid"), color=run.colour, linewidth=1.6)
-    return values
 
 
 def dice_chart(sets: Sequence[ScoreSet]) -> str:

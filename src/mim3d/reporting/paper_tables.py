@@ -5,6 +5,7 @@ Every number of a column has the same decimals: the value, its deviation and bot
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from mim3d.reporting.rendering import number, render
@@ -114,7 +115,15 @@ def _label_tables(content: Mapping[str, Any]) -> list[PaperTable]:
             f"Difference to the compared method on {cases}{interval}; p of the Wilcoxon signed-rank test, corrected "
             "over labels after Holm (the mean row is not corrected)."
         )
-        tables.append(_paired_table(caption, comparison["paired"], [*columns, *PAIRED_LESION_COLUMNS]))
+        paired = comparison["paired"]
+        known = [column for column in (*columns, *PAIRED_LESION_COLUMNS) if column.key in paired["mean"]]
+        rows = []
+        for label, row in [*paired["per_label"].items(), ("Mean over labels", paired["mean"])]:
+            pairs = [(row[column.key], column) for column in known]
+            cells = [(difference_cell(each, column), p_cell(each.get("p_holm", each["p"]))) for each, column in pairs]
+            rows.append([label, *chain.from_iterable(cells)])
+        heads = ["Label", *(title for column in known for title in (column.title, "p"))]
+        tables.append(PaperTable("differences", caption, heads, rows, has_mean=True))
     return tables
 
 
@@ -136,19 +145,6 @@ def _scores_table(name: str, caption: str, content: Mapping[str, Any], columns: 
     mean = content["mean"], content["mean_std"], content["mean_ci95"]
     rows.append(["Mean over labels", str(content["num_cases"]), *(value_cell(*mean, column) for column in columns)])
     return PaperTable(name, caption, ["Label", "Cases", *(column.title for column in columns)], rows, has_mean=True)
-
-
-def _paired_table(caption: str, paired: Mapping[str, Any], columns: Sequence[Column]) -> PaperTable:
-    known = [column for column in columns if column.key in paired["mean"]]
-    rows = []
-    for label, row in [*paired["per_label"].items(), ("Mean over labels", paired["mean"])]:
-        cells = [label]
-        for column in known:
-            found = row[column.key]
-            cells += [difference_cell(found, column), p_cell(found.get("p_holm", found["p"]))]
-        rows.append(cells)
-    heads = ["Label", *(title for column in known for title in (column.title, "p"))]
-    return PaperTable("differences", caption, heads, rows, has_mean=True)
 
 
 def _class_tables(content: Mapping[str, Any]) -> list[PaperTable]:

@@ -46,6 +46,7 @@ def render(template: str, **values: Any) -> str:
 @functools.cache
 def _environment() -> "jinja2.Environment":
     import jinja2
+    from markupsafe import Markup, escape
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mim3d.reporting"),
@@ -55,7 +56,18 @@ def _environment() -> "jinja2.Environment":
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = {"breakable": _breakable, "interval": interval, "latex": _latex, "markdown": _markdown, "number": number}
+
+    def breakable(name: str) -> str:
+        # A narrow column may break it after an underscore, a dash or a slash.
+        return Markup(re.sub(r"([_\-/])", r"\1<wbr>", str(escape(name))))
+
+    def latex(text: str) -> str:
+        return "".join(_LATEX.get(mark, mark) for mark in text.replace("\n", " "))
+
+    def markdown(text: str) -> str:
+        return re.sub(r"([\\`*_{}|<>#~])", r"\\\1", text.replace("\n", " "))
+
+    filters = {"breakable": breakable, "interval": interval, "latex": latex, "markdown": markdown, "number": number}
     environment.filters |= filters
     return environment
 
@@ -71,18 +83,3 @@ def number(value: float | None, decimals: int) -> str:
 def interval(ends: Sequence[float] | None, decimals: int) -> str:
     """An interval as "low to high", empty where there is none."""
     return f"{number(ends[0], decimals)} to {number(ends[1], decimals)}" if ends else ""
-
-
-def _breakable(name: str) -> str:
-    """HTML of a name that a narrow column may break after an underscore, a dash or a slash."""
-    from markupsafe import Markup, escape
-
-    return Markup(re.sub(r"([_\-/])", r"\1<wbr>", str(escape(name))))
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(mark, mark) for mark in text.replace("\n", " "))
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_{}|<>#~])", r"\\\1", text.replace("\n", " "))

@@ -66,30 +66,24 @@ def read_region(reference_path: str, prediction_paths: Sequence[str], image_path
     image = read_volume(image_path) if image_path else None
     for other in (*predictions, *([image] if image else [])):
         require_same_grid(reference.grid, other.grid)
-    box = _box_around_labels([volume.array for volume in (reference, *predictions)], reference.spacing_mm)
-    labels = reference.array[box]
-    shown = labels if (labels > 0).any() or not predictions else predictions[0].array[box]
+    # The box around the labels of all maps with a margin, or the whole scan where there is none.
+    maps = [volume.array for volume in (reference, *predictions)]
+    box = []
+    for axis, spacing in enumerate(reference.spacing_mm):
+        others = tuple(other for other in range(3) if other != axis)
+        held = np.flatnonzero(np.any([(labels > 0).any(axis=others) for labels in maps], axis=0))
+        first, last = (int(held[0]), int(held[-1]) + 1) if held.size else (0, maps[0].shape[axis])
+        margin = int(np.ceil(max(_MARGIN_RATIO * (last - first), _MARGIN_MM / spacing)))
+        box.append(slice(max(0, first - margin), last + margin))
+    labels = reference.array[*box]
+    shown = labels if (labels > 0).any() or not predictions else predictions[0].array[*box]
     return LabelledRegion(
-        image=image.array[box].astype(np.float32) if image else None,
+        image=image.array[*box].astype(np.float32) if image else None,
         reference=labels,
-        predictions=tuple(volume.array[box] for volume in predictions),
+        predictions=tuple(volume.array[*box] for volume in predictions),
         spacing_mm=reference.spacing_mm,
         slices=tuple(_busiest_slice(shown, plane) for plane in PLANES),
     )
-
-
-def _box_around_labels(maps: Sequence[Volume], spacing_mm: Spacing) -> tuple[slice, slice, slice]:
-    """The box around the labels of all maps with a margin, or the whole scan where there is none."""
-    sides = []
-    for axis, spacing in enumerate(spacing_mm):
-        others = tuple(other for other in range(3) if other != axis)
-        held = np.flatnonzero(np.any([(labels > 0).any(axis=others) for labels in maps], axis=0))
-        if not held.size:
-            return slice(None), slice(None), slice(None)
-        first, last = int(held[0]), int(held[-1]) + 1
-        margin = int(np.ceil(max(_MARGIN_RATIO * (last - first), _MARGIN_MM / spacing)))
-        sides.append(slice(max(0, first - margin), min(maps[0].shape[axis], last + margin)))
-    return sides[0], sides[1], sides[2]
 
 
 def _busiest_slice(labels: Volume, plane: Plane) -> int:
@@ -117,39 +111,33 @@ def overlay_image(region: LabelledRegion, prediction: Volume, colours: Mapping[i
     tall = scale * max(heights)
     figure = Figure(figsize=(_STRIP_WIDTH, tall + _TITLE))
     left = (spare - scale * sum(widths)) / 2
-    for plane, index, width, height in zip(PLANES, region.slices, widths, heights, strict=True):
+    low, high = grey_range(region.image) if region.image is not None else (0.0, 1.0)
+    for plane, index, extent in zip(PLANES, region.slices, extents_mm, strict=True):
+        width, height = extent[1], extent[3]
         corner = (left / _STRIP_WIDTH, (tall - scale * height) / 2 / (tall + _TITLE))
         panel = figure.add_axes((*corner, scale * width / _STRIP_WIDTH, scale * height / (tall + _TITLE)))
-        _draw_overlay(panel, plane, index, region, prediction, colours)
         left += scale * width + _GAP
+        reference = plane.cut(region.reference, index)
+        grey = plane.cut(region.image, index) if region.image is not None else np.zeros(reference.shape)
+        panel.imshow(grey, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bilinear")
+        fill = np.zeros((*reference.shape, 4))
+        for value, colour in colours.items():
+            fill[reference == value] = (*to_rgb(colour), _FILL_OPACITY)
+        panel.imshow(fill, extent=extent, interpolation="nearest")
+        for value, colour in colours.items():
+            mask = np.pad(plane.cut(prediction, index) == value, 1)
+            if mask.any():
+                across, down = (region.spacing_mm[axis] for axis in (plane.across, plane.down))
+                columns = (np.arange(mask.shape[1]) - 0.5) * across
+                rows = height - (np.arange(mask.shape[0]) - 0.5) * down
+                panel.contour(columns, rows, mask.astype(float), levels=[0.5], colors=[colour], linewidths=1.2)
+        panel.set(xlim=extent[:2], ylim=extent[2:], aspect="equal")
+        _hide_axes(panel)
+        panel.set_title(plane.name, color=FILM_INK, fontsize=8, pad=3)
+        for text, place, side in ((plane.left, 0.02, "left"), (plane.right, 0.98, "right")):
+            mark = panel.text(place, 0.5, text, transform=panel.transAxes, ha=side, va="center", fontsize=8)
+            mark.set(color="white", path_effects=[withStroke(linewidth=1.8, foreground="black")])
     return film(figure, "Reference (filled) and prediction (line) in axial, coronal and sagittal slices")
-
-
-def _draw_overlay(
-    panel: Axes, plane: Plane, index: int, region: LabelledRegion, prediction: Volume, colours: Mapping[int, str]
-) -> None:
-    extent = plane.extent_mm(prediction.shape, region.spacing_mm)
-    reference = plane.cut(region.reference, index)
-    low, high = grey_range(region.image) if region.image is not None else (0.0, 1.0)
-    grey = plane.cut(region.image, index) if region.image is not None else np.zeros(reference.shape)
-    panel.imshow(grey, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bilinear")
-    fill = np.zeros((*reference.shape, 4))
-    for value, colour in colours.items():
-        fill[reference == value] = (*to_rgb(colour), _FILL_OPACITY)
-    panel.imshow(fill, extent=extent, interpolation="nearest")
-    for value, colour in colours.items():
-        mask = np.pad(plane.cut(prediction, index) == value, 1)
-        if mask.any():
-            across, down = (region.spacing_mm[axis] for axis in (plane.across, plane.down))
-            columns = (np.arange(mask.shape[1]) - 0.5) * across
-            rows = extent[3] - (np.arange(mask.shape[0]) - 0.5) * down
-            panel.contour(columns, rows, mask.astype(float), levels=[0.5], colors=[colour], linewidths=1.2)
-    panel.set(xlim=extent[:2], ylim=extent[2:], aspect="equal")
-    _hide_axes(panel)
-    panel.set_title(plane.name, color=FILM_INK, fontsize=8, pad=3)
-    for text, place, side in ((plane.left, 0.02, "left"), (plane.right, 0.98, "right")):
-        mark = panel.text(place, 0.5, text, transform=panel.transAxes, ha=side, va="center", fontsize=8)
-        mark.set(color="white", path_effects=[withStroke(linewidth=1.8, foreground="black")])
 
 
 def crop_image(crop: Group, colours: Mapping[int, str]) -> str:

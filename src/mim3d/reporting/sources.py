@@ -152,36 +152,35 @@ def _read_scores(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: these scores cannot be read ({error}).") from error
-    if not isinstance(content, dict) or not (_is_of_label_maps(content) or _is_of_classes(content)):
+    if not isinstance(content, dict) or not _can_be_shown(content):
         raise ConfigError(f"{path} is no file of scores; give the .json that `mim3d evaluate` wrote.")
     return content
 
 
-def _is_of_label_maps(content: Mapping[str, Any]) -> bool:
-    kinds = {"labels": dict, "mean": dict, "per_label": dict, "cases": list}
+def _can_be_shown(content: Mapping[str, Any]) -> bool:
+    """Whether scores of either kind hold what a report reads of them."""
+    kinds = {"mean": dict, "mean_ci95": dict, "confusion": list, "reliability": list, "per_class": dict, "cases": list}
+    is_of_classes = content.get("kind") == "classification"
+    if not is_of_classes:
+        kinds = {"labels": dict, "mean": dict, "per_label": dict, "cases": list}
     if any(not isinstance(content.get(key), kind) for key, kind in kinds.items()):
         return False
-    rows = [content["mean"], *content["per_label"].values()]
-    for case in content["cases"]:
-        if not isinstance(case, dict) or "id" not in case or not isinstance(case.get("labels"), dict):
+    if is_of_classes:
+        rows = content["reliability"]
+        if not all(isinstance(row, dict) and {"mean_probability", "frequency"} <= row.keys() for row in rows):
             return False
-        rows += case["labels"].values()
-    values = [row.get(key) for row in rows if isinstance(row, dict) for key in ("dice", "hd95_mm", "nsd")]
-    return (
-        all(isinstance(row, dict) for row in rows)
-        and all(isinstance(value, int | float | None) for value in values)
-        and all(str(value).isdigit() for value in content["labels"])
-    )
-
-
-def _is_of_classes(content: Mapping[str, Any]) -> bool:
-    kinds = {"mean": dict, "mean_ci95": dict, "confusion": list, "reliability": list, "per_class": dict, "cases": list}
-    if content.get("kind") != "classification" or any(
-        not isinstance(content.get(key), kind) for key, kind in kinds.items()
-    ):
-        return False
-    cells = [cell for row in content["confusion"] if isinstance(row, list) for cell in row]
-    bins = all(
-        isinstance(row, dict) and {"mean_probability", "frequency"} <= row.keys() for row in content["reliability"]
-    )
-    return bins and all(isinstance(value, int | float | None) for value in [*content["mean"].values(), *cells])
+        cells = [cell for row in content["confusion"] if isinstance(row, list) for cell in row]
+        values = [*content["mean"].values(), *cells]
+    else:
+        cases = content["cases"]
+        if not all(isinstance(case, dict) and "id" in case and isinstance(case.get("labels"), dict) for case in cases):
+            return False
+        rows = [
+            content["mean"],
+            *content["per_label"].values(),
+            *(row for case in cases for row in case["labels"].values()),
+        ]
+        if not all(isinstance(row, dict) for row in rows) or not all(value.isdigit() for value in content["labels"]):
+            return False
+        values = [row.get(key) for row in rows for key in ("dice", "hd95_mm", "nsd")]
+    return all(isinstance(value, int | float | None) for value in values)

@@ -88,17 +88,14 @@ def middle_slices(volumes: Mapping[str, Volume]) -> dict[str, npt.NDArray[np.uin
         maps = [volume for volume in group if not np.issubdtype(volume.dtype, np.floating)]
         grey = grey_range(scans[0]) if scans else (0.0, 1.0)
         largest = float(max((volume.max(initial=0) for volume in maps), default=0)) or 1.0
-        rows = [_row(each, grey if np.issubdtype(each.dtype, np.floating) else (0.0, largest)) for each in group]
+        rows = []
+        for volume in group:
+            low, high = grey if np.issubdtype(volume.dtype, np.floating) else (0.0, largest)
+            shown = [np.nan_to_num(plane.middle(volume).astype(np.float64)) for plane in PLANES]
+            scaled = [np.clip((image - low) / (high - low), 0, 1) * 255 for image in shown]
+            height = max(image.shape[0] for image in scaled)
+            padded = [np.pad(image, ((0, height - image.shape[0]), (0, _GAP))) for image in scaled]
+            rows.append(np.round(np.concatenate(padded, axis=1)[:, :-_GAP]).astype(np.uint8))
         width = max(row.shape[1] for row in rows)
         images[name] = np.concatenate([np.pad(row, ((0, _GAP), (0, width - row.shape[1]))) for row in rows])[:-_GAP]
     return images
-
-
-def _row(volume: Volume, limits: tuple[float, float]) -> npt.NDArray[np.uint8]:
-    """The middle slices of a volume side by side, black at the first limit and white at the second."""
-    low, high = limits
-    shown = [np.nan_to_num(plane.middle(volume).astype(np.float64)) for plane in PLANES]
-    grey = [np.clip((image - low) / (high - low), 0, 1) * 255 for image in shown]
-    height = max(image.shape[0] for image in grey)
-    padded = [np.pad(image, ((0, height - image.shape[0]), (0, _GAP))) for image in grey]
-    return np.round(np.concatenate(padded, axis=1)[:, :-_GAP]).astype(np.uint8)

@@ -15,12 +15,9 @@ import numpy as np
 from mim3d.core.files import write_json
 from mim3d.core.run_folder import GO_ON, Run
 from mim3d.core.settings import flat, read_yaml
-from mim3d.tracking.mlflow import MLflow
 from mim3d.tracking.settings import Tracking
 from mim3d.tracking.slices import middle_slices
-from mim3d.tracking.tensorboard import TensorBoard
-from mim3d.tracking.tracker import SessionInfo, Tracker
-from mim3d.tracking.wandb import WeightsAndBiases
+from mim3d.tracking.trackers import MLflow, SessionInfo, TensorBoard, Tracker, WeightsAndBiases
 
 #: File of a run folder: for every tracker the target it wrote to and the id by which it continues there.
 IDS_NAME = "tracking.json"

@@ -45,28 +45,13 @@ def finetune_folds(settings: FinetuneSettings) -> str:
     out = Path(settings.out)
     folders = [out / f"fold_{fold}" for fold in range(settings.num_folds)]
     _check(settings, out, folders)
-    if not _is_begun(out):
+    config = out / CONFIG_NAME
+    if not (config.is_file() and read_yaml(config).get("fold") == "all"):
         require_usable(out)
     if not any((folder / MANIFEST_NAME).exists() for folder in folders):
         _write_config(out, settings)
-    finished = [run for run in _finetune_each(settings, out, folders) if run.finished]
-    if finished:
-        by_name = _by_name(finished)
-        for line in table(finished, by_name):
-            print(line)
-        print(f"summary: {out / SUMMARY_NAME}")
-    if len(finished) < len(folders):
-        again = f"mim3d finetune --config {out / CONFIG_NAME} --out {out} --resume true"
-        print(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
-    else:
-        print(f"predict with all of them: mim3d predict --weights {out}/fold_* --input SCANS --out DIR")
-    return str(out)
-
-
-def _finetune_each(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> list[FinetuneResult]:
-    """One run after the other, until all are finished, one is stopped, or the time is over."""
     end = None if settings.max_time is None else time.monotonic() + parse_duration(settings.max_time)
-    runs: list[FinetuneResult] = []
+    finished: list[FinetuneResult] = []
     for fold, folder in enumerate(folders):
         max_time = None
         if end is not None:
@@ -79,14 +64,25 @@ def _finetune_each(settings: FinetuneSettings, out: Path, folders: Sequence[Path
         own = replace(settings, fold=fold, out=str(folder), cache=cache, max_time=max_time)
         if fold and settings.plan is None and plan.is_file():
             own = replace(own, plan=str(plan))
-        runs.append(finetune_once(own, every_fold=fold == 0))
+        run = finetune_once(own, every_fold=fold == 0)
         if fold == 0:
             # Only now: settings with which no fold can be resumed must not take the place of those that can.
             _write_config(out, settings)
-        if not runs[-1].finished:
+        if not run.finished:
             break
-        _write_summary(out, runs, num_folds=len(folders))
-    return runs
+        finished.append(run)
+        _write_summary(out, finished, num_folds=len(folders))
+    if finished:
+        by_name = _by_name(finished)
+        for line in table(finished, by_name):
+            print(line)
+        print(f"summary: {out / SUMMARY_NAME}")
+    if len(finished) < len(folders):
+        again = f"mim3d finetune --config {config} --out {out} --resume true"
+        print(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
+    else:
+        print(f"predict with all of them: mim3d predict --weights {out}/fold_* --input SCANS --out DIR")
+    return str(out)
 
 
 def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> None:
@@ -131,12 +127,6 @@ def _write_config(out: Path, settings: FinetuneSettings) -> None:
     named = to_named(settings.task, TASKS) if is_dataclass(settings.task) else settings.task
     values = {name: value for name, value in to_mapping(replace(settings, task=named)).items() if name != "resume"}
     write_yaml(out / CONFIG_NAME, {"command": "finetune", **values})
-
-
-def _is_begun(out: Path) -> bool:
-    """Whether the folder is one that this command made."""
-    config = out / CONFIG_NAME
-    return config.is_file() and read_yaml(config).get("fold") == "all"
 
 
 def _by_name(runs: Sequence[FinetuneResult]) -> dict[str, list[float]]:

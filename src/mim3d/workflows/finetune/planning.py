@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mim3d.backbones import BACKBONES
@@ -16,7 +17,6 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.resources import num_cores
 from mim3d.core.run_folder import Run, is_first_process
 from mim3d.core.settings import build_settings, read_yaml, to_mapping, to_named, write_yaml
-from mim3d.core.types import Spacing
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.splits import Split
 from mim3d.planning.fingerprint import (
@@ -27,7 +27,7 @@ from mim3d.planning.fingerprint import (
 )
 from mim3d.planning.patch import MIN_BATCH
 from mim3d.planning.plan import FixedChoices, Plan, describe_intensity, plan_dataset, plan_spacing, shapes_at
-from mim3d.planning.scans import ScanSource, cached_sources, file_sources
+from mim3d.planning.scans import cached_sources, file_sources
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS
 from mim3d.tasks.contract import Task
@@ -109,17 +109,37 @@ def plan_finetuning(
         sources = cached_sources(source.subset(cases), task.ignore_label)
     else:
         sources = file_sources(cases, source.labels, task.ignore_label)
-    selection = VoxelSelection(
-        learned=tuple(case.id for case in split.train),
-        num_scans=0 if {"intensity", "patch_size"} <= decided.values.keys() else DEFAULT_VOXEL_SCANS,
-        seed=settings.seed,
-    )
-    key = _key(sources, selection, initial, task, decided, settings)
+    learned = tuple(case.id for case in split.train)
+    # No voxel is looked at where no open setting follows from voxels.
+    num_scans = 0 if {"intensity", "patch_size"} <= decided.values.keys() else DEFAULT_VOXEL_SCANS
+    files_key = fingerprint_key(sources, learned, num_scans, settings.seed)
+    # All that a plan depends on but the memory that happens to be free.
+    content = {
+        "fingerprint": files_key,
+        "backbone": to_named(initial.recipe, BACKBONES),
+        "task": to_mapping(task),
+        "decided": to_mapping(decided),
+        **{name: getattr(settings, name) for name in ("memory_limit", "accumulation", "devices", "num_nodes")},
+    }
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     found = _plan_of_run(run_dir, key, settings)
     if found is not None:
         _print(f"plan: {Path(run_dir or '') / PLAN_NAME}")
         return _filled(settings, task, initial, found, decided)
-    fingerprint = _fingerprint(sources, source, selection, settings, run_dir)
+    # The run has it where it looked at these very files before.
+    fingerprint = DatasetFingerprint.load(Path(run_dir) / FINGERPRINT_NAME, files_key) if run_dir is not None else None
+    if fingerprint is None:
+        num_voxel_scans = min(num_scans, len(learned))
+        voxels = f" and the voxels of {num_voxel_scans} to train on" if num_voxel_scans else ""
+        _print(f"planning from the headers of {len(sources)} scans{voxels}")
+        fingerprint = fingerprint_of(
+            sources,
+            source.labels,
+            learned=learned,
+            num_voxel_scans=num_scans,
+            seed=settings.seed,
+            num_workers=num_cores() if settings.num_workers is None else max(1, settings.num_workers),
+        )
     plan = replace(make_plan(fingerprint, source, split, initial, task, settings, decided), made_for=key)
     for line in describe_plan(plan):
         _print(line)
@@ -149,7 +169,13 @@ def make_plan(
     spacing_mm = decided.values["spacing_mm"] if "spacing_mm" in decided.values else plan_spacing(fingerprint.scans)[0]
     held_out = {case.id for case in split.val}
     shapes = shapes_at([grid for grid in fingerprint.scans if grid.id in held_out], spacing_mm)
-    labels = _labels(source, fingerprint, task)
+    labels = dict(source.labels)
+    if not labels:
+        # As found in the scans looked into and named in the task.
+        named = [value for values in (task.regions or {}).values() for value in values]
+        named += [] if task.ignore_label is None else [task.ignore_label]
+        found = {facts.value: facts.name for facts in fingerprint.classes} or {1: "1"}
+        labels = {0: "background", **{value: str(value) for value in named}, **found}
     plan = plan_dataset(
         fingerprint,
         multiple=initial.recipe.input_multiple,
@@ -158,7 +184,24 @@ def make_plan(
         micro_batches=settings.accumulation * (settings.devices or 1) * (settings.num_nodes or 1),
         fixed=decided,
     )
-    return _with_augmentation(plan, task, labels, fingerprint)
+    # Also along which axes crops may be mirrored and turned, and why.
+    spacing_mm = plan.spacing_mm
+    if spacing_mm is None:
+        x, y, z = (float(median(grid.spacing_mm[axis] for grid in fingerprint.scans)) for axis in range(3))
+        spacing_mm = (x, y, z)
+    structures = task.named_structures(labels)
+    augmentation = task.augmentation.planned(structures, spacing_mm)
+    sided = [f"{'XYZ'[axis]} ('{names[0]}')" for axis in range(3) if (names := sided_labels(structures, axis))]
+    flips = f"labels name a side of {', '.join(sided)}" if sided else "no label names a side"
+    turns = f"voxels of {' x '.join(f'{value:.4g}' for value in spacing_mm)} mm"
+    if not all(augmentation.rotation_degrees or ()):
+        turns += ": turned only where both axes are about as fine"
+    return replace(
+        plan,
+        flip_axes=augmentation.flip_axes,
+        rotation_degrees=augmentation.rotation_degrees,
+        reasons={"flip_axes": flips, "rotation_degrees": turns, **plan.reasons},
+    )
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -258,44 +301,6 @@ def _filled(
     return _planned(filled, replace(task, **changes).checked(initial.recipe), plan)
 
 
-@dataclass(frozen=True)
-class VoxelSelection:
-    """Which scans are looked into.
-
-    Attributes:
-        learned: Ids of the scans that may be: those trained on.
-        num_scans: How many of them; 0 where no open setting follows from voxels.
-        seed: Seed of their draw.
-    """
-
-    learned: tuple[str, ...]
-    num_scans: int
-    seed: int
-
-    def key(self, sources: Sequence[ScanSource]) -> str:
-        """Digest of the scans and of which of them are looked into."""
-        return fingerprint_key(sources, self.learned, self.num_scans, self.seed)
-
-
-def _key(
-    sources: Sequence[ScanSource],
-    selection: VoxelSelection,
-    initial: Initialisation,
-    task: Segmentation,
-    decided: FixedChoices,
-    settings: FinetuneSettings,
-) -> str:
-    """Digest of all that a plan depends on but the memory that happens to be free."""
-    content = {
-        "fingerprint": selection.key(sources),
-        "backbone": to_named(initial.recipe, BACKBONES),
-        "task": to_mapping(task),
-        "decided": to_mapping(decided),
-        **{name: getattr(settings, name) for name in ("memory_limit", "accumulation", "devices", "num_nodes")},
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _plan_of_run(run_dir: str | Path | None, key: str, settings: FinetuneSettings) -> Plan | None:
     """The plan that a run has already: one that is resumed, or that several processes share; None to make one."""
     if run_dir is None:
@@ -315,71 +320,6 @@ def _plan_of_run(run_dir: str | Path | None, key: str, settings: FinetuneSetting
         f"{path} did not come from the first process within {PATIENCE_S / 60:.0f} minutes; see what it says, and make "
         "sure that all processes see the folder of the run."
     )
-
-
-def _fingerprint(
-    sources: Sequence[ScanSource],
-    source: CaseSet | Cache,
-    selection: VoxelSelection,
-    settings: FinetuneSettings,
-    run_dir: str | Path | None,
-) -> DatasetFingerprint:
-    """From the run where it has one of these very files, else made now."""
-    if run_dir is not None:
-        known = DatasetFingerprint.load(Path(run_dir) / FINGERPRINT_NAME, selection.key(sources))
-        if known is not None:
-            return known
-    num_voxel_scans = min(selection.num_scans, len(selection.learned))
-    voxels = f" and the voxels of {num_voxel_scans} to train on" if num_voxel_scans else ""
-    _print(f"planning from the headers of {len(sources)} scans{voxels}")
-    workers = settings.num_workers
-    return fingerprint_of(
-        sources,
-        source.labels,
-        learned=selection.learned,
-        num_voxel_scans=selection.num_scans,
-        seed=selection.seed,
-        num_workers=num_cores() if workers is None else max(1, workers),
-    )
-
-
-def _labels(source: CaseSet | Cache, fingerprint: DatasetFingerprint, task: Segmentation) -> dict[int, str]:
-    """Label value -> name: as declared, else as found in the scans looked into and named in the task."""
-    if source.labels:
-        return dict(source.labels)
-    labels = {facts.value: facts.name for facts in fingerprint.classes}
-    named = [value for values in (task.regions or {}).values() for value in values]
-    named += [] if task.ignore_label is None else [task.ignore_label]
-    return {0: "background", **{value: str(value) for value in named}, **(labels or {1: "1"})}
-
-
-def _with_augmentation(
-    plan: Plan, task: Segmentation, labels: Mapping[int, str], fingerprint: DatasetFingerprint
-) -> Plan:
-    """Also along which axes crops may be mirrored and turned, and why."""
-    spacing_mm = plan.spacing_mm or _median_spacing(fingerprint)
-    structures = task.named_structures(labels)
-    augmentation = task.augmentation.planned(structures, spacing_mm)
-    sided = [f"{'XYZ'[axis]} ('{names[0]}')" for axis in range(3) if (names := sided_labels(structures, axis))]
-    flips = f"labels name a side of {', '.join(sided)}" if sided else "no label names a side"
-    voxel = " x ".join(f"{value:.4g}" for value in spacing_mm)
-    turns = f"voxels of {voxel} mm" + (
-        "" if all(augmentation.rotation_degrees or ()) else ": turned only where both axes are about as fine"
-    )
-    reasons = {"flip_axes": flips, "rotation_degrees": turns, **plan.reasons}
-    return replace(
-        plan,
-        flip_axes=augmentation.flip_axes,
-        rotation_degrees=augmentation.rotation_degrees,
-        reasons=reasons,
-    )
-
-
-def _median_spacing(fingerprint: DatasetFingerprint) -> Spacing:
-    from statistics import median
-
-    x, y, z = (float(median(grid.spacing_mm[axis] for grid in fingerprint.scans)) for axis in range(3))
-    return x, y, z
 
 
 def _print(line: str) -> None:

@@ -42,8 +42,16 @@ class TrainingMemory:
 
     def need_bytes(self, patch_size: Triple, batch_size: int) -> int:
         """Bytes of a step, or of a validation on the CPU where that takes more."""
+        import torch
+
         if patch_size not in self._steps:
-            self._steps[patch_size] = self._step(patch_size)
+            sample = {
+                "image": ((1, self.recipe.in_channels, *patch_size), torch.float32),
+                "label": ((1, *patch_size), torch.int64),
+            }
+            self._steps[patch_size] = StepMemory(
+                lambda: self.task.build(self.recipe, self.labels), sample, self.settings.loop(1), self.optim
+            )
         step = self._steps[patch_size]
         try:
             need = step.need(batch_size, self.settings.accumulation).total
@@ -57,15 +65,6 @@ class TrainingMemory:
             # same.
             return 0
         return need
-
-    def _step(self, patch_size: Triple) -> StepMemory:
-        import torch
-
-        sample = {
-            "image": ((1, self.recipe.in_channels, *patch_size), torch.float32),
-            "label": ((1, *patch_size), torch.int64),
-        }
-        return StepMemory(lambda: self.task.build(self.recipe, self.labels), sample, self.settings.loop(1), self.optim)
 
 
 def training_memory(

@@ -13,7 +13,7 @@ from mim3d.core.settings import to_named
 from mim3d.core.types import Named, Triple
 from mim3d.datasets.cases import CaseSet, check_cases
 from mim3d.datasets.published.folds import declare_fold, read_preset
-from mim3d.datasets.published.presets import Preset, Variation, find_preset
+from mim3d.datasets.published.presets import Preset, find_preset
 from mim3d.datasets.splits import Split
 from mim3d.tasks import TASKS, create_task
 from mim3d.tasks.segmentation.augmentation import sided_labels
@@ -132,18 +132,10 @@ def _task_of(preset: Preset, multiple: Triple) -> dict[str, Any]:
         if preset.regions is not None:
             task["regions"] = {name: list(values) for name, values in preset.regions.items()}
     if preset.variation is not None:
-        task["augmentation"] = _augmentation(preset.variation)
+        # As published: along every axis, whatever the labels' names say, and nothing that is not named.
+        unnamed = {"flip_axes": [0, 1, 2], "scale_prob": 0.0, "gamma_prob": 0.0}
+        task["augmentation"] = {**unnamed, **dataclasses.asdict(preset.variation)}
     return task
-
-
-def _augmentation(variation: Variation) -> dict[str, Any]:
-    """As published: along every axis, whatever the labels' names say, and nothing that is not named."""
-    return {
-        "flip_axes": [0, 1, 2],
-        "scale_prob": 0.0,
-        "gamma_prob": 0.0,
-        **dataclasses.asdict(variation),
-    }
 
 
 def _print_preset(preset: Preset, split: Split, task: Any, multiple: Triple) -> None:
@@ -188,7 +180,11 @@ def _merged_task(preset: Preset, given: Mapping[str, Any], asked: Any) -> Any:
     """
     own = {"name": asked} if isinstance(asked, str) else dict(asked) if isinstance(asked, Mapping) else None
     if own is None:
-        own = _changes(asked) if dataclasses.is_dataclass(asked) else {"name": _UNASKED_TASK}
+        own = {"name": _UNASKED_TASK}
+        if dataclasses.is_dataclass(asked):
+            # Its name, and those of its settings that are not its defaults.
+            written, plain = to_named(asked, TASKS), to_named(type(asked)(), TASKS)
+            own = {key: value for key, value in written.items() if key == "name" or value != plain[key]}
     name = own.get("name", _UNASKED_TASK)
     if name not in TASKS:
         if "." in name:
@@ -199,12 +195,6 @@ def _merged_task(preset: Preset, given: Mapping[str, Any], asked: Any) -> Any:
     elif name != given["name"]:
         raise ConfigError(f"preset {preset.name} is for {given['name']}, but task is {name}; leave task out.")
     return _overlaid(given, own)
-
-
-def _changes(task: Any) -> dict[str, Any]:
-    """The name of a task and those of its settings that are not its defaults."""
-    written, plain = to_named(task, TASKS), to_named(type(task)(), TASKS)
-    return {key: value for key, value in written.items() if key == "name" or value != plain[key]}
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

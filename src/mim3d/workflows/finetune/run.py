@@ -87,7 +87,14 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
             processes.wait_for("plan")
         planned = plan_finetuning(source, split, initial, settings, task, settings.out)
         run, scans = _prepare(planned, initial, source, split, processes)
-        _check_leakage(run, split, scans, settings, every_fold=every_fold)
+        learned, strict = scans.subset(split.train), bool(settings.strict)
+        if split.val:
+            held_out = identities_of(scans.subset(split.val))
+            if strict and every_fold:
+                check_pretraining(settings.weights, identities_of(scans), strict=True)
+            check_pretraining(settings.weights, held_out, strict=strict)
+            check_split(identities_of(learned), held_out, strict=strict)
+        record_seen(run, learned, settings.weights)
         return _train(run, planned, initial, split, scans, started_at)
 
 
@@ -159,22 +166,6 @@ def _prepare(
     return run, scans
 
 
-def _check_leakage(run: Run, split: Split, scans: Cache, settings: FinetuneSettings, *, every_fold: bool) -> None:
-    """Warn of held-out scans that the encoder or this run learns from, and write down what the run learns from.
-
-    Raises:
-        DataError: ``strict``, and there is one.
-    """
-    learned, strict = scans.subset(split.train), bool(settings.strict)
-    if split.val:
-        held_out = identities_of(scans.subset(split.val))
-        if strict and every_fold:
-            check_pretraining(settings.weights, identities_of(scans), strict=True)
-        check_pretraining(settings.weights, held_out, strict=strict)
-        check_split(identities_of(learned), held_out, strict=strict)
-    record_seen(run, learned, settings.weights)
-
-
 def _train(
     run: Run, planned: PlannedRun, initial: Initialisation, split: Split, scans: Cache, started_at: float
 ) -> FinetuneResult:
@@ -205,7 +196,14 @@ def _train(
         objective.encoder.load_state_dict(initial.encoder.state_dict())
     num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
     every = settings.validate_every or -(-num_steps // DEFAULT_VALIDATIONS)
-    _check_patience(settings.patience, -(-num_steps // every))
+    num_validations = -(-num_steps // every)
+    if settings.patience is not None and settings.patience >= num_validations:
+        # The first validation is always a better one.
+        warnings.warn(
+            f"patience {settings.patience} never ends this run, which validates {num_validations} times; give a "
+            "smaller one, or a smaller --validate_every.",
+            stacklevel=2,
+        )
     with TrackedRun.of(run, settings.tracking) as tracked:
         result = train(
             objective,
@@ -219,16 +217,6 @@ def _train(
     named = {str(value): name for value, name in labels.items()}
     card = {**encoder_card(recipe, mapping, training_scans), "task": to_named(task, TASKS), "labels": named}
     return _close(run, objective, result, task.network, card)
-
-
-def _check_patience(patience: int | None, num_validations: int) -> None:
-    """Warn of patience that outlasts the run: the first validation is always a better one."""
-    if patience is not None and patience >= num_validations:
-        warnings.warn(
-            f"patience {patience} never ends this run, which validates {num_validations} times; give a smaller one, or "
-            "a smaller --validate_every.",
-            stacklevel=2,
-        )
 
 
 def _close(run: Run, objective: Objective, result: TrainResult, network: str, card: dict[str, Any]) -> FinetuneResult:
