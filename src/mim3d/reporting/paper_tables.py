@@ -120,8 +120,8 @@ def _label_tables(content: Mapping[str, Any]) -> list[PaperTable]:
         rows = []
         for label, row in [*paired["per_label"].items(), ("Mean over labels", paired["mean"])]:
             pairs = [(row[column.key], column) for column in known]
-            cells = [(difference_cell(each, column), p_cell(each.get("p_holm", each["p"]))) for each, column in pairs]
-            rows.append([label, *chain.from_iterable(cells)])
+            texts = [(difference_cell(each, column), p_cell(each.get("p_holm", each["p"]))) for each, column in pairs]
+            rows.append([label, *chain.from_iterable(texts)])
         heads = ["Label", *(title for column in known for title in (column.title, "p"))]
         tables.append(PaperTable("differences", caption, heads, rows, has_mean=True))
     return tables

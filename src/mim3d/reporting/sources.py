@@ -175,11 +175,8 @@ def _can_be_shown(content: Mapping[str, Any]) -> bool:
         cases = content["cases"]
         if not all(isinstance(case, dict) and "id" in case and isinstance(case.get("labels"), dict) for case in cases):
             return False
-        rows = [
-            content["mean"],
-            *content["per_label"].values(),
-            *(row for case in cases for row in case["labels"].values()),
-        ]
+        of_cases = [row for case in cases for row in case["labels"].values()]
+        rows = [content["mean"], *content["per_label"].values(), *of_cases]
         if not all(isinstance(row, dict) for row in rows) or not all(value.isdigit() for value in content["labels"]):
             return False
         values = [row.get(key) for row in rows for key in ("dice", "hd95_mm", "nsd")]

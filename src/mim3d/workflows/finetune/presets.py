@@ -183,7 +183,8 @@ def _merged_task(preset: Preset, given: Mapping[str, Any], asked: Any) -> Any:
         own = {"name": _UNASKED_TASK}
         if dataclasses.is_dataclass(asked):
             # Its name, and those of its settings that are not its defaults.
-            written, plain = to_named(asked, TASKS), to_named(type(asked)(), TASKS)
+            defaults: Any = type(asked)
+            written, plain = to_named(asked, TASKS), to_named(defaults(), TASKS)
             own = {key: value for key, value in written.items() if key == "name" or value != plain[key]}
     name = own.get("name", _UNASKED_TASK)
     if name not in TASKS:

@@ -171,7 +171,17 @@ class ProbePlan:
         run.bind_input("probe", scans.digest)
         mapping = initial.intensity(None, scans.subset(cases.split.train))
         items = cases.items(scans, encoder, mapping, PROBING, seed=self.seed, largest=self.largest).in_memory()
-        _print_references(run, items, encoder, training, self.seed)
+        random = random_encoder(encoder, self.seed).to(choose_accelerator(training.accelerator))
+        references = {"random": probe_encoder(random, items, PROBING), **without_encoder(items, PROBING)}
+        found = {name: scores_of(probed) for name, probed in references.items()}
+        run.note({"probe": {**found, "names": items.names, "num_scans": items.num_scans, "view_size": items.size}})
+        sizes = " x ".join(map(str, items.size))
+        print(
+            f"probe: {len(items.names)} {items.target} ({', '.join(items.names)}) in {items.num_scans[0]} scans to "
+            f"learn from and {items.num_scans[1]} to score on, views of {sizes} voxels"
+        )
+        for name, scores in found.items():
+            print(f"  {name}: linear {scores[BEST_BY]:.4f}, nearest neighbours {scores['probe_knn']:.4f}")
         return items
 
 
@@ -180,21 +190,6 @@ def largest_volume(sample: SampleShapes) -> Triple:
     shapes = [shape[2:] for shape, kind in sample.values() if len(shape) == 5 and kind.is_floating_point]
     x, y, z = max(shapes, key=math.prod)
     return x, y, z
-
-
-def _print_references(run: Run, items: ProbeSet, encoder: Encoder, training: TrainingSettings, seed: int) -> None:
-    device = choose_accelerator(training.accelerator)
-    random = probe_encoder(random_encoder(encoder, seed).to(device), items, PROBING)
-    references = {"random": random, **without_encoder(items, PROBING)}
-    found = {name: scores_of(probed) for name, probed in references.items()}
-    run.note({"probe": {**found, "names": items.names, "num_scans": items.num_scans, "view_size": items.size}})
-    sizes = " x ".join(map(str, items.size))
-    print(
-        f"probe: {len(items.names)} {items.target} ({', '.join(items.names)}) in {items.num_scans[0]} scans to learn "
-        f"from and {items.num_scans[1]} to score on, views of {sizes} voxels"
-    )
-    for name, scores in found.items():
-        print(f"  {name}: linear {scores[BEST_BY]:.4f}, nearest neighbours {scores['probe_knn']:.4f}")
 
 
 def scores_of(probed: Probed) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mim3d.backbones import BACKBONES, Encoder
+from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
 from mim3d.core.devices import choose_device
 from mim3d.core.errors import ConfigError
@@ -96,9 +96,30 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
             num_folds=settings.num_folds,
             split_seed=settings.split_seed,
         )
-        encoders = _encoders(cases, settings)
-        scans = _scans(encoders, cases, settings.cache or f"{scratch}/cache", settings)
-        rows = Bench(cases, scans, settings).rows(encoders)
+        encoders: dict[str, Initialisation] = {}
+        device = choose_device(settings.accelerator)
+        for path in settings.paths:
+            # Layers that the weights do not fill are drawn.
+            with drawn_from(settings.seed):
+                num_channels = len(cases.cases[0].images)
+                initial = initialise(settings.backbone, path, num_channels, input_layers=settings.input_layers)
+            check_channels(cases.cases, initial.recipe)
+            assert initial.encoder is not None
+            check_crop_size(settings.probing.crop_size, initial.encoder)
+            initial.encoder.to(device).eval()
+            encoders[path] = initial
+        # All scans are of one voxel size; encoders that learned at another warn.
+        first, *others = encoders.values()
+        spacing_mm = first.spacing_mm(settings.spacing_mm, cases.source)
+        for other in others:
+            other.spacing_mm(spacing_mm, cases.source)
+        folder, strict = settings.cache or f"{scratch}/cache", settings.strict
+        scans = cases.prepared(folder, spacing_mm, num_workers=settings.num_workers, strict=strict)
+        held_out = identities_of(scans.subset(cases.split.val))
+        check_split(identities_of(scans.subset(cases.split.train)), held_out, strict=strict)
+        for path in encoders:
+            check_pretraining(path, held_out, strict=strict)
+        rows = _rows(encoders, cases, scans, settings)
     written = {f.name: getattr(settings, f.name) for f in fields(settings)}
     about = {name: value for name, value in written.items() if name not in ("out", "cache", "num_workers")}
     content = content_of(rows, to_mapping(about), bootstrap)
@@ -129,97 +150,42 @@ def _check(paths: Sequence[str], out: str | None, num_workers: int | None, seed:
         raise ConfigError(f"out is {out}, but {folder} is no folder that can be written to; choose another.")
 
 
-def _encoders(cases: ProbeCases, settings: ProbeSettings) -> dict[str, Initialisation]:
-    """Every encoder by its path, on the device, once it is known to fit the data."""
-    device = choose_device(settings.accelerator)
-    found = {}
-    for path in settings.paths:
-        # Layers that the weights do not fill are drawn.
-        with drawn_from(settings.seed):
-            initial = initialise(
-                settings.backbone, path, len(cases.cases[0].images), input_layers=settings.input_layers
-            )
-        check_channels(cases.cases, initial.recipe)
-        assert initial.encoder is not None
-        check_crop_size(settings.probing.crop_size, initial.encoder)
-        initial.encoder.to(device).eval()
-        found[path] = initial
+def _rows(
+    encoders: Mapping[str, Initialisation], cases: ProbeCases, scans: Cache, settings: ProbeSettings
+) -> list[Row]:
+    """Every encoder, then what learned nothing, for each kind; later ones against the first where items agree."""
+    names = short_names([os.path.abspath(path) for path in encoders])
+    found: list[Row] = []
+    # For each kind of encoder its items, and what they are worth without learned weights.
+    beside: dict[str, tuple[ProbeSet, dict[str, Probed]]] = {}
+    owners: dict[str, str] = {}
+    for path, initial in encoders.items():
+        name, encoder = names[os.path.abspath(path)], initial.encoder
+        assert encoder is not None
+        mapping = initial.intensity(settings.intensity, scans.subset(cases.split.train))
+        kind = repr((initial.recipe, mapping))
+        if kind not in beside:
+            items = cases.items(scans, encoder, mapping, settings.probing, seed=settings.seed)
+            random = probe_encoder(random_encoder(encoder, settings.seed), items, settings.probing, watch=_watch)
+            owners[kind] = name
+            beside[kind] = items, {"random": random, **without_encoder(items, settings.probing)}
+        items, references = beside[kind]
+        probed = probe_encoder(encoder, items, settings.probing, watch=_watch)
+        against = dict(references)
+        if found and found[0].items.is_scored_as(items):
+            against[found[0].name] = found[0].probed
+        about = {
+            "weights": os.path.abspath(path),
+            "weights_sha256": weights_digest(path),
+            "backbone": to_named(initial.recipe, BACKBONES),
+            "intensity": to_mapping(mapping),
+        }
+        found.append(Row(name, "encoder", about, items, probed, against))
+    for title in next(iter(beside.values()))[1]:
+        for kind, (items, references) in beside.items():
+            name = f"{title} ({owners[kind]})" if len(beside) > 1 else title
+            found.append(Row(name, title, {}, items, references[title], {}))
     return found
-
-
-def _scans(encoders: Mapping[str, Initialisation], cases: ProbeCases, folder: str, settings: ProbeSettings) -> Cache:
-    """The prepared scans, all of one voxel size; warns of encoders that learned at another, and of leaks.
-
-    Raises:
-        DataError: ``strict``, and a held-out scan was learned from.
-    """
-    first, *others = encoders.values()
-    spacing_mm = first.spacing_mm(settings.spacing_mm, cases.source)
-    for other in others:
-        other.spacing_mm(spacing_mm, cases.source)
-    strict = settings.strict
-    scans = cases.prepared(folder, spacing_mm, num_workers=settings.num_workers, strict=strict)
-    held_out = identities_of(scans.subset(cases.split.val))
-    check_split(identities_of(scans.subset(cases.split.train)), held_out, strict=strict)
-    for path in encoders:
-        check_pretraining(path, held_out, strict=strict)
-    return scans
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What stands beside encoders of one kind: the items, and what they are worth without learned weights."""
-
-    items: ProbeSet
-    references: Mapping[str, Probed]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Probes encoders one after the other on the same scans."""
-
-    cases: ProbeCases
-    scans: Cache
-    settings: ProbeSettings
-
-    def rows(self, encoders: Mapping[str, Initialisation]) -> list[Row]:
-        """Every encoder, then what learned nothing, for each kind; later ones against the first where items agree."""
-        names = short_names([os.path.abspath(path) for path in encoders])
-        probing = self.settings.probing
-        found: list[Row] = []
-        beside: dict[str, Compared] = {}
-        owners: dict[str, str] = {}
-        for path, initial in encoders.items():
-            name, encoder = names[os.path.abspath(path)], initial.encoder
-            assert encoder is not None
-            mapping = initial.intensity(self.settings.intensity, self.scans.subset(self.cases.split.train))
-            key = repr((initial.recipe, mapping))
-            if key not in beside:
-                owners[key], beside[key] = name, self._compared(encoder, mapping)
-            compared = beside[key]
-            probed = probe_encoder(encoder, compared.items, probing, watch=_watch)
-            against = dict(compared.references)
-            if found and found[0].items.is_scored_as(compared.items):
-                against[found[0].name] = found[0].probed
-            about = {
-                "weights": os.path.abspath(path),
-                "weights_sha256": weights_digest(path),
-                "backbone": to_named(initial.recipe, BACKBONES),
-                "intensity": to_mapping(mapping),
-            }
-            found.append(Row(name, "encoder", about, compared.items, probed, against))
-        several = len(beside) > 1
-        for title in next(iter(beside.values())).references:
-            for key, compared in beside.items():
-                name = f"{title} ({owners[key]})" if several else title
-                found.append(Row(name, title, {}, compared.items, compared.references[title], {}))
-        return found
-
-    def _compared(self, encoder: Encoder, mapping: Intensity) -> Compared:
-        probing, seed = self.settings.probing, self.settings.seed
-        items = self.cases.items(self.scans, encoder, mapping, probing, seed=seed)
-        random = probe_encoder(random_encoder(encoder, seed), items, probing, watch=_watch)
-        return Compared(items, {"random": random, **without_encoder(items, probing)})
 
 
 def _watch(batches: Sequence[Sequence[View]]) -> Iterator[Sequence[View]]:

@@ -54,23 +54,24 @@ def content_of(rows: Sequence[Row], written: Mapping[str, Any], bootstrap: Boots
         "conventions": {**CONVENTIONS, **COLLAPSE},
         "num_scans": {"training": first.num_scans[0], "held_out": first.num_scans[1]},
         "num_patients_held_out": rows[0].probed.linear.num_patients,
-        "features": [_row(row, bootstrap) for row in rows],
-    }
-
-
-def _row(row: Row, bootstrap: Bootstrap) -> dict[str, Any]:
-    probed = row.probed
-    return {
-        "name": row.name,
-        "kind": row.kind,
-        **row.about,
-        "num_features": probed.num_features,
-        "view_size": list(row.items.size),
-        "token_edge": row.items.token_edge,
-        "items": {name: {"training": counts[0], "held_out": counts[1]} for name, counts in row.items.counts().items()},
-        "left_out": list(row.items.left_out),
-        **{name: _classifier(row, name, bootstrap) for name in CLASSIFIERS},
-        "collapse": None if probed.collapse is None else asdict(probed.collapse),
+        "features": [
+            {
+                "name": row.name,
+                "kind": row.kind,
+                **row.about,
+                "num_features": row.probed.num_features,
+                "view_size": list(row.items.size),
+                "token_edge": row.items.token_edge,
+                "items": {
+                    name: {"training": training, "held_out": held_out}
+                    for name, (training, held_out) in row.items.counts().items()
+                },
+                "left_out": list(row.items.left_out),
+                **{name: _classifier(row, name, bootstrap) for name in CLASSIFIERS},
+                "collapse": None if row.probed.collapse is None else asdict(row.probed.collapse),
+            }
+            for row in rows
+        ],
     }
 
 
@@ -95,15 +96,32 @@ def show(content: Mapping[str, Any]) -> None:
         ["Features", *(f"{title}\n{heads[name]}" for title in CLASSIFIERS.values() for name in names)],
         [[row["name"], *(_number(row[kind][name]) for kind in CLASSIFIERS for name in names)] for row in rows],
     )
+    # A line for features, and one for the difference to each row that they are compared with.
+    lines = []
+    for row in rows:
+        scored, cells = [row[kind] for kind in CLASSIFIERS], [row["name"]]
+        for each in scored:
+            cells += [_number(each["balanced_accuracy"]), _interval(each["ci95"]["balanced_accuracy"])]
+        lines.append(cells)
+        for other in scored[0]["less"]:
+            cells = [f"  difference to {'a random encoder' if other == 'random' else other}"]
+            for each in scored:
+                less = each["less"][other]["balanced_accuracy"]
+                cells += [f"{less['difference']:+.3f}", _interval(less["ci95"])]
+            lines.append(cells)
     _print(
         "Balanced accuracy: 95 % intervals over patients, and paired differences",
         ["Features", *chain.from_iterable((title, "95 % interval") for title in CLASSIFIERS.values())],
-        [line for row in rows for line in _with_differences(row)],
+        lines,
     )
+    spreads = [(row["name"], row["num_features"], row["collapse"]) for row in rows if row["collapse"]]
     _print(
         "Spread of the features to learn from: 1 is even, 0 is collapsed",
         ["Features", "Number", "Spread", "Rank", "Cosine"],
-        [[row["name"], str(row["num_features"]), *_collapse(row["collapse"])] for row in rows if row["collapse"]],
+        [
+            [name, str(num), f"{c['feature_std']:.3f}", f"{c['effective_rank']:.1f}", f"{c['mean_cosine']:.3f}"]
+            for name, num, c in spreads
+        ],
     )
     labels = list(dict.fromkeys(name for row in rows for name in row["items"]))
     for start in range(0, len(rows), COLUMNS_AT_ONCE):
@@ -113,25 +131,6 @@ def show(content: Mapping[str, Any]) -> None:
             ["", *("\n".join(wrap(row["name"], 11)) for row in part)],
             [[name, *(_number(row["linear"]["per_class_f1"].get(name)) for row in part)] for name in labels],
         )
-
-
-def _with_differences(row: Mapping[str, Any]) -> list[list[str]]:
-    """A line for features, and one for the difference to each row that they are compared with."""
-    found, name = [row[kind] for kind in CLASSIFIERS], "balanced_accuracy"
-    lines = [[row["name"]]]
-    for each in found:
-        lines[0] += [_number(each[name]), _interval(each["ci95"][name])]
-    for other in found[0]["less"]:
-        line = [f"  difference to {'a random encoder' if other == 'random' else other}"]
-        for each in found:
-            less = each["less"][other][name]
-            line += [f"{less['difference']:+.3f}", _interval(less["ci95"])]
-        lines.append(line)
-    return lines
-
-
-def _collapse(found: Mapping[str, float]) -> list[str]:
-    return [f"{found['feature_std']:.3f}", f"{found['effective_rank']:.1f}", f"{found['mean_cosine']:.3f}"]
 
 
 def _number(value: float | None) -> str:
