@@ -12,6 +12,7 @@ from mim3d.phantoms.clutter import belly_parts, chest_parts, vessel_parts
 from mim3d.phantoms.organs import draw_organs, lesion_parts, organ_parts
 from mim3d.phantoms.parts import BONES, CHEST, LABELS, LUNGS, WALL, Part, Slab, Tissues, draw_tissues
 from mim3d.phantoms.scanner import AIR_HU, Placement, Pose, draw_pose, draw_scanner, paint_table, scan
+from mim3d.phantoms.shapes import vector
 from mim3d.phantoms.trunk import Trunk, draw_spine, draw_trunk, paint_ribs, paint_trunk, skeleton
 
 __all__ = ["LABELS", "Phantom", "make_phantom"]
@@ -70,8 +71,12 @@ def make_phantom(seed: int | Sequence[int], size: Triple) -> Phantom:
     grid_rng, body_rng, noise_rng = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(3))
     body, scanner = _draw_body(body_rng), draw_scanner(body_rng)
     placement = _place(body, grid_rng, size)
+    # The table touches the patient where the back is lowest in the scan.
+    heights = np.linspace(-60, 160, 12, dtype=np.float32)
+    skin = np.stack([0 * heights, -body.trunk.skin_axes(heights)[2], heights])
+    backs = np.linalg.inv(body.pose.linear) @ (skin - np.array(body.pose.centre_mm)[:, None])
     hu = np.full(size, AIR_HU, dtype=np.float32)
-    paint_table(scanner, placement, _back(body), hu)
+    paint_table(scanner, placement, vector(backs[:, int(np.argmin(backs[1]))]), hu)
     label = np.zeros(size, dtype=np.uint8)
     step = max(1, SLAB_VOXELS // (size[0] * size[1]))
     for start in range(0, size[2], step):
@@ -124,12 +129,3 @@ def _place(body: _Body, rng: np.random.Generator, size: Triple) -> Placement:
     pixel_mm = round(float(max(width_mm / size[0], depth_mm / size[1])), 4)
     slice_mm = round(float(rng.uniform(330, 410)) / size[2], 3)
     return Placement(pose=body.pose, shape=size, spacing_mm=(pixel_mm, pixel_mm, slice_mm))
-
-
-def _back(body: _Body) -> tuple[float, float, float]:
-    """Where the patient's back is lowest in the scan, mm from its middle."""
-    heights = np.linspace(-60, 160, 12, dtype=np.float32)
-    skin = np.stack([0 * heights, -body.trunk.skin_axes(heights)[2], heights])
-    x, y, z = np.linalg.inv(body.pose.linear) @ (skin - np.array(body.pose.centre_mm)[:, None])
-    lowest = int(np.argmin(y))
-    return float(x[lowest]), float(y[lowest]), float(z[lowest])

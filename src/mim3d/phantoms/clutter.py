@@ -43,7 +43,20 @@ def chest_parts(rng: np.random.Generator, trunk: Trunk, tissues: Tissues) -> lis
         bronchus = ((0, -12, 215), (sign * 26, -10, 192), (sign * 58, -14, 170))
         parts += _painted(tube(bronchus, (9, 8, 4.5)), tissues.bowel_wall, THORAX)
         parts += _painted(tube(bronchus, (7, 6, 3)), tissues.gas, THORAX)
-        parts += _lung_vessels(rng, sign, tissues)
+        # Vessels leave a lung's hilum in all directions and fork once, thinning to the pleura.
+        hilum = np.array([sign * 34.0, -6.0, 180.0])
+        parts += _painted((ellipsoid(vector(hilum), (17, 15, 24)),), tissues.vein, THORAX)
+        for _ in range(22):
+            heading = np.array([sign, 0.0, 0.0]) * 0.5 + rng.normal(0, 0.75, 3) * (0.7, 1.0, 1.5)
+            heading[0] = sign * abs(heading[0])
+            heading /= np.linalg.norm(heading)
+            fork = hilum + heading * rng.uniform(25, 50)
+            stem = tube((vector(hilum), vector(fork)), (5, 3.2), piece_mm=25)
+            parts += _painted(stem, tissues.vein, (CHEST,), keep=True)
+            for _ in range(3):
+                end = fork + (heading + rng.normal(0, 0.45, 3)) * rng.uniform(30, 60)
+                branch = tube((vector(fork), vector(end)), (2.6, 0.9), piece_mm=30)
+                parts += _painted(branch, tissues.vein - 60, (CHEST,), keep=True)
     parts += _painted(tube(((0, -12, 215), (0, -8, 340)), (10, 10)), tissues.bowel_wall, THORAX)
     parts += _painted(tube(((0, -12, 215), (0, -8, 340)), (8, 8)), tissues.gas, THORAX)
     return parts
@@ -88,7 +101,18 @@ def belly_parts(rng: np.random.Generator, spine: Spine, tissues: Tissues) -> lis
         end = vector(rng.uniform((-85, 10, -150), (85, 55, -30)))
         parts += _painted(tube((root, end), (2.6, 1.4), piece_mm=30), tissues.portal, BELLY)
     for _ in range(int(rng.integers(30, 42))):
-        parts += _small_bowel(rng, tissues)
+        # Small bowel.
+        start = rng.uniform((-82, -2, -165), (70, 58, -20))
+        line = [vector(start)]
+        for _ in range(2):
+            start = np.clip(start + rng.uniform(-38, 38, 3), (-90, -6, -180), (76, 62, 0))
+            line.append(vector(start))
+        radius = float(rng.uniform(9, 13))
+        lumen = tube(line, [radius - 3] * 3, piece_mm=20)
+        parts += _painted(tube(line, [radius] * 3, piece_mm=20), tissues.bowel_wall, BELLY)
+        parts += _painted(lumen, tissues.bowel_fluid + float(rng.uniform(-8, 8)), BELLY)
+        if rng.random() < 0.2:
+            parts += _gas(lumen, float(np.mean(line, axis=0)[1] + rng.uniform(0, 6)), tissues)
     parts += _colon(rng, tissues)
     pancreas = ((30, 14, 4), (14, 20, 14), (-20, 14, 26), (-70, -16, 40))
     parts += _painted(tube(pancreas, (13, 10, 9.5, 8)), tissues.pancreas, BELLY)
@@ -121,38 +145,6 @@ def _colon(rng: np.random.Generator, tissues: Tissues) -> list[Part]:
             bubble = grown(ellipsoid(spot, (4, 4, 4)), float(rng.uniform(-2, 1)))
             inside = cut(bubble, piece.level)
             parts.append(Part(solid=inside, hu=float(rng.uniform(-700, -200)), regions=BELLY))
-    return parts
-
-
-def _small_bowel(rng: np.random.Generator, tissues: Tissues) -> list[Part]:
-    start = rng.uniform((-82, -2, -165), (70, 58, -20))
-    line = [vector(start)]
-    for _ in range(2):
-        start = np.clip(start + rng.uniform(-38, 38, 3), (-90, -6, -180), (76, 62, 0))
-        line.append(vector(start))
-    radius = float(rng.uniform(9, 13))
-    wall, lumen = tube(line, [radius] * 3, piece_mm=20), tube(line, [radius - 3] * 3, piece_mm=20)
-    parts = _painted(wall, tissues.bowel_wall, BELLY)
-    parts += _painted(lumen, tissues.bowel_fluid + float(rng.uniform(-8, 8)), BELLY)
-    if rng.random() < 0.2:
-        parts += _gas(lumen, float(np.mean(line, axis=0)[1] + rng.uniform(0, 6)), tissues)
-    return parts
-
-
-def _lung_vessels(rng: np.random.Generator, sign: int, tissues: Tissues) -> list[Part]:
-    """A hilum, and vessels that leave it in all directions and fork once, thinning to the pleura."""
-    hilum = np.array([sign * 34.0, -6.0, 180.0])
-    parts = _painted((ellipsoid(vector(hilum), (17, 15, 24)),), tissues.vein, THORAX)
-    for _ in range(22):
-        heading = np.array([sign, 0.0, 0.0]) * 0.5 + rng.normal(0, 0.75, 3) * (0.7, 1.0, 1.5)
-        heading[0] = sign * abs(heading[0])
-        heading /= np.linalg.norm(heading)
-        fork = hilum + heading * rng.uniform(25, 50)
-        parts += _painted(tube((vector(hilum), vector(fork)), (5, 3.2), piece_mm=25), tissues.vein, (CHEST,), keep=True)
-        for _ in range(3):
-            end = fork + (heading + rng.normal(0, 0.45, 3)) * rng.uniform(30, 60)
-            line = (vector(fork), vector(end))
-            parts += _painted(tube(line, (2.6, 0.9), piece_mm=30), tissues.vein - 60, (CHEST,), keep=True)
     return parts
 
 

@@ -98,30 +98,11 @@ def make_set(out: str | Path, settings: PhantomSettings) -> tuple[int, int]:
         How many cases the set has, and how many of them were made now.
     Raises:
         ConfigError: The folder holds other things, or phantoms of other settings.
-        DataError: The folder cannot be written to.
+        DataError: The folder cannot be written to; finished cases stay.
     """
     folder, cases = Path(out), plan_cases(settings)
-    open_set(folder, settings)
-    num_made = sum(counted(write_cases(folder, cases), len(cases), "phantoms"))
-    write_dataset(folder, settings, cases)
-    return len(cases), num_made
-
-
-def plan_cases(settings: PhantomSettings) -> list[PhantomCase]:
-    """The cases of a set, training cases first; each depends on the seed, the size and its own number alone."""
-    training = [_plan_case(settings, 0, number) for number in range(settings.num_cases)]
-    return training + [_plan_case(settings, 1, number) for number in range(settings.num_test)]
-
-
-def open_set(out: Path, settings: PhantomSettings) -> None:
-    """Make the folder of a set, or accept one that the same settings began.
-
-    Raises:
-        ConfigError: The folder holds other things, or phantoms of other settings.
-        DataError: The folder cannot be written to.
-    """
     wanted = json.loads(json.dumps({"format": FORMAT, **asdict(settings)}))
-    path = out / SETTINGS_FILE
+    path = folder / SETTINGS_FILE
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -132,38 +113,16 @@ def open_set(out: Path, settings: PhantomSettings) -> None:
         different = [name for name in wanted if found.get(name) != wanted[name]]
         if different:
             changes = ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in different)
-            raise ConfigError(f"{out} holds phantoms with {changes}; use the same settings or another folder.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is no set of phantoms and not empty; choose an empty or a new folder.")
-    for folder in (out, *(out / name for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"))):
-        remove_partial(folder)
+            raise ConfigError(f"{folder} holds phantoms with {changes}; use the same settings or another folder.")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is no set of phantoms and not empty; choose an empty or a new folder.")
+    for each in (folder, *(folder / name for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"))):
+        remove_partial(each)
     write_json(path, wanted)
-
-
-def write_cases(out: Path, cases: list[PhantomCase]) -> Iterator[bool]:
-    """Write the cases that are not there yet; yields after each case whether it had to be made.
-
-    Raises:
-        DataError: A file cannot be written; finished cases stay.
-    """
-    for case in cases:
-        missing = not all(_is_finished(out / name, case) for name in (case.label, case.image))
-        if missing:
-            phantom = make_phantom(case.seed, case.shape)
-            stored = orientations.axcodes2ornt(case.stored_axes)
-            turn = orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), stored)
-            affine = phantom.affine @ orientations.inv_ornt_aff(turn, case.shape)
-            grid = Grid(shape=_stored_shape(case), affine=affine, path=str(out / case.image))
-            write_volume(out / case.label, phantom.label, grid)
-            write_volume(out / case.image, phantom.image, grid)
-        yield missing
-
-
-def write_dataset(out: Path, settings: PhantomSettings, cases: list[PhantomCase]) -> None:
-    """Write the set's dataset.json, which names every case and label."""
+    num_made = sum(counted(_write_cases(folder, cases), len(cases), "phantoms"))
     training, test = cases[: settings.num_cases], cases[settings.num_cases :]
     write_json(
-        out / "dataset.json",
+        folder / "dataset.json",
         {
             "name": "mim3d phantom",
             "description": "Synthetic CT of chest and belly with labels; no patient behind it.",
@@ -176,6 +135,28 @@ def write_dataset(out: Path, settings: PhantomSettings, cases: list[PhantomCase]
             "test": [f"./{case.image}" for case in test],
         },
     )
+    return len(cases), num_made
+
+
+def plan_cases(settings: PhantomSettings) -> list[PhantomCase]:
+    """The cases of a set, training cases first; each depends on the seed, the size and its own number alone."""
+    training = [_plan_case(settings, 0, number) for number in range(settings.num_cases)]
+    return training + [_plan_case(settings, 1, number) for number in range(settings.num_test)]
+
+
+def _write_cases(out: Path, cases: list[PhantomCase]) -> Iterator[bool]:
+    """Write the cases that are not there yet; yields after each case whether it had to be made."""
+    for case in cases:
+        missing = not all(_is_finished(out / name, case) for name in (case.label, case.image))
+        if missing:
+            phantom = make_phantom(case.seed, case.shape)
+            stored = orientations.axcodes2ornt(case.stored_axes)
+            turn = orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), stored)
+            affine = phantom.affine @ orientations.inv_ornt_aff(turn, case.shape)
+            grid = Grid(shape=_stored_shape(case), affine=affine, path=str(out / case.image))
+            write_volume(out / case.label, phantom.label, grid)
+            write_volume(out / case.image, phantom.image, grid)
+        yield missing
 
 
 def _plan_case(settings: PhantomSettings, part: int, number: int) -> PhantomCase:

@@ -53,7 +53,11 @@ def draw_organs(rng: np.random.Generator, trunk: Trunk) -> tuple[Organs, dict[st
     right, left = kidneys
     spine = outside(capsule((2, -46, -300), (2, -52, 300), 43, 43))
     liver = _liver(rng, trunk)
-    spleen = _spleen(rng)
+    size = rng.uniform(0.85, 1.15)
+    centre = _near(rng, (-97, -30, 58), 4)
+    turn = (rng.uniform(-25, -10), rng.uniform(-8, 4), rng.uniform(-22, -8))
+    hilum = ellipsoid((centre[0] + 36 * size, centre[1] + 20, centre[2] - 2), (24, 36, 48))
+    spleen = cut(ellipsoid(centre, (31 * size, 46 * size, 55 * size), turn), outside(hilum))
 
     def under_diaphragm(x: Array, y: Array, z: Array) -> Array:
         # Inside the wall and below the diaphragm, with a little fat left between.
@@ -147,15 +151,6 @@ def _liver(rng: np.random.Generator, trunk: Trunk) -> Solid:
         return np.asarray((low + slope * (126 - x) - 0.2 * y - z) * scale)
 
     return cut(blended(right, left, 18), below)
-
-
-def _spleen(rng: np.random.Generator) -> Solid:
-    size = rng.uniform(0.85, 1.15)
-    centre = _near(rng, (-97, -30, 58), 4)
-    radii = (31 * size, 46 * size, 55 * size)
-    body = ellipsoid(centre, radii, (rng.uniform(-25, -10), rng.uniform(-8, 4), rng.uniform(-22, -8)))
-    hilum = ellipsoid((centre[0] + 36 * size, centre[1] + 20, centre[2] - 2), (24, 36, 48))
-    return cut(body, outside(hilum))
 
 
 def _near(rng: np.random.Generator, place: Vector, spread_mm: float) -> Vector:

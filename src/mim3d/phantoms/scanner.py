@@ -175,7 +175,18 @@ def scan(scanner: Scanner, placement: Placement, hu: Array, rng: np.random.Gener
     radius = (x / 170)[:, None] ** 2 + (y / 125)[None, :] ** 2
     middle = np.exp(-0.5 * radius.astype(np.float32)).astype(np.float32)
     hips = 1 / (1 + np.exp((z + 110) / 30)).astype(np.float32)
-    hu += _grain(scanner, hu.shape, rng) * (np.float32(scanner.noise_hu) * (0.45 + 0.65 * middle))[:, :, None]
+    # Noise of unit deviation whose coarse part is damped within slices, as filtered back-projection does.
+    fine = 0.85 - 0.35 * scanner.sharpness
+    noise = rng.standard_normal(hu.shape, dtype=np.float32)
+    for axis, sigma in enumerate((fine, fine, 0.35)):
+        ndimage.gaussian_filter1d(noise, sigma, axis=axis, output=noise, mode="reflect", truncate=3)
+    coarse = np.empty_like(noise)
+    ndimage.gaussian_filter1d(noise, 1.6, axis=0, output=coarse, mode="reflect", truncate=2)
+    ndimage.gaussian_filter1d(coarse, 1.6, axis=1, output=coarse, mode="reflect", truncate=2)
+    coarse *= 0.3 + 0.4 * np.float32(scanner.sharpness)
+    noise -= coarse
+    noise *= 1 / noise.std(dtype=np.float64)
+    hu += noise * (np.float32(scanner.noise_hu) * (0.45 + 0.65 * middle))[:, :, None]
     # Streaks are long from side to side and new in every row of every slice, of about unit deviation.
     num_knots = 8
     knots = rng.standard_normal((num_knots, *hu.shape[1:]), dtype=np.float32)
@@ -190,18 +201,3 @@ def scan(scanner: Scanner, placement: Placement, hu: Array, rng: np.random.Gener
         hu[x[:, None] ** 2 + y[None, :] ** 2 > view**2] = OUTSIDE_HU
     np.clip(hu, OUTSIDE_HU, 3071, out=hu)
     return np.rint(hu, out=hu).astype(np.int16)
-
-
-def _grain(scanner: Scanner, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Noise of unit deviation whose coarse part is damped within slices, as filtered back-projection does."""
-    fine = 0.85 - 0.35 * scanner.sharpness
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    for axis, sigma in enumerate((fine, fine, 0.35)):
-        ndimage.gaussian_filter1d(noise, sigma, axis=axis, output=noise, mode="reflect", truncate=3)
-    coarse = np.empty_like(noise)
-    ndimage.gaussian_filter1d(noise, 1.6, axis=0, output=coarse, mode="reflect", truncate=2)
-    ndimage.gaussian_filter1d(coarse, 1.6, axis=1, output=coarse, mode="reflect", truncate=2)
-    coarse *= 0.3 + 0.4 * np.float32(scanner.sharpness)
-    noise -= coarse
-    noise *= 1 / noise.std(dtype=np.float64)
-    return noise

@@ -118,16 +118,6 @@ def classes_of(views: Sequence[View]) -> Ints:
     return np.concatenate([view.classes_n for view in views]) if views else np.empty(0, np.int64)
 
 
-def raw_of(views: Sequence[View]) -> Floats:
-    """Raw values ``(N, F)`` of all items."""
-    return np.concatenate([view.raw_nF for view in views])
-
-
-def patients_of(views: Sequence[View]) -> list[str]:
-    """Whose item each is, ``(N,)``."""
-    return [view.patient for view in views for _ in view.classes_n]
-
-
 def planned_size(scans: Sequence[CachedScan], multiple: Triple, largest: Triple | None = None) -> Triple:
     """Voxels of a crop in multiples of an encoder's: those of the median scan, limited along each axis."""
     limits = largest or (LARGEST_PLANNED_EDGE,) * 3

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from mim3d.core.errors import DataError
 from mim3d.nn.positions import sincos_positions
 from mim3d.probing.classifiers import Standardised, linear_probabilities, neighbour_probabilities
 from mim3d.probing.features import Collapse, Watch, features_of, measure_collapse
-from mim3d.probing.items import ProbeSet, classes_of, patients_of, raw_of
+from mim3d.probing.items import ProbeSet, classes_of
 from mim3d.probing.scores import Scored
 from mim3d.probing.settings import Probing
 
@@ -72,7 +73,7 @@ def without_encoder(items: ProbeSet, probing: Probing) -> dict[str, Probed]:
     features are worth what they have over it.
     """
     parts = (items.training, items.held_out)
-    training_NF, held_out_MF = (torch.from_numpy(raw_of(views)) for views in parts)
+    training_NF, held_out_MF = (torch.from_numpy(np.concatenate([view.raw_nF for view in views])) for views in parts)
     found = {"intensities": _probe(training_NF, held_out_MF, items, probing, None)}
     if items.target == "labels":
         x, y, z = (edge // items.token_edge for edge in items.size)
@@ -115,6 +116,7 @@ def _probe(
         num_neighbours=probing.num_neighbours,
         temperature=probing.temperature,
     )
-    truth, patients = classes_of(items.held_out), tuple(patients_of(items.held_out))
+    truth = classes_of(items.held_out)
+    patients = tuple(view.patient for view in items.held_out for _ in view.classes_n)
     scored = [Scored(found.numpy(), truth, patients, items.target == "classes") for found in (linear, neighbours)]
     return Probed(scored[0], scored[1], collapse, training_ND.shape[1])

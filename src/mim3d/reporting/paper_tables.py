@@ -75,11 +75,6 @@ class PaperTable:
     has_mean: bool = False
 
 
-def paper_tables(content: Mapping[str, Any]) -> list[PaperTable]:
-    """The tables of a file of scores, of either kind."""
-    return _class_tables(content) if content["kind"] == "classification" else _label_tables(content)
-
-
 def markdown(tables: Sequence[PaperTable]) -> str:
     """Tables in Markdown, each with its caption above."""
     return render("tables.md", tables=tables)
@@ -90,7 +85,8 @@ def latex(tables: Sequence[PaperTable]) -> str:
     return render("tables.tex", tables=tables)
 
 
-def _label_tables(content: Mapping[str, Any]) -> list[PaperTable]:
+def label_tables(content: Mapping[str, Any]) -> list[PaperTable]:
+    """The tables of scores of label maps, with their lesions and the compared method where they were scored."""
     settings, interval = content["settings"], _interval_words(content["settings"])
     nsd_title = f"NSD at {settings['nsd_tolerance_mm']:g} mm"
     columns = [replace(column, title=nsd_title) if column.key == "nsd" else column for column in LABEL_COLUMNS]
@@ -147,7 +143,8 @@ def _scores_table(name: str, caption: str, content: Mapping[str, Any], columns: 
     return PaperTable(name, caption, ["Label", "Cases", *(column.title for column in columns)], rows, has_mean=True)
 
 
-def _class_tables(content: Mapping[str, Any]) -> list[PaperTable]:
+def class_tables(content: Mapping[str, Any]) -> list[PaperTable]:
+    """The tables of scores of a classifier, with the baseline and the compared method where they were scored."""
     settings, interval = content["settings"], _interval_words(content["settings"])
     columns = [column for column in CLASS_COLUMNS if column.key in content["mean"]]
     rows = [[each.title, value_cell(content["mean"], {}, content["mean_ci95"], each)] for each in columns]

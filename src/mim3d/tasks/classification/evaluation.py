@@ -12,7 +12,7 @@ from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.settings import nearest
 from mim3d.datasets.class_tables import ClassRow, ClassTable, is_class_table, read_class_tables
 from mim3d.metrics import ClassifiedCases, classification, compare_classes, score_classes
-from mim3d.reporting.paper_tables import paper_tables
+from mim3d.reporting.paper_tables import class_tables
 from mim3d.tasks.evaluation import CsvTable, EvaluationSettings, Scores, interval_cell, number_cell, printed_table
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class ClassEvaluation:
                 ".reliability.csv": (list(bins[0]), [list(row.values()) for row in bins]),
             },
             printed=[_printed(content)],
-            paper_tables=paper_tables(content),
+            paper_tables=class_tables(content),
         )
 
     def _read(self, predictions: str) -> ClassTable:

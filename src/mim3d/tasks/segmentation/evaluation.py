@@ -22,7 +22,7 @@ from mim3d.metrics import (
     paired,
     summarise,
 )
-from mim3d.reporting.paper_tables import p_cell, paper_tables
+from mim3d.reporting.paper_tables import label_tables, p_cell
 from mim3d.scans.grids import require_same_grid
 from mim3d.scans.volumes import read_grid
 from mim3d.tasks.evaluation import CsvTable, EvaluationSettings, Scores, interval_cell, number_cell, printed_table
@@ -127,7 +127,7 @@ class LabelEvaluation:
             num_cases=len(ours),
             csv_tables=csv_tables,
             printed=_printed(content),
-            paper_tables=paper_tables(content),
+            paper_tables=label_tables(content),
         )
 
     def _pairs(self, predictions: str) -> Pairs:

@@ -105,20 +105,6 @@ def with_preset(settings: FinetuneSettings, preset: Preset, multiple: Triple) ->
         optim = replace(optim, warmup_ratio=min(preset.warmup_epochs / preset.epochs, ratio))
     elif settings.max_steps is None:
         max_epochs = preset.epochs
-    return replace(
-        settings,
-        task=_merged_task(preset, _task_of(preset, multiple), settings.task),
-        backbone=_merged_backbone(len(preset.channels), settings.backbone, settings.weights),
-        spacing_mm=preset.spacing_mm if settings.spacing_mm is None else settings.spacing_mm,
-        intensity=preset.intensity if settings.intensity is None else settings.intensity,
-        num_folds=preset.num_folds,
-        max_epochs=max_epochs,
-        optim=settings.optim.filled_from(optim),
-    )
-
-
-def _task_of(preset: Preset, multiple: Triple) -> dict[str, Any]:
-    """The preset's task, by its name and settings."""
     patch_size = list(round_up(preset.patch_size, multiple))
     if preset.task == "classification":
         task: dict[str, Any] = {"name": "classification", "fit": "scan", "size": patch_size}
@@ -135,7 +121,16 @@ def _task_of(preset: Preset, multiple: Triple) -> dict[str, Any]:
         # As published: along every axis, whatever the labels' names say, and nothing that is not named.
         unnamed = {"flip_axes": [0, 1, 2], "scale_prob": 0.0, "gamma_prob": 0.0}
         task["augmentation"] = {**unnamed, **dataclasses.asdict(preset.variation)}
-    return task
+    return replace(
+        settings,
+        task=_merged_task(preset, task, settings.task),
+        backbone=_merged_backbone(len(preset.channels), settings.backbone, settings.weights),
+        spacing_mm=preset.spacing_mm if settings.spacing_mm is None else settings.spacing_mm,
+        intensity=preset.intensity if settings.intensity is None else settings.intensity,
+        num_folds=preset.num_folds,
+        max_epochs=max_epochs,
+        optim=settings.optim.filled_from(optim),
+    )
 
 
 def _print_preset(preset: Preset, split: Split, task: Any, multiple: Triple) -> None:
@@ -148,28 +143,21 @@ def _print_preset(preset: Preset, split: Split, task: Any, multiple: Triple) -> 
         published, taken = (" x ".join(map(str, size)) for size in (preset.patch_size, rounded))
         token = size_text(multiple)
         print(f"crops of {published} voxels, as published, are rounded up to {taken}: whole tokens of {token} voxels")
-    mirrored = _mirrored(preset, task)
-    if mirrored:
-        print(mirrored)
-
-
-def _mirrored(preset: Preset, task: Any) -> str | None:
-    """A line where structures whose names tell left from right (or another side) are mirrored; None elsewhere."""
+    # Structures whose names tell left from right (or another side) may be mirrored.
     if preset.variation is None or not isinstance(task, Mapping) or task.get("name") not in TASKS:
-        return None
+        return
     asked = create_task(dict(task))
     if not isinstance(asked, Segmentation) or asked.augmentation.flip_prob == 0:
-        return None
+        return
     axes = asked.augmentation.flip_axes or ()
     sided = dict.fromkeys(name for axis in axes for name in sided_labels(preset.labels, axis))
-    if not sided:
-        return None
-    free = " ".join(str(axis) for axis in axes if not sided_labels(preset.labels, axis))
-    remedy = f"--task.augmentation.flip_axes {free}" if free else "--task.augmentation.flip_prob 0"
-    return (
-        f"crops are mirrored along {', '.join('XYZ'[axis] for axis in axes)}, as published, although labels name a "
-        f"side ({listed(list(sided))}); to keep the sides apart: {remedy}"
-    )
+    if sided:
+        free = " ".join(str(axis) for axis in axes if not sided_labels(preset.labels, axis))
+        remedy = f"--task.augmentation.flip_axes {free}" if free else "--task.augmentation.flip_prob 0"
+        print(
+            f"crops are mirrored along {', '.join('XYZ'[axis] for axis in axes)}, as published, although labels name "
+            f"a side ({listed(list(sided))}); to keep the sides apart: {remedy}"
+        )
 
 
 def _merged_task(preset: Preset, given: Mapping[str, Any], asked: Any) -> Any:

@@ -76,7 +76,20 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
     with joined_processes(settings) as processes:
         # What cannot work whatever the data is refused before they are read.
         settings.check_machine()
-        settings, task, source, split = _cases(settings)
+        task = create_task(settings.task)
+        source: CaseSet | Cache
+        if settings.preset is not None:
+            settings, source, split = apply_preset(settings)
+            task = create_task(settings.task)
+        else:
+            source = read_data(settings.data, need_labels=task.needs == "label", keep_labels=True)
+            split = choose_split(
+                source.cases,
+                fold=settings.single_fold,
+                num_folds=settings.num_folds,
+                part=settings.train_part,
+                split_seed=settings.split_seed,
+            )
         if settings.patience is not None and not split.val:
             raise ConfigError(
                 f"patience is {settings.patience}, but no case is held out to validate on; give a fold, or no patience."
@@ -96,23 +109,6 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
             check_split(identities_of(learned), held_out, strict=strict)
         record_seen(run, learned, settings.weights)
         return _train(run, planned, initial, split, scans, started_at)
-
-
-def _cases(settings: FinetuneSettings) -> tuple[FinetuneSettings, Task, CaseSet | Cache, Split]:
-    """The settings on top of a preset where one is asked for, their task, the data set and its split."""
-    task = create_task(settings.task)
-    if settings.preset is not None:
-        settings, source, split = apply_preset(settings)
-        return settings, create_task(settings.task), source, split
-    source = read_data(settings.data, need_labels=task.needs == "label", keep_labels=True)
-    split = choose_split(
-        source.cases,
-        fold=settings.single_fold,
-        num_folds=settings.num_folds,
-        part=settings.train_part,
-        split_seed=settings.split_seed,
-    )
-    return settings, task, source, split
 
 
 def _initialise(settings: FinetuneSettings, task: Task, source: CaseSet | Cache, split: Split) -> Initialisation:
