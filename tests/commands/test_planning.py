@@ -28,8 +28,8 @@ from mim3d.workflows.finetune.planning import (
     plan_finetuning,
     read_plan,
     save_plan,
+    training_memory,
 )
-from mim3d.workflows.finetune.planning_memory import training_memory
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import Initialisation
 from mim3d.workflows.shared.inputs import read_data

@@ -8,7 +8,8 @@ import pytest
 from monai.metrics.utils import get_code_to_measure_table
 
 from mim3d.core.errors import DataError
-from mim3d.metrics import ABSENT, CONVENTIONS, LabelScore, score_labels, summarise, values_in
+from mim3d.metrics import ABSENT, CONVENTIONS, LabelScore, summarise, values_in
+from tests.metrics.label_maps import score_labels
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.7, 5.0), (2.5, 0.9, 1.3)]
 

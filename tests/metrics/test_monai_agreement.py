@@ -5,7 +5,8 @@ import pytest
 import torch
 from monai.metrics import DiceMetric, HausdorffDistanceMetric, SurfaceDiceMetric
 
-from mim3d.metrics import label_scores, score_labels
+from mim3d.metrics import label_scores
+from tests.metrics.label_maps import score_labels
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.7, 5.0), (2.5, 0.9, 1.3)]
 

@@ -8,7 +8,6 @@ from mim3d.metrics.label_scores import (
     SCORE_NAMES,
     LabelScore,
     Status,
-    score_labels,
     score_regions,
     values_in,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "compare_classes",
     "compare_paired",
     "score_classes",
-    "score_labels",
     "score_regions",
     "summarise",
     "values_in",

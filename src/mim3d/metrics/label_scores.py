@@ -86,19 +86,6 @@ class LabelScore:
 ABSENT = LabelScore(status="absent")
 
 
-def score_labels(
-    prediction_XYZ: npt.NDArray[Any],
-    reference_XYZ: npt.NDArray[Any],
-    spacing_mm: Spacing,
-    labels: Sequence[int],
-    *,
-    nsd_tolerance_mm: float = 1.0,
-) -> dict[int, LabelScore]:
-    """Score each label of a label map: :func:`score_regions` with a region for each of `labels`, from 1."""
-    regions = {label: (label,) for label in labels}
-    return score_regions(prediction_XYZ, reference_XYZ, spacing_mm, regions, nsd_tolerance_mm=nsd_tolerance_mm)
-
-
 def score_regions(
     prediction_XYZ: npt.NDArray[Any],
     reference_XYZ: npt.NDArray[Any],

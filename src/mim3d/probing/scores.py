@@ -101,10 +101,5 @@ def _intervals(
     names = list(statistic(np.ones((1, num_patients))))
     if not bootstrap.num_bootstrap or num_patients < 2:
         return dict.fromkeys(names)
-
-    def stacked(counts_BP: Floats) -> Floats:
-        found = statistic(counts_BP)
-        return np.stack([found[name] for name in names], axis=1)
-
-    drawn = bootstrap.resampled(num_patients, stacked)
+    drawn = bootstrap.resampled(num_patients, lambda counts_BP: np.stack(list(statistic(counts_BP).values()), axis=1))
     return {name: interval(drawn[:, place]) for place, name in enumerate(names)}

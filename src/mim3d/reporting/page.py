@@ -19,7 +19,7 @@ from mim3d.reporting import scan_images, score_tables
 from mim3d.reporting.charts import curve_names, curves_chart, dice_chart, reliability_chart
 from mim3d.reporting.drawing import label_colour
 from mim3d.reporting.rendering import number, render
-from mim3d.reporting.sources import NamedRun, ScoreSet, Sources, read_sources
+from mim3d.reporting.sources import NamedRun, ScoreSet, read_sources
 
 #: Most labels whose Dice a caption names.
 _NAMED_LABELS = 4
@@ -44,37 +44,29 @@ def write_report(runs: Sequence[str], out: str, scores: Sequence[str]) -> str:
     if os.path.isdir(out):
         raise ConfigError(f"out is {out}, which is a folder; give the name of a file.")
     path = os.path.abspath(out)
-    write_text(path, report_page(read_sources(runs, scores), datetime.now()))
-    print(f"Report: {path}")
-    return path
-
-
-def report_page(sources: Sources, written: datetime) -> str:
-    """The whole HTML document.
-
-    Args:
-        sources: Runs and scores to show.
-        written: Date and time that the page states.
-    """
-    runs = sources.runs
-    maps = [each for each in sources.scores if not each.is_of_classes]
-    classes = [each for each in sources.scores if each.is_of_classes]
+    shown_runs, shown_scores = read_sources(runs, scores)
+    maps = [each for each in shown_scores if not each.is_of_classes]
+    classes = [each for each in shown_scores if each.is_of_classes]
+    images = [shown for run in shown_runs if (shown := _training_images(run))]
     sections = {
-        "runs": ("Runs", {"rows": [_run_row(run) for run in runs]}),
+        "runs": ("Runs", {"rows": [_run_row(run) for run in shown_runs]}),
         "scores": ("Scores", _scores(maps, classes)),
         "segmentations": ("Segmentations", {"has_classes": bool(classes), **_segmentations(maps)}),
-        "curves": ("Learning curves", {"kinds": _curves(runs)}),
-        "images": ("Images from training", {"runs": [shown for run in runs if (shown := _training_images(run))]}),
-        "settings": ("Settings and environment", _settings(runs)),
+        "curves": ("Learning curves", {"kinds": _curves(shown_runs)}),
+        "images": ("Images from training", {"runs": images}),
+        "settings": ("Settings and environment", _settings(shown_runs)),
     }
-    names = [run.name for run in runs]
-    return render(
+    names = [run.name for run in shown_runs]
+    page = render(
         "report.html",
         title=" · ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more runs",
-        lead=f"{len(names)} {'run' if len(names) == 1 else 'runs'}, {written:%d %B %Y, %H:%M}",
+        lead=f"{len(names)} {'run' if len(names) == 1 else 'runs'}, {datetime.now():%d %B %Y, %H:%M}",
         sections=[(anchor, title, render(f"{anchor}.html", **shown)) for anchor, (title, shown) in sections.items()],
         footer=f"Written by mim3d {__version__} report.",
     )
+    write_text(path, page)
+    print(f"Report: {path}")
+    return path
 
 
 def _run_row(run: NamedRun) -> list[str]:

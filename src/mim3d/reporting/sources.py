@@ -85,25 +85,15 @@ class ScoreSet:
         return sum(row.get(key, 0) for row in self.content["per_label"].values())
 
 
-@dataclass(frozen=True)
-class Sources:
-    """All that a report shows.
-
-    Attributes:
-        runs: Runs in the order they were given.
-        scores: Files of scores; those of the runs come first.
-    """
-
-    runs: tuple[NamedRun, ...]
-    scores: tuple[ScoreSet, ...]
-
-
-def read_sources(runs: Sequence[str], scores: Sequence[str]) -> Sources:
+def read_sources(runs: Sequence[str], scores: Sequence[str]) -> tuple[list[NamedRun], list[ScoreSet]]:
     """Read runs, their own `scores.json`, and further files of scores.
 
     Args:
         runs: Run folders.
         scores: Further files of scores.
+
+    Returns:
+        The runs in the order they were given, and the files of scores, those of the runs first.
 
     Raises:
         ConfigError: A path is no run, or no file of scores.
@@ -118,15 +108,9 @@ def read_sources(runs: Sequence[str], scores: Sequence[str]) -> Sources:
     home = {path: run for path, run in home.items() if list(home.values()).count(run) == 1}
     names = short_names([*run_paths, *(path for path in score_paths if path not in home)])
     colours = {path: run_colour(position) for position, path in enumerate(names)}
-    return Sources(
-        runs=tuple(
-            NamedRun(names[path], colours[path], record) for path, record in zip(run_paths, records, strict=True)
-        ),
-        scores=tuple(
-            ScoreSet(names[home.get(path, path)], colours[home.get(path, path)], _read_scores(Path(path)))
-            for path in score_paths
-        ),
-    )
+    named = [NamedRun(names[path], colours[path], record) for path, record in zip(run_paths, records, strict=True)]
+    owners = [(path, home.get(path, path)) for path in score_paths]
+    return named, [ScoreSet(names[owner], colours[owner], _read_scores(Path(path))) for path, owner in owners]
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:

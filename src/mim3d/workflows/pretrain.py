@@ -23,7 +23,7 @@ from mim3d.tracking import TrackedRun
 from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
 from mim3d.weights import load_into
-from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, LastEncoder, ProbeMonitor, ProbePlan
+from mim3d.workflows.probe.monitor import BEST_BY, LastEncoder, ProbeMonitor, ProbePlan
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
 from mim3d.workflows.shared.leakage import check_split, identities_of, record_seen
@@ -143,7 +143,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         objective = _build(method, recipe, settings.weights, settings.seed)
         loader = settings.loader(scans, method.sampler(recipe), mapping)
         card = encoder_card(recipe, mapping, scans)
-        keeper: EncoderKeeper = LastEncoder(run, card)
+        keeper: LastEncoder | ProbeMonitor = LastEncoder(run, card)
         monitor: ProbeMonitor | None = None
         if probe is not None:
             items = probe.prepared(run, settings, objective.encoder, card) if run.writes else None
@@ -213,7 +213,7 @@ def _build(method: Method, recipe: Backbone, weights: str | None, seed: int) -> 
     return objective
 
 
-def _close(run: Run, method: Method, result: TrainResult, keeper: EncoderKeeper) -> str:
+def _close(run: Run, method: Method, result: TrainResult, keeper: LastEncoder | ProbeMonitor) -> str:
     """Say what was learned, and where it lies; all but the first process have nothing to say."""
     if not run.writes:
         return str(run.path)

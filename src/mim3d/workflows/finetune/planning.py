@@ -2,21 +2,24 @@
 
 import hashlib
 import json
+import math
 import shutil
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
-from mim3d.backbones import BACKBONES
+from mim3d.backbones import BACKBONES, Backbone
 from mim3d.caching.cache import Cache
-from mim3d.core.errors import ConfigError
+from mim3d.caching.scan import CachedScan
+from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.resources import num_cores
 from mim3d.core.run_folder import Run, is_first_process
 from mim3d.core.settings import build_settings, read_yaml, to_mapping, to_named, write_yaml
+from mim3d.core.types import Triple
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.splits import Split
 from mim3d.planning.fingerprint import (
@@ -25,7 +28,7 @@ from mim3d.planning.fingerprint import (
     fingerprint_key,
     fingerprint_of,
 )
-from mim3d.planning.patch import MIN_BATCH
+from mim3d.planning.patch import FILLED_SHARE, MIN_BATCH
 from mim3d.planning.plan import FixedChoices, Plan, describe_intensity, plan_dataset, plan_spacing, shapes_at
 from mim3d.planning.scans import cached_sources, file_sources
 from mim3d.scans.intensity import Intensity
@@ -33,7 +36,8 @@ from mim3d.tasks import TASKS
 from mim3d.tasks.contract import Task
 from mim3d.tasks.segmentation.augmentation import sided_labels
 from mim3d.tasks.segmentation.task import Segmentation
-from mim3d.workflows.finetune.planning_memory import training_memory
+from mim3d.training.memory import StepMemory, can_be_known, usable_bytes
+from mim3d.training.schedule import Optimisation
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import Initialisation
 
@@ -140,13 +144,13 @@ def plan_finetuning(
             seed=settings.seed,
             num_workers=num_cores() if settings.num_workers is None else max(1, settings.num_workers),
         )
-    plan = replace(make_plan(fingerprint, source, split, initial, task, settings, decided), made_for=key)
+    plan = replace(_make_plan(fingerprint, source, split, initial, task, settings, decided), made_for=key)
     for line in describe_plan(plan):
         _print(line)
     return replace(_filled(settings, task, initial, plan, decided), fingerprint=fingerprint)
 
 
-def make_plan(
+def _make_plan(
     fingerprint: DatasetFingerprint,
     source: CaseSet | Cache,
     split: Split,
@@ -155,17 +159,7 @@ def make_plan(
     settings: FinetuneSettings,
     decided: FixedChoices,
 ) -> Plan:
-    """The plan for a data set and an encoder, within the memory that training may use.
-
-    Args:
-        fingerprint: What the data set looks like.
-        source: The data set or cache, for its labels.
-        split: The cases to train and validate on.
-        initial: The encoder's settings.
-        task: The task as asked for.
-        settings: Settings of fine-tuning.
-        decided: What is not open.
-    """
+    """The plan for a data set and an encoder, within the memory that training may use."""
     spacing_mm = decided.values["spacing_mm"] if "spacing_mm" in decided.values else plan_spacing(fingerprint.scans)[0]
     held_out = {case.id for case in split.val}
     shapes = shapes_at([grid for grid in fingerprint.scans if grid.id in held_out], spacing_mm)
@@ -353,3 +347,86 @@ def _numbers(values: Sequence[float | None] | None) -> str:
     if values is None or None in values:
         return "default"
     return " ".join(f"{value:g}" for value in values)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """All of a scan that its validation is measured by."""
+
+    shape: Triple
+
+
+@dataclass
+class TrainingMemory:
+    """What training needs, from dry runs on fake tensors; each patch is asked about once.
+
+    Attributes:
+        usable_bytes: Bytes that training may take.
+    """
+
+    usable_bytes: int | None
+    task: Segmentation
+    recipe: Backbone
+    labels: Mapping[int, str]
+    settings: FinetuneSettings
+    optim: Optimisation
+    validation_bytes: int
+    _steps: dict[Triple, StepMemory] = field(default_factory=dict)
+
+    def need_bytes(self, patch_size: Triple, batch_size: int) -> int:
+        """Bytes of a step, or of a validation on the CPU where that takes more."""
+        import torch
+
+        if patch_size not in self._steps:
+            sample = {
+                "image": ((1, self.recipe.in_channels, *patch_size), torch.float32),
+                "label": ((1, *patch_size), torch.int64),
+            }
+            self._steps[patch_size] = StepMemory(
+                lambda: self.task.build(self.recipe, self.labels), sample, self.settings.loop(1), self.optim
+            )
+        step = self._steps[patch_size]
+        try:
+            need = step.need(batch_size, self.settings.accumulation).total
+            # Validation's network takes no more than a step, so that most often nothing has to be asked about it.
+            if step.device == "cpu" and need + self.validation_bytes > FILLED_SHARE * (self.usable_bytes or math.inf):
+                need = max(need, step.need(1, 1).total + self.validation_bytes if self.validation_bytes else 0)
+        except Mim3dError:
+            raise
+        except Exception:
+            # A backbone of the user's own may look at values, which fake tensors do not have; it may train all the
+            # same.
+            return 0
+        return need
+
+
+def training_memory(
+    task: Segmentation,
+    recipe: Backbone,
+    labels: Mapping[int, str],
+    settings: FinetuneSettings,
+    held_out: Sequence[Triple],
+) -> TrainingMemory | None:
+    """Answers about memory; None where the user wants no check or nothing can be known.
+
+    Args:
+        task: The task as asked for.
+        recipe: Settings of the encoder.
+        labels: Label value -> name.
+        settings: Settings of fine-tuning; the task fills in what its optimiser leaves open.
+        held_out: Voxels of each scan to validate on.
+    """
+    loop = settings.loop(1)
+    if settings.memory_limit == 0 or not can_be_known(loop):
+        return None
+    limit = None if settings.memory_limit is None else int(settings.memory_limit * 2**30)
+    largest = [cast(CachedScan, _Shape(shape)) for shape in sorted(held_out, key=math.prod)[-1:]]
+    return TrainingMemory(
+        usable_bytes=usable_bytes(loop, limit),
+        task=task,
+        recipe=recipe,
+        labels=labels,
+        settings=settings,
+        optim=settings.optim.filled_from(task.optimisation),
+        validation_bytes=task.validation_bytes(largest, labels),
+    )

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -199,18 +199,6 @@ def scores_of(probed: Probed) -> dict[str, float]:
     if probed.collapse is not None:
         scores |= {"feature_std": probed.collapse.feature_std, "effective_rank": probed.collapse.effective_rank}
     return scores
-
-
-class EncoderKeeper(Protocol):
-    """Exports encoders as they are learned."""
-
-    def save(self, objective: Objective, step: int) -> None:
-        """Export the encoder at the checkpoint of a step."""
-        ...
-
-    def conclusion(self, best: Mapping[str, float] | None) -> str:
-        """One line that says which encoder lies where."""
-        ...
 
 
 @dataclass(frozen=True)
