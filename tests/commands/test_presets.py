@@ -29,7 +29,7 @@ from mim3d.tasks import create_task
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import save_network
-from mim3d.workflows.finetune.presets import apply_preset, with_preset
+from mim3d.workflows.finetune.presets import apply_preset, with_own_folds, with_preset
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import asked_recipe, initialise
 from tests.miniatures import MINIATURES, write_cc_ccii
@@ -236,6 +236,13 @@ def test_merging_twice_changes_nothing(folders):
 def test_what_contradicts_a_preset_is_refused(folders, changes, message):
     with pytest.raises(ConfigError, match=message):
         applied("BTCV", folders("BTCV"), given(**changes))
+
+
+def test_a_preset_of_two_folds_needs_no_number_of_folds():
+    two = dataclasses.replace(PRESETS["BTCV"], folds=("1-15", "16-30"), num_folds=2)
+    assert with_own_folds(two, given()).num_folds == with_own_folds(two, given(num_folds=2)).num_folds == 2
+    with pytest.raises(ConfigError, match="num_folds is 3, but the 2 folds of preset BTCV are fixed"):
+        with_own_folds(two, given(num_folds=3))
 
 
 def test_a_task_of_the_users_own_stays_as_it_is(folders, capsys):

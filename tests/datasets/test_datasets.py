@@ -205,6 +205,8 @@ def test_a_preset_of_the_users_own_is_found_by_its_dotted_path_and_reads_its_fol
 def test_a_dotted_path_that_leads_to_no_preset_is_refused_in_a_sentence(my_lab):
     with pytest.raises(ConfigError, match=r"preset '.*VARIATION' is a Variation; name an object of the class Preset\."):
         find_preset(f"{my_lab}.VARIATION")
+    with pytest.raises(ConfigError, match=r"preset '.*Variation' is a class; name an object of the class Preset\."):
+        find_preset(f"{my_lab}.Variation")
     with pytest.raises(ConfigError, match=r"preset '.*FACTORS' is no dataclass"):
         find_preset(f"{my_lab}.FACTORS")
     with pytest.raises(ConfigError, match=r"preset '.*MY_SETT' cannot be imported: .*MY_SETT"):

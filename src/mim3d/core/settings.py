@@ -326,11 +326,20 @@ def find_named(name: str, registry: Mapping[str, Any], kind: str, *, allow_impor
             target = getattr(importlib.import_module(module), attribute)
         return target
     if allow_import and "." in name and all(part.isidentifier() for part in name.split(".")):
-        return _imported(name, kind)
+        return imported(name, kind)
     raise ConfigError(f"There is no {kind} '{name}'.{nearest(name, registry)}")
 
 
-def _imported(path: str, kind: str) -> Any:
+def imported(path: str, kind: str) -> Any:
+    """Import the dataclass, or the instance of one, that a dotted path names.
+
+    Args:
+        path: Dotted path, such as ``my_lab.foo.Foo``.
+        kind: What is looked for, in the words of an error.
+
+    Raises:
+        ConfigError: The path cannot be imported, or leads to something else.
+    """
     module, _, attribute = path.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), attribute)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Literal
 
 from mim3d.core.errors import ConfigError
-from mim3d.core.settings import nearest, resolve
+from mim3d.core.settings import imported, nearest
 from mim3d.core.types import Spacing, Triple
 from mim3d.scans.intensity import Intensity
 
@@ -179,9 +179,10 @@ def find_preset(name: str) -> Preset:
     if found is not None:
         return found
     if "." in name and all(part.isidentifier() for part in name.split(".")):
-        own = resolve(name, {}, "preset")
+        own = imported(name, "preset")
         if not isinstance(own, Preset):
-            raise ConfigError(f"preset '{name}' is a {type(own).__name__}; name an object of the class Preset.")
+            kind = "a class" if isinstance(own, type) else f"a {type(own).__name__}"
+            raise ConfigError(f"preset '{name}' is {kind}; name an object of the class Preset.")
         return own
     close = nearest(name, known)
     raise ConfigError(f"There is no preset '{name}'.{close if 'mean' in close else nearest(name, PRESETS)}")

@@ -17,7 +17,7 @@ from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
 from mim3d.tasks import TASKS, create_task
 from mim3d.workflows.finetune.planning import PLAN_NAME
-from mim3d.workflows.finetune.presets import require_own_folds
+from mim3d.workflows.finetune.presets import with_own_folds
 from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split
@@ -43,6 +43,8 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         DataError: Cases that cannot be split into folds.
     """
     out = Path(settings.out)
+    if settings.preset is not None:
+        settings = with_own_folds(find_preset(settings.preset), settings)
     folders = [out / f"fold_{fold}" for fold in range(settings.num_folds)]
     _check(settings, out, folders)
     config = out / CONFIG_NAME
@@ -102,7 +104,6 @@ def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> No
     data, part, num_folds = settings.data, settings.train_part, len(folders)
     if settings.preset is not None:
         preset = find_preset(settings.preset)
-        require_own_folds(preset, settings)
         with warnings.catch_warnings():
             # Every fold says itself which of its cases are missing.
             warnings.simplefilter("ignore")

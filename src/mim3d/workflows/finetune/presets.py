@@ -44,7 +44,7 @@ def apply_preset(settings: FinetuneSettings) -> tuple[FinetuneSettings, CaseSet 
     """
     assert settings.preset is not None
     preset = find_preset(settings.preset)
-    require_own_folds(preset, settings)
+    settings = with_own_folds(preset, settings)
     multiple = asked_recipe(settings.backbone, settings.weights)[0].input_multiple
     merged = with_preset(settings, preset, multiple)
     data, fold, strict = settings.data, settings.single_fold, settings.strict
@@ -68,18 +68,19 @@ def apply_preset(settings: FinetuneSettings) -> tuple[FinetuneSettings, CaseSet 
     return merged, source, split
 
 
-def require_own_folds(preset: Preset, settings: FinetuneSettings) -> None:
-    """Refuse other folds than those of the preset.
+def with_own_folds(preset: Preset, settings: FinetuneSettings) -> FinetuneSettings:
+    """Settings with the number of folds of the preset.
 
     Raises:
-        ConfigError: Another number of folds, or a seed to split them by.
+        ConfigError: Another number of folds is asked for, or a seed to split them by.
     """
     for name, own in (("num_folds", preset.num_folds), ("split_seed", 0)):
-        if getattr(settings, name) != own:
+        if getattr(settings, name) not in (own, getattr(FinetuneSettings, name)):
             raise ConfigError(
                 f"{name} is {getattr(settings, name)}, but the {preset.num_folds} folds of preset {preset.name} are "
                 f"fixed; leave {name} out."
             )
+    return replace(settings, num_folds=preset.num_folds)
 
 
 def with_preset(settings: FinetuneSettings, preset: Preset, multiple: Triple) -> FinetuneSettings:
