@@ -23,9 +23,8 @@ from mim3d.inference import (
     predict_scan,
     sliding_logits,
 )
-from mim3d.inference.body import body_windows
 from mim3d.inference.sweep import Sweep, run_sweep
-from mim3d.inference.windows import padded_window
+from mim3d.inference.windows import body_windows, padded_window
 from mim3d.scans.intensity import Intensity
 from tests.labelled import ball_scan, write_scan
 from tests.restoring import restore

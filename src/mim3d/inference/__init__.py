@@ -1,9 +1,7 @@
 """From a scan to label values on its own grid: sliding windows, mirroring, ensembles, and the way back."""
 
-from mim3d.inference.logits import scores_bytes, sliding_logits
-from mim3d.inference.networks import Network, mirrored_logits
-from mim3d.inference.prediction import ProbabilityTarget, padding_values, predict_scan
-from mim3d.inference.readout import Readout, classes_readout
+from mim3d.inference.prediction import ProbabilityTarget, padding_values, predict_scan, scores_bytes, sliding_logits
+from mim3d.inference.readout import Network, Readout, classes_readout, mirrored_logits
 from mim3d.inference.windows import Windows, window_weights
 
 __all__ = [

@@ -19,10 +19,10 @@ class Outputs:
     """What is made of a scan: label values, and probabilities where they are asked for.
 
     Args:
-        labels_XYZ: zeros along RAS+ axes on the grid that rows arrive on; filled with label values.
-        probabilities_XYZK: filled with the probability of each channel; None for none.
-        readout: what the channels mean.
-        has_probabilities: whether scores that were blended are probabilities already, not logits.
+        labels_XYZ: Zeros along RAS+ axes on the scan's own grid, to be filled with label values.
+        probabilities_XYZK: Array to be filled with the probability of each channel; None for none.
+        readout: What the channels mean.
+        has_probabilities: Whether scores that were blended are probabilities already, not logits.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Outputs:
                 probabilities_XYZK[..., channel] = value
 
     def probabilities_of(self, sums_RKUV: Tensor, weights_RUV: Tensor) -> Tensor:
-        """Probabilities ``(R, K, U, V)`` of weighted sums of scores; those of nothing where no window was."""
+        """Return probabilities ``(R, K, U, V)`` of weighted sums of scores; those of nothing where no window was."""
         tiny = torch.finfo(weights_RUV.dtype).tiny
         scores = sums_RKUV / weights_RUV.clamp_min(tiny)[:, None]
         probabilities = scores if self.has_probabilities else self.readout.activate(scores, 1)
@@ -87,8 +87,8 @@ class Resampled:
     them nothing is held.
 
     Args:
-        sweep: where rows come from.
-        outputs: on the scan's own grid.
+        sweep: Where rows come from.
+        outputs: What is filled, on the scan's own grid.
         axes: How the three axes are resampled, from the grid of the sweep to the scan's own.
     """
 
@@ -155,7 +155,7 @@ class Resampled:
 
 
 def interpolated(plane_KUV: Tensor, axis: AxisResampling, place: int) -> Tensor:
-    """A plane resampled along the axis at ``place``: ``sum_k weight[:, k] * plane[index[:, k]]``."""
+    """Resample a plane along the axis at ``place``: ``sum_k weight[:, k] * plane[index[:, k]]``."""
     if axis.is_identity:
         return plane_KUV
     shape = [-1 if other == place else 1 for other in range(3)]

@@ -1,12 +1,51 @@
-"""From scores to label values: what a network's channels mean."""
+"""What a window becomes and what it means: mean logits, mean probabilities, and label values."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mim3d.inference.networks import Activation
+# Shape suffixes: B windows, C channels, K classes, X Y Z space.
+
+#: Maps windows ``(B, C, X, Y, Z)`` to logits ``(B, K, X, Y, Z)``.
+Network = Callable[[Tensor], Tensor]
+
+#: Maps logits to probabilities of the same shape; the axis of the classes comes second.
+Activation = Callable[[Tensor, int], Tensor]
+
+
+def mirrored_logits(network: Network, window_BCXYZ: Tensor, mirror_axes: Sequence[int]) -> Tensor:
+    """Return the mean logits over every combination of mirrored axes, each turned back."""
+    logits = network(window_BCXYZ)
+    combinations = [
+        [axis + 2 for axis in axes]
+        for number in range(1, len(mirror_axes) + 1)
+        for axes in itertools.combinations(mirror_axes, number)
+    ]
+    for axes in combinations:
+        logits = logits + network(window_BCXYZ.flip(axes)).flip(axes)
+    return logits / (1 + len(combinations)) if combinations else logits
+
+
+def ensemble_of(networks: Sequence[Network], mirror_axes: Sequence[int], activate: Activation) -> Network:
+    """Return a network that gives one network's logits, or the mean of several networks' probabilities.
+
+    Networks take turns at every batch, so that an ensemble holds no more scores of a scan than one network does.
+    """
+
+    def scores(window_BCXYZ: Tensor) -> Tensor:
+        if len(networks) == 1:
+            return mirrored_logits(networks[0], window_BCXYZ, mirror_axes).float()
+        total = None
+        for network in networks:
+            probabilities = activate(mirrored_logits(network, window_BCXYZ, mirror_axes).float(), 1)
+            total = probabilities if total is None else total.add_(probabilities)
+        assert total is not None
+        return total.div_(len(networks))
+
+    return scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +53,10 @@ class Readout:
     """What the channels of a network mean.
 
     Attributes:
-        empty: probability of each channel where nothing is: what voxels get that no window covers.
-        activate: logits to probabilities; the axis of the channels is the second argument.
-        decide: probabilities ``(K, ...)`` to label values ``(...)`` uint8 or int32.
-        order_is_enough: whether ``decide`` gives the same for logits as for their probabilities (the most probable
+        empty: Probability of each channel where nothing is: what voxels get that no window covers.
+        activate: Maps logits to probabilities. The axis of the channels is its second argument.
+        decide: Maps probabilities ``(K, ...)`` to label values ``(...)`` uint8 or int32.
+        order_is_enough: Whether ``decide`` gives the same for logits as for their probabilities (the most probable
             class has the largest logit), so that probabilities need not be computed.
     """
 
@@ -28,27 +67,22 @@ class Readout:
 
     @property
     def num_channels(self) -> int:
-        """Channels of the network."""
+        """Number of channels of the network."""
         return len(self.empty)
 
 
-def most_probable(scores_K: Tensor) -> Tensor:
-    """Index of the largest of ``(K, ...)`` scores, int64; the lower one of equals."""
-    # On a CPU ``argmax`` along a leading axis takes three times as long.
-    return scores_K.max(dim=0).indices
-
-
 def classes_readout(num_classes: int, values: Tensor | None = None) -> Readout:
-    """Classes of which every voxel has one, background first.
+    """Return the readout of classes of which every voxel has one, background first.
 
     Args:
-        num_classes: channels of the network.
-        values: label value of each class; its index if not given.
+        num_classes: Number of channels of the network.
+        values: Label value of each class; its index if not given.
     """
     lookup = torch.arange(num_classes) if values is None else values
     lookup = lookup.to(torch.uint8 if int(lookup.max()) < 256 else torch.int32)
 
     def decide(scores_K: Tensor) -> Tensor:
-        return lookup.to(scores_K.device)[most_probable(scores_K)]
+        # The lower one of equals. On a CPU ``argmax`` along a leading axis takes three times as long.
+        return lookup.to(scores_K.device)[scores_K.max(dim=0).indices]
 
     return Readout(empty=(1.0, *[0.0] * (num_classes - 1)), activate=torch.softmax, decide=decide, order_is_enough=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mim3d.core.types import Triple
-from mim3d.inference.networks import Network
+from mim3d.inference.readout import Network
 from mim3d.inference.windows import Box, Windows, bounds_of, inside_of, window_weights
 
 # Shape suffixes: B windows, C channels, K scores, X Y Z space; R rows along the sweep, U V the two axes across it.
@@ -31,11 +31,11 @@ class Sweep:
     """The order in which a scan is covered.
 
     Attributes:
-        places: first voxel of each window, in the order in which they are computed.
-        axis: the axis of the sweep; the one that leaves least to be held.
-        box: what windows cover of the scan.
-        shape: voxels of the scan.
-        patch_size: voxels of a window.
+        places: First voxel of each window, in the order in which they are computed.
+        axis: The axis of the sweep; the one that leaves least to be held.
+        box: What windows cover of the scan.
+        shape: Voxels of the scan.
+        patch_size: Voxels of a window.
     """
 
     places: tuple[Triple, ...]
@@ -78,7 +78,7 @@ class Sweep:
         return min(self.patch_size[self.axis], self.rows.stop - self.rows.start), u, v
 
     def slab_bytes(self, num_channels: int) -> int:
-        """Memory of the sums that are held, and of their weights."""
+        """Return the memory of the sums that are held, and of their weights."""
         return 4 * math.prod(self.slab_shape) * (num_channels + 1)
 
 
@@ -95,13 +95,13 @@ def run_sweep(
     """Compute every window and hand on the rows, in order and each once, as they are finished.
 
     Args:
-        sweep: the order.
-        windows: how many are computed at a time.
-        cut: a window ``(C, X, Y, Z)`` float32 of network input by its first voxel, padded to its full size.
-        network: gives scores ``(B, K, X, Y, Z)`` float32 of a batch, on ``device``.
-        finish: takes finished rows.
-        device: where windows are computed; scores are summed there too where they fit.
-        on_windows: told how many windows are done, after each call of the network.
+        sweep: The order.
+        windows: Says how many are computed at a time.
+        cut: Gives a window ``(C, X, Y, Z)`` float32 of network input by its first voxel, padded to its full size.
+        network: Gives scores ``(B, K, X, Y, Z)`` float32 of a batch, on ``device``.
+        finish: Takes finished rows.
+        device: Device that computes windows. Scores are summed there too where they fit.
+        on_windows: Called with the number of windows that are done, after each call of the network.
     """
     slab: _Slab | None = None
     weights = window_weights(sweep.patch_size).permute(sweep.order)
@@ -169,7 +169,7 @@ class _Slab:
             self._first = stop
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Rows that lie next to each other in memory: first, last (excluded), and the place of the first."""
+        """Yield rows that lie next to each other in memory: first, last (excluded), and the place of the first."""
         while start < stop:
             at = start % self._num_rows
             end = min(stop, start + self._num_rows - at)
@@ -178,7 +178,7 @@ class _Slab:
 
 
 def _place_for(size_bytes: int, device: torch.device) -> torch.device:
-    """The device itself, or the CPU where scores of this size would take more than half of what a GPU has left."""
+    """Return the device itself, or the CPU where scores of this size would take more than half of a GPU's rest."""
     if device.type == "cuda" and 2 * size_bytes > torch.cuda.mem_get_info(device)[0]:
         return torch.device("cpu")
     return device

@@ -1,4 +1,4 @@
-"""Where windows lie over a scan, how much each of their voxels counts, and what they cut out of it."""
+"""Where windows lie over a scan or its body, how much each of their voxels counts, and what they cut out."""
 
 import itertools
 import math
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mim3d.caching.foreground import BOX_BLOCK
+from mim3d.caching.preprocessing import CROP_MARGIN, Prepared
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 
@@ -20,15 +22,15 @@ class Windows:
     """How a scan is covered with windows.
 
     Attributes:
-        patch_size: voxels of a window; a smaller scan is padded.
-        overlap: share of a window that its neighbour along an axis sees too, at least.
-        batch_size: windows per call of the network.
-        mirror_axes: axes (0 X, 1 Y, 2 Z) along which windows are mirrored too, in every combination; the
-            network's logits are averaged.
-        body_only: cover the body alone, see :func:`mim3d.inference.body.body_windows`; what no window covers is
-            background.
+        patch_size: Voxels of a window along X, Y, Z. A smaller scan is padded.
+        overlap: Least share of a window that its neighbour along an axis sees too.
+        batch_size: Number of windows per call of the network.
+        mirror_axes: Axes (0 X, 1 Y, 2 Z) along which windows are mirrored too, in every combination; the network's
+            logits are averaged.
+        body_only: Whether windows cover the body alone, see :func:`body_windows`. What no window covers is background.
+
     Raises:
-        ConfigError: for a value that cannot work.
+        ConfigError: A value cannot work.
     """
 
     patch_size: Triple
@@ -46,19 +48,20 @@ class Windows:
             raise ConfigError(f"mirror_axes {list(self.mirror_axes)} must name axes among 0 (X), 1 (Y) and 2 (Z).")
 
     def count(self, shape: Triple) -> int:
-        """Windows that cover all of a scan of ``shape`` voxels."""
+        """Return the number of windows that cover all of a scan of ``shape`` voxels."""
         return len(self.places(shape))
 
     def places(self, shape: Triple, box: Box | None = None) -> list[Triple]:
-        """First voxel of each window that covers a box of a scan, in rising order; negative where it is padded.
+        """Return the first voxel of each window over a box of a scan, in rising order; negative where it is padded.
 
         Along each axis there are as many windows as MONAI's inferer lays, but evenly spaced: the first begins and the
         last ends with the box, and neighbours overlap by ``overlap`` or a little more. MONAI keeps the overlap for all
         but the last window, which then overlaps its neighbour by more than the others. Even spacing is that of nnU-Net.
 
         Args:
-            shape: voxels of the scan.
-            box: what is covered; all of the scan if not given. Smaller than a window it is widened within the scan.
+            shape: Voxels of the scan.
+            box: The box to cover; all of the scan if not given. One that is smaller than a window is widened within
+                the scan.
         """
         start, stop = box or ((0, 0, 0), shape)
         axes = [
@@ -79,34 +82,60 @@ class Windows:
 
 
 def bounds_of(places: Sequence[Triple], patch_size: Triple, shape: Triple) -> Box:
-    """The smallest box inside the scan that holds all windows."""
+    """Return the smallest box inside the scan that holds all windows."""
     start = [max(0, min(place[axis] for place in places)) for axis in range(3)]
     stop = [min(shape[axis], max(place[axis] for place in places) + patch_size[axis]) for axis in range(3)]
     return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
 
 
 def inside_of(place: Triple, patch_size: Triple, shape: Triple) -> Box:
-    """The part of a window that lies inside the scan, in voxels of the scan."""
+    """Return the part of a window that lies inside the scan, in voxels of the scan."""
     start = [max(0, first) for first in place]
     stop = [min(size, first + edge) for first, edge, size in zip(place, patch_size, shape, strict=True)]
     return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
 
 
 def slices_of(box: Box, origin: Triple = (0, 0, 0)) -> tuple[slice, slice, slice]:
-    """A box as slices of an array whose first voxel is ``origin``."""
+    """Return a box as slices of an array whose first voxel is ``origin``."""
     x, y, z = (slice(first - at, last - at) for first, last, at in zip(*box, origin, strict=True))
     return x, y, z
 
 
+def body_windows(prepared: Prepared, windows: Windows) -> list[Triple]:
+    """Return the first voxel of each window that sees some of the body.
+
+    The body is what ``mim3d.caching.foreground`` makes its box of: blocks of 4 voxels a side of which at least half lie
+    above the threshold of foreground in some channel (-950 HU in CT; in other scans 5 % of the way from the darkest
+    voxel to the 99.5th percentile), so that noise in the air and thin tables do not count. Windows are laid over the
+    box around it and 8 voxels more on every side, and those that touch none of its blocks are left out. A scan with
+    next to no foreground by that rule is all body.
+
+    The scores of the windows that are left differ from those of a sweep over the whole scan, as windows lie elsewhere.
+    """
+    x, y, z = prepared.image.shape[1:]
+    shape, is_body = (x, y, z), prepared.foreground.blocks
+    first, last = prepared.foreground.box
+    start = [max(0, voxel - CROP_MARGIN) for voxel in first]
+    stop = [min(size, voxel + CROP_MARGIN) for voxel, size in zip(last, shape, strict=True)]
+    places = windows.places(shape, ((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
+    kept = []
+    for place in places:
+        inside = zip(*inside_of(place, windows.patch_size, shape), strict=True)
+        if is_body[tuple(slice(low // BOX_BLOCK, -(-high // BOX_BLOCK)) for low, high in inside)].any():
+            kept.append(place)
+    # The box is the whole scan where no block counts.
+    return kept or places
+
+
 def padded_window(inner_CXYZ: Tensor, place: Triple, inside: Box, size: Triple, padding: Sequence[float]) -> Tensor:
-    """A window of ``size`` voxels around the part of it that lies inside the scan.
+    """Pad the part of a window that lies inside the scan to the whole window.
 
     Args:
-        inner_CXYZ: that part.
-        place: first voxel of the window in the scan.
-        inside: where the part lies in the scan.
-        size: voxels of the window.
-        padding: value of each channel beyond the scan.
+        inner_CXYZ: That part.
+        place: First voxel of the window in the scan.
+        inside: Where the part lies in the scan.
+        size: Voxels of the window.
+        padding: Value of each channel beyond the scan.
     """
     if tuple(inner_CXYZ.shape[1:]) == size:
         return inner_CXYZ
@@ -118,7 +147,7 @@ def padded_window(inner_CXYZ: Tensor, place: Triple, inside: Box, size: Triple, 
 
 
 def window_weights(patch_size: Triple) -> Tensor:
-    """Gaussian weight ``(X, Y, Z)`` of each voxel of a window, an eighth of its edge wide along each axis.
+    """Return the Gaussian weight ``(X, Y, Z)`` of each voxel of a window, an eighth of its edge wide along each axis.
 
     Never cut off from below, as MONAI does at a thousandth of the largest: then all windows would count alike where a
     voxel lies near the border of the scan along two axes.
