@@ -38,8 +38,9 @@ from mim3d.loading.stored_images import Allocate, Packed, pack
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.planning import full_levels
 from mim3d.planning.plan import plan_intensity
-from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter
+from mim3d.tasks.augmentation import Augmentation
 from mim3d.tasks.segmentation.crops import CropSampler
+from mim3d.tasks.transforms import Augmenter
 from yardstick.loader_rates import close
 from yardstick.marks import Ratio
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mim3d.core.errors import ConfigError
-from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels, square_planes
+from mim3d.tasks.augmentation import Augmentation, sided_labels
+from mim3d.tasks.transforms import Augmenter, square_planes
 
 PATCH = (12, 16, 12)
 INTENSITY_PROBS = [

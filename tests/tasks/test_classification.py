@@ -14,10 +14,10 @@ from mim3d.datasets.splits import Split
 from mim3d.loading.samples import SampleDataset
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
-from mim3d.tasks.classification.objective import AttentionPool, ClassificationObjective
+from mim3d.tasks.augmentation import Augmentation
+from mim3d.tasks.classification.network import AttentionPool, ClassificationObjective
 from mim3d.tasks.classification.task import Classification
 from mim3d.tasks.classification.validation import class_scores
-from mim3d.tasks.segmentation.augmentation import Augmentation
 from tests.array_scans import ArrayScan
 
 BACKBONE = Hybrid(widths=(8, 16), depths=(1, 1), num_heads=2)

@@ -64,9 +64,9 @@ def test_label_values_and_probabilities_are_those_of_the_networks_targets(tmp_pa
             padding=padding_values(INTENSITY, prepared.statistics),
             device=torch.device("cpu"),
         )
-    whole = segmenter.module.probabilities(logits)
+    whole = predictor.targets.probabilities(logits)
     assert np.abs(filled - whole.movedim(0, -1).numpy()).max() < 1e-5
-    agree = labels == segmenter.module.labels_of(whole).numpy()
+    agree = labels == predictor.targets.labels_of(whole).numpy()
     assert agree.mean() > 0.999 and labels.dtype == np.uint8
     assert set(np.unique(labels)) <= set(LABELS) and labels.any()
     assert predictor.targets.names == (tuple(REGIONS) if regions else tuple(LABELS.values()))

@@ -15,7 +15,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.objective import Batch, Objective
 from mim3d.tasks.classification.task import Classification
 from mim3d.tasks.contract import Task
-from mim3d.tasks.frozen import Freezing
+from mim3d.tasks.freezing import Freezing
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.launch import StepModule
 from mim3d.training.memory import StepMemory

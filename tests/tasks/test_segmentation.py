@@ -16,7 +16,7 @@ from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
-from mim3d.tasks.segmentation.objective import SegmentationObjective, shrunk
+from mim3d.tasks.segmentation.network import SegmentationObjective, shrunk
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.tasks.segmentation.validation import dice_by_name, dice_of_scans
 from tests.array_scans import ArrayScan

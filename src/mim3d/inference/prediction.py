@@ -110,7 +110,6 @@ def sliding_logits(
     *,
     padding: Sequence[float],
     device: torch.device,
-    on_windows: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Return the logits of a whole scan: windows blended with Gaussian weights, accumulated in float32.
 
@@ -122,7 +121,6 @@ def sliding_logits(
         windows: How the scan is covered.
         padding: Value of each channel beyond the scan.
         device: Device that computes windows.
-        on_windows: Called with the number of windows that are done, after each call of the network.
 
     Returns:
         ``(K, X, Y, Z)`` float32 on the CPU.
@@ -143,7 +141,7 @@ def sliding_logits(
         return mirrored_logits(network, window_BCXYZ, windows.mirror_axes).float()
 
     cut = _cutter(lambda part: image_CXYZ[part].float(), shape, windows.patch_size, padding)
-    run_sweep(sweep, windows, cut, scores, finish, device=device, on_windows=on_windows)
+    run_sweep(sweep, windows, cut, scores, finish, device=device)
     assert whole is not None
     return whole
 

@@ -47,10 +47,6 @@ class Windows:
         if not set(self.mirror_axes) <= {0, 1, 2}:
             raise ConfigError(f"mirror_axes {list(self.mirror_axes)} must name axes among 0 (X), 1 (Y) and 2 (Z).")
 
-    def count(self, shape: Triple) -> int:
-        """Return the number of windows that cover all of a scan of ``shape`` voxels."""
-        return len(self.places(shape))
-
     def places(self, shape: Triple, box: Box | None = None) -> list[Triple]:
         """Return the first voxel of each window over a box of a scan, in rising order; negative where it is padded.
 

@@ -30,7 +30,7 @@ from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.cubes import CubeFinisher
 from mim3d.tasks.classification.task import Classification
 from mim3d.tasks.segmentation.crops import place_crop
-from mim3d.tasks.segmentation.partial_labels import annotated_values
+from mim3d.tasks.segmentation.targets import annotated_values
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -1,17 +1,29 @@
-"""Boxes of one size in millimetres, cut from scans of any voxel size and brought to one number of voxels."""
+"""Boxes of one size in millimetres: planned from training scans, cut from scans of any voxel size, and resampled."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mim3d.backbones.contract import round_up
 from mim3d.caching.resampling import plan_axis, resample_linear
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Spacing, Triple
 from mim3d.loading.samples import Augment, Crop, Sample
 from mim3d.nn.resizing import resize_image
+
+#: Edge in voxels that a planned box does not exceed.
+LARGEST_PLANNED_EDGE = 96
+
+#: Share of the scans that a planned box holds along each axis, in percent.
+COVERED_PERCENT = 95
+
+#: A box around labelled structures is larger than they are, so that what lies around them is seen too.
+CONTEXT_RATIO = 1.5
 
 #: Place of a point in voxels of a scan; whole numbers are the centres of voxels.
 Point = npt.NDArray[np.float64]
@@ -22,11 +34,11 @@ class Cut:
     """Where a cube lies in one scan: what is read of it, and how the cube's voxels lie in that.
 
     Attributes:
-        read: whole voxels around the cube, delivered in ``1 / 2^n`` of the scan's resolution where the cube's voxels
+        read: Whole voxels around the cube, delivered in ``1 / 2^n`` of the scan's resolution where the cube's voxels
             are at least as large as those.
-        step: (3,) delivered voxels from one of the cube's voxels to the next.
-        shift: (3,) delivered voxels from the centre of what is delivered to the centre of the cube.
-        size: voxels of the cube.
+        step: Number (3,) of delivered voxels from one of the cube's voxels to the next.
+        shift: Number (3,) of delivered voxels from the centre of what is delivered to the centre of the cube.
+        size: Number of voxels of the cube along X, Y, Z.
     """
 
     read: Crop
@@ -40,30 +52,31 @@ class Cube:
     """A box that the network sees.
 
     Attributes:
-        size: its voxels.
-        voxel_mm: their size in millimetres; None stretches the whole scan onto the box, whatever its voxel size.
+        size: Number of its voxels along X, Y, Z.
+        voxel_mm: Size of its voxels in millimetres. None stretches the whole scan onto the box, whatever its voxel
+            size.
     """
 
     size: Triple
     voxel_mm: Spacing | None
 
     def enlarged(self, voxels: npt.NDArray[np.int64]) -> "Cube":
-        """The box with so many more voxels on each side, of the same size in millimetres."""
+        """Return the box with so many more voxels on each side, of the same size in millimetres."""
         x, y, z = (int(have + 2 * more) for have, more in zip(self.size, voxels, strict=True))
         return replace(self, size=(x, y, z))
 
     def step(self, shape: Triple, spacing_mm: Spacing) -> npt.NDArray[np.float64]:
-        """(3,) voxels of a scan from one of the cube's voxels to the next."""
+        """Return how many voxels (3,) of a scan lie from one of the cube's voxels to the next."""
         if self.voxel_mm is None:
             return np.array(shape) / np.array(self.size)
         return np.array(self.voxel_mm) / np.array(spacing_mm)
 
     def cut(self, centre: Point, step: npt.NDArray[np.float64]) -> Cut:
-        """The cube around a point of a scan.
+        """Place the cube around a point of a scan.
 
         Args:
-            centre: (3,) in voxels of the scan.
-            step: (3,) voxels of the scan from one of the cube's voxels to the next.
+            centre: The point (3,), in voxels of the scan.
+            step: Number (3,) of voxels of the scan from one of the cube's voxels to the next.
         """
         # Full resolution is not worth reading where every voxel of the cube averages over several of the scan.
         factor = 2 ** max(0, int(np.floor(np.log2(step.min()) + 1e-9)))
@@ -77,22 +90,22 @@ class Cube:
 
 
 def centre_of_scan(shape: Triple) -> Point:
-    """The middle of a scan, in its voxels."""
+    """Return the middle of a scan, in its voxels."""
     return (np.array(shape, dtype=np.float64) - 1) / 2
 
 
 def centre_of_label(places: dict[int, npt.NDArray[np.int32]]) -> Point | None:
-    """Centre of mass of the labelled voxels, as the cache keeps them (at most 2,000 of each value); None without any.
+    """Return the centre of mass of labelled voxels, as the cache keeps them (at most 2,000 per value); None if none.
 
     Args:
-        places: label value above 0 -> (N, 3) voxels.
+        places: Label value above 0 -> voxels (N, 3).
     """
     known = [voxels for voxels in places.values() if len(voxels)]
     return np.asarray(np.concatenate(known).mean(axis=0), dtype=np.float64) if known else None
 
 
 def resampled(image_CXYZ: npt.NDArray[np.float32], cut: Cut) -> npt.NDArray[np.float32]:
-    """The cube's voxels ``(C, *cut.size)`` from what was delivered ``(C, *cut.read.size)``."""
+    """Return the cube's voxels ``(C, *cut.size)`` from what was delivered ``(C, *cut.read.size)``."""
     x, y, z = (
         plan_axis(voxels, size, float(step), float(shift))
         for voxels, size, step, shift in zip(image_CXYZ.shape[1:], cut.size, cut.step, cut.shift, strict=True)
@@ -101,12 +114,12 @@ def resampled(image_CXYZ: npt.NDArray[np.float32], cut: Cut) -> npt.NDArray[np.f
 
 
 def cut_from(image_CXYZ: npt.NDArray[np.float32], cut: Cut, padding: list[float]) -> npt.NDArray[np.float32]:
-    """The cube's voxels ``(C, *cut.size)`` from a scan in memory, as the loader delivers and resamples them.
+    """Return the cube's voxels ``(C, *cut.size)`` from a scan in memory, as the loader delivers and resamples them.
 
     Args:
-        image_CXYZ: mapped intensities of the whole scan.
-        cut: where the cube lies.
-        padding: value of each channel beyond the scan.
+        image_CXYZ: Mapped intensities of the whole scan.
+        cut: Where the cube lies.
+        padding: Value of each channel beyond the scan.
     """
     read, shape = cut.read, image_CXYZ.shape[1:]
     crop = np.empty((len(image_CXYZ), *read.footprint), dtype=np.float32)
@@ -131,12 +144,13 @@ class CubeSampler:
     """Draws one cube per sample, with the class of its scan.
 
     Attributes:
-        cube: what the network sees.
-        around_label: around the centre of mass of the label, where a scan has one, instead of the middle of the scan.
-        classes: class names in the order of their numbers.
-        shift_ratio: share of the cube's edge by which it is moved at most, along each axis.
-        affine_prob: share of the cubes that are cut larger, for an affine change whose corners must hold voxels.
-        margin_ratio: how much larger on each side, relative to the cube.
+        cube: What the network sees.
+        around_label: Whether cubes lie around the centre of mass of the label, where a scan has one, instead of the
+            middle of the scan.
+        classes: Names of the classes in the order of their numbers.
+        shift_ratio: Largest share of the cube's edge by which it is moved along each axis.
+        affine_prob: Share of the cubes that are cut larger, for an affine change whose corners must hold voxels.
+        margin_ratio: How much larger such a cube is on each side, relative to its edge.
     """
 
     cube: Cube
@@ -179,13 +193,13 @@ class CubeFinisher:
     """Makes of what was read the cube itself, and varies it; can be sent to worker processes.
 
     Attributes:
-        augment: varies ``image`` ``(1, C, *size)`` together with a label map; None leaves it.
+        augment: Varies ``image`` ``(1, C, *size)`` together with a label map; None leaves it.
     """
 
     augment: Augment | None = None
 
     def __call__(self, sample: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        """``image`` ``(1, C, *size)`` and ``class`` ``(1,)`` of a sample of :class:`CubeSampler`."""
+        """Return ``image`` ``(1, C, *size)`` and ``class`` ``(1,)`` of a sample of :class:`CubeSampler`."""
         image = sample["image"][0].numpy()
         x, y, z = (int(voxels) for voxels in sample["size"])
         shape = _triple(np.array(image.shape[1:]))
@@ -200,3 +214,45 @@ class CubeFinisher:
 def _triple(values: npt.NDArray[np.int64]) -> Triple:
     x, y, z = (int(value) for value in values)
     return x, y, z
+
+
+def has_labels(scans: Sequence[CachedScan]) -> bool:
+    """Whether every scan has a label map with a structure in it."""
+    return all(any(len(voxels) for voxels in scan.class_locations.values()) for scan in scans)
+
+
+def planned_edges_mm(scans: Sequence[CachedScan], around_label: bool) -> Spacing:
+    """Return the edges of a box that holds 95 % of the scans along each axis, or of their labels and a margin."""
+    ratio = CONTEXT_RATIO if around_label else 1.0
+    edges = np.percentile(_extents_mm(scans, around_label), COVERED_PERCENT, axis=0) * ratio
+    x, y, z = (round(float(edge), 1) for edge in edges)
+    return x, y, z
+
+
+def planned_size(scans: Sequence[CachedScan], multiple: Triple, edges_mm: Spacing | None) -> Triple:
+    """Return the voxels of a box at the median scan's voxel size, limited along each axis.
+
+    Args:
+        scans: The training scans.
+        multiple: What sizes must be multiples of, along each axis.
+        edges_mm: Edges of the box in millimetres; None for whole scans.
+    """
+    voxels = [median(scan.shape[axis] for scan in scans) for axis in range(3)]
+    if edges_mm is not None:
+        voxels = [edge / median(scan.spacing_mm[axis] for scan in scans) for axis, edge in enumerate(edges_mm)]
+    return round_up(voxels, multiple, LARGEST_PLANNED_EDGE)
+
+
+def covered_ratio(edges_mm: Spacing, scans: Sequence[CachedScan], around_label: bool) -> float:
+    """Return the share of the scans, or of their labels, that a box holds along every axis."""
+    inside = _extents_mm(scans, around_label) <= np.array(edges_mm) + 1e-6
+    return float(inside.all(axis=1).mean())
+
+
+def _extents_mm(scans: Sequence[CachedScan], around_label: bool) -> npt.NDArray[np.float64]:
+    """Return the extent (N, 3) of each scan, or of what is labelled in it, in millimetres."""
+    voxels = [
+        np.ptp(np.concatenate(list(scan.class_locations.values())), axis=0) + 1 if around_label else scan.shape
+        for scan in scans
+    ]
+    return np.array(voxels) * np.array([scan.spacing_mm for scan in scans])

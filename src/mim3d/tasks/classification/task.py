@@ -15,18 +15,19 @@ from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.splits import Split
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks.classification.cube_plan import (
+from mim3d.tasks.augmentation import Augmentation
+from mim3d.tasks.classification.cubes import (
+    Cube,
+    CubeFinisher,
+    CubeSampler,
     covered_ratio,
     has_labels,
     planned_edges_mm,
     planned_size,
-    planned_whole_size,
 )
-from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler
 from mim3d.tasks.contract import ExportForm, LogitsProgram, PredictionSettings, Predictor, Task, TrainedNetwork
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
-from mim3d.tasks.frozen import check_freezing, freezing_lines
-from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels
+from mim3d.tasks.freezing import check_freezing, freezing_lines
 from mim3d.training.schedule import Optimisation
 
 
@@ -35,28 +36,28 @@ class Classification(Task):
     """Settings of the classification task.
 
     Attributes:
-        fit: `box`: a box of `cube_mm` is cut from every scan, so that all are seen on one scale; `scan`: the whole
-            scan is stretched onto `size`, for stacks of pictures whose voxel size nobody knows.
-        cube_mm: edge of the box in millimetres, or its edges along X, Y, Z; None plans what holds 95 % of the training
+        fit: `box` cuts a box of `cube_mm` from every scan, so that all are seen on one scale; `scan` stretches the
+            whole scan onto `size`, for stacks of images whose voxel size nobody knows.
+        cube_mm: Edge of the box in millimetres, or its edges along X, Y, Z. None plans what holds 95 % of the training
             scans along each axis (around labels: one and a half times what holds 95 % of the labelled structures).
-        size: voxels the network sees, multiples of the encoder's token edge; None plans them: the voxels of the median
-            training scan, at most 96 along each axis.
-        centre: the middle of the box: of the `scan`, or the centre of mass of its `label`; None plans the label where
+        size: Voxels that the network sees, multiples of the encoder's token edge. None plans them: the voxels of the
+            median training scan, at most 96 along each axis.
+        centre: Middle of the box: that of the `scan`, or the centre of mass of its `label`. None plans the label where
             every training scan has one. Scans to be predicted then need theirs too.
-        shift_ratio: share of the box's edge by which it is moved at most, in training, along each axis.
+        shift_ratio: Largest share of the box's edge by which it is moved in training, along each axis.
         pooling: `mean` of the encoder's tokens, or a weighted mean with learned weights (`attention`).
-        class_weights: weight of each class in the loss, in the order of their names; `balanced`: by the inverse of
+        class_weights: Weight of each class in the loss, in the order of their names; `balanced` takes the inverse of
             the number of its training scans.
-        dropout: share of the pooled features that a training step leaves out.
-        label_smoothing: share of the target that is spread over all classes.
-        augmentation: how boxes are varied. Where size tells classes apart, keep zoom_ratio small.
-        freeze_encoder: train pooling and the last layer alone (linear probing).
-        unfreeze_ratio: share of training after which the whole encoder learns; until then its layers begin to, one
+        dropout: Share of the pooled features that a training step leaves out.
+        label_smoothing: Share of the target that is spread over all classes.
+        augmentation: How boxes are varied. Where size tells classes apart, keep zoom_ratio small.
+        freeze_encoder: Whether pooling and the last layer alone are trained (linear probing).
+        unfreeze_ratio: Share of training after which the whole encoder learns; until then its layers begin to, one
             after the other, from its output down to the stem. None lets all of it learn from the beginning.
-        mirror_axes: axes (0 X, 1 Y, 2 Z) mirrored at prediction, in every combination; among the augmentation's flip
+        mirror_axes: Axes (0 X, 1 Y, 2 Z) mirrored at prediction, in every combination; among the augmentation's flip
             axes.
-        class_counts: class -> training scans, filled in by the plan.
-        covered: share of the training scans (or labelled structures) that the box holds whole, filled in by the plan.
+        class_counts: Class -> number of its training scans, filled in by the plan.
+        covered: Share of the training scans (or labelled structures) that the box holds whole, filled in by the plan.
     """
 
     fit: Literal["box", "scan"] = "box"
@@ -107,10 +108,10 @@ class Classification(Task):
         )
 
     def checked(self, backbone: Backbone) -> "Classification":
-        """These settings, once it is known that the size fits the backbone's tokens.
+        """Return these settings, once it is known that the size fits the backbone's tokens.
 
         Raises:
-            ConfigError: naming the axis at fault and the sizes that fit.
+            ConfigError: The size does not fit. The sentence names the axis at fault and sizes that do.
         """
         if self.size is not None:
             check_multiple(_whole(self.size), backbone.input_multiple, "size")
@@ -120,8 +121,8 @@ class Classification(Task):
         """Refuse cases without a class or an asked-for label, classes held out alone, and weights that do not fit.
 
         Raises:
-            DataError: naming the cases or classes.
-            ConfigError: for class weights.
+            DataError: The sentence names the cases or classes.
+            ConfigError: Class weights do not fit the classes.
         """
         missing = [case.id for case in (*split.train, *split.val) if case.class_name is None]
         if missing:
@@ -151,10 +152,10 @@ class Classification(Task):
             )
 
     def classes_of(self, scans: Cache) -> dict[int, str]:
-        """Number -> name of every class, sorted by name.
+        """Return number -> name of every class, sorted by name.
 
         Raises:
-            DataError: fewer than two.
+            DataError: There are fewer than two.
         """
         names = sorted({name for scan in scans if (name := scan.case.class_name) is not None})
         if len(names) < 2:
@@ -162,28 +163,29 @@ class Classification(Task):
         return dict(enumerate(names))
 
     def planned(self, backbone: Backbone, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> "Classification":
-        """These settings with box, size, centre, flip axes and class weights filled in.
+        """Return these settings with box, size, centre, flip axes and class weights filled in.
 
         Args:
-            backbone: the encoder's recipe.
-            scans: the training scans.
-            labels: number of each class -> its name.
+            backbone: Settings of the encoder.
+            scans: The training scans.
+            labels: Number of each class -> its name.
+
         Raises:
-            ConfigError: when the size does not fit the backbone, or boxes would be mirrored as they never were.
+            ConfigError: The size does not fit the backbone, or boxes would be mirrored as they never were.
         """
         placed = self._placed(backbone, scans)
         voxel_mm = placed.cube().voxel_mm or (1.0, 1.0, 1.0)
         # The names of classes may name sides too, the first one's included, which for label maps is the background.
         named = {value + 1: name for value, name in labels.items()}
         augmentation = self.augmentation.planned(named, voxel_mm)
-        self._check_mirrors(augmentation, named)
+        augmentation.check_mirrors(self.mirror_axes, named, "class")
         counts = {name: sum(scan.case.class_name == name for scan in scans) for _, name in sorted(labels.items())}
         weights = self.class_weights if self.class_weights != "balanced" else _balanced(list(counts.values()))
         planned = replace(placed, augmentation=augmentation, class_weights=weights, class_counts=counts)
         return planned.checked(backbone)
 
     def summary(self) -> list[str]:
-        """Lines printed before training: the box, how it is varied, and the classes."""
+        """Return the lines that are printed before training: the box, how it is varied, and the classes."""
         cube = self.cube()
         voxels = " x ".join(map(str, cube.size))
         if cube.voxel_mm is None:
@@ -204,7 +206,7 @@ class Classification(Task):
         return [box, f"boxes are {self.augmentation.describe()}", f"classes: {classes}", *frozen]
 
     def sampler(self) -> CubeSampler:
-        """One box per sample."""
+        """Return what draws one box per sample."""
         varied = self.augmentation
         return replace(
             self.exact_sampler(tuple(self.class_counts or ())),
@@ -214,17 +216,19 @@ class Classification(Task):
         )
 
     def exact_sampler(self, classes: tuple[str, ...]) -> CubeSampler:
-        """The same box of every scan each time, as validation and prediction see it."""
+        """Return what gives the same box of every scan each time, as validation and prediction see it."""
         return CubeSampler(self.cube(), self.centre == "label", classes)
 
     def augment(self) -> CubeFinisher:
-        """The planned variation of boxes."""
+        """Return the planned variation of boxes."""
+        from mim3d.tasks.transforms import Augmenter
+
         cube = self.cube()
         return CubeFinisher(Augmenter(self.augmentation, cube.size, cube.voxel_mm or (1.0, 1.0, 1.0)))
 
     def build(self, backbone: Backbone, labels: Mapping[int, str]) -> Objective:
-        """Encoder, pooling and last layer, freshly initialised."""
-        from mim3d.tasks.classification.objective import ClassificationObjective
+        """Build encoder, pooling and last layer, freshly initialised."""
+        from mim3d.tasks.classification.network import ClassificationObjective
 
         objective = ClassificationObjective(
             backbone.build(),
@@ -247,20 +251,18 @@ class Classification(Task):
         intensity: Intensity,
         labels: Mapping[int, str],
     ) -> dict[str, float]:
-        """AUC, accuracy, balanced accuracy and macro F1 over the scans, without mirroring.
+        """Return AUC, accuracy, balanced accuracy and macro F1 over the scans, without mirroring.
 
         Where several scans share a patient and all of a patient's are of one class, the same for patients by the mean
         of their scans' probabilities, as ``auc_patient`` and so on.
         """
-        from mim3d.tasks.classification.objective import ClassificationObjective
         from mim3d.tasks.classification.validation import scores_of_scans
 
-        assert isinstance(objective, ClassificationObjective)
         sampler = self.exact_sampler(tuple(name for _, name in sorted(labels.items())))
         return scores_of_scans(objective, scans, sampler, intensity)
 
     def validation_bytes(self, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> int:
-        """Nothing of a scan's size is held: boxes are validated as they are trained."""
+        """Return 0: nothing of a scan's size is held, as boxes are validated as they are trained."""
         return 0
 
     def predictor(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> Predictor:
@@ -294,10 +296,10 @@ class Classification(Task):
         )
 
     def cube(self) -> Cube:
-        """The box that the network sees.
+        """Return the box that the network sees.
 
         Raises:
-            ConfigError: it is not planned yet.
+            ConfigError: It is not planned yet.
         """
         if self.size is None or (self.fit == "box" and self.cube_mm is None):
             raise ConfigError("cube_mm and size are not planned yet; give them, such as 48 and [32, 32, 32].")
@@ -308,9 +310,9 @@ class Classification(Task):
         return Cube((x, y, z), (a, b, c))
 
     def _placed(self, backbone: Backbone, scans: Sequence[CachedScan]) -> "Classification":
-        """With box, size and centre filled in."""
+        """Return these settings with box, size and centre filled in."""
         if self.fit == "scan":
-            size = planned_whole_size(scans, backbone.input_multiple) if self.size is None else self.size
+            size = planned_size(scans, backbone.input_multiple, None) if self.size is None else self.size
             return replace(self, size=_whole(size), centre="scan")
         centre: Literal["scan", "label"] = self.centre or ("label" if has_labels(scans) else "scan")
         around_label = centre == "label"
@@ -320,23 +322,13 @@ class Classification(Task):
                 "leave these scans out."
             )
         x, y, z = planned_edges_mm(scans, around_label) if self.cube_mm is None else _three(self.cube_mm)
-        size = planned_size((x, y, z), scans, backbone.input_multiple) if self.size is None else self.size
+        size = planned_size(scans, backbone.input_multiple, (x, y, z)) if self.size is None else self.size
         covered = covered_ratio((x, y, z), scans, around_label)
         return replace(self, cube_mm=(x, y, z), size=_whole(size), centre=centre, covered=covered)
 
-    def _check_mirrors(self, augmentation: Augmentation, named: Mapping[int, str]) -> None:
-        unseen = set(self.mirror_axes) - set(augmentation.flip_axes or ())
-        if unseen:
-            sided = sided_labels(named, min(unseen))
-            reason = f" (left out because of the class '{sided[0]}')" if sided else ""
-            raise ConfigError(
-                f"mirror_axes names axis {min(unseen)}, which is none of the augmentation's flip axes "
-                f"{list(augmentation.flip_axes or ())}{reason}; leave it out, or set augmentation.flip_axes."
-            )
-
 
 def _balanced(counts: Sequence[int]) -> tuple[float, ...]:
-    """Weights by the inverse of the number of scans, whose mean over the scans is 1."""
+    """Return weights by the inverse of the number of scans, whose mean over the scans is 1."""
     known = [count for count in counts if count]
     return tuple(sum(known) / (len(known) * count) if count else 0.0 for count in counts)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,6 @@ from mim3d.loading.samples import SampleDataset
 from mim3d.metrics import Bootstrap, classification_scores
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.cubes import CubeFinisher, CubeSampler
-from mim3d.tasks.classification.objective import ClassificationObjective
 
 #: Voxels of the boxes that go through the network together.
 _BATCH_VOXELS = 2 * 96**3
@@ -23,20 +23,20 @@ SCORES = ("auc", "accuracy", "balanced_accuracy", "f1_macro")
 
 
 def batch_size_for(size: Triple) -> int:
-    """Boxes that go through the network together where nobody says how many."""
+    """Return how many boxes go through the network together where nobody says so."""
     return max(1, min(32, _BATCH_VOXELS // math.prod(size)))
 
 
 def scores_of_scans(
-    objective: ClassificationObjective, scans: Sequence[CachedScan], sampler: CubeSampler, intensity: Intensity
+    objective: Any, scans: Sequence[CachedScan], sampler: CubeSampler, intensity: Intensity
 ) -> dict[str, float]:
-    """Scores of a network over scans, and over patients (``<score>_patient``) where those have a class of their own.
+    """Return scores over scans, and over patients (``<score>_patient``) where those have a class of their own.
 
     Args:
-        objective: in evaluation mode.
-        scans: of the cache, each with a class.
-        sampler: gives the same box of a scan each time.
-        intensity: mapping of stored intensities to network input.
+        objective: A module with ``probabilities`` of boxes, in evaluation mode.
+        scans: Scans of the cache, each with a class.
+        sampler: Gives the same box of a scan each time.
+        intensity: Mapping of stored intensities to network input.
     """
     device = next(objective.parameters()).device
     probabilities, classes = [], []
@@ -58,15 +58,15 @@ def scores_of_scans(
 def class_scores(
     probabilities_NK: npt.NDArray[np.float64], classes_N: npt.NDArray[np.int64], patients: Sequence[str]
 ) -> dict[str, float]:
-    """Scores over scans, and over patients (``<score>_patient``), by their mean probabilities, where those differ.
+    """Return scores over scans, and over patients (``<score>_patient``) by mean probabilities, where those differ.
 
     Patients are scored where some have several scans and none has scans of several classes, as then no class would be
     theirs. An AUC that is not defined, as one class alone is there, is 0.5.
 
     Args:
-        probabilities_NK: of K classes.
-        classes_N: the true ones.
-        patients: whose scan each is.
+        probabilities_NK: Probabilities of K classes for each of N scans.
+        classes_N: Number of the true class of each.
+        patients: Patient whose scan each is.
     """
     found = {"": _mean_scores(probabilities_NK, classes_N, patients, by_patient=False)}
     classes_of: dict[str, set[int]] = {}

@@ -7,7 +7,7 @@ import numpy as np
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.loading.samples import Crop, Sample
-from mim3d.tasks.segmentation.partial_labels import PartialLabels
+from mim3d.tasks.segmentation.targets import PartialLabels
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class CropSampler:
     """Draws one crop per sample.
 
     Attributes:
-        patch_size: voxels the network sees.
-        positive_ratio: share of the crops centred on a voxel of a random class; the others lie anywhere in the scan.
-        affine_prob: share of the crops that are read larger, for an affine change whose corners must hold voxels.
-        margin_ratio: how much larger such a crop is read on each side, relative to the patch.
-        ignore_label: label value that no crop is centred on.
-        partial: channels that each case has annotations of, where cases are annotated in part.
+        patch_size: Voxels that the network sees.
+        positive_ratio: Share of the crops centred on a voxel of a random class; the others lie anywhere in the scan.
+        affine_prob: Share of the crops that are read larger, for an affine change whose corners must hold voxels.
+        margin_ratio: How much larger such a crop is read on each side, relative to the patch.
+        ignore_label: Label value that no crop is centred on.
+        partial: Gives the channels that a case has annotations of, where cases are annotated in part.
     """
 
     patch_size: Triple
@@ -34,7 +34,7 @@ class CropSampler:
         """Draw a crop from the scan's shape and class locations alone.
 
         Batch keys: ``image`` ``(1, C, *size)`` and ``label`` ``(1, *size)``; ``size`` is the patch, or the larger crop
-        from which :class:`~mim3d.tasks.segmentation.augmentation.Augmenter` cuts it. Where cases are annotated in part
+        from which :class:`~mim3d.tasks.transforms.Augmenter` cuts it. Where cases are annotated in part
         also ``annotated`` ``(K,)``.
         """
         centre = self._positive_centre(scan, rng) if rng.random() < self.positive_ratio else None
@@ -48,13 +48,11 @@ class CropSampler:
             origin, size = [int(voxel) for voxel in np.array(origin) - margin], size + 2 * margin
         footprint = (int(size[0]), int(size[1]), int(size[2]))
         read = Crop((origin[0], origin[1], origin[2]), footprint, footprint)
-        return Sample(images={"image": (read,)}, labels={"label": (read,)}, arrays=self._annotated(scan))
-
-    def _annotated(self, scan: CachedScan) -> dict[str, np.ndarray]:
-        return {} if self.partial is None else {"annotated": np.array(self.partial.channels(scan.case))}
+        arrays = {} if self.partial is None else {"annotated": np.array(self.partial.channels(scan.case))}
+        return Sample(images={"image": (read,)}, labels={"label": (read,)}, arrays=arrays)
 
     def _positive_centre(self, scan: CachedScan, rng: np.random.Generator) -> np.ndarray | None:
-        """A voxel of a random class of the scan: rare and small structures are seen as often as large ones."""
+        """Draw a voxel of a random class of the scan: rare and small structures are seen as often as large ones."""
         locations = scan.class_locations
         classes = sorted(
             value for value, places in locations.items() if value not in (0, self.ignore_label) and len(places)
@@ -67,13 +65,13 @@ class CropSampler:
 
 
 def place_crop(voxels: int, size: int, centre: int | None, rng: np.random.Generator) -> int:
-    """First voxel of a crop along one axis: inside the scan, or covering all of a scan that is smaller.
+    """Return the first voxel of a crop along one axis: inside the scan, or covering all of a scan that is smaller.
 
     Args:
-        voxels: of the scan along this axis.
-        size: of the crop.
-        centre: voxel in the middle of the crop, moved no further than the scan's border asks; None draws a place.
-        rng: drawn from where the place is open.
+        voxels: Number of voxels of the scan along this axis.
+        size: Number of voxels of the crop.
+        centre: Voxel in the middle of the crop, moved no further than the scan's border asks; None draws a place.
+        rng: Generator that the place is drawn from where it is open.
     """
     low, high = min(0, voxels - size), max(0, voxels - size)
     if centre is None or voxels < size:

@@ -22,14 +22,14 @@ class LossWeights:
     """What the loss is made of.
 
     Attributes:
-        dice: weight of the Dice loss (Milletari et al. 2016).
-        cross_entropy: weight of the cross-entropy.
-        focal: weight of the focal loss (Lin et al. 2017).
-        focal_gamma: its exponent.
-        top_k_ratio: share of the voxels, those of the highest cross-entropy, that count in it.
-        classes: weight of labels by name in cross-entropy and focal loss; those not named weigh 1.
-        background_in_dice: whether the background counts in the Dice loss.
-        batch_dice: one Dice over the whole batch instead of one per crop.
+        dice: Weight of the Dice loss (Milletari et al. 2016).
+        cross_entropy: Weight of the cross-entropy.
+        focal: Weight of the focal loss (Lin et al. 2017).
+        focal_gamma: Exponent of the focal loss.
+        top_k_ratio: Share of the voxels, those of the highest cross-entropy, that count in it.
+        classes: Weight of labels by name in cross-entropy and focal loss; those not named weigh 1.
+        background_in_dice: Whether the background counts in the Dice loss.
+        batch_dice: Whether there is one Dice over the whole batch instead of one per crop.
     """
 
     dice: float = 1.0
@@ -46,8 +46,8 @@ class SegmentationLoss(nn.Module):
     """The terms of the loss of one map of logits.
 
     Args:
-        targets: what the channels stand for.
-        weights: what the loss is made of.
+        targets: What the channels stand for.
+        weights: What the loss is made of.
     """
 
     def __init__(self, targets: Targets, weights: LossWeights) -> None:
@@ -66,12 +66,12 @@ class SegmentationLoss(nn.Module):
     def forward(
         self, logits_BKXYZ: Tensor, label_BXYZ: Tensor, annotated_BK: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Terms by name (``dice``, ``cross_entropy``, ``focal``), unweighted; those of weight 0 are left out.
+        """Return terms by name (``dice``, ``cross_entropy``, ``focal``), unweighted; those of weight 0 are left out.
 
         Args:
-            logits_BKXYZ: float32.
-            label_BXYZ: label values.
-            annotated_BK: channels that each sample has annotations of; None for all.
+            logits_BKXYZ: Logits, float32.
+            label_BXYZ: Label values.
+            annotated_BK: Whether each sample has annotations of each channel; None for all.
         """
         channels, known = channels_of(label_BXYZ, self.table), self.targets.known(label_BXYZ)
         if annotated_BK is not None:
@@ -89,7 +89,7 @@ class SegmentationLoss(nn.Module):
         return terms
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms."""
+        """Return the weighted sum of the terms."""
         weights = {"dice": self.weights.dice, "cross_entropy": self.weights.cross_entropy, "focal": self.weights.focal}
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
@@ -129,13 +129,13 @@ class SegmentationLoss(nn.Module):
 
 
 def head_weights(number: int) -> Sequence[float]:
-    """Weights 1, 1/2, 1/4, ... of the heads of deep supervision, finest first, as shares of one."""
+    """Return weights 1, 1/2, 1/4, ... of the heads of deep supervision, finest first, as shares of one."""
     raw = [0.5**index for index in range(number)]
     return [weight / math.fsum(raw) for weight in raw]
 
 
 def _mean(values: Tensor, weights: Tensor, ratio: float) -> Tensor:
-    """Weighted mean, of the share of voxels with the highest values; 0 where no voxel has a weight."""
+    """Return the weighted mean, of the share of voxels with the highest values; 0 where no voxel has a weight."""
     if ratio < 1:
         top = (values.detach() * weights).flatten().topk(max(1, int(ratio * values.numel()))).indices
         values, weights = values.flatten()[top], weights.flatten()[top]

@@ -1,4 +1,7 @@
-"""What each output channel of a segmenter stands for: one of several labels, or a region that may lie in another."""
+"""What each output channel of a segmenter stands for: one of several labels, or a region that may lie in another.
+
+Cases may be annotated in part: a list says which labels their maps hold, and the others are unknown there.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mim3d.core.errors import ConfigError
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.settings import nearest
+from mim3d.datasets.cases import Case
 
 # Shape suffixes: B samples, K channels, X Y Z space.
 
@@ -23,12 +28,12 @@ class Targets:
     """The channels of a segmenter, and the way from label values to them and back.
 
     Attributes:
-        names: of the channels.
-        members: label values that belong to each channel.
-        label_values: label value that each channel gives.
-        activation: "softmax", every voxel belongs to one channel, the first of which is the background; or "sigmoid",
-            every channel is a region for itself.
-        ignore_label: label value of voxels about which nothing is known.
+        names: Names of the channels.
+        members: Label values that belong to each channel.
+        label_values: Label value that each channel gives in predictions.
+        activation: ``softmax``, every voxel belongs to one channel, the first of which is the background; or
+            ``sigmoid``, every channel is a region for itself.
+        ignore_label: Label value of voxels about which nothing is known.
     """
 
     names: tuple[str, ...]
@@ -44,13 +49,13 @@ class Targets:
         return dict(list(zip(self.names, self.members, strict=True))[first:])
 
     def probabilities(self, logits: Tensor, dim: int = 0) -> Tensor:
-        """Probability of each channel, of logits whose axis ``dim`` holds the channels."""
+        """Return the probability of each channel, of logits whose axis ``dim`` holds the channels."""
         return torch.softmax(logits, dim) if self.activation == "softmax" else torch.sigmoid(logits)
 
     def labels_of(self, probabilities_K: Tensor) -> Tensor:
-        """Label values ``(...)`` int64 of probabilities ``(K, ...)``.
+        """Return label values ``(...)`` int64 of probabilities ``(K, ...)``.
 
-        One of several labels: the most probable, the lower one of equals. Regions paint their label value one after the
+        One of several labels: the most probable, the lower one of equals. Regions set their label value one after the
         other, in their order, where they are more probable than not (as nnU-Net does with ``regions_class_order``).
         """
         label_values = torch.tensor(self.label_values, device=probabilities_K.device)
@@ -63,7 +68,7 @@ class Targets:
         return labels
 
     def table(self) -> Tensor:
-        """Channels of each label value, as 0 or 1, ``(values, K)`` float32."""
+        """Return the channels of each label value, as 0 or 1, ``(values, K)`` float32."""
         values = [value for members in self.members for value in members]
         table = torch.zeros(max([*values, self.ignore_label or 0]) + 1, len(self.members))
         for channel, members in enumerate(self.members):
@@ -71,12 +76,12 @@ class Targets:
         return table
 
     def known(self, label: Tensor) -> Tensor | None:
-        """Voxels about which something is known, as booleans in the shape of ``label``; None where all are."""
+        """Return the voxels about which something is known, as booleans shaped like ``label``; None where all are."""
         return None if self.ignore_label is None else label != self.ignore_label
 
 
 def exclusive_targets(labels: Mapping[int, str], ignore_label: int | None) -> Targets:
-    """One channel per label: the background first, then the others in rising order of their values."""
+    """Return one channel per label: the background first, then the others in rising order of their values."""
     values = (0, *sorted(value for value in labels if value not in (0, ignore_label)))
     return Targets(
         names=tuple(labels.get(value, "background" if value == 0 else str(value)) for value in values),
@@ -94,15 +99,16 @@ def region_targets(
     region_values: Sequence[int] | None,
     ignore_label: int | None,
 ) -> Targets:
-    """One channel per region, in the order given.
+    """Return one channel per region, in the order given.
 
     Args:
-        regions: name -> label values that belong to it.
-        labels: label value -> name of the data set.
-        region_values: label value that each region gives; None derives them, see :func:`derived_values`.
-        ignore_label: label value of voxels about which nothing is known.
+        regions: Name -> label values that belong to it.
+        labels: Label value -> name of the data set.
+        region_values: Label value that each region gives; None derives them, see :func:`derived_values`.
+        ignore_label: Label value of voxels about which nothing is known.
+
     Raises:
-        ConfigError: a label value that the data set lacks, or values that cannot be derived.
+        ConfigError: The data set lacks a label value, or values cannot be derived.
     """
     for name, members in regions.items():
         for value in members:
@@ -119,12 +125,12 @@ def region_targets(
 
 
 def derived_values(regions: Mapping[str, Sequence[int]]) -> list[int]:
-    """The label value that each region gives: the one of its own that no later region covers.
+    """Return the label value that each region gives: the one of its own that no later region covers.
 
     Whole tumour [1, 2, 3], tumour core [2, 3] and enhancing tumour [3] give 1, 2 and 3.
 
     Raises:
-        ConfigError: where a region has no such value, or several.
+        ConfigError: A region has no such value, or several.
     """
     names, values = list(regions), []
     for index, name in enumerate(names):
@@ -141,10 +147,49 @@ def derived_values(regions: Mapping[str, Sequence[int]]) -> list[int]:
 
 
 def channels_of(label_BXYZ: Tensor, table: Tensor) -> Tensor:
-    """Label values as channels ``(B, K, X, Y, Z)`` of 0 and 1.
+    """Return label values as channels ``(B, K, X, Y, Z)`` of 0 and 1.
 
     Args:
-        label_BXYZ: label values.
-        table: from :meth:`Targets.table`, on the same device.
+        label_BXYZ: Label values.
+        table: The table of :meth:`Targets.table`, on the same device.
     """
     return F.embedding(label_BXYZ, table).movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class PartialLabels:
+    """Which channels of a network a case has annotations of.
+
+    Attributes:
+        members: Label values that belong to each channel.
+        names: Label value -> name of the data set.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    names: Mapping[int, str]
+
+    def channels(self, case: Case) -> tuple[bool, ...]:
+        """Return for each channel whether all of its label values were annotated; the background always was."""
+        values = annotated_values(case, self.names)
+        return tuple(values is None or set(members) <= values for members in self.members)
+
+
+def annotated_values(case: Case, names: Mapping[int, str]) -> set[int] | None:
+    """Return the label values that a case has annotations of, with the background; None for all.
+
+    Raises:
+        DataError: The data set lacks a label that the case names.
+    """
+    if case.labelled is None:
+        return None
+    known = {**{str(value): value for value in names}, **{name: value for value, name in names.items()}}
+    for label in case.labelled:
+        if label not in known:
+            raise DataError(f"case {case.id} is said to have annotations of '{label}'.{nearest(label, known)}")
+    return {0, *(known[label] for label in case.labelled)}
+
+
+def are_partial(cases: Sequence[Case], names: Mapping[int, str]) -> bool:
+    """Whether any case is annotated in part; DataError is raised for a label that the data set lacks."""
+    found = [annotated_values(case, names) for case in cases]
+    return any(values is not None for values in found)

@@ -10,15 +10,22 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.settings import nearest
 from mim3d.core.types import Spacing, Triple
 from mim3d.inference import Windows
+from mim3d.loading.loader import Augment
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
+from mim3d.tasks.augmentation import Augmentation
 from mim3d.tasks.contract import ExportForm, LogitsProgram, PredictionSettings, Predictor, Task, TrainedNetwork
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
-from mim3d.tasks.frozen import check_freezing, freezing_lines
-from mim3d.tasks.segmentation.augmentation import Augmentation, Augmenter, sided_labels
+from mim3d.tasks.freezing import check_freezing, freezing_lines
 from mim3d.tasks.segmentation.crops import CropSampler
-from mim3d.tasks.segmentation.partial_labels import PartialLabels, are_partial
-from mim3d.tasks.segmentation.targets import Targets, derived_values, exclusive_targets, region_targets
+from mim3d.tasks.segmentation.targets import (
+    PartialLabels,
+    Targets,
+    are_partial,
+    derived_values,
+    exclusive_targets,
+    region_targets,
+)
 from mim3d.training.schedule import Optimisation
 
 #: Edge that a planned patch does not exceed.
@@ -30,34 +37,34 @@ class Segmentation(Task):
     """Settings of the segmentation task.
 
     Attributes:
-        patch_size: voxels of one crop, multiples of the encoder's token edge; None plans it: what holds the median
+        patch_size: Voxels of one crop, multiples of the encoder's token edge. None plans it: what holds the median
             training scan, at most 96 along each axis.
-        positive_ratio: share of crops centred on a voxel of a random class; the others lie anywhere.
-        feature_dim: channels of the decoder at full resolution, its most expensive level.
-        augmentation: how crops are varied.
-        background_in_dice: whether the background counts in the Dice loss.
-        batch_dice: one Dice over the whole batch instead of one per crop, so that crops without a structure
-            matter less.
-        dice_weight: weight of the Dice loss.
-        cross_entropy_weight: weight of the cross-entropy.
-        focal_weight: weight of the focal loss.
-        focal_gamma: its exponent: the larger, the less counts what is classified well.
-        top_k_ratio: share of the voxels, those of the highest cross-entropy, that count in it.
-        class_weights: weight of labels or regions by name in cross-entropy and focal loss; others weigh 1.
-        regions: name -> label values: structures that may lie in one another, each predicted for itself (sigmoid)
+        positive_ratio: Share of crops centred on a voxel of a random class; the others lie anywhere.
+        feature_dim: Number of channels of the decoder at full resolution, its most expensive level.
+        augmentation: How crops are varied.
+        background_in_dice: Whether the background counts in the Dice loss.
+        batch_dice: Whether there is one Dice over the whole batch instead of one per crop, so that crops without a
+            structure matter less.
+        dice_weight: Weight of the Dice loss.
+        cross_entropy_weight: Weight of the cross-entropy.
+        focal_weight: Weight of the focal loss.
+        focal_gamma: Exponent of the focal loss: the larger, the less counts what is classified well.
+        top_k_ratio: Share of the voxels, those of the highest cross-entropy, that count in it.
+        class_weights: Weight of labels or regions by name in cross-entropy and focal loss; others weigh 1.
+        regions: Name -> label values of structures that may lie in one another, each predicted for itself (sigmoid)
             instead of one label per voxel (softmax); from the largest to the smallest.
-        region_values: label value that each region gives in predictions, in their order, where one lies in another the
-            later one's; None derives them: the value that no later region covers.
-        ignore_label: label value of voxels that nothing is learned from, and that count in no score.
-        deep_supervision: whether coarser levels of the decoder learn too, with weights 1/2, 1/4, ...
-        freeze_encoder: whether the encoder stays as it is, so that only the decoder learns.
-        unfreeze_ratio: share of training after which the whole encoder learns; until then its layers begin to, one
+        region_values: Label value that each region gives in predictions, in their order; where one lies in another
+            that of the later one. None derives them: the value that no later region covers.
+        ignore_label: Label value of voxels that nothing is learned from, and that count in no score.
+        deep_supervision: Whether coarser levels of the decoder learn too, with weights 1/2, 1/4, ...
+        freeze_encoder: Whether the encoder stays as it is, so that only the decoder learns.
+        unfreeze_ratio: Share of training after which the whole encoder learns; until then its layers begin to, one
             after the other, from its output down to the stem. None lets all of it learn from the beginning.
-        overlap: share of a window that its neighbour sees too, in validation and prediction.
-        mirror_axes: axes (0 X, 1 Y, 2 Z) mirrored at prediction; among the augmentation's flip axes.
-        num_validation_cases: held-out cases scored at each validation; None for all.
-        spacing_mm: typical voxel size of the training scans, filled in by the plan.
-        partial_labels: label value -> name, filled in by the plan where some cases are annotated in part.
+        overlap: Share of a window that its neighbour sees too, in validation and prediction.
+        mirror_axes: Axes (0 X, 1 Y, 2 Z) mirrored at prediction; among the augmentation's flip axes.
+        num_validation_cases: Number of held-out cases scored at each validation; None for all.
+        spacing_mm: Typical voxel size of the training scans, filled in by the plan.
+        partial_labels: Label value -> name, filled in by the plan where some cases are annotated in part.
     """
 
     patch_size: Triple | None = None
@@ -144,10 +151,10 @@ class Segmentation(Task):
         )
 
     def checked(self, backbone: Backbone) -> "Segmentation":
-        """These settings, once it is known that the patch fits the backbone's tokens.
+        """Return these settings, once it is known that the patch fits the backbone's tokens.
 
         Raises:
-            ConfigError: naming the axis at fault and the sizes that fit.
+            ConfigError: The patch does not fit. The sentence names the axis at fault and sizes that do.
         """
         if self.patch_size is None:
             return self
@@ -164,7 +171,7 @@ class Segmentation(Task):
         """Refuse regions, weights or an ignored label that the data set lacks, where it declares any.
 
         Raises:
-            ConfigError: naming the label.
+            ConfigError: The sentence names the label.
         """
         if not labels:
             return
@@ -174,10 +181,10 @@ class Segmentation(Task):
                 raise ConfigError(f"class_weights names '{name}'.{nearest(name, targets.names)}")
 
     def planned(self, backbone: Backbone, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> "Segmentation":
-        """These settings with patch size, spacing, flip axes and angles filled in.
+        """Return these settings with patch size, spacing, flip axes and angles filled in.
 
         Raises:
-            ConfigError: when the patch does not fit the backbone, regions or weights name labels that there are not, or
+            ConfigError: The patch does not fit the backbone, regions or weights name labels that there are not, or
                 windows would be mirrored as crops never were.
         """
         x, y, z = (float(median(scan.spacing_mm[axis] for scan in scans)) for axis in range(3))
@@ -186,15 +193,7 @@ class Segmentation(Task):
         names = self.named_structures(labels)
         augmentation = self.augmentation.planned(names, spacing_mm)
         patch_size = self.patch_size or _patch_for([scan.shape for scan in scans], backbone.input_multiple)
-        unseen = set(self.mirror_axes) - set(augmentation.flip_axes or ())
-        if unseen:
-            axis = min(unseen)
-            sided = sided_labels(names, axis)
-            reason = f" (left out because of the label '{sided[0]}')" if sided else ""
-            raise ConfigError(
-                f"mirror_axes names axis {axis}, which is none of the augmentation's flip axes "
-                f"{list(augmentation.flip_axes or ())}{reason}; leave it out, or set augmentation.flip_axes."
-            )
+        augmentation.check_mirrors(self.mirror_axes, names, "label")
         planned = replace(
             self,
             patch_size=patch_size,
@@ -205,15 +204,15 @@ class Segmentation(Task):
         return planned.checked(backbone)
 
     def named_structures(self, labels: Mapping[int, str]) -> dict[int, str]:
-        """Names of labels and regions alike: a region, too, may lie on one side and must not be mirrored then.
+        """Return the names of labels and regions alike: a region, too, may lie on one side and is not mirrored then.
 
         Args:
-            labels: label value -> name; regions are added below 0.
+            labels: Label value -> name. Regions are added below 0.
         """
         return {**labels, **{-number: name for number, name in enumerate(self.regions or {}, start=1)}}
 
     def summary(self) -> list[str]:
-        """Lines printed before training: the crop, how it is varied, and what is learned apart from labels."""
+        """Return the lines that are printed before training: the crop, how it is varied, regions and partial labels."""
         size = " x ".join(map(str, self._patch_size()))
         lines = [
             f"crops of {size} voxels, {self.positive_ratio:.0%} of them around a structure",
@@ -228,7 +227,7 @@ class Segmentation(Task):
         return [*lines, *freezing_lines(self.freeze_encoder, self.unfreeze_ratio, "the decoder is")]
 
     def sampler(self) -> CropSampler:
-        """One crop per sample, around a structure or anywhere."""
+        """Return what draws one crop per sample, around a structure or anywhere."""
         augmentation, names = self.augmentation, self.partial_labels
         return CropSampler(
             self._patch_size(),
@@ -239,14 +238,19 @@ class Segmentation(Task):
             partial=None if names is None else PartialLabels(self.targets(names).members, names),
         )
 
-    def augment(self) -> Augmenter:
-        """The planned variation of crops."""
+    def augment(self) -> Augment:
+        """Return the planned variation of crops."""
+        from mim3d.tasks.transforms import Augmenter
+
         return Augmenter(self.augmentation, self._patch_size(), self.spacing_mm or (1.0, 1.0, 1.0))
 
     def build(self, backbone: Backbone, labels: Mapping[int, str]) -> Objective:
-        """Encoder, decoder and losses, freshly initialised."""
+        """Build encoder, decoder and losses, freshly initialised.
+
+        The module of a task of one's own that extends this one needs ``encoder``, ``targets`` and ``logits``.
+        """
         from mim3d.tasks.segmentation.losses import LossWeights
-        from mim3d.tasks.segmentation.objective import SegmentationObjective
+        from mim3d.tasks.segmentation.network import SegmentationObjective
 
         objective = SegmentationObjective(
             backbone.build(),
@@ -272,12 +276,13 @@ class Segmentation(Task):
         return objective
 
     def targets(self, labels: Mapping[int, str]) -> Targets:
-        """What the channels of the network stand for: regions, or one label each.
+        """Return what the channels of the network stand for: regions, or one label each.
 
         Args:
-            labels: label value -> name, background 0 included.
+            labels: Label value -> name, background 0 included.
+
         Raises:
-            ConfigError: a region or an ignored label that the data set lacks.
+            ConfigError: The data set lacks a region's label or the ignored one.
         """
         if self.ignore_label is not None and self.ignore_label not in labels:
             known = ", ".join(map(str, sorted(labels)))
@@ -294,7 +299,7 @@ class Segmentation(Task):
         batch_size: int = 4,
         mirror_axes: tuple[int, ...] | None = None,
     ) -> Windows:
-        """How scans are covered at prediction; what is None is taken from these settings."""
+        """Return how scans are covered at prediction; what is None is taken from these settings."""
         return Windows(
             patch_size=patch_size or self._patch_size(),
             overlap=self.overlap if overlap is None else overlap,
@@ -309,12 +314,12 @@ class Segmentation(Task):
         intensity: Intensity,
         labels: Mapping[int, str],
     ) -> dict[str, float]:
-        """Mean Dice per label or region and over them on the cached grid, without mirroring."""
-        from mim3d.tasks.segmentation.objective import SegmentationObjective
+        """Return the mean Dice per label or region and over them on the cached grid, without mirroring."""
         from mim3d.tasks.segmentation.validation import dice_of_scans
 
-        assert isinstance(objective, SegmentationObjective)
-        chosen = _spread(scans, self.num_validation_cases)
+        # Evenly spread over all scans: the same ones at every validation.
+        number = min(len(scans), self.num_validation_cases or len(scans))
+        chosen = [scans[index * len(scans) // number] for index in range(number)]
         return dice_of_scans(objective, chosen, intensity, self.windows(mirror_axes=()), labels)
 
     def predictor(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> Predictor:
@@ -351,14 +356,7 @@ class Segmentation(Task):
 
 
 def _patch_for(shapes: Sequence[Triple], multiple: Triple) -> Triple:
-    """The smallest patch of whole tokens that holds the median scan, limited along each axis."""
+    """Return the smallest patch of whole tokens that holds the median scan, limited along each axis."""
     middle = [median(shape[axis] for shape in shapes) for axis in range(3)]
     x, y, z = size = round_up(middle, multiple, LARGEST_PLANNED_EDGE)
     return (2 * x, 2 * y, 2 * z) if size == multiple else size
-
-
-def _spread(scans: Sequence[CachedScan], number: int | None) -> list[CachedScan]:
-    """``number`` scans evenly spread over the sequence: the same ones at every validation."""
-    if number is None or number >= len(scans):
-        return list(scans)
-    return [scans[index * len(scans) // number] for index in range(number)]

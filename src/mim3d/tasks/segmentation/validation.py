@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,37 +10,47 @@ import torch
 from mim3d.caching.scan import CachedScan
 from mim3d.inference import Windows, padding_values, sliding_logits
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks.segmentation.objective import SegmentationObjective
-from mim3d.tasks.segmentation.partial_labels import annotated_values
+from mim3d.tasks.segmentation.targets import Targets, annotated_values
 
 
 def dice_of_scans(
-    objective: SegmentationObjective,
+    objective: Any,
     scans: Sequence[CachedScan],
     intensity: Intensity,
     windows: Windows,
     labels: Mapping[int, str],
 ) -> dict[str, float]:
-    """Mean Dice of every label or region and over them.
+    """Return the mean Dice of every label or region and over them.
 
     A structure that is in neither map of a scan says nothing there and is left out, and so is one that a scan has no
     annotations of; the mean over structures leaves out those that no scan shows.
 
     Args:
-        objective: in evaluation mode.
-        scans: labelled scans of the cache.
-        intensity: mapping of stored intensities to network input.
-        windows: how the scans are covered.
-        labels: label value -> name.
+        objective: A module with ``targets`` and ``logits``, in evaluation mode.
+        scans: Labelled scans of the cache.
+        intensity: Mapping of stored intensities to network input.
+        windows: How the scans are covered.
+        labels: Label value -> name.
+
     Returns:
         ``dice``, and ``dice/<name>`` per structure that was seen.
     """
-    targets = objective.targets
+    targets: Targets = objective.targets
     scores: dict[str, list[float]] = {name: [] for name in targets.structures}
     for scan in scans:
-        predicted = _predicted(objective, scan, intensity, windows)
+        logits = sliding_logits(
+            objective.logits,
+            torch.from_numpy(intensity.apply(scan.to_values(scan.read((0, 0, 0), scan.shape)), scan.statistics)),
+            windows,
+            padding=padding_values(intensity, scan.statistics),
+            device=next(objective.parameters()).device,
+        )
+        predicted = targets.labels_of(targets.probabilities(logits)).numpy()
         reference = scan.read_label((0, 0, 0), scan.shape)
-        structures = _annotated(targets.structures, annotated_values(scan.case, labels))
+        known = annotated_values(scan.case, labels)
+        structures = {
+            name: members for name, members in targets.structures.items() if known is None or known.issuperset(members)
+        }
         for name, dice in dice_by_name(predicted, reference, structures, targets.ignore_label).items():
             if not math.isnan(dice):
                 scores[name].append(dice)
@@ -48,38 +59,19 @@ def dice_of_scans(
     return {"dice": float(np.mean(list(means.values()))) if means else 0.0, **named}
 
 
-def _predicted(
-    objective: SegmentationObjective, scan: CachedScan, intensity: Intensity, windows: Windows
-) -> np.ndarray:
-    image = intensity.apply(scan.to_values(scan.read((0, 0, 0), scan.shape)), scan.statistics)
-    logits = sliding_logits(
-        objective.logits,
-        torch.from_numpy(image),
-        windows,
-        padding=padding_values(intensity, scan.statistics),
-        device=next(objective.parameters()).device,
-    )
-    labels: np.ndarray = objective.labels_of(objective.probabilities(logits)).numpy()
-    return labels
-
-
-def _annotated(structures: Mapping[str, tuple[int, ...]], annotated: set[int] | None) -> dict[str, tuple[int, ...]]:
-    return {name: members for name, members in structures.items() if annotated is None or annotated.issuperset(members)}
-
-
 def dice_by_name(
     predicted: np.ndarray,
     reference: np.ndarray,
     structures: Mapping[str, Sequence[int]],
     ignore_label: int | None = None,
 ) -> dict[str, float]:
-    """Dice of each structure between two maps of one shape; NaN where neither holds it.
+    """Return the Dice of each structure between two maps of one shape; NaN where neither holds it.
 
     Args:
-        predicted: label values.
-        reference: label values.
-        structures: name -> label values that belong to it.
-        ignore_label: label value of the reference where nothing is counted.
+        predicted: Label values.
+        reference: Label values.
+        structures: Name -> label values that belong to it.
+        ignore_label: Label value of the reference where nothing is counted.
     """
     if ignore_label is not None:
         known = reference != ignore_label
@@ -98,7 +90,7 @@ def dice_by_name(
 
 
 def _places(label: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Flat map of label values as places in ``values``, counted from 1; all others are 0."""
+    """Return a flat map of label values as places in ``values``, counted from 1; all others are 0."""
     table = np.zeros(max([int(label.max(initial=0)), *values]) + 1, dtype=np.int64)
     table[list(values)] = np.arange(1, len(values) + 1)
     places: np.ndarray = table[label.ravel()]

@@ -33,8 +33,8 @@ from mim3d.planning.plan import FixedChoices, Plan, describe_intensity, plan_dat
 from mim3d.planning.scans import cached_sources, file_sources
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS
+from mim3d.tasks.augmentation import sided_labels
 from mim3d.tasks.contract import Task
-from mim3d.tasks.segmentation.augmentation import sided_labels
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.memory import StepMemory, can_be_known, usable_bytes
 from mim3d.training.schedule import Optimisation

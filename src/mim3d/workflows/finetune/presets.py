@@ -16,7 +16,7 @@ from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import Preset, find_preset
 from mim3d.datasets.splits import Split
 from mim3d.tasks import TASKS, create_task
-from mim3d.tasks.segmentation.augmentation import sided_labels
+from mim3d.tasks.augmentation import sided_labels
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.schedule import Optimisation
 from mim3d.workflows.finetune.settings import FinetuneSettings

@@ -20,7 +20,7 @@ from mim3d.distributed.processes import Processes
 from mim3d.objective import Objective
 from mim3d.tasks import TASKS, create_task
 from mim3d.tasks.contract import Task
-from mim3d.tasks.segmentation.partial_labels import are_partial
+from mim3d.tasks.segmentation.targets import are_partial
 from mim3d.tracking import TrackedRun
 from mim3d.training.checkpoint import load_best
 from mim3d.training.loop import train

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from mim3d.backbones.contract import Encoder
-from mim3d.objective import Batch, Objective, StepOutput
-from mim3d.tasks.frozen import Freezing
+from mim3d.objective import Batch, StepOutput
+from mim3d.tasks.freezing import FreezingObjective
 from mim3d.tasks.segmentation.losses import LossWeights, SegmentationLoss, head_weights
 from mim3d.tasks.segmentation.targets import Targets
 from mim3d.tasks.segmentation.unet import UNetDecoder
@@ -13,18 +13,18 @@ from mim3d.tasks.segmentation.unet import UNetDecoder
 # Shape suffixes: B samples, C channels of the input, K channels of the output, X Y Z space.
 
 
-class SegmentationObjective(Objective):
+class SegmentationObjective(FreezingObjective):
     """Encoder and U-Net decoder, trained with Dice and cross-entropy.
 
     Args:
-        encoder: gives the feature maps.
-        in_channels: channels of the input.
-        targets: what the channels of the output stand for.
-        feature_dim: channels of the decoder at full resolution.
-        weights: what the loss is made of.
-        deep_supervision: whether every resolution of the decoder has a head that learns too.
-        freeze_encoder: whether the encoder stays as it is.
-        unfreeze_ratio: share of training after which all of it learns, see ``Freezing``.
+        encoder: Gives the feature maps.
+        in_channels: Number of channels of the input.
+        targets: What the channels of the output stand for.
+        feature_dim: Number of channels of the decoder at full resolution.
+        weights: What the loss is made of.
+        deep_supervision: Whether every resolution of the decoder has a head that learns too.
+        freeze_encoder: Whether the encoder stays as it is.
+        unfreeze_ratio: Share of training after which all of it learns, see ``Freezing``.
     """
 
     def __init__(
@@ -39,9 +39,7 @@ class SegmentationObjective(Objective):
         freeze_encoder: bool = False,
         unfreeze_ratio: float | None = None,
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.freezing = Freezing(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
+        super().__init__(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
         self.targets = targets
         self.decoder = UNetDecoder(
             in_channels=in_channels,
@@ -53,38 +51,18 @@ class SegmentationObjective(Objective):
         )
         self.loss = SegmentationLoss(targets, weights)
 
-    def probabilities(self, logits: Tensor, dim: int = 0) -> Tensor:
-        """Probability of each channel, of logits whose axis ``dim`` holds the channels."""
-        return self.targets.probabilities(logits, dim)
-
-    def labels_of(self, probabilities_K: Tensor) -> Tensor:
-        """Label values ``(...)`` int64 of probabilities ``(K, ...)``."""
-        return self.targets.labels_of(probabilities_K)
-
-    def train(self, mode: bool = True) -> "SegmentationObjective":
-        """Training mode; what of the encoder is frozen stays in evaluation mode."""
-        super().train(mode)
-        if mode:
-            self.freezing.set_modes()
-        return self
-
     def logits(self, volume_BCXYZ: Tensor) -> Tensor:
-        """Logits ``(B, K, X, Y, Z)`` of the input; its axes must be multiples of the encoder's token edge."""
+        """Return logits ``(B, K, X, Y, Z)`` of the input; its axes must be multiples of the encoder's token edge."""
         logits: Tensor = self.decoder(volume_BCXYZ, self.features(volume_BCXYZ))
         return logits
 
-    def features(self, volume_BCXYZ: Tensor) -> list[Tensor]:
-        """The encoder's maps; without gradients where all of it is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.freezing.learns):
-            return self.encoder.feature_maps(volume_BCXYZ)
-
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """Weighted sum of the terms of the loss, each logged; with deep supervision their mean over the heads.
+        """Return the weighted sum of the terms of the loss, each logged; with deep supervision their mean over heads.
 
         Args:
             batch: ``image`` ``(B, 1, C, X, Y, Z)``, ``label`` ``(B, 1, X, Y, Z)`` in label values, and where cases are
                 annotated in part, ``annotated`` ``(B, K)``.
-            progress: decides which layers of the encoder learn.
+            progress: Decides which layers of the encoder learn.
         """
         if self.training:
             self.freezing.at(progress)
@@ -99,17 +77,17 @@ class SegmentationObjective(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """First crop of the batch, its reference and the prediction in label values, as ``(X, Y, Z)``."""
+        """Return the first crop of the batch, its reference and the prediction in label values, as ``(X, Y, Z)``."""
         image_BCXYZ = batch["image"][:1].flatten(0, 1)
         return {
             "segmentation/image": image_BCXYZ[0, 0],
             "segmentation/reference": batch["label"][0, 0],
-            "segmentation/prediction": self.labels_of(self.probabilities(self.logits(image_BCXYZ)[0])),
+            "segmentation/prediction": self.targets.labels_of(self.targets.probabilities(self.logits(image_BCXYZ)[0])),
         }
 
 
 def shrunk(label_BXYZ: Tensor, factor: int) -> Tensor:
-    """Every ``factor``-th voxel along each axis, the one nearest to the middle of its cube."""
+    """Return every ``factor``-th voxel along each axis, the one nearest to the middle of its cube."""
     if factor == 1:
         return label_BXYZ
     places = slice(factor // 2, None, factor)

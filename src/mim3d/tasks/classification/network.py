@@ -1,15 +1,15 @@
 """The classification network and its loss."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mim3d.backbones.contract import Encoder
-from mim3d.objective import Batch, Objective, StepOutput
-from mim3d.tasks.frozen import Freezing
+from mim3d.objective import Batch, StepOutput
+from mim3d.tasks.freezing import FreezingObjective
 
 # Shape suffixes: B samples, C channels, K classes, L tokens, E their width, X Y Z space.
 
@@ -24,7 +24,7 @@ class AttentionPool(nn.Module):
     """Weighted mean of tokens, the weights learned (Ilse et al. 2018, "Attention-based Deep MIL", equation 8).
 
     Args:
-        dim: width of the tokens.
+        dim: Width of the tokens.
     """
 
     def __init__(self, dim: int) -> None:
@@ -32,7 +32,7 @@ class AttentionPool(nn.Module):
         self.score = nn.Sequential(nn.Linear(dim, ATTENTION_DIM), nn.Tanh(), nn.Linear(ATTENTION_DIM, 1))
 
     def forward(self, tokens_BLE: Tensor) -> Tensor:
-        """One vector ``(B, E)`` per sample."""
+        """Return one vector ``(B, E)`` per sample."""
         weights_BL1 = self.score(tokens_BLE).softmax(1)
         return (weights_BL1 * tokens_BLE).sum(1)
 
@@ -41,22 +41,22 @@ class MeanPool(nn.Module):
     """Mean of tokens."""
 
     def forward(self, tokens_BLE: Tensor) -> Tensor:
-        """One vector ``(B, E)`` per sample."""
+        """Return one vector ``(B, E)`` per sample."""
         return tokens_BLE.mean(1)
 
 
-class ClassificationObjective(Objective):
+class ClassificationObjective(FreezingObjective):
     """Encoder, pooled tokens, normalisation and a linear layer, trained with weighted cross-entropy.
 
     Args:
-        encoder: gives the tokens: its coarsest feature map.
-        num_classes: classes told apart.
-        pooling: how tokens become one vector.
-        class_weights: weight of each class in the loss.
-        dropout: share of the pooled features that a training step leaves out.
-        label_smoothing: share of the target that is spread over all classes.
-        freeze_encoder: train pooling and linear layer alone, on features that stay as they are.
-        unfreeze_ratio: share of training after which all of the encoder learns, see ``Freezing``.
+        encoder: Gives the tokens: its coarsest feature map.
+        num_classes: Number of classes.
+        pooling: How tokens become one vector.
+        class_weights: Weight of each class in the loss.
+        dropout: Share of the pooled features that a training step leaves out.
+        label_smoothing: Share of the target that is spread over all classes.
+        freeze_encoder: Whether pooling and linear layer alone are trained, on features that stay as they are.
+        unfreeze_ratio: Share of training after which all of the encoder learns, see ``Freezing``.
     """
 
     def __init__(
@@ -71,9 +71,7 @@ class ClassificationObjective(Objective):
         freeze_encoder: bool = False,
         unfreeze_ratio: float | None = None,
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.freezing = Freezing(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
+        super().__init__(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
         self.label_smoothing = label_smoothing
         width = encoder.widths[-1]
         self.pool = AttentionPool(width) if pooling == "attention" else MeanPool()
@@ -85,26 +83,18 @@ class ClassificationObjective(Objective):
         self.register_buffer("class_weights", torch.tensor(class_weights, dtype=torch.float32), persistent=False)
         self.class_weights: Tensor
 
-    def train(self, mode: bool = True) -> Self:
-        """Training mode; what of the encoder is frozen stays in evaluation mode."""
-        super().train(mode)
-        if mode:
-            self.freezing.set_modes()
-        return self
-
     def logits(self, volume_BCXYZ: Tensor) -> Tensor:
-        """Logits ``(B, K)`` of the input; its axes must be multiples of the encoder's token edge."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.freezing.learns):
-            tokens_BLE = self.encoder.feature_maps(volume_BCXYZ)[-1].flatten(2).transpose(1, 2)
+        """Return logits ``(B, K)`` of the input; its axes must be multiples of the encoder's token edge."""
+        tokens_BLE = self.features(volume_BCXYZ)[-1].flatten(2).transpose(1, 2)
         logits: Tensor = self.head(self.dropout(self.norm(self.pool(tokens_BLE))))
         return logits
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """Cross-entropy; it and the share of right answers are logged.
+        """Return the cross-entropy; it and the share of right answers are logged.
 
         Args:
             batch: ``image`` ``(B, 1, C, X, Y, Z)`` and ``class`` ``(B, 1)``, numbers from 0.
-            progress: decides which layers of the encoder learn.
+            progress: Decides which layers of the encoder learn.
         """
         if self.training:
             self.freezing.at(progress)
@@ -116,12 +106,12 @@ class ClassificationObjective(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """First cube of the batch, as ``(X, Y, Z)``."""
+        """Return the first cube of the batch, as ``(X, Y, Z)``."""
         return {"classification/image": batch["image"][0, 0, 0]}
 
     @torch.no_grad()
     def probabilities(self, volume_BCXYZ: Tensor, mirror_axes: Sequence[int] = ()) -> Tensor:
-        """Probabilities ``(B, K)``, their mean over every combination of mirrored axes."""
+        """Return probabilities ``(B, K)``, their mean over every combination of mirrored axes."""
         every: list[list[int]] = [[]]
         for axis in mirror_axes:
             every += [[*axes, axis + 2] for axes in every]

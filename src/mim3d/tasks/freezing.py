@@ -1,18 +1,21 @@
 """Which part of an encoder learns: all of it, none, or more and more of it from its output down to the stem."""
 
 import math
+from typing import Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import ConfigError
+from mim3d.objective import Objective
 
 
 def check_freezing(freeze_encoder: bool, unfreeze_ratio: float | None) -> None:
     """Refuse settings that cannot work.
 
     Raises:
-        ConfigError: a ratio out of range, or one for an encoder that stays frozen.
+        ConfigError: The ratio is out of range, or the encoder stays frozen all the same.
     """
     if unfreeze_ratio is None:
         return
@@ -23,12 +26,12 @@ def check_freezing(freeze_encoder: bool, unfreeze_ratio: float | None) -> None:
 
 
 def freezing_lines(freeze_encoder: bool, unfreeze_ratio: float | None, learns: str) -> list[str]:
-    """What is printed before training; nothing where the whole encoder learns from the beginning.
+    """Return what is printed before training; nothing where the whole encoder learns from the beginning.
 
     Args:
-        freeze_encoder: whether it never learns.
-        unfreeze_ratio: share of training after which all of it does.
-        learns: what learns beside it, with its verb.
+        freeze_encoder: Whether the encoder never learns.
+        unfreeze_ratio: Share of training after which all of it does.
+        learns: What learns beside it, with its verb.
     """
     if freeze_encoder:
         return [f"the encoder is frozen: {learns} trained"]
@@ -46,10 +49,10 @@ class Freezing:
     A parameter without a gradient is left alone by the optimiser, its weight decay included.
 
     Args:
-        encoder: told which of its parameters learn, again whenever that changes.
-        freeze_encoder: whether none ever does.
-        unfreeze_ratio: share of training after which all do, one layer after the other until then, the output first and
-            the stem last (gradual unfreezing, Howard & Ruder 2018); None for all from the beginning.
+        encoder: The encoder. Which of its parameters learn is set again whenever that changes.
+        freeze_encoder: Whether no layer ever learns.
+        unfreeze_ratio: Share of training after which all layers learn, one after the other until then, the output first
+            and the stem last (gradual unfreezing, Howard & Ruder 2018). None lets all learn from the beginning.
     """
 
     def __init__(self, encoder: Encoder, *, freeze_encoder: bool = False, unfreeze_ratio: float | None = None) -> None:
@@ -93,3 +96,30 @@ def _set_modes(module: nn.Module, *, learns: bool) -> None:
     module.training = any(parameter.requires_grad for parameter in parameters) if parameters else learns
     for child in module.children():
         _set_modes(child, learns=module.training)
+
+
+class FreezingObjective(Objective):
+    """An objective whose encoder may learn later than what is built on it, or never.
+
+    Args:
+        encoder: Gives the feature maps.
+        freeze_encoder: Whether it stays as it is.
+        unfreeze_ratio: Share of training after which all of it learns, see :class:`Freezing`.
+    """
+
+    def __init__(self, encoder: Encoder, *, freeze_encoder: bool, unfreeze_ratio: float | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.freezing = Freezing(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; what of the encoder is frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode:
+            self.freezing.set_modes()
+        return self
+
+    def features(self, volume_BCXYZ: Tensor) -> list[Tensor]:
+        """Return the encoder's maps; without gradients where all of it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.freezing.learns):
+            return self.encoder.feature_maps(volume_BCXYZ)
