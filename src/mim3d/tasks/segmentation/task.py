@@ -10,7 +10,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.settings import nearest
 from mim3d.core.types import Spacing, Triple
 from mim3d.inference import Windows
-from mim3d.loading.loader import Augment
+from mim3d.loading.samples import Augment
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.augmentation import Augmentation
