@@ -30,7 +30,7 @@ from mim3d.core.types import Triple
 from mim3d.datasets.cases import read_cases
 from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.loading.loader import Loader
-from mim3d.loading.reading_processes import Place, Shelf, aligned
+from mim3d.loading.reading_processes import SharedArray, SlotAllocator, aligned
 from mim3d.loading.ring import slot_bytes
 from mim3d.loading.samples import Augment, Crop, Sample
 from mim3d.loading.samples import Sampler as CropSource
@@ -205,7 +205,7 @@ class OneBuffer(TorchBatches):
 
     def __getitem__(self, number: int) -> Any:
         memory = _new_shared(self._num_bytes)
-        return _places(self.read(number, Shelf(memory.numpy())), memory.numpy()), memory
+        return _places(self.read(number, SlotAllocator(memory.numpy())), memory.numpy()), memory
 
     def opened(self, message: Any) -> Mapping[str, Any]:
         """See ``TorchBatches``."""
@@ -228,8 +228,8 @@ class KeptBuffer(TorchBatches):
     def __getitem__(self, number: int) -> Any:
         turn, worker = divmod(number, self._loader.num_workers)
         slot = worker * (self._prefetch + 1) + turn % (self._prefetch + 1)
-        shelf = Shelf(self._memory[slot * self._slot_bytes : (slot + 1) * self._slot_bytes])
-        return _places(self.read(number, shelf), self._memory)
+        allocate = SlotAllocator(self._memory[slot * self._slot_bytes : (slot + 1) * self._slot_bytes])
+        return _places(self.read(number, allocate), self._memory)
 
     def opened(self, message: Any) -> Mapping[str, Any]:
         """See ``TorchBatches``."""
@@ -255,16 +255,19 @@ def _new_shared(num_bytes: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage._new_shared(num_bytes))
 
 
-def _places(arrays: Mapping[str, Packed], memory: np.ndarray) -> dict[str, tuple[Place, Place | None]]:
+def _places(arrays: Mapping[str, Packed], memory: np.ndarray) -> dict[str, tuple[SharedArray, SharedArray | None]]:
     return {
-        key: (Place.of(packed.array, memory), None if packed.rescaling is None else Place.of(packed.rescaling, memory))
+        key: (
+            SharedArray.of(packed.array, memory),
+            None if packed.rescaling is None else SharedArray.of(packed.rescaling, memory),
+        )
         for key, packed in arrays.items()
     }
 
 
-def _at(places: Mapping[str, tuple[Place, Place | None]], memory: np.ndarray) -> Mapping[str, Any]:
+def _at(places: Mapping[str, tuple[SharedArray, SharedArray | None]], memory: np.ndarray) -> Mapping[str, Any]:
     return {
-        key: Packed(array.array(memory), None if rescaling is None else rescaling.array(memory)).unpacked()
+        key: Packed(array.view(memory), None if rescaling is None else rescaling.view(memory)).unpacked()
         for key, (array, rescaling) in places.items()
     }
 

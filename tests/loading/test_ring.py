@@ -18,7 +18,7 @@ import torch
 
 from mim3d.core.errors import DamagedError, DataError, Mim3dError
 from mim3d.loading import ring as ring_module
-from mim3d.loading.reading_processes import Done, Failed, Filled, Place, Shelf
+from mim3d.loading.reading_processes import BatchFailed, BatchReady, ReadBatch, SharedArray, SlotAllocator
 from mim3d.loading.ring import Ring, slot_bytes
 from mim3d.loading.stored_images import Packed, StoredImages
 
@@ -30,7 +30,7 @@ def numbered(number, allocate):
     """A batch that holds its number."""
     array = allocate((2, 3), np.dtype(np.int32))
     array[...] = number
-    return Filled({"x": Packed(array)}, {})
+    return ReadBatch({"x": Packed(array)}, {})
 
 
 class Uneven:
@@ -172,7 +172,7 @@ def test_any_other_error_brings_its_trace(error, kind):
     assert type(raised.value) is kind
     assert "too wide" in str(raised.value)
     assert "in __call__" in str(raised.value)
-    assert Failed.of(DataError("x")) == Failed(DataError, "x")
+    assert BatchFailed.of(DataError("x")) == BatchFailed(DataError, "x")
 
 
 def test_no_process_is_left_when_a_ring_is_closed_dropped_or_failed():
@@ -240,25 +240,28 @@ def test_a_program_that_ends_without_closing_is_not_kept_waiting():
 
 def test_what_is_sent_is_small_and_holds_no_voxel():
     memory = np.zeros(40 * 2**20, dtype=np.uint8)
-    shelf = Shelf(memory)
-    images = {f"image{i}": Packed(shelf((2, 4, 1, 96, 96, 96), np.dtype(np.uint8)), np.ones((2, 1, 4))) for i in "abc"}
-    placed = {key: Packed(p.array, shelf((2, 1, 4), np.dtype(np.float32))) for key, p in images.items()}
-    masks = {f"hidden/{i}": Packed(shelf((2, 16, 1728), np.dtype(bool))) for i in "abc"}
-    message = Done.of(Filled({**placed, **masks}, {}), memory)
+    slot = SlotAllocator(memory)
+    images = {f"image{i}": Packed(slot((2, 4, 1, 96, 96, 96), np.dtype(np.uint8)), np.ones((2, 1, 4))) for i in "abc"}
+    placed = {key: Packed(p.array, slot((2, 1, 4), np.dtype(np.float32))) for key, p in images.items()}
+    masks = {f"hidden/{i}": Packed(slot((2, 16, 1728), np.dtype(bool))) for i in "abc"}
+    message = BatchReady.of(ReadBatch({**placed, **masks}, {}), memory)
     assert len(ForkingPickler.dumps(message)) < 2000
-    for key, packed in message.filled(memory).arrays.items():
+    for key, packed in message.batch(memory).arrays.items():
         assert np.shares_memory(packed.array, {**placed, **masks}[key].array)
 
 
 def test_arrays_of_a_slot_lie_side_by_side_and_must_fit():
     memory = np.zeros(1024, dtype=np.uint8)
-    shelf = Shelf(memory[256:512])
-    places = [Place.of(shelf((3, 5), np.dtype(np.uint8)), memory), Place.of(shelf((16,), np.dtype("<f4")), memory)]
+    slot = SlotAllocator(memory[256:512])
+    places = [
+        SharedArray.of(slot((3, 5), np.dtype(np.uint8)), memory),
+        SharedArray.of(slot((16,), np.dtype("<f4")), memory),
+    ]
     assert [(place.offset, place.shape) for place in places] == [(256, (3, 5)), (320, (16,))]
-    places[1].array(memory)[...] = 1.5
+    places[1].view(memory)[...] = 1.5
     assert (memory[320:384].view(np.float32) == 1.5).all()
     with pytest.raises(DataError, match=r"more than the 256 bytes .*same shape"):
-        shelf((1000,), np.dtype(np.uint8))
+        slot((1000,), np.dtype(np.uint8))
 
 
 def test_a_batch_larger_than_the_slot_is_an_error_with_a_remedy():
@@ -268,11 +271,11 @@ def test_a_batch_larger_than_the_slot_is_an_error_with_a_remedy():
 
 def test_a_slot_holds_the_widest_batch():
     sample = [torch.zeros(2, 3, 5, 5, 5), torch.zeros(2, 7, dtype=torch.bool), torch.zeros(1)]
-    shelf = Shelf(np.zeros(slot_bytes(sample, 3), dtype=np.uint8))
-    shelf((3, 2, 3, 5, 5, 5), np.dtype(np.float32))
-    shelf((3, 3, 4), np.dtype(np.float32))
-    shelf((3, 2, 7), np.dtype(bool))
-    shelf((3, 1), np.dtype(np.float32))
+    slot = SlotAllocator(np.zeros(slot_bytes(sample, 3), dtype=np.uint8))
+    slot((3, 2, 3, 5, 5, 5), np.dtype(np.float32))
+    slot((3, 3, 4), np.dtype(np.float32))
+    slot((3, 2, 7), np.dtype(bool))
+    slot((3, 1), np.dtype(np.float32))
 
 
 class FakeCuda:
@@ -333,7 +336,7 @@ def test_beside_a_gpu_a_slot_is_given_back_only_when_it_was_copied(monkeypatch):
             event.done = True
         assert value(next(ring)) == 5
         assert cuda.waited == 1
-        assert [taken.number for taken in ring._taken] == [4, 5]
+        assert [used.number for used in ring._in_use] == [4, 5]
 
 
 def test_where_pinning_is_refused_batches_come_all_the_same(monkeypatch):
@@ -349,7 +352,7 @@ def images_of(number, allocate):
     numbers[...] = 60000 + number
     rescaling = allocate((1, 1, 4), np.dtype(np.float32))
     rescaling[...] = 1, 0, -np.inf, np.inf
-    return Filled({"x": Packed(numbers, rescaling)}, {})
+    return ReadBatch({"x": Packed(numbers, rescaling)}, {})
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import numpy as np
 
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DamagedError, DataError
-from mim3d.loading.reading_processes import Filled
+from mim3d.loading.reading_processes import ReadBatch
 from mim3d.loading.ring import Ring, slot_bytes
 from mim3d.loading.samples import Augment, SampleDataset, Sampler
 from mim3d.loading.stored_images import Allocate, pack
@@ -32,12 +32,12 @@ class _BatchReader:
     world_size: int
     num_readers: int
 
-    def __call__(self, number: int, allocate: Allocate) -> Filled:
+    def __call__(self, number: int, allocate: Allocate) -> ReadBatch:
         for index in self._indices(number + self.num_readers):
             self.dataset.announce(index)
         samples = [self.dataset.sample(index) for index in self._indices(number)]
         damaged, self.dataset.damaged = self.dataset.damaged, {}
-        return Filled(pack(samples, allocate), damaged)
+        return ReadBatch(pack(samples, allocate), damaged)
 
     def cases(self, number: int) -> str:
         """The scans that a micro-batch is read from, in words."""
@@ -124,12 +124,12 @@ class Loader:
                 yield self._opened(reader(number, np.empty))
         num_bytes = slot_bytes(self.dataset[0].values(), self.batch_size)
         with Ring(reader, self.num_workers, num_bytes, timeout_s=self.timeout_s, describe=reader.cases) as ring:
-            for filled in ring:
-                yield self._opened(filled)
+            for batch in ring:
+                yield self._opened(batch)
 
-    def _opened(self, filled: Filled) -> dict[str, Any]:
-        for case, sentence in filled.damaged.items():
+    def _opened(self, batch: ReadBatch) -> dict[str, Any]:
+        for case, sentence in batch.damaged.items():
             if case not in self._named:
                 self._named.add(case)
                 warnings.warn(f"{case} is damaged, other scans stand in for it: {sentence}", stacklevel=3)
-        return {key: packed.unpacked() for key, packed in filled.arrays.items()}
+        return {key: packed.unpacked() for key, packed in batch.arrays.items()}

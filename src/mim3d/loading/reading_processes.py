@@ -1,6 +1,6 @@
-"""What a reading process does: fill slots of shared memory with batches, and say in a few bytes what lies where.
+"""What a reading process does: write batches into slots of shared memory, and send the trainer where their arrays lie.
 
-It asks for nothing, holds nothing that others wait for, and may be killed at any time. It ends when the trainer does.
+It holds nothing that others wait for, and may be killed at any time. It ends when the trainer does.
 """
 
 import os
@@ -20,95 +20,109 @@ from mim3d.core.errors import DataError, Mim3dError
 from mim3d.kernels.allocator import keep_freed_memory
 from mim3d.loading.stored_images import Allocate, Packed
 
-#: Seconds between two looks of an idle reading process at whether its trainer is still there.
+#: Seconds after which an idle reading process checks again that its trainer is still there.
 TRAINER_CHECK_S = 1.0
 
-#: Ctrl-C in a terminal and a scheduler's signals reach every process of a job. What becomes of them is the trainer's to
-#: decide, which may need some more batches before it can write a checkpoint.
-_OF_THE_TRAINER = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+#: Ctrl-C in a terminal and a scheduler's signals reach every process of a job. The trainer alone answers them, and it
+#: may need some more batches before it can write a checkpoint.
+_TRAINER_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
-#: Arrays begin at multiples of so many bytes.
+#: Arrays begin at multiples of this many bytes.
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Filled:
-    """A finished batch.
+class ReadBatch:
+    """A batch as it was read.
 
     Attributes:
-        arrays: by batch key.
-        damaged: case -> what is wrong with it, of scans that others stood in for.
+        arrays: Batch key -> its values.
+        damaged: Case -> what is wrong with it, for scans that were replaced by others.
     """
 
     arrays: dict[str, Packed]
     damaged: dict[str, str]
 
 
-#: Makes batch ``number`` in arrays that the second argument gives.
-Fill = Callable[[int, Allocate], Filled]
+#: Reads the batch of a number into arrays that the second argument allocates.
+BatchReader = Callable[[int, Allocate], ReadBatch]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an array lies in the shared memory, which both sides have at addresses of their own."""
+class SharedArray:
+    """An array by its place in the shared memory, which each process has at an address of its own.
+
+    Attributes:
+        offset: First byte of the array in the memory.
+        shape: Shape of the array.
+        type_name: Name that numpy gives its type.
+    """
 
     offset: int
     shape: tuple[int, ...]
     type_name: str
 
     @classmethod
-    def of(cls, array: np.ndarray, memory: np.ndarray) -> "Place":
-        """The place of an array within ``memory``."""
+    def of(cls, array: np.ndarray, memory: np.ndarray) -> "SharedArray":
+        """An array that lies within ``memory``."""
         return cls(array.ctypes.data - memory.ctypes.data, array.shape, array.dtype.name)
 
-    def array(self, memory: np.ndarray) -> np.ndarray:
-        """The array there."""
+    def view(self, memory: np.ndarray) -> np.ndarray:
+        """The array itself, in this process's ``memory``."""
         return np.ndarray(self.shape, np.dtype(self.type_name), buffer=memory, offset=self.offset)
 
 
 @dataclass(frozen=True)
-class Done:
-    """The message that a batch is there.
+class BatchReady:
+    """The message that a batch lies in the shared memory.
 
     Attributes:
-        places: batch key -> place of the array, and of the rescaling of images.
-        damaged: see ``Filled``.
+        arrays: Batch key -> the values, and the rescaling of images.
+        damaged: What is wrong with which case, see ``ReadBatch``.
     """
 
-    places: dict[str, tuple[Place, Place | None]]
+    arrays: dict[str, tuple[SharedArray, SharedArray | None]]
     damaged: dict[str, str]
 
     @classmethod
-    def of(cls, filled: Filled, memory: np.ndarray) -> "Done":
-        """The message for a batch in the shared memory."""
-        places = {
+    def of(cls, batch: ReadBatch, memory: np.ndarray) -> "BatchReady":
+        """The message for a batch whose arrays lie in the shared memory."""
+        arrays = {
             key: (
-                Place.of(packed.array, memory),
-                None if packed.rescaling is None else Place.of(packed.rescaling, memory),
+                SharedArray.of(packed.array, memory),
+                None if packed.rescaling is None else SharedArray.of(packed.rescaling, memory),
             )
-            for key, packed in filled.arrays.items()
+            for key, packed in batch.arrays.items()
         }
-        return cls(places, filled.damaged)
+        return cls(arrays, batch.damaged)
 
-    def filled(self, memory: np.ndarray) -> Filled:
+    def batch(self, memory: np.ndarray) -> ReadBatch:
         """The batch that the message is about."""
         arrays = {
-            key: Packed(array.array(memory), None if rescaling is None else rescaling.array(memory))
-            for key, (array, rescaling) in self.places.items()
+            key: Packed(values.view(memory), None if rescaling is None else rescaling.view(memory))
+            for key, (values, rescaling) in self.arrays.items()
         }
-        return Filled(arrays, self.damaged)
+        return ReadBatch(arrays, self.damaged)
 
 
 @dataclass(frozen=True)
-class Failed:
-    """The message that a batch could not be made."""
+class BatchFailed:
+    """The message that a batch could not be read.
+
+    Attributes:
+        kind: Class of the error to raise in the trainer.
+        text: Its sentence.
+    """
 
     kind: type[Exception]
     text: str
 
     @classmethod
-    def of(cls, error: Exception) -> "Failed":
-        """As the nearest class that every process knows; with the trace where the sentence alone would not do."""
+    def of(cls, error: Exception) -> "BatchFailed":
+        """The message for an error, as the nearest class that every process knows.
+
+        Errors other than mim3d's own bring their trace, as their sentence alone explains too little.
+        """
         known = (Exception.__module__, Mim3dError.__module__)
         kind = next(kind for kind in type(error).__mro__ if kind.__module__ in known)
         text = str(error) if isinstance(error, Mim3dError) else f"in a reading process:\n{traceback.format_exc()}"
@@ -122,11 +136,11 @@ class Failed:
             return RuntimeError(self.text)
 
 
-class Shelf:
-    """Gives arrays side by side in one slot of the shared memory.
+class SlotAllocator:
+    """Allocates arrays side by side in one slot of the shared memory.
 
     Args:
-        slot: the slot's bytes.
+        slot: Bytes of the slot.
     """
 
     def __init__(self, slot: np.ndarray) -> None:
@@ -137,7 +151,7 @@ class Shelf:
         """An array of undefined content.
 
         Raises:
-            DataError: the slot is full.
+            DataError: The slot is full.
         """
         start = aligned(self._end)
         self._end = start + int(np.prod(shape)) * dtype.itemsize
@@ -154,24 +168,29 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def read_batches(channel: Connection, trainer: int, fill: Fill, memory: Tensor, slot_bytes: int) -> None:
-    """Fill the slots that the trainer asks for, until it closes the channel or is gone.
+def read_batches(channel: Connection, trainer: int, read: BatchReader, memory: Tensor, slot_bytes: int) -> None:
+    """Read the batches that the trainer requests, until it closes the channel or is gone.
 
     Args:
-        channel: gives ``(batch number, slot)``, takes ``Done`` or ``Failed``.
-        trainer: process id of the trainer.
-        fill: makes the batches.
-        memory: the shared bytes.
-        slot_bytes: bytes of each slot in them.
+        channel: Gives ``(batch number, slot)``, takes ``BatchReady`` or ``BatchFailed``.
+        trainer: Process id of the trainer.
+        read: Reads the batches.
+        memory: The shared bytes.
+        slot_bytes: Number of bytes of each slot in them.
     """
-    _prepare()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for number in _TRAINER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
     shared = memory.numpy()
     for number, slot in _requests(channel, trainer):
         try:
-            shelf = Shelf(shared[slot * slot_bytes : (slot + 1) * slot_bytes])
-            message: Done | Failed = Done.of(fill(number, shelf), shared)
+            allocate = SlotAllocator(shared[slot * slot_bytes : (slot + 1) * slot_bytes])
+            message: BatchReady | BatchFailed = BatchReady.of(read(number, allocate), shared)
         except Exception as error:
-            message = Failed.of(error)
+            message = BatchFailed.of(error)
         with suppress(OSError):
             channel.send(message)
 
@@ -179,29 +198,20 @@ def read_batches(channel: Connection, trainer: int, fill: Fill, memory: Tensor, 
 def _requests(channel: Connection, trainer: int) -> Iterator[tuple[int, int]]:
     with suppress(EOFError, OSError):
         while True:
-            # A killed trainer's end stays open in the processes that it started after this one.
+            # A killed trainer's end of the channel stays open in the processes that it started after this one.
             while not channel.poll(TRAINER_CHECK_S):
                 if os.getppid() != trainer:
                     return
             yield channel.recv()
 
 
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    for number in _OF_THE_TRAINER:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_TRAINER)
-
-
 @contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Hold back, in processes started inside, what they will ignore once they run."""
+def signals_blocked() -> Iterator[None]:
+    """Block, in processes started inside, the signals that they ignore once they run."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_TRAINER)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINER_SIGNALS)
     try:
         yield
     finally:

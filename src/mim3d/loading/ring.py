@@ -1,8 +1,8 @@
 """Batches from reading processes through one shared buffer: no voxel is pickled, sent or copied on the way.
 
-Each process owns a few slots of the buffer. Process ``w`` of ``W`` makes batches ``w``, ``w + W``, ...: the order is
-theirs, not that of their speed. The trainer asks for a batch in a slot, is told in a few bytes what lies where in it,
-and asks for a later batch in the same slot once nothing reads it any more.
+Each process owns a few slots of the buffer. Process ``w`` of ``W`` reads batches ``w``, ``w + W``, ...: the order does
+not depend on their speed. The trainer requests a batch in a slot, receives a message of a few bytes that says where its
+arrays lie, and requests a later batch in the same slot once nothing reads it any more.
 
 The buffer has no name that could outlive a killed process, and nothing is locked.
 """
@@ -25,29 +25,37 @@ import torch
 from torch import Tensor
 
 from mim3d.core.errors import Mim3dError
-from mim3d.loading.reading_processes import Done, Failed, Fill, Filled, aligned, read_batches, signals_held_back
+from mim3d.loading.reading_processes import (
+    BatchFailed,
+    BatchReader,
+    BatchReady,
+    ReadBatch,
+    aligned,
+    read_batches,
+    signals_blocked,
+)
 from mim3d.loading.stored_images import MAX_VOXEL_BYTES
 from mim3d.scans.intensity import NO_RESCALING
 
-#: Batches in the making or on their way, of each process.
+#: Batches of each process that are being read or on their way.
 SLOTS_PER_WORKER = 2
 
-#: Seconds that a killed process is waited for.
+#: Seconds to wait for the end of a killed process.
 _END_S = 5.0
 
-#: Looks at a process within the time that it may take over a batch.
-_LOOKS = 20
+#: Number of waits that the time limit of a batch is divided into.
+_NUM_WAITS = 20
 
-# torch leaves it without types.
+# torch has no types for it.
 _cuda: Any = torch.cuda
 
 
 def slot_bytes(sample: Iterable[Tensor], batch_size: int) -> int:
-    """Bytes that hold a batch of any stored type.
+    """Number of bytes that hold a batch of any stored type.
 
     Args:
-        sample: all tensors of one finished sample, images ``(N, C, X, Y, Z)`` in float32.
-        batch_size: samples in a batch.
+        sample: All tensors of one finished sample, images ``(N, C, X, Y, Z)`` in float32.
+        batch_size: Number of samples in a batch.
     """
     total = 0
     for tensor in sample:
@@ -64,11 +72,11 @@ class _Worker:
 
 
 @dataclass
-class _Taken:
-    """A batch that the trainer was given.
+class _BatchInUse:
+    """A batch that the trainer received.
 
     Attributes:
-        number: of the batch.
+        number: Number of the batch.
         copied: CUDA event that passes when its copies to the device are done; None where they are done at once.
     """
 
@@ -76,24 +84,24 @@ class _Taken:
     copied: Any = None
 
 
-class Ring(Iterator[Filled]):
+class Ring(Iterator[ReadBatch]):
     """Endless batches, numbered from 0; each stays as it is until the next one is asked for.
 
     Beside a GPU the buffer is pinned. A slot is then written to again only once all copies have passed that were put
     on the current stream before the next batch was asked for, and the trainer waits for that only if no slot is left.
 
     Args:
-        fill: makes a batch; runs in the reading processes.
-        num_workers: reading processes.
-        slot_bytes: bytes of the largest batch.
-        start_method: how processes are started; what suits the system if not given.
-        timeout_s: seconds that a batch is waited for; None for ever.
-        describe: says what a batch is made of, by its number.
+        read: Reads a batch; runs in the reading processes.
+        num_workers: Number of reading processes.
+        slot_bytes: Number of bytes of the largest batch.
+        start_method: How processes are started; chosen for the system if not given.
+        timeout_s: Seconds to wait for a batch; None waits for ever.
+        describe: Says what a batch is read from, by its number.
     """
 
     def __init__(
         self,
-        fill: Fill,
+        read: BatchReader,
         num_workers: int,
         slot_bytes: int,
         *,
@@ -110,35 +118,35 @@ class Ring(Iterator[Filled]):
         self._workers: list[_Worker] = []
         self._pinned: list[Tensor] = []
         self._number = 0
-        self._taken: deque[_Taken] = deque()
-        # Runs before the interpreter, on its way out, waits for processes that nobody has told to end.
+        self._in_use: deque[_BatchInUse] = deque()
+        # Runs before the interpreter, on its way out, waits for processes that would not end by themselves.
         self._finalizer = Finalize(self, _end, args=(self._workers, self._pinned), exitpriority=0)
         context: Any = multiprocessing.get_context(method)
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            arguments = (theirs, os.getpid(), fill, memory, slot_bytes)
+            arguments = (theirs, os.getpid(), read, memory, slot_bytes)
             process = context.Process(target=read_batches, args=arguments, daemon=True)
-            with signals_held_back():
+            with signals_blocked():
                 process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours))
         for number in range(self._num_slots):
-            self._ask(number)
+            self._request(number)
         _pin(memory, self._pinned)
 
-    def __next__(self) -> Filled:
+    def __next__(self) -> ReadBatch:
         """The next batch.
 
         Raises:
-            Mim3dError: a reading process ended by itself, or hangs; and whatever error one met.
+            Mim3dError: A reading process ended by itself, or hangs. Any error that one met is raised here.
         """
-        self._give_back()
+        self._reuse_slots()
         message = self._receive(self._workers[self._number % len(self._workers)])
-        if isinstance(message, Failed):
+        if isinstance(message, BatchFailed):
             raise message.error()
-        self._taken.append(_Taken(self._number))
+        self._in_use.append(_BatchInUse(self._number))
         self._number += 1
-        return message.filled(self._memory)
+        return message.batch(self._memory)
 
     def __enter__(self) -> Self:
         return self
@@ -150,40 +158,40 @@ class Ring(Iterator[Filled]):
         """End the reading processes; may be called again."""
         self._finalizer()
 
-    def _ask(self, number: int) -> None:
+    def _request(self, number: int) -> None:
         worker = self._workers[number % len(self._workers)]
         try:
             worker.channel.send((number, number % self._num_slots))
         except OSError:
             raise _ended(worker) from None
 
-    def _give_back(self) -> None:
-        """Ask for batches in the slots that nothing reads any more."""
-        if self._taken and self._pinned:
-            self._taken[-1].copied = _cuda.Event()
-            self._taken[-1].copied.record()
-        while self._taken:
-            oldest = self._taken[0]
+    def _reuse_slots(self) -> None:
+        """Request batches in the slots that nothing reads any more."""
+        if self._in_use and self._pinned:
+            self._in_use[-1].copied = _cuda.Event()
+            self._in_use[-1].copied.record()
+        while self._in_use:
+            oldest = self._in_use[0]
             if oldest.copied is not None and not oldest.copied.query():
                 if self._number - oldest.number < self._num_slots:
                     break
                 oldest.copied.synchronize()
-            self._taken.popleft()
-            self._ask(oldest.number + self._num_slots)
+            self._in_use.popleft()
+            self._request(oldest.number + self._num_slots)
 
-    def _receive(self, worker: _Worker) -> Done | Failed:
-        # All of them are watched: a process that is gone is told of at once, not when its turn comes.
+    def _receive(self, worker: _Worker) -> BatchReady | BatchFailed:
+        # All of them are watched: a process that is gone is an error at once, not when its turn comes.
         watched: list[Any] = [worker.channel, *(other.process.sentinel for other in self._workers)]
-        # In many looks, as a job that was suspended for hours finds but one of them gone by.
-        look_s = None if self._timeout_s is None else self._timeout_s / _LOOKS
-        ready = next((ready for _ in range(_LOOKS) if (ready := wait(watched, look_s))), [])
+        # In several waits: a job that was suspended for hours loses one of them, not the whole time limit.
+        wait_s = None if self._timeout_s is None else self._timeout_s / _NUM_WAITS
+        ready = next((ready for _ in range(_NUM_WAITS) if (ready := wait(watched, wait_s))), [])
         if not ready:
             raise self._hangs(worker)
         for other in self._workers:
             if other.process.sentinel in ready:
                 raise _ended(other)
         try:
-            message: Done | Failed = worker.channel.recv()
+            message: BatchReady | BatchFailed = worker.channel.recv()
         except (EOFError, OSError):
             raise _ended(worker) from None
         return message
@@ -213,7 +221,7 @@ def _pin(memory: Tensor, pinned: list[Tensor]) -> None:
         pinned.append(memory)
         return
     with suppress(RuntimeError):
-        # CUDA remembers the refusal, and would lay it to the charge of the next kernel.
+        # CUDA remembers the refusal, and would report it for the next kernel.
         torch.zeros(1, device="cuda")
 
 
