@@ -87,7 +87,7 @@ def latex(tables: Sequence[PaperTable]) -> str:
 
 def label_tables(content: Mapping[str, Any]) -> list[PaperTable]:
     """The tables of scores of label maps, with their lesions and the compared method where they were scored."""
-    settings, interval = content["settings"], _interval_words(content["settings"])
+    settings, interval = content["settings"], _interval_words(content["settings"]["num_bootstrap"])
     nsd_title = f"NSD at {settings['nsd_tolerance_mm']:g} mm"
     columns = [replace(column, title=nsd_title) if column.key == "nsd" else column for column in LABEL_COLUMNS]
     reading = f"mean ± standard deviation over cases{interval}."
@@ -128,9 +128,8 @@ def _counted(what: str, content: Mapping[str, Any]) -> str:
     return f"{what}, {cases} cases" + (f" of {patients} patients" if patients != cases else "")
 
 
-def _interval_words(settings: Mapping[str, Any]) -> str:
-    count = settings["num_bootstrap"]
-    return f" [95 % bootstrap interval over patients, {count} resamples]" if count else ""
+def _interval_words(num_bootstrap: int) -> str:
+    return f" [95 % bootstrap interval over patients, {num_bootstrap} resamples]" if num_bootstrap else ""
 
 
 def _scores_table(name: str, caption: str, content: Mapping[str, Any], columns: Sequence[Column]) -> PaperTable:
@@ -145,7 +144,7 @@ def _scores_table(name: str, caption: str, content: Mapping[str, Any], columns: 
 
 def class_tables(content: Mapping[str, Any]) -> list[PaperTable]:
     """The tables of scores of a classifier, with the baseline and the compared method where they were scored."""
-    settings, interval = content["settings"], _interval_words(content["settings"])
+    settings, interval = content["settings"], _interval_words(content["settings"]["num_bootstrap"])
     columns = [column for column in CLASS_COLUMNS if column.key in content["mean"]]
     rows = [[each.title, value_cell(content["mean"], {}, content["mean_ci95"], each)] for each in columns]
     caption = f"{_counted('Classification', content)}{interval}."

@@ -96,7 +96,7 @@ class TrackedRun(Run):
             # A fold goes by the name of the folder around it, too.
             name="/".join(parts[-2:]) if _FOLD.fullmatch(parts[-1]) else parts[-1],
             folder=self.path,
-            settings=flat(read_yaml(self.config_path)),
+            parameters=flat(read_yaml(self.config_path)),
             step=step,
             known_id=known.get("id") if known.get("target") == tracker.target else None,
         )

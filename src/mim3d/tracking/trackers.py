@@ -42,14 +42,14 @@ class SessionInfo:
     Attributes:
         name: Name of the run.
         folder: Folder of the run.
-        settings: Settings of the run by dotted name.
+        parameters: Settings of the run as plain values by dotted name, to be shown.
         step: Last step of earlier sessions, or 0 in a new run. What a tracker holds of later steps is void.
         known_id: What :meth:`Tracker.start` returned in an earlier session, or None the first time.
     """
 
     name: str
     folder: Path
-    settings: Mapping[str, Any]
+    parameters: Mapping[str, Any]
     step: int
     known_id: str | None = None
 
@@ -104,7 +104,7 @@ class TensorBoard:
         writer_of: Any = tensorboard.SummaryWriter
         self._writer = writer_of(str(session.folder / FOLDER), purge_step=session.step + 1)
         # TensorBoard reads Markdown, in which an indented block stays as it is.
-        text = "\n".join(f"    {name}: {value}" for name, value in session.settings.items())
+        text = "\n".join(f"    {name}: {value}" for name, value in session.parameters.items())
         self._writer.add_text("settings", text, session.step)
         return None
 
@@ -148,7 +148,7 @@ class WeightsAndBiases:
             id=session.known_id,
             resume=None if session.known_id is None else "allow",
             dir=str(session.folder),
-            config=dict(session.settings),
+            config=dict(session.parameters),
             # The command's own output is no concern of the tracker's; without network, training waits no longer.
             settings=wandb.Settings(console="off", init_timeout=_WANDB_TIMEOUT_S),
         )
@@ -203,7 +203,9 @@ class MLflow:
         known = None if experiment is None else experiment.experiment_id
         number = known or self._client.create_experiment(name, artifact_location=artifacts)
         self._id = str(self._client.create_run(number, run_name=session.name).info.run_id)
-        params = [Param(allowed_name(key), str(value)[:_MLFLOW_MAX_LENGTH]) for key, value in session.settings.items()]
+        params = [
+            Param(allowed_name(key), str(value)[:_MLFLOW_MAX_LENGTH]) for key, value in session.parameters.items()
+        ]
         for first in range(0, len(params), _MLFLOW_MAX_PARAMS):
             self._client.log_batch(self._id, params=params[first : first + _MLFLOW_MAX_PARAMS])
         return self._id
