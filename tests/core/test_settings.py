@@ -141,11 +141,11 @@ def test_resolve_imports_a_registered_string_only_when_asked():
 
 
 def test_resolve_takes_the_dotted_path_of_a_users_own_settings(tmp_path, monkeypatch):
-    (tmp_path / "my_lab.py").write_text(
+    (tmp_path / "lab_settings.py").write_text(
         "from dataclasses import dataclass\n\n@dataclass(frozen=True, kw_only=True)\nclass Own:\n    size: int = 1\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert resolve({"name": "my_lab.Own", "size": "5"}, {}, "method").size == 5
+    assert resolve({"name": "lab_settings.Own", "size": "5"}, {}, "method").size == 5
 
 
 def test_resolve_never_calls_or_imports_what_it_should_not(tmp_path, monkeypatch):
