@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from mim3d.core.errors import DataError
-from mim3d.scans import files, grids, nifti, volumes
+from mim3d.scans import files, formats, grids, nifti, volumes
 from mim3d.scans.volumes import find_scans, patient_of, read_grid, read_volume, scan_id, write_volume
 
 GEOMETRY_FIELDS = (
@@ -511,6 +511,31 @@ def test_written_files_are_the_same_every_time(tmp_path):
     for name in ("a.nii.gz", "b.nii.gz"):
         write_volume(tmp_path / name, volume.array, volume.grid)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+
+
+def test_another_format_is_one_line_of_the_table(tmp_path, monkeypatch):
+    lab = """
+import numpy as np
+from types import SimpleNamespace
+from mim3d.scans.grids import Grid
+
+def open_npy(path):
+    array = np.load(path)
+    return SimpleNamespace(grid=Grid(shape=array.shape, affine=np.eye(4), path=path), read_slabs=lambda: iter([array]))
+
+def write_npy(path, array, grid):
+    np.save(path, array)
+"""
+    (tmp_path / "npy_format.py").write_text(lab)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    form = formats.Format(name="NumPy", suffixes=(".npy",), reader="npy_format:open_npy", writer="npy_format:write_npy")
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, form))
+    monkeypatch.setattr(formats, "SUFFIXES", (*formats.SUFFIXES, ".npy"))
+    source = read_volume(write_nifti(tmp_path / "scan.nii", voxels(), np.eye(4)))
+    write_volume(tmp_path / "set" / "again.npy", source.array, source.grid)
+    assert find_scans(tmp_path / "set") == [str(tmp_path / "set" / "again.npy")]
+    assert np.array_equal(read_volume(tmp_path / "set" / "again.npy").array, source.array)
+    assert scan_id(tmp_path / "set" / "again.npy") == "again"
 
 
 # --- Finding
