@@ -1,4 +1,4 @@
-"""Building a cache: resumable at any moment, and in the end the same bytes however it came about."""
+"""Building a cache: resumable at any moment, and the finished bytes do not depend on how it was built."""
 
 import json
 import os
@@ -164,7 +164,7 @@ def _described(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: float | None) -> float | None:
-    """Write the settings, and remove the manifest: nothing is vouched for until all cases are checked again.
+    """Write the settings, and remove the manifest: the cache is unfinished until all cases are checked again.
 
     Returns:
         Size of the packs that this cache will have; None for folders.

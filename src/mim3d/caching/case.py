@@ -98,7 +98,7 @@ def build_case(case: Case, settings: BuildSettings, memo: DigestMemo) -> CaseRes
         return result(write_error=error.strerror or str(error), digests=entries)
     except MemoryError:
         return result(reason=f"{name}: larger than the memory left for it.")
-    except Exception as error:  # Voxels of a kind that nobody foresaw.
+    except Exception as error:  # Voxels of an unforeseen kind.
         return result(reason=f"{name}: cannot be stored ({type(error).__name__}: {error}).")
     return result(folder=folder, digests=entries)
 

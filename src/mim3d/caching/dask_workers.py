@@ -104,7 +104,7 @@ def _distributed() -> Any:
 
 
 def require_scheduler(scheduler: str) -> None:
-    """Refuse an address that nobody answers, before anything is changed on the disk.
+    """Refuse an address without a scheduler, before anything is changed on the disk.
 
     Raises:
         ConfigError: Dask is not installed.
@@ -116,10 +116,10 @@ def require_scheduler(scheduler: str) -> None:
         security = distributed.Security().get_connection_args("client")
         (await distributed.comm.connect(scheduler, timeout=_ANSWER_S, **security)).abort()
 
-    # A Dask client that finds nobody complains, and waits for ever where something else answers; none is made then.
+    # Without a Dask client: that complains where no scheduler answers, and waits for ever where something else does.
     # In a thread of its own, as the caller's may run an event loop already.
     with _answered(scheduler), ThreadPoolExecutor(1) as thread:
-        # Where nobody listens this fails at once, and Dask would try again.
+        # This fails at once where no program listens, while Dask would try again.
         address = distributed.comm.get_address_host_port(scheduler)
         socket.create_connection(address, timeout=_ANSWER_S).close()
         thread.submit(lambda: asyncio.run(asyncio.wait_for(greet(), _ANSWER_S))).result()
@@ -157,7 +157,7 @@ def _answers(client: Any, cases: Sequence[Case], sent: Any) -> Iterator[tuple[Ca
     futures = client.map(_work, cases, shared=sent, pure=False)
     case_of = {future.key: case for future, case in zip(futures, cases, strict=True)}
     done = _distributed().as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
-    # So each result is let go once it has been handed on.
+    # So that each result is freed once it has been handed on.
     del futures
     for future, answer in done:
         yield case_of[future.key], answer

@@ -143,7 +143,7 @@ def fingerprint_of(image_XYZ: npt.NDArray[Any], spacing_mm: Spacing, affine: npt
 
 
 def _cell_means(size: int, step: int) -> npt.NDArray[np.float32]:
-    """(10, samples) weights of an axis's samples in each cell: how much of the cell each stands for."""
+    """(10, samples) weights of an axis's samples in each cell: how much of the cell each represents."""
     starts = np.arange(len(range((step - 1) // 2, size, step))) * step
     stops = np.minimum(starts + step, size)
     edges = np.arange(CELLS + 1) * (size / CELLS)
@@ -268,7 +268,7 @@ def _features(
     for axis, base in enumerate(bases):
         if base.ndim == 3:
             base = base[:, None, None]
-        # The axis in hand is brought last but one, so that one product treats them all.
+        # The axis is moved to the last but one place, so that the same product serves all axes.
         moved = np.moveaxis(waves, 2 + axis, -2)
         waves = np.moveaxis(base @ moved, -2, 2 + axis)
     flat = (waves * weight).reshape(len(cells), 2, -1)

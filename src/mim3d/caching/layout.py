@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 from mim3d.core import files
 from mim3d.core.errors import DataError
@@ -87,33 +87,11 @@ def locked(path: str) -> Iterator[None]:
         yield
 
 
-class ArrayBytes(Protocol):
-    """Bytes that any number of threads and processes may read at once; equal and hashed by where they lie."""
-
-    def __hash__(self) -> int: ...
-
-    @property
-    def path(self) -> str:
-        """The file they lie in, for messages."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Number of bytes. Raises OSError where the file is missing."""
-        ...
-
-    def will_need(self, offset: int, length: int) -> None:
-        """Begin to fetch bytes that are about to be read, where the system can; nothing is waited for."""
-        ...
-
-    def pread(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset`` on. Raises OSError where they are missing."""
-        ...
-
-
 @dataclass(frozen=True)
 class FileRange:
     """A file, or a range of bytes inside one; opened at the first read in each process.
+
+    Any number of threads and processes may read it at once.
 
     Attributes:
         path: Path of the file.
@@ -155,10 +133,10 @@ class FileRange:
 
 
 #: Where the files of a case lie: the case's folder; or, for a case inside a pack, name of each file -> its bytes.
-ByteSource = str | Mapping[str, ArrayBytes]
+ByteSource = str | Mapping[str, FileRange]
 
 
-def open_bytes(source: ByteSource, name: str) -> ArrayBytes:
+def open_bytes(source: ByteSource, name: str) -> FileRange:
     """The bytes of a case's file ``name`` (with ``/`` between folders); nothing is opened before it is read.
 
     Raises:
@@ -199,7 +177,7 @@ def forget_open_files() -> None:
 
 
 class _OpenFile:
-    """A file that is closed when nobody holds it any more."""
+    """A file that is closed when nothing refers to it any more."""
 
     def __init__(self, path: str) -> None:
         self.number = -1

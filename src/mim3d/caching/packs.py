@@ -2,7 +2,7 @@
 
 A pack is a ZIP file whose members are stored as they are, uncompressed and with fixed times: the same cases make the
 same bytes. The zarr library opens it as a group of one group per case. mim3d reads ranges of its bytes, whose places
-stand in the manifest, and never its directory.
+the manifest lists, and never its directory.
 
 Cases are packed in the order of their digests, and a pack's name is the digest of what it holds: a pack of the right
 name need not be made again.
@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 
-from mim3d.caching.layout import ArrayBytes, ByteSource, FileRange, names_in, open_bytes
+from mim3d.caching.layout import ByteSource, FileRange, names_in, open_bytes
 from mim3d.caching.shards import METADATA
 
 #: The earliest time that ZIP knows.
@@ -33,7 +33,7 @@ _COPY_BYTES = 8 * 2**20
 _ROOT = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=1)
 
 
-class PackedCase(Mapping[str, ArrayBytes]):
+class PackedCase(Mapping[str, FileRange]):
     """The files of one case inside a pack, by their names below the case's folder.
 
     Args:
@@ -50,7 +50,7 @@ class PackedCase(Mapping[str, ArrayBytes]):
         self.path = path
         self._places = dict(places)
 
-    def __getitem__(self, name: str) -> ArrayBytes:
+    def __getitem__(self, name: str) -> FileRange:
         """The bytes of a file."""
         offset, length = self._places[name]
         return FileRange(self.path, offset, length)
@@ -153,7 +153,7 @@ def _member(name: str) -> zipfile.ZipInfo:
     return member
 
 
-def _copy(source: ArrayBytes, pack: zipfile.ZipFile, name: str) -> None:
+def _copy(source: FileRange, pack: zipfile.ZipFile, name: str) -> None:
     member = _member(name)
     member.file_size = source.size
     with pack.open(member, "w") as target:

@@ -13,7 +13,7 @@ from mim3d.core.types import Spacing, Triple
 #: An axis is left alone where no voxel would move by more than this part of a voxel.
 TOLERANCE_VOXELS = 0.01
 
-#: About so many voxels of the input are resampled at a time.
+#: About this many voxels of the input are resampled at a time.
 _SLAB_VOXELS = 2**20
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.layout import ArrayBytes, ByteSource, forget_open_files, open_bytes
+from mim3d.caching.layout import ByteSource, FileRange, forget_open_files, open_bytes
 from mim3d.core.errors import DamagedError
 
 #: Edge of a block along X, Y and Z.
@@ -296,7 +296,7 @@ class _OtherKind(Exception):
 
 
 @lru_cache(maxsize=_MAX_REMEMBERED)
-def _layout_of(metadata: ArrayBytes) -> ArrayLayout:
+def _layout_of(metadata: FileRange) -> ArrayLayout:
     size = metadata.size
     if size > _MAX_METADATA_BYTES:
         raise ValueError(f"{size} bytes of metadata")
@@ -331,7 +331,7 @@ def _blosc_of(codecs: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=_MAX_REMEMBERED)
-def _index_of(shard: ArrayBytes, layout: ArrayLayout) -> npt.NDArray[np.int64]:
+def _index_of(shard: FileRange, layout: ArrayLayout) -> npt.NDArray[np.int64]:
     """Offset and length of every block, ``(*grid, 2)``; a length of -1 for blocks that are not stored."""
     end = shard.size - layout.index_bytes
     if end < 0:
@@ -361,7 +361,7 @@ def _is_sound(data: bytes) -> bool:
 
 
 def _read_crops(
-    shard: ArrayBytes, layout: ArrayLayout, index: npt.NDArray[np.int64], crops: Sequence[ArrayCrop]
+    shard: FileRange, layout: ArrayLayout, index: npt.NDArray[np.int64], crops: Sequence[ArrayCrop]
 ) -> None:
     places: dict[_Entry, list[tuple[npt.NDArray[Any], tuple[slice, ...]]]] = defaultdict(list)
     for start, out in crops:

@@ -17,7 +17,7 @@ from mim3d.core.errors import DataError
 from mim3d.core.worker_processes import prepare_worker, without_main_module
 from mim3d.datasets.cases import Case
 
-#: Cases that may end their process before the first is done: beyond that it is not the scans that are at fault.
+#: Cases that may end their process before the first is done: beyond that the scans are not to blame.
 MAX_LOST_AT_FIRST = 8
 
 #: What a worker needs for every case: sent to it once.

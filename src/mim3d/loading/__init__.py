@@ -1,1 +1,1 @@
-"""From the cache to batches: samples drawn first, then read."""
+"""From the cache to batches: samples are drawn first, then read."""

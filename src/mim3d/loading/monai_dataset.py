@@ -17,22 +17,22 @@ from mim3d.core.types import Triple
 
 
 class CachedDataset(Dataset, Randomizable):
-    """Stands where ``PersistentDataset(files, transform, folder)`` stood, with the loading transforms taken out.
+    """Replaces ``PersistentDataset(files, transform, folder)``; the loading transforms are left out.
 
     Each item is a dict: ``image``, a MetaTensor ``(C, X, Y, Z)`` float32 in source units (HU for CT) with its affine in
     RAS millimetres; ``label``, a MetaTensor ``(1, X, Y, Z)``, where the scan has one; ``id`` and ``patient``.
 
-    With ``crop`` only that much of a scan is read, at a random place of its body: many times faster than reading all of
-    it to cut a piece out. MONAI's loader seeds the places in each of its processes; ``set_random_state`` does by hand.
+    With ``crop`` only a crop of a scan is read, at a random place of its body: many times faster than reading all of it
+    to cut the crop out. MONAI's loader seeds the places in each of its processes; ``set_random_state`` does by hand.
 
     Args:
         cache: The cache, or its folder.
-        transform: What MONAI does with each item.
-        crop: Voxels along X, Y, Z to read; whole scans if not given.
+        transform: MONAI transform that is applied to each item.
+        crop: Voxels along X, Y, Z to read; whole scans are read if not given.
 
     Raises:
-        DataError: No cache, or a damaged one.
-        ConfigError: A crop without a size.
+        DataError: The folder is no cache, or a damaged one.
+        ConfigError: The crop is empty along an axis.
     """
 
     def __init__(

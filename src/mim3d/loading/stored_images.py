@@ -113,14 +113,10 @@ def _pack(values: Sequence[StoredCrops | Tensor], allocate: Allocate) -> Packed:
         return Packed(np.stack(arrays, out=allocate((len(arrays), *arrays[0].shape), arrays[0].dtype)))
     crops = [crop for image in images for crop in image.crops]
     shape = (len(images), len(images[0].crops), *crops[0].shape)
-    numbers = allocate(shape, _common_type(crops))
+    # The smallest type that holds the voxels of all crops; float32, as which they end, where that is too wide.
+    common = np.result_type(*(crop.dtype for crop in crops)).newbyteorder("=")
+    numbers = allocate(shape, common if common.itemsize <= MAX_VOXEL_BYTES else np.dtype(np.float32))
     for place, crop in zip(numbers.reshape(-1, *crops[0].shape), crops, strict=True):
         place[...] = crop
     rescaling = allocate((len(images), *images[0].rescaling.shape), images[0].rescaling.dtype)
     return Packed(numbers, np.stack([image.rescaling for image in images], out=rescaling))
-
-
-def _common_type(crops: Sequence[np.ndarray]) -> np.dtype[Any]:
-    """The smallest type that holds the voxels of all crops; float32, as which they end, where that is too wide."""
-    common = np.result_type(*(crop.dtype for crop in crops)).newbyteorder("=")
-    return common if common.itemsize <= MAX_VOXEL_BYTES else np.dtype(np.float32)

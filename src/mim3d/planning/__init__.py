@@ -1,1 +1,1 @@
-"""Plans of data sets that nobody described: measurements, rules and their reasons."""
+"""Planning of training for a data set: measurements, rules and the reasons of each choice."""

@@ -121,7 +121,7 @@ class DatasetFingerprint:
                 return None
             return build_settings(cls, content, str(path))
         except (OSError, ValueError, KeyError, AttributeError, TypeError, ConfigError):
-            # A fingerprint is only ever a saving of time: a damaged one is made anew.
+            # A fingerprint only saves time: a damaged one is made again.
             return None
 
 

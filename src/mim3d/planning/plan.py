@@ -1,4 +1,4 @@
-"""What a data set asks for when nobody described it: a plan whose every choice says the numbers it follows from."""
+"""The plan of a data set: settings of training, each with the numbers that it follows from."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ KNOWN_WINDOWS_HU = {
     "published pre-training": (-1000.0, 1000.0),
 }
 
-#: A known window may be so many times as wide as the intensities inside the structures: wider ones waste contrast.
+#: A known window may be this many times as wide as the intensities inside the structures: wider ones waste contrast.
 MAX_KNOWN_WIDTH = 2.5
 
 #: What a window of the data set's own has on each side beyond the percentiles, for borders against other tissue.

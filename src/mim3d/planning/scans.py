@@ -107,12 +107,35 @@ def file_sources(cases: Sequence[Case], labels: Mapping[int, str], ignore_label:
         labels: Declared label values. Others are refused when voxels are read; empty allows all.
         ignore_label: Value of voxels that belong to no structure.
     """
+
+    def grid_of(case: Case) -> ScanGrid:
+        grid = read_grid(case.images[0])
+        return ScanGrid(
+            id=case.id,
+            shape=grid.ras_shape,
+            spacing_mm=grid.spacing_mm,
+            num_channels=len(case.images),
+            orientation="".join(str(code) for code in orientations.ornt2axcodes(grid.orientation)),
+        )
+
+    def measure(case: Case) -> ScanMeasures:
+        prepared = prepare(case, Preprocessing(), labels=labels)
+        return measure_scan(prepared.image, prepared.label, prepared.spacing_mm, prepared.statistics, ignore_label)
+
+    def state_of(path: str) -> str:
+        """Path, size and time of change of a file (of the folder of a DICOM series)."""
+        try:
+            state = os.stat(path.split("::")[0])
+        except OSError:
+            return path
+        return f"{path} {state.st_size} {state.st_mtime_ns}"
+
     return [
         ScanSource(
             id=case.id,
-            state=tuple(_file_state(path) for path in (*case.images, *([case.label] if case.label else []))),
-            grid=partial(_file_grid, case),
-            measure=partial(_measure_files, case, labels, ignore_label),
+            state=tuple(state_of(path) for path in (*case.images, *([case.label] if case.label else []))),
+            grid=partial(grid_of, case),
+            measure=partial(measure, case),
         )
         for case in cases
     ]
@@ -120,13 +143,23 @@ def file_sources(cases: Sequence[Case], labels: Mapping[int, str], ignore_label:
 
 def cached_sources(scans: Sequence["CachedScan"], ignore_label: int | None = None) -> list[ScanSource]:
     """Scans of a cache; ``ignore_label`` as in :func:`file_sources`."""
-    return [
-        ScanSource(
+
+    def grid_of(scan: "CachedScan") -> ScanGrid:
+        return ScanGrid(
             id=scan.case.id,
-            state=(scan.digest,),
-            grid=partial(_cached_grid, scan),
-            measure=partial(_measure_cached, scan, ignore_label),
+            shape=scan.shape,
+            spacing_mm=scan.spacing_mm,
+            num_channels=scan.num_channels,
+            orientation="RAS",
         )
+
+    def measure(scan: "CachedScan") -> ScanMeasures:
+        image = scan.to_values(scan.read((0, 0, 0), scan.shape))
+        label = scan.read_label((0, 0, 0), scan.shape) if scan.has_label else None
+        return measure_scan(image, label, scan.spacing_mm, scan.statistics, ignore_label)
+
+    return [
+        ScanSource(id=scan.case.id, state=(scan.digest,), grid=partial(grid_of, scan), measure=partial(measure, scan))
         for scan in scans
     ]
 
@@ -136,7 +169,7 @@ def inspect_scans(
 ) -> Iterator[tuple[ScanSource, Result | None]]:
     """What ``inspect`` finds in each scan, in their order; None, with a warning, for one that cannot be used.
 
-    Threads are enough: unpacking and NumPy let go of the interpreter.
+    Threads are enough: unpacking and NumPy release the interpreter's lock.
     """
 
     def attempt(source: ScanSource) -> Result | DataError:
@@ -152,50 +185,6 @@ def inspect_scans(
                 yield source, None
             else:
                 yield source, result
-
-
-def _file_state(path: str) -> str:
-    """Path, size and time of change of a file (of the folder of a DICOM series)."""
-    name = path.split("::")[0]
-    try:
-        state = os.stat(name)
-    except OSError:
-        return path
-    return f"{path} {state.st_size} {state.st_mtime_ns}"
-
-
-def _file_grid(case: Case) -> ScanGrid:
-    grid = read_grid(case.images[0])
-    codes = orientations.ornt2axcodes(grid.orientation)
-    return ScanGrid(
-        id=case.id,
-        shape=grid.ras_shape,
-        spacing_mm=grid.spacing_mm,
-        num_channels=len(case.images),
-        orientation="".join(str(code) for code in codes),
-    )
-
-
-def _measure_files(case: Case, labels: Mapping[int, str], ignore_label: int | None) -> ScanMeasures:
-    prepared = prepare(case, Preprocessing(), labels=labels)
-    return measure_scan(prepared.image, prepared.label, prepared.spacing_mm, prepared.statistics, ignore_label)
-
-
-def _cached_grid(scan: "CachedScan") -> ScanGrid:
-    return ScanGrid(
-        id=scan.case.id,
-        shape=scan.shape,
-        spacing_mm=scan.spacing_mm,
-        num_channels=scan.num_channels,
-        orientation="RAS",
-    )
-
-
-def _measure_cached(scan: "CachedScan", ignore_label: int | None) -> ScanMeasures:
-    start = (0, 0, 0)
-    image = scan.to_values(scan.read(start, scan.shape))
-    label = scan.read_label(start, scan.shape) if scan.has_label else None
-    return measure_scan(image, label, scan.spacing_mm, scan.statistics, ignore_label)
 
 
 def measure_scan(
