@@ -1,6 +1,6 @@
 """``mim3d export``: trained networks in the formats of other programs."""
 
-from mim3d.core.types import Triple
+from mim3d.core.types import Named, Triple
 
 
 def export(
@@ -13,6 +13,7 @@ def export(
     modality: str | None = None,
     include_seen: bool = False,
     task: str | None = None,
+    backbone: Named | None = None,
     overwrite: bool = False,
 ) -> str:
     """Export a trained network for use elsewhere: Hugging Face, ONNX, torch.export or MONAI.
@@ -34,6 +35,7 @@ def export(
         include_seen: Publish seen.json too (safetensors): digests and fingerprints of the scans it learned from, so
             that others are warned when they test on one. Whoever has a scan can tell from it whether it was among them.
         task: Name or dotted path of the task, where the card names one that is not mim3d's own; its code is imported.
+        backbone: Encoder, where the card names a class that is not mim3d's own; its code is imported.
         overwrite: Replace an earlier export in OUT.
 
     Returns:
@@ -56,5 +58,6 @@ def export(
         modality=modality,
         include_seen=include_seen,
         task=task,
+        backbone=backbone,
         overwrite=overwrite,
     )

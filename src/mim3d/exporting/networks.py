@@ -11,7 +11,7 @@ from mim3d.backbones import BACKBONES
 from mim3d.backbones.contract import Encoder, check_multiple, round_up
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.settings import nearest, to_named
-from mim3d.core.types import Triple
+from mim3d.core.types import Named, Triple
 from mim3d.tasks import find_task
 from mim3d.tasks.contract import ExportForm
 from mim3d.tasks.trained import load_trained
@@ -68,7 +68,12 @@ class EncoderProgram(nn.Module):
 
 
 def load_exported(
-    weights: str, kind: str | None = None, patch_size: Triple | None = None, *, task: str | None = None
+    weights: str,
+    kind: str | None = None,
+    patch_size: Triple | None = None,
+    *,
+    task: str | None = None,
+    backbone: Named | None = None,
 ) -> Exported:
     """Load a network to be exported.
 
@@ -77,6 +82,7 @@ def load_exported(
         kind: Folder of a run that holds the network: encoder, segmenter or classifier. That of the weights if None.
         patch_size: Voxels of the input; those of training, or 96 along each axis of an encoder, if not given.
         task: Name or dotted path of the task, where the card names one that is not mim3d's own.
+        backbone: The encoder, where the card names a class that is not mim3d's own.
 
     Raises:
         CheckpointError: Weights that cannot be read, or of another kind.
@@ -90,8 +96,8 @@ def load_exported(
     located = locate(weights, folders)
     card = read_card(located)
     if kind == "encoder" or (kind is None and "task" not in card):
-        return _encoder(located, card, patch_size)
-    network = load_trained(weights, task=task, networks=folders)
+        return _encoder(located, card, patch_size, backbone)
+    network = load_trained(weights, task=task, networks=folders, backbone=backbone)
     if kind not in (None, network.task.network):
         raise CheckpointError(f"{weights} was trained for another task than that of a {kind}; leave --network out.")
     form = network.task.export_form(network)
@@ -106,8 +112,8 @@ def load_exported(
     )
 
 
-def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None) -> Exported:
-    encoder = load_encoder(located)
+def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None, backbone: Named | None) -> Exported:
+    encoder = load_encoder(located, backbone)
     multiple = encoder.input_multiple
     usual = round_up((ENCODER_EDGE,) * 3, multiple, ENCODER_EDGE)
     own = {key: value for key, value in card.items() if key not in OF_THE_TASK}

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from mim3d.backbones import create_recipe
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.settings import build_settings
@@ -14,7 +13,7 @@ from mim3d.core.types import Named
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task, find_task
 from mim3d.tasks.contract import Task, TrainedNetwork
-from mim3d.weights import load_into, read_card, weights_digest
+from mim3d.weights import load_into, read_card, recipe_of_card, weights_digest
 
 #: Folders of a run that hold a network of one of mim3d's own tasks.
 TASK_NETWORKS = ("segmenter", "classifier")
@@ -50,7 +49,7 @@ def load_trained(
         )
     try:
         labels = {int(value): str(name) for value, name in card["labels"].items()}
-        recipe = create_recipe(backbone or card["backbone"], allow_import=backbone is not None)
+        recipe = recipe_of_card(card, path, backbone)
         preprocessing = build_settings(Preprocessing, {"spacing_mm": card["spacing_mm"]}, "card")
         intensity = build_settings(Intensity, card["intensity"], "card intensity")
         settings = task_of_card(card, path, task)

@@ -14,7 +14,15 @@ from mim3d.weights.folders import (
     weights_digest,
 )
 from mim3d.weights.hub import full_path, is_hub_id
-from mim3d.weights.loading import MIN_COVERAGE, CoverageReport, InputLayers, adapt_input, load_encoder, load_into
+from mim3d.weights.loading import (
+    MIN_COVERAGE,
+    CoverageReport,
+    InputLayers,
+    adapt_input,
+    load_encoder,
+    load_into,
+    recipe_of_card,
+)
 from mim3d.weights.states import PREFIXES, WRAPPERS, read_state, to_own_names
 
 __all__ = [
@@ -35,6 +43,7 @@ __all__ = [
     "locate",
     "read_card",
     "read_state",
+    "recipe_of_card",
     "save_network",
     "to_own_names",
     "weights_digest",

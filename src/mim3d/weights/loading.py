@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mim3d.backbones import create_recipe
-from mim3d.backbones.contract import Encoder
-from mim3d.core.errors import CheckpointError
+from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
+from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.settings import update_settings
+from mim3d.core.types import Named
 from mim3d.weights.folders import RUN_NETWORKS, read_card
 from mim3d.weights.states import read_state, to_own_names
 
@@ -136,21 +137,50 @@ def _coverage(target: Mapping[str, Tensor], state: Mapping[str, Tensor], fits: M
     )
 
 
-def load_encoder(path: str | Path) -> Encoder:
-    """The encoder of a run, an export folder, a Hugging Face id or a published MiM checkpoint, ready to use.
+def load_encoder(path: str | Path, backbone: Named | None = None) -> Encoder:
+    """Load the encoder of a run, an export folder, a Hugging Face id or a published MiM checkpoint, ready to use.
 
     Args:
-        path: a run, an export folder or a weights file; ``owner/name`` that is no local path, or
+        path: A run, an export folder or a weights file; ``owner/name`` that is no local path, or
             ``hf://owner/name@revision``, is fetched from Hugging Face (extra ``hub``).
+        backbone: Name of the backbone, where the card names one that is not mim3d's own; its code is imported.
+
     Raises:
-        CheckpointError: when the file is unreadable, or no recipe can be read from its card or its shapes.
+        CheckpointError: The file is unreadable, or no recipe can be read from its card or its shapes.
+        ConfigError: The card names a backbone that is not mim3d's own, and none is given.
     """
     card = read_card(path)
-    named = card["backbone"] if card else _hybrid_recipe(to_own_names(read_state(path)), path)
-    recipe = create_recipe(named, allow_import=False)
-    encoder = recipe.build()
+    if not card:
+        card = {"backbone": _hybrid_recipe(to_own_names(read_state(path)), path)}
+    encoder = recipe_of_card(card, path, backbone).build()
     load_into(encoder, path)
     return encoder.eval()
+
+
+def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | None = None) -> Backbone:
+    """Create the settings of the encoder that a card describes.
+
+    Args:
+        card: A card.
+        path: Where it was read, for messages.
+        backbone: The backbone as the user named it, or changes to its settings. Where it has the name of the card, all
+            else is the card's.
+
+    Raises:
+        ConfigError: The card names a backbone that is not mim3d's own, and the user named none.
+    """
+    saved = {"name": card["backbone"]} if isinstance(card["backbone"], str) else dict(card["backbone"])
+    changes = {"name": backbone} if isinstance(backbone, str) else dict(backbone or {})
+    name = changes.pop("name", None)
+    if name is None and saved["name"] not in BACKBONES:
+        raise ConfigError(
+            f"{path} has an encoder of the backbone '{saved['name']}', which is none of mim3d's own and is imported "
+            f"only when you name it; if you trust its code, use --backbone {saved['name']}."
+        )
+    if name not in (None, saved["name"]):
+        return create_recipe({"name": name, **changes})
+    own = create_recipe(saved, allow_import=name is not None)
+    return update_settings(own, changes, "backbone of the weights")
 
 
 def _hybrid_recipe(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:

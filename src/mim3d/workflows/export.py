@@ -7,7 +7,7 @@ from pathlib import Path
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import atomic_folder
 from mim3d.core.settings import nearest
-from mim3d.core.types import Triple
+from mim3d.core.types import Named, Triple
 from mim3d.exporting.hub_folder import check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import require_segmenter, write_monai_bundle
 from mim3d.exporting.networks import load_exported
@@ -32,6 +32,7 @@ def export_network(
     modality: str | None,
     include_seen: bool,
     task: str | None,
+    backbone: Named | None,
     overwrite: bool,
 ) -> str:
     """Export a network in one or more formats; `mim3d export` describes each argument.
@@ -46,6 +47,7 @@ def export_network(
         modality: What the scans are.
         include_seen: Whether the list of scans that it learned from is published too.
         task: Name or dotted path of the task, where the card names one that is not mim3d's own.
+        backbone: The encoder, where the card names a class that is not mim3d's own.
         overwrite: Whether an earlier export is replaced.
 
     Returns:
@@ -65,7 +67,7 @@ def export_network(
         check_onnx()
     for target in targets.values():
         _check_target(target, overwrite=overwrite)
-    network = load_exported(weights, kind, patch_size, task=task)
+    network = load_exported(weights, kind, patch_size, task=task, backbone=backbone)
     network = replace(network, license=license, modality=modality)
     if "monai" in names:
         require_segmenter(network, weights)

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mim3d.backbones import Backbone, Encoder, create_recipe
+from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
 from mim3d.caching.cache import Cache
 from mim3d.core.settings import build_settings, update_settings
 from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import CaseSet
 from mim3d.planning.plan import plan_intensity
 from mim3d.scans.intensity import Intensity
-from mim3d.weights import InputLayers, load_encoder, load_into, read_card
+from mim3d.weights import InputLayers, load_encoder, load_into, read_card, recipe_of_card
 
 #: Backbone where neither a name nor weights are given.
 DEFAULT_BACKBONE = "hybrid_base"
@@ -113,14 +113,15 @@ def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone,
         ConfigError: An unknown backbone or setting.
         CheckpointError: Weights from which no settings can be read.
     """
-    if isinstance(backbone, str) or (backbone is not None and "name" in backbone):
-        return create_recipe(backbone), None
-    changes = dict(backbone or {})
+    named = {"name": backbone} if isinstance(backbone, str) else dict(backbone or {})
     if weights is None:
-        return create_recipe({"name": DEFAULT_BACKBONE, **changes}), None
-    card = read_card(weights)
-    own = create_recipe(card["backbone"], allow_import=False) if card else load_encoder(weights).recipe
-    return update_settings(own, changes, "backbone of the weights"), own.in_channels
+        return create_recipe({"name": DEFAULT_BACKBONE, **named}), None
+    card, name = read_card(weights), named.pop("name", None)
+    # A backbone of the user's own is named to have its code imported: its settings are those of the weights.
+    if name in BACKBONES or (name is not None and not card):
+        return create_recipe({"name": name, **named}), None
+    own = recipe_of_card(card, weights, name) if card else load_encoder(weights).recipe
+    return update_settings(own, named, "backbone of the weights"), own.in_channels
 
 
 def _plain(spacing_mm: Spacing | None) -> str:
