@@ -4,6 +4,7 @@ Fake tensors have a shape, a type and a device but no values. Nothing is compute
 storages that would be alive are counted, including those that the backward pass waits for.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -223,7 +224,9 @@ def _dry_run(
 ) -> _Step:
     """One step of ``num_samples`` on fake tensors."""
     precision = _PRECISIONS.get(loop.precision)
-    with FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger:
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger:
+        # What copy.deepcopy does to a fake tensor, when an objective makes its teacher: a note to torch's developers.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # Not moved there as the loop does it: modules of fake tensors cannot be moved.
         with torch.device(device):
             objective = build().train()
