@@ -9,7 +9,7 @@ import torch
 from mim3d.backbones import create_model
 from mim3d.core.errors import DataError
 from mim3d.probing.features import features_of, token_features
-from mim3d.probing.items import Crop, classes_of, label_set, planned_size, token_labels
+from mim3d.probing.items import TokenCrop, classes_of, label_set, planned_size, token_labels
 from mim3d.probing.probe import without_encoder
 from mim3d.probing.settings import Probing
 from mim3d.scans.intensity import Intensity
@@ -104,7 +104,7 @@ def test_air_is_no_item():
 
 
 def test_what_lies_beyond_the_scan_carries_no_label():
-    values, shares = Crop(halves(0), (-4, 0, 0), (8, 16, 16), ZSCORE).label([0, 2, 5], 4)
+    values, shares = TokenCrop(halves(0), (-4, 0, 0), (8, 16, 16), ZSCORE).label([0, 2, 5], 4)
     assert shares.reshape(2, 16).tolist() == [[0.0] * 16, [1.0] * 16]
     assert not values.any()
 

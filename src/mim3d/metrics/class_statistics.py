@@ -55,11 +55,11 @@ def rates(confusion_BKK: Floats) -> dict[str, Floats]:
     }
 
 
-def defined_mean(values_BK: Floats) -> Floats:
-    """Mean (B,) over what is not NaN; NaN where nothing is."""
-    defined = ~np.isnan(values_BK)
+def defined_mean(values: Floats, axis: int = 1) -> Floats:
+    """Mean along an axis over what is not NaN; NaN where nothing is."""
+    defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(defined, values_BK, 0).sum(1) / defined.sum(1))
+        return np.asarray(np.where(defined, values, 0).sum(axis) / defined.sum(axis))
 
 
 @dataclass(frozen=True)

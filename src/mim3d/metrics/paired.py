@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.metrics.bootstrap import Bootstrap, Floats, grouped, interval, summed
+from mim3d.metrics.class_statistics import defined_mean
 from mim3d.metrics.label_scores import LabelScore
 
 #: Scores that two methods are compared by; those of lesions where they were scored.
@@ -80,9 +81,7 @@ def compare_paired(
             names, rows, is_unpaired_NL.sum(0), holm([row["p"] for row in rows]), strict=True
         ):
             per_label[name][key] = {**row, "num_unpaired": int(num_unpaired), "p_holm": p_holm}
-        defined = ~np.isnan(differences_NL)
-        with np.errstate(invalid="ignore"):
-            of_cases = np.where(defined, differences_NL, 0).sum(1) / defined.sum(1)
+        of_cases = defined_mean(differences_NL)
         mean[key] = {
             **_compared(of_cases, of_case, len(known), bootstrap),
             "num_unpaired": int((np.isnan(of_cases) & is_unpaired_NL.any(1)).sum()),

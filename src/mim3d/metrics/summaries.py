@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.metrics.bootstrap import Bootstrap, Floats, grouped, interval, summed
+from mim3d.metrics.class_statistics import defined_mean
 from mim3d.metrics.label_scores import SCORE_NAMES, LabelScore
 from mim3d.metrics.lesions import detection_rates
 
@@ -55,7 +56,7 @@ def summarise(
         scores = [case[name] for case in cases]
         counts = Counter(score.status for score in scores)
         per_label[name] = {
-            **_by_score(_nan_mean(values_NLS[:, place], 0)),
+            **_by_score(defined_mean(values_NLS[:, place], 0)),
             "std": _by_score(_nan_std(values_NLS[:, place])),
             "ci95": dict(zip(SCORE_NAMES, label_intervals[place], strict=True)),
             "num_cases": len(scores) - counts["absent"],
@@ -65,8 +66,8 @@ def summarise(
         if lesions is not None:
             per_label[name]["lesions"] = lesions
     return {
-        "mean": _by_score(_nan_mean(_nan_mean(values_NLS, 0), 0)),
-        "mean_std": _by_score(_nan_std(_nan_mean(values_NLS, 1))),
+        "mean": _by_score(defined_mean(defined_mean(values_NLS, 0), 0)),
+        "mean_std": _by_score(_nan_std(defined_mean(values_NLS, 1))),
         "mean_ci95": dict(zip(SCORE_NAMES, mean_intervals, strict=True)),
         "per_label": per_label,
     }
@@ -76,17 +77,9 @@ def _by_score(values: Floats) -> dict[str, float | None]:
     return {key: None if np.isnan(value) else float(value) for key, value in zip(SCORE_NAMES, values, strict=True)}
 
 
-def _nan_mean(values: Floats, axis: int) -> Floats:
-    """Means of what is defined along an axis; NaN where nothing is."""
-    defined = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        means: Floats = np.where(defined, values, 0).sum(axis) / defined.sum(axis)
-    return means
-
-
 def _nan_std(values: Floats) -> Floats:
     """Population deviation over the first axis of what is defined."""
-    return np.sqrt(_nan_mean((values - _nan_mean(values, 0)) ** 2, 0))
+    return np.sqrt(defined_mean((values - defined_mean(values, 0)) ** 2, 0))
 
 
 Interval = list[float] | None
@@ -116,7 +109,7 @@ def _intervals(
         for place in range(num_labels)
     ]
     enough_S = (numbers > 0).any(1).sum(0) > 1
-    means_BS = _nan_mean(means_BLS, 1)
+    means_BS = defined_mean(means_BLS, 1)
     return per_label, [interval(means_BS[:, s]) if enough_S[s] else None for s in range(num_scores)]
 
 

@@ -214,7 +214,7 @@ def _numbered(views: Sequence[View], known: Sequence[int]) -> tuple[View, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Crop:
+class TokenCrop:
     """A crop of a scan that can be read: network input, in full resolution."""
 
     scan: CachedScan
@@ -278,7 +278,9 @@ class _Chooser:
         annotated = annotated_values(scan.case, self.names)
         every = annotated is None or annotated >= set(self.names)
         values = [v for v in sorted(self.names) if annotated is None or (v in annotated and (v != 0 or every))]
-        crops = [Crop(scan, origin, self.size, self.intensity) for origin in self._origins(scan, values, position, rng)]
+        crops = [
+            TokenCrop(scan, origin, self.size, self.intensity) for origin in self._origins(scan, values, position, rng)
+        ]
         raw = [raw_of_tokens(crop(), self.token_edge) for crop in crops]
         labels = []
         for crop, raw_LF in zip(crops, raw, strict=True):
