@@ -9,8 +9,9 @@ from mim3d.commands.phantom import phantom
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import check_cases, read_cases
 from mim3d.phantoms import dataset as phantom_set
-from mim3d.phantoms.body import LABELS, make_phantom
+from mim3d.phantoms.body import make_phantom
 from mim3d.phantoms.dataset import PhantomSettings, plan_cases
+from mim3d.phantoms.parts import LABELS
 from mim3d.scans.volumes import read_grid, read_volume
 
 SIZE = (32, 28, 24)

@@ -4,8 +4,8 @@ from scipy import ndimage
 
 from mim3d.core.errors import ConfigError
 from mim3d.phantoms import body as phantoms
-from mim3d.phantoms.body import LABELS, Phantom, make_phantom
-from mim3d.phantoms.parts import AORTA, BONES, LEFT_KIDNEY, LESION, LIVER, LUNGS, RIGHT_KIDNEY, SPLEEN
+from mim3d.phantoms.body import Phantom, make_phantom
+from mim3d.phantoms.parts import AORTA, BONES, LABELS, LEFT_KIDNEY, LESION, LIVER, LUNGS, RIGHT_KIDNEY, SPLEEN
 from mim3d.phantoms.scanner import MAX_BEND_MM, draw_pose
 
 SIZE = (64, 56, 48)

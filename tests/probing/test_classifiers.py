@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mim3d.probing.classifiers import Standardised, linear_probabilities, neighbour_probabilities
+from mim3d.probing.classifiers import linear_probabilities, neighbour_probabilities, standardised
 
 
 def blobs(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,8 +18,7 @@ def blobs(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_blobs_are_told_apart_by_both():
     features, classes = blobs(300)
     queries, truth = blobs(150, seed=1)
-    scale = Standardised.of(features)
-    known, asked = scale.apply(features), scale.apply(queries)
+    known, asked = standardised(features, features), standardised(features, queries)
     linear = linear_probabilities(known, classes, asked, 3, l2=1e-2)
     near = neighbour_probabilities(known, classes, asked, 3, num_neighbours=20, temperature=0.07)
     for found in (linear, near):
@@ -68,7 +67,7 @@ def test_neighbours_vote_by_their_cosines():
 def test_features_that_do_not_vary_change_nothing():
     features, classes = blobs(90)
     constant = torch.cat([features, torch.full((90, 1), 7.0, dtype=torch.float64)], 1)
-    one, other = (Standardised.of(given).apply(given) for given in (features, constant))
+    one, other = (standardised(given, given) for given in (features, constant))
     assert (other[:, -1] == 0).all()
     found = [linear_probabilities(given, classes, given, 3, l2=1e-2) for given in (one, other)]
     torch.testing.assert_close(found[0], found[1])

@@ -31,7 +31,7 @@ class Bootstrap:
 
     Attributes:
         num_bootstrap: How often the patients are drawn anew; 0 makes no intervals.
-        seed: Of the draws; the same for every score, so that two methods are held against the same patients.
+        seed: Of the draws; the same for every score, so that two methods are compared on the same patients.
     """
 
     num_bootstrap: int = 2000

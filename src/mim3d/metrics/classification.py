@@ -60,7 +60,7 @@ class ClassifiedCases:
         patients: Whose case each is.
         predicted_N: Number of the predicted class.
         positive: Number of the positive class.
-        baseline_N: A number of each case to be held against the classifier, or None.
+        baseline_N: A number of each case that the classifier is compared with, or None.
     """
 
     probabilities_NK: Floats
@@ -148,7 +148,7 @@ def classification_scores(
         patients: Whose case each is; each is its own patient's if left out.
         by_patient: Score patients, by their mean probabilities, not scans.
         positive: Number of the positive class; the last if left out.
-        baseline: A number of each case, larger for the positive class, whose AUC is held against.
+        baseline: A number of each case, larger for the positive class, whose AUC the classifier is compared with.
         num_bins: Number of bins of the calibration error.
         bootstrap: How intervals are made; 2000 resamples if left out.
 
@@ -157,7 +157,7 @@ def classification_scores(
         "reliability": [...], "num_cases", "num_patients"}``, with "baseline" where there is one.
 
     Raises:
-        DataError: Shapes that differ, probabilities that are none, or a patient of several classes by patient.
+        DataError: Shapes that differ, values that are no probabilities, or a patient of several classes by patient.
         ConfigError: Fewer than one bin.
     """
     values = np.asarray(probabilities, dtype=np.float64)
@@ -184,7 +184,7 @@ def score_classes(cases: ClassifiedCases, num_bins: int = 10, bootstrap: Bootstr
     drawn = _resampled(cases, bootstrap, lambda w: np.stack(list(_statistics(cases, num_bins, w).values()), axis=1))
     matrix = confusion(classes, cases.predicted_N, len(cases.class_names), whole)
     of_class = rates(matrix)
-    bins = reliability(*_sureness(cases), num_bins, whole)
+    bins = reliability(*_judged_probabilities(cases), num_bins, whole)
     content = {
         "mean": {key: _plain(value[0]) for key, value in values.items()},
         "mean_ci95": {key: None if drawn is None else interval(drawn[:, k]) for k, key in enumerate(values)},
@@ -267,11 +267,11 @@ def _statistics(cases: ClassifiedCases, num_bins: int, weights_BN: Floats) -> di
         scores["specificity"] = found["recall"][:, 1 - cases.positive]
         errors = errors[:, [cases.positive]]
     scores["brier"] = (weights_BN @ errors.sum(1)) / weights_BN.sum(1)
-    scores["ece"] = reliability(*_sureness(cases), num_bins, weights_BN).ece
+    scores["ece"] = reliability(*_judged_probabilities(cases), num_bins, weights_BN).ece
     return scores
 
 
-def _sureness(cases: ClassifiedCases) -> tuple[Floats, npt.NDArray[np.bool_]]:
+def _judged_probabilities(cases: ClassifiedCases) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """The probability whose calibration is looked at, and whether its event came true."""
     if cases.is_binary:
         return cases.probabilities_NK[:, cases.positive], cases.classes_N == cases.positive

@@ -4,7 +4,7 @@ Terms and choices follow Maier-Hein et al. 2024 (Metrics Reloaded): a localisati
 components overlap enough, an assignment strategy says which of these count.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -111,9 +111,7 @@ class _Overlaps:
 
     def only(self, keep: npt.NDArray[np.bool_]) -> "_Overlaps":
         """The pairs that `keep` marks."""
-        return _Overlaps(
-            self.reference[keep], self.predicted[keep], self.shared[keep], self.reference_sizes, self.predicted_sizes
-        )
+        return replace(self, reference=self.reference[keep], predicted=self.predicted[keep], shared=self.shared[keep])
 
 
 def score_lesions(

@@ -48,7 +48,7 @@ def compare_paired(
     patients: Sequence[str],
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """Hold two methods against each other, as :data:`CONVENTIONS` says.
+    """Compare two methods, as :data:`CONVENTIONS` says.
 
     Args:
         ours: Scores by label name, for each case.

@@ -15,8 +15,6 @@ from mim3d.phantoms.scanner import AIR_HU, Placement, Pose, draw_pose, draw_scan
 from mim3d.phantoms.shapes import vector
 from mim3d.phantoms.trunk import Trunk, draw_spine, draw_trunk, paint_ribs, paint_trunk, skeleton
 
-__all__ = ["LABELS", "Phantom", "make_phantom"]
-
 #: Fewer voxels along an axis show no anatomy.
 MIN_SIZE = 16
 #: Voxels painted at a time: what fits a processor's cache.

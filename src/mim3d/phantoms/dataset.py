@@ -13,7 +13,8 @@ from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import remove_partial, write_json
 from mim3d.core.progress import counted
 from mim3d.core.types import Triple
-from mim3d.phantoms.body import LABELS, MIN_SIZE, make_phantom
+from mim3d.phantoms.body import MIN_SIZE, make_phantom
+from mim3d.phantoms.parts import LABELS
 from mim3d.scans.files import available_memory_bytes
 from mim3d.scans.grids import Grid, times
 from mim3d.scans.volumes import read_grid, write_volume

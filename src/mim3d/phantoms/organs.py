@@ -53,6 +53,7 @@ def draw_organs(rng: np.random.Generator, trunk: Trunk) -> tuple[Organs, dict[st
     right, left = kidneys
     spine = outside(capsule((2, -46, -300), (2, -52, 300), 43, 43))
     liver = _liver(rng, trunk)
+    # The spleen, hollowed at its hilum.
     size = rng.uniform(0.85, 1.15)
     centre = _near(rng, (-97, -30, 58), 4)
     turn = (rng.uniform(-25, -10), rng.uniform(-8, 4), rng.uniform(-22, -8))

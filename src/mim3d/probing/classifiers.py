@@ -4,8 +4,6 @@ Both see standardised features, in float64 on the CPU, and draw nothing at rando
 scores. Legend: N training items, M items to classify, D features, K classes.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,28 +18,11 @@ TOLERANCE = 1e-6
 _QUERIES_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
-class Standardised:
-    """Mean and deviation of training features; a feature that does not vary is 0 everywhere.
-
-    Attributes:
-        mean_D: Mean of each feature.
-        scale_D: The inverse deviation; 0 where there is none.
-    """
-
-    mean_D: Tensor
-    scale_D: Tensor
-
-    @classmethod
-    def of(cls, features_ND: Tensor) -> "Standardised":
-        """From training features."""
-        mean_D, std_D = features_ND.mean(0), features_ND.std(0, correction=0)
-        varies_D = std_D > 1e-9 * (1 + mean_D.abs())
-        return cls(mean_D, torch.where(varies_D, 1 / std_D.clamp_min(1e-300), 0.0))
-
-    def apply(self, features_MD: Tensor) -> Tensor:
-        """Features less their mean, over their deviation."""
-        return (features_MD - self.mean_D) * self.scale_D
+def standardised(training_ND: Tensor, features_MD: Tensor) -> Tensor:
+    """Features less the mean of training features, over their deviation; a feature that does not vary becomes 0."""
+    mean_D, std_D = training_ND.mean(0), training_ND.std(0, correction=0)
+    varies_D = std_D > 1e-9 * (1 + mean_D.abs())
+    return (features_MD - mean_D) * torch.where(varies_D, 1 / std_D.clamp_min(1e-300), 0.0)
 
 
 def linear_probabilities(

@@ -12,7 +12,7 @@ from torch import Tensor
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import DataError
 from mim3d.nn.positions import sincos_positions
-from mim3d.probing.classifiers import Standardised, linear_probabilities, neighbour_probabilities
+from mim3d.probing.classifiers import linear_probabilities, neighbour_probabilities, standardised
 from mim3d.probing.features import Collapse, Watch, features_of, measure_collapse
 from mim3d.probing.items import ProbeSet, classes_of
 from mim3d.probing.scores import Scored
@@ -103,18 +103,12 @@ def random_encoder(encoder: Encoder, seed: int) -> Encoder:
 def _probe(
     training_ND: Tensor, held_out_MD: Tensor, items: ProbeSet, probing: Probing, collapse: Collapse | None
 ) -> Probed:
-    scale = Standardised.of(training_ND)
-    known, asked = scale.apply(training_ND), scale.apply(held_out_MD)
+    known, asked = (standardised(training_ND, features) for features in (training_ND, held_out_MD))
     classes_N = torch.from_numpy(classes_of(items.training))
     number = len(items.names)
     linear = linear_probabilities(known, classes_N, asked, number, l2=probing.l2)
     neighbours = neighbour_probabilities(
-        known,
-        classes_N,
-        asked,
-        number,
-        num_neighbours=probing.num_neighbours,
-        temperature=probing.temperature,
+        known, classes_N, asked, number, num_neighbours=probing.num_neighbours, temperature=probing.temperature
     )
     truth = classes_of(items.held_out)
     patients = tuple(view.patient for view in items.held_out for _ in view.classes_n)

@@ -96,7 +96,9 @@ class ProbePlan:
             return None
         if every is not None and every < 1:
             raise ConfigError(f"probe_every is {every}; it must be at least 1.")
-        plan = cls(data, every, None, folds, largest_volume(sample), seed)
+        images = [shape[2:] for shape, kind in sample.values() if len(shape) == 5 and kind.is_floating_point]
+        x, y, z = max(images, key=math.prod)
+        plan = cls(data, every, None, folds, (x, y, z), seed)
         if data == PHANTOM:
             if recipe.in_channels != 1:
                 raise ConfigError(
@@ -183,13 +185,6 @@ class ProbePlan:
         for name, scores in found.items():
             print(f"  {name}: linear {scores[BEST_BY]:.4f}, nearest neighbours {scores['probe_knn']:.4f}")
         return items
-
-
-def largest_volume(sample: SampleShapes) -> Triple:
-    """Voxels along each axis of the largest image ``(N, C, X, Y, Z)`` of a sample."""
-    shapes = [shape[2:] for shape, kind in sample.values() if len(shape) == 5 and kind.is_floating_point]
-    x, y, z = max(shapes, key=math.prod)
-    return x, y, z
 
 
 def scores_of(probed: Probed) -> dict[str, float]:
