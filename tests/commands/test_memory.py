@@ -25,7 +25,6 @@ from mim3d.training import memory as engine_memory
 from mim3d.training.schedule import Optimisation
 from mim3d.workflows.shared import memory
 from mim3d.workflows.shared.memory import (
-    StepVariant,
     finetuning_variants,
     pretraining_sample,
     pretraining_variants,
@@ -156,36 +155,36 @@ OPTIM = Optimisation(learning_rate=1e-3)
 
 
 def test_a_method_that_looks_at_values_trains_all_the_same(capsys):
-    assert require_memory(training(), [StepVariant("", Curious)], SAMPLE, OPTIM, smaller="") == {}
+    assert require_memory(training(), {"": Curious}, SAMPLE, OPTIM, smaller="") == {}
     assert "memory: not known beforehand (DataDependentOutputException" in capsys.readouterr().out
 
 
 def test_unknown_memory_refuses_nothing(capsys, monkeypatch):
     monkeypatch.setattr(memory, "usable_bytes", lambda loop, limit: None)
-    assert require_memory(training(), [StepVariant("", Plain)], SAMPLE, OPTIM, smaller="")["memory_need_bytes"]
+    assert require_memory(training(), {"": Plain}, SAMPLE, OPTIM, smaller="")["memory_need_bytes"]
     assert "available" not in capsys.readouterr().out
 
 
 def test_a_validation_that_does_not_fit_is_refused_before_training():
     with pytest.raises(ConfigError, match=r"Validating needs about .* besides the network, .* \(--fold null\)"):
-        require_memory(training(), [StepVariant("", Plain)], SAMPLE, OPTIM, smaller="", validation_bytes=2**50)
+        require_memory(training(), {"": Plain}, SAMPLE, OPTIM, smaller="", validation_bytes=2**50)
 
 
 def test_the_need_is_that_of_every_process_on_a_cpu(capsys):
     with pytest.raises(ConfigError, match=r"in each of 2 processes of memory, but 1 MiB are allowed"):
-        require_memory(training(devices=2, memory_limit=2**-9), [StepVariant("", Plain)], SAMPLE, OPTIM, smaller="")
+        require_memory(training(devices=2, memory_limit=2**-9), {"": Plain}, SAMPLE, OPTIM, smaller="")
     assert "in each of 2 processes" in capsys.readouterr().out
 
 
 def test_variants_that_are_taken_already_are_not_offered():
     method, recipe = MiM(), create_recipe("hybrid_nano")
-    flags = [variant.flags for variant in pretraining_variants(method, recipe)]
+    flags = list(pretraining_variants(method, recipe))
     both = "--backbone.recompute true --method.chunk_size 1"
     assert flags == ["", "--backbone.recompute true", both]
     sparing = replace(recipe, recompute=True)
-    assert [variant.flags for variant in pretraining_variants(method, sparing)] == ["", "--method.chunk_size 1"]
-    assert [variant.flags for variant in pretraining_variants(replace(method, chunk_size=1), sparing)] == [""]
-    assert [variant.flags for variant in finetuning_variants(lambda recipe: Plain(), sparing)] == [""]
+    assert list(pretraining_variants(method, sparing)) == ["", "--method.chunk_size 1"]
+    assert list(pretraining_variants(replace(method, chunk_size=1), sparing)) == [""]
+    assert list(finetuning_variants(lambda recipe: Plain(), sparing)) == [""]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +197,7 @@ def test_variants_that_are_taken_already_are_not_offered():
     ids=["ready", "changed", "own"],
 )
 def test_offered_flags_of_fine_tuning_name_the_same_backbone(recipe):
-    words = shlex.split(finetuning_variants(lambda recipe: Plain(), recipe)[1].flags)
+    words = shlex.split(list(finetuning_variants(lambda recipe: Plain(), recipe))[1])
     signature = COMMANDS["finetune"].signature("finetune")
     arguments = command_arguments(split_line([*words, "--data", "x", "--out", "y"], signature), signature)
     assert create_recipe(arguments["backbone"]) == replace(recipe, recompute=True)

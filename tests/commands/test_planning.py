@@ -18,6 +18,7 @@ from mim3d.datasets.splits import Split, split_cases
 from mim3d.planning.patch import FILLED_SHARE
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
+from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training import memory as engine_memory
 from mim3d.workflows.finetune import planning
 from mim3d.workflows.finetune.planning import (
@@ -174,14 +175,13 @@ def test_the_scores_of_a_validation_take_memory_too():
 
 
 def test_memory_is_no_limit_where_the_user_wants_no_check_or_a_network_cannot_be_tried():
-    recipe, task = create_recipe(BACKBONE), create_task("segmentation")
-    assert training_memory(task, recipe, {0: "", 1: ""}, settings(batch_size=2), []) is None
-    memory = training_memory(task, recipe, {0: "", 1: ""}, settings(batch_size=2, memory_limit=1), [])
-    memory.task = Untried()
+    recipe = create_recipe(BACKBONE)
+    assert training_memory(Untried(), recipe, {0: "", 1: ""}, settings(batch_size=2), []) is None
+    memory = training_memory(Untried(), recipe, {0: "", 1: ""}, settings(batch_size=2, memory_limit=1), [])
     assert memory.need_bytes((16, 16, 16), 2) == 0
 
 
-class Untried:
+class Untried(Segmentation):
     """A task whose network reads values, which a dry run does not have."""
 
     def build(self, recipe, labels):

@@ -94,14 +94,22 @@ class StepMemory:
         sample: Shapes and types of one sample, without the axis of samples.
         loop: Settings of the loop, of which precision and devices matter.
         optim: Settings of the optimiser, filled from the defaults of the method or task.
+        scores_bytes: Bytes that a validation holds on the CPU besides the network at work. 0 without a validation.
     Attributes:
         device: ``cpu`` or ``cuda``.
+        scores_bytes: As above.
     """
 
     def __init__(
-        self, build: Callable[[], Objective], sample: SampleShapes, loop: LoopSettings, optim: Optimisation
+        self,
+        build: Callable[[], Objective],
+        sample: SampleShapes,
+        loop: LoopSettings,
+        optim: Optimisation,
+        scores_bytes: int = 0,
     ) -> None:
         self._build, self._sample, self._loop, self._optim = build, sample, loop, optim
+        self.scores_bytes = scores_bytes
         self.device = choose_accelerator(loop.accelerator)
         self._taken: dict[int, _Step] = {}
 
@@ -128,6 +136,19 @@ class StepMemory:
         # After dry runs: the libraries they load will be there in training too.
         program = 0 if self.device == "cuda" else resident_memory_bytes() or PROGRAM_BYTES
         return replace(need, program=program, reserve=reserve)
+
+    def validation_bytes(self) -> int:
+        """Count the bytes of a validation on the CPU.
+
+        Its windows, four at a time without gradients, hold no more than a step of one sample with its reserve: 0.8 to
+        1.2 times its tensors, with networks from nano to base.
+        """
+        return self.need(1, 1).total + self.scores_bytes
+
+    def most_bytes(self, batch_size: int, accumulation: int) -> int:
+        """Count the bytes of a step, or of a validation on the CPU where that takes more."""
+        step = self.need(batch_size, accumulation).total
+        return max(step, self.validation_bytes()) if self.scores_bytes and self.device == "cpu" else step
 
     def _step(self, num_samples: int) -> "_Step":
         if num_samples not in self._taken:

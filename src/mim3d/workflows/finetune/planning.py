@@ -1,13 +1,14 @@
 """The plan of a data set that nobody described: made before a run begins, said with its reasons, taken back edited."""
 
+import functools
 import hashlib
 import json
 import math
 import shutil
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -37,9 +38,9 @@ from mim3d.tasks.augmentation import sided_labels
 from mim3d.tasks.contract import Task
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.memory import StepMemory, can_be_known, usable_bytes
-from mim3d.training.schedule import Optimisation
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import Initialisation
+from mim3d.workflows.shared.memory import ScanOutline
 
 #: File of a run that holds its plan.
 PLAN_NAME = "plan.yaml"
@@ -349,48 +350,28 @@ def _numbers(values: Sequence[float | None] | None) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """All of a scan that its validation is measured by."""
-
-    shape: Triple
-
-
 @dataclass
 class TrainingMemory:
-    """What training needs, from dry runs on fake tensors; each patch is asked about once.
+    """What training needs, from dry runs on fake tensors.
 
     Attributes:
-        usable_bytes: Bytes that training may take.
+        usable_bytes: Bytes that training may take. None where that is not known.
+        accumulation: Micro-batches of a step.
+        steps: Gives the memory of steps with patches of a size.
     """
 
     usable_bytes: int | None
-    task: Segmentation
-    recipe: Backbone
-    labels: Mapping[int, str]
-    settings: FinetuneSettings
-    optim: Optimisation
-    validation_bytes: int
-    _steps: dict[Triple, StepMemory] = field(default_factory=dict)
+    accumulation: int
+    steps: Callable[[Triple], StepMemory]
 
     def need_bytes(self, patch_size: Triple, batch_size: int) -> int:
         """Bytes of a step, or of a validation on the CPU where that takes more."""
-        import torch
-
-        if patch_size not in self._steps:
-            sample = {
-                "image": ((1, self.recipe.in_channels, *patch_size), torch.float32),
-                "label": ((1, *patch_size), torch.int64),
-            }
-            self._steps[patch_size] = StepMemory(
-                lambda: self.task.build(self.recipe, self.labels), sample, self.settings.loop(1), self.optim
-            )
-        step = self._steps[patch_size]
+        step = self.steps(patch_size)
         try:
-            need = step.need(batch_size, self.settings.accumulation).total
+            need = step.need(batch_size, self.accumulation).total
             # Validation's network takes no more than a step, so that most often nothing has to be asked about it.
-            if step.device == "cpu" and need + self.validation_bytes > FILLED_SHARE * (self.usable_bytes or math.inf):
-                need = max(need, step.need(1, 1).total + self.validation_bytes if self.validation_bytes else 0)
+            if need + step.scores_bytes > FILLED_SHARE * (self.usable_bytes or math.inf):
+                need = step.most_bytes(batch_size, self.accumulation)
         except Mim3dError:
             raise
         except Exception:
@@ -420,13 +401,19 @@ def training_memory(
     if settings.memory_limit == 0 or not can_be_known(loop):
         return None
     limit = None if settings.memory_limit is None else int(settings.memory_limit * 2**30)
-    largest = [cast(CachedScan, _Shape(shape)) for shape in sorted(held_out, key=math.prod)[-1:]]
-    return TrainingMemory(
-        usable_bytes=usable_bytes(loop, limit),
-        task=task,
-        recipe=recipe,
-        labels=labels,
-        settings=settings,
-        optim=settings.optim.filled_from(task.optimisation),
-        validation_bytes=task.validation_bytes(largest, labels),
-    )
+    largest = [cast(CachedScan, ScanOutline(shape)) for shape in sorted(held_out, key=math.prod)[-1:]]
+    scores_bytes = task.validation_bytes(largest, labels)
+    optim = settings.optim.filled_from(task.optimisation)
+
+    # Each patch is asked about several times.
+    @functools.cache
+    def steps(patch_size: Triple) -> StepMemory:
+        import torch
+
+        sample = {
+            "image": ((1, recipe.in_channels, *patch_size), torch.float32),
+            "label": ((1, *patch_size), torch.int64),
+        }
+        return StepMemory(lambda: task.build(recipe, labels), sample, loop, optim, scores_bytes)
+
+    return TrainingMemory(usable_bytes(loop, limit), settings.accumulation, steps)

@@ -1,6 +1,6 @@
 """Before a run begins: the memory it will need, and where that is not there, the settings with which it fits."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
@@ -19,95 +19,65 @@ from mim3d.training.memory import MemoryNeed, SampleShapes, StepMemory, can_be_k
 from mim3d.training.schedule import Optimisation
 from mim3d.workflows.shared.training import TrainingSettings
 
-
-@dataclass(frozen=True)
-class StepVariant:
-    """One of several settings that compute the same step with more or less memory.
-
-    Attributes:
-        flags: Flags that ask for it on the command line; empty for the settings as they are.
-        build: Builds its objective.
-    """
-
-    flags: str
-    build: Callable[[], Objective]
+#: Flags that ask for settings which compute the same step with more or less memory -> what builds its objective.
+StepVariants = dict[str, Callable[[], Objective]]
 
 
-def pretraining_variants(method: Method, recipe: Backbone) -> list[StepVariant]:
+def pretraining_variants(method: Method, recipe: Backbone) -> StepVariants:
     """The settings as asked; then variants that need less memory and more time, the quicker ones first."""
-    variants = [StepVariant("", lambda: method.build(recipe))]
+    variants: StepVariants = {"": lambda: method.build(recipe)}
     less = _with(recipe, "recompute", True)
     if less is not None:
-        variants.append(StepVariant("--backbone.recompute true", lambda: method.build(less)))
+        variants["--backbone.recompute true"] = lambda: method.build(less)
     single = _with(method, "chunk_size", 1)
     if single is not None:
         # Beside recomputation alone: what is kept for the backward pass is the same in chunks of any size.
-        flags = f"{variants[-1].flags} --method.chunk_size 1".strip()
-        variants.append(StepVariant(flags, lambda: single.build(less or recipe)))
+        flags = f"{list(variants)[-1]} --method.chunk_size 1".strip()
+        variants[flags] = lambda: single.build(less or recipe)
     return variants
 
 
 @dataclass(frozen=True)
-class _Outline:
-    """All that a sampler may ask of a scan, where only the header was read: all of it body, none of it labelled."""
+class ScanOutline:
+    """All that a sampler or a validation may ask of a scan of which only the header was read.
+
+    Attributes:
+        shape: Voxels along X, Y, Z. All of them belong to the body.
+        class_locations: Where the voxels of each label lie. None is labelled.
+    """
 
     shape: Triple
     class_locations: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def body_box(self) -> tuple[Triple, Triple]:
+        """First voxel of the body, and the one after its last."""
         return (0, 0, 0), self.shape
 
     def foreground_ratio(self, _origin: Triple, _size: Triple) -> float:
+        """Share of the body in a crop."""
         return 1.0
 
 
 def pretraining_sample(method: Method, recipe: Backbone, shape: Triple) -> SampleShapes:
     """Shapes and types of one sample, drawn as if from a scan of ``shape`` voxels."""
-    scan = cast(CachedScan, _Outline(shape))
+    scan = cast(CachedScan, ScanOutline(shape))
     return method.sampler(recipe).draw(scan, np.random.default_rng(0)).shapes(recipe.in_channels)
 
 
-def finetuning_variants(build: Callable[[Backbone], Objective], recipe: Backbone) -> list[StepVariant]:
+def finetuning_variants(build: Callable[[Backbone], Objective], recipe: Backbone) -> StepVariants:
     """As asked; then with recomputation. ``build`` gives the objective on an encoder of the settings it is given."""
-    variants = [StepVariant("", lambda: build(recipe))]
+    variants: StepVariants = {"": lambda: build(recipe)}
     less = _with(recipe, "recompute", True)
     if less is not None:
         # Spelled out, since a backbone that comes from weights has no name yet which a flag could be added to.
-        variants.append(StepVariant(_spelled(less), lambda: build(less)))
+        variants[_spelled(less)] = lambda: build(less)
     return variants
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A variant with the memory that it takes, training or validating.
-
-    Attributes:
-        variant: The settings.
-        memory: What its steps need.
-        scores_bytes: What a validation holds on the CPU besides the network at work; 0 without one.
-    """
-
-    variant: StepVariant
-    memory: StepMemory
-    scores_bytes: int
-
-    def total(self, batch_size: int, accumulation: int) -> int:
-        step = self.memory.need(batch_size, accumulation).total
-        return max(step, self.validation()) if self.scores_bytes and self.memory.device == "cpu" else step
-
-    def validation(self) -> int:
-        """Bytes of a validation on the CPU.
-
-        Its windows, four at a time without gradients, hold no more than a step of one sample with its reserve: 0.8 to
-        1.2 times its tensors, with networks from nano to base.
-        """
-        return self.memory.need(1, 1).total + self.scores_bytes
 
 
 def require_memory(
     training: TrainingSettings,
-    variants: Sequence[StepVariant],
+    variants: StepVariants,
     sample: SampleShapes,
     optim: Optimisation,
     *,
@@ -133,11 +103,10 @@ def require_memory(
     loop = training.loop(training.max_steps or 1)
     if training.memory_limit == 0 or not is_first_process() or not can_be_known(loop):
         return {}
-    asked, *others = [
-        _Measured(variant, StepMemory(variant.build, sample, loop, optim), validation_bytes) for variant in variants
-    ]
+    memories = {flags: StepMemory(build, sample, loop, optim, validation_bytes) for flags, build in variants.items()}
+    asked = memories[""]
     try:
-        need = asked.memory.need(training.batch_size or 1, training.accumulation)
+        need = asked.need(training.batch_size or 1, training.accumulation)
     except Mim3dError:
         raise
     except Exception as error:
@@ -150,47 +119,41 @@ def require_memory(
     room = "" if usable is None else f", {in_words(usable)} {'available' if limit is None else 'allowed'}"
     print(f"memory: about {_total(need, loop.devices)} ({need.parts()}){room}")
     if usable is not None and need.total > usable:
-        raise ConfigError(_refusal(training, [asked, *others], need, usable, smaller))
-    _require_validation(asked, usable, less_validation)
+        raise ConfigError(_refusal(training, memories, need, usable, smaller))
+    if asked.device == "cpu":
+        needed, free = asked.validation_bytes(), usable
+    else:
+        needed, free = validation_bytes, available_memory_bytes()
+    if validation_bytes and free is not None and needed > free:
+        raise ConfigError(
+            f"Validating needs about {in_words(needed)} of memory, {in_words(validation_bytes)} of it besides the "
+            f"network, but {in_words(free)} can be used; {less_validation}."
+        )
     return {"memory_need_bytes": {field.name: getattr(need, field.name) for field in fields(need)}}
 
 
 def _refusal(
-    training: TrainingSettings, variants: Sequence[_Measured], need: MemoryNeed, usable: int, smaller: str
+    training: TrainingSettings, memories: Mapping[str, StepMemory], need: MemoryNeed, usable: int, smaller: str
 ) -> str:
+    """The sentence with the first settings that fit: of the same effective batch, those of the batch as asked first."""
     has = "are available" if training.memory_limit is None else "are allowed by memory_limit"
     sentence = f"Training needs about {_total(need, training.devices or 1)} of memory, but {in_words(usable)} {has}; "
     begun = " (a run that has begun keeps its settings: go on with it where more memory is free)"
     least = ("", need.total)
-    for flags, total in _offers(training, variants):
-        if total <= usable:
-            return f"{sentence}use {flags}, which needs about {in_words(total)}{begun if training.resume else ''}."
-        least = min(least, (flags, total), key=lambda offer: offer[1])
-    at_least = f"even {least[0]} needs about {in_words(least[1])}, so use" if least[0] else "use"
-    return f"{sentence}{at_least} {smaller}, or a machine with more memory (--memory_limit 0 trains all the same)."
-
-
-def _require_validation(asked: _Measured, usable: int | None, less: str) -> None:
-    on_cpu = asked.memory.device == "cpu"
-    needed, free = (asked.validation(), usable) if on_cpu else (asked.scores_bytes, available_memory_bytes())
-    if asked.scores_bytes and free is not None and needed > free:
-        raise ConfigError(
-            f"Validating needs about {in_words(needed)} of memory, {in_words(asked.scores_bytes)} of it besides the "
-            f"network, but {in_words(free)} can be used; {less}."
-        )
-
-
-def _offers(training: TrainingSettings, variants: Sequence[_Measured]) -> Iterator[tuple[str, int]]:
-    """Other settings of the same effective batch, as flags with their need: first those of the batch as asked."""
     whole = training.batch_size or 1
     for parts in (parts for parts in range(1, whole + 1) if whole % parts == 0):
         batch_size, accumulation = whole // parts, training.accumulation * parts
-        for measured in variants:
-            flags = [measured.variant.flags] if measured.variant.flags else []
-            if parts > 1:
-                flags.append(f"--batch_size {batch_size} --accumulation {accumulation}")
-            if flags:
-                yield " ".join(flags), measured.total(batch_size, accumulation)
+        split = f"--batch_size {batch_size} --accumulation {accumulation}" if parts > 1 else ""
+        for variant, memory in memories.items():
+            flags = f"{variant} {split}".strip()
+            if not flags:
+                continue
+            total = memory.most_bytes(batch_size, accumulation)
+            if total <= usable:
+                return f"{sentence}use {flags}, which needs about {in_words(total)}{begun if training.resume else ''}."
+            least = min(least, (flags, total), key=lambda offer: offer[1])
+    at_least = f"even {least[0]} needs about {in_words(least[1])}, so use" if least[0] else "use"
+    return f"{sentence}{at_least} {smaller}, or a machine with more memory (--memory_limit 0 trains all the same)."
 
 
 def _total(need: MemoryNeed, num_processes: int) -> str:

@@ -19,11 +19,11 @@ from mim3d.scans.intensity import Intensity
 from mim3d.tracking import Tracking
 from mim3d.training.plan import steps_for_epochs
 from mim3d.training.schedule import Optimisation
-from mim3d.training.settings import LoopSettings
+from mim3d.training.settings import LoopOptions, LoopSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(LoopOptions):
     """How long, how often and on what to train: the settings that pre-training and fine-tuning share.
 
     Attributes:
@@ -31,26 +31,13 @@ class TrainingSettings:
         max_epochs: Passes over the training scans, instead of max_steps.
         max_time: Longest time of this session, HH:MM or HH:MM:SS; the run can be resumed.
         batch_size: Samples per micro-batch and device.
-        accumulation: Micro-batches whose gradients are averaged into one step.
         optim: Optimiser; what is not given is the method's or task's own.
-        precision: 32-true, bf16-mixed or 16-mixed.
-        tf32: Let a GPU round the factors of float32 products to TF32: several times as fast, 10 bits instead of 23.
-        compile: Compile the blocks of the network (torch.compile); a minute at the start.
         devices: Processes, one per device, on each node; as torchrun or srun started them, or 1, if not given.
         num_nodes: Machines; as torchrun or srun started the processes, or 1, if not given.
-        strategy: How several processes share the work: ddp (every process has all weights), or auto, which is ddp.
-        accelerator: auto, cpu, cuda or mps.
         num_workers: Reading processes; none on a CPU and most cores beside a GPU if not given.
         read_timeout: Minutes that a reading process may take over a batch before the run stops; 0 waits for ever.
         memory_limit: GiB that training may use (on a GPU: of each); what is free if not given, 0 for no check.
-        log_every: Steps between two lines of metrics.
-        checkpoint_every: Steps between two checkpoints.
-        pictures_every: Steps between two sets of images in the run folder; null for none.
-        keep_checkpoints: Newest checkpoints kept.
-        max_bad_steps: Steps of the whole run that may go wrong: not finite, and skipped, or out of memory, and taken
-            once more; a run with more of them stops.
         tracking: TensorBoard, Weights & Biases or MLflow beside metrics.jsonl.
-        seed: Seed of weights, order, crops and masks; never of the folds.
         strict: Refuse scans that cannot be used or were learned from, instead of warning.
         resume: Go on with the run in OUT, or start it.
     Raises:
@@ -61,25 +48,14 @@ class TrainingSettings:
     max_epochs: int | None = None
     max_time: str | None = None
     batch_size: int | None = None
-    accumulation: int = 1
     optim: Optimisation = Optimisation()
-    precision: str = "32-true"
-    tf32: bool = False
-    compile: bool = False
     devices: int | None = None
     num_nodes: int | None = None
-    strategy: str = "auto"
-    accelerator: str = "auto"
     num_workers: int | None = None
     read_timeout: float = 10.0
     memory_limit: float | None = None
-    log_every: int = 10
-    checkpoint_every: int = 200
     pictures_every: int | None = 500
-    keep_checkpoints: int = 2
-    max_bad_steps: int = 3
     tracking: Tracking = Tracking()
-    seed: int = 0
     strict: bool | None = None
     resume: bool = False
 
