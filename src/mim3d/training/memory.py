@@ -134,7 +134,8 @@ class StepMemory:
         shares = CONVOLVING_RESERVE if step.convolves else RESERVE if accumulation == 1 else ACCUMULATING_RESERVE
         reserve = int(shares[self.device] * need.total) + SCRATCH_BYTES[self.device]
         # After dry runs: the libraries they load will be there in training too.
-        program = 0 if self.device == "cuda" else resident_memory_bytes() or PROGRAM_BYTES
+        resident = resident_memory_bytes()
+        program = 0 if self.device == "cuda" else PROGRAM_BYTES if resident is None else resident
         return replace(need, program=program, reserve=reserve)
 
     def validation_bytes(self) -> int:
