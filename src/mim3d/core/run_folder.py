@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,10 +123,13 @@ class Run:
         exists = run.manifest_path.is_file()
         manifest = read_manifest(run.manifest_path) if exists else {}
         if exists:
-            run._require_idle()
+            if (run.path / ".lock").exists():
+                with open(run.path / ".lock", "rb") as file:
+                    run._lock(file.fileno())
             if resume:
                 run._require_same(manifest, values, inputs)
-            elif run._has_results():
+            # A cache or a split alone is no result.
+            elif read_lines(run.metrics_path) or (run.checkpoints_dir.is_dir() and any(run.checkpoints_dir.iterdir())):
                 raise ConfigError(
                     f"{run.path} holds a run of mim3d {manifest['command']} already; "
                     "go on with it by --resume true, or choose another --out."
@@ -205,21 +208,11 @@ class Run:
             self._lock(file.fileno())
             yield
 
-    def _require_idle(self) -> None:
-        if (self.path / ".lock").exists():
-            with open(self.path / ".lock", "rb") as file:
-                self._lock(file.fileno())
-
     def _lock(self, descriptor: int) -> None:
         if not try_lock(descriptor, _LOCK_PATIENCE_S):
             raise ConfigError(
                 f"{self.path} is in use by another training process; let it end, or choose another --out."
             )
-
-    def _has_results(self) -> bool:
-        """Whether anything was trained; a cache or a split alone is no result."""
-        trained = self.checkpoints_dir.is_dir() and any(self.checkpoints_dir.iterdir())
-        return trained or bool(read_lines(self.metrics_path))
 
     def _require_same(self, manifest: Mapping[str, Any], values: dict[str, Any], inputs: Mapping[str, str]) -> None:
         if manifest["command"] != self.command:
@@ -313,10 +306,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file cannot be read, or was written by something else.
     """
-    try:
+    content = None
+    with suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
     if not isinstance(content, dict) or not {"command", "settings", "inputs"} <= content.keys():
         raise ConfigError(f"{path} is no manifest of a run of mim3d; choose another folder.")
     return content

@@ -31,13 +31,13 @@ def without_main_module() -> Iterator[None]:
 
 def prepare_worker() -> None:
     """Prepare a new worker process: its parent handles interruptions, and it ends when its parent ends."""
+
+    def end_with_parent() -> None:
+        # Without this, the workers of a pool outlive a parent that was killed.
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # Without this, the workers of a pool outlive a parent that was killed.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
@@ -94,7 +95,12 @@ class Heartbeat:
             if lost_s > min(_FAREWELL_S, self._patience_s):
                 self._finish("the first process has ended")
             if monitor is not None and written:
-                warning = monitor.update(self._read(), passed_s)
+                messages: dict[int, str] = {}
+                with suppress(RuntimeError, ValueError):
+                    keys = {rank: f"mim3d/heartbeat/{rank}" for rank in range(self._world_size)}
+                    there = {rank: key for rank, key in keys.items() if self._store.check([key])}
+                    messages = {rank: self._store.get(key).decode() for rank, key in there.items()}
+                warning = monitor.update(messages, passed_s)
                 if warning is not None:
                     self._report(f"warning: {warning}")
                 if monitor.verdict is not None:
@@ -113,14 +119,6 @@ class Heartbeat:
         except (RuntimeError, ValueError):
             return False
         return True
-
-    def _read(self) -> dict[int, str]:
-        """What each process wrote last."""
-        keys = {rank: f"mim3d/heartbeat/{rank}" for rank in range(self._world_size)}
-        try:
-            return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
-        except (RuntimeError, ValueError):
-            return {}
 
 
 class StallMonitor:
