@@ -47,9 +47,13 @@ def help_text(signature: Signature) -> str:
     groups = {**_flag_groups(signature), "every command": EVERY_COMMAND}
     console = Console(width=shutil.get_terminal_size().columns, highlight=False)
     longest = max(len(flag.usage) for flags in groups.values() for flag in flags)
+    several = {name: " ..." if word_limit(signature.hints[name]) is None else "" for name in signature.positional}
+    places = [name.upper() + dots for name, dots in several.items()]
+    required = [f"--{name} {_values(signature.hints[name])}" for name in signature.required if name not in several]
+    usage = " ".join(["usage: mim3d", signature.command, *places, *required, "[flags]"])
     description = re.split(r"\n(?:Args|Returns|Raises):\n", inspect.getdoc(signature.function) or "")[0].strip()
     with console.capture() as capture:
-        console.print(Text(_usage(signature)))
+        console.print(Text(usage))
         for paragraph in re.split(r"\n\s*\n", description):
             console.print("", Text(" ".join(paragraph.split())), sep="\n")
         for title, flags in groups.items():
@@ -60,13 +64,6 @@ def help_text(signature: Signature) -> str:
                 table.add_row(Text(flag.usage, style="bold"), Text(" ").join(filter(None, (Text(flag.meaning), facts))))
             console.print("", Text(f"{title}:", style="bold"), Padding(table, (0, 0, 0, 2)), sep="\n")
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def _usage(signature: Signature) -> str:
-    several = {name: " ..." if word_limit(signature.hints[name]) is None else "" for name in signature.positional}
-    places = [name.upper() + dots for name, dots in several.items()]
-    flags = [f"--{name} {_values(signature.hints[name])}" for name in signature.required if name not in several]
-    return " ".join(["usage: mim3d", signature.command, *places, *flags, "[flags]"])
 
 
 def _flag_groups(signature: Signature) -> dict[str, list[FlagHelp]]:

@@ -25,14 +25,7 @@ from mim3d.nn.blocks import ConvBlock, TransformerBlock
 from mim3d.objective import Batch, Objective
 from mim3d.training.settings import LoopSettings
 
-__all__ = [
-    "FabricModule",
-    "StepModule",
-    "check_machine",
-    "compile_blocks",
-    "launch",
-    "seed_step",
-]
+__all__ = ["FabricModule", "StepModule", "check_machine", "compile_blocks", "launch", "seed_step"]
 
 # torch leaves it without types.
 _cuda: Any = torch.cuda

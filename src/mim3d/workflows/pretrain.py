@@ -7,7 +7,7 @@ from statistics import fmean
 
 import torch
 
-from mim3d.backbones import BACKBONES, Backbone, create_recipe
+from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import Run, read_run
@@ -16,7 +16,6 @@ from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
 from mim3d.methods import METHODS, Method, create_method
-from mim3d.objective import Objective
 from mim3d.planning.plan import plan_intensity
 from mim3d.scans.intensity import Intensity
 from mim3d.tracking import TrackedRun
@@ -26,7 +25,7 @@ from mim3d.weights import load_into
 from mim3d.workflows.probe.monitor import BEST_BY, LastEncoder, ProbeMonitor, ProbePlan
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
-from mim3d.workflows.shared.leakage import check_split, identities_of, record_seen
+from mim3d.workflows.shared.leakage import check_split, identities_of, seen_from, write_seen
 from mim3d.workflows.shared.memory import pretraining_sample, pretraining_variants, require_memory
 from mim3d.workflows.shared.training import TrainingSettings, joined_processes
 
@@ -138,9 +137,13 @@ def run_pretraining(settings: PretrainSettings) -> str:
             strict=settings.strict,
         )
         scans = _learned(every, cases, strict=settings.strict)
-        record_seen(run, scans, settings.weights)
+        if run.writes:
+            write_seen(run.path, seen_from(identities_of(scans), settings.weights))
         mapping = settings.intensity or plan_intensity(scans)
-        objective = _build(method, recipe, settings.weights, settings.seed)
+        torch.manual_seed(settings.seed)
+        objective = method.build(recipe)
+        if settings.weights is not None:
+            print(f"{settings.weights}: {load_into(objective.encoder, settings.weights)}")
         loader = settings.loader(scans, method.sampler(recipe), mapping)
         card = encoder_card(recipe, mapping, scans)
         keeper: LastEncoder | ProbeMonitor = LastEncoder(run, card)
@@ -203,14 +206,6 @@ def _learned(scans: Cache, cases: Sequence[Case], *, strict: bool) -> Cache:
     if held_out:
         check_split(identities_of(learned), identities_of(scans.subset(held_out)), strict=strict)
     return learned
-
-
-def _build(method: Method, recipe: Backbone, weights: str | None, seed: int) -> Objective:
-    torch.manual_seed(seed)
-    objective = method.build(recipe)
-    if weights is not None:
-        print(f"{weights}: {load_into(objective.encoder, weights)}")
-    return objective
 
 
 def _close(run: Run, method: Method, result: TrainResult, keeper: LastEncoder | ProbeMonitor) -> str:

@@ -32,7 +32,14 @@ from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split, write_split
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
-from mim3d.workflows.shared.leakage import SEEN_NAME, check_pretraining, check_split, identities_of, record_seen
+from mim3d.workflows.shared.leakage import (
+    SEEN_NAME,
+    check_pretraining,
+    check_split,
+    identities_of,
+    seen_from,
+    write_seen,
+)
 from mim3d.workflows.shared.memory import finetuning_variants, require_memory
 from mim3d.workflows.shared.training import joined_processes
 
@@ -107,7 +114,8 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
                 check_pretraining(settings.weights, identities_of(scans), strict=True)
             check_pretraining(settings.weights, held_out, strict=strict)
             check_split(identities_of(learned), held_out, strict=strict)
-        record_seen(run, learned, settings.weights)
+        if run.writes:
+            write_seen(run.path, seen_from(identities_of(learned), settings.weights))
         return _train(run, planned, initial, split, scans, started_at)
 
 

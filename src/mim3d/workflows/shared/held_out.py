@@ -90,7 +90,10 @@ def write_split(run: Run, split: Split) -> None:
     if not run.writes:
         return
     parts = {"train": split.train, "val": split.val}
-    lists = {name: [_record(case) for case in part] for name, part in parts.items()}
+    lists = {
+        name: [{"id": c.id, "images": list(c.images), "label": c.label, "patient": c.patient} for c in part]
+        for name, part in parts.items()
+    }
     write_json(run.path / SPLIT_NAME, lists, remedy=GO_ON)
     # The ids too: those of a whole data set are not always what a shorter list would make of the same images.
     head = ("id", "image", "label", "class", "patient", "labels")
@@ -144,7 +147,3 @@ def held_out_by_all(runs: Sequence[str]) -> list[Case]:
                 "predict with one run at a time, or name new scans with --input."
             )
     return first
-
-
-def _record(case: Case) -> dict[str, object]:
-    return {"id": case.id, "images": list(case.images), "label": case.label, "patient": case.patient}

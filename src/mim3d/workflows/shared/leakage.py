@@ -15,7 +15,7 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.fingerprints import Fingerprint, Leak, ScanIdentity, find_leaks
 from mim3d.core.errors import CheckpointError, DataError, listed
 from mim3d.core.files import write_json
-from mim3d.core.run_folder import GO_ON, Run
+from mim3d.core.run_folder import GO_ON
 from mim3d.weights import WEIGHTS_NAME, locate
 
 SEEN_NAME = "seen.json"
@@ -62,20 +62,6 @@ def seen_from(scans: Sequence[ScanIdentity], weights: str | None) -> Seen:
     known = {} if earlier is None else {scan.digest: scan for scan in earlier.scans}
     known |= {scan.digest: replace(scan, id="") for scan in scans}
     return Seen(scans=tuple(known.values()), complete=earlier is not None and earlier.complete)
-
-
-def record_seen(run: Run, learned: Cache, weights: str | None) -> None:
-    """Write ``seen.json`` into a run, to go with the network that it makes.
-
-    Args:
-        run: The run.
-        learned: The scans it learns from.
-        weights: What it starts from.
-    Raises:
-        CheckpointError: The list beside the weights is damaged.
-    """
-    if run.writes:
-        write_seen(run.path, seen_from(identities_of(learned), weights))
 
 
 def write_seen(folder: Path, seen: Seen) -> None:
@@ -161,17 +147,14 @@ def check_leakage(
     # A scan that is there as it is and converted is reported as it is.
     nearest = {leak.held_out: leak for leak in sorted(leaks, key=lambda leak: -leak.distance)}
     in_order = [nearest[name] for name in dict.fromkeys(leak.held_out for leak in leaks)]
+    described = [f"{leak.held_out} ({leak.how}{f' as {leak.training}' if leak.training else ''})" for leak in in_order]
     one = len(in_order) == 1
     sentence = (
         f"{len(in_order)} of {len(held_out)} held-out cases {'is' if one else 'are'} {place}: "
-        f"{listed([_described(leak) for leak in in_order])}; scores on {'it' if one else 'them'} say nothing about new "
+        f"{listed(described)}; scores on {'it' if one else 'them'} say nothing about new "
         "patients, so leave such cases out of one of both parts, or give both the same patient."
     )
     if strict:
         raise DataError(f"{sentence} (strict: refused)")
     warnings.warn(sentence, stacklevel=2)
     return leaks
-
-
-def _described(leak: Leak) -> str:
-    return f"{leak.held_out} ({leak.how}{f' as {leak.training}' if leak.training else ''})"

@@ -123,27 +123,24 @@ class TrainingSettings(LoopOptions):
         intensity: Intensity,
         augment: Augment | None = None,
     ) -> Loader:
-        """The source of batches."""
+        """The source of batches. Unless they are given, no processes read beside a CPU, whose cores train."""
+        num_workers = self.num_workers
+        if num_workers is None:
+            import torch
+
+            on_gpu = torch.cuda.is_available() and self.accelerator != "cpu"
+            num_workers = min(8, max(1, num_cores() - 1)) if on_gpu else 0
         return Loader(
             scans,
             sampler,
             intensity,
             batch_size=self.batch_size or 1,
             seed=self.seed,
-            num_workers=self._reading_processes(),
+            num_workers=num_workers,
             augment=augment,
             strict=bool(self.strict),
             timeout_s=60 * self.read_timeout or None,
         )
-
-    def _reading_processes(self) -> int:
-        """As given; else none on a CPU, whose cores train, and most cores beside a GPU."""
-        if self.num_workers is not None:
-            return self.num_workers
-        import torch
-
-        on_gpu = torch.cuda.is_available() and self.accelerator != "cpu"
-        return min(8, max(1, num_cores() - 1)) if on_gpu else 0
 
 
 @contextmanager
