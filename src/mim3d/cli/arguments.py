@@ -193,7 +193,19 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
         ConfigError: A setting is unknown, missing or of another type, or a file belongs to another command.
     """
     files = coerce(flags.get("config", ()), _OWN_FLAGS["config"], "--config")
-    layers = [_read_settings(path, signature) for path in files]
+    layers = []
+    for path in files:
+        content = read_yaml(path)
+        command = content.pop("command", signature.command)
+        if command != signature.command:
+            raise ConfigError(
+                f"{path} holds the settings of mim3d {command}, not of mim3d {signature.command}; "
+                f"run mim3d {command} --config {path}."
+            )
+        for key in content:
+            if key not in signature.hints:
+                raise ConfigError(f"{path}: mim3d {command} has no setting '{key}'.{nearest(key, signature.hints)}")
+        layers.append(content)
     layers.append(_nested({key: value for key, value in flags.items() if key not in RESERVED}))
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -206,20 +218,6 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
             f"mim3d {signature.command} needs {' and '.join(words)}; see mim3d {signature.command} --help."
         )
     return {name: _typed(name, value, signature) for name, value in merged.items()}
-
-
-def _read_settings(path: str, signature: Signature) -> dict[str, Any]:
-    content = read_yaml(path)
-    command = content.pop("command", signature.command)
-    if command != signature.command:
-        raise ConfigError(
-            f"{path} holds the settings of mim3d {command}, not of mim3d {signature.command}; "
-            f"run mim3d {command} --config {path}."
-        )
-    for key in content:
-        if key not in signature.hints:
-            raise ConfigError(f"{path}: mim3d {command} has no setting '{key}'.{nearest(key, signature.hints)}")
-    return content
 
 
 def _nested(flags: Mapping[str, Any]) -> dict[str, Any]:

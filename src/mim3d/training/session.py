@@ -116,7 +116,22 @@ class TrainingSession:
         """
         path: Path | None = self.fabric.broadcast(self.checkpoints.newest() if self.fabric.is_global_zero else None)
         if path is not None:
-            self._restore(path)
+            content = read_checkpoint(path)
+            if content["effective_batch"] != self.plan.effective_batch:
+                raise CheckpointError(
+                    f"{path} was written with {content['effective_batch']} samples per step, now there are "
+                    f"{self.plan.effective_batch}; resume with the same batch size, accumulation and devices."
+                )
+            restore_weights(self.objective, content, path)
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.fabric.strategy.precision.load_state_dict(content["precision"])
+            micro_batches = self.loop.accumulation / content["accumulation"]
+            self.meter.restore(content["meter"], self.fabric.global_rank, self.fabric.world_size, micro_batches)
+            self.bad_steps.restore(content["bad_steps"])
+            self.average.load_state_dict(content.get("average", {}))
+            self.best, self.stale = content["best"], content.get("stale", 0)
+            self.speed = Throughput(content["elapsed_s"])
+            self.step = int(content["step"])
         if self.fabric.is_global_zero:
             self.checkpoints.drop_after(self.step)
             self.run.cut_metrics(self.step)
@@ -127,24 +142,6 @@ class TrainingSession:
         if path is not None:
             self.display.say(f"going on from step {self.step} of {self.loop.max_steps} ({path})")
         return self.step
-
-    def _restore(self, path: Path) -> None:
-        content = read_checkpoint(path)
-        if content["effective_batch"] != self.plan.effective_batch:
-            raise CheckpointError(
-                f"{path} was written with {content['effective_batch']} samples per step, now there are "
-                f"{self.plan.effective_batch}; resume with the same batch size, accumulation and devices."
-            )
-        restore_weights(self.objective, content, path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.fabric.strategy.precision.load_state_dict(content["precision"])
-        micro_batches = self.loop.accumulation / content["accumulation"]
-        self.meter.restore(content["meter"], self.fabric.global_rank, self.fabric.world_size, micro_batches)
-        self.bad_steps.restore(content["bad_steps"])
-        self.average.load_state_dict(content.get("average", {}))
-        self.best, self.stale = content["best"], content.get("stale", 0)
-        self.speed = Throughput(content["elapsed_s"])
-        self.step = int(content["step"])
 
     def attempt(self, step: int, batches: DeviceBatches, take: Callable[[], Batch]) -> Batch:
         """Take a step. One that runs out of memory is taken once more with the same random numbers.
