@@ -30,7 +30,7 @@ LEVELS = [
     {"name": "coarse", "footprint": [16, 16, 16], "size": [16, 16, 16], "mask_ratio": 0.5, "num_children": 2},
     {"name": "middle", "footprint": [8, 8, 8], "size": [16, 16, 16], "mask_ratio": 0.5},
 ]
-pretrain_module = sys.modules["mim3d.commands.pretrain"]
+pretrain_module = sys.modules["mim3d.workflows.pretrain"]
 
 METHOD = {"name": "MiM", "levels": LEVELS}
 
