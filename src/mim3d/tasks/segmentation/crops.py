@@ -47,9 +47,9 @@ class CropSampler:
             margin = np.ceil(size * self.margin_ratio).astype(int)
             origin, size = [int(voxel) for voxel in np.array(origin) - margin], size + 2 * margin
         footprint = (int(size[0]), int(size[1]), int(size[2]))
-        read = Crop((origin[0], origin[1], origin[2]), footprint, footprint)
+        crop = Crop((origin[0], origin[1], origin[2]), footprint, footprint)
         arrays = {} if self.partial is None else {"annotated": np.array(self.partial.channels(scan.case))}
-        return Sample(images={"image": (read,)}, labels={"label": (read,)}, arrays=arrays)
+        return Sample(images={"image": (crop,)}, labels={"label": (crop,)}, arrays=arrays)
 
     def _positive_centre(self, scan: CachedScan, rng: np.random.Generator) -> np.ndarray | None:
         """Draw a voxel of a random class of the scan: rare and small structures are seen as often as large ones."""
