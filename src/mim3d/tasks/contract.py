@@ -213,17 +213,21 @@ class TrainedNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSettings:
-    """How scans are predicted. A task takes what means something to it; `mim3d predict` describes each setting.
+    """How scans are predicted; a task takes what means something to it.
 
     Attributes:
-        overlap: Share of a window that its neighbour sees too. None takes that of the task.
-        batch_size: Number of windows, or of scans, per call of the network.
-        mirror: Whether predictions are averaged over mirrored input. None leaves it to the task.
-        body_only: Whether windows cover the body alone.
-        probabilities: Whether the probabilities of every voxel are written too.
-        largest_component: Names of the labels that keep their largest connected component alone, or true for all.
-        min_component_ml: Volume in millilitres below which connected components are removed.
-        format: Format that label maps are written in.
+        overlap: Share of a window that its neighbour sees too; that of the task if not given.
+        batch_size: Number of windows, or of scans to classify, per call of the network.
+        mirror: Average over mirrored windows, along the axes mirrored in training; as the task says if not given.
+        body_only: Cover the body alone: windows over the box around it, without those that hold nothing but air or
+            background; what no window covers is background. False covers the whole scan.
+        probabilities: Write OUT/<id>_probabilities.nii.gz too: float32, one volume per class (background first) or
+            region, before any clean-up; predictions.json names them as `channels`.
+        largest_component: Keep the largest connected component (26 neighbours) alone: true for every label, or the
+            names of labels.
+        min_component_ml: Remove connected components (26 neighbours) smaller than this, in millilitres.
+        format: nii.gz, nrrd, mha, dicom_seg (for DICOM series; needs the extra `dicom`), or auto: as the source, NIfTI
+            for DICOM series.
     """
 
     overlap: float | None = None
@@ -231,7 +235,7 @@ class PredictionSettings:
     mirror: bool | None = None
     body_only: bool = True
     probabilities: bool = False
-    largest_component: bool | Sequence[str] = False
+    largest_component: bool | list[str] = False
     min_component_ml: float = 0.0
     format: Format = "auto"
 

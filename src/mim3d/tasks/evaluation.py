@@ -18,25 +18,29 @@ CsvTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMapSettings:
-    """Settings that mean something to label maps alone; `mim3d evaluate` describes each.
+    """Settings that mean something to label maps alone.
 
     Attributes:
-        preset: Name of a published data set that gives the tolerance, names and regions that are not given.
-        nsd_tolerance_mm: Distance in mm up to which two surfaces agree; None takes that of the preset, or 1 mm.
-        labels: Names or values of the labels to score; None for every declared one.
-        regions: Unions of labels to score in place of single ones, by name.
-        lesions: Whether the lesions of every label are scored, or the names of labels and regions.
-        lesion_overlap: Least intersection over union for a lesion to count as found.
-        lesion_matching: Whether a lesion may count for several others.
-        lesion_min_ml: Volume in millilitres below which connected components are no lesions.
-        missing: What becomes of a reference without a prediction.
+        preset: Published data set, such as COVID-19-20, that gives the tolerance of surfaces, the names of labels and
+            the regions, as far as the settings below do not.
+        nsd_tolerance_mm: Distance in mm up to which two surfaces agree; that of the preset, or 1 mm, if left out.
+        labels: Names or values of the labels to score; every declared one if left out.
+        regions: Unions of labels to score in place of single ones, such as '{whole tumour: [1, 2, 3]}', by value or
+            name; if left out, those of the preset, or that the predictions' own list declares. --labels adds single
+            ones.
+        lesions: true scores the lesions of every label one by one; names, those of these labels or regions.
+        lesion_overlap: Least intersection over union for a lesion to count as found; 0 asks for one shared voxel.
+        lesion_matching: many lets a lesion count for several others, one_to_one for one at most.
+        lesion_min_ml: Connected components smaller than this many ml are no lesions.
+        missing: A reference without a prediction is left out with a warning (leave_out), or scored as an empty
+            prediction (worst).
     """
 
     preset: str | None = None
     nsd_tolerance_mm: float | None = None
-    labels: Sequence[str] | None = None
-    regions: Mapping[str, Sequence[int | str]] | None = None
-    lesions: bool | Sequence[str] = False
+    labels: list[str] | None = None
+    regions: dict[str, list[int | str]] | None = None
+    lesions: bool | list[str] = False
     lesion_overlap: float = 0.0
     lesion_matching: Literal["many", "one_to_one"] = "many"
     lesion_min_ml: float = 0.0
@@ -45,14 +49,14 @@ class LabelMapSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTableSettings:
-    """Settings that mean something to tables of classes alone; `mim3d evaluate` describes each.
+    """Settings that mean something to tables of classes alone.
 
     Attributes:
         class_column: Column of the references that holds the class.
-        positive: The positive class of two; None takes the last in sorted order.
-        by_patient: Whether patients are scored by the mean probabilities of their scans.
+        positive: The positive class of two; the last in sorted order if left out.
+        by_patient: Score patients by the mean probabilities of their scans, not scans.
         num_bins: Number of bins of the calibration error.
-        baseline_column: Column of the references with a number that is compared with the classifier.
+        baseline_column: A number in the references, such as a diameter, whose AUC is compared with the classifier's.
     """
 
     class_column: str = "class"
@@ -62,41 +66,56 @@ class ClassTableSettings:
     baseline_column: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """Which predictions are scored against which references, and how.
+@dataclass(frozen=True)
+class EvaluationSettings(LabelMapSettings, ClassTableSettings):
+    """Settings of `mim3d evaluate`.
 
     Attributes:
-        predictions: Folder or table of the predictions.
-        references: What they are scored against.
-        compare: Predictions of another method in the same form; None compares with none.
-        bootstrap: How intervals are made.
-        num_workers: Number of processes that score cases; None for one per core, as far as work and memory reach.
-        label_maps: Settings for label maps.
-        class_tables: Settings for tables of classes.
+        predictions: Folder that `mim3d predict` wrote, a folder of label maps by any other tool, or a table of classes
+            (.csv with id, predicted and a column probability_CLASS for each class).
+        references: Folder of label maps (labelsTr), label files, or any form of DATA with labels; with a table of
+            classes, a .csv with id, case or image, and a class. A column patient says which cases belong together.
+        out: File of scores to write, ending in .json; a table of the cases (.csv) comes beside it.
+        compare: Predictions of another method, in the same form: differences case by case, with intervals and tests.
+        num_bootstrap: How often patients are drawn anew for the intervals; 0 makes none.
+        seed: Seed of these draws.
+        tables: Write Markdown (.md) and LaTeX (.tex) tables beside the file of scores.
+        num_workers: Processes that score cases; if left out one per core, as far as work and memory reach.
+        task: Name or dotted path of a task of one's own that scores its predictions; its code is imported.
     """
 
     predictions: str
-    references: str | Sequence[str]
+    references: str | list[str]
+    out: str
     compare: str | None = None
-    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    num_bootstrap: int = 2000
+    seed: int = 0
+    tables: bool = True
     num_workers: int | None = None
-    label_maps: LabelMapSettings = field(default_factory=LabelMapSettings)
-    class_tables: ClassTableSettings = field(default_factory=ClassTableSettings)
+    task: str | None = None
 
-    def refuse_given(self, group: LabelMapSettings | ClassTableSettings, theirs: str, ours: str) -> None:
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """How intervals are made."""
+        return Bootstrap(num_bootstrap=self.num_bootstrap, seed=self.seed)
+
+    def group(self, kind: type[LabelMapSettings] | type[ClassTableSettings]) -> dict[str, Any]:
+        """Return the settings of one kind of predictions by name."""
+        return {setting.name: getattr(self, setting.name) for setting in fields(kind)}
+
+    def refuse_given(self, kind: type[LabelMapSettings] | type[ClassTableSettings], theirs: str, ours: str) -> None:
         """Refuse settings that mean nothing to these predictions.
 
         Args:
-            group: The settings that must all be as they are by default.
-            theirs: What the group is for, in the plural.
+            kind: The settings that must all be as they are by default.
+            theirs: What these settings are for, in the plural.
             ours: What the predictions are, with their article.
 
         Raises:
             ConfigError: The sentence names the first setting that was given all the same.
         """
-        for setting in fields(group):
-            value = getattr(group, setting.name)
+        for setting in fields(kind):
+            value = getattr(self, setting.name)
             if value != setting.default:
                 raise ConfigError(
                     f"{setting.name} is {value!r}, which is a setting for {theirs}, but predictions names {ours} "

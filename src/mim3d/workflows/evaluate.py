@@ -10,25 +10,20 @@ from mim3d.tasks import find_task
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
 
 
-def evaluate_predictions(settings: EvaluationSettings, out: str, *, tables: bool, task: str | None) -> str:
+def evaluate_predictions(settings: EvaluationSettings) -> str:
     """Score predictions, write the file of scores with its tables, and print them.
-
-    Args:
-        settings: What is scored against what, and how.
-        out: File of scores to write, ending in .json.
-        tables: Whether tables for a paper are written beside it.
-        task: Name or dotted path of the task that scores; None goes by the form of the predictions.
 
     Returns:
         Absolute path of the file of scores.
 
     Raises:
-        ConfigError: ``out`` cannot be written, or a setting cannot work.
-        DataError: Predictions or references cannot be scored.
+        ConfigError: ``out`` cannot be written, a setting cannot work, or a preset, label or class is unknown.
+        DataError: Nothing to match, an unreadable file (a DICOM-SEG for one), grids that disagree, or an undeclared
+            label value.
     """
-    _check_settings(settings, out)
-    scores = _scores(settings, task)
-    path = os.path.abspath(out)
+    _check_settings(settings)
+    scores = _scores(settings)
+    path = os.path.abspath(settings.out)
     stem = os.path.splitext(path)[0]
     write_json(path, scores.content, indent=1, allow_nan=False)
     for ending, (head, rows) in scores.csv_tables.items():
@@ -37,7 +32,7 @@ def evaluate_predictions(settings: EvaluationSettings, out: str, *, tables: bool
         from rich.console import Console
 
         Console().print(*scores.printed, sep="\n")
-    if tables and scores.paper_tables:
+    if settings.tables and scores.paper_tables:
         from mim3d.reporting.paper_tables import latex, markdown
 
         write_text(f"{stem}.md", markdown(scores.paper_tables))
@@ -47,10 +42,10 @@ def evaluate_predictions(settings: EvaluationSettings, out: str, *, tables: bool
     return path
 
 
-def _scores(settings: EvaluationSettings, task: str | None) -> Scores:
+def _scores(settings: EvaluationSettings) -> Scores:
     """Score predictions by a task that is named, or by the form that predictions of any tool have."""
-    if task is not None:
-        return find_task(task).score(settings)
+    if settings.task is not None:
+        return find_task(settings.task).score(settings)
     if is_class_table(settings.predictions):
         from mim3d.tasks.classification.evaluation import ClassEvaluation
 
@@ -60,7 +55,8 @@ def _scores(settings: EvaluationSettings, task: str | None) -> Scores:
     return LabelEvaluation(settings).scores()
 
 
-def _check_settings(settings: EvaluationSettings, out: str) -> None:
+def _check_settings(settings: EvaluationSettings) -> None:
+    out = settings.out
     if not out.lower().endswith(".json"):
         raise ConfigError(f"out is {out}, but a file of scores ends in .json; use {out.rstrip('/')}.json.")
     if os.path.isdir(out):
@@ -72,7 +68,7 @@ def _check_settings(settings: EvaluationSettings, out: str) -> None:
         raise ConfigError(f"out is {out}, but {folder} cannot be made ({error.strerror}).") from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"out is {out}, but {folder} cannot be written to; choose another.")
-    tolerance_mm, num_workers = settings.label_maps.nsd_tolerance_mm, settings.num_workers
+    tolerance_mm, num_workers = settings.nsd_tolerance_mm, settings.num_workers
     if tolerance_mm is not None and (not math.isfinite(tolerance_mm) or tolerance_mm < 0):
         raise ConfigError(f"nsd_tolerance_mm is {tolerance_mm}, but it takes a length in mm from 0.")
     if num_workers is not None and num_workers < 0:

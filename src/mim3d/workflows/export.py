@@ -1,7 +1,7 @@
 """Export of a trained network: checks before any work begins, then one folder for each format."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mim3d.core.errors import ConfigError
@@ -21,34 +21,48 @@ FORMATS = ("safetensors", "onnx", "torch-export", "monai")
 MARKS = ("card.json", "metadata.json", "configs/metadata.json")
 
 
-def export_network(
-    weights: str,
-    out: str,
-    *,
-    formats: Sequence[str],
-    kind: str | None,
-    patch_size: Triple | None,
-    license: str | None,
-    modality: str | None,
-    include_seen: bool,
-    task: str | None,
-    backbone: Named | None,
-    overwrite: bool,
-) -> str:
-    """Export a network in one or more formats; `mim3d export` describes each argument.
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of `mim3d export`.
 
-    Args:
-        weights: Run, exported folder, weights file or Hugging Face id.
-        out: Folder for the export. Of several formats each gets a folder of its name inside.
-        formats: Names of the formats.
-        kind: Folder of a run that holds the network; that of the weights if None.
-        patch_size: Voxels of a program's input; those of training if None.
-        license: Id of the licence of the weights.
-        modality: What the scans are.
-        include_seen: Whether the list of scans that it learned from is published too.
-        task: Name or dotted path of the task, where the card names one that is not mim3d's own.
-        backbone: The encoder, where the card names a class that is not mim3d's own.
-        overwrite: Whether an earlier export is replaced.
+    Attributes:
+        weights: Run, exported folder, weights file or Hugging Face id (owner/name, hf://owner/name@revision).
+        out: Folder for the export; of several formats each gets a folder of its name inside.
+        format: safetensors (a folder ready for Hugging Face), onnx, torch-export (.pt2) or monai (a bundle of a
+            segmenter); several may be named.
+        network: encoder, segmenter or classifier; the run's own if not given. The encoder of a fine-tuned run can be
+            taken out of it.
+        patch_size: Voxels of a program's input along X, Y, Z; those of training if not given (96 for an encoder).
+        license: Id of the licence of the weights, as Hugging Face lists them, such as cc-by-4.0; none is named if not
+            given.
+        modality: What the scans are, such as CT or T1-weighted MRI, for the README or the metadata.
+        include_seen: Publish seen.json too (safetensors): digests and fingerprints of the scans it learned from, so
+            that others are warned when they test on one. Whoever has a scan can tell from it whether it was among them.
+        task: Name or dotted path of the task, where the card names one that is not mim3d's own; its code is imported.
+        backbone: Encoder, where the card names a class that is not mim3d's own; its code is imported.
+        overwrite: Replace an earlier export in OUT.
+    """
+
+    weights: str
+    out: str
+    format: str | list[str] = "safetensors"
+    network: str | None = None
+    patch_size: Triple | None = None
+    license: str | None = None
+    modality: str | None = None
+    include_seen: bool = False
+    task: str | None = None
+    backbone: Named | None = None
+    overwrite: bool = False
+
+    @property
+    def formats(self) -> list[str]:
+        """Every format that is named, once."""
+        return list(dict.fromkeys([self.format] if isinstance(self.format, str) else self.format))
+
+
+def export_network(settings: ExportSettings) -> str:
+    """Export a network in one or more formats.
 
     Returns:
         The folder of the export.
@@ -58,20 +72,22 @@ def export_network(
         CheckpointError: Weights that cannot be read or do not suit the format, or a program that computes something
             else than its network.
     """
-    names = list(dict.fromkeys(formats))
-    _check_formats(names, patch_size, include_seen)
-    folder = Path(out)
+    names, weights = settings.formats, settings.weights
+    _check_formats(names, settings.patch_size, settings.include_seen)
+    folder = Path(settings.out)
     targets = {name: folder / name if len(names) > 1 else folder for name in names}
-    check_license(license)
+    check_license(settings.license)
     if "onnx" in names:
         check_onnx()
     for target in targets.values():
-        _check_target(target, overwrite=overwrite)
-    network = load_exported(weights, kind, patch_size, task=task, backbone=backbone)
-    network = replace(network, license=license, modality=modality)
+        _check_target(target, overwrite=settings.overwrite)
+    network = load_exported(
+        weights, settings.network, settings.patch_size, task=settings.task, backbone=settings.backbone
+    )
+    network = replace(network, license=settings.license, modality=settings.modality)
     if "monai" in names:
         require_segmenter(network, weights)
-    seen = _seen(network.located, weights) if include_seen else None
+    seen = _seen(network.located, weights) if settings.include_seen else None
     for name, target in targets.items():
         with atomic_folder(target) as scratch:
             if name == "safetensors":

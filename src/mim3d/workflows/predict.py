@@ -21,28 +21,33 @@ from mim3d.tasks.trained import load_together
 from mim3d.workflows.shared.held_out import held_out_by_all
 
 
-def predict_scans(
-    weights: Sequence[str],
-    out: str,
-    *,
-    input: str | Sequence[str] | None,
-    settings: PredictionSettings,
-    task: str | None,
-    backbone: Named | None,
-    accelerator: str,
-    overwrite: bool,
-) -> str:
-    """Predict scans; what is finished is kept, and a scan that cannot be used does not stop the others.
+@dataclass(frozen=True)
+class PredictSettings(PredictionSettings):
+    """Settings of `mim3d predict`.
 
-    Args:
-        weights: Runs of fine-tuning, or folders with exported networks; several answer together.
-        out: Folder for the predictions.
-        input: Scans; the cases that all of the runs held out if None.
-        settings: How scans are predicted.
-        task: Name or dotted path of the task, where a card names one that is not mim3d's own.
-        backbone: The encoder, where a card names a class that is not mim3d's own.
+    Attributes:
+        weights: Run of `mim3d finetune`, or a folder with an exported network; several, such as the folds of a
+            cross-validation, are an ensemble: the mean of their probabilities decides.
+        out: Folder for the label maps, or for the table of classes.
+        input: Scans: files, folders, DICOM trees, CSV or JSON lists; if not given, the held-out cases of the run, or
+            those that all of several runs held out.
+        task: Name or dotted path of the task, where the card names one that is not mim3d's own; its code is imported.
+        backbone: Encoder, where the card names a class that is not mim3d's own.
         accelerator: auto, cpu, cuda or mps.
-        overwrite: Whether finished scans are done again and predictions of other networks are replaced.
+        overwrite: Do scans again that are finished, and replace predictions of other networks.
+    """
+
+    weights: str | list[str]
+    out: str
+    input: str | list[str] | None = None
+    task: str | None = None
+    backbone: Named | None = None
+    accelerator: str = "auto"
+    overwrite: bool = False
+
+
+def predict_scans(settings: PredictSettings) -> str:
+    """Predict scans; what is finished is kept, and a scan that cannot be used does not stop the others.
 
     Returns:
         The folder of the predictions.
@@ -53,11 +58,16 @@ def predict_scans(
         CheckpointError: There is no network of a task in the weights.
         DataError: There is no scan; or, once all others are done, scans could not be predicted.
     """
-    networks = load_together(weights, task=task, backbone=backbone, device=choose_device(accelerator))
+    weights = [settings.weights] if isinstance(settings.weights, str) else settings.weights
+    device = choose_device(settings.accelerator)
+    networks = load_together(weights, task=settings.task, backbone=settings.backbone, device=device)
     predictor = networks[0].task.predictor(networks, settings)
-    found = held_out_by_all(weights) if input is None else input_cases(input, with_labels=predictor.reads_labels)
+    if settings.input is None:
+        found = held_out_by_all(weights)
+    else:
+        found = input_cases(settings.input, with_labels=predictor.reads_labels)
     cases = predictor.accepted(found)
-    folder = PredictionFolder.open(out, predictor, cases, overwrite=overwrite)
+    folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
     remaining = [case for case in cases if not folder.is_finished(case)]
     step = predictor.scans_per_call
     with Progress("{done:.1f} of {total} scans", len(remaining)) as progress:

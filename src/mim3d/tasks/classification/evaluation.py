@@ -13,7 +13,16 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.class_tables import ClassRow, ClassTable, is_class_table, read_class_tables
 from mim3d.metrics import ClassifiedCases, classification, compare_classes, score_classes
 from mim3d.reporting.paper_tables import class_tables
-from mim3d.tasks.evaluation import CsvTable, EvaluationSettings, Scores, interval_cell, number_cell, printed_table
+from mim3d.tasks.evaluation import (
+    ClassTableSettings,
+    CsvTable,
+    EvaluationSettings,
+    LabelMapSettings,
+    Scores,
+    interval_cell,
+    number_cell,
+    printed_table,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,8 +39,8 @@ class ClassEvaluation:
     """
 
     def __init__(self, settings: EvaluationSettings) -> None:
-        settings.refuse_given(settings.label_maps, "label maps", "a table of classes")
-        self.settings, self.classes = settings, settings.class_tables
+        settings.refuse_given(LabelMapSettings, "label maps", "a table of classes")
+        self.settings = settings
         references = settings.references
         names = [references] if isinstance(references, str) else references
         if len(names) != 1 or not names[0].lower().endswith(".csv"):
@@ -40,8 +49,8 @@ class ClassEvaluation:
                 "column."
             )
         self.references = names[0]
-        if self.classes.num_bins < 1:
-            raise ConfigError(f"num_bins is {self.classes.num_bins}, but a calibration error takes one bin or more.")
+        if settings.num_bins < 1:
+            raise ConfigError(f"num_bins is {settings.num_bins}, but a calibration error takes one bin or more.")
         if settings.compare is not None and not is_class_table(settings.compare):
             raise ConfigError(f"compare is {settings.compare}, but a table of classes is compared with another (.csv).")
 
@@ -63,7 +72,7 @@ class ClassEvaluation:
                 "predictions": os.path.abspath(settings.predictions),
                 "references": os.path.abspath(self.references),
                 "compare": settings.compare and os.path.abspath(settings.compare),
-                **asdict(self.classes),
+                **settings.group(ClassTableSettings),
                 **asdict(bootstrap),
             },
             "conventions": classification.CONVENTIONS,
@@ -71,7 +80,7 @@ class ClassEvaluation:
                 "without_reference": found.without_reference,
                 "without_prediction": found.without_prediction,
             },
-            **score_classes(cases, self.classes.num_bins, bootstrap),
+            **score_classes(cases, self.settings.num_bins, bootstrap),
             "cases": [asdict(row) for row in found.rows],
         }
         if settings.compare is not None:
@@ -92,13 +101,13 @@ class ClassEvaluation:
         return read_class_tables(
             predictions,
             self.references,
-            class_column=self.classes.class_column,
-            baseline_column=self.classes.baseline_column,
+            class_column=self.settings.class_column,
+            baseline_column=self.settings.baseline_column,
         )
 
     def _cases(self, rows: Sequence[ClassRow], class_names: tuple[str, ...]) -> ClassifiedCases:
         """Return rows as arrays, of patients where asked for."""
-        has_baseline = self.classes.baseline_column is not None
+        has_baseline = self.settings.baseline_column is not None
         cases = ClassifiedCases(
             probabilities_NK=np.array([row.probabilities for row in rows], dtype=np.float64),
             classes_N=np.array([class_names.index(row.true_class) for row in rows]),
@@ -108,12 +117,12 @@ class ClassEvaluation:
             positive=self._positive(class_names),
             baseline_N=np.array([row.baseline for row in rows], dtype=np.float64) if has_baseline else None,
         )
-        return cases.of_patients() if self.classes.by_patient else cases
+        return cases.of_patients() if self.settings.by_patient else cases
 
     def _positive(self, class_names: tuple[str, ...]) -> int:
-        positive = self.classes.positive
+        positive = self.settings.positive
         if positive is None:
-            if self.classes.baseline_column and len(class_names) > 2:
+            if self.settings.baseline_column and len(class_names) > 2:
                 raise ConfigError(
                     "baseline_column speaks for one class against the rest; name it with --positive, one of "
                     f"{', '.join(class_names)}."
@@ -145,12 +154,12 @@ class ClassEvaluation:
         return {
             "predictions": os.path.abspath(compare),
             "num_cases": len(ours.patients),
-            "paired": compare_classes(ours, theirs, self.classes.num_bins, self.settings.bootstrap),
+            "paired": compare_classes(ours, theirs, self.settings.num_bins, self.settings.bootstrap),
         }
 
     def _rows(self, found: ClassTable) -> CsvTable:
         """Return the table of cases."""
-        baseline = [self.classes.baseline_column] if self.classes.baseline_column else []
+        baseline = [self.settings.baseline_column] if self.settings.baseline_column else []
         head = ["id", "patient", "class", "predicted", *(f"probability_{name}" for name in found.class_names)]
         rows = [
             [row.id, row.patient, row.true_class, row.predicted, *row.probabilities]

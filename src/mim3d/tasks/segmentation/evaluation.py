@@ -25,7 +25,16 @@ from mim3d.metrics import (
 from mim3d.reporting.paper_tables import label_tables, p_cell
 from mim3d.scans.grids import require_same_grid
 from mim3d.scans.volumes import read_grid
-from mim3d.tasks.evaluation import CsvTable, EvaluationSettings, Scores, interval_cell, number_cell, printed_table
+from mim3d.tasks.evaluation import (
+    ClassTableSettings,
+    CsvTable,
+    EvaluationSettings,
+    LabelMapSettings,
+    Scores,
+    interval_cell,
+    number_cell,
+    printed_table,
+)
 from mim3d.tasks.segmentation.scoring import (
     CaseScoring,
     ScoredNames,
@@ -74,15 +83,15 @@ class LabelEvaluation:
     """
 
     def __init__(self, settings: EvaluationSettings) -> None:
-        settings.refuse_given(settings.class_tables, "tables of classes", "a folder of label maps")
-        self.settings, self.maps = settings, settings.label_maps
-        self.preset = None if self.maps.preset is None else _segmentation_preset(self.maps.preset)
-        tolerance_mm = self.maps.nsd_tolerance_mm
+        settings.refuse_given(ClassTableSettings, "tables of classes", "a folder of label maps")
+        self.settings = settings
+        self.preset = None if settings.preset is None else _segmentation_preset(settings.preset)
+        tolerance_mm = settings.nsd_tolerance_mm
         if tolerance_mm is None:
             tolerance_mm = NSD_TOLERANCE_MM if self.preset is None else self.preset.nsd_tolerance_mm
         self.nsd_tolerance_mm = tolerance_mm
         self.lesion_settings = LesionSettings(
-            overlap=self.maps.lesion_overlap, matching=self.maps.lesion_matching, min_ml=self.maps.lesion_min_ml
+            overlap=settings.lesion_overlap, matching=settings.lesion_matching, min_ml=settings.lesion_min_ml
         )
 
     def scores(self) -> Scores:
@@ -92,16 +101,18 @@ class LabelEvaluation:
             ConfigError: A label or region is unknown.
             DataError: There is nothing to match, a file is unreadable, or grids disagree.
         """
-        settings, maps = self.settings, self.maps
+        settings = self.settings
         found = self._pairs(settings.predictions)
-        names = scored_names(found.labels, maps.labels, found.regions if maps.regions is None else maps.regions)
-        is_strict = maps.labels is None and maps.regions is None and bool(found.labels)
+        names = scored_names(
+            found.labels, settings.labels, found.regions if settings.regions is None else settings.regions
+        )
+        is_strict = settings.labels is None and settings.regions is None and bool(found.labels)
         scoring = CaseScoring(
             regions=names.regions,
             allowed=frozenset(value for value in found.labels if value) if is_strict else None,
             nsd_tolerance_mm=self.nsd_tolerance_mm,
-            lesions=None if maps.lesions is False else self.lesion_settings,
-            lesions_of=chosen_lesions(maps.lesions, list(names.regions)),
+            lesions=None if settings.lesions is False else self.lesion_settings,
+            lesions_of=chosen_lesions(settings.lesions, list(names.regions)),
         )
         others = None if settings.compare is None else self._compared(found, settings.compare)
         pairs = [*found.pairs, *(others.pairs if others else ())]
@@ -113,7 +124,7 @@ class LabelEvaluation:
         if not names.regions:
             names = _names_held(scores, settings.predictions)
         # A label that a case does not hold is absent.
-        absent = LabelScore(status="absent", lesions=LesionScore()) if maps.lesions is True else ABSENT
+        absent = LabelScore(status="absent", lesions=LesionScore()) if settings.lesions is True else ABSENT
         completed = [{name: case.get(name, absent) for name in names.regions} for case in scores]
         ours, theirs = completed[: len(found.pairs)], completed[len(found.pairs) :]
         content = self._content(found, ours, names)
@@ -134,7 +145,7 @@ class LabelEvaluation:
         """Find what is to be scored, under the names of the preset."""
         references = self.settings.references
         try:
-            found = find_pairs(predictions, references, missing_as_empty=self.maps.missing == "worst")
+            found = find_pairs(predictions, references, missing_as_empty=self.settings.missing == "worst")
         except DataError:
             # A folder of nothing but DICOM-SEG seems to hold no label map at all.
             paths = [references] if isinstance(references, str) else references
@@ -180,7 +191,7 @@ class LabelEvaluation:
             "settings": {
                 "predictions": os.path.abspath(settings.predictions),
                 "references": os.path.abspath(references) if isinstance(references, str) else references,
-                **asdict(self.maps),
+                **settings.group(LabelMapSettings),
                 "preset": self.preset and self.preset.name,
                 "nsd_tolerance_mm": self.nsd_tolerance_mm,
                 "compare": settings.compare and os.path.abspath(settings.compare),
