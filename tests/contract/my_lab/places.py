@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from mim3d.loading.sample import Read, Sample
 from torch import Tensor
 from torch.nn import functional as F
 
 from mim3d.backbones import Backbone, Encoder
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
-from mim3d.loading.loader import Read, Sample
 from mim3d.methods.contract import Method
 from mim3d.nn.blocks import Mlp
 from mim3d.objective import Batch, Objective, StepOutput
