@@ -24,7 +24,7 @@ from yardstick.machine import best_seconds, describe, gemm_peak, options, peak_m
 from yardstick.mae import MaskedAutoencoder
 
 from mim3d.backbones import create_recipe
-from mim3d.kernels.masked_depthwise import kernel_forced
+from mim3d.kernels.masked.operator import kernel_forced
 from mim3d.nn.blocks import ConvBlock, TransformerBlock
 
 SIZES = ("nano", "tiny", "small", "base")

@@ -28,7 +28,7 @@ from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import read_cases
-from mim3d.kernels.allocator import keep_freed_memory
+from mim3d.kernels.machine import keep_freed_memory
 from mim3d.loading.loader import Loader
 from mim3d.loading.reading_processes import SharedArray, SlotAllocator, aligned
 from mim3d.loading.ring import slot_bytes

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mim3d.core.resources import peak_memory_bytes
-from mim3d.kernels.allocator import keep_freed_memory
+from mim3d.kernels.machine import keep_freed_memory
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mim3d.core.types import Triple
-from mim3d.kernels import masked_cpp
-from mim3d.kernels.masked_depthwise import kernel_for, kernel_forced, masked_depthwise
+from mim3d.kernels.masked import cpp as masked_cpp
+from mim3d.kernels.masked.operator import kernel_for, kernel_forced, masked_depthwise
 from mim3d.nn.neighbours import block_neighbours, flat_tokens
 from mim3d.nn.patches import from_blocks, to_blocks
 

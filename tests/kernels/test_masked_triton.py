@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mim3d.kernels import availability, masked_triton
+from mim3d.kernels import machine
+from mim3d.kernels.masked import triton as masked_triton
 
 pytest.importorskip("triton")
 
@@ -189,9 +190,9 @@ def test_blocks_and_kernels_that_do_not_fit_are_refused(interpreted: ModuleType,
 def test_triton_is_available_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not availability.triton_available()
+    assert not machine.triton_available()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert availability.triton_available()
+    assert machine.triton_available()
 
 
 @pytest.mark.parametrize(("edge", "channels", "dtype"), [(8, 48, "bf16"), (2, 20, "fp32")])

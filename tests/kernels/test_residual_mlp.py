@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mim3d.kernels import chunks
+from mim3d.kernels import machine
 from mim3d.kernels import residual_mlp as module
 from mim3d.kernels.residual_mlp import residual_mlp
 
@@ -36,7 +36,7 @@ def written_out(features: Tensor, *parameters: Tensor) -> Tensor:
 @pytest.fixture(params=[1, 3, 1000])
 def rows_at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Chunks of one row, chunks that leave a rest, and all rows at once."""
-    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", request.param * 8 * 8)
+    monkeypatch.setitem(machine.CHUNK_BYTES, "cpu", request.param * 8 * 8)
     return int(request.param)
 
 

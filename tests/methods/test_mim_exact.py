@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.yardstick.batches import random_batch
 from benchmarks.yardstick.dense_mim import DenseMiM
 from mim3d.backbones.hybrid import Hybrid
-from mim3d.kernels.masked_depthwise import kernel_forced
+from mim3d.kernels.masked.operator import kernel_forced
 from mim3d.methods.mim.hierarchy import Level
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.objective import MiMObjective

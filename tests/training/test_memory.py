@@ -196,7 +196,7 @@ import numpy as np, torch
 sys.path.insert(0, ".")
 from mim3d.backbones import create_recipe
 from mim3d.training.optim import build_optimizer
-from mim3d.kernels.allocator import keep_freed_memory
+from mim3d.kernels.machine import keep_freed_memory
 from mim3d.methods.mim.method import MiM
 from mim3d.training.schedule import make_schedule
 from mim3d.core.resources import peak_memory_bytes

@@ -38,12 +38,12 @@ class Hybrid(Backbone):
     """Settings of the hybrid backbone; the defaults are the published base size.
 
     Attributes:
-        widths: channels per stage; every stage halves the grid, the last is the transformer.
-        depths: blocks per stage.
-        num_heads: attention heads of the transformer.
-        mlp_ratio: hidden per token channels of every MLP.
-        recompute: trade time for memory: recompute the convolution blocks in the backward pass.
-        drop_path: chance that a sample goes without a branch of the last block, in training; falls linearly to the
+        widths: Channels per stage; every stage halves the grid, the last is the transformer.
+        depths: Blocks per stage.
+        num_heads: Attention heads of the transformer.
+        mlp_ratio: Hidden per token channels of every MLP.
+        recompute: Trade time for memory: recompute the convolution blocks in the backward pass.
+        drop_path: Chance that a sample goes without a branch of the last block, in training; falls linearly to the
             first block (stochastic depth).
     """
 
@@ -93,7 +93,7 @@ class HybridEncoder(VisibleEncoder):
     """Convolution stages at strides 2, 4, ..., then ViT blocks on tokens of the last stride.
 
     Args:
-        recipe: its settings.
+        recipe: Its settings.
     """
 
     def __init__(self, recipe: Hybrid) -> None:

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from mim3d.core.types import Triple
-from mim3d.kernels.masked_depthwise import masked_depthwise
+from mim3d.kernels.masked.operator import masked_depthwise
 from mim3d.nn.neighbours import block_neighbours, flat_tokens
 from mim3d.nn.patches import to_blocks
 
@@ -19,8 +19,8 @@ class VisibleBlocks:
     convolution, the only operation that does: leaving hidden tokens out changes nothing at visible ones.
 
     Args:
-        visible_BV: raster indices of visible tokens.
-        grid: tokens along X, Y, Z.
+        visible_BV: Raster indices of visible tokens.
+        grid: Tokens along X, Y, Z.
     """
 
     def __init__(self, visible_BV: Tensor, grid: Triple) -> None:

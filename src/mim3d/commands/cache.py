@@ -27,8 +27,8 @@ def cache(
         data: Folder of scans, DICOM tree, MSD folder or dataset.json, nnU-Net raw folder, or CSV or JSON list.
         out: Folder for the cache.
         spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; each scan keeps its own if not given.
-        intensities: lossless; 8-bit, which is smaller and faster to read and enough for pre-training; or auto, lossless
-            if the data set has labels, else 8-bit.
+        intensities: How intensities are stored: lossless; 8-bit, which is smaller and faster to read and enough for
+            pre-training; or auto, lossless if the data set has labels, else 8-bit.
         window: What 8 bits of a CT cover, in HU; other modalities use what their foreground covers.
         num_levels: Number of resolutions stored, each half the one before; 1 for full resolution alone.
         body_crop: Keep only the box around the body (what is not air or background), with a small margin.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mim3d.kernels.chunks import chunk_length
+from mim3d.kernels.machine import chunk_length
 
 # Shape suffixes: R rows (voxels of all blocks), C channels, H hidden channels; r rows of one chunk.
 

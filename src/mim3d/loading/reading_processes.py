@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mim3d.core.errors import DataError, Mim3dError
-from mim3d.kernels.allocator import keep_freed_memory
+from mim3d.kernels.machine import keep_freed_memory
 from mim3d.loading.stored_images import Allocate, Packed
 
 #: Seconds after which an idle reading process checks again that its trainer is still there.

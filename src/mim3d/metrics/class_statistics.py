@@ -68,7 +68,7 @@ class Reliability:
 
     Attributes:
         weight_BM: Weight of each bin.
-        mean_probability_BM: mean probability in each bin; NaN where it is empty.
+        mean_probability_BM: Mean probability in each bin; NaN where it is empty.
         frequency_BM: How often the event came true there.
     """
 

@@ -76,7 +76,7 @@ class LesionScore:
         precision: Num_true of num_predicted.
         f1: Harmonic mean of the two.
         false_positives: Predicted lesions that do not match.
-        dice: mean over reference lesions.
+        dice: Mean over reference lesions.
         reference_ml: Volume of each reference lesion.
         reference_dice: Dice of each reference lesion, in the same order.
     """

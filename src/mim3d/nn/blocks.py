@@ -25,8 +25,8 @@ class Pointwise(nn.Module):
     """A 1x1x1 convolution, computed as a matrix product over the last axis.
 
     Args:
-        in_dim: channels in.
-        out_dim: channels out.
+        in_dim: Channels in.
+        out_dim: Channels out.
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -43,9 +43,9 @@ class Projection(nn.Module):
     """A convolution whose kernel equals its stride, computed as a matrix product over whole patches.
 
     Args:
-        in_dim: channels in.
-        out_dim: channels out.
-        kernel_size: edge of the patch that becomes one voxel.
+        in_dim: Channels in.
+        out_dim: Channels out.
+        kernel_size: Edge of the patch that becomes one voxel.
     """
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int) -> None:
@@ -72,9 +72,9 @@ class PatchEmbed(nn.Module):
     """Non-overlapping patch embedding: projection, LayerNorm, GELU.
 
     Args:
-        in_dim: channels in.
-        out_dim: channels out.
-        kernel_size: edge of a patch.
+        in_dim: Channels in.
+        out_dim: Channels out.
+        kernel_size: Edge of a patch.
     """
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int = 2) -> None:
@@ -90,8 +90,8 @@ class Depthwise(nn.Module):
     """The parameters of a depth-wise convolution; the layout of the features decides how it is applied.
 
     Args:
-        dim: channels.
-        kernel_size: edge of the kernel.
+        dim: Channels.
+        kernel_size: Edge of the kernel.
     """
 
     def __init__(self, dim: int, kernel_size: int) -> None:
@@ -111,7 +111,7 @@ class DropPath(nn.Module):
     expectation is what evaluation computes with all branches (there they are scaled in evaluation instead, equation 5).
 
     Args:
-        prob: chance that a sample goes without the branch.
+        prob: Chance that a sample goes without the branch.
     """
 
     def __init__(self, prob: float) -> None:
@@ -127,8 +127,8 @@ class DropPath(nn.Module):
         """What a branch counts for each row of ``features`` ``(N, ...)``: ``(N, 1, ...)``, 0 or 1 / (1 - prob).
 
         Args:
-            features: rows; those of one sample follow each other.
-            num_samples: samples that the rows belong to, as many each; None where every row is one.
+            features: Rows; those of one sample follow each other.
+            num_samples: Samples that the rows belong to, as many each; None where every row is one.
         """
         rows = len(features)
         samples = rows if num_samples is None else num_samples
@@ -144,8 +144,8 @@ class PointwiseMlp(nn.Module):
     """Two 1x1x1 convolutions with GELU between them, behind a norm and around them the residual.
 
     Args:
-        dim: channels in and out.
-        hidden_dim: channels between.
+        dim: Channels in and out.
+        hidden_dim: Channels between.
     """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
@@ -164,10 +164,10 @@ class ConvBlock(nn.Module):
     ``visible`` is part of the layout's depth-wise convolution: hidden voxels count as zero there.
 
     Args:
-        dim: channels.
-        mlp_ratio: hidden channels of the MLP per channel.
-        kernel_size: edge of the depth-wise kernel.
-        drop_path: chance that a sample goes without a branch, in training.
+        dim: Channels.
+        mlp_ratio: Hidden channels of the MLP per channel.
+        kernel_size: Edge of the depth-wise kernel.
+        drop_path: Chance that a sample goes without a branch, in training.
     """
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, kernel_size: int = 5, drop_path: float = 0.0) -> None:
@@ -210,8 +210,8 @@ class Attention(nn.Module):
     """Multi-head self-attention over all tokens.
 
     Args:
-        dim: token width.
-        num_heads: heads; must divide ``dim``.
+        dim: Token width.
+        num_heads: Heads; must divide ``dim``.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -232,9 +232,9 @@ class Mlp(nn.Module):
     """Two linear layers with GELU between them.
 
     Args:
-        in_dim: width in.
-        hidden_dim: width between.
-        out_dim: width out.
+        in_dim: Width in.
+        hidden_dim: Width between.
+        out_dim: Width out.
     """
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
@@ -250,10 +250,10 @@ class TransformerBlock(nn.Module):
     """Pre-norm ViT block (Dosovitskiy et al. 2021): x + attention(LN(x)), then x + MLP(LN(x)).
 
     Args:
-        dim: token width.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP per token width.
-        drop_path: chance that a sample goes without a branch, in training.
+        dim: Token width.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP per token width.
+        drop_path: Chance that a sample goes without a branch, in training.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:

@@ -18,11 +18,11 @@ class TokenDecoder(nn.Module):
     """Reconstructs hidden tokens from visible ones (He et al. 2022, section 3).
 
     Args:
-        encoder_dim: width of the encoder's tokens.
-        dim: width of the decoder.
+        encoder_dim: Width of the encoder's tokens.
+        dim: Width of the decoder.
         depth: ViT blocks.
-        num_heads: attention heads.
-        out_dim: voxels (times channels) of one token.
+        num_heads: Attention heads.
+        out_dim: Voxels (times channels) of one token.
     """
 
     def __init__(self, encoder_dim: int, dim: int, depth: int, num_heads: int, out_dim: int) -> None:
@@ -39,9 +39,9 @@ class TokenDecoder(nn.Module):
         """Decoder features ``(B, L, D)`` of all places, in raster order, after the last norm.
 
         Args:
-            visible: tokens ``(b, V, E)`` and their raster indices ``(b, V)``, for each group of volumes that show
+            visible: Tokens ``(b, V, E)`` and their raster indices ``(b, V)``, for each group of volumes that show
                 the same number of tokens; all groups, ``B`` volumes together, go through the blocks as one batch.
-            grid: tokens along X, Y, Z.
+            grid: Tokens along X, Y, Z.
         """
         tokens_BLD = torch.cat([self._fill(tokens, indices, math.prod(grid)) for tokens, indices in visible])
         tokens_BLD = tokens_BLD + sincos_positions(grid, tokens_BLD.shape[-1]).to(tokens_BLD)

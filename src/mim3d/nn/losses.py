@@ -32,8 +32,8 @@ def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -
     """Cross-entropy with the child's own place as the label, and the accuracy of the nearest place.
 
     Args:
-        logits_BK: similarity of each child with each candidate place.
-        own_B: index of the child's own place.
+        logits_BK: Similarity of each child with each candidate place.
+        own_B: Index of the child's own place.
         usable_BK: False for places left out as negatives; the own place always counts.
     """
     own_place = F.one_hot(own_B, logits_BK.shape[1]).bool()

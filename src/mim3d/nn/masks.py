@@ -24,9 +24,9 @@ def unit_mask(hidden_units: np.ndarray, unit_grid: Triple, tokens_per_unit: Trip
     """Token mask ``(L,)`` in raster order that hides exactly the tokens inside the hidden units.
 
     Args:
-        hidden_units: raster indices of hidden units on ``unit_grid``.
-        unit_grid: units along X, Y, Z.
-        tokens_per_unit: tokens of one unit along X, Y, Z.
+        hidden_units: Raster indices of hidden units on ``unit_grid``.
+        unit_grid: Units along X, Y, Z.
+        tokens_per_unit: Tokens of one unit along X, Y, Z.
     """
     units = np.zeros(math.prod(unit_grid), dtype=bool)
     units[hidden_units] = True
@@ -57,10 +57,10 @@ def split_tokens(hidden_BL: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
     The number is given, not counted, so that nothing waits for a GPU.
 
     Args:
-        hidden_BL: token mask, True = hidden.
-        num_hidden: hidden tokens of every sample.
+        hidden_BL: Token mask, True = hidden.
+        num_hidden: Hidden tokens of every sample.
     Raises:
-        RuntimeError: when a sample hides another number of tokens.
+        RuntimeError: A sample hides another number of tokens.
     """
     torch._assert_async((hidden_BL.sum(1) == num_hidden).all(), f"every sample must hide {num_hidden} tokens")
     order_BL = hidden_BL.to(torch.uint8).argsort(dim=1, stable=True)

@@ -24,8 +24,8 @@ def block_neighbours(visible_BV: Tensor, grid: Triple) -> Tensor:
     Offsets -1, 0, 1 along X, Y, Z in raster order; -1 where that token is hidden or outside the volume.
 
     Args:
-        visible_BV: raster indices of visible tokens.
-        grid: tokens along X, Y, Z.
+        visible_BV: Raster indices of visible tokens.
+        grid: Tokens along X, Y, Z.
     """
     batch, length = len(visible_BV), math.prod(grid)
     flat_N = flat_tokens(visible_BV, length)

@@ -53,7 +53,7 @@ class View:
         load: Reads it, ``(C, X, Y, Z)`` float32 network input.
         tokens_n: Raster indices of its tokens; None for the mean over all of them, which is then the one item.
         classes_n: Class of each item.
-        raw_nF: mean and deviation of each channel over each item's voxels: what needs no encoder.
+        raw_nF: Mean and deviation of each channel over each item's voxels: what needs no encoder.
         patient: Whose scan it is.
     """
 

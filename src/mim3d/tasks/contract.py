@@ -226,8 +226,8 @@ class PredictionSettings:
         largest_component: Keep the largest connected component (26 neighbours) alone: true for every label, or the
             names of labels.
         min_component_ml: Remove connected components (26 neighbours) smaller than this, in millilitres.
-        format: nii.gz, nrrd, mha, dicom_seg (for DICOM series; needs the extra `dicom`), or auto: as the source, NIfTI
-            for DICOM series.
+        format: Format of label maps: nii.gz, nrrd, mha, dicom_seg (for DICOM series; needs the extra `dicom`), or auto:
+            as the source, NIfTI for DICOM series.
     """
 
     overlap: float | None = None

@@ -28,9 +28,9 @@ class LabelMapSettings:
         regions: Unions of labels to score in place of single ones, such as '{whole tumour: [1, 2, 3]}', by value or
             name; if left out, those of the preset, or that the predictions' own list declares. --labels adds single
             ones.
-        lesions: true scores the lesions of every label one by one; names, those of these labels or regions.
+        lesions: With true, score the lesions of every label one by one; with names, those of these labels or regions.
         lesion_overlap: Least intersection over union for a lesion to count as found; 0 asks for one shared voxel.
-        lesion_matching: many lets a lesion count for several others, one_to_one for one at most.
+        lesion_matching: How lesions match: many lets a lesion count for several others, one_to_one for one at most.
         lesion_min_ml: Connected components smaller than this many ml are no lesions.
         missing: A reference without a prediction is left out with a warning (leave_out), or scored as an empty
             prediction (worst).

@@ -22,7 +22,7 @@ class LoopOptions:
         tf32: Let a GPU round the factors of float32 products to TF32: several times as fast, 10 bits instead of 23.
         compile: Compile the blocks of the network (torch.compile); a minute at the start.
         strategy: How several processes share the work: ddp (every process has all weights), or auto, which is ddp.
-        accelerator: auto, cpu, cuda or mps.
+        accelerator: Kind of device: auto, cpu, cuda or mps.
         log_every: Steps between two lines of metrics.
         checkpoint_every: Steps between two checkpoints.
         pictures_every: Steps between two sets of images in the run folder; null for none.

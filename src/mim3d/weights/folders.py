@@ -27,10 +27,10 @@ def save_network(folder: Path, module: nn.Module, card: Mapping[str, Any], besid
     """Write ``model.safetensors`` and ``card.json`` into ``folder``; an earlier export is replaced as a whole.
 
     Args:
-        folder: where to; its parent must exist.
-        module: whose state is stored, on any device.
-        card: what a reader must know to use it; ``format`` is added.
-        beside: files that belong with it; they must never be changed in place.
+        folder: Folder to write to; its parent must exist.
+        module: Whose state is stored, on any device.
+        card: What a reader must know to use it; ``format`` is added.
+        beside: Files that belong with it; they must never be changed in place.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     with atomic_folder(folder) as new:
@@ -50,10 +50,10 @@ def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
     """The export folder or weights file behind a run folder, an export folder, a file or a Hugging Face id.
 
     Args:
-        path: a run folder, an export folder, a file, or what :func:`mim3d.weights.hub.fetched` fetches.
-        networks: folders of a run to look for, the preferred first.
+        path: A run folder, an export folder, a file, or what :func:`mim3d.weights.hub.fetched` fetches.
+        networks: Folders of a run to look for, the preferred first.
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: There is none.
     """
     given = fetched(path) or Path(path)
     if given.is_file():
@@ -72,7 +72,7 @@ def weights_digest(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -
     """SHA-256 of the weights file behind a run folder, an export folder or a file.
 
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: There is none.
     """
     located = locate(path, networks)
     with open(located / WEIGHTS_NAME if located.is_dir() else located, "rb") as file:
@@ -83,7 +83,7 @@ def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dic
     """The card beside our own weights; empty for a foreign file.
 
     Raises:
-        CheckpointError: when it cannot be read or is of a newer format.
+        CheckpointError: It cannot be read or is of a newer format.
     """
     folder = locate(path, networks)
     card_path = (folder if folder.is_dir() else folder.parent) / CARD_NAME

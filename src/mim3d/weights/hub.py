@@ -39,7 +39,7 @@ def fetched(path: str | os.PathLike[str]) -> Path | None:
     A repository is looked up once per process, so that card and weights are of one revision.
 
     Raises:
-        CheckpointError: the package huggingface_hub is not there, or the repository cannot be fetched.
+        CheckpointError: The package huggingface_hub is not there, or the repository cannot be fetched.
     """
     match = _ID.fullmatch(os.fspath(path))
     if match is None or not is_hub_id(path):

@@ -27,12 +27,12 @@ class CoverageReport:
     """How a file's tensors met a module's.
 
     Attributes:
-        matched: keys of the module that were filled.
-        missing: keys of the module that the file lacks.
-        mismatched: keys whose shapes differ, with both shapes.
-        left_over: keys of the file that the module has no place for.
-        coverage: filled share of the module's values, 0 to 1.
-        adapted: keys among the matched whose tensors were made to fit another number of input channels.
+        matched: Keys of the module that were filled.
+        missing: Keys of the module that the file lacks.
+        mismatched: Keys whose shapes differ, with both shapes.
+        left_over: Keys of the file that the module has no place for.
+        coverage: Filled share of the module's values, 0 to 1.
+        adapted: Keys among the matched whose tensors were made to fit another number of input channels.
     """
 
     matched: tuple[str, ...]
@@ -60,12 +60,12 @@ def load_into(
     """Fill a module with the tensors of a file that fit, and say which did.
 
     Args:
-        module: an encoder, or a network with an ``encoder``.
-        path: a run folder, an export folder, or a weights file (safetensors or torch).
-        networks: folders of a run to look for, the preferred first.
-        input_layers: how the layers of an encoder that read the input are made to fit another number of channels.
+        module: An encoder, or a network with an ``encoder``.
+        path: A run folder, an export folder, or a weights file (safetensors or torch).
+        networks: Folders of a run to look for, the preferred first.
+        input_layers: How the layers of an encoder that read the input are made to fit another number of channels.
     Raises:
-        CheckpointError: when less than ``MIN_COVERAGE`` of the encoder's values (or of the module's, without an
+        CheckpointError: Less than ``MIN_COVERAGE`` of the encoder's values (or of the module's, without an
             encoder) would be filled; nothing is changed then.
     """
     state = to_own_names(read_state(path, networks))
@@ -100,8 +100,8 @@ def adapt_input(
     large: exactly, with "mean", where all channels look alike.
 
     Args:
-        module: an encoder, or a network with an ``encoder``.
-        state: tensors by the names of the module.
+        module: An encoder, or a network with an ``encoder``.
+        state: Tensors by the names of the module.
         how: "mean", every channel gets the mean over the channels of the file; "repeat", theirs in turn; "new", none is
             changed, so that these layers start anew.
     """

@@ -41,7 +41,7 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
     """All tensors of a weights file by name, unwrapped and without framework prefixes; never runs code from the file.
 
     Raises:
-        CheckpointError: when the file is damaged, holds no tensors, or would need arbitrary unpickling.
+        CheckpointError: The file is damaged, holds no tensors, or would need arbitrary unpickling.
     """
     located = locate(path, networks)
     file = located / WEIGHTS_NAME if located.is_dir() else located
@@ -92,7 +92,7 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name the tensors of a published MiM checkpoint as ours: ``encoder.*``, ``decoder.*``; others stay as they are.
 
     Raises:
-        CheckpointError: when its position embeddings are not the fixed ones that mim3d computes.
+        CheckpointError: Its position embeddings are not the fixed ones that mim3d computes.
     """
     if "patch_embed1.proj.weight" not in state or "pos_embed" not in state:
         return dict(state)

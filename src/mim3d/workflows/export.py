@@ -28,10 +28,10 @@ class ExportSettings:
     Attributes:
         weights: Run, exported folder, weights file or Hugging Face id (owner/name, hf://owner/name@revision).
         out: Folder for the export; of several formats each gets a folder of its name inside.
-        format: safetensors (a folder ready for Hugging Face), onnx, torch-export (.pt2) or monai (a bundle of a
-            segmenter); several may be named.
-        network: encoder, segmenter or classifier; the run's own if not given. The encoder of a fine-tuned run can be
-            taken out of it.
+        format: Format, or several: safetensors (a folder ready for Hugging Face), onnx, torch-export (.pt2) or monai (a
+            bundle of a segmenter); several may be named.
+        network: Kind of network: encoder, segmenter or classifier; the run's own if not given. The encoder of a
+            fine-tuned run can be taken out of it.
         patch_size: Voxels of a program's input along X, Y, Z; those of training if not given (96 for an encoder).
         license: Id of the licence of the weights, as Hugging Face lists them, such as cc-by-4.0; none is named if not
             given.

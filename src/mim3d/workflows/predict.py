@@ -33,7 +33,7 @@ class PredictSettings(PredictionSettings):
             those that all of several runs held out.
         task: Name or dotted path of the task, where the card names one that is not mim3d's own; its code is imported.
         backbone: Encoder, where the card names a class that is not mim3d's own.
-        accelerator: auto, cpu, cuda or mps.
+        accelerator: Kind of device: auto, cpu, cuda or mps.
         overwrite: Do scans again that are finished, and replace predictions of other networks.
     """
 

@@ -17,8 +17,8 @@ class Places:
     """The hidden places of parent volumes.
 
     Attributes:
-        units_MH: their raster indices among the parent's units.
-        vectors_MHA: their projected mean decoder tokens.
+        units_MH: Their raster indices among the parent's units.
+        vectors_MHA: Their projected mean decoder tokens.
         varied_MH: False for air, which is no negative.
     """
 
@@ -39,12 +39,12 @@ def align(
     """Alignment loss of children with their parents' places, and what to log about it.
 
     Args:
-        child_KA: projected mean token of every child, children of one parent side by side.
-        places: of all parents.
-        own_unit_K: the unit that each child was cut from.
-        temperature: of the contrastive form.
-        batch_negatives: contrast with the hidden places of every parent, not only the child's own.
-        predict: the child's predictor; the cosine form when given, else the contrastive one.
+        child_KA: Projected mean token of every child, children of one parent side by side.
+        places: Candidate places of all parents.
+        own_unit_K: The unit that each child was cut from.
+        temperature: Temperature of the contrastive form.
+        batch_negatives: Contrast with the hidden places of every parent, not only the child's own.
+        predict: The child's predictor; the cosine form when given, else the contrastive one.
     """
     num_parents, num_places = places.units_MH.shape
     parent_K = torch.arange(num_parents, device=child_KA.device).repeat_interleave(len(child_KA) // num_parents)

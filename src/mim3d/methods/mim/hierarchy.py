@@ -25,12 +25,12 @@ class Level:
     """One level of a hierarchy.
 
     Attributes:
-        name: used in logs (``loss/coarse``).
-        footprint: voxels of the scan that one volume covers.
-        size: voxels it is shown to the network as.
-        mask_ratio: hidden share of its units, half rounded up.
-        num_children: volumes of the next level cut from hidden units of each volume; 0 at the last level.
-        loss_weight: weight of its reconstruction.
+        name: Used in logs (``loss/coarse``).
+        footprint: Voxels of the scan that one volume covers.
+        size: Voxels it is shown to the network as.
+        mask_ratio: Hidden share of its units, half rounded up.
+        num_children: Volumes of the next level cut from hidden units of each volume; 0 at the last level.
+        loss_weight: Weight of its reconstruction.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Geometry:
     """A level in numbers: what follows from the settings.
 
     Attributes:
-        level: the settings.
-        token_grid: tokens along X, Y, Z.
-        unit_grid: masking units along X, Y, Z.
-        num_volumes: volumes of this level in one sample.
-        source: index of the ancestor level it is sliced from; None when it is read from the scan.
+        level: The settings.
+        token_grid: Tokens along X, Y, Z.
+        unit_grid: Masking units along X, Y, Z.
+        num_volumes: Volumes of this level in one sample.
+        source: Index of the ancestor level it is sliced from; None when it is read from the scan.
     """
 
     level: Level
@@ -100,10 +100,10 @@ class Hierarchy:
     """A checked sequence of levels, coarsest first.
 
     Args:
-        levels: one to four levels.
-        token_size: voxels of one token of the encoder along X, Y, Z.
+        levels: One to four levels.
+        token_size: Voxels of one token of the encoder along X, Y, Z.
     Raises:
-        ConfigError: when sizes do not fit each other, naming sizes that do, or when fewer units are hidden than
+        ConfigError: Sizes do not fit each other (the sentence names sizes that do), or fewer units are hidden than
             children are asked for.
     """
 

@@ -36,26 +36,26 @@ class MiM(Method):
     """Settings of MiM.
 
     Attributes:
-        levels: the hierarchy, coarsest first; planned from the scans when left out.
-        normalise_targets: reconstruct each token's voxels at mean 0 and variance 1.
-        alignment: form of the cross-level alignment.
-        alignment_weight: weight of each alignment term.
-        alignment_dim: width of the shared MLP's output.
-        temperature: of the contrastive form.
+        levels: The hierarchy, coarsest first; planned from the scans when left out.
+        normalise_targets: Reconstruct each token's voxels at mean 0 and variance 1.
+        alignment: Form of the cross-level alignment.
+        alignment_weight: Weight of each alignment term.
+        alignment_dim: Width of the shared MLP's output.
+        temperature: Temperature of the contrastive form.
         negatives: ``parent`` contrasts a child with the hidden places of its own parent, ``batch`` with those of every
             parent in the batch.
-        decoder_dim: width of the decoder; in proportion to the backbone when left out, see ``DECODERS``.
-        decoder_depth: its blocks.
-        decoder_num_heads: its attention heads.
-        flip_prob: probability of a flip along each axis, one draw for the whole hierarchy.
-        intensity_gain: the hierarchy's intensities are multiplied by 1 plus or minus at most this.
-        intensity_bias: and shifted by at most this.
-        pyramid: read reduced levels from the cache's coarser resolutions, on whose voxels the hierarchy then lies;
+        decoder_dim: Width of the decoder; in proportion to the backbone when left out, see ``DECODERS``.
+        decoder_depth: Its blocks.
+        decoder_num_heads: Its attention heads.
+        flip_prob: Probability of a flip along each axis, one draw for the whole hierarchy.
+        intensity_gain: The hierarchy's intensities are multiplied by 1 plus or minus at most this.
+        intensity_bias: And shifted by at most this.
+        pyramid: Read reduced levels from the cache's coarser resolutions, on whose voxels the hierarchy then lies;
             False reads full resolution, averages it, and lets the hierarchy begin at any voxel.
-        max_air: a hierarchy of whose voxels (those that are read; the mean over its volumes) a larger share is air is
+        max_air: A hierarchy of whose voxels (those that are read; the mean over its volumes) a larger share is air is
             drawn anew, up to 8 times in all, and the one with least air is kept; null keeps every first draw, as the
             paper does.
-        chunk_size: volumes per encoder call; what suits the device when left out (4 on a CPU, else all of a level).
+        chunk_size: Volumes per encoder call; what suits the device when left out (4 on a CPU, else all of a level).
     """
 
     levels: tuple[Level, ...] | None = None

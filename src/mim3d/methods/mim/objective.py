@@ -34,10 +34,10 @@ class LevelBatch:
     """All volumes of one level in a batch, with their masks.
 
     Attributes:
-        geometry: the level.
-        volume_MCXYZ: what the network is shown.
-        visible_MV: raster indices of visible tokens.
-        hidden_MH: raster indices of hidden tokens.
+        geometry: The level.
+        volume_MCXYZ: What the network is shown.
+        visible_MV: Raster indices of visible tokens.
+        hidden_MH: Raster indices of hidden tokens.
     """
 
     geometry: Geometry
@@ -50,19 +50,19 @@ class MiMObjective(Objective):
     """One shared encoder and decoder over all levels of a hierarchy.
 
     Args:
-        encoder: maps visible tokens.
-        hierarchy: the checked levels.
-        in_channels: channels of the input.
-        decoder_dim: width of the decoder.
-        decoder_depth: its blocks.
-        decoder_num_heads: its heads.
-        normalise_targets: reconstruct each token's voxels at mean 0 and variance 1.
-        contrastive: cross-entropy over places, else the cosine form.
-        alignment_weight: weight of each alignment term.
-        alignment_dim: width of the shared MLP's output.
-        temperature: of the contrastive form.
-        batch_negatives: contrast with the hidden places of every parent in the batch.
-        chunk_size: volumes per encoder call; None for what suits the device.
+        encoder: Maps visible tokens.
+        hierarchy: The checked levels.
+        in_channels: Channels of the input.
+        decoder_dim: Width of the decoder.
+        decoder_depth: Its blocks.
+        decoder_num_heads: Its heads.
+        normalise_targets: Reconstruct each token's voxels at mean 0 and variance 1.
+        contrastive: Cross-entropy over places, else the cosine form.
+        alignment_weight: Weight of each alignment term.
+        alignment_dim: Width of the shared MLP's output.
+        temperature: Temperature of the contrastive form.
+        batch_negatives: Contrast with the hidden places of every parent in the batch.
+        chunk_size: Volumes per encoder call; None for what suits the device.
     """
 
     encoder: VisibleEncoder

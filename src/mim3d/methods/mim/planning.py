@@ -64,7 +64,7 @@ def check_padding(levels: Sequence[Level], token_size: Triple, shapes: Sequence[
     """Refuse a hierarchy that is mostly padding.
 
     Raises:
-        ConfigError: above ``MAX_PADDING``, with a hierarchy that fits or the smallest scan it would need.
+        ConfigError: Above ``MAX_PADDING``, with a hierarchy that fits or the smallest scan it would need.
     """
     footprint = levels[0].footprint
     share = padding_ratio(footprint, shapes)

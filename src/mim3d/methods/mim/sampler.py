@@ -23,13 +23,13 @@ class MiMSampler:
     """One sample = one hierarchy, with one geometric and one intensity draw for all its levels.
 
     Attributes:
-        hierarchy: the checked levels.
-        flip_prob: probability of a flip along each axis.
-        intensity_gain: largest relative change of intensities.
-        intensity_bias: largest shift of intensities.
-        pyramid: lay every hierarchy on the voxels of its coarsest reduction, so that reduced crops are read from the
+        hierarchy: The checked levels.
+        flip_prob: Probability of a flip along each axis.
+        intensity_gain: Largest relative change of intensities.
+        intensity_bias: Largest shift of intensities.
+        pyramid: Lay every hierarchy on the voxels of its coarsest reduction, so that reduced crops are read from the
             scan's pyramid.
-        max_air: share of air, over the volumes read, above which a hierarchy is drawn anew; None keeps the first.
+        max_air: Share of air, over the volumes read, above which a hierarchy is drawn anew; None keeps the first.
     """
 
     hierarchy: Hierarchy

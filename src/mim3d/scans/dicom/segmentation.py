@@ -61,7 +61,7 @@ def write_dicom_seg(
         algorithm: Name of the network, without anything about a patient.
 
     Raises:
-        ConfigError: highdicom is not installed.
+        ConfigError: Highdicom is not installed.
         DataError: There is no DICOM series, it lacks what a Segmentation takes over from it, or has another grid.
     """
     require_highdicom()

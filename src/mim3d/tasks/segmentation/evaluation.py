@@ -314,7 +314,7 @@ def _rows(cases: Sequence[Mapping[str, Any]]) -> CsvTable:
 def _printed(content: Mapping[str, Any]) -> "list[Table]":
     """Return the scores per label, those of lesions, and the comparison, for the terminal."""
     tolerance = content["settings"]["nsd_tolerance_mm"]
-    heads = ("Cases", "Dice", "HD95 mm", f"NSD {tolerance:g} mm", "Volume error ml", "Missed", "Invented")
+    heads = ("Cases", "Dice", "HD95 mm", f"NSD {tolerance:g} mm", "Volume error ml", "Missed", "False positive")
     table, keys = printed_table(None, "Label", heads), ("dice", "hd95_mm", "nsd", "volume_error_ml")
     for name, row in content["per_label"].items():
         counts = [str(row[key]) for key in ("num_cases", "num_missed", "num_invented")]

@@ -38,8 +38,8 @@ class FinetuneSettings(TrainingSettings):
         max_steps: Optimiser steps; planned if neither these nor max_epochs are given.
         batch_size: Crops per micro-batch and device; planned if not given.
         seed: Seed of weights, order and crops; never of the folds.
-        strict: true refuses scans that cannot be used or were learned from, instead of warning; false goes on even
-            where held-out cases of a published fold are missing.
+        strict: With true, refuse scans that cannot be used or were learned from, instead of warning; with false, go on
+            even where held-out cases of a published fold are missing.
     """
 
     data: str

@@ -38,7 +38,7 @@ class ProbeSettings:
         data: Labelled scans: MSD or nnU-Net raw folder, folder of images and labels, CSV or JSON list, a cache, or
             `phantom` for synthetic CT made on the spot.
         out: File for all scores and intervals, .json; none is written if not given.
-        target: labels (of tokens) or classes (of scans); what most scans have if not given.
+        target: What is classified: labels (of tokens) or classes (of scans); what most scans have if not given.
         backbone: Encoder of foreign weights, a name of list_models(); that of the weights if not given.
         input_layers: For another number of channels than the weights know: mean, repeat (in turn) or new.
         cache: Folder for the cache of prepared scans; a temporary one if not given.
@@ -49,7 +49,7 @@ class ProbeSettings:
         split_seed: Seed by which patients are split into folds.
         probing: How features are taken and classified.
         num_bootstrap: Resamples of the held-out patients for 95 % intervals; 0 for none.
-        accelerator: auto, cpu, cuda or mps.
+        accelerator: Kind of device: auto, cpu, cuda or mps.
         num_workers: Processes that prepare scans; one per core if not given.
         seed: Seed of the choice of tokens, of the random encoder, and of layers that the weights do not fill.
         strict: Refuse what is otherwise a warning: scans that cannot be used, and held-out scans that were learned

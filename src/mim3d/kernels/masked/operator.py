@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mim3d.kernels import masked_cpp, masked_torch
-from mim3d.kernels.availability import triton_available
+from mim3d.kernels.machine import triton_available
+from mim3d.kernels.masked import cpp, pytorch
 
 # Shape suffixes: N blocks of edge s, C channels, k kernel edge.
 
@@ -31,10 +31,10 @@ def masked_depthwise(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tenso
     """Convolve blocks ``(N, s, s, s, C)`` with an odd kernel of edge ``k <= 2 s + 1``.
 
     Args:
-        features_NsssC: one block per visible token.
-        weight_C1kkk: the kernel, applied in the features' precision.
-        bias_C: added to the result.
-        neighbours_N27: from :func:`mim3d.nn.neighbours.block_neighbours`.
+        features_NsssC: One block per visible token.
+        weight_C1kkk: The kernel, applied in the features' precision.
+        bias_C: Added to the result.
+        neighbours_N27: Table of neighbours from :func:`mim3d.nn.neighbours.block_neighbours`.
     """
     return _convolve(features_NsssC.contiguous(), weight_C1kkk, bias_C, neighbours_N27)
 
@@ -85,7 +85,7 @@ def kernel_for(features_NsssC: Tensor, kernel_size: int) -> Kernel:
     """Which implementation these features are convolved by."""
     if _forced:
         return _forced[-1]
-    if masked_cpp.supports(features_NsssC, kernel_size):
+    if cpp.supports(features_NsssC, kernel_size):
         return "cpp"
     edge = features_NsssC.shape[1]
     on_gpu = features_NsssC.is_cuda and features_NsssC.dtype in TRITON_DTYPES
@@ -106,10 +106,10 @@ def _module(features_NsssC: Tensor, kernel_size: int) -> ModuleType:
     kernel = kernel_for(features_NsssC, kernel_size)
     if kernel == "triton":
         # Imported here: it takes a second, and the package is an extra.
-        from mim3d.kernels import masked_triton
+        from mim3d.kernels.masked import triton
 
-        return masked_triton
-    return masked_cpp if kernel == "cpp" else masked_torch
+        return triton
+    return cpp if kernel == "cpp" else pytorch
 
 
 def _convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None, neighbours_N27: Tensor) -> Tensor:

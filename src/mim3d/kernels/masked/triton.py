@@ -5,7 +5,7 @@ with its halo is loaded once for each of the k x k taps across and used for all 
 that an output costs 1.5 k x k loads where blocks have 8 voxels along an edge, and not k x k x k. Sums are in float32,
 always in the same order: results are the same bits from run to run.
 
-The module can be imported without Triton, but not used; see :func:`mim3d.kernels.availability.triton_available`.
+The module can be imported without Triton, but not used; see :func:`mim3d.kernels.machine.triton_available`.
 """
 
 # ruff: noqa: RUF005 - Triton's language has no unpacking inside a tuple
@@ -44,10 +44,10 @@ def convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None
     With the kernel flipped along its three axes and the output's gradient as features, the gradient of the input.
 
     Args:
-        features_NsssC: float32, bfloat16 or float16; ``s`` a power of two.
-        weight_C1kkk: the kernel, ``k`` odd and ``k // 2 <= s``, in any of these precisions.
-        bias_C: added to the result.
-        neighbours_N27: the block at each offset in {-1, 0, 1}^3, raster order; -1 where it is hidden or outside.
+        features_NsssC: Float32, bfloat16 or float16; ``s`` a power of two.
+        weight_C1kkk: The kernel, ``k`` odd and ``k // 2 <= s``, in any of these precisions.
+        bias_C: Added to the result.
+        neighbours_N27: The block at each offset in {-1, 0, 1}^3, raster order; -1 where it is hidden or outside.
     """
     edge, channels, kernel_size = features_NsssC.shape[1], features_NsssC.shape[-1], weight_C1kkk.shape[-1]
     _check(features_NsssC, neighbours_N27, kernel_size)
@@ -75,9 +75,9 @@ def weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: 
     """Gradient ``(C, 1, k, k, k)`` of the kernel in float32.
 
     Args:
-        features_NsssC: what was convolved.
-        grad_NsssC: gradient of the result.
-        neighbours_N27: as for :func:`convolve`.
+        features_NsssC: What was convolved.
+        grad_NsssC: Gradient of the result.
+        neighbours_N27: Table of neighbours, as for :func:`convolve`.
         kernel_size: ``k``.
     """
     edge, channels = features_NsssC.shape[1], features_NsssC.shape[-1]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mim3d.kernels.chunks import chunk_length
 from mim3d.kernels.depthwise import tile_weight_gradient
+from mim3d.kernels.machine import chunk_length
 
 # Shape suffixes: N blocks of edge s (h with a halo of k // 2), C channels, k kernel edge; n blocks of one chunk, H
 # voxels of a block with its halo, R voxels of all blocks.

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 
-from mim3d.kernels.allocator import keep_freed_memory
+from mim3d.kernels.machine import keep_freed_memory
 
 
 def test_options_are_set_where_the_c_library_has_them() -> None:
