@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from mim3d.loading.sample import Read, Sample
 from torch import Tensor
 from torch.nn import functional as F
 
 from mim3d.backbones import Backbone, Encoder
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
+from mim3d.loading.samples import Crop, Sample
 from mim3d.methods.contract import Method
 from mim3d.nn.blocks import Mlp
 from mim3d.objective import Batch, Objective, StepOutput
@@ -41,9 +41,9 @@ class GridSampler:
             arrays={"overlap": np.array(covered, dtype=np.float32) / np.prod(self.size)},
         )
 
-    def _read(self, origin: np.ndarray) -> Read:
+    def _read(self, origin: np.ndarray) -> Crop:
         x, y, z = (int(voxel) for voxel in origin)
-        return Read((x, y, z), self.size, self.size)
+        return Crop((x, y, z), self.size, self.size)
 
 
 class PlacesObjective(Objective):

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mim3d.loading.sample import Read, Sample
 from torch import Tensor
 from torch.nn import functional as F
 
 from mim3d.backbones import Backbone, Encoder
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
+from mim3d.loading.samples import Crop, Sample
 from mim3d.methods.contract import Method
 from mim3d.nn.blocks import Mlp
 from mim3d.objective import Batch, Objective, StepOutput, crop_tokens
@@ -39,7 +39,7 @@ class AnyCrop:
     def draw(self, scan: CachedScan, rng: np.random.Generator) -> Sample:
         spare = [max(0, voxels - edge) for voxels, edge in zip(scan.shape, self.size, strict=True)]
         x, y, z = (int(rng.integers(0, last + 1)) for last in spare)
-        return Sample(images={"crop": (Read((x, y, z), self.size, self.size),)})
+        return Sample(images={"crop": (Crop((x, y, z), self.size, self.size),)})
 
 
 class ViewsObjective(Objective):
