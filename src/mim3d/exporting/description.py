@@ -1,4 +1,4 @@
-"""What a user outside Python must know to feed a network and to read its outputs: plain JSON, and sentences."""
+"""What a user outside Python must know of a network's input and outputs: plain JSON, and sentences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

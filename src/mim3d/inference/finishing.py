@@ -16,7 +16,7 @@ from mim3d.inference.sweep import Sweep
 
 
 class Outputs:
-    """What is made of a scan: label values, and probabilities where they are asked for.
+    """Label values of a scan, and probabilities where they are asked for.
 
     Args:
         labels_XYZ: Zeros along RAS+ axes on the scan's own grid, to be filled with label values.

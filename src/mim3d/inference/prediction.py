@@ -147,7 +147,7 @@ def sliding_logits(
 
 
 def scores_bytes(shape: Triple, num_classes: int) -> int:
-    """Return the memory that the logits of a whole scan take on the CPU, with what is made of them."""
+    """Return the memory that the logits of a whole scan take on the CPU, with their probabilities and labels."""
     return 4 * math.prod(shape) * (2 * num_classes + 4)
 
 

@@ -1,6 +1,6 @@
 """The contract of a task: how a network learns from labels, and how a trained one predicts, is scored and exported.
 
-A task of one's own is a frozen dataclass that extends :class:`Task`, or one of mim3d's own tasks. It is named by its
+A user's own task is a frozen dataclass that extends :class:`Task`, or one of mim3d's own tasks. It is named by its
 dotted path on the command line: ``--task my_lab.task.MyTask``. What it needs to train is abstract here. What a trained
 network can do beyond that is refused in one sentence until the task says how it is done.
 """
@@ -140,7 +140,7 @@ class Task(ABC):
         """Return what `mim3d predict` asks about scans. The task is that of the first network.
 
         Args:
-            networks: One network, or several that answer together. All are of this class of task.
+            networks: One network, or an ensemble of several. All are of this class of task.
             settings: How the user wants scans to be predicted.
 
         Raises:
@@ -241,7 +241,7 @@ class PredictionSettings:
 
 
 class Predictor(ABC):
-    """Trained networks that answer together, scan by scan.
+    """One trained network, or an ensemble of several, that predicts scan after scan.
 
     The workflow of `mim3d predict` keeps the folder, the list in it, progress, failures and what is finished already.
 

@@ -81,7 +81,7 @@ class EvaluationSettings(LabelMapSettings, ClassTableSettings):
         seed: Seed of these draws.
         tables: Write Markdown (.md) and LaTeX (.tex) tables beside the file of scores.
         num_workers: Processes that score cases; if left out one per core, as far as work and memory reach.
-        task: Name or dotted path of a task of one's own that scores its predictions; its code is imported.
+        task: Name or dotted path of your own task, which scores its predictions; its code is imported.
     """
 
     predictions: str

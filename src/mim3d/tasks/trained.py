@@ -101,14 +101,14 @@ def task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) ->
     return create_task({**named, "name": task or name}, allow_import=task is not None)
 
 
-def load_together(
+def load_ensemble(
     paths: Sequence[str],
     *,
     task: str | None = None,
     backbone: Named | None = None,
     device: torch.device | None = None,
 ) -> list[TrainedNetwork]:
-    """Load the networks that answer together, see :func:`load_trained`.
+    """Load one network, or several that are an ensemble, see :func:`load_trained`.
 
     Raises:
         ConfigError: There is no path.

@@ -1,4 +1,4 @@
-"""The variation of training samples by MONAI's transforms, on the image and its label map together."""
+"""The variation of training samples by MONAI's transforms, which change image and label map alike."""
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence

@@ -17,7 +17,7 @@ from mim3d.core.types import Named
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.scans.grids import split_channel
 from mim3d.tasks.contract import PredictionSettings, Predictor
-from mim3d.tasks.trained import load_together
+from mim3d.tasks.trained import load_ensemble
 from mim3d.workflows.shared.held_out import held_out_by_all
 
 
@@ -60,7 +60,7 @@ def predict_scans(settings: PredictSettings) -> str:
     """
     weights = [settings.weights] if isinstance(settings.weights, str) else settings.weights
     device = choose_device(settings.accelerator)
-    networks = load_together(weights, task=settings.task, backbone=settings.backbone, device=device)
+    networks = load_ensemble(weights, task=settings.task, backbone=settings.backbone, device=device)
     predictor = networks[0].task.predictor(networks, settings)
     if settings.input is None:
         found = held_out_by_all(weights)
@@ -87,7 +87,7 @@ def predict_scans(settings: PredictSettings) -> str:
 
 
 def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFolder", progress: Progress) -> None:
-    """Predict scans that go through the networks together; what keeps one from being predicted is written down."""
+    """Predict the scans of one call of the networks; what keeps one from being predicted is recorded."""
 
     def fail(case: Case, error: BaseException) -> None:
         short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -162,7 +162,7 @@ class PredictionFolder:
                 "--out."
             )
         if not overwrite and (path / predictor.list_name).is_file():
-            folder._take_up()
+            folder._resume()
         elif not overwrite:
             table = [] if predictor.table_name is None else [path / predictor.table_name]
             taken = next((file for file in (*files, *table) if file.exists()), None)
@@ -174,7 +174,7 @@ class PredictionFolder:
             raise ConfigError(f"{path} cannot be written to ({error}); choose another --out.") from error
         return folder
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         """Go on with the scans that an earlier call finished."""
         path = self.path / self.predictor.list_name
         content = read_json(str(path))

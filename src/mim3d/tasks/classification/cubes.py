@@ -13,6 +13,7 @@ from mim3d.backbones.contract import round_up
 from mim3d.caching.resampling import plan_axis, resample_linear
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Spacing, Triple
+from mim3d.inference.windows import inside_of, padded_window, slices_of
 from mim3d.loading.samples import Augment, Crop, Sample
 from mim3d.nn.resizing import resize_image
 
@@ -119,23 +120,13 @@ def cut_from(image_CXYZ: npt.NDArray[np.float32], cut: Cut, padding: list[float]
     Args:
         image_CXYZ: Mapped intensities of the whole scan.
         cut: Where the cube lies.
-        padding: Value of each channel beyond the scan.
+        padding: Value of each channel beyond the scan. The cube's centre lies in the scan.
     """
-    read, shape = cut.read, image_CXYZ.shape[1:]
-    crop = np.empty((len(image_CXYZ), *read.footprint), dtype=np.float32)
-    for channel, value in zip(crop, padding, strict=True):
-        channel.fill(value)
-    spans = [
-        (max(0, first), min(limit, first + length))
-        for first, length, limit in zip(read.origin, read.footprint, shape, strict=True)
-    ]
-    if all(start < stop for start, stop in spans):
-        source = tuple(slice(start, stop) for start, stop in spans)
-        target = tuple(
-            slice(start - first, stop - first) for (start, stop), first in zip(spans, read.origin, strict=True)
-        )
-        crop[:, *target] = image_CXYZ[:, *source]
-    delivered: npt.NDArray[np.float32] = resize_image(torch.from_numpy(crop)[None], read.size)[0].numpy()
+    x, y, z = image_CXYZ.shape[1:]
+    read, inside = cut.read, inside_of(cut.read.origin, cut.read.footprint, (x, y, z))
+    inner = torch.from_numpy(np.ascontiguousarray(image_CXYZ[:, *slices_of(inside)]))
+    crop = padded_window(inner, read.origin, inside, read.footprint, padding)
+    delivered: npt.NDArray[np.float32] = resize_image(crop[None], read.size)[0].numpy()
     return resampled(delivered, cut)
 
 
@@ -190,7 +181,7 @@ class CubeSampler:
 
 @dataclass(frozen=True)
 class CubeFinisher:
-    """Makes of what was read the cube itself, and varies it; can be sent to worker processes.
+    """Resamples what was read to the voxels of the cube, and varies it; can be sent to worker processes.
 
     Attributes:
         augment: Varies ``image`` ``(1, C, *size)`` together with a label map; None leaves it.

@@ -1,4 +1,4 @@
-"""Classes against their references: which cases, which classes, and the scores that come of it."""
+"""Evaluation of tables of classes: rows with their references, and the file of scores."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class ClassEvaluation:
         names = [references] if isinstance(references, str) else references
         if len(names) != 1 or not names[0].lower().endswith(".csv"):
             raise ConfigError(
-                f"references is {references!r}, but classes are held against one table; name a .csv with a class "
+                f"references is {references!r}, but classes are compared with one table; name a .csv with a class "
                 "column."
             )
         self.references = names[0]
@@ -148,7 +148,7 @@ class ClassEvaluation:
         order = [others.class_names.index(name) for name in found.class_names]
         reordered = [replace(row, probabilities=tuple(row.probabilities[place] for place in order)) for row in shared]
         theirs = self._cases(reordered, found.class_names)
-        # One case is one patient's in both, so that both are drawn together.
+        # A case belongs to one patient in both tables, so that the bootstrap draws it in both at once.
         if ours.patients != theirs.patients:
             raise DataError(f"{compare}: names other patients than {predictions}; correct one of the two.")
         return {

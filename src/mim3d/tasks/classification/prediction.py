@@ -1,4 +1,4 @@
-"""Classifiers in use: probabilities of every class for every scan, in one table."""
+"""Prediction of classes: probabilities of every class for every scan, with one classifier or an ensemble."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ Box = npt.NDArray[np.float32]
 
 
 class ClassificationPredictor(Predictor):
-    """Classifiers of the same classes; the mean of their probabilities decides.
+    """An ensemble of classifiers of the same classes; the mean of their probabilities decides.
 
     OUT/predictions.csv has a row per scan: id, patient, the predicted class and the probability of each. OUT/failed.csv
     has the reasons of scans that cannot be used.
@@ -55,12 +55,10 @@ class ClassificationPredictor(Predictor):
 
     @property
     def scans_per_call(self) -> int:
-        """Number of scans that go through a network at a time."""
         return self.settings.batch_size
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What probabilities come from, for their list."""
         return {
             "task": "classification",
             "weights": [full_path(network.path) for network in self.networks],

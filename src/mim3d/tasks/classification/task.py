@@ -37,7 +37,7 @@ class Classification(Task):
 
     Attributes:
         fit: `box` cuts a box of `cube_mm` from every scan, so that all are seen on one scale; `scan` stretches the
-            whole scan onto `size`, for stacks of images whose voxel size nobody knows.
+            whole scan onto `size`, for stacks of images of unknown voxel size.
         cube_mm: Edge of the box in millimetres, or its edges along X, Y, Z. None plans what holds 95 % of the training
             scans along each axis (around labels: one and a half times what holds 95 % of the labelled structures).
         size: Voxels that the network sees, multiples of the encoder's token edge. None plans them: the voxels of the
@@ -108,11 +108,6 @@ class Classification(Task):
         )
 
     def checked(self, backbone: Backbone) -> "Classification":
-        """Return these settings, once it is known that the size fits the backbone's tokens.
-
-        Raises:
-            ConfigError: The size does not fit. The sentence names the axis at fault and sizes that do.
-        """
         if self.size is not None:
             check_multiple(_whole(self.size), backbone.input_multiple, "size")
         return self
@@ -206,7 +201,6 @@ class Classification(Task):
         return [box, f"boxes are {self.augmentation.describe()}", f"classes: {classes}", *frozen]
 
     def sampler(self) -> CubeSampler:
-        """Return what draws one box per sample."""
         varied = self.augmentation
         return replace(
             self.exact_sampler(tuple(self.class_counts or ())),
@@ -220,7 +214,6 @@ class Classification(Task):
         return CubeSampler(self.cube(), self.centre == "label", classes)
 
     def augment(self) -> CubeFinisher:
-        """Return the planned variation of boxes."""
         from mim3d.tasks.transforms import Augmenter
 
         cube = self.cube()
@@ -266,20 +259,17 @@ class Classification(Task):
         return 0
 
     def predictor(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> Predictor:
-        """Return what classifies scans into a table of probabilities."""
         from mim3d.tasks.classification.prediction import ClassificationPredictor
 
         return ClassificationPredictor(networks, settings)
 
     @classmethod
     def score(cls, settings: EvaluationSettings) -> Scores:
-        """Score classes of any tool by their probabilities."""
         from mim3d.tasks.classification.evaluation import ClassEvaluation
 
         return ClassEvaluation(settings).scores()
 
     def export_form(self, network: TrainedNetwork) -> ExportForm:
-        """Return what other programs must know of a classifier: its classes and the box of a scan that it sees."""
         cube = self.cube()
         return ExportForm(
             program=LogitsProgram(network.module).eval(),

@@ -15,7 +15,7 @@ from mim3d.metrics import Bootstrap, classification_scores
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.cubes import CubeFinisher, CubeSampler
 
-#: Voxels of the boxes that go through the network together.
+#: Voxels of all boxes of one call of the network.
 _BATCH_VOXELS = 2 * 96**3
 
 #: Scores that are logged, by their names in :data:`mim3d.metrics.classification.CONVENTIONS`.
@@ -23,7 +23,7 @@ SCORES = ("auc", "accuracy", "balanced_accuracy", "f1_macro")
 
 
 def batch_size_for(size: Triple) -> int:
-    """Return how many boxes go through the network together where nobody says so."""
+    """Return how many boxes go through the network in one call."""
     return max(1, min(32, _BATCH_VOXELS // math.prod(size)))
 
 

@@ -1,4 +1,4 @@
-"""Label maps against their references: which cases, which names, and the scores that come of it."""
+"""Evaluation of label maps: pairs with their references, names to score, and the file of scores."""
 
 import os
 import warnings

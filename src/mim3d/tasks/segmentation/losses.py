@@ -19,7 +19,7 @@ _NEVER = -1e4
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """What the loss is made of.
+    """Terms of the loss and their weights.
 
     Attributes:
         dice: Weight of the Dice loss (Milletari et al. 2016).
@@ -47,7 +47,7 @@ class SegmentationLoss(nn.Module):
 
     Args:
         targets: What the channels stand for.
-        weights: What the loss is made of.
+        weights: Terms of the loss and their weights.
     """
 
     def __init__(self, targets: Targets, weights: LossWeights) -> None:

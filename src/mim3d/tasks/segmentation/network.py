@@ -21,7 +21,7 @@ class SegmentationObjective(FreezingObjective):
         in_channels: Number of channels of the input.
         targets: What the channels of the output stand for.
         feature_dim: Number of channels of the decoder at full resolution.
-        weights: What the loss is made of.
+        weights: Terms of the loss and their weights.
         deep_supervision: Whether every resolution of the decoder has a head that learns too.
         freeze_encoder: Whether the encoder stays as it is.
         unfreeze_ratio: Share of training after which all of it learns, see ``Freezing``.

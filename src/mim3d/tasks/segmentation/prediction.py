@@ -1,4 +1,4 @@
-"""Segmenters in use: whole scans as label maps on their own grid, of one network or of several that answer together."""
+"""Prediction of label maps on the scans' own grids, with one segmenter or an ensemble of several."""
 
 import hashlib
 import os
@@ -60,7 +60,7 @@ class Cleaning:
 
 
 class SegmentationPredictor(Predictor):
-    """Segmenters of the same labels and preprocessing; the mean of their probabilities decides.
+    """An ensemble of segmenters of the same labels and preprocessing; the mean of their probabilities decides.
 
     Args:
         networks: The segmenters, one at least.
@@ -108,7 +108,6 @@ class SegmentationPredictor(Predictor):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What label maps come from, for their list."""
         paths = [full_path(network.path) for network in self.networks]
         return {
             "weights": paths[0] if len(paths) == 1 else paths,
@@ -158,11 +157,6 @@ class SegmentationPredictor(Predictor):
     def predict(
         self, cases: Sequence[Case], inputs: Sequence[Any], folder: Path, on_windows: Callable[[int, int], None]
     ) -> list[dict[str, Any]]:
-        """Segment scans and write what is asked for of each.
-
-        Raises:
-            DataError: A scan cannot be used, or a file cannot be written.
-        """
         for case in cases:
             files = self.files_of(case)
             kept = ProbabilityFile(folder / files["probabilities"]) if "probabilities" in files else None

@@ -29,8 +29,8 @@ class ScoredNames:
     """What is scored, and what it is called.
 
     Attributes:
-        regions: Name -> the label values it is made of, single labels included. It is empty where nothing is declared
-            or chosen; then every value that the maps hold is scored.
+        regions: Name -> the label values that belong to it, single labels included. It is empty where nothing is
+            declared or chosen; then every value that the maps hold is scored.
         labels: Label value -> name, of every value in the regions.
         unions: Those of the regions that were asked for as unions.
     """
@@ -116,7 +116,7 @@ class CaseScoring:
     """How the label maps of one case are scored.
 
     Attributes:
-        regions: Name -> the label values it is made of; empty to score each value that a map holds.
+        regions: Name -> the label values that belong to it; empty to score each value that a map holds.
         allowed: Values that maps may hold; None for any.
         nsd_tolerance_mm: Distance in mm up to which two surfaces agree.
         lesions: When lesions match; None leaves them out.
@@ -161,7 +161,7 @@ class CaseScoring:
 
 
 def label_name(value: int) -> str:
-    """Return what a label is called that nobody has named."""
+    """Return the name of a label that has none."""
     return f"label_{value}"
 
 

@@ -32,7 +32,7 @@ class Targets:
         members: Label values that belong to each channel.
         label_values: Label value that each channel gives in predictions.
         activation: ``softmax``, every voxel belongs to one channel, the first of which is the background; or
-            ``sigmoid``, every channel is a region for itself.
+            ``sigmoid``, every channel is a region of its own.
         ignore_label: Label value of voxels about which nothing is known.
     """
 

@@ -51,7 +51,7 @@ class Segmentation(Task):
         focal_gamma: Exponent of the focal loss: the larger, the less counts what is classified well.
         top_k_ratio: Share of the voxels, those of the highest cross-entropy, that count in it.
         class_weights: Weight of labels or regions by name in cross-entropy and focal loss; others weigh 1.
-        regions: Name -> label values of structures that may lie in one another, each predicted for itself (sigmoid)
+        regions: Name -> label values of structures that may lie in one another, each predicted separately (sigmoid)
             instead of one label per voxel (softmax); from the largest to the smallest.
         region_values: Label value that each region gives in predictions, in their order; where one lies in another
             that of the later one. None derives them: the value that no later region covers.
@@ -151,11 +151,6 @@ class Segmentation(Task):
         )
 
     def checked(self, backbone: Backbone) -> "Segmentation":
-        """Return these settings, once it is known that the patch fits the backbone's tokens.
-
-        Raises:
-            ConfigError: The patch does not fit. The sentence names the axis at fault and sizes that do.
-        """
         if self.patch_size is None:
             return self
         multiple = backbone.input_multiple
@@ -221,13 +216,12 @@ class Segmentation(Task):
         if self.regions is not None:
             values = derived_values(self.regions) if self.region_values is None else self.region_values
             given = ", ".join(f"{name} as {value}" for name, value in zip(self.regions, values, strict=True))
-            lines.append(f"regions, each for itself; predictions hold {given}")
+            lines.append(f"regions, each predicted separately; predictions hold {given}")
         if self.partial_labels is not None:
             lines.append("some cases are annotated in part: what they leave out counts as background there (Shi 2021)")
         return [*lines, *freezing_lines(self.freeze_encoder, self.unfreeze_ratio, "the decoder is")]
 
     def sampler(self) -> CropSampler:
-        """Return what draws one crop per sample, around a structure or anywhere."""
         augmentation, names = self.augmentation, self.partial_labels
         return CropSampler(
             self._patch_size(),
@@ -239,7 +233,6 @@ class Segmentation(Task):
         )
 
     def augment(self) -> Augment:
-        """Return the planned variation of crops."""
         from mim3d.tasks.transforms import Augmenter
 
         return Augmenter(self.augmentation, self._patch_size(), self.spacing_mm or (1.0, 1.0, 1.0))
@@ -247,7 +240,7 @@ class Segmentation(Task):
     def build(self, backbone: Backbone, labels: Mapping[int, str]) -> Objective:
         """Build encoder, decoder and losses, freshly initialised.
 
-        The module of a task of one's own that extends this one needs ``encoder``, ``targets`` and ``logits``.
+        A user's own task that extends this one builds a module with ``encoder``, ``targets`` and ``logits``.
         """
         from mim3d.tasks.segmentation.losses import LossWeights
         from mim3d.tasks.segmentation.network import SegmentationObjective
@@ -323,20 +316,17 @@ class Segmentation(Task):
         return dice_of_scans(objective, chosen, intensity, self.windows(mirror_axes=()), labels)
 
     def predictor(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> Predictor:
-        """Return what segments scans into label maps on their own grids."""
         from mim3d.tasks.segmentation.prediction import SegmentationPredictor
 
         return SegmentationPredictor(networks, settings)
 
     @classmethod
     def score(cls, settings: EvaluationSettings) -> Scores:
-        """Score label maps of any tool by overlap, surfaces, volumes and lesions."""
         from mim3d.tasks.segmentation.evaluation import LabelEvaluation
 
         return LabelEvaluation(settings).scores()
 
     def export_form(self, network: TrainedNetwork) -> ExportForm:
-        """Return what other programs must know of a segmenter: its channels and the label values that they give."""
         targets: Targets = network.module.targets
         return ExportForm(
             program=LogitsProgram(network.module).eval(),

@@ -22,7 +22,7 @@ def dice_of_scans(
 ) -> dict[str, float]:
     """Return the mean Dice of every label or region and over them.
 
-    A structure that is in neither map of a scan says nothing there and is left out, and so is one that a scan has no
+    A structure that is in neither map of a scan is left out there, and so is one that a scan has no
     annotations of; the mean over structures leaves out those that no scan shows.
 
     Args:
