@@ -61,9 +61,6 @@ SHORT_FILES = {
     "__main__": "python -m mim3d",
     "core.types": "names of types for every room",
     "core.errors": "the errors of every room",
-    "nn.positions": "one embedding, of published checkpoints",
-    "nn.resizing": "one way to resize, for every room",
-    "backbones.layouts": "one layout of masked features, which encoders share",
 }
 
 #: Folders of facts, one short file each.
@@ -74,12 +71,12 @@ BUDGET = {
     "core": 1650,
     "kernels": 950,
     "scans": 2475,
-    "nn": 625,
+    "nn": 575,
     "tracking": 550,
     "metrics": 1350,
     "datasets": 2325,
     "phantoms": 1475,
-    "backbones": 500,
+    "backbones": 550,
     "reporting": 1275,
     "caching": 3625,
     "objective": 150,

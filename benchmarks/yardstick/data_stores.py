@@ -13,7 +13,7 @@ import torch
 from mim3d.caching.cache import open_cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
-from mim3d.nn.resizing import resize_image
+from mim3d.nn.volumes import resize_image
 from mim3d.scans.intensity import CT_WINDOW_HU, Intensity, apply_rescaling
 from yardstick.blosc_partition import blosc_partition
 from yardstick.ct_scans import Scan

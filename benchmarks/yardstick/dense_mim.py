@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.methods.mim.objective import MiMObjective
-from mim3d.nn.positions import sincos_positions
+from mim3d.nn.tokens import sincos_positions
 from mim3d.objective import Batch
 
 # Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, E embedding, D decoder width.

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from mim3d.nn.blocks import TransformerBlock
 from mim3d.nn.decoder import TokenDecoder
 from mim3d.nn.losses import reconstruction_loss
-from mim3d.nn.masks import num_hidden, split_tokens, take_tokens
-from mim3d.nn.patches import patchify, token_grid
-from mim3d.nn.positions import sincos_positions
+from mim3d.nn.tokens import num_hidden, sincos_positions, split_tokens, take_tokens
+from mim3d.nn.volumes import patchify, token_grid
 
 TOKEN_SIZE, WIDTH, DEPTH, NUM_HEADS = (16, 16, 16), 768, 12, 12
 HIDDEN_RATIO = 0.75

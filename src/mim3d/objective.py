@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mim3d.backbones.contract import Encoder
 from mim3d.core.types import Triple
-from mim3d.nn.patches import token_grid
+from mim3d.nn.volumes import token_grid
 
 Batch = dict[str, Tensor]
 

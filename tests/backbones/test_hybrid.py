@@ -14,8 +14,8 @@ from mim3d.backbones.hybrid import HybridEncoder
 from mim3d.core.errors import ConfigError
 from mim3d.nn.decoder import TokenDecoder
 from mim3d.nn.losses import reconstruction_loss
-from mim3d.nn.masks import split_tokens, take_tokens
-from mim3d.nn.patches import patchify
+from mim3d.nn.tokens import split_tokens, take_tokens
+from mim3d.nn.volumes import patchify
 from mim3d.weights import to_own_names
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mim3d.backbones.layouts import block_neighbours, flat_tokens
 from mim3d.core.types import Triple
 from mim3d.kernels.masked import cpp as masked_cpp
 from mim3d.kernels.masked.operator import kernel_for, kernel_forced, masked_depthwise
-from mim3d.nn.neighbours import block_neighbours, flat_tokens
-from mim3d.nn.patches import from_blocks, to_blocks
+from mim3d.nn.volumes import from_blocks, to_blocks
 
 needs_compiler = pytest.mark.skipif(masked_cpp.library() is None, reason="no C++ compiler")
 KERNELS = ["torch", pytest.param("cpp", marks=needs_compiler)]

@@ -20,7 +20,7 @@ from mim3d.datasets.cases import read_cases
 from mim3d.loading.loader import Loader
 from mim3d.loading.samples import MAX_DAMAGED_IN_A_ROW, Crop, Sample, SampleDataset, level_of
 from mim3d.loading.stored_images import StoredImages
-from mim3d.nn.resizing import flip, resize_image
+from mim3d.nn.volumes import flip, resize_image
 from mim3d.scans.intensity import Intensity
 from tests.array_scans import ArrayScan
 from tests.batches import on_cpu

@@ -9,7 +9,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.methods.mim.hierarchy import Hierarchy, Level
 from mim3d.methods.mim.planning import check_padding, full_levels, padding_ratio, plan_levels
-from mim3d.nn.masks import unit_index
+from mim3d.nn.tokens import unit_index
 
 TOKEN = (16, 16, 16)
 SMALL_TOKEN = (8, 8, 8)

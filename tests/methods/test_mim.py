@@ -18,9 +18,8 @@ from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.objective import MiMObjective, slice_volumes
 from mim3d.methods.mim.sampler import draw_origin
 from mim3d.nn.losses import reconstruction_loss
-from mim3d.nn.masks import take_tokens
-from mim3d.nn.patches import patchify
-from mim3d.nn.resizing import flip, resize_image
+from mim3d.nn.tokens import take_tokens
+from mim3d.nn.volumes import flip, patchify, resize_image
 from mim3d.scans.intensity import Intensity
 from tests.array_scans import ArrayScan, random_scan
 from tests.batches import on_cpu

@@ -4,8 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from mim3d.nn.blocks import Pointwise, Projection
-from mim3d.nn.patches import from_blocks, patchify, to_blocks, unpatchify
-from mim3d.nn.positions import sincos_positions
+from mim3d.nn.tokens import sincos_positions
+from mim3d.nn.volumes import from_blocks, patchify, to_blocks, unpatchify
 
 
 def test_projection_and_pointwise_equal_convolutions() -> None:

@@ -13,7 +13,7 @@ from mim3d.backbones import BACKBONES, create_model
 from mim3d.core.errors import CheckpointError
 from mim3d.core.settings import to_named
 from mim3d.nn.decoder import TokenDecoder
-from mim3d.nn.positions import sincos_positions
+from mim3d.nn.tokens import sincos_positions
 from mim3d.weights import InputLayers, load_encoder, load_into, read_card, save_network
 
 SMALL = {

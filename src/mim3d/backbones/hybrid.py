@@ -24,8 +24,8 @@ from mim3d.nn.blocks import (
     TransformerBlock,
     init_linear,
 )
-from mim3d.nn.patches import token_grid
-from mim3d.nn.positions import sincos_positions
+from mim3d.nn.tokens import sincos_positions
+from mim3d.nn.volumes import token_grid
 
 # Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, N volumes or blocks, E embedding.
 

@@ -20,7 +20,7 @@ from mim3d.caching.stored_voxels import reduction_of
 from mim3d.core.errors import DamagedError
 from mim3d.core.types import Triple
 from mim3d.loading.stored_images import StoredCrops, pack
-from mim3d.nn.resizing import flip, resize_image, resize_labels
+from mim3d.nn.volumes import flip, resize_image, resize_labels
 from mim3d.scans.intensity import NO_RESCALING, Intensity, apply_rescaling
 
 #: This many damaged scans in a row are no chance: it is the disk, or all of the cache.

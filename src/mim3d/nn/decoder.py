@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from mim3d.core.types import Triple
 from mim3d.nn.blocks import TransformerBlock, init_linear
-from mim3d.nn.masks import take_tokens
-from mim3d.nn.positions import sincos_positions
+from mim3d.nn.tokens import sincos_positions, take_tokens
 
 # Shape suffixes: B batch, L all tokens, V visible, H hidden, E encoder width, D decoder width, P voxels of a patch.
 

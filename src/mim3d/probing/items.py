@@ -24,7 +24,7 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DataError, listed
 from mim3d.core.types import Triple
 from mim3d.loading.samples import SampleDataset
-from mim3d.nn.patches import to_blocks
+from mim3d.nn.volumes import to_blocks
 from mim3d.probing.settings import Probing
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.cubes import CubeFinisher

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import DataError
-from mim3d.nn.positions import sincos_positions
+from mim3d.nn.tokens import sincos_positions
 from mim3d.probing.classifiers import linear_probabilities, neighbour_probabilities, standardised
 from mim3d.probing.features import Collapse, Watch, features_of, measure_collapse
 from mim3d.probing.items import ProbeSet, classes_of

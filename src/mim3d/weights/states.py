@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mim3d.core.errors import CheckpointError
-from mim3d.nn.positions import sincos_positions
+from mim3d.nn.tokens import sincos_positions
 from mim3d.weights.folders import RUN_NETWORKS, WEIGHTS_NAME, locate
 
 #: Keys under which foreign files hold their weights, in the order they are unwrapped.

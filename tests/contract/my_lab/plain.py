@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mim3d.backbones.contract import Backbone, Encoder, check_multiple
 from mim3d.core.types import Triple
 from mim3d.nn.blocks import TransformerBlock
-from mim3d.nn.positions import sincos_positions
+from mim3d.nn.tokens import sincos_positions
 
 
 class PlainEncoder(Encoder):

@@ -34,7 +34,7 @@ def masked_depthwise(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tenso
         features_NsssC: One block per visible token.
         weight_C1kkk: The kernel, applied in the features' precision.
         bias_C: Added to the result.
-        neighbours_N27: Table of neighbours from :func:`mim3d.nn.neighbours.block_neighbours`.
+        neighbours_N27: Block at each offset in {-1, 0, 1}^3 from each block, in raster order; -1 where there is none.
     """
     return _convolve(features_NsssC.contiguous(), weight_C1kkk, bias_C, neighbours_N27)
 

@@ -14,8 +14,8 @@ import numpy as np
 from mim3d.backbones.contract import check_multiple, size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
-from mim3d.nn.masks import draw_hidden_units, num_hidden, unit_index, unit_mask
-from mim3d.nn.patches import token_grid
+from mim3d.nn.tokens import draw_hidden_units, num_hidden, unit_index, unit_mask
+from mim3d.nn.volumes import token_grid
 
 MAX_LEVELS = 4
 

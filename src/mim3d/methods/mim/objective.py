@@ -14,9 +14,8 @@ from mim3d.methods.mim.hierarchy import Geometry, Hierarchy
 from mim3d.nn.blocks import Mlp, init_linear
 from mim3d.nn.decoder import TokenDecoder
 from mim3d.nn.losses import reconstruction_loss
-from mim3d.nn.masks import split_tokens, split_units, take_tokens
-from mim3d.nn.patches import patchify, unpatchify
-from mim3d.nn.resizing import resize_image
+from mim3d.nn.tokens import split_tokens, split_units, take_tokens
+from mim3d.nn.volumes import patchify, resize_image, unpatchify
 from mim3d.objective import Batch, Objective, StepOutput, Tokens
 
 # Shape suffixes: B samples, n volumes of a level per sample, M = B x n, C channels, X Y Z space, L tokens, V visible

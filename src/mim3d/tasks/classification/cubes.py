@@ -15,7 +15,7 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Spacing, Triple
 from mim3d.inference.windows import inside_of, padded_window, slices_of
 from mim3d.loading.samples import Augment, Crop, Sample
-from mim3d.nn.resizing import resize_image
+from mim3d.nn.volumes import resize_image
 
 #: Edge in voxels that a planned box does not exceed.
 LARGEST_PLANNED_EDGE = 96

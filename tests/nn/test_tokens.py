@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim3d.nn.masks import draw_hidden_units, num_hidden, split_tokens, split_units, take_tokens, unit_mask
+from mim3d.nn.tokens import draw_hidden_units, num_hidden, split_tokens, split_units, take_tokens, unit_mask
 
 
 @pytest.mark.parametrize(
