@@ -170,7 +170,8 @@ def _write_case(folder: str, prepared: Prepared, card: Card, settings: BuildSett
             np.savez_compressed(os.path.join(scratch, layout.LOCATIONS), rows=places.T.copy())
             totals = enumerate(counts.sum(axis=0).tolist())
             card["num_voxels"] = [{"value": value, "count": count} for value, count in totals if count]
-        layout.write_json(os.path.join(scratch, layout.CARD), card)
+        with open(os.path.join(scratch, layout.CARD), "w", encoding="utf-8") as file:
+            file.write(layout.json_text(card))
         sync_tree(scratch)
         os.chmod(scratch, 0o755)
         target = os.path.join(settings.out, layout.CASES, folder)

@@ -45,13 +45,18 @@ LOCK = "lock"
 MAX_OPEN_FILES = 128
 
 
+def json_text(content: Any) -> str:
+    """Text of one of the cache's own JSON files; the same content makes the same bytes."""
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
 def write_json(path: str, content: Any) -> None:
-    """Write one of the cache's own JSON files; the same content makes the same bytes.
+    """Write one of the cache's own JSON files, whole or not at all.
 
     Raises:
         OSError: The disk is full or not writable.
     """
-    files.write_json(path, content, indent=1, sort_keys=True, allow_nan=False, remedy=None)
+    files.write_text(path, json_text(content), remedy=None)
 
 
 def read_json(path: str) -> Any:
