@@ -25,6 +25,11 @@ def command(settings: Callable[P, Settings]) -> Callable[[Callable[[Settings], R
     def decorate(function: Callable[[Settings], Result]) -> Callable[P, Result]:
         @functools.wraps(function)
         def called(*args: P.args, **kwargs: P.kwargs) -> Result:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                # In the name of the function that was called, not of its class of settings.
+                raise TypeError(f"{function.__name__}() {error}") from None
             return function(settings(*args, **kwargs))
 
         assert isinstance(settings, type)
