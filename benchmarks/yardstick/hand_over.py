@@ -100,8 +100,8 @@ def materials(large: Path, scratch: Path, quick: bool) -> list[Material]:
     wide = list(build_cache(read_cases(large), scratch / "large_8_bit", eight))
     small = list(build_cache(read_cases(labelled), scratch / "small_8_bit", eight))
     exact = list(build_cache(read_cases(labelled), scratch / "small_lossless", lossless))
-    mim = MiM(levels=full_levels(patch_size=16)).sampler(create_recipe("hybrid_base"))
-    nano = MiM(levels=full_levels(patch_size=8)).sampler(create_recipe("hybrid_nano"))
+    mim = MiM(levels=full_levels((16, 16, 16))).sampler(create_recipe("hybrid_base"))
+    nano = MiM(levels=full_levels((8, 8, 8))).sampler(create_recipe("hybrid_nano"))
     crop: Triple = (64, 64, 64)
     varied = Augmenter(Augmentation().planned({}, (1.0, 1.0, 1.0)), crop, (1.0, 1.0, 1.0))
     return [
