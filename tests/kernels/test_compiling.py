@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mim3d.kernels import compiling
-from mim3d.kernels.compiling import compile_library
+from mim3d.kernels import machine
+from mim3d.kernels.masked.cpp import compile_library
 
-needs_compiler = pytest.mark.skipif(compiling.find_compiler() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(machine.find_compiler() is None, reason="no C++ compiler")
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
 
@@ -40,7 +40,7 @@ def test_a_source_that_does_not_compile_costs_a_warning_with_the_compilers_words
 
 
 def test_without_a_compiler_there_is_no_library_and_no_noise(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     assert compile_library(write(home, SOURCE)) is None
 
 

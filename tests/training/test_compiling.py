@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mim3d.core.errors import ConfigError
-from mim3d.kernels.compiling import find_compiler
+from mim3d.kernels.machine import find_compiler
 from mim3d.nn.blocks import TransformerBlock
 from mim3d.training import launch
 from mim3d.training.launch import check_machine, compile_blocks

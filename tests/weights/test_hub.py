@@ -12,7 +12,7 @@ import mim3d
 from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.core.errors import CheckpointError
 from mim3d.core.settings import to_named
-from mim3d.weights import hub, is_hub_id, load_into, read_card, read_state, save_network, weights_digest
+from mim3d.weights import folders, is_hub_id, load_into, read_card, read_state, save_network, weights_digest
 
 
 class Site:
@@ -43,9 +43,9 @@ def site(tmp_path, monkeypatch):
     module.snapshot_download = made.snapshot_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     monkeypatch.chdir(tmp_path)
-    hub._snapshot.cache_clear()
+    folders._snapshot.cache_clear()
     yield made
-    hub._snapshot.cache_clear()
+    folders._snapshot.cache_clear()
 
 
 @pytest.fixture
@@ -102,6 +102,6 @@ def test_what_cannot_be_fetched_is_told_in_one_sentence(site):
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    hub._snapshot.cache_clear()
+    folders._snapshot.cache_clear()
     with pytest.raises(CheckpointError, match=r"huggingface_hub; .* pip install 'mim3d\[hub\]'"):
         read_card("lab/encoder")

@@ -1,7 +1,8 @@
-"""What kernels ask of the machine: whether Triton can run, how much fits into a cache, and how memory is handed out."""
+"""What kernels ask of the machine: compilers, how much fits into a cache, and how memory is handed out."""
 
 import ctypes
 import os
+import shutil
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,11 @@ CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
+def find_compiler() -> str | None:
+    """A C++ compiler on the search path."""
+    return shutil.which("g++") or shutil.which("clang++")
+
+
 def triton_available() -> bool:
     """Whether Triton is installed and has a GPU to run on, or its interpreter is asked for.
 
@@ -23,11 +29,8 @@ def triton_available() -> bool:
     """
     # The words that Triton itself takes for yes.
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
-    return (interpreted or _has_gpu()) and _has_triton()
-
-
-def _has_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= MIN_CAPABILITY
+    has_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= MIN_CAPABILITY
+    return (interpreted or has_gpu) and _has_triton()
 
 
 @lru_cache(maxsize=1)

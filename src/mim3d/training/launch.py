@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from mim3d.core.devices import choose_accelerator, choose_device
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.distributed.processes import choose_processes, export_to_torch, launched_rank
-from mim3d.kernels.compiling import find_compiler
-from mim3d.kernels.machine import keep_freed_memory
+from mim3d.kernels.machine import find_compiler, keep_freed_memory
 from mim3d.nn.blocks import ConvBlock, TransformerBlock
 from mim3d.objective import Batch, Objective
 from mim3d.training.settings import LoopSettings

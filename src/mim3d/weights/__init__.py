@@ -8,12 +8,13 @@ from mim3d.weights.folders import (
     CARD_NAME,
     RUN_NETWORKS,
     WEIGHTS_NAME,
+    full_path,
+    is_hub_id,
     locate,
     read_card,
     save_network,
     weights_digest,
 )
-from mim3d.weights.hub import full_path, is_hub_id
 from mim3d.weights.loading import (
     MIN_COVERAGE,
     CoverageReport,

@@ -1,7 +1,7 @@
 """Weights into modules, with a report of what fitted; encoders ready to use."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,10 +77,23 @@ def load_into(
         state = {f"encoder.{key}": value for key, value in state.items()}
     state, adapted = adapt_input(module, state, input_layers)
     fits = {key: value for key, value in state.items() if key in target and target[key].shape == value.shape}
-    report = replace(_coverage(target, state, fits), adapted=adapted)
+
+    def num_values(keys: Set[str]) -> int:
+        return sum(target[key].numel() for key in keys)
+
+    report = CoverageReport(
+        matched=tuple(sorted(fits)),
+        missing=tuple(sorted(target.keys() - state.keys())),
+        mismatched=tuple(
+            f"{key}: {tuple(state[key].shape)} for {tuple(target[key].shape)}"
+            for key in sorted(state.keys() & target.keys() - fits.keys())
+        ),
+        left_over=tuple(sorted(state.keys() - target.keys())),
+        coverage=num_values(fits.keys()) / max(1, num_values(target.keys())),
+        adapted=adapted,
+    )
     judged = {key for key in target if inside_encoder or key.startswith("encoder.")} or set(target)
-    filled = sum(target[key].numel() for key in judged & fits.keys())
-    share = filled / max(1, sum(target[key].numel() for key in judged))
+    share = num_values(judged & fits.keys()) / max(1, num_values(judged))
     if share < MIN_COVERAGE:
         example = next(iter(report.mismatched or report.missing), "none")
         raise CheckpointError(
@@ -110,31 +123,16 @@ def adapt_input(
         return dict(state), ()
     target, wanted = module.state_dict(), encoder.recipe.in_channels
     adapted = {}
-    for key, value in state.items():
-        if key in target and _differs_in_channels(value, target[key], wanted):
+    for key in state.keys() & target.keys():
+        value, own = state[key], target[key]
+        # A convolution's weight ``(D, C, ...)`` that differs in nothing but C, which is the number of input channels.
+        others_agree = value.ndim > 2 and value.shape[:1] + value.shape[2:] == own.shape[:1] + own.shape[2:]
+        if others_agree and value.shape[1] != own.shape[1] == wanted:
             given = value.shape[1]
             places = torch.arange(wanted) % given
-            taken = value.mean(1, keepdim=True).expand_as(target[key]) if how == "mean" else value[:, places]
+            taken = value.mean(1, keepdim=True).expand_as(own) if how == "mean" else value[:, places]
             adapted[key] = (taken * (given / wanted)).contiguous()
     return {**state, **adapted}, tuple(sorted(adapted))
-
-
-def _differs_in_channels(value: Tensor, own: Tensor, in_channels: int) -> bool:
-    """Whether a convolution's weight ``(D, C, ...)`` has another ``C`` than the input, and no other difference."""
-    others = (value.shape[:1] + value.shape[2:], own.shape[:1] + own.shape[2:])
-    return value.ndim > 2 and others[0] == others[1] and value.shape[1] != own.shape[1] == in_channels
-
-
-def _coverage(target: Mapping[str, Tensor], state: Mapping[str, Tensor], fits: Mapping[str, Tensor]) -> CoverageReport:
-    total = sum(value.numel() for value in target.values())
-    mismatched = sorted(key for key in state if key in target and key not in fits)
-    return CoverageReport(
-        matched=tuple(sorted(fits)),
-        missing=tuple(sorted(key for key in target if key not in state)),
-        mismatched=tuple(f"{key}: {tuple(state[key].shape)} for {tuple(target[key].shape)}" for key in mismatched),
-        left_over=tuple(sorted(key for key in state if key not in target)),
-        coverage=sum(value.numel() for value in fits.values()) / max(1, total),
-    )
 
 
 def load_encoder(path: str | Path, backbone: Named | None = None) -> Encoder:

@@ -52,15 +52,11 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
             raise CheckpointError(
                 f"{file} is no readable safetensors file ({error}); copy or export it again."
             ) from None
-    return _unwrap(_read_torch(file), file)
-
-
-def _read_torch(file: Path) -> Any:
     try:
         # Some published files carry their command line beside the weights: a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Files of before torch 1.6 are no zip archives, which alone can be mapped into memory.
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except _UNREADABLE as error:
         # Before its own reason torch advises to let the file run code.
         said = str(error).rpartition("WeightsUnpickler error:")[2]
@@ -70,6 +66,7 @@ def _read_torch(file: Path) -> Any:
             f"{file} cannot be read as plain weights ({reason}); "
             "it is damaged, no torch file, or holds code that mim3d does not run."
         ) from None
+    return _unwrap(content, file)
 
 
 def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
@@ -99,7 +96,11 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for key, value in state.items():
         if key in ("pos_embed", "decoder_pos_embed"):
-            _check_positions(key, value)
+            edge = round(value.shape[1] ** (1 / 3))
+            if not torch.allclose(value[0].float(), sincos_positions((edge, edge, edge), value.shape[2]), atol=1e-4):
+                raise CheckpointError(
+                    f"{key} of the file is not the fixed sine-cosine embedding of a {edge}x{edge}x{edge} grid."
+                )
         elif key == "mask_token":
             named["decoder.mask_token"] = value
         elif key.startswith("decoder_"):
@@ -109,11 +110,3 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             named[f"encoder.{key}"] = value
     return named
-
-
-def _check_positions(key: str, value: Tensor) -> None:
-    edge = round(value.shape[1] ** (1 / 3))
-    if not torch.allclose(value[0].float(), sincos_positions((edge, edge, edge), value.shape[2]), atol=1e-4):
-        raise CheckpointError(
-            f"{key} of the file is not the fixed sine-cosine embedding of a {edge}x{edge}x{edge} grid."
-        )

@@ -1,7 +1,10 @@
 """Masked depth-wise convolution for CPUs in C++ (masked.cpp), compiled on first use where there is a compiler."""
 
 import ctypes
-import itertools
+import hashlib
+import os
+import subprocess
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -10,14 +13,54 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mim3d.kernels.compiling import compile_library
+from mim3d.core.files import atomic_file
+from mim3d.kernels.machine import find_compiler
 
-# Shape suffixes: N blocks of edge s, C channels, k kernel edge, T threads.
+# Shape suffixes: N blocks of edge s, C channels, k kernel edge.
 
 #: What the C++ source has code for.
 KERNEL_SIZE, EDGES, DTYPES = 5, (2, 4, 8), (torch.float32, torch.bfloat16)
 
-_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+#: Optimised for this very processor; no fast-math, so that results do not depend on the compiler's mood.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+
+#: Longest time that a compilation may take.
+TIMEOUT_S = 120
+
+
+def compile_library(source: Path) -> Path | None:
+    """The shared library made from ``source``; None where there is no C++ compiler, or it fails (with a warning).
+
+    Kept in the user's cache folder under a digest of the source, the compiler and the processor, so that machines
+    sharing a home folder never load each other's code.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    try:
+        folder = Path.home() / ".cache" / "mim3d"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # The compiler says its version and what "native" means here on the standard error.
+        described = _run(compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull)
+        content = "\0".join((source.read_text(encoding="utf-8"), described, *FLAGS))
+        target = folder / f"{source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
+        if not target.exists():
+            with atomic_file(target, remedy=None) as built:
+                _run(compiler, *FLAGS, str(source), "-o", str(built))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = (getattr(error, "stderr", None) or str(error)).strip()
+        reason = detail.splitlines()[0] if detail else type(error).__name__
+        warnings.warn(
+            f"{source.name} could not be compiled with {compiler} ({reason}); the slower PyTorch path is used.",
+            stacklevel=2,
+        )
+        return None
+    return target
+
+
+def _run(*command: str) -> str:
+    """Run a command that must succeed, and return what it wrote to the standard error."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True).stderr
 
 
 @lru_cache(maxsize=1)
@@ -27,8 +70,9 @@ def library() -> ctypes.CDLL | None:
     if path is None:
         return None
     loaded = ctypes.CDLL(str(path))
-    loaded.mim3d_convolve.argtypes = [ctypes.c_int, *[_POINTER] * 5, *[_INT64] * 4]
-    loaded.mim3d_weight_gradient.argtypes = [ctypes.c_int, *[_POINTER] * 4, *[_INT64] * 4]
+    numbers = [ctypes.c_int64] * 4
+    loaded.mim3d_convolve.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 5, *numbers]
+    loaded.mim3d_weight_gradient.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 4, *numbers]
     return loaded
 
 
@@ -45,73 +89,48 @@ def supports(features_NsssC: Tensor, kernel_size: int) -> bool:
 
 def convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None, neighbours_N27: Tensor) -> Tensor:
     """Convolved blocks ``(N, s, s, s, C)`` of contiguous ones; sums in float32."""
-    num_blocks, edge, *_, channels = features_NsssC.shape
     neighbours_N27 = neighbours_N27.contiguous()
-    taps = weight_C1kkk.float().reshape(channels, -1).t().contiguous()
+    taps = weight_C1kkk.float().reshape(len(weight_C1kkk), -1).t().contiguous()
     bias = None if bias_C is None else bias_C.float().contiguous()
     out_NsssC = torch.empty_like(features_NsssC)
-    run = _library().mim3d_convolve
-
-    def work(first: int, last: int, thread: int) -> int:
-        return int(
-            run(
-                features_NsssC.dtype == torch.bfloat16,
-                features_NsssC.data_ptr(),
-                taps.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-                neighbours_N27.data_ptr(),
-                out_NsssC.data_ptr(),
-                edge,
-                channels,
-                first,
-                last,
-            )
-        )
-
-    _share(work, num_blocks)
+    _share("mim3d_convolve", features_NsssC, lambda thread: (features_NsssC, taps, bias, neighbours_N27, out_NsssC))
     return out_NsssC
 
 
 def weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: Tensor, kernel_size: int) -> Tensor:
     """Gradient ``(C, 1, k, k, k)`` of the kernel in float32; the same bits for the same number of threads."""
-    num_blocks, edge, *_, channels = features_NsssC.shape
     neighbours_N27 = neighbours_N27.contiguous()
+    channels = features_NsssC.shape[-1]
     totals = torch.zeros(torch.get_num_threads(), kernel_size**3, channels)
-    run = _library().mim3d_weight_gradient
-
-    def work(first: int, last: int, thread: int) -> int:
-        return int(
-            run(
-                features_NsssC.dtype == torch.bfloat16,
-                features_NsssC.data_ptr(),
-                grad_NsssC.data_ptr(),
-                neighbours_N27.data_ptr(),
-                totals[thread].data_ptr(),
-                edge,
-                channels,
-                first,
-                last,
-            )
-        )
-
-    _share(work, num_blocks)
+    _share(
+        "mim3d_weight_gradient",
+        features_NsssC,
+        lambda thread: (features_NsssC, grad_NsssC, neighbours_N27, totals[thread]),
+    )
     return totals.sum(0).t().reshape(channels, 1, *(kernel_size,) * 3)
 
 
-def _library() -> ctypes.CDLL:
+def _share(name: str, features_NsssC: Tensor, tensors_of: Callable[[int], tuple[Tensor | None, ...]]) -> None:
+    """Call a function of the library for all blocks, a contiguous part of them in each of PyTorch's threads.
+
+    Args:
+        name: The function.
+        features_NsssC: The blocks.
+        tensors_of: Gives the tensors that the function reads and writes in a thread, by the number of the thread.
+    """
     loaded = library()
     if loaded is None:
         raise RuntimeError("the C++ kernel is not available: no compiler was found")
-    return loaded
+    function, num_threads = getattr(loaded, name), torch.get_num_threads()
+    num_blocks, edge, *_, channels = features_NsssC.shape
 
+    def work(thread: int) -> int:
+        first, last = (num_blocks * part // num_threads for part in (thread, thread + 1))
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors_of(thread)]
+        return int(function(features_NsssC.dtype == torch.bfloat16, *pointers, edge, channels, first, last))
 
-def _share(work: Callable[[int, int, int], int], num_blocks: int) -> None:
-    """Run ``work(first, last, thread)`` over all blocks, a contiguous part for each of the library's threads."""
-    num_threads = torch.get_num_threads()
-    bounds = [num_blocks * part // num_threads for part in range(num_threads + 1)]
-    parts = [(first, last, thread) for thread, (first, last) in enumerate(itertools.pairwise(bounds))]
     # A call through ctypes holds no interpreter lock.
-    codes = [work(*parts[0])] if num_threads == 1 else list(_pool(num_threads).map(lambda part: work(*part), parts))
+    codes = [work(0)] if num_threads == 1 else list(_pool(num_threads).map(work, range(num_threads)))
     if any(codes):
         raise RuntimeError(f"the C++ kernel has no code for these blocks (edges {EDGES}, kernel {KERNEL_SIZE})")
 

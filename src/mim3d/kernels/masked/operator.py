@@ -36,7 +36,9 @@ def masked_depthwise(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tenso
         bias_C: Added to the result.
         neighbours_N27: Block at each offset in {-1, 0, 1}^3 from each block, in raster order; -1 where there is none.
     """
-    return _convolve(features_NsssC.contiguous(), weight_C1kkk, bias_C, neighbours_N27)
+    implementation = _implementation(features_NsssC, weight_C1kkk.shape[-1])
+    out_NsssC: Tensor = implementation.convolve(features_NsssC.contiguous(), weight_C1kkk, bias_C, neighbours_N27)
+    return out_NsssC
 
 
 @torch.library.custom_op("mim3d::masked_depthwise_backward", mutates_args=())
@@ -48,8 +50,10 @@ def masked_depthwise_backward(
     That of the features is the convolution with the flipped kernel: being neighbours is mutual.
     """
     features_NsssC, grad_NsssC = features_NsssC.contiguous(), grad_NsssC.contiguous()
-    grad_features = _convolve(grad_NsssC, weight_C1kkk.flip(2, 3, 4), None, neighbours_N27)
-    grad_weight = _weight_gradient(features_NsssC, grad_NsssC, neighbours_N27, weight_C1kkk.shape[-1])
+    kernel_size = weight_C1kkk.shape[-1]
+    implementation = _implementation(features_NsssC, kernel_size)
+    grad_features = implementation.convolve(grad_NsssC, weight_C1kkk.flip(2, 3, 4), None, neighbours_N27)
+    grad_weight = implementation.weight_gradient(features_NsssC, grad_NsssC, neighbours_N27, kernel_size)
     return grad_features, grad_weight.to(weight_C1kkk.dtype).contiguous()
 
 
@@ -102,7 +106,7 @@ def kernel_forced(kernel: Kernel) -> Iterator[None]:
         _forced.pop()
 
 
-def _module(features_NsssC: Tensor, kernel_size: int) -> ModuleType:
+def _implementation(features_NsssC: Tensor, kernel_size: int) -> ModuleType:
     kernel = kernel_for(features_NsssC, kernel_size)
     if kernel == "triton":
         # Imported here: it takes a second, and the package is an extra.
@@ -110,15 +114,3 @@ def _module(features_NsssC: Tensor, kernel_size: int) -> ModuleType:
 
         return triton
     return cpp if kernel == "cpp" else pytorch
-
-
-def _convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None, neighbours_N27: Tensor) -> Tensor:
-    module = _module(features_NsssC, weight_C1kkk.shape[-1])
-    out_NsssC: Tensor = module.convolve(features_NsssC, weight_C1kkk, bias_C, neighbours_N27)
-    return out_NsssC
-
-
-def _weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: Tensor, kernel_size: int) -> Tensor:
-    module = _module(features_NsssC, kernel_size)
-    grad_C1kkk: Tensor = module.weight_gradient(features_NsssC, grad_NsssC, neighbours_N27, kernel_size)
-    return grad_C1kkk
