@@ -7,8 +7,8 @@ import torch
 
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.core.types import Triple
+from mim3d.methods.mim.hierarchy import full_levels
 from mim3d.methods.mim.method import MiM
-from mim3d.methods.mim.planning import full_levels
 from mim3d.methods.mim.sampler import relative_corners
 from mim3d.objective import Batch
 

@@ -218,7 +218,7 @@ class DenseMiM(nn.Module):
             features.append(features_MLD)
         for index in range(1, len(levels)):
             loss, named = self.heads.alignment(batch, levels[index - 1], index, features[index - 1], features[index])
-            losses.append(self.heads.alignment_weight * loss)
+            losses.append(self.heads.settings.alignment_weight * loss)
             terms.update(named)
         return torch.stack(losses).sum(), terms
 
@@ -227,6 +227,6 @@ class DenseMiM(nn.Module):
         p = self.encoder.edge
         patches = volume_MCXYZ.unfold(2, p, p).unfold(3, p, p).unfold(4, p, p)
         target = patches.permute(0, 2, 3, 4, 5, 6, 7, 1).flatten(4).flatten(1, 3)
-        if not self.heads.normalise_targets:
+        if not self.heads.settings.normalise_targets:
             return target
         return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()

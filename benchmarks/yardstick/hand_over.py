@@ -35,8 +35,8 @@ from mim3d.loading.ring import slot_bytes
 from mim3d.loading.samples import Augment, Crop, Sample
 from mim3d.loading.samples import Sampler as CropSource
 from mim3d.loading.stored_images import Allocate, Packed, pack
+from mim3d.methods.mim.hierarchy import full_levels
 from mim3d.methods.mim.method import MiM
-from mim3d.methods.mim.planning import full_levels
 from mim3d.planning.plan import plan_intensity
 from mim3d.tasks.augmentation import Augmentation
 from mim3d.tasks.segmentation.crops import CropSampler

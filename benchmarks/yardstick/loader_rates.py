@@ -17,9 +17,8 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.loading.loader import Loader
 from mim3d.loading.samples import Sample, Sampler
-from mim3d.methods.mim.hierarchy import Level
+from mim3d.methods.mim.hierarchy import Level, full_levels
 from mim3d.methods.mim.method import MiM
-from mim3d.methods.mim.planning import full_levels
 from mim3d.planning.plan import plan_intensity
 from yardstick.page_cache import drop
 from yardstick.published_loader import PublishedSamples

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mim3d.methods.mim.alignment import Places, align
+from mim3d.methods.mim.objective import Places, align
 
 
 def logs(children: torch.Tensor, vectors: torch.Tensor, own: torch.Tensor) -> dict[str, float]:

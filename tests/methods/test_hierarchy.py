@@ -7,8 +7,7 @@ import pytest
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
-from mim3d.methods.mim.hierarchy import Hierarchy, Level
-from mim3d.methods.mim.planning import check_padding, full_levels, padding_ratio, plan_levels
+from mim3d.methods.mim.hierarchy import Hierarchy, Level, check_padding, full_levels, padding_ratio, plan_levels
 from mim3d.nn.tokens import unit_index
 
 TOKEN = (16, 16, 16)

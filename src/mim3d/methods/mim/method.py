@@ -10,9 +10,16 @@ from mim3d.backbones.hybrid import Hybrid
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.methods.contract import Method
-from mim3d.methods.mim.hierarchy import Hierarchy, Level
+from mim3d.methods.mim.hierarchy import (
+    Hierarchy,
+    Level,
+    check_padding,
+    describe_levels,
+    full_levels,
+    padding_ratio,
+    plan_levels,
+)
 from mim3d.methods.mim.objective import MiMObjective
-from mim3d.methods.mim.planning import check_padding, describe_levels, full_levels, padding_ratio, plan_levels
 from mim3d.methods.mim.sampler import MiMSampler
 from mim3d.training.schedule import Optimisation
 
@@ -149,36 +156,12 @@ class MiM(Method):
 
     def sampler(self, backbone: Backbone) -> MiMSampler:
         """Draws a hierarchy and its masks."""
-        return MiMSampler(
-            self.hierarchy(backbone),
-            flip_prob=self.flip_prob,
-            intensity_gain=self.intensity_gain,
-            intensity_bias=self.intensity_bias,
-            pyramid=self.pyramid,
-            max_air=self.max_air,
-        )
+        return MiMSampler(self, self.hierarchy(backbone))
 
     def build(self, backbone: Backbone) -> MiMObjective:
         """Encoder, decoder and alignment heads."""
         self.check_backbone(backbone)
-        encoder = backbone.build()
-        assert isinstance(encoder, VisibleEncoder)
-        dim, depth, num_heads = self.decoder(backbone)
-        return MiMObjective(
-            encoder,
-            self.hierarchy(backbone),
-            in_channels=backbone.in_channels,
-            decoder_dim=dim,
-            decoder_depth=depth,
-            decoder_num_heads=num_heads,
-            normalise_targets=self.normalise_targets,
-            contrastive=self.alignment == "contrastive",
-            alignment_weight=self.alignment_weight,
-            alignment_dim=self.alignment_dim,
-            temperature=self.temperature,
-            batch_negatives=self.negatives == "batch",
-            chunk_size=self.chunk_size,
-        )
+        return MiMObjective(self, backbone)
 
     def idle_parts(self, final_logs: dict[str, float]) -> list[str]:
         """Levels whose normalised reconstruction never left the loss of a constant guess."""

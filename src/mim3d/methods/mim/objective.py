@@ -1,25 +1,30 @@
 """MiM's network and losses: reconstruction at every level, alignment between adjacent levels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mim3d.backbones.contract import VisibleEncoder
+from mim3d.backbones.contract import Backbone, VisibleEncoder
 from mim3d.core.types import Triple
-from mim3d.methods.mim.alignment import Places, align
-from mim3d.methods.mim.hierarchy import Geometry, Hierarchy
+from mim3d.methods.mim.hierarchy import Geometry
 from mim3d.nn.blocks import Mlp, init_linear
 from mim3d.nn.decoder import TokenDecoder
-from mim3d.nn.losses import reconstruction_loss
+from mim3d.nn.losses import alignment_logits, contrastive_alignment, cosine_alignment, reconstruction_loss
 from mim3d.nn.tokens import split_tokens, split_units, take_tokens
 from mim3d.nn.volumes import patchify, resize_image, unpatchify
 from mim3d.objective import Batch, Objective, StepOutput, Tokens
 
-# Shape suffixes: B samples, n volumes of a level per sample, M = B x n, C channels, X Y Z space, L tokens, V visible
-# and H hidden tokens (or hidden units), D decoder width, A alignment width.
+if TYPE_CHECKING:
+    from mim3d.methods.mim.method import MiM
+
+# Shape suffixes: B samples, n volumes of a level per sample, M = B x n (those of a parent level in an alignment), K its
+# children, C channels, X Y Z space, L tokens, V visible and H hidden tokens (or hidden units), D decoder width, A
+# alignment width.
 
 #: A place whose voxels vary less than this (in mapped intensities) is air: no negative for any child.
 CONSTANT_STD = 1e-3
@@ -45,62 +50,52 @@ class LevelBatch:
     hidden_MH: Tensor
 
 
+@dataclass(frozen=True)
+class Places:
+    """The hidden places of parent volumes.
+
+    Attributes:
+        units_MH: Their raster indices among the parent's units.
+        vectors_MHA: Their projected mean decoder tokens.
+        varied_MH: False for air, which is no negative.
+    """
+
+    units_MH: Tensor
+    vectors_MHA: Tensor
+    varied_MH: Tensor
+
+
 class MiMObjective(Objective):
     """One shared encoder and decoder over all levels of a hierarchy.
 
     Args:
-        encoder: Maps visible tokens.
-        hierarchy: The checked levels.
-        in_channels: Channels of the input.
-        decoder_dim: Width of the decoder.
-        decoder_depth: Its blocks.
-        decoder_num_heads: Its heads.
-        normalise_targets: Reconstruct each token's voxels at mean 0 and variance 1.
-        contrastive: Cross-entropy over places, else the cosine form.
-        alignment_weight: Weight of each alignment term.
-        alignment_dim: Width of the shared MLP's output.
-        temperature: Temperature of the contrastive form.
-        batch_negatives: Contrast with the hidden places of every parent in the batch.
-        chunk_size: Volumes per encoder call; None for what suits the device.
+        settings: Settings of the method.
+        backbone: The encoder's recipe.
+    Raises:
+        ConfigError: The hierarchy or the decoder cannot work.
     """
 
     encoder: VisibleEncoder
 
-    def __init__(
-        self,
-        encoder: VisibleEncoder,
-        hierarchy: Hierarchy,
-        *,
-        in_channels: int,
-        decoder_dim: int,
-        decoder_depth: int,
-        decoder_num_heads: int,
-        normalise_targets: bool,
-        contrastive: bool,
-        alignment_weight: float,
-        alignment_dim: int,
-        temperature: float,
-        batch_negatives: bool,
-        chunk_size: int | None,
-    ) -> None:
+    def __init__(self, settings: "MiM", backbone: Backbone) -> None:
         super().__init__()
+        encoder = backbone.build()
+        assert isinstance(encoder, VisibleEncoder)
         self.encoder = encoder
-        self.hierarchy = hierarchy
-        self.in_channels = in_channels
-        self.normalise_targets = normalise_targets
-        self.contrastive = contrastive
-        self.alignment_weight = alignment_weight
-        self.temperature = temperature
-        self.batch_negatives = batch_negatives
-        self.chunk_size = chunk_size
-        self.tokens_per_sample = tuple(_tokens(geometry) for geometry in hierarchy.levels)
-        voxels = math.prod(encoder.token_size) * in_channels
-        self.decoder = TokenDecoder(encoder.embed_dim, decoder_dim, decoder_depth, decoder_num_heads, voxels)
-        children = [geometry.level.name for geometry in hierarchy.levels[1:]]
-        self.project = nn.ModuleDict({name: Mlp(decoder_dim, decoder_dim, alignment_dim) for name in children})
-        self.predict = nn.ModuleDict(
-            {} if contrastive else {name: Mlp(alignment_dim, alignment_dim, alignment_dim) for name in children}
+        self.settings = settings
+        self.hierarchy = settings.hierarchy(backbone)
+        self.tokens_per_sample = tuple(
+            Tokens(g.level.name, g.num_volumes, math.prod(g.token_grid) - g.num_hidden_tokens, g.num_hidden_tokens)
+            for g in self.hierarchy.levels
         )
+        dim, depth, num_heads = settings.decoder(backbone)
+        voxels = math.prod(encoder.token_size) * backbone.in_channels
+        self.decoder = TokenDecoder(encoder.embed_dim, dim, depth, num_heads, voxels)
+        children = [geometry.level.name for geometry in self.hierarchy.levels[1:]]
+        predicted = children if settings.alignment == "cosine" else []
+        width = settings.alignment_dim
+        self.project = nn.ModuleDict({name: Mlp(dim, dim, width) for name in children})
+        self.predict = nn.ModuleDict({name: Mlp(width, width, width) for name in predicted})
         self.project.apply(init_linear)
         self.predict.apply(init_linear)
 
@@ -116,12 +111,12 @@ class MiMObjective(Objective):
         for level, features_MLD in zip(levels, features, strict=True):
             target_MHP = take_tokens(patchify(level.volume_MCXYZ, self.encoder.token_size), level.hidden_MH)
             predicted_MHP = self.decoder.predict(features_MLD, level.hidden_MH)
-            loss = reconstruction_loss(predicted_MHP, target_MHP, normalised=self.normalise_targets)
+            loss = reconstruction_loss(predicted_MHP, target_MHP, normalised=self.settings.normalise_targets)
             logs[f"loss/{level.geometry.level.name}"] = loss.detach()
             losses.append(level.geometry.level.loss_weight * loss)
         for index in range(1, len(levels)):
             loss, named = self.alignment(batch, levels[index - 1], index, features[index - 1], features[index])
-            losses.append(self.alignment_weight * loss)
+            losses.append(self.settings.alignment_weight * loss)
             logs.update(named)
         if "air" in batch:
             logs["air"] = batch["air"].mean()
@@ -150,7 +145,12 @@ class MiMObjective(Objective):
 
     def _features(self, levels: Sequence[LevelBatch]) -> list[Tensor]:
         """Decoder features ``(M, L, D)`` of every level; levels of one token grid are decoded as one batch."""
-        encoded = [self._encode(level) for level in levels]
+        encoded = []
+        for level in levels:
+            default = CPU_CHUNK if level.volume_MCXYZ.device.type == "cpu" else len(level.volume_MCXYZ)
+            chunk_size = self.settings.chunk_size or default
+            chunks = (torch.split(tensor, chunk_size) for tensor in (level.volume_MCXYZ, level.visible_MV))
+            encoded.append(torch.cat([self.encoder.encode_visible(*chunk) for chunk in zip(*chunks, strict=True)]))
         by_grid: dict[Triple, list[int]] = {}
         for index, level in enumerate(levels):
             by_grid.setdefault(level.geometry.token_grid, []).append(index)
@@ -159,11 +159,6 @@ class MiMObjective(Objective):
             decoded = self.decoder([(encoded[index], levels[index].visible_MV) for index in members], grid)
             features.update(zip(members, decoded.split([len(encoded[index]) for index in members]), strict=True))
         return [features[index] for index in range(len(levels))]
-
-    def _encode(self, level: LevelBatch) -> Tensor:
-        default = CPU_CHUNK if level.volume_MCXYZ.device.type == "cpu" else len(level.volume_MCXYZ)
-        chunks = (torch.split(tensor, self.chunk_size or default) for tensor in (level.volume_MCXYZ, level.visible_MV))
-        return torch.cat([self.encoder.encode_visible(*chunk) for chunk in zip(*chunks, strict=True)])
 
     def alignment(
         self, batch: Batch, parent: LevelBatch, index: int, parent_MLD: Tensor, child_MLD: Tensor
@@ -177,9 +172,9 @@ class MiMObjective(Objective):
             child_A,
             places,
             own_unit,
-            temperature=self.temperature,
-            batch_negatives=self.batch_negatives,
-            predict=None if self.contrastive else self.predict[name],
+            temperature=self.settings.temperature,
+            batch_negatives=self.settings.negatives == "batch",
+            predict=self.predict[name] if self.settings.alignment == "cosine" else None,
         )
         return loss, {f"{key}/align_{name}": value for key, value in named.items()}
 
@@ -204,7 +199,7 @@ class MiMObjective(Objective):
             patches_1LP = patchify(level.volume_MCXYZ[:1], self.encoder.token_size).float()
             hidden_1H = level.hidden_MH[:1]
             predicted_1HP = self.decoder.predict(features_MLD[:1], hidden_1H).float()
-            if self.normalise_targets:
+            if self.settings.normalise_targets:
                 own = take_tokens(patches_1LP, hidden_1H)
                 predicted_1HP = predicted_1HP * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
             index_1HP = hidden_1H[..., None].expand_as(predicted_1HP)
@@ -216,9 +211,46 @@ class MiMObjective(Objective):
         return pictures
 
 
-def _tokens(geometry: Geometry) -> Tokens:
-    hidden = geometry.num_hidden_tokens
-    return Tokens(geometry.level.name, geometry.num_volumes, math.prod(geometry.token_grid) - hidden, hidden)
+def align(
+    child_KA: Tensor,
+    places: Places,
+    own_unit_K: Tensor,
+    *,
+    temperature: float,
+    batch_negatives: bool,
+    predict: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Alignment loss of children with their parents' places, and what to log about it.
+
+    Args:
+        child_KA: Projected mean token of every child, children of one parent side by side.
+        places: Candidate places of all parents.
+        own_unit_K: The unit that each child was cut from.
+        temperature: Temperature of the contrastive form.
+        batch_negatives: Contrast with the hidden places of every parent, not only the child's own.
+        predict: The child's predictor; the cosine form when given, else the contrastive one.
+    """
+    num_parents, num_places = places.units_MH.shape
+    parent_K = torch.arange(num_parents, device=child_KA.device).repeat_interleave(len(child_KA) // num_parents)
+    own_K = (places.units_MH[parent_K] == own_unit_K[:, None]).int().argmax(1)
+    if batch_negatives:
+        label_K = own_K + parent_K * num_places
+        logits = alignment_logits(child_KA, places.vectors_MHA.flatten(0, 1), temperature)
+        usable = places.varied_MH.flatten().expand_as(logits)
+    else:
+        label_K = own_K
+        logits = alignment_logits(child_KA, places.vectors_MHA[parent_K], temperature)
+        usable = places.varied_MH[parent_K]
+    loss, accuracy = contrastive_alignment(logits, label_K, usable)
+    if predict is not None:
+        loss = cosine_alignment(predict(child_KA), places.vectors_MHA[parent_K, own_K])
+    normed = F.normalize(child_KA.detach().float(), dim=-1)
+    return loss, {
+        "loss": loss.detach(),
+        "accuracy": accuracy.detach(),
+        "chance": torch.full_like(accuracy, 1.0 / logits.shape[1]),
+        "spread": normed.std(0, correction=0).mean() * normed.shape[1] ** 0.5,
+    }
 
 
 def slice_volumes(volume_NCXYZ: Tensor, corners_M3: Tensor, footprint: tuple[int, int, int]) -> Tensor:
