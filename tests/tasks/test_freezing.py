@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from mim3d.backbones import Hybrid
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import ConfigError
-from mim3d.objective import Batch, Objective
+from mim3d.objective import Batch, Objective, StepOutput
 from mim3d.tasks.classification.task import Classification
 from mim3d.tasks.contract import Task
-from mim3d.tasks.freezing import Freezing
+from mim3d.tasks.freezing import FreezingObjective
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.launch import StepModule
 from mim3d.training.memory import StepMemory
@@ -98,18 +98,25 @@ class Normed(Encoder):
         return [features]
 
 
+class OnlyEncodes(FreezingObjective):
+    """An objective that nothing is built on."""
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        raise AssertionError("it has no loss")
+
+
 def test_norms_and_dropout_of_frozen_layers_are_in_evaluation_mode_and_of_learning_ones_in_training_mode() -> None:
     encoder = Normed()
-    freezing = Freezing(encoder, unfreeze_ratio=0.4)
+    objective = OnlyEncodes(encoder, unfreeze_ratio=0.4)
 
     def modes() -> list[bool]:
         return [part[index].training for part in (encoder.stem, *encoder.blocks) for index in (1, 2)]
 
     assert modes() == [True] * 6
     for progress, expected in [(0.0, [False] * 6), (0.2, [False] * 4 + [True] * 2), (0.4, [True] * 6)]:
-        freezing.at(progress)
+        objective.unfreeze(progress)
         assert modes() == expected
-    freezing.at(0.2)
+    objective.unfreeze(0.2)
     statistics = encoder.stem[1].running_mean.clone(), encoder.blocks[1][1].running_mean.clone()
     encoder.feature_maps(torch.rand(2, 1, 4, 4, 4))
     assert torch.equal(encoder.stem[1].running_mean, statistics[0])

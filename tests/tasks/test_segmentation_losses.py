@@ -5,7 +5,7 @@ import torch
 from monai.losses.dice import DiceLoss
 from torch.nn import functional as F
 
-from mim3d.tasks.segmentation.losses import LossWeights, SegmentationLoss, head_weights
+from mim3d.tasks.segmentation.network import SegmentationLoss, head_weights
 from mim3d.tasks.segmentation.task import Segmentation
 from tests.tasks.test_targets import BRATS, REGIONS
 
@@ -15,8 +15,8 @@ EXCLUSIVE = Segmentation().targets(BRATS)
 NESTED = Segmentation(regions=REGIONS).targets(BRATS)
 
 
-def terms(targets, logits=LOGITS, label=LABEL, annotated=None, **weights):
-    return SegmentationLoss(targets, LossWeights(**weights))(logits, label, annotated)
+def terms(targets, logits=LOGITS, label=LABEL, annotated=None, **settings):
+    return SegmentationLoss(targets, Segmentation(**settings))(logits, label, annotated)
 
 
 def test_dice_and_cross_entropy_are_those_of_the_libraries():
@@ -34,7 +34,7 @@ def test_regions_have_a_dice_and_a_binary_cross_entropy_of_their_own():
 
 
 def test_class_weights_weigh_the_cross_entropy_by_name():
-    found = terms(EXCLUSIVE, classes={"enhancing": 4.0, "background": 0.5})
+    found = terms(EXCLUSIVE, class_weights={"enhancing": 4.0, "background": 0.5})
     weight = torch.tensor([0.5, 1, 1, 4])
     assert torch.isclose(found["cross_entropy"], F.cross_entropy(LOGITS, LABEL, weight=weight))
 
@@ -47,9 +47,9 @@ def test_top_k_counts_the_worst_voxels_alone():
 
 @pytest.mark.parametrize(("targets", "number"), [(EXCLUSIVE, 4), (NESTED, 3)])
 def test_focal_loss_without_its_exponent_is_cross_entropy_and_falls_with_it(targets, number):
-    found = terms(targets, LOGITS[:, :number], focal=1.0, focal_gamma=0.0)
+    found = terms(targets, LOGITS[:, :number], focal_weight=1.0, focal_gamma=0.0)
     assert torch.isclose(found["focal"], found["cross_entropy"])
-    assert terms(targets, LOGITS[:, :number], focal=1.0)["focal"] < found["focal"]
+    assert terms(targets, LOGITS[:, :number], focal_weight=1.0)["focal"] < found["focal"]
 
 
 @pytest.mark.parametrize("regions", [None, REGIONS])
@@ -62,7 +62,7 @@ def test_what_is_predicted_at_ignored_voxels_changes_no_term_and_gets_no_gradien
     logits = LOGITS[:, : len(targets.names)].clone().requires_grad_()
     other = logits.detach().clone()
     other[:, :, :2] = torch.randn(other[:, :, :2].shape) * 10
-    weights = {"focal": 1.0, "top_k_ratio": top_k_ratio, "background_in_dice": True}
+    weights = {"focal_weight": 1.0, "top_k_ratio": top_k_ratio, "background_in_dice": True}
     found, again = terms(targets, logits, label, **weights), terms(targets, other, label, **weights)
     assert all(torch.isclose(found[name], again[name]) for name in ("dice", "cross_entropy", "focal"))
     torch.stack(list(found.values())).sum().backward()
@@ -71,7 +71,7 @@ def test_what_is_predicted_at_ignored_voxels_changes_no_term_and_gets_no_gradien
 
 def test_nothing_known_at_all_is_no_loss_instead_of_no_number():
     targets = Segmentation(ignore_label=3).targets(BRATS)
-    found = terms(targets, LOGITS[:, :3], torch.full_like(LABEL, 3), focal=1.0)
+    found = terms(targets, LOGITS[:, :3], torch.full_like(LABEL, 3), focal_weight=1.0)
     assert all(torch.isfinite(term) for term in found.values())
     assert found["cross_entropy"] == 0
 
@@ -80,7 +80,7 @@ def test_labels_without_annotations_count_as_background_in_the_marginal_loss():
     annotated = torch.tensor([[True, True, False, False], [True, True, True, True]])
     label = LABEL.clone()
     label[0][label[0] > 1] = 0
-    found = terms(EXCLUSIVE, label=label, annotated=annotated, dice=0.0)
+    found = terms(EXCLUSIVE, label=label, annotated=annotated, dice_weight=0.0)
     probabilities = LOGITS.softmax(1)
     first = torch.where(label[0] == 1, probabilities[0, 1], 1 - probabilities[0, 1]).log()
     second = -F.cross_entropy(LOGITS[1:], label[1:], reduction="none")[0]

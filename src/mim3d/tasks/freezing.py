@@ -43,51 +43,57 @@ def freezing_lines(freeze_encoder: bool, unfreeze_ratio: float | None, learns: s
     return []
 
 
-class Freezing:
-    """Keeps layers of an encoder as they are: without gradients and in evaluation mode.
+class FreezingObjective(Objective):
+    """An objective whose encoder may learn later than what is built on it, or never.
 
-    A parameter without a gradient is left alone by the optimiser, its weight decay included.
+    Layers that do not learn have no gradients and are in evaluation mode. A parameter without a gradient is left alone
+    by the optimiser, its weight decay included.
 
     Args:
-        encoder: The encoder. Which of its parameters learn is set again whenever that changes.
+        encoder: Gives the feature maps. Which of its parameters learn is set again whenever that changes.
         freeze_encoder: Whether no layer ever learns.
         unfreeze_ratio: Share of training after which all layers learn, one after the other until then, the output first
             and the stem last (gradual unfreezing, Howard & Ruder 2018). None lets all learn from the beginning.
     """
 
     def __init__(self, encoder: Encoder, *, freeze_encoder: bool = False, unfreeze_ratio: float | None = None) -> None:
-        self._encoder = encoder
-        self._ratio = unfreeze_ratio
+        super().__init__()
+        self.encoder = encoder
+        self._unfreeze_ratio = unfreeze_ratio
         # Before training every layer counts as learning that ever will, so that optimiser and processes know of it.
-        self._num_learning = 0 if freeze_encoder else encoder.num_layers + 1
+        self._num_learning = encoder.num_layers + 1
         if freeze_encoder:
-            self._apply()
+            self._let_learn(0)
 
-    @property
-    def learns(self) -> bool:
-        """Whether any layer learns now."""
-        return self._num_learning > 0
-
-    def at(self, progress: float) -> None:
+    def unfreeze(self, progress: float) -> None:
         """Let those layers learn that do at ``progress`` (0 at the first step of training, 1 at the last)."""
-        if self._ratio is None:
+        if self._unfreeze_ratio is None or not self.training:
             return
-        layers = self._encoder.num_layers + 1
+        layers = self.encoder.num_layers + 1
         # Rounded first: 0.6 / 0.8 of four layers are three, not 2.9999999999999996.
-        learning = min(layers, math.floor(round(progress / self._ratio * layers, 9)))
+        learning = min(layers, math.floor(round(progress / self._unfreeze_ratio * layers, 9)))
         if learning != self._num_learning:
-            self._num_learning = learning
-            self._apply()
+            self._let_learn(learning)
 
-    def set_modes(self) -> None:
-        """Evaluation mode for what does not learn, training mode for the rest."""
-        _set_modes(self._encoder, learns=self.learns)
+    def _let_learn(self, number: int) -> None:
+        """Let the uppermost layers learn, that many of them."""
+        self._num_learning = number
+        lowest = self.encoder.num_layers + 1 - number
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(self.encoder.layer_of(name) >= lowest)
+        _set_modes(self.encoder, learns=number > 0)
 
-    def _apply(self) -> None:
-        lowest = self._encoder.num_layers + 1 - self._num_learning
-        for name, parameter in self._encoder.named_parameters():
-            parameter.requires_grad_(self._encoder.layer_of(name) >= lowest)
-        self.set_modes()
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; what of the encoder is frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode:
+            _set_modes(self.encoder, learns=self._num_learning > 0)
+        return self
+
+    def features(self, volume_BCXYZ: Tensor) -> list[Tensor]:
+        """Return the encoder's maps; without gradients where all of it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._num_learning > 0):
+            return self.encoder.feature_maps(volume_BCXYZ)
 
 
 def _set_modes(module: nn.Module, *, learns: bool) -> None:
@@ -96,30 +102,3 @@ def _set_modes(module: nn.Module, *, learns: bool) -> None:
     module.training = any(parameter.requires_grad for parameter in parameters) if parameters else learns
     for child in module.children():
         _set_modes(child, learns=module.training)
-
-
-class FreezingObjective(Objective):
-    """An objective whose encoder may learn later than what is built on it, or never.
-
-    Args:
-        encoder: Gives the feature maps.
-        freeze_encoder: Whether it stays as it is.
-        unfreeze_ratio: Share of training after which all of it learns, see :class:`Freezing`.
-    """
-
-    def __init__(self, encoder: Encoder, *, freeze_encoder: bool, unfreeze_ratio: float | None) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.freezing = Freezing(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training mode; what of the encoder is frozen stays in evaluation mode."""
-        super().train(mode)
-        if mode:
-            self.freezing.set_modes()
-        return self
-
-    def features(self, volume_BCXYZ: Tensor) -> list[Tensor]:
-        """Return the encoder's maps; without gradients where all of it is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.freezing.learns):
-            return self.encoder.feature_maps(volume_BCXYZ)

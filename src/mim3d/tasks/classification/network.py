@@ -1,7 +1,7 @@
 """The classification network and its loss."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from mim3d.backbones.contract import Encoder
 from mim3d.objective import Batch, StepOutput
 from mim3d.tasks.freezing import FreezingObjective
+
+if TYPE_CHECKING:
+    from mim3d.tasks.classification.task import Classification
 
 # Shape suffixes: B samples, C channels, K classes, L tokens, E their width, X Y Z space.
 
@@ -51,36 +54,22 @@ class ClassificationObjective(FreezingObjective):
     Args:
         encoder: Gives the tokens: its coarsest feature map.
         num_classes: Number of classes.
-        pooling: How tokens become one vector.
-        class_weights: Weight of each class in the loss.
-        dropout: Share of the pooled features that a training step leaves out.
-        label_smoothing: Share of the target that is spread over all classes.
-        freeze_encoder: Whether pooling and linear layer alone are trained, on features that stay as they are.
-        unfreeze_ratio: Share of training after which all of the encoder learns, see ``Freezing``.
+        settings: The task: how tokens are pooled, what the loss is like, and which part of the encoder learns.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        *,
-        num_classes: int,
-        pooling: Literal["mean", "attention"],
-        class_weights: Sequence[float],
-        dropout: float,
-        label_smoothing: float,
-        freeze_encoder: bool = False,
-        unfreeze_ratio: float | None = None,
-    ) -> None:
-        super().__init__(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
-        self.label_smoothing = label_smoothing
+    def __init__(self, encoder: Encoder, *, num_classes: int, settings: "Classification") -> None:
+        super().__init__(encoder, freeze_encoder=settings.freeze_encoder, unfreeze_ratio=settings.unfreeze_ratio)
+        self.label_smoothing = settings.label_smoothing
         width = encoder.widths[-1]
-        self.pool = AttentionPool(width) if pooling == "attention" else MeanPool()
+        self.pool = AttentionPool(width) if settings.pooling == "attention" else MeanPool()
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(settings.dropout)
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.head.weight, std=_HEAD_STD)
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("class_weights", torch.tensor(class_weights, dtype=torch.float32), persistent=False)
+        # Only a plan knows what balances the classes.
+        weights = (1.0,) * num_classes if settings.class_weights == "balanced" else settings.class_weights
+        self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
         self.class_weights: Tensor
 
     def logits(self, volume_BCXYZ: Tensor) -> Tensor:
@@ -96,8 +85,7 @@ class ClassificationObjective(FreezingObjective):
             batch: ``image`` ``(B, 1, C, X, Y, Z)`` and ``class`` ``(B, 1)``, numbers from 0.
             progress: Decides which layers of the encoder learn.
         """
-        if self.training:
-            self.freezing.at(progress)
+        self.unfreeze(progress)
         logits = self.logits(batch["image"].flatten(0, 1)).float()
         classes = batch["class"].flatten()
         loss = F.cross_entropy(logits, classes, self.class_weights, label_smoothing=self.label_smoothing)

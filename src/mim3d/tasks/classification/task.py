@@ -223,16 +223,7 @@ class Classification(Task):
         """Build encoder, pooling and last layer, freshly initialised."""
         from mim3d.tasks.classification.network import ClassificationObjective
 
-        objective = ClassificationObjective(
-            backbone.build(),
-            num_classes=len(labels),
-            pooling=self.pooling,
-            class_weights=(1.0,) * len(labels) if self.class_weights == "balanced" else self.class_weights,
-            dropout=self.dropout,
-            label_smoothing=self.label_smoothing,
-            freeze_encoder=self.freeze_encoder,
-            unfreeze_ratio=self.unfreeze_ratio,
-        )
+        objective = ClassificationObjective(backbone.build(), num_classes=len(labels), settings=self)
         if self.size is not None:
             objective.tokens_per_sample = crop_tokens(_whole(self.size), backbone.token_size)
         return objective

@@ -1,16 +1,221 @@
-"""The segmentation network and what it learns by."""
+"""The segmentation network, encoder and U-Net decoder, and the loss that it learns by."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from monai.losses.dice import DiceLoss
+from monai.networks.blocks.dynunet_block import UnetOutBlock
+from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mim3d.backbones.contract import Encoder
 from mim3d.objective import Batch, StepOutput
 from mim3d.tasks.freezing import FreezingObjective
-from mim3d.tasks.segmentation.losses import LossWeights, SegmentationLoss, head_weights
-from mim3d.tasks.segmentation.targets import Targets
-from mim3d.tasks.segmentation.unet import UNetDecoder
+from mim3d.tasks.segmentation.targets import Targets, channels_of
+
+if TYPE_CHECKING:
+    from mim3d.tasks.segmentation.task import Segmentation
 
 # Shape suffixes: B samples, C channels of the input, K channels of the output, X Y Z space.
+
+#: Takes a channel out of a softmax without the infinities whose gradients are not numbers.
+_NEVER = -1e4
+
+
+class FeaturePyramid(nn.Module):
+    """Finer maps beside the only one of an encoder, such as a plain vision transformer (ViTDet, Li et al. 2022).
+
+    Each doubles the resolution of the next coarser one at half its channels: transposed convolution, LayerNorm, GELU.
+
+    Args:
+        stride: Down-sampling of the map.
+        width: Channels of the map.
+
+    Attributes:
+        strides: Down-sampling of each map that comes out, finest first: 2 or the least odd stride, then twice the one
+            before, up to the given one.
+        widths: Channels of each of them.
+    """
+
+    def __init__(self, stride: int, width: int) -> None:
+        super().__init__()
+        strides, widths = [stride], [width]
+        self.ups = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        while strides[0] > 2 and strides[0] % 2 == 0:
+            strides.insert(0, strides[0] // 2)
+            widths.insert(0, -(-widths[0] // 2))
+            self.ups.append(nn.ConvTranspose3d(widths[1], widths[0], kernel_size=2, stride=2))
+            self.norms.append(nn.LayerNorm(widths[0], eps=1e-6))
+        self.strides, self.widths = tuple(strides), tuple(widths)
+
+    def forward(self, features_BCXYZ: Tensor) -> list[Tensor]:
+        """Maps ``(B, widths[i], X / strides[i], ...)``, finest first; the last is the one that was given."""
+        maps = [features_BCXYZ]
+        for up, norm in zip(self.ups, self.norms, strict=True):
+            finer_BXYZC = norm(up(maps[0]).movedim(1, -1))
+            maps.insert(0, F.gelu(finer_BXYZC).movedim(-1, 1))
+        return maps
+
+
+class UNetDecoder(nn.Module):
+    """Brings feature maps back to full resolution, with a skip connection at every stage (as SwinUNETR does).
+
+    The encoder's finest map has a stride above 1, so a residual block on the input itself gives the skip at full
+    resolution. An encoder with a single map gets a pyramid first.
+
+    Args:
+        in_channels: Channels of the input.
+        strides: Down-sampling of each map, finest first, each a multiple of the one before.
+        widths: Channels of each map.
+        feature_dim: Channels at full resolution.
+        num_classes: Channels of the output.
+        deep_supervision: Whether the coarser levels of the decoder get heads too (Lee et al. 2015).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        strides: Sequence[int],
+        widths: Sequence[int],
+        feature_dim: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pyramid = FeaturePyramid(strides[0], widths[0]) if len(strides) == 1 else None
+        if self.pyramid is not None:
+            strides, widths = self.pyramid.strides, self.pyramid.widths
+        self.stem = _residual(in_channels, feature_dim)
+        self.skips = nn.ModuleList(_residual(width, width) for width in widths)
+        self.ups = nn.ModuleList()
+        levels = [(1, feature_dim), *zip(strides, widths, strict=True)]
+        for (stride, width), (coarser_stride, coarser_width) in itertools.pairwise(levels):
+            factor = coarser_stride // stride
+            self.ups.append(UnetrUpBlock(3, coarser_width, width, 3, factor, norm_name="instance", res_block=True))
+        self.head = UnetOutBlock(3, feature_dim, num_classes)
+        # The coarsest map comes from the encoder as it is; all levels between it and full resolution are the decoder's.
+        coarser = widths[:-1] if deep_supervision else ()
+        self.deep_heads = nn.ModuleList(UnetOutBlock(3, width, num_classes) for width in coarser)
+
+    def forward(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Logits ``(B, K, X, Y, Z)`` from the input and the encoder's maps ``(B, widths[i], X / strides[i], ...)``."""
+        logits: Tensor = self.head(self._levels(volume_BCXYZ, maps)[0])
+        return logits
+
+    def heads_of(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits of every head, finest first: ``(B, K, X / stride, ...)``, stride 1 before the encoder's strides."""
+        levels = self._levels(volume_BCXYZ, maps)
+        heads = [self.head, *self.deep_heads]
+        return [head(features) for head, features in zip(heads, levels[: len(heads)], strict=True)]
+
+    def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Features of the decoder at every level, finest first."""
+        if self.pyramid is not None:
+            maps = self.pyramid(maps[0])
+        skips = [self.stem(volume_BCXYZ)]
+        skips += [block(features) for block, features in zip(self.skips, maps, strict=True)]
+        features = skips.pop()
+        levels: list[Tensor] = []
+        for up in reversed(self.ups):
+            features = up(features, skips.pop())
+            levels.insert(0, features)
+        return levels
+
+
+def _residual(dim_in: int, dim_out: int) -> UnetrBasicBlock:
+    return UnetrBasicBlock(3, dim_in, dim_out, kernel_size=3, stride=1, norm_name="instance", res_block=True)
+
+
+class SegmentationLoss(nn.Module):
+    """The terms of the loss of one map of logits: Dice (Milletari et al. 2016), cross-entropy, focal (Lin et al. 2017).
+
+    Args:
+        targets: What the channels stand for.
+        settings: The task, whose settings name the terms and weigh them.
+    """
+
+    def __init__(self, targets: Targets, settings: "Segmentation") -> None:
+        super().__init__()
+        self.targets, self.settings = targets, settings
+        background = settings.background_in_dice or targets.activation == "sigmoid"
+        self.dice = DiceLoss(include_background=background, batch=settings.batch_dice)
+        # Label values need not be consecutive; channels are.
+        self.register_buffer("table", targets.table(), persistent=False)
+        given = settings.class_weights or {}
+        class_weights = torch.tensor([float(given.get(name, 1.0)) for name in targets.names])
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.table: Tensor
+        self.class_weights: Tensor
+
+    def forward(
+        self, logits_BKXYZ: Tensor, label_BXYZ: Tensor, annotated_BK: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return terms by name (``dice``, ``cross_entropy``, ``focal``), unweighted; those of weight 0 are left out.
+
+        Args:
+            logits_BKXYZ: Logits, float32.
+            label_BXYZ: Label values.
+            annotated_BK: Whether each sample has annotations of each channel; None for all.
+        """
+        logits, channels, known = logits_BKXYZ, channels_of(label_BXYZ, self.table), self.targets.known(label_BXYZ)
+        is_exclusive, settings = self.targets.activation == "softmax", self.settings
+        mask = None if known is None else known[:, None].float()
+        if annotated_BK is not None and is_exclusive:
+            logits, channels = _marginal(logits, channels, annotated_BK)
+        elif annotated_BK is not None:
+            # Regions have channels of their own, which are left out instead.
+            seen = annotated_BK[:, :, None, None, None].float()
+            mask = seen if mask is None else mask * seen
+        terms = {}
+        if settings.dice_weight:
+            probabilities = self.targets.probabilities(logits, dim=1)
+            terms["dice"] = self.dice(*(x if mask is None else x * mask for x in (probabilities, channels)))
+        if not settings.cross_entropy_weight and not settings.focal_weight:
+            return terms
+        if is_exclusive:
+            classes = channels.argmax(1)
+            entropy = F.cross_entropy(logits, classes, reduction="none")[:, None]
+            weights = self.class_weights[classes][:, None]
+        else:
+            entropy = F.binary_cross_entropy_with_logits(logits, channels, reduction="none")
+            weights = self.class_weights[:, None, None, None].expand_as(entropy)
+        if mask is not None:
+            weights = weights * mask
+        if settings.cross_entropy_weight:
+            terms["cross_entropy"] = _mean(entropy, weights, settings.top_k_ratio)
+        if settings.focal_weight:
+            # exp(-entropy) is the probability given to the truth.
+            terms["focal"] = _mean((1 - torch.exp(-entropy)) ** settings.focal_gamma * entropy, weights, 1.0)
+        return terms
+
+
+def _marginal(logits: Tensor, channels: Tensor, annotated_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels that a sample has no annotations of become background: their probabilities are added to its own.
+
+    Shi et al., "Marginal loss and exclusion loss for partially supervised multi-organ segmentation", Medical Image
+    Analysis 2021, equation 4.
+    """
+    shown = annotated_BK.clone()
+    shown[:, 0] = False
+    hidden = ~shown[:, :, None, None, None]
+    background = torch.logsumexp(logits.masked_fill(~hidden, _NEVER), dim=1, keepdim=True)
+    merged = torch.cat([background, logits.masked_fill(hidden, _NEVER)[:, 1:]], dim=1)
+    kept = channels[:, 1:] * ~hidden[:, 1:]
+    return merged, torch.cat([1 - kept.sum(1, keepdim=True), kept], dim=1)
+
+
+def _mean(values: Tensor, weights: Tensor, ratio: float) -> Tensor:
+    """Return the weighted mean, of the share of voxels with the highest values; 0 where no voxel has a weight."""
+    if ratio < 1:
+        top = (values.detach() * weights).flatten().topk(max(1, int(ratio * values.numel()))).indices
+        values, weights = values.flatten()[top], weights.flatten()[top]
+    return (values * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
 class SegmentationObjective(FreezingObjective):
@@ -20,36 +225,21 @@ class SegmentationObjective(FreezingObjective):
         encoder: Gives the feature maps.
         in_channels: Number of channels of the input.
         targets: What the channels of the output stand for.
-        feature_dim: Number of channels of the decoder at full resolution.
-        weights: Terms of the loss and their weights.
-        deep_supervision: Whether every resolution of the decoder has a head that learns too.
-        freeze_encoder: Whether the encoder stays as it is.
-        unfreeze_ratio: Share of training after which all of it learns, see ``Freezing``.
+        settings: The task: what the decoder is like, what the loss is made of, and which part of the encoder learns.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        *,
-        in_channels: int,
-        targets: Targets,
-        feature_dim: int,
-        weights: LossWeights,
-        deep_supervision: bool = False,
-        freeze_encoder: bool = False,
-        unfreeze_ratio: float | None = None,
-    ) -> None:
-        super().__init__(encoder, freeze_encoder=freeze_encoder, unfreeze_ratio=unfreeze_ratio)
+    def __init__(self, encoder: Encoder, *, in_channels: int, targets: Targets, settings: "Segmentation") -> None:
+        super().__init__(encoder, freeze_encoder=settings.freeze_encoder, unfreeze_ratio=settings.unfreeze_ratio)
         self.targets = targets
         self.decoder = UNetDecoder(
             in_channels=in_channels,
             strides=encoder.strides,
             widths=encoder.widths,
-            feature_dim=feature_dim,
+            feature_dim=settings.feature_dim,
             num_classes=len(targets.names),
-            deep_supervision=deep_supervision,
+            deep_supervision=settings.deep_supervision,
         )
-        self.loss = SegmentationLoss(targets, weights)
+        self.loss = SegmentationLoss(targets, settings)
 
     def logits(self, volume_BCXYZ: Tensor) -> Tensor:
         """Return logits ``(B, K, X, Y, Z)`` of the input; its axes must be multiples of the encoder's token edge."""
@@ -64,16 +254,21 @@ class SegmentationObjective(FreezingObjective):
                 annotated in part, ``annotated`` ``(B, K)``.
             progress: Decides which layers of the encoder learn.
         """
-        if self.training:
-            self.freezing.at(progress)
+        self.unfreeze(progress)
         image, label = batch["image"].flatten(0, 1), batch["label"].flatten(0, 1)
         heads = self.decoder.heads_of(image, self.features(image)) if self.decoder.deep_heads else [self.logits(image)]
         means: dict[str, Tensor] = {}
         for share, logits in zip(head_weights(len(heads)), heads, strict=True):
             terms = self.loss(logits.float(), shrunk(label, label.shape[1] // logits.shape[2]), batch.get("annotated"))
             means = {name: means.get(name, 0.0) + share * term for name, term in terms.items()}
-        logs = {f"loss/{name}": term.detach() for name, term in means.items()}
-        return StepOutput(self.loss.total(means), logs)
+        settings = self.loss.settings
+        weights = {
+            "dice": settings.dice_weight,
+            "cross_entropy": settings.cross_entropy_weight,
+            "focal": settings.focal_weight,
+        }
+        total = torch.stack([weights[name] * term for name, term in means.items()]).sum()
+        return StepOutput(total, {f"loss/{name}": term.detach() for name, term in means.items()})
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -92,3 +287,9 @@ def shrunk(label_BXYZ: Tensor, factor: int) -> Tensor:
         return label_BXYZ
     places = slice(factor // 2, None, factor)
     return label_BXYZ[:, places, places, places]
+
+
+def head_weights(number: int) -> Sequence[float]:
+    """Return weights 1, 1/2, 1/4, ... of the heads of deep supervision, finest first, as shares of one."""
+    raw = [0.5**index for index in range(number)]
+    return [weight / math.fsum(raw) for weight in raw]

@@ -242,27 +242,11 @@ class Segmentation(Task):
 
         A user's own task that extends this one builds a module with ``encoder``, ``targets`` and ``logits``.
         """
-        from mim3d.tasks.segmentation.losses import LossWeights
         from mim3d.tasks.segmentation.network import SegmentationObjective
 
+        targets = self.targets(labels)
         objective = SegmentationObjective(
-            backbone.build(),
-            in_channels=backbone.in_channels,
-            targets=self.targets(labels),
-            feature_dim=self.feature_dim,
-            weights=LossWeights(
-                dice=self.dice_weight,
-                cross_entropy=self.cross_entropy_weight,
-                focal=self.focal_weight,
-                focal_gamma=self.focal_gamma,
-                top_k_ratio=self.top_k_ratio,
-                classes=self.class_weights,
-                background_in_dice=self.background_in_dice,
-                batch_dice=self.batch_dice,
-            ),
-            deep_supervision=self.deep_supervision,
-            freeze_encoder=self.freeze_encoder,
-            unfreeze_ratio=self.unfreeze_ratio,
+            backbone.build(), in_channels=backbone.in_channels, targets=targets, settings=self
         )
         if self.patch_size is not None:
             objective.tokens_per_sample = crop_tokens(self.patch_size, backbone.token_size)
