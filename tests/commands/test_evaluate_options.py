@@ -14,7 +14,7 @@ from mim3d.commands.evaluate import evaluate
 from mim3d.commands.report import report
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.run_folder import Run
-from mim3d.datasets.score_pairs import find_pairs
+from mim3d.datasets.references import find_pairs
 from mim3d.metrics import CONVENTIONS
 from mim3d.tasks.segmentation.scoring import CaseScoring, processes_for, score_cases
 

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from mim3d.core.errors import DataError
-from mim3d.scans import files, formats, grids, nifti, volumes
+from mim3d.scans import files, grids, nifti, volumes
 from mim3d.scans.volumes import find_scans, patient_of, read_grid, read_volume, scan_id, write_volume
 
 GEOMETRY_FIELDS = (
@@ -528,9 +528,9 @@ def write_npy(path, array, grid):
 """
     (tmp_path / "npy_format.py").write_text(lab)
     monkeypatch.syspath_prepend(str(tmp_path))
-    form = formats.Format(name="NumPy", suffixes=(".npy",), reader="npy_format:open_npy", writer="npy_format:write_npy")
-    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, form))
-    monkeypatch.setattr(formats, "SUFFIXES", (*formats.SUFFIXES, ".npy"))
+    form = volumes.Format(name="NumPy", suffixes=(".npy",), reader="npy_format:open_npy", writer="npy_format:write_npy")
+    monkeypatch.setattr(volumes, "FORMATS", (*volumes.FORMATS, form))
+    monkeypatch.setattr(volumes, "SUFFIXES", (*volumes.SUFFIXES, ".npy"))
     source = read_volume(write_nifti(tmp_path / "scan.nii", voxels(), np.eye(4)))
     write_volume(tmp_path / "set" / "again.npy", source.array, source.grid)
     assert find_scans(tmp_path / "set") == [str(tmp_path / "set" / "again.npy")]

@@ -1,20 +1,30 @@
-"""What a case is, and every form of DATA read into cases."""
+"""What a case is, and every form of DATA read into cases: folders, descriptions, lists that users write, one scan."""
 
+import csv
+import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
-from mim3d.datasets.dataset_json import is_nnunet, read_labels, read_msd, read_nnunet
-from mim3d.datasets.entries import Entry, unique_ids
-from mim3d.datasets.folders import pair_folders, read_pairs, read_tree
-from mim3d.datasets.lists import read_csv, read_json_list
+from mim3d.core.settings import nearest
 from mim3d.scans.grids import require_same_grid
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
-from mim3d.scans.volumes import patient_of, read_grid
+from mim3d.scans.volumes import SUFFIXES, channels_of, find_scans, patient_of, read_grid, scan_id, suffix_of
+
+#: Columns of a list, and keys of an entry in JSON.
+COLUMNS = ("image", "label", "class", "patient", "split", "labels", "id")
+SPLITS = ("train", "val", "test")
+
+IMAGE_FOLDERS = ("images", "imagesTr")
+LABEL_FOLDERS = ("labels", "labelsTr", "masks")
+_NEVER_IMAGES = (*LABEL_FOLDERS, "labelsTs", "labelsVal", "segmentations")
+_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +32,21 @@ class Case:
     """One scan of a data set with what belongs to it; all paths are absolute.
 
     Attributes:
-        id: Name of the case, unique in its set and safe as a file name.
+        id: Name of the case, unique in its set and safe as a file name. It is empty where a source names none, until
+            ``to_cases`` fills it in.
         images: One path per channel; a DICOM series counts as one path.
         label: Path of the label map, or None.
         class_name: Class of the whole scan, or None.
-        patient: Name of the patient; cases of one patient are never separated by a split.
+        patient: Name of the patient; cases of one patient are never separated by a split. Filled in as the id is.
         split: Declared part, "train", "val" or "test", or None.
         labelled: Labels, by name or value, that the label map has annotations of; None stands for all.
     """
 
-    id: str
+    id: str = ""
     images: tuple[str, ...]
     label: str | None = None
     class_name: str | None = None
-    patient: str
+    patient: str = ""
     split: str | None = None
     labelled: tuple[str, ...] | None = None
 
@@ -75,39 +86,131 @@ def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> Case
     root = os.path.abspath(data)
     if not os.path.exists(root):
         raise DataError(f"{data}: no such file or folder.")
-    form, entries, labels = _read_entries(root, not recursive_images_only)
+    form, cases, labels = _read_form(root, not recursive_images_only)
     if recursive_images_only:
-        entries = [replace(entry, label=None, labelled=None) for entry in entries]
-    return CaseSet(root=root, form=form, cases=to_cases(entries, root), labels=labels)
+        cases = [replace(case, label=None, labelled=None) for case in cases]
+    return CaseSet(root=root, form=form, cases=to_cases(cases, root), labels=labels)
 
 
-def _read_entries(path: str, with_labels: bool) -> tuple[str, list[Entry], dict[int, str]]:
-    """The form of DATA, its entries, and the names of labels that it declares."""
+def _read_form(path: str, with_labels: bool) -> tuple[str, list[Case], dict[int, str]]:
+    """The form of DATA, its cases as declared, and the names of labels that it declares."""
     if os.path.isdir(path):
         description = os.path.join(path, "dataset.json")
         if not os.path.isfile(description):
             pair = pair_folders(path)
             if pair is None:
-                return "folder", read_tree(path), {}
+                return "folder", _read_tree(path), {}
             form = "msd" if pair[0].endswith("imagesTr") and pair[1].endswith("labelsTr") else "pairs"
-            return form, read_pairs(*pair, with_labels=with_labels), {}
+            return form, _read_pairs(*pair, with_labels), {}
         path = description
     suffix = os.path.splitext(path)[1].lower()
     if suffix == ".csv":
-        return "csv", read_csv(path), {}
+        return "csv", _read_csv(path), {}
     if suffix != ".json":
-        return "folder", [Entry(images=(path,))], {}
+        return "folder", [Case(images=(path,))], {}
     content = read_json(path)
     if isinstance(content, list):
-        return "json", read_json_list(content, path), {}
+        return "json", _read_json_list(content, path), {}
     if not isinstance(content, dict):
         raise DataError(f"{path}: must be a list of cases or a dataset.json, not a {type(content).__name__}.")
     labels = read_labels(content.get("labels"), path) if with_labels else {}
-    if is_nnunet(content):
-        return "nnunet", read_nnunet(content, path), labels
+    # Only nnU-Net, from version 2 on, writes these keys.
+    if "channel_names" in content or "file_ending" in content:
+        return "nnunet", _read_nnunet(content, path), labels
     if isinstance(content.get("cases"), list):
-        return "json", read_json_list(content["cases"], path), labels
-    return "msd", read_msd(content, path), labels
+        return "json", _read_json_list(content["cases"], path), labels
+    return "msd", _read_msd(content, path), labels
+
+
+def pair_folders(folder: str) -> tuple[str, str] | None:
+    """The image and label subfolders of a folder that has both, as absolute paths; None where one is missing.
+
+    Raises:
+        DataError: There are several folders of images or of labels.
+    """
+    names = {name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))}
+    images = [name for name in IMAGE_FOLDERS if name in names]
+    labels = [name for name in LABEL_FOLDERS if name in names]
+    if not images or not labels:
+        return None
+    if len(images) > 1 or len(labels) > 1:
+        raise DataError(
+            f"{folder}: holds {listed(images + labels)}; which belong together is not clear, so keep one folder "
+            "of images and one of labels, or write a CSV list with the columns image,label."
+        )
+    return os.path.join(folder, images[0]), os.path.join(folder, labels[0])
+
+
+def _read_pairs(image_folder: str, label_folder: str, with_labels: bool) -> list[Case]:
+    """Images and labels of the same file name; an image without a label stays unlabelled."""
+    images = _group_channels(scans_in(image_folder), image_folder)
+    labels = {scan_id(path): path for path in scans_in(label_folder)} if with_labels else {}
+    orphans = sorted(set(labels) - set(images))
+    if orphans:
+        raise DataError(
+            f"{label_folder}: no image of the same name in {image_folder} for {listed(orphans)}; a label must be "
+            "named like its image."
+        )
+    return [Case(id=name, images=paths, label=labels.get(name)) for name, paths in images.items()]
+
+
+def _read_tree(folder: str) -> list[Case]:
+    """Every scan in a tree; label folders beside image folders or scans are left out."""
+    paths = [path for path in scans_in(folder) if not _is_beside_images(path, folder)]
+    if not paths:
+        raise DataError(f"{folder}: only label maps in here; give the folder of the images.")
+    if re.fullmatch(r"images(Tr|Ts|Val)", os.path.basename(folder)):
+        return [Case(id=name, images=files) for name, files in _group_channels(paths, folder).items()]
+    return [Case(images=(path,)) for path in paths]
+
+
+def scans_in(folder: str) -> list[str]:
+    """Sorted scans below a folder, without hidden files (``._x.nii.gz``).
+
+    Raises:
+        DataError: There is none.
+    """
+    paths = [path for path in find_scans(folder) if not os.path.basename(path).startswith(".")]
+    if not paths:
+        raise DataError(f"{folder}: no scan in here; expected {', '.join(SUFFIXES)} or DICOM series.")
+    return paths
+
+
+def _group_channels(paths: Iterable[str], folder: str) -> dict[str, tuple[str, ...]]:
+    """Case name -> channel files of one folder, in channel order.
+
+    Names count as channels (``case_0000``, ``case_0001``) only where every file ends in four digits and every
+    case has the same channels from 0000 on; otherwise each file is a case.
+    """
+    named: dict[str, str] = {}
+    for path in paths:
+        name = scan_id(path)
+        if name in named:
+            raise DataError(f"{folder}: {named[name]} and {path} have the same name; rename or move one.")
+        named[name] = path
+    groups: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, path in named.items():
+        match = _CHANNEL.match(name)
+        groups[match["case"] if match else name][match["channel"] if match else ""] = path
+    channels = {tuple(sorted(group)) for group in groups.values()}
+    expected = tuple(f"{index:04d}" for index in range(len(next(iter(channels), ()))))
+    if channels != {expected}:
+        return {name: (path,) for name, path in named.items()}
+    return {case: tuple(group[channel] for channel in expected) for case, group in groups.items()}
+
+
+def _is_beside_images(path: str, root: str) -> bool:
+    """Whether a folder of labels, with images next to it, lies between the root and this file."""
+    folder = os.path.dirname(path.split("::")[0])
+    while len(folder) > len(root):
+        parent, name = os.path.split(folder)
+        if name in _NEVER_IMAGES and any(
+            other != name and (re.match(r"images($|T[rs]$|Val$)", other) or suffix_of(other))
+            for other in os.listdir(parent)
+        ):
+            return True
+        folder = parent
+    return False
 
 
 def read_slice_folders(root: str | os.PathLike[str]) -> CaseSet:
@@ -122,7 +225,7 @@ def read_slice_folders(root: str | os.PathLike[str]) -> CaseSet:
     top = os.path.abspath(root)
     if not os.path.isdir(top):
         raise DataError(f"{top}: no such folder; check the path and that the disk is mounted.")
-    entries = []
+    cases = []
     for folder, names, found in os.walk(top):
         names[:] = sorted((name for name in names if not name.startswith(".")), key=natural)
         if not any(is_slice(name) for name in found):
@@ -133,42 +236,237 @@ def read_slice_folders(root: str | os.PathLike[str]) -> CaseSet:
                 f"{folder}: images lie here, but a scan needs a folder of its own in that of its class "
                 "(class/patient/scan/1.png); move them, or give the folder above."
             )
-        case_id = re.sub(r"[^\w.-]+", "-", "_".join(parts))
-        entries.append(Entry(images=(folder,), class_name=parts[0], patient=parts[1], id=case_id))
-    if not entries:
+        cases.append(Case(images=(folder,), class_name=parts[0], patient=parts[1], id=_joined(parts)))
+    if not cases:
         raise DataError(
             f"{top}: no folder of slices; expected images ({', '.join(SLICE_SUFFIXES)}) as class/patient/scan/1.png."
         )
-    return CaseSet(root=top, form="slices", cases=to_cases(entries, top), labels={})
+    return CaseSet(root=top, form="slices", cases=to_cases(cases, top), labels={})
 
 
-def to_cases(entries: Sequence[Entry], root: str) -> tuple[Case, ...]:
-    """Give every entry its id, see ``unique_ids``, and its patient.
+def read_table(path: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The column names of a CSV file, and its rows, each with its place in words for messages; blank rows are skipped.
+
+    Raises:
+        DataError: The file cannot be read as CSV.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            rows = [(f"{path}, line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
+    return header, rows
+
+
+def _read_csv(path: str) -> list[Case]:
+    """Cases of a CSV list; paths are relative to the list's folder, ``;`` separates channels."""
+    header, rows = read_table(path)
+    _check_columns(header, path)
+    cases = {}
+    for where, row in rows:
+        if len(row) > len(header):
+            raise DataError(f"{where}: {len(row)} cells but {len(header)} columns; quote cells that hold a comma.")
+        cases[where] = _listed_case(dict(zip(header, row, strict=False)), where, path)
+    return _checked(cases, path)
+
+
+def _read_json_list(items: Sequence[Any], path: str) -> list[Case]:
+    """Cases of a JSON list of objects with the same keys as the CSV columns; ``image`` may be a list."""
+    cases = {}
+    for number, item in enumerate(items, start=1):
+        where = f"{path}, entry {number}"
+        if not isinstance(item, dict):
+            raise DataError(f'{where}: must be an object like {{"image": "scan.nii.gz"}}.')
+        _check_columns(list(item), where)
+        cases[where] = _listed_case(item, where, path)
+    return _checked(cases, path)
+
+
+def _check_columns(names: Sequence[str], where: str) -> None:
+    for name in names:
+        if name not in COLUMNS:
+            raise DataError(f"{where}: unknown column {name!r}.{nearest(name, COLUMNS)}")
+        if names.count(name) > 1:
+            raise DataError(f"{where}: column {name!r} appears twice.")
+    if "image" not in names:
+        raise DataError(f"{where}: no column 'image'; known columns are {', '.join(COLUMNS)}.")
+
+
+def _listed_case(row: Mapping[str, Any], where: str, path: str) -> Case:
+    """One row; lists within a cell are separated by ``;``, in JSON they may be lists."""
+
+    def text(column: str) -> str:
+        value = row.get(column)
+        return "" if value is None else str(value).strip()
+
+    def texts(column: str) -> list[str]:
+        value = row.get(column) or ""
+        return [str(name).strip() for name in (value if isinstance(value, list) else str(value).split(";"))]
+
+    images, label, split = texts("image"), text("label"), text("split")
+    if not all(images):
+        raise DataError(f"{where}: no image; every case needs one.")
+    if split and split not in SPLITS:
+        raise DataError(f"{where}: unknown split {split!r}.{nearest(split, SPLITS)}")
+    return Case(
+        images=tuple(_beside(path, name) for name in images),
+        label=_beside(path, label) if label else None,
+        class_name=text("class") or None,
+        patient=text("patient"),
+        split=split or None,
+        id=text("id"),
+        labelled=tuple(name for name in texts("labels") if name) or None,
+    )
+
+
+def _checked(cases: Mapping[str, Case], path: str) -> list[Case]:
+    """The cases, of which there must be some, with declared ids that can be names of files of their own."""
+    if not cases:
+        raise DataError(f"{path}: lists no cases; add at least one row with an image.")
+    first: dict[str, str] = {}
+    for where, name in ((where, case.id) for where, case in cases.items() if case.id):
+        if name.startswith(".") or any(mark in name for mark in '/\\:*?"<>|'):
+            raise DataError(f"{where}: the id {name!r} cannot be the name of a file; use letters, digits, _ and -.")
+        # Case is ignored, as some file systems do.
+        other = first.setdefault(name.casefold(), where)
+        if other != where:
+            raise DataError(
+                f"{where}: the id {name!r} is that of an earlier row ({cases[other].id}); give every case its own."
+            )
+    return list(cases.values())
+
+
+def _read_msd(description: Mapping[str, Any], path: str) -> list[Case]:
+    """The ``training`` entries of a Decathlon dataset.json; files named ``._x`` are skipped."""
+    training = description.get("training")
+    if not isinstance(training, list) or not training:
+        raise DataError(f'{path}: needs a list "training" of entries like {{"image": ..., "label": ...}}.')
+    in_one_file = len(description.get("modality") or ()) > 1
+    cases = []
+    for number, item in enumerate(training, start=1):
+        item = {"image": item} if isinstance(item, str) else item
+        if not isinstance(item, dict) or not item.get("image"):
+            raise DataError(f'{path}: entry {number} of "training" has no "image".')
+        named = item["image"] if isinstance(item["image"], list) else [item["image"]]
+        if any(os.path.basename(str(name)).startswith("._") for name in named):
+            continue
+        images = tuple(_beside(path, name) for name in named)
+        case_id = ""
+        channels = _channel_files(images[0])
+        if channels:
+            case_id = os.path.basename(images[0]).partition(".")[0]
+            images = channels if len(images) == 1 else images
+        elif in_one_file and len(images) == 1 and os.path.isfile(images[0]):
+            images = channels_of(images[0])
+        label = item.get("label")
+        cases.append(Case(id=case_id, images=images, label=_beside(path, label) if label else None))
+    return cases
+
+
+def _channel_files(path: str) -> tuple[str, ...]:
+    """nnU-Net 1 lists ``x.nii.gz`` for the files ``x_0000.nii.gz``, ``x_0001.nii.gz``, ...; else nothing."""
+    folder, name = os.path.split(path)
+    stem, dot, suffix = name.partition(".")
+    channels = (os.path.join(folder, f"{stem}_{channel:04d}{dot}{suffix}") for channel in itertools.count())
+    return () if os.path.exists(path) else tuple(itertools.takewhile(os.path.exists, channels))
+
+
+def _read_nnunet(description: Mapping[str, Any], path: str) -> list[Case]:
+    """The cases of an nnU-Net raw folder: ``imagesTr/CASE_0000.nii.gz`` and ``labelsTr/CASE.nii.gz``."""
+    cases = []
+    if isinstance(description.get("dataset"), dict):
+        for case_id, item in description["dataset"].items():
+            if not isinstance(item, dict) or not isinstance(item.get("images"), list) or not item["images"]:
+                raise DataError(f'{path}: case {case_id!r} of "dataset" needs a list "images".')
+            images = tuple(_beside(path, name) for name in item["images"])
+            label = item.get("label")
+            cases.append(Case(id=str(case_id), images=images, label=_beside(path, label) if label else None))
+        return cases
+    ending = str(description.get("file_ending", ".nii.gz"))
+    num_channels = len(description.get("channel_names") or {"0": ""})
+    image_folder = os.path.join(os.path.dirname(path), "imagesTr")
+    names = sorted(os.listdir(image_folder)) if os.path.isdir(image_folder) else []
+    first = f"_0000{ending}"
+    ids = [name.removesuffix(first) for name in names if name.endswith(first) and not name.startswith(".")]
+    if not ids:
+        raise DataError(f"{image_folder}: no image named CASE{first}, as {path} says.")
+    for case_id in ids:
+        channels = [f"{case_id}_{channel:04d}{ending}" for channel in range(num_channels)]
+        missing = sorted(set(channels) - set(names))
+        if missing:
+            raise DataError(f"{image_folder}: case {case_id} lacks {listed(missing)} of {num_channels} channels.")
+        images = tuple(os.path.join(image_folder, name) for name in channels)
+        label = os.path.join(os.path.dirname(path), "labelsTr", case_id + ending)
+        cases.append(Case(id=case_id, images=images, label=label if os.path.exists(label) else None))
+    return cases
+
+
+def _beside(path: str, name: object) -> str:
+    """The absolute path of a file that a list or description names relative to its own folder."""
+    return os.path.abspath(os.path.join(os.path.dirname(path), str(name)))
+
+
+def read_labels(declared: Any, path: str) -> dict[int, str]:
+    """Label value -> name, from ``{"1": "liver"}`` (Decathlon) or ``{"liver": 1}`` (nnU-Net), 0 included.
+
+    A nnU-Net region (``"tumour": [1, 2]``) names no single value; its values are declared as ``label_1`` ...
+
+    Args:
+        declared: The entry "labels" of a dataset.json; None stands for no labels.
+        path: Path of the file, for messages.
+
+    Raises:
+        DataError: The labels have neither form, a value is outside 0 to 65535, or one value has two names.
+    """
+    if declared is None:
+        return {}
+    if not isinstance(declared, dict):
+        raise DataError(f'{path}: "labels" must map values to names, not be a {type(declared).__name__}.')
+
+    def value_of(written: Any) -> int:
+        try:
+            number = int(written)
+        except (TypeError, ValueError):
+            number = -1
+        if not 0 <= number <= 65535:
+            raise DataError(f"{path}: label value {written!r} is not a whole number from 0 to 65535.")
+        return number
+
+    labels: dict[int, str] = {}
+    regions: set[int] = set()
+    for key, value in declared.items():
+        if isinstance(value, list):
+            regions.update(map(value_of, value))
+            continue
+        number, name = (value_of(key), value) if str(key).isdigit() else (value_of(value), key)
+        if number in labels:
+            raise DataError(f"{path}: label value {number} has two names, {labels[number]!r} and {name!r}.")
+        labels[number] = str(name)
+    labels |= {number: f"label_{number}" for number in regions - set(labels)}
+    labels.setdefault(0, "background")
+    return dict(sorted(labels.items()))
+
+
+def to_cases(declared: Sequence[Case], root: str) -> tuple[Case, ...]:
+    """Give every case that a source declares its id, see ``unique_ids``, and its patient.
 
     The patient is the declared one, else the salted hash of a DICOM series, else the id.
 
     Raises:
-        DataError: The same image is listed twice, or two entries would share an id.
+        DataError: The same image is listed twice, or two cases would share an id.
     """
     first_row: dict[tuple[str, ...], int] = {}
-    for row, entry in enumerate(entries, start=1):
-        if entry.images in first_row:
+    for row, case in enumerate(declared, start=1):
+        first = first_row.setdefault(case.images, row)
+        if first != row:
             raise DataError(
-                f"{root}: entries {first_row[entry.images]} and {row} are the same image {entry.images[0]}; "
-                "list every image once."
+                f"{root}: entries {first} and {row} are the same image {case.images[0]}; list every image once."
             )
-        first_row[entry.images] = row
     return tuple(
-        Case(
-            id=case_id,
-            images=entry.images,
-            label=entry.label,
-            class_name=entry.class_name,
-            patient=entry.patient or _dicom_patient(entry.images[0]) or case_id,
-            split=entry.split,
-            labelled=entry.labelled,
-        )
-        for case_id, entry in zip(unique_ids(entries, root), entries, strict=True)
+        replace(case, id=case_id, patient=case.patient or _dicom_patient(case.images[0]) or case_id)
+        for case_id, case in zip(unique_ids(declared, root), declared, strict=True)
     )
 
 
@@ -178,6 +476,38 @@ def _dicom_patient(path: str) -> str | None:
         return patient_of(path) if "::" in path or os.path.isdir(path) else None
     except DataError:
         return None
+
+
+def unique_ids(cases: Sequence[Case], root: str) -> list[str]:
+    """An id for each case: the declared one, or the file name of the scan without suffixes.
+
+    Scans that share an id (``a/ct.nii.gz``, ``b/ct.nii.gz``) get one from their path below ``root`` instead. Upper and
+    lower case count as equal, as some file systems ignore the difference.
+
+    Raises:
+        DataError: Two cases would still share an id.
+    """
+    ids = [case.id or scan_id(case.images[0]) for case in cases]
+    rows = defaultdict(list)
+    for row, name in enumerate(ids):
+        rows[name.casefold()].append(row)
+    base = root if os.path.isdir(root) else os.path.dirname(root)
+    for row in (row for clashing in rows.values() if len(clashing) > 1 for row in clashing):
+        path = cases[row].images[0]
+        folders = os.path.dirname(os.path.relpath(path, base)).split(os.sep)
+        ids[row] = _joined([*(part for part in folders if part not in ("", ".", "..")), scan_id(path)])
+    first: dict[str, int] = {}
+    for row, name in enumerate(ids):
+        other = first.setdefault(name.casefold(), row)
+        if other != row:
+            one, two = cases[other].images[0], cases[row].images[0]
+            raise DataError(f"{root}: {one} and {two} would both get the id {name!r}; rename one.")
+    return ids
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """The parts of a path as one name that is fit for a file."""
+    return re.sub(r"[^\w.-]+", "-", "_".join(parts))
 
 
 def check_cases(cases: CaseSet, *, need_labels: bool) -> None:

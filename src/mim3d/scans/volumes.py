@@ -1,11 +1,17 @@
-"""A scan in and out: any format as an (X, Y, Z) array along RAS+ axes, with the grid it is stored on."""
+"""A scan in and out: any format as an (X, Y, Z) array along RAS+ axes, with the grid it is stored on.
+
+One table, ``FORMATS``, serves finding, reading and writing. A new format is one file, with a class as ``StoredScan``
+describes it, and one line there.
+"""
 
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +19,133 @@ import numpy.typing as npt
 from mim3d.core.errors import DataError
 from mim3d.core.files import atomic_file
 from mim3d.core.types import Spacing
-from mim3d.scans.files import walk
-from mim3d.scans.formats import DICOM, format_of, num_channels, open_scan, suffix_of, writer_of
+from mim3d.scans.files import check_file, walk
 from mim3d.scans.grids import Grid, split_channel
+from mim3d.scans.image_stacks import is_slice_folder
 
 #: Voxels copied at a time along each axis: what is read and what is written of them stays in the processor's cache.
 _TILE = (128, 8, 64)
+
+
+class StoredScan(Protocol):
+    """A scan on disk: its headers are read and checked, its voxels are not."""
+
+    @property
+    def grid(self) -> Grid:
+        """Where its voxels lie."""
+
+    def read_slabs(self) -> Iterator[npt.NDArray[Any]]:
+        """Voxels in the order of the stored axes, in the parts of ``Grid.slabs``, rescaled as the headers say.
+
+        A slab is valid until the next one is asked for.
+
+        Raises:
+            DataError: The voxels cannot be unpacked.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One way in which scans lie on disk.
+
+    Attributes:
+        name: Name of the format.
+        suffixes: Endings of its file names in lower case; empty where a scan is a folder.
+        reader: Function that opens an address as a ``StoredScan`` or refuses it with a DataError, as
+            ``"module:function"``. It is imported at the first scan of the format.
+        writer: Function that writes an array in stored axis order to a path, on a grid, in the same notation; None
+            where the format is not written.
+        counter: Function that counts the volumes in a file, named as ``file::channel=2``, in the same notation; None
+            where a file holds one.
+    """
+
+    name: str
+    suffixes: tuple[str, ...] = ()
+    reader: str
+    writer: str | None = None
+    counter: str | None = None
+
+
+IMAGE_STACK = Format(name="slice images", reader="mim3d.scans.image_stacks:open_image_stack")
+DICOM = Format(name="DICOM", reader="mim3d.scans.dicom.series:open_series")
+
+#: Every format that is known. Folders of slice images and of DICOM files are recognised by what they hold.
+FORMATS = (
+    Format(
+        name="NIfTI",
+        suffixes=(".nii", ".nii.gz"),
+        reader="mim3d.scans.nifti:open_nifti",
+        writer="mim3d.scans.nifti:write_nifti",
+        counter="mim3d.scans.nifti:num_channels",
+    ),
+    Format(
+        name="NRRD",
+        suffixes=(".nrrd", ".nhdr"),
+        reader="mim3d.scans.itk:open_itk",
+        writer="mim3d.scans.itk:write_itk",
+    ),
+    Format(
+        name="MetaImage",
+        suffixes=(".mha", ".mhd"),
+        reader="mim3d.scans.itk:open_itk",
+        writer="mim3d.scans.itk:write_itk",
+    ),
+    IMAGE_STACK,
+    DICOM,
+)
+
+#: Endings of the names of all files that are scans by themselves.
+SUFFIXES = tuple(suffix for form in FORMATS for suffix in form.suffixes)
+
+
+def suffix_of(name: str) -> str:
+    """The ending of a file name that names a format, as it is written; empty where there is none."""
+    found = [suffix for suffix in SUFFIXES if name.lower().endswith(suffix)]
+    return name[-max(map(len, found)) :] if found else ""
+
+
+def format_of_file(name: str) -> Format | None:
+    """The format that the ending of a file name names; None where there is none."""
+    suffix = suffix_of(name).lower()
+    return next((form for form in FORMATS if suffix in form.suffixes), None)
+
+
+def format_of(address: str) -> Format:
+    """The format of a scan.
+
+    Args:
+        address: A file, ``file::channel=2``, a folder with one DICOM series or with slice images, or ``folder::hash``.
+
+    Raises:
+        DataError: There is no such file, no format is known by its name, or it names a channel that its format has not.
+    """
+    file, channel = split_channel(address)
+    is_folder = os.path.isdir(address)
+    found = None if is_folder else format_of_file(file)
+    if channel is not None and (found is None or found.counter is None):
+        names = " and ".join(form.name for form in FORMATS if form.counter)
+        raise DataError(f"{address}: only {names} files have channels; save it as a file of its own.")
+    if found is not None:
+        return found
+    if is_folder and "::" not in address and is_slice_folder(address):
+        return IMAGE_STACK
+    if is_folder or "::" in address:
+        return DICOM
+    check_file(address)
+    raise DataError(
+        f"{address}: no image format is known by this name; give a file that ends in one of {', '.join(SUFFIXES)}, or "
+        "the folder of a DICOM series."
+    )
+
+
+def open_scan(address: str) -> StoredScan:
+    """Read and check the headers of a scan in any format.
+
+    Raises:
+        DataError: The scan cannot be read as one volume; the sentence names the remedy.
+    """
+    opened: StoredScan = resolve_name(format_of(address).reader)(address)
+    return opened
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +276,11 @@ def write_volume(path: str | os.PathLike[str], array: npt.NDArray[Any], grid: Gr
     Raises:
         DataError: The suffix is unknown, the array has another shape than the grid, or the file cannot be written.
     """
-    write = writer_of(os.fspath(path))
+    form = format_of_file(os.fspath(path))
+    if form is None or form.writer is None:
+        known = ", ".join(suffix for form in FORMATS if form.writer for suffix in form.suffixes)
+        raise DataError(f"{path}: no format is known by this name; end it in one of {known}.")
+    write = resolve_name(form.writer)
     # No format holds booleans or half precision, and few readers take 64 bits.
     if array.dtype.kind == "b":
         array = array.astype(np.uint8)
@@ -195,7 +326,8 @@ def channels_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
         DataError: A NIfTI file cannot be read.
     """
     name = os.fspath(path)
-    number = num_channels(name)
+    form = None if os.path.isdir(name) else format_of_file(name)
+    number = 1 if form is None or form.counter is None else resolve_name(form.counter)(name)
     return (name,) if number == 1 else tuple(f"{name}::channel={channel}" for channel in range(number))
 
 

@@ -5,7 +5,7 @@ import os
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_csv, write_json, write_text
-from mim3d.datasets.class_tables import is_class_table
+from mim3d.datasets.references import is_class_table
 from mim3d.tasks import find_task
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
 

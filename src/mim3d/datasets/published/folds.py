@@ -9,7 +9,6 @@ from functools import lru_cache
 
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.datasets.cases import Case, CaseSet, read_slice_folders, to_cases
-from mim3d.datasets.entries import Entry
 from mim3d.datasets.published.presets import FileNames, Preset
 from mim3d.datasets.splits import Split, declared_split, split_cases
 from mim3d.scans.files import walk
@@ -157,7 +156,7 @@ def _read_files(preset: Preset, files: FileNames, root: str) -> tuple[Case, ...]
             )
         # What follows "_" in a number separates several scans of one patient.
         patient = f"{preset.name} {number.partition('_')[0]}"
-        entries.append(Entry(images=channels, label=labels[number], patient=patient))
+        entries.append(Case(images=channels, label=labels[number], patient=patient))
     return to_cases(entries, root)
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.settings import nearest
-from mim3d.datasets.cases import CaseSet, to_cases
-from mim3d.datasets.entries import Entry
+from mim3d.datasets.cases import Case, CaseSet, to_cases
 from mim3d.datasets.published.folds import fold_numbers
 from mim3d.datasets.published.presets import NIFTI, Preset, plain
 from mim3d.datasets.published.sets.btcv import BTCV
@@ -166,12 +165,12 @@ def pretraining_list(name: str, root: str | os.PathLike[str], *, log: Callable[[
     top = os.path.abspath(root)
     if not os.path.isdir(top):
         raise DataError(f"{root}: no such folder; give the one that holds the folders of the data sets.")
-    entries: list[Entry] = []
+    entries: list[Case] = []
     missing, unread = list[str](), list[str]()
     for scans in LISTS[name]:
         folders = list(_folders_of(scans, top))
         images = [image for folder in folders for image in _images(scans, folder)]
-        entries += [Entry(images=(image,)) for image in images]
+        entries += [Case(images=(image,)) for image in images]
         if log is not None:
             log(_summary(scans, folders, len(images)))
         if not images:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.settings import nearest
-from mim3d.datasets.class_tables import ClassRow, ClassTable, is_class_table, read_class_tables
+from mim3d.datasets.references import ClassRow, ClassTable, is_class_table, read_class_tables
 from mim3d.metrics import ClassifiedCases, classification, compare_classes, score_classes
 from mim3d.reporting.paper_tables import class_tables
 from mim3d.tasks.evaluation import (

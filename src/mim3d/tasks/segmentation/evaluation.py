@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.progress import counted
-from mim3d.datasets.score_pairs import Pair, Pairs, differing_names, find_pairs
+from mim3d.datasets.references import Pair, Pairs, differing_names, find_pairs
 from mim3d.metrics import (
     ABSENT,
     CONVENTIONS,

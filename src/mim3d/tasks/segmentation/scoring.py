@@ -13,7 +13,7 @@ from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.resources import available_memory_bytes, num_cores
 from mim3d.core.settings import nearest
 from mim3d.core.worker_processes import prepare_worker, without_main_module
-from mim3d.datasets.score_pairs import Pair
+from mim3d.datasets.references import Pair
 from mim3d.metrics import LabelScore, LesionSettings, score_regions, values_in
 from mim3d.scans.volumes import Volume, read_grid, read_volume
 
