@@ -11,8 +11,8 @@ import pytest
 
 from mim3d.caching.build import build_cache
 from mim3d.caching.case import BuildSettings, CaseResult, build_case
-from mim3d.caching.dask_workers import _checked_result, _Shared, _work
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.workers import _checked_result, _Shared, _work_on_cluster
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import read_cases
 from tests.caching.hooked_paths import hooked
@@ -159,7 +159,7 @@ def test_workers_of_another_version_are_told(whole, tmp_path):
     settings = BuildSettings(out=str(tmp_path), preprocessing=Preprocessing(), labels={})
     shared = _Shared(settings=settings, memo={}, sources=str(whole[0]), version="0.0.1")
     with pytest.raises(DataError, match=r"on the Dask worker \S+, but 0\.0\.1 here; install one version everywhere"):
-        _work(read_cases(whole[0]).cases[0], shared)
+        _work_on_cluster(read_cases(whole[0]).cases[0], shared)
 
 
 def test_a_case_is_built_the_same_in_a_thread(whole, tmp_path):

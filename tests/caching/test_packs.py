@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mim3d.caching.cache import open_cache
-from mim3d.caching.packs import pack_plan
+from mim3d.caching.layout import pack_plan
 from mim3d.core.errors import ConfigError, DamagedError, DataError
 from tests.caching.test_cache import built, make_set, tree
 

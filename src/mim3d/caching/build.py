@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from mim3d.caching import layout
-from mim3d.caching.cache import Cache, open_cache
+from mim3d.caching.cache import Cache, open_cache, read_columns, row_of, write_manifest
 from mim3d.caching.case import BuildSettings, CaseResult, DigestMemo
-from mim3d.caching.dask_workers import build_on_cluster, require_scheduler
-from mim3d.caching.layout import ByteSource, open_bytes, size_of
-from mim3d.caching.manifest import read_ids, row_of, write_manifest
-from mim3d.caching.packs import PackedCase, cases_in, find_packed, pack_plan, write_pack
+from mim3d.caching.layout import (
+    ByteSource,
+    PackedCase,
+    cases_in,
+    find_packed,
+    open_bytes,
+    pack_plan,
+    size_of,
+    write_pack,
+)
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import Card
-from mim3d.caching.workers import build_in_processes
+from mim3d.caching.workers import build_in_processes, build_on_cluster, require_scheduler
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, remove_partial, write_csv
 from mim3d.core.progress import counted
@@ -173,7 +179,7 @@ def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: floa
     if pack_gb is None and os.path.exists(settings_path):
         pack_gb = layout.read_json(settings_path).get("pack_gb")
     if os.path.exists(manifest):
-        held = read_ids(manifest)
+        held = set(read_columns(out, ["id"])["id"].to_pylist())
         if held and held.isdisjoint(case.id for case in cases.cases):
             raise DataError(
                 f"{out}: holds a cache of other scans ({len(held)}, none of them in {cases.root}); choose another "
@@ -267,7 +273,7 @@ def _finish(out: str, cases: CaseSet, results: Mapping[str, CaseResult], stored:
         if folder is not None:
             item = stored[folder]
             rows.append(row_of(case, item.card | {"size_bytes": size_of(item.source)}, folder, item.source))
-    write_manifest(os.path.join(out, layout.MANIFEST), rows, cases.labels, cases.root)
+    write_manifest(out, rows, cases.labels, cases.root)
     packs = {os.path.basename(item.source.path) for item in stored.values() if isinstance(item.source, PackedCase)}
     _keep_only(os.path.join(out, layout.PACKS), packs)
     _keep_only(

@@ -1,19 +1,31 @@
-"""A finished cache: preprocessed scans that are read crop by crop without touching their files again."""
+"""A finished cache: preprocessed scans that are read crop by crop without touching their files again.
+
+Its manifest has one row per case in a Parquet file, for mim3d and for any other program. A row names the case and its
+files, its patient, the digest of its sources, shape, spacing, affine and intensities, and where it is stored: a folder
+below ``cases/``, or ranges of bytes in a file below ``packs/``.
+"""
 
 import csv
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from mim3d.caching import layout
-from mim3d.caching.manifest import read_fingerprints, read_manifest
+from mim3d.caching.foreground import Statistics
+from mim3d.caching.layout import ByteSource, PackedCase
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.caching.scan import CachedScan
+from mim3d.caching.scan import CachedScan, Card
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import atomic_file
 from mim3d.datasets.cases import Case
+from mim3d.scans.files import available_memory_bytes
+
+#: Rows of a manifest become Python objects of about this many times their size in the file, unpacked.
+_GROWTH = 8
 
 
 class Cache(Sequence[CachedScan]):
@@ -87,7 +99,8 @@ class Cache(Sequence[CachedScan]):
         Raises:
             DataError: The manifest is missing or damaged.
         """
-        return read_fingerprints(os.path.join(self.path, layout.MANIFEST))
+        table = read_columns(self.path, ["id", "fingerprint"])
+        return dict(zip(table["id"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
 
     def subset(self, cases: Iterable[Case]) -> "Cache":
         """The scans with the ids of ``cases``; ids that are not in the cache (bad scans) are passed over.
@@ -142,17 +155,150 @@ def open_cache(path: str | Path) -> Cache:
         preprocessing = Preprocessing(**(row | {"spacing_mm": spacing_mm, "window": tuple(row["window"])}))
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise DataError(f"{root}: its {layout.SETTINGS} is damaged ({error!r}); run `mim3d cache` again.") from error
-    scans, labels = read_manifest(os.path.join(root, layout.MANIFEST))
+    scans, labels = _read_manifest(root)
     found = sorted({value for scan in scans for value in scan.num_voxels} - {0})
     if found and not labels:
         labels = {0: "background", **{value: f"label_{value}" for value in found}}
-    return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=_read_failed(root))
-
-
-def _read_failed(root: str) -> list[dict[str, str]]:
-    path = os.path.join(root, layout.FAILED)
+    table = os.path.join(root, layout.FAILED)
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return [{name: row[name] for name in layout.FAILED_COLUMNS} for row in csv.DictReader(file)]
+        with open(table, encoding="utf-8", newline="") as file:
+            failed = [{name: row[name] for name in layout.FAILED_COLUMNS} for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise DataError(f"{path}: missing or damaged ({error!r}); run `mim3d cache` again to rebuild it.") from error
+        raise DataError(f"{table}: missing or damaged ({error!r}); run `mim3d cache` again to rebuild it.") from error
+    return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=failed)
+
+
+def row_of(case: Case, card: Card, folder: str, source: ByteSource) -> dict[str, Any]:
+    """One row of a manifest: a case, its card, and where it is stored."""
+    place: dict[str, Any] = {"folder": folder, "pack": None, "members": []}
+    if isinstance(source, PackedCase):
+        place |= {"pack": os.path.basename(source.path), "members": source.members()}
+    return {**asdict(case), "images": list(case.images), **card, **place}
+
+
+def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], labels: Mapping[int, str], data: str) -> None:
+    """Write the manifest of a cache, whole or not at all.
+
+    Args:
+        root: The cache folder.
+        rows: Rows from ``row_of``.
+        labels: Declared label value -> name.
+        data: Data set that the cases come from.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    about = {"labels": json.dumps({str(value): name for value, name in labels.items()}), "root": data}
+    table = pa.Table.from_pylist(list(rows), schema=_schema().with_metadata(about))
+    with atomic_file(os.path.join(root, layout.MANIFEST), durable=True, remedy=None) as part:
+        pq.write_table(table, part, compression="zstd")
+
+
+def _read_manifest(root: str) -> tuple[list[CachedScan], dict[int, str]]:
+    """The scans of a cache and its declared labels.
+
+    Raises:
+        DataError: The manifest is damaged or larger than memory, or a row points outside the cache's folder.
+    """
+    # Fingerprints make up most of a manifest, and are read when asked for.
+    table = read_columns(root, [name for name in _schema().names if name != "fingerprint"])
+    path = os.path.join(root, layout.MANIFEST)
+
+    def inside(name: str) -> str:
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise DataError(
+                f"{path}: points at {name!r}, outside the cache's folder; it was tampered with, so take the cache from "
+                "its source again."
+            )
+        return name
+
+    def scan_of(row: Mapping[str, Any]) -> CachedScan:
+        known: dict[str, Any] = {item.name: row.get(item.name) for item in fields(Case)}
+        labelled = known["labelled"]
+        known |= {"images": tuple(known["images"]), "labelled": None if labelled is None else tuple(labelled)}
+        case = Case(**known)
+        if row["pack"] is None:
+            return CachedScan.from_card(row, case, os.path.join(root, layout.CASES, inside(row["folder"])))
+        members = {str(item["name"]): (int(item["offset"]), int(item["length"])) for item in row["members"]}
+        pack = os.path.join(root, layout.PACKS, inside(row["pack"]))
+        return CachedScan.from_card(row, case, PackedCase(pack, members))
+
+    try:
+        about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        labels = {int(value): str(name) for value, name in json.loads(about["labels"]).items()}
+        # A few rows at a time: as Python objects they are many times as large.
+        return [scan_of(row) for rows in table.to_batches(max_chunksize=1024) for row in rows.to_pylist()], labels
+    except DataError:
+        raise
+    except Exception as error:  # Whatever a row of the wrong kind raises.
+        raise DataError(f"{path}: damaged ({error!r}); run `mim3d cache` again.") from error
+
+
+def read_columns(root: str, columns: Sequence[str]) -> Any:
+    """Some columns of a cache's manifest, as a table of pyarrow.
+
+    Raises:
+        DataError: The manifest is missing, damaged, or larger than memory.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = os.path.join(root, layout.MANIFEST)
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+            needed_bytes = _GROWTH * sum(group.total_byte_size for group in groups)
+            if needed_bytes > available_memory_bytes():
+                raise DataError(
+                    f"{path}: unpacks to more than the memory available (about {needed_bytes / 2**30:.1f} GiB with its "
+                    f"{file.metadata.num_rows} rows); open it where there is more."
+                )
+            # Caches made before cases could be annotated in part do not say what is labelled.
+            missing = set(columns) - set(file.schema_arrow.names) - {"labelled"}
+            if missing:
+                raise DataError(f"{path}: no column {min(missing)!r}, so it is no manifest of this version of mim3d.")
+            # Not in threads: a process that forks must not have some of them waiting for the others.
+            return file.read(columns=list(columns), use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: missing or damaged ({error}); run `mim3d cache` again to rebuild it.") from error
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    numbers = pa.list_(pa.float64())
+    voxels = pa.list_(pa.int64())
+    statistics = pa.struct([(item.name, pa.float64()) for item in fields(Statistics)])
+    columns = {
+        "id": pa.string(),
+        "patient": pa.string(),
+        "class_name": pa.string(),
+        "split": pa.string(),
+        "labelled": pa.list_(pa.string()),
+        "images": pa.list_(pa.string()),
+        "label": pa.string(),
+        "digest": pa.string(),
+        "source_digest": pa.string(),
+        "source_bytes": pa.int64(),
+        "size_bytes": pa.int64(),
+        "shape": voxels,
+        "spacing_mm": numbers,
+        "affine": numbers,
+        "num_channels": pa.int64(),
+        "dtype": pa.string(),
+        "num_levels": pa.int64(),
+        "has_label": pa.bool_(),
+        "statistics": pa.list_(statistics),
+        "stored_intensities": pa.list_(pa.struct([("scale", pa.float64()), ("offset", pa.float64())])),
+        "body_box": voxels,
+        "num_voxels": pa.list_(pa.struct([("value", pa.int64()), ("count", pa.int64())])),
+        "foreground": pa.string(),
+        "fingerprint": pa.string(),
+        "folder": pa.string(),
+        "pack": pa.string(),
+        "members": pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])),
+    }
+    return pa.schema(list(columns.items()))

@@ -8,14 +8,24 @@
     digests.json      SHA-256 of source files by size and times, so that a second run need not read them
     cases/ID.KEY/     one folder per case, KEY being the digest of its sources and settings: a zarr group of
                       image/0, image/1, ... (each resolution) and label, with locations.npz and card.json
-    packs/            instead of cases/ where asked for: such folders in files of some GB, see mim3d.caching.packs
+    packs/            instead of cases/ where asked for: such folders in files of some GB
     unfinished/       cases being written; renamed into place when complete
     lock              held while a build runs
+
+Packs are for file systems that suffer from millions of small files. A pack is a ZIP file whose members are stored as
+they are, uncompressed and with fixed times: the same cases make the same bytes. The zarr library opens it as a group of
+one group per case. mim3d reads ranges of its bytes, whose places the manifest lists, and never its directory. Cases are
+packed in the order of their digests, and a pack's name is the digest of what it holds: a pack of the right name need
+not be made again.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import struct
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,9 +50,20 @@ LABEL = "label"
 LOCATIONS = "locations.npz"
 CARD = "card.json"
 LOCK = "lock"
+#: The metadata of an array or a group, as zarr names them.
+METADATA = "zarr.json"
+PACK_SUFFIX = ".zip"
 
 #: Largest number of files that a process keeps open.
 MAX_OPEN_FILES = 128
+
+#: The earliest time that ZIP knows.
+_PACK_TIME = (1980, 1, 1, 0, 0, 0)
+
+#: Signature, nine fields that the directory holds too, and the lengths of name and extra field.
+_LOCAL_HEADER = struct.Struct("<4s22sHH")
+
+_COPY_BYTES = 8 * 2**20
 
 
 def json_text(content: Any) -> str:
@@ -137,6 +158,42 @@ class FileRange:
         return data
 
 
+class PackedCase(Mapping[str, FileRange]):
+    """The files of one case inside a pack, by their names below the case's folder.
+
+    Args:
+        path: Path of the pack.
+        places: Name of each file -> its first byte and number of bytes in the pack.
+
+    Raises:
+        ValueError: A place is negative.
+    """
+
+    def __init__(self, path: str, places: Mapping[str, tuple[int, int]]) -> None:
+        if any(offset < 0 or length < 0 for offset, length in places.values()):
+            raise ValueError(f"negative places in {path}")
+        self.path = path
+        self._places = dict(places)
+
+    def __getitem__(self, name: str) -> FileRange:
+        """The bytes of a file."""
+        offset, length = self._places[name]
+        return FileRange(self.path, offset, length)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __str__(self) -> str:
+        return self.path
+
+    def members(self) -> list[dict[str, str | int]]:
+        """Name, first byte and number of bytes of each file, for the manifest."""
+        return [{"name": name, "offset": at, "length": length} for name, (at, length) in self._places.items()]
+
+
 #: Where the files of a case lie: the case's folder; or, for a case inside a pack, name of each file -> its bytes.
 ByteSource = str | Mapping[str, FileRange]
 
@@ -197,3 +254,93 @@ class _OpenFile:
 def _opened(path: str, _pid: int) -> _OpenFile:
     """The file as opened by the process ``_pid``: a forked process opens its own."""
     return _OpenFile(path)
+
+
+def pack_plan(sizes: Mapping[str, int], pack_bytes: int) -> dict[str, tuple[str, ...]]:
+    """Which cases go into which pack: name of the pack -> case folders.
+
+    Args:
+        sizes: Case folder -> bytes, in the order in which they are packed.
+        pack_bytes: Size at which a pack is closed.
+    """
+    packs: list[list[str]] = []
+    filled = pack_bytes
+    for folder, size in sizes.items():
+        if filled >= pack_bytes:
+            packs.append([])
+            filled = 0
+        packs[-1].append(folder)
+        filled += size
+    return {f"{hashlib.sha256(json.dumps(held).encode()).hexdigest()[:24]}{PACK_SUFFIX}": tuple(held) for held in packs}
+
+
+def write_pack(path: str | os.PathLike[str], sources: Mapping[str, ByteSource]) -> None:
+    """Write finished cases into a pack, one after the other.
+
+    Args:
+        path: Path of the file, which is written in place.
+        sources: Case folder -> where its files lie now.
+
+    Raises:
+        OSError: The disk is full, or a source cannot be read.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as pack:
+        # The group that makes a pack one for zarr.
+        root = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=1)
+        pack.writestr(_member(METADATA), root)
+        for folder, source in sources.items():
+            for name in names_in(source):
+                content, member = open_bytes(source, name), _member(f"{folder}/{name}")
+                member.file_size = content.size
+                with pack.open(member, "w") as target:
+                    for start in range(0, member.file_size, _COPY_BYTES):
+                        target.write(content.pread(start, min(_COPY_BYTES, member.file_size - start)))
+
+
+def find_packed(packs_dir: str) -> dict[str, PackedCase]:
+    """Every case in the packs of a folder: case folder -> its files. Damaged packs are removed with a warning.
+
+    Raises:
+        OSError: A pack cannot be read.
+    """
+    found: dict[str, PackedCase] = {}
+    for name in sorted(os.listdir(packs_dir)) if os.path.isdir(packs_dir) else ():
+        if not name.endswith(PACK_SUFFIX):
+            continue
+        path = os.path.join(packs_dir, name)
+        try:
+            found.update(cases_in(path))
+        except (zipfile.BadZipFile, ValueError, struct.error) as error:
+            warnings.warn(f"{path}: damaged ({error}); its cases are made again.", stacklevel=2)
+            os.remove(path)
+    return found
+
+
+def cases_in(path: str) -> dict[str, PackedCase]:
+    """Every case in a pack, read from its directory.
+
+    Raises:
+        OSError, ValueError, zipfile.BadZipFile, struct.error: The pack is damaged or cannot be read.
+    """
+    places: dict[str, dict[str, tuple[int, int]]] = {}
+    with zipfile.ZipFile(path) as pack, open(path, "rb") as file:
+        members = pack.infolist()
+        if not members or (members[0].filename, members[0].header_offset) != (METADATA, 0):
+            # Cases hold ZIP files of their own, whose directory may stand where a truncated pack ends.
+            raise zipfile.BadZipFile("it is truncated")
+        for member in members:
+            folder, _, name = member.filename.partition("/")
+            if not name:
+                continue
+            file.seek(member.header_offset)
+            _, _, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            first = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+            places.setdefault(folder, {})[name] = (first, member.file_size)
+    return {folder: PackedCase(path, members) for folder, members in places.items()}
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name, _PACK_TIME)
+    member.create_system = 3
+    member.external_attr = 0o644 << 16
+    return member

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.layout import ByteSource, FileRange, forget_open_files, open_bytes
+from mim3d.caching.layout import METADATA, ByteSource, FileRange, forget_open_files, open_bytes
 from mim3d.core.errors import DamagedError
 
 #: Edge of a block along X, Y and Z.
@@ -39,8 +39,6 @@ MAX_READ_BYTES = 8 * 2**20
 BLOSC_OVERHEAD_BYTES = 16
 
 CHECKSUM_BYTES = 4
-
-METADATA = "zarr.json"
 
 #: Arrays of which each process remembers metadata and index: some 30 KB each.
 _MAX_REMEMBERED = 128
