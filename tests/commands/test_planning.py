@@ -15,7 +15,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run, read_run
 from mim3d.core.settings import read_yaml, to_mapping, write_yaml
 from mim3d.datasets.splits import Split, split_cases
-from mim3d.planning.patch import FILLED_SHARE
+from mim3d.planning.plan import FILLED_SHARE
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
 from mim3d.tasks.segmentation.task import Segmentation

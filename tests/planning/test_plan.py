@@ -16,22 +16,27 @@ from mim3d.planning.fingerprint import (
     ChannelValues,
     ClassFacts,
     DatasetFingerprint,
+    ScanGrid,
+    file_sources,
     fingerprint_key,
     fingerprint_of,
     voxel_time_s,
 )
-from mim3d.planning.patch import FILLED_SHARE, MAX_PATCH_VOXELS, choose_batch, choose_patch, growing_patches
 from mim3d.planning.plan import (
+    FILLED_SHARE,
+    MAX_PATCH_VOXELS,
     MAX_STEPS,
     MIN_STEPS,
     FixedChoices,
     Plan,
+    choose_batch,
+    choose_patch,
+    growing_patches,
     plan_dataset,
     plan_spacing,
     plan_window,
     shapes_at,
 )
-from mim3d.planning.scans import ScanGrid, file_sources
 from mim3d.scans.intensity import Intensity
 from tests.nifti import affine_of, noise, write_nifti
 
@@ -227,9 +232,9 @@ def test_patches_grow_token_by_token_in_the_proportions_of_the_scan():
 
 
 def test_a_stack_of_few_slices_gets_thin_patches():
-    chosen = choose_patch((512.0, 512.0, 12.0), (16, 16, 16), None, 2)
-    assert chosen.patch_size[2] == 16 and chosen.patch_size[0] == chosen.patch_size[1] > 256
-    assert math.prod(chosen.patch_size) <= MAX_PATCH_VOXELS
+    patch_size, _ = choose_patch((512.0, 512.0, 12.0), (16, 16, 16), None, 2)
+    assert patch_size[2] == 16 and patch_size[0] == patch_size[1] > 256
+    assert math.prod(patch_size) <= MAX_PATCH_VOXELS
 
 
 def test_a_scan_smaller_than_a_token_gets_two_tokens_along_its_longest_axis():
@@ -238,10 +243,10 @@ def test_a_scan_smaller_than_a_token_gets_two_tokens_along_its_longest_axis():
 
 
 def test_a_scan_that_fits_is_covered_and_a_large_one_is_not_beyond_the_limit():
-    assert choose_patch((35.0, 50.0, 36.0), (8, 8, 8), None, 2).patch_size == (40, 56, 40)
-    large = choose_patch((400.0, 300.0, 500.0), (16, 16, 16), None, 2)
-    assert 0.6 * MAX_PATCH_VOXELS < math.prod(large.patch_size) <= MAX_PATCH_VOXELS
-    assert "128 x 128 x 128" in large.reason
+    assert choose_patch((35.0, 50.0, 36.0), (8, 8, 8), None, 2)[0] == (40, 56, 40)
+    large, reason = choose_patch((400.0, 300.0, 500.0), (16, 16, 16), None, 2)
+    assert 0.6 * MAX_PATCH_VOXELS < math.prod(large) <= MAX_PATCH_VOXELS
+    assert "128 x 128 x 128" in reason
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.4, 0.75, 0.99, 2.0])
@@ -249,17 +254,17 @@ def test_the_largest_patch_that_memory_holds_is_found_with_few_questions(share):
     whole = Line(1)
     patches = [p for p in growing_patches((400.0, 300.0, 500.0), (8, 8, 8)) if math.prod(p) <= MAX_PATCH_VOXELS]
     memory = Line(int(share * whole.need_bytes(patches[-1], 2) / FILLED_SHARE))
-    chosen = choose_patch((400.0, 300.0, 500.0), (8, 8, 8), memory, 2)
+    chosen, reason = choose_patch((400.0, 300.0, 500.0), (8, 8, 8), memory, 2)
     fitting = [p for p in patches if memory.need_bytes(p, 2) <= FILLED_SHARE * memory.usable_bytes]
-    assert chosen.patch_size == fitting[-1]
+    assert chosen == fitting[-1]
     questions = len(memory.asked) - len(patches)
     assert questions <= 8
     if share < 1:
-        assert "would need" in chosen.reason and "of memory" in chosen.reason
+        assert "would need" in reason and "of memory" in reason
 
 
 def test_where_nothing_fits_the_smallest_patch_is_left_for_the_memory_check_to_refuse():
-    assert choose_patch((400.0, 300.0, 500.0), (16, 16, 16), Line(10), 2).patch_size == (16, 16, 32)
+    assert choose_patch((400.0, 300.0, 500.0), (16, 16, 16), Line(10), 2)[0] == (16, 16, 32)
 
 
 # Batches and steps.
@@ -267,16 +272,16 @@ def test_where_nothing_fits_the_smallest_patch_is_left_for_the_memory_check_to_r
 
 def test_a_batch_is_a_twentieth_of_the_training_voxels_within_bounds():
     patch = (32, 32, 32)
-    assert choose_batch(patch, 100 * 32**3, None, 1).batch_size == 5
-    assert choose_batch(patch, 100 * 32**3, None, 2).batch_size == 2
-    assert choose_batch(patch, 3 * 32**3, None, 1).batch_size == 2
-    assert choose_batch(patch, 10**6 * 32**3, None, 1).batch_size == 16
+    assert choose_batch(patch, 100 * 32**3, None, 1)[0] == 5
+    assert choose_batch(patch, 100 * 32**3, None, 2)[0] == 2
+    assert choose_batch(patch, 3 * 32**3, None, 1)[0] == 2
+    assert choose_batch(patch, 10**6 * 32**3, None, 1)[0] == 16
 
 
 def test_a_batch_is_what_memory_holds():
     memory = Line(int((10**6 + 100 * 32**3 * 4) / FILLED_SHARE) + 1)
-    chosen = choose_batch((32, 32, 32), 1000 * 32**3, memory, 1)
-    assert chosen.batch_size == 4 and chosen.reason.startswith("5 would need")
+    chosen, reason = choose_batch((32, 32, 32), 1000 * 32**3, memory, 1)
+    assert chosen == 4 and reason.startswith("5 would need")
 
 
 def test_steps_follow_from_cases_and_voxels_and_stay_within_bounds():

@@ -8,20 +8,31 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from mim3d.caching.foreground import HU_BELOW
+from mim3d.caching.foreground import HU_BELOW, Statistics, class_counts_of
+from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import write_json
 from mim3d.core.progress import counted
 from mim3d.core.settings import build_settings, to_mapping
-from mim3d.core.types import Spacing
-from mim3d.planning.scans import ClassMeasures, ScanGrid, ScanMeasures, ScanSource, inspect_scans
+from mim3d.core.types import Spacing, Triple
+from mim3d.datasets.cases import Case
+from mim3d.scans.components import find_components
 from mim3d.scans.files import available_memory_bytes
+from mim3d.scans.grids import orientations
+from mim3d.scans.volumes import read_grid
+
+if TYPE_CHECKING:
+    from mim3d.caching.scan import CachedScan
 
 #: Changes when fingerprints of old no longer say what new ones say.
 VERSION = 1
@@ -32,8 +43,82 @@ DEFAULT_VOXEL_SCANS = 24
 #: Time that a voxel of one channel takes on one core: unpacking, statistics, components (measured: 3.6e-8 to 5e-8 s).
 VOXEL_TIME_S = 5e-8
 
+#: Labelled voxels of each scan whose intensities are looked at: every scan counts alike, whatever its structures' size.
+MAX_CLASS_VOXELS = 10_000
+
 #: Bytes held for each voxel of one channel while a scan is measured.
 _BYTES_PER_VOXEL = 16
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanGrid:
+    """A scan by its header.
+
+    Attributes:
+        id: Id of its case.
+        shape: Voxels along X, Y, Z (RAS+).
+        spacing_mm: Voxel size along X, Y, Z.
+        num_channels: Number of images of the case.
+        orientation: Orientation of the stored axes, such as ``LPS``.
+    """
+
+    id: str
+    shape: Triple
+    spacing_mm: Spacing
+    num_channels: int
+    orientation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMeasures:
+    """One structure in one scan.
+
+    Attributes:
+        volume_ml: Volume of all of its voxels.
+        num_components: Number of its parts that do not touch, not even at a corner.
+        extent_mm: Size of the box around all of it, along X, Y, Z.
+    """
+
+    volume_ml: float
+    num_components: int
+    extent_mm: Spacing
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScanMeasures:
+    """What was measured in one scan.
+
+    Attributes:
+        statistics: Statistics of each channel.
+        class_voxels: (C, N) float32 intensities of about 10,000 voxels at most, evenly spaced over all that have a
+            label above 0; N is 0 without such voxels.
+        classes: Label value above 0 -> its measures.
+        foreground_ratio: Share of the scan's voxels with a label above 0.
+    """
+
+    statistics: tuple[Statistics, ...]
+    class_voxels: npt.NDArray[np.float32]
+    classes: dict[int, ClassMeasures]
+    foreground_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanSource:
+    """A scan to be looked at, wherever it lies.
+
+    Attributes:
+        id: Id of its case.
+        state: Texts that change when its content does.
+        grid: Reads its header.
+        measure: Reads and measures its voxels.
+    """
+
+    id: str
+    state: tuple[str, ...]
+    grid: Callable[[], ScanGrid]
+    measure: Callable[[], ScanMeasures]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +246,13 @@ def fingerprint_of(
     grids = {source.id: grid for source, grid in counted(headers, len(sources), "headers") if grid is not None}
     if not grids:
         raise DataError("No scan of the data set can be read; the warnings above say why.")
-    _require_same_channels(list(grids.values()))
+    first, *others = grids.values()
+    for grid in others:
+        if grid.num_channels != first.num_channels:
+            raise DataError(
+                f"case {grid.id} has {grid.num_channels} images (channels), but case {first.id} has "
+                f"{first.num_channels}; list the same images for every case."
+            )
     candidates = [source for source in sources if source.id in grids and source.id in set(ids)]
     places = np.random.default_rng(seed).permutation(len(candidates))[:num_voxel_scans]
     chosen = [candidates[place] for place in sorted(places)]
@@ -188,15 +279,6 @@ def fingerprint_of(
 def voxel_time_s(grids: Sequence[ScanGrid]) -> float:
     """About how long looking at the voxels of scans takes on one core, seconds."""
     return VOXEL_TIME_S * sum(math.prod(grid.shape) * grid.num_channels for grid in grids)
-
-
-def _require_same_channels(grids: Sequence[ScanGrid]) -> None:
-    for grid in grids:
-        if grid.num_channels != grids[0].num_channels:
-            raise DataError(
-                f"case {grid.id} has {grid.num_channels} images (channels), but case {grids[0].id} has "
-                f"{grids[0].num_channels}; list the same images for every case."
-            )
 
 
 def _channel_values(measured: Sequence[ScanMeasures]) -> tuple[ChannelValues, ...]:
@@ -242,3 +324,132 @@ def _class_facts(measured: Sequence[ScanMeasures], labels: Mapping[int, str]) ->
             )
         )
     return tuple(facts)
+
+
+def file_sources(cases: Sequence[Case], labels: Mapping[int, str], ignore_label: int | None = None) -> list[ScanSource]:
+    """Cases that lie in files.
+
+    Args:
+        cases: The cases.
+        labels: Declared label values. Others are refused when voxels are read; empty allows all.
+        ignore_label: Value of voxels that belong to no structure.
+    """
+
+    def source_of(case: Case) -> ScanSource:
+        def read_header() -> ScanGrid:
+            grid = read_grid(case.images[0])
+            return ScanGrid(
+                id=case.id,
+                shape=grid.ras_shape,
+                spacing_mm=grid.spacing_mm,
+                num_channels=len(case.images),
+                orientation="".join(str(code) for code in orientations.ornt2axcodes(grid.orientation)),
+            )
+
+        def measure() -> ScanMeasures:
+            prepared = prepare(case, Preprocessing(), labels=labels)
+            return measure_scan(prepared.image, prepared.label, prepared.spacing_mm, prepared.statistics, ignore_label)
+
+        paths = (*case.images, *([case.label] if case.label else []))
+        return ScanSource(id=case.id, state=tuple(map(_state_of, paths)), grid=read_header, measure=measure)
+
+    return [source_of(case) for case in cases]
+
+
+def _state_of(path: str) -> str:
+    """Path, size and time of change of a file (of the folder of a DICOM series)."""
+    try:
+        state = os.stat(path.split("::")[0])
+    except OSError:
+        return path
+    return f"{path} {state.st_size} {state.st_mtime_ns}"
+
+
+def cached_sources(scans: Sequence["CachedScan"], ignore_label: int | None = None) -> list[ScanSource]:
+    """Scans of a cache; ``ignore_label`` as in :func:`file_sources`."""
+
+    def source_of(scan: "CachedScan") -> ScanSource:
+        def read_header() -> ScanGrid:
+            return ScanGrid(
+                id=scan.case.id,
+                shape=scan.shape,
+                spacing_mm=scan.spacing_mm,
+                num_channels=scan.num_channels,
+                orientation="RAS",
+            )
+
+        def measure() -> ScanMeasures:
+            image = scan.to_values(scan.read((0, 0, 0), scan.shape))
+            label = scan.read_label((0, 0, 0), scan.shape) if scan.has_label else None
+            return measure_scan(image, label, scan.spacing_mm, scan.statistics, ignore_label)
+
+        return ScanSource(id=scan.case.id, state=(scan.digest,), grid=read_header, measure=measure)
+
+    return [source_of(scan) for scan in scans]
+
+
+def inspect_scans(
+    sources: Sequence[ScanSource], inspect: Callable[[ScanSource], Result], num_threads: int
+) -> Iterator[tuple[ScanSource, Result | None]]:
+    """What ``inspect`` finds in each scan, in their order; None, with a warning, for one that cannot be used.
+
+    Threads are enough: unpacking and NumPy release the interpreter's lock.
+    """
+
+    def attempt(source: ScanSource) -> Result | DataError:
+        try:
+            return inspect(source)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        for source, result in zip(sources, pool.map(attempt, sources), strict=True):
+            if isinstance(result, DataError):
+                warnings.warn(f"passed over in planning: {result}", stacklevel=2)
+                yield source, None
+            else:
+                yield source, result
+
+
+def measure_scan(
+    image_CXYZ: npt.NDArray[Any],
+    label_XYZ: npt.NDArray[Any] | None,
+    spacing_mm: Spacing,
+    statistics: Sequence[Statistics],
+    ignore_label: int | None = None,
+) -> ScanMeasures:
+    """Measure a scan on its RAS+ grid.
+
+    Args:
+        image_CXYZ: (C, X, Y, Z) in source units.
+        label_XYZ: (X, Y, Z) label values; None for a scan without.
+        spacing_mm: Voxel size along X, Y, Z.
+        statistics: Statistics of each channel.
+        ignore_label: Value of voxels that belong to no structure.
+    """
+    if label_XYZ is None:
+        nothing = np.empty((len(image_CXYZ), 0), dtype=np.float32)
+        return ScanMeasures(statistics=tuple(statistics), class_voxels=nothing, classes={}, foreground_ratio=0.0)
+    if ignore_label is not None:
+        label_XYZ = np.where(label_XYZ == ignore_label, 0, label_XYZ)
+    from scipy.ndimage import find_objects
+
+    num_voxels = class_counts_of(label_XYZ).sum(axis=0)
+    classes = {}
+    for value, box in enumerate(find_objects(label_XYZ), start=1):
+        if box is not None:
+            _, num_components = find_components(label_XYZ[box] == value)
+            x, y, z = ((axis.stop - axis.start) * mm for axis, mm in zip(box, spacing_mm, strict=True))
+            classes[value] = ClassMeasures(
+                volume_ml=int(num_voxels[value]) * math.prod(spacing_mm) / 1000,
+                num_components=num_components,
+                extent_mm=(x, y, z),
+            )
+    places = np.flatnonzero(label_XYZ)
+    kept = places[:: max(1, len(places) // MAX_CLASS_VOXELS)]
+    return ScanMeasures(
+        statistics=tuple(statistics),
+        class_voxels=np.stack([channel.ravel()[kept] for channel in image_CXYZ]).astype(np.float32),
+        classes=classes,
+        foreground_ratio=len(places) / label_XYZ.size,
+    )

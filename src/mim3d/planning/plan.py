@@ -1,20 +1,21 @@
 """The plan of a data set: settings of training, each with the numbers that it follows from."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mim3d.backbones.contract import size_text
 from mim3d.caching.foreground import HU_BELOW
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import ConfigError
+from mim3d.core.resources import in_words
 from mim3d.core.types import Spacing, Triple
-from mim3d.planning.fingerprint import DatasetFingerprint
-from mim3d.planning.patch import MIN_BATCH, MemoryQuestion, SizeChoice, check_patch, choose_batch, choose_patch
-from mim3d.planning.scans import ScanGrid
+from mim3d.planning.fingerprint import DatasetFingerprint, ScanGrid
+from mim3d.scans.grids import times
 from mim3d.scans.intensity import Intensity
 
 if TYPE_CHECKING:
@@ -50,6 +51,18 @@ CT_RANGE_HU = (-1024.0, 3071.0)
 
 #: Planned windows end on multiples of this many HU.
 WINDOW_STEP_HU = 5.0
+
+#: A patch has about this many voxels at most: 128 along each axis of a cube.
+MAX_PATCH_VOXELS = 128**3
+
+#: Crops of a batch: one alone is no average over scans, and more than the largest number slow a step without gain.
+MIN_BATCH, MAX_BATCH = 2, 16
+
+#: A batch holds at most this share of all training voxels (nnU-Net's rule): more of them would see little variety.
+MAX_BATCH_SHARE = 0.05
+
+#: Share of the usable memory that a plan fills; dry runs are within about a tenth of what was measured.
+FILLED_SHARE = 0.9
 
 #: Passes over the training scans, where a pass takes as many crops as cover a scan.
 PASSES = 300
@@ -97,7 +110,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         Preprocessing(spacing_mm=self.spacing_mm)
-        check_patch(self.patch_size)
+        if self.patch_size is not None and min(self.patch_size) < 1:
+            raise ConfigError(
+                f"patch_size {list(self.patch_size)} must be three numbers of voxels, such as [96, 96, 96]."
+            )
         for name in ("batch_size", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -123,6 +139,20 @@ class FixedChoices:
     by: Mapping[str, str] = field(default_factory=dict)
 
 
+class MemoryQuestion(Protocol):
+    """Answers what a plan asks about memory; implemented where the network is known.
+
+    Attributes:
+        usable_bytes: Memory that training may take.
+    """
+
+    usable_bytes: int
+
+    def need_bytes(self, patch_size: Triple, batch_size: int) -> int:
+        """Memory that training with crops of a size needs."""
+        ...
+
+
 def plan_dataset(
     fingerprint: DatasetFingerprint,
     *,
@@ -146,41 +176,33 @@ def plan_dataset(
         micro_batches: Number of micro-batches that make a step: accumulated ones, and those of all devices.
         fixed: Choices already made, which others then follow from.
     """
-    choices = _Choices(fixed)
-    spacing_mm = choices.settle("spacing_mm", *plan_spacing(fingerprint.scans))
-    choices.settle("intensity", *_plan_intensity(fingerprint))
+    values: dict[str, Any] = dict(fixed.values)
+    reasons = {name: fixed.by.get(name, "given") for name in values}
+
+    def settle(name: str, value: Any, reason: str) -> Any:
+        """Settle a choice on a planned value, unless it is fixed; the value that it has then."""
+        if name not in values:
+            values[name], reasons[name] = value, reason
+        elif reason and value != values[name]:
+            reasons[name] += f" (the plan would be {_in_words(value)}: {reason})"
+        return values[name]
+
+    spacing_mm = settle("spacing_mm", *plan_spacing(fingerprint.scans))
+    settle("intensity", *_plan_intensity(fingerprint))
     shapes = shapes_at(fingerprint.scans, spacing_mm)
     x, y, z = (float(np.median([shape[axis] for shape in shapes])) for axis in range(3))
     training_voxels = num_training * float(np.mean([math.prod(shape) for shape in shapes]))
-    if "patch_size" not in fixed.values:
-        # Asked only where it is open: answers about memory take seconds.
-        patch = choose_patch((x, y, z), multiple, memory, fixed.values.get("batch_size") or MIN_BATCH)
-        choices.settle("patch_size", patch.patch_size, patch.reason + _reach(patch, spacing_mm, fingerprint))
-    patch_size: Triple = choices.values["patch_size"]
-    if "batch_size" not in fixed.values:
-        batch = choose_batch(patch_size, training_voxels, memory, micro_batches)
-        choices.settle("batch_size", batch.batch_size, batch.reason)
-    batch_size: int = choices.values["batch_size"]
-    steps = _plan_steps(training_voxels, num_training, math.prod(patch_size), batch_size * micro_batches)
-    choices.settle("max_steps", *steps)
-    choices.settle("positive_ratio", *_plan_positive(fingerprint))
-    return Plan(**choices.values, reasons=choices.reasons)
-
-
-class _Choices:
-    """Values and reasons gathered one after the other; fixed choices stay as they are."""
-
-    def __init__(self, fixed: FixedChoices) -> None:
-        self.values: dict[str, Any] = dict(fixed.values)
-        self.reasons = {name: fixed.by.get(name, "given") for name in fixed.values}
-
-    def settle(self, name: str, value: Any, reason: str) -> Any:
-        """Settle a choice on a planned value, unless it is fixed; the value that it has then."""
-        if name not in self.values:
-            self.values[name], self.reasons[name] = value, reason
-        elif reason and value != self.values[name]:
-            self.reasons[name] += f" (the plan would be {_in_words(value)}: {reason})"
-        return self.values[name]
+    # Patch and batch are asked for only where they are open: answers about memory take seconds.
+    if "patch_size" not in values:
+        patch, reason = choose_patch((x, y, z), multiple, memory, values.get("batch_size") or MIN_BATCH)
+        settle("patch_size", patch, reason + _reach(patch, spacing_mm, fingerprint))
+    patch_size: Triple = values["patch_size"]
+    if "batch_size" not in values:
+        settle("batch_size", *choose_batch(patch_size, training_voxels, memory, micro_batches))
+    crops_per_step: int = values["batch_size"] * micro_batches
+    settle("max_steps", *_plan_steps(training_voxels, num_training, math.prod(patch_size), crops_per_step))
+    settle("positive_ratio", *_plan_positive(fingerprint))
+    return Plan(**values, reasons=reasons)
 
 
 def plan_spacing(grids: Sequence[ScanGrid]) -> tuple[Spacing | None, str]:
@@ -193,7 +215,8 @@ def plan_spacing(grids: Sequence[ScanGrid]) -> tuple[Spacing | None, str]:
     shapes = np.array([grid.shape for grid in grids])
     middle = np.median(spacings, axis=0)
     if (np.abs(spacings / middle - 1) < SAME_SPACING).all():
-        return None, f"all {len(grids)} scans share {_mm(middle)} within {SAME_SPACING:.0%}; nothing to resample"
+        found = " x ".join(f"{value:.4g}" for value in middle)
+        return None, f"all {len(grids)} scans share {found} mm within {SAME_SPACING:.0%}; nothing to resample"
     coarse = int(middle.argmax())
     others = [axis for axis in range(3) if axis != coarse]
     typical = np.median(shapes, axis=0)
@@ -225,6 +248,119 @@ def shapes_at(grids: Sequence[ScanGrid], spacing_mm: Spacing | None) -> list[Tri
         )
         shapes.append((x, y, z))
     return shapes
+
+
+def growing_patches(median_shape: Spacing, multiple: Triple) -> Iterator[Triple]:
+    """Patches from the smallest to the one that covers the median scan, each a little larger than the one before.
+
+    The axes that cover the smallest share of the scan grow next, so that a patch has the scan's proportions in
+    millimetres; axes alike stay alike. A scan of few slices gets thin patches: one token along them.
+
+    Args:
+        median_shape: Voxels along X, Y, Z of the median scan, at the voxel size of training.
+        multiple: Voxels along X, Y, Z that a patch must be a multiple of for the encoder.
+    """
+    whole = [max(1, math.ceil(voxels / edge)) for voxels, edge in zip(median_shape, multiple, strict=True)]
+    if max(whole) == 1:
+        # One token alone leaves nothing to normalise over; the longest axis gets two.
+        whole[max(range(3), key=lambda axis: median_shape[axis])] = 2
+    tokens = [1, 1, 1]
+    while True:
+        if max(tokens) > 1:
+            yield tokens[0] * multiple[0], tokens[1] * multiple[1], tokens[2] * multiple[2]
+        smallest = min(have / all_of_it for have, all_of_it in zip(tokens, whole, strict=True))
+        if smallest == 1:
+            return
+        tokens = [have + (have / all_of_it == smallest) for have, all_of_it in zip(tokens, whole, strict=True)]
+
+
+def choose_patch(
+    median_shape: Spacing, multiple: Triple, memory: MemoryQuestion | None, batch_size: int
+) -> tuple[Triple, str]:
+    """The largest patch of ``growing_patches`` that memory holds and that has no more than 128^3 voxels, and why.
+
+    Args:
+        median_shape: Voxels along X, Y, Z of the median scan, at the voxel size of training.
+        multiple: Voxels along X, Y, Z that a patch must be a multiple of for the encoder.
+        memory: Answers what training needs; None for no limit.
+        batch_size: Number of crops that memory must hold.
+    """
+    patches = list(growing_patches(median_shape, multiple))
+    small = [patch for patch in patches if math.prod(patch) <= MAX_PATCH_VOXELS] or patches[:1]
+    chosen = small[-1] if memory is None else _largest_that_fits(small, memory, batch_size)
+    scan = times([round(voxels) for voxels in median_shape])
+    if chosen == patches[-1]:
+        return chosen, f"covers the median scan of {scan} voxels in tokens of {size_text(multiple)}"
+    if chosen == small[-1] or memory is None:
+        return chosen, f"in the proportions of the median scan ({scan} voxels), up to 128 x 128 x 128 voxels in all"
+    larger = small[small.index(chosen) + 1]
+    return chosen, (
+        f"in the proportions of the median scan ({scan} voxels); {times(larger)} would need "
+        f"{in_words(memory.need_bytes(larger, batch_size))} of memory in batches of {batch_size}, and "
+        f"{in_words(int(FILLED_SHARE * memory.usable_bytes))} are to be filled"
+    )
+
+
+def _largest_that_fits(patches: list[Triple], memory: MemoryQuestion, batch_size: int) -> Triple:
+    """The largest patch that fits, as the need grows with the patch; the smallest where none does.
+
+    An answer takes seconds, so the next question is where a line through the two answers nearest to the limit meets it:
+    the need is nearly a line over the voxels.
+    """
+    limit = FILLED_SHARE * memory.usable_bytes
+    needs: dict[int, int] = {}
+
+    def is_within(place: int) -> bool:
+        need = needs[math.prod(patches[place])] = memory.need_bytes(patches[place], batch_size)
+        return need <= limit
+
+    fits, fails = 0, len(patches) - 1
+    if fails == 0 or is_within(fails):
+        return patches[fails]
+    place = fails // 2
+    while fails - fits > 1:
+        if is_within(place):
+            fits = place
+        else:
+            fails = place
+        (one, need), (other, other_need) = sorted(needs.items(), key=lambda answer: abs(answer[1] - limit))[:2]
+        bytes_per_voxel = max((other_need - need) / (other - one), 1e-9)
+        voxels = one + (limit - need) / bytes_per_voxel
+        place = sum(math.prod(patch) <= voxels for patch in patches) - 1
+        place = min(max(place, fits + 1), fails - 1)
+    return patches[fits]
+
+
+def choose_batch(
+    patch_size: Triple, training_voxels: float, memory: MemoryQuestion | None, micro_batches: int
+) -> tuple[int, str]:
+    """The largest batch that memory holds and that has no more than a twentieth of the training voxels, and why.
+
+    Args:
+        patch_size: Voxels of a crop along X, Y, Z.
+        training_voxels: Voxels of all training scans, at the voxel size of training.
+        memory: Answers what training needs; None for no limit.
+        micro_batches: Number of micro-batches that make a step: accumulated ones, and those of all devices.
+    """
+    allowed = int(MAX_BATCH_SHARE * training_voxels / (math.prod(patch_size) * micro_batches))
+    chosen = wanted = min(MAX_BATCH, max(MIN_BATCH, allowed))
+    too_much = 0
+    while memory is not None and chosen > MIN_BATCH:
+        need = memory.need_bytes(patch_size, chosen)
+        if need <= FILLED_SHARE * memory.usable_bytes:
+            break
+        chosen, too_much = chosen - 1, need
+    share = (
+        f"{MAX_BATCH_SHARE:.0%} of the {training_voxels / 1e6:.4g} million training voxels are "
+        f"{allowed or 'less than 1'} times a crop of {math.prod(patch_size) / 1e6:.3g} million"
+    )
+    if chosen < wanted:
+        return chosen, f"{chosen + 1} would need {in_words(too_much)} of memory"
+    if allowed < MIN_BATCH:
+        return chosen, f"the least, though {share}"
+    if wanted == MAX_BATCH:
+        return chosen, f"the most; memory and {training_voxels / 1e6:.4g} million training voxels would allow it"
+    return chosen, share
 
 
 def _plan_intensity(fingerprint: DatasetFingerprint) -> tuple[Intensity | None, str]:
@@ -286,20 +422,16 @@ def _plan_positive(fingerprint: DatasetFingerprint) -> tuple[float | None, str]:
     return ratio, f"structures fill {filled:.2%} of a scan (median)"
 
 
-def _reach(patch: SizeChoice, spacing_mm: Spacing | None, fingerprint: DatasetFingerprint) -> str:
+def _reach(patch_size: Triple, spacing_mm: Spacing | None, fingerprint: DatasetFingerprint) -> str:
     """The patch in millimetres beside the largest structure."""
     middle = np.median([grid.spacing_mm for grid in fingerprint.scans], axis=0) if spacing_mm is None else spacing_mm
-    size = " x ".join(f"{voxels * mm:.0f}" for voxels, mm in zip(patch.patch_size, middle, strict=True))
+    size = " x ".join(f"{voxels * mm:.0f}" for voxels, mm in zip(patch_size, middle, strict=True))
     reach = f"; {size} mm"
     if fingerprint.classes:
         largest = max(fingerprint.classes, key=lambda facts: math.prod(facts.extent_mm))
         extent = " x ".join(f"{mm:.0f}" for mm in largest.extent_mm)
         reach += f", where '{largest.name}' reaches {extent} mm at most"
     return reach
-
-
-def _mm(spacing_mm: Sequence[float]) -> str:
-    return " x ".join(f"{value:.4g}" for value in spacing_mm) + " mm"
 
 
 def _in_words(value: Any) -> str:

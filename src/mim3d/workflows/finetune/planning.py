@@ -26,12 +26,21 @@ from mim3d.datasets.splits import Split
 from mim3d.planning.fingerprint import (
     DEFAULT_VOXEL_SCANS,
     DatasetFingerprint,
+    cached_sources,
+    file_sources,
     fingerprint_key,
     fingerprint_of,
 )
-from mim3d.planning.patch import FILLED_SHARE, MIN_BATCH
-from mim3d.planning.plan import FixedChoices, Plan, describe_intensity, plan_dataset, plan_spacing, shapes_at
-from mim3d.planning.scans import cached_sources, file_sources
+from mim3d.planning.plan import (
+    FILLED_SHARE,
+    MIN_BATCH,
+    FixedChoices,
+    Plan,
+    describe_intensity,
+    plan_dataset,
+    plan_spacing,
+    shapes_at,
+)
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS
 from mim3d.tasks.augmentation import sided_labels
@@ -355,12 +364,12 @@ class TrainingMemory:
     """What training needs, from dry runs on fake tensors.
 
     Attributes:
-        usable_bytes: Bytes that training may take. None where that is not known.
+        usable_bytes: Bytes that training may take.
         accumulation: Micro-batches of a step.
         steps: Gives the memory of steps with patches of a size.
     """
 
-    usable_bytes: int | None
+    usable_bytes: int
     accumulation: int
     steps: Callable[[Triple], StepMemory]
 
@@ -370,7 +379,7 @@ class TrainingMemory:
         try:
             need = step.need(batch_size, self.accumulation).total
             # Validation's network takes no more than a step, so that most often nothing has to be asked about it.
-            if need + step.scores_bytes > FILLED_SHARE * (self.usable_bytes or math.inf):
+            if need + step.scores_bytes > FILLED_SHARE * self.usable_bytes:
                 need = step.most_bytes(batch_size, self.accumulation)
         except Mim3dError:
             raise
@@ -400,7 +409,9 @@ def training_memory(
     loop = settings.loop(1)
     if settings.memory_limit == 0 or not can_be_known(loop):
         return None
-    limit = None if settings.memory_limit is None else int(settings.memory_limit * 2**30)
+    usable = usable_bytes(loop, None if settings.memory_limit is None else int(settings.memory_limit * 2**30))
+    if usable is None:
+        return None
     largest = [cast(CachedScan, ScanOutline(shape)) for shape in sorted(held_out, key=math.prod)[-1:]]
     scores_bytes = task.validation_bytes(largest, labels)
     optim = settings.optim.filled_from(task.optimisation)
@@ -416,4 +427,4 @@ def training_memory(
         }
         return StepMemory(lambda: task.build(recipe, labels), sample, loop, optim, scores_bytes)
 
-    return TrainingMemory(usable_bytes(loop, limit), settings.accumulation, steps)
+    return TrainingMemory(usable, settings.accumulation, steps)
