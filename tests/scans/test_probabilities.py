@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mim3d.core.errors import DataError
-from mim3d.scans.probabilities import ProbabilityFile
+from mim3d.scans.nifti import ProbabilityFile
 from mim3d.scans.volumes import read_grid, read_volume
 from tests.labelled import write_scan
 
@@ -45,6 +45,6 @@ def test_what_is_not_saved_leaves_nothing_behind(tmp_path):
 def test_a_disk_without_room_is_said_before_anything_is_computed(tmp_path, monkeypatch):
     write_scan(tmp_path / "scan.nii.gz", np.zeros((3, 3, 3), np.float32))
     usage = type("Usage", (), {"free": 100})()
-    monkeypatch.setattr("mim3d.scans.probabilities.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("mim3d.scans.nifti.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(DataError, match=r"p.nii.gz: the probabilities of 2 channels need .* --probabilities false"):
         ProbabilityFile(tmp_path / "p.nii.gz").target(read_grid(tmp_path / "scan.nii.gz"), 2)

@@ -138,30 +138,7 @@ class TrainPart:
 
 
 def _named_cases(path: str, train: Sequence[Case], others: Sequence[Case]) -> tuple[Case, ...]:
-    """The training cases that a list names by their ids or patients."""
-    names = read_names(path)
-    known = {name for case in (*train, *others) for name in (case.id, case.patient)}
-    for name in names:
-        if name not in known:
-            raise DataError(
-                f"{path} names '{name}', which is no case or patient of the data set."
-                f"{nearest(name, known) if len(known) < 1000 else ''}"
-            )
-    kept = tuple(case for case in train if case.id in names or case.patient in names)
-    if not kept:
-        raise DataError(
-            f"{path} names no case to train on, only held-out ones ({listed(sorted(names))}); name others, or choose "
-            "another fold."
-        )
-    return kept
-
-
-def read_names(path: str) -> set[str]:
-    """The lines of a text file, without those that are empty.
-
-    Raises:
-        DataError: The file cannot be read, or names nothing.
-    """
+    """The training cases that the lines of a text file name by their ids or patients."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = {line.strip() for line in file if line.strip()}
@@ -169,7 +146,19 @@ def read_names(path: str) -> set[str]:
         raise DataError(f"{path}: cannot be read as a list of names ({error}).") from error
     if not names:
         raise DataError(f"{path}: names nothing; write one case or patient per line.")
-    return names
+    known = {name for case in (*train, *others) for name in (case.id, case.patient)}
+    for name in names - known:
+        raise DataError(
+            f"{path} names '{name}', which is no case or patient of the data set."
+            f"{nearest(name, known) if len(known) < 1000 else ''}"
+        )
+    kept = tuple(case for case in train if case.id in names or case.patient in names)
+    if not kept:
+        raise DataError(
+            f"{path} names no case to train on, only held-out ones ({listed(sorted(names))}); name others, or choose "
+            "another fold."
+        )
+    return kept
 
 
 def shuffled_patients(cases: Sequence[Case], seed: int) -> list[str]:

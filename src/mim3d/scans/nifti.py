@@ -1,12 +1,18 @@
-"""NIfTI files: headers checked against the file before a voxel is read, and geometry written back bit by bit."""
+"""NIfTI files: headers checked against the file before a voxel is read, and geometry written back bit by bit.
+
+Class probabilities of a scan, whatever their size, become one file of several volumes.
+"""
 
 import gzip
 import math
 import os
+import shutil
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import isal.igzip
@@ -16,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import DataError
+from mim3d.core.files import atomic_file, explained_write
 from mim3d.core.types import Triple
 from mim3d.scans import files
 from mim3d.scans.grids import (
@@ -37,25 +44,11 @@ IsalError: Any = isal.isal_zlib.IsalError
 #: Millimetres per unit of length, by the lowest three bits of xyzt_units; 0 (unknown) counts as mm.
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 
-
 #: Fields of a header that hold the geometry; they are written back as they were read.
 _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class NiftiGeometry:
-    """The geometry of a NIfTI file as stored.
-
-    Attributes:
-        is_nifti2: Whether the file is NIfTI-2.
-        fields: Value of each field of the header that holds geometry.
-    """
-
-    is_nifti2: bool
-    fields: dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,11 +214,7 @@ def _stored_shape(header: Any, path: str) -> tuple[int, ...]:
 
 
 def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
-    """The grid of one volume, with the fields of the header that hold it.
-
-    Raises:
-        DataError: The header is damaged, or its geometry is impossible.
-    """
+    """The grid of one volume, with the header whose fields hold it."""
     spacing = np.array(header["pixdim"][1:4], dtype=np.float64)
     check_spacing(spacing.tolist(), path)
     unit_mm = UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
@@ -245,9 +234,7 @@ def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
             f"{times(np.round(used, 4).tolist())} mm (sform); the sform is used.",
             stacklevel=4,
         )
-    fields = {name: np.array(header[name]) for name in _GEOMETRY}
-    geometry = NiftiGeometry(is_nifti2=isinstance(header, nib.Nifti2Header), fields=fields)
-    return Grid(shape=shape, affine=affine, path=address, source=geometry)
+    return Grid(shape=shape, affine=affine, path=address, source=header)
 
 
 def rescaled(raw: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
@@ -270,14 +257,79 @@ def write_nifti(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
     A grid of another format gets its affine as both sform and qform, code 1 (scanner), in millimetres.
     """
     kept = grid.source
-    if isinstance(kept, NiftiGeometry):
+    # The class of a NIfTI-2 header is derived from that of NIfTI-1.
+    if isinstance(kept, nib.Nifti1Header):
         # Without an affine nibabel leaves the geometry fields alone; after construction it does not mend them.
-        image = (nib.Nifti2Image if kept.is_nifti2 else nib.Nifti1Image)(array, None)
-        for name, value in kept.fields.items():
-            image.header[name] = value
+        image = (nib.Nifti2Image if isinstance(kept, nib.Nifti2Header) else nib.Nifti1Image)(array, None)
+        for name in _GEOMETRY:
+            image.header[name] = kept[name]
     else:
         image = nib.Nifti1Image(array, grid.affine)
         image.set_sform(grid.affine, code=1)
         image.set_qform(grid.affine, code=1)
         image.header.set_xyzt_units("mm")
     nib.save(image, path)
+
+
+class ProbabilityFile:
+    """A 4-D NIfTI file that is filled part by part: float32, one volume per channel, on a scan's own grid.
+
+    Until it is saved the numbers lie in a file beside it, not in memory: 4 bytes per voxel and channel of disk.
+
+    Args:
+        path: File to be written; it ends in .nii or .nii.gz. Missing folders are made.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._stored: npt.NDArray[np.float32] | None = None
+        self._grid: Grid | None = None
+
+    def __enter__(self) -> "ProbabilityFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stored = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def target(self, grid: Grid, num_channels: int) -> npt.NDArray[np.float32]:
+        """(X, Y, Z, K) zeros along RAS+ axes, to be filled.
+
+        Raises:
+            DataError: The folder cannot be written to, or its disk has not enough room.
+        """
+        size_bytes = 4 * math.prod(grid.shape) * num_channels
+        with explained_write(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            free_bytes = shutil.disk_usage(self._path.parent).free
+            if size_bytes > free_bytes:
+                raise DataError(
+                    f"{self._path}: the probabilities of {num_channels} channels need {size_bytes / 2**30:.1f} GiB of "
+                    f"disk, and {free_bytes / 2**30:.1f} GiB are free; choose another disk, or --probabilities false."
+                )
+            self._scratch = tempfile.TemporaryDirectory(
+                prefix=".", suffix=".partial", dir=self._path.parent, ignore_cleanup_errors=True
+            )
+            self._stored = np.memmap(
+                os.path.join(self._scratch.name, "probabilities"),
+                dtype=np.float32,
+                mode="w+",
+                shape=(*grid.shape, num_channels),
+                order="F",
+            )
+        self._grid = grid
+        # Reorientation concerns the first three axes; the channels stay last.
+        view: Any = grid.to_ras(self._stored)
+        return view
+
+    def save(self) -> None:
+        """Write the file; it appears whole or not at all.
+
+        Raises:
+            DataError: The disk is full.
+        """
+        assert self._stored is not None and self._grid is not None
+        with atomic_file(self._path) as part:
+            write_nifti(str(part), self._stored, self._grid)

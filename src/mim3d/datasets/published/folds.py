@@ -122,11 +122,7 @@ def declare_fold(
 
 
 def _read_slices(preset: Preset, root: str) -> tuple[Case, ...]:
-    """The scans below the folders of the classes, each a folder of slice images; folders of other names are left.
-
-    Raises:
-        DataError: No folder, or more than one, holds folders of the classes.
-    """
+    """The scans below the folders of the classes, each a folder of slice images; folders of other names are left."""
     homes = []
     for folder, names, _ in os.walk(root):
         names[:] = sorted(name for name in names if not name.startswith("."))

@@ -4,10 +4,10 @@ Spacing, patches, intensities and probabilities are those of the published fine-
 rate and the number of epochs were not published and are ours.
 """
 
-import importlib
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pkgutil import resolve_name
 from typing import Literal
 
 from mim3d.core.errors import ConfigError
@@ -160,8 +160,7 @@ def numbered(*names: str) -> dict[int, str]:
 @lru_cache
 def published_presets() -> dict[str, Preset]:
     """Every preset of ``PRESETS`` by its name."""
-    places = {name: place.split(":") for name, place in PRESETS.items()}
-    return {name: getattr(importlib.import_module(module), variable) for name, (module, variable) in places.items()}
+    return {name: resolve_name(place) for name, place in PRESETS.items()}
 
 
 def find_preset(name: str) -> Preset:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pydicom
 from pydicom.errors import InvalidDicomError
+from pydicom.misc import is_dicom
 from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -34,17 +35,9 @@ _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 
 #: What pydicom raises at bytes that are no sound header.
 _DAMAGE = (
-    InvalidDicomError,
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    NotImplementedError,
-    struct.error,
-)
+    InvalidDicomError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
+    NotImplementedError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +119,7 @@ def read_slices(path: str) -> tuple[Slice, ...]:
 
 @lru_cache(maxsize=32768)
 def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, ...]:
-    if size_bytes < 132 or not (_has_mark(path) or _is_old_export(path)):
+    if size_bytes < 132 or not (_is_old_export(path) or _has_mark(path)):
         return ()
     try:
         header, pixel_offset = read_header(path)
@@ -144,17 +137,15 @@ def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, 
         return ()
 
 
-def _is_old_export(path: str) -> bool:
-    return path.lower().endswith(_DICOM_SUFFIXES)
-
-
 def _has_mark(path: str) -> bool:
     try:
-        with open(path, "rb") as stream:
-            stream.seek(128)
-            return stream.read(4) == b"DICM"
+        return is_dicom(path)
     except OSError:
         return False
+
+
+def _is_old_export(path: str) -> bool:
+    return path.lower().endswith(_DICOM_SUFFIXES)
 
 
 def _slice(path: str, header: Any, frame: int | None, groups: Sequence[Any], pixel_offset: int) -> Slice:

@@ -18,8 +18,7 @@ import pydicom
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file
-from mim3d.scans.dicom.series import open_series
-from mim3d.scans.dicom.stacks import Stack
+from mim3d.scans.dicom.series import Stack, open_series
 from mim3d.scans.grids import spacing_of
 
 #: Longest text of a segment's label (value representation LO).

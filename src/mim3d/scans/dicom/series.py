@@ -1,16 +1,25 @@
-"""DICOM series: found in a tree by their headers, separated from each other, and opened by their address."""
+"""DICOM series: stacked and read, found in a tree by their headers, and separated from each other.
+
+A series is one volume where its slices are evenly spaced and upright; any other is refused with the reason.
+"""
 
 import hashlib
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from mim3d.core.errors import DataError
+from mim3d.scans import files
 from mim3d.scans.dicom.headers import Slice, read_header, read_slices
-from mim3d.scans.dicom.stacks import Stack, stack
-from mim3d.scans.files import walk
+from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, check_spacing, smallest_integer, times
+from mim3d.scans.itk import simple_itk
 
 #: Modalities whose series are scans of the body's inside in parallel slices.
 VOLUME_MODALITIES = ("CT", "MR", "PT")
@@ -20,6 +29,201 @@ _SALT = b"mim3d patient key"
 
 #: Series instance UID -> slices in any order.
 Series = dict[str, list[Slice]]
+
+#: A stack leaning by more than this is tilted: rounded positions in a header stay below.
+MAX_TILT_DEGREES = 0.1
+
+#: Slices may lie this many pixels beside the line through the stack.
+MAX_SIDEWAYS_PIXELS = 0.1
+
+_REMEDY = "convert it with dcm2niix, which straightens such series, and use that file, or leave it out"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stack:
+    """A DICOM series whose slices make one volume.
+
+    Attributes:
+        grid: Grid of the scan; stored axes are (column, row, slice).
+        slices: Slices in order along their normal.
+    """
+
+    grid: Grid
+    slices: tuple[Slice, ...]
+
+    def read_slabs(self) -> Iterator[npt.NDArray[Any]]:
+        """Voxels in stored axis order (column, row, some slices), rescaled (HU for CT), in a buffer used again.
+
+        They are int16 where the rescaled values are whole and fit, int32 where they are whole, else float32.
+
+        Raises:
+            DataError: Pixels cannot be decoded, or differ in size from their header.
+        """
+        whole = all(item.slope.is_integer() and item.intercept.is_integer() for item in self.slices)
+        columns, rows, _ = self.grid.shape
+        slabs = list(self.grid.slabs())
+        dtype = np.int16 if whole else np.float32
+        buffer: npt.NDArray[Any] = np.empty((slabs[0].stop, rows, columns), dtype=dtype)
+        frames: npt.NDArray[Any] = np.empty((0, rows, columns))
+        loaded = ""
+        for slab in slabs:
+            for place, item in enumerate(self.slices[slab]):
+                if item.path != loaded:
+                    frames, loaded = _decode(item), item.path
+                if whole:
+                    needed = smallest_integer(int(frames.min()), int(frames.max()))
+                    buffer = buffer.astype(np.promote_types(buffer.dtype, needed), copy=False)
+                buffer[place] = frames[item.frame or 0]
+            yield buffer[: slab.stop - slab.start].T
+
+
+def _decode(item: Slice) -> npt.NDArray[Any]:
+    """(frame, row, column) of one file; SimpleITK unpacks compressed syntaxes and rescales."""
+    sitk = simple_itk()
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(item.path)
+    try:
+        pixels: npt.NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise DataError(
+            f"{item.path}: the pixels cannot be decoded ({reason}); copy the series again from its source."
+        ) from error
+    frames = pixels.reshape((-1, *pixels.shape[-2:]))
+    if frames.shape[-2:] != (item.rows, item.columns):
+        raise DataError(f"{item.path}: the pixels differ in size from the header; copy the series again.")
+    return frames
+
+
+def stack(slices: Sequence[Slice], name: str) -> Stack:
+    """Order the slices of one series along their normal, derive the grid, and check that its pixels are there.
+
+    Args:
+        slices: Every slice of one series, in any order.
+        name: Name of the series in messages.
+
+    Raises:
+        DataError: There is one slice only, the geometry is missing, slices differ in size, orientation or rescaling,
+            several lie in one place, the gantry was tilted, gaps are uneven, or a file or the memory is too small; the
+            sentence names angle, gaps and remedy.
+    """
+    rows, columns = _common_size(slices, name)
+    across, down, spacing = _common_plane(slices, name)
+    normal = np.cross(across, down)
+    positions = np.array([item.position for item in slices], dtype=np.float64)
+    order = np.argsort(positions @ normal, kind="stable")
+    positions = positions[order]
+    heights = positions @ normal
+    tilt = _tilt(positions, normal, slices[0], float(min(spacing)))
+    complaints = [complaint for complaint in (tilt, _gaps(heights)) if complaint]
+    if complaints:
+        raise DataError(f"{name}: the DICOM series cannot be stacked: {' and '.join(complaints)}; {_REMEDY}.")
+    affine = np.eye(4)
+    affine[:3, 0] = across * spacing[1]
+    affine[:3, 1] = down * spacing[0]
+    affine[:3, 2] = normal * (heights[-1] - heights[0]) / (len(slices) - 1)
+    affine[:3, 3] = positions[0]
+    affine = LPS_TO_RAS @ affine
+    check_affine(affine, name)
+    if slices[0].frame is not None and len({(item.slope, item.intercept) for item in slices}) > 1:
+        raise DataError(f"{name}: the frames of the DICOM file are rescaled in different ways; export single slices.")
+    grid = Grid(shape=(columns, rows, len(slices)), affine=affine, path=name)
+    files.check_memory(name, grid.shape, max(item.itemsize for item in slices))
+    for item in slices:
+        if item.native_bytes is not None:
+            files.check_raw(item.path, item.pixel_offset, item.native_bytes)
+    return Stack(grid=grid, slices=tuple(slices[index] for index in order))
+
+
+def _common_size(slices: Sequence[Slice], name: str) -> tuple[int, int]:
+    sizes = sorted({(item.rows, item.columns) for item in slices})
+    if len(sizes) > 1:
+        shown = ", ".join(times(size) for size in sizes)
+        raise DataError(f"{name}: the slices of the DICOM series differ in size ({shown}); separate them first.")
+    if len(slices) < 2:
+        raise DataError(f"{name}: the DICOM series has one slice, and a volume needs two or more; copy all of it.")
+    for item in slices:
+        if item.position is None or item.orientation is None or item.pixel_spacing is None:
+            raise DataError(
+                f"{item.path}: the DICOM header lacks the slice's position, orientation or pixel spacing, so "
+                "the series cannot be stacked; export the original series."
+            )
+    return sizes[0]
+
+
+def _common_plane(
+    slices: Sequence[Slice], name: str
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Unit vectors along a row and down a column, and the pixel spacing, that all slices share."""
+    planes = np.array([item.orientation for item in slices], dtype=np.float64)
+    spacings = np.array([item.pixel_spacing for item in slices], dtype=np.float64)
+    for pair in spacings.tolist():
+        check_spacing(pair, name)
+    if np.abs(planes - planes[0]).max() > 1e-3:
+        num_planes = len({tuple(plane) for plane in planes.round(2).tolist()})
+        raise DataError(
+            f"{name}: the slices of the DICOM series lie in {num_planes} orientations, as in a localiser; "
+            "give a series of parallel slices."
+        )
+    if np.abs(spacings - spacings[0]).max() > 1e-3 * spacings[0].min():
+        raise DataError(f"{name}: the slices of the DICOM series differ in pixel spacing; split them first.")
+    across, down = planes[0, :3], planes[0, 3:]
+    lengths = np.linalg.norm(across), np.linalg.norm(down)
+    if min(lengths) < 0.99 or max(lengths) > 1.01 or abs(across @ down) > 1e-3:
+        raise DataError(
+            f"{name}: the orientation in the DICOM header is not two perpendicular unit vectors; "
+            "export the original series."
+        )
+    across = across / lengths[0]
+    down = down - across * (across @ down)
+    return across, down / np.linalg.norm(down), spacings[0]
+
+
+def _tilt(
+    positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64], first: Slice, pixel_mm: float
+) -> str | None:
+    """Complaint about slices that do not lie straight above one another, or None."""
+    steps = positions - positions[0]
+    up = steps @ normal
+    sideways = np.linalg.norm(steps - np.outer(up, normal), axis=1)
+    if sideways.max() > MAX_SIDEWAYS_PIXELS * pixel_mm:
+        angle = float(np.degrees(np.arctan2(sideways[-1], up[-1])))
+        if angle > MAX_TILT_DEGREES:
+            return f"it is tilted by {angle:.1f} degrees (gantry tilt)"
+        if sideways[-1] < 0.5 * sideways.max():
+            return f"slices are shifted sideways by up to {sideways.max():.2f} mm"
+    # A header whose slices look upright though the gantry was tilted has lost the tilt.
+    if abs(first.tilt_degrees) > 0.5 and np.abs(normal).max() > np.cos(np.radians(MAX_TILT_DEGREES)):
+        return f"the gantry was tilted by {abs(first.tilt_degrees):.1f} degrees, but the slices lie upright"
+    return None
+
+
+def _gaps(heights: npt.NDArray[np.float64]) -> str | None:
+    """Complaint about slices that share a place, are missing, or are unevenly spaced, or None."""
+    gaps = np.diff(heights)
+    typical = float(np.median(gaps))
+    shared = int(np.count_nonzero(gaps < max(1e-3, 0.02 * typical)))
+    if shared:
+        return (
+            f"{shared} of its {len(heights)} slices lie in the place of another (several phases, echoes or "
+            "reconstructions in one series)"
+        )
+    even = heights[0] + np.arange(len(heights)) * (heights[-1] - heights[0]) / len(gaps)
+    if np.abs(heights - even).max() <= min(max(0.05 * typical, 0.1), 0.25 * typical):
+        return None
+    ratios = gaps / typical
+    missing = int(np.rint(ratios).sum()) - len(gaps)
+    if missing > 0 and np.abs(ratios - np.rint(ratios)).max() < 0.1:
+        after = ", ".join(str(index + 1) for index in np.flatnonzero(np.rint(ratios) > 1)[:5])
+        return (
+            f"{missing} slice{'s are' if missing > 1 else ' is'} missing (gaps up to {gaps.max():.2f} mm, "
+            f"where {typical:.2f} mm is the rule, after slice {after})"
+        )
+    values, counts = np.unique(gaps.round(2), return_counts=True)
+    most = np.sort(np.argsort(-counts, kind="stable")[:4])
+    shown = ", ".join(f"{counts[index]} of {values[index]:.2f} mm" for index in most)
+    return f"its slices are unevenly spaced (gaps: {shown}{', ...' if len(values) > 4 else ''})"
 
 
 def find_series(paths: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -145,12 +349,12 @@ def _slices_of(address: str) -> list[Slice]:
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; check the path and that the disk is mounted.")
     if wanted:
-        found = {uid: slices for uid, slices in _group(walk(folder)).items() if _short(uid) == wanted}
+        found = {uid: slices for uid, slices in _group(files.walk(folder)).items() if _short(uid) == wanted}
         # Named in full, a derived series is what the user wants; scouts and captures stay out.
         kept = _choose(found)[0]
     else:
         direct = (entry.path for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if entry.is_file())
-        kept = _choose(_group(direct))[0] or _choose(_group(walk(folder)))[0]
+        kept = _choose(_group(direct))[0] or _choose(_group(files.walk(folder)))[0]
     if not kept:
         what = f"DICOM image series {wanted}" if wanted else "DICOM image series"
         raise DataError(f"{folder}: there is no {what} in this folder; check the path.")

@@ -18,7 +18,7 @@ from mim3d.datasets.cases import Case
 from mim3d.inference import ProbabilityTarget, Readout, classes_readout, predict_scan
 from mim3d.scans.components import remove_components
 from mim3d.scans.grids import Grid, split_channel
-from mim3d.scans.probabilities import ProbabilityFile
+from mim3d.scans.nifti import ProbabilityFile
 from mim3d.scans.volumes import channels_of, write_volume
 from mim3d.tasks.contract import PredictionSettings, Predictor, TrainedNetwork
 from mim3d.tasks.segmentation.targets import Targets
