@@ -16,8 +16,7 @@ from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
 from mim3d.tasks.augmentation import Augmentation
 from mim3d.tasks.classification.network import AttentionPool, ClassificationObjective
-from mim3d.tasks.classification.task import Classification
-from mim3d.tasks.classification.validation import class_scores
+from mim3d.tasks.classification.task import Classification, class_scores
 from tests.array_scans import ArrayScan
 
 BACKBONE = Hybrid(widths=(8, 16), depths=(1, 1), num_heads=2)

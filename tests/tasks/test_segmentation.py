@@ -17,8 +17,8 @@ from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
 from mim3d.tasks.segmentation.network import SegmentationObjective, shrunk
+from mim3d.tasks.segmentation.targets import dice_by_name
 from mim3d.tasks.segmentation.task import Segmentation
-from mim3d.tasks.segmentation.validation import dice_by_name, dice_of_scans
 from tests.array_scans import ArrayScan
 from tests.labelled import LABELS, ball_scan
 
@@ -194,8 +194,8 @@ def test_validation_gives_the_dice_of_every_label_that_is_seen_by_its_name():
     scan = labelled_scan()
     # Two thresholds on the intensity solve these scans exactly, up to noise.
     objective.logits = lambda x: torch.cat([-(x - 0.10).abs(), -(x - 0.18).abs(), -(x - 0.26).abs()], 1) * 1e3
-    windows = Segmentation(patch_size=(16, 16, 16)).windows()
-    scores = dice_of_scans(objective, [scan], Intensity(window=(0.0, 1000.0)), windows, LABELS)
+    task = Segmentation(patch_size=(16, 16, 16))
+    scores = task.validate(objective, [scan], Intensity(window=(0.0, 1000.0)), LABELS)
     assert set(scores) == {"dice", "dice/ball", "dice/core"}
     assert scores["dice"] == pytest.approx((scores["dice/ball"] + scores["dice/core"]) / 2)
     assert scores["dice"] > 0.95
@@ -216,8 +216,8 @@ def test_regions_are_scored_by_name_and_pictures_show_label_values():
     objective = Segmentation(feature_dim=4, regions=REGIONS).build(Pools(), LABELS).eval()
     # Everything above each threshold is the region: the smaller one lies in the larger one.
     objective.logits = lambda x: torch.cat([x - 0.14, x - 0.22], 1) * 1e3
-    windows = Segmentation(patch_size=(16, 16, 16)).windows()
-    scores = dice_of_scans(objective, [labelled_scan()], Intensity(window=(0.0, 1000.0)), windows, LABELS)
+    task = Segmentation(patch_size=(16, 16, 16))
+    scores = task.validate(objective, [labelled_scan()], Intensity(window=(0.0, 1000.0)), LABELS)
     assert set(scores) == {"dice", "dice/ball and core", "dice/core"}
     assert scores["dice"] > 0.95
     batch = {"image": torch.full((1, 1, 1, 8, 8, 8), 0.3), "label": torch.zeros(1, 1, 8, 8, 8).long()}
@@ -237,9 +237,9 @@ def test_dice_by_name_counts_overlap_over_both_sizes_and_leaves_out_what_is_abse
 def test_validation_leaves_out_structures_that_a_scan_has_no_annotations_of():
     objective = Segmentation(feature_dim=4).build(Pools(), LABELS).eval()
     objective.logits = lambda x: torch.cat([-(x - 0.10).abs(), -(x - 0.18).abs(), -(x - 0.26).abs()], 1) * 1e3
-    windows = Segmentation(patch_size=(16, 16, 16)).windows()
+    task = Segmentation(patch_size=(16, 16, 16))
     scan = PartialScan(labelled_scan().image, labelled_scan().label)
-    scores = dice_of_scans(objective, [scan], Intensity(window=(0.0, 1000.0)), windows, LABELS)
+    scores = task.validate(objective, [scan], Intensity(window=(0.0, 1000.0)), LABELS)
     assert set(scores) == {"dice", "dice/core"}
 
 

@@ -128,11 +128,7 @@ class Task(ABC):
 
     @abstractmethod
     def validate(
-        self,
-        objective: Objective,
-        scans: Sequence[CachedScan],
-        intensity: Intensity,
-        labels: Mapping[int, str],
+        self, objective: Objective, scans: Sequence[CachedScan], intensity: Intensity, labels: Mapping[int, str]
     ) -> dict[str, float]:
         """Return scores by name on held-out scans of the cache; quick, for choosing the best weights."""
 

@@ -52,7 +52,7 @@ def load_trained(
         recipe = recipe_of_card(card, path, backbone)
         preprocessing = build_settings(Preprocessing, {"spacing_mm": card["spacing_mm"]}, "card")
         intensity = build_settings(Intensity, card["intensity"], "card intensity")
-        settings = task_of_card(card, path, task)
+        settings = _task_of_card(card, path, task)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the card of {path} is incomplete or damaged ({error!r}); export the run again."
@@ -77,18 +77,8 @@ def load_trained(
     )
 
 
-def task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -> Task:
-    """Create the settings of the task that a card names, of the class that the user named where that is given.
-
-    Args:
-        card: A card with a task.
-        path: Where it was read, for messages.
-        task: Name or dotted path of the task, as the user gave it.
-
-    Raises:
-        CheckpointError: The card names another task than the user did.
-        ConfigError: The card names a task that is not mim3d's own, and the user named none.
-    """
+def _task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -> Task:
+    """Create the settings of the task that a card names, of the class that the user named where that is given."""
     named = {"name": card["task"]} if isinstance(card["task"], str) else dict(card["task"])
     name = str(named["name"])
     if task is None and name not in TASKS:
@@ -102,11 +92,7 @@ def task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) ->
 
 
 def load_ensemble(
-    paths: Sequence[str],
-    *,
-    task: str | None = None,
-    backbone: Named | None = None,
-    device: torch.device | None = None,
+    paths: Sequence[str], *, task: str | None = None, backbone: Named | None = None, device: torch.device | None = None
 ) -> list[TrainedNetwork]:
     """Load one network, or several that are an ensemble, see :func:`load_trained`.
 

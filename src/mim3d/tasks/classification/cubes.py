@@ -20,12 +20,6 @@ from mim3d.nn.volumes import resize_image
 #: Edge in voxels that a planned box does not exceed.
 LARGEST_PLANNED_EDGE = 96
 
-#: Share of the scans that a planned box holds along each axis, in percent.
-COVERED_PERCENT = 95
-
-#: A box around labelled structures is larger than they are, so that what lies around them is seen too.
-CONTEXT_RATIO = 1.5
-
 #: Place of a point in voxels of a scan; whole numbers are the centres of voxels.
 Point = npt.NDArray[np.float64]
 
@@ -60,11 +54,6 @@ class Cube:
 
     size: Triple
     voxel_mm: Spacing | None
-
-    def enlarged(self, voxels: npt.NDArray[np.int64]) -> "Cube":
-        """Return the box with so many more voxels on each side, of the same size in millimetres."""
-        x, y, z = (int(have + 2 * more) for have, more in zip(self.size, voxels, strict=True))
-        return replace(self, size=(x, y, z))
 
     def step(self, shape: Triple, spacing_mm: Spacing) -> npt.NDArray[np.float64]:
         """Return how many voxels (3,) of a scan lie from one of the cube's voxels to the next."""
@@ -161,8 +150,10 @@ class CubeSampler:
         moved = rng.uniform(-1, 1, 3) * self.shift_ratio * np.array(self.cube.size) * step
         cube = self.cube
         if rng.random() < self.affine_prob:
-            cube = cube.enlarged(np.ceil(np.array(cube.size) * self.margin_ratio).astype(np.int64))
-        cut = cube.cut(self._centre(scan) + moved, step)
+            margin = np.ceil(np.array(cube.size) * self.margin_ratio).astype(np.int64)
+            cube = replace(cube, size=_triple(np.array(cube.size) + 2 * margin))
+        centre = centre_of_label(scan.class_locations) if self.around_label else None
+        cut = cube.cut((centre_of_scan(scan.shape) if centre is None else centre) + moved, step)
         name = scan.case.class_name
         return Sample(
             images={"image": (cut.read,)},
@@ -173,10 +164,6 @@ class CubeSampler:
                 "size": np.array(cut.size),
             },
         )
-
-    def _centre(self, scan: CachedScan) -> Point:
-        centre = centre_of_label(scan.class_locations) if self.around_label else None
-        return centre_of_scan(scan.shape) if centre is None else centre
 
 
 @dataclass(frozen=True)
@@ -207,19 +194,6 @@ def _triple(values: npt.NDArray[np.int64]) -> Triple:
     return x, y, z
 
 
-def has_labels(scans: Sequence[CachedScan]) -> bool:
-    """Whether every scan has a label map with a structure in it."""
-    return all(any(len(voxels) for voxels in scan.class_locations.values()) for scan in scans)
-
-
-def planned_edges_mm(scans: Sequence[CachedScan], around_label: bool) -> Spacing:
-    """Return the edges of a box that holds 95 % of the scans along each axis, or of their labels and a margin."""
-    ratio = CONTEXT_RATIO if around_label else 1.0
-    edges = np.percentile(_extents_mm(scans, around_label), COVERED_PERCENT, axis=0) * ratio
-    x, y, z = (round(float(edge), 1) for edge in edges)
-    return x, y, z
-
-
 def planned_size(scans: Sequence[CachedScan], multiple: Triple, edges_mm: Spacing | None) -> Triple:
     """Return the voxels of a box at the median scan's voxel size, limited along each axis.
 
@@ -234,13 +208,7 @@ def planned_size(scans: Sequence[CachedScan], multiple: Triple, edges_mm: Spacin
     return round_up(voxels, multiple, LARGEST_PLANNED_EDGE)
 
 
-def covered_ratio(edges_mm: Spacing, scans: Sequence[CachedScan], around_label: bool) -> float:
-    """Return the share of the scans, or of their labels, that a box holds along every axis."""
-    inside = _extents_mm(scans, around_label) <= np.array(edges_mm) + 1e-6
-    return float(inside.all(axis=1).mean())
-
-
-def _extents_mm(scans: Sequence[CachedScan], around_label: bool) -> npt.NDArray[np.float64]:
+def extents_mm(scans: Sequence[CachedScan], around_label: bool) -> npt.NDArray[np.float64]:
     """Return the extent (N, 3) of each scan, or of what is labelled in it, in millimetres."""
     voxels = [
         np.ptp(np.concatenate(list(scan.class_locations.values())), axis=0) + 1 if around_label else scan.shape

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from mim3d.backbones.contract import Backbone, check_multiple
 from mim3d.caching.cache import Cache
@@ -13,22 +15,28 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.splits import Split
+from mim3d.loading.samples import SampleDataset
+from mim3d.metrics import Bootstrap, classification_scores
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.augmentation import Augmentation
-from mim3d.tasks.classification.cubes import (
-    Cube,
-    CubeFinisher,
-    CubeSampler,
-    covered_ratio,
-    has_labels,
-    planned_edges_mm,
-    planned_size,
-)
+from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler, extents_mm, planned_size
 from mim3d.tasks.contract import ExportForm, LogitsProgram, PredictionSettings, Predictor, Task, TrainedNetwork
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
 from mim3d.tasks.freezing import check_freezing, freezing_lines
 from mim3d.training.schedule import Optimisation
+
+#: Share of the scans that a planned box holds along each axis, in percent.
+COVERED_PERCENT = 95
+
+#: A box around labelled structures is larger than they are, so that what lies around them is seen too.
+CONTEXT_RATIO = 1.5
+
+#: Scores of a validation, by their names in :data:`mim3d.metrics.classification.CONVENTIONS`.
+VALIDATED_SCORES = ("auc", "accuracy", "balanced_accuracy", "f1_macro")
+
+#: Voxels of all boxes of one call of the network at validation.
+VALIDATED_VOXELS = 2 * 96**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +107,7 @@ class Classification(Task):
     @property
     def optimisation(self) -> Optimisation:
         """AdamW with a rate that suits batches of 8 to 32 boxes, and more decay than segmentation: labels are few."""
-        return Optimisation(
-            learning_rate=3e-4,
-            weight_decay=0.05,
-            betas=(0.9, 0.999),
-            warmup_ratio=0.05,
-            clip_norm=1.0,
-        )
+        return Optimisation(learning_rate=3e-4, weight_decay=0.05, betas=(0.9, 0.999), warmup_ratio=0.05, clip_norm=1.0)
 
     def checked(self, backbone: Backbone) -> "Classification":
         if self.size is not None:
@@ -229,21 +231,29 @@ class Classification(Task):
         return objective
 
     def validate(
-        self,
-        objective: Objective,
-        scans: Sequence[CachedScan],
-        intensity: Intensity,
-        labels: Mapping[int, str],
+        self, objective: Objective, scans: Sequence[CachedScan], intensity: Intensity, labels: Mapping[int, str]
     ) -> dict[str, float]:
         """Return AUC, accuracy, balanced accuracy and macro F1 over the scans, without mirroring.
 
         Where several scans share a patient and all of a patient's are of one class, the same for patients by the mean
         of their scans' probabilities, as ``auc_patient`` and so on.
         """
-        from mim3d.tasks.classification.validation import scores_of_scans
-
+        module: Any = objective
+        device = next(module.parameters()).device
         sampler = self.exact_sampler(tuple(name for _, name in sorted(labels.items())))
-        return scores_of_scans(objective, scans, sampler, intensity)
+        step = max(1, min(32, VALIDATED_VOXELS // math.prod(sampler.cube.size)))
+        probabilities, classes = [], []
+        for start in range(0, len(scans), step):
+            # A data set of a scan alone, since one of several gives them in an order of its own.
+            samples = [
+                SampleDataset([scan], sampler, intensity, 0, CubeFinisher(), strict=True)[0]
+                for scan in scans[start : start + step]
+            ]
+            images = torch.cat([sample["image"] for sample in samples]).to(device)
+            probabilities.append(module.probabilities(images).cpu().double().numpy())
+            classes += [int(sample["class"]) for sample in samples]
+        patients = [scan.case.patient for scan in scans]
+        return class_scores(np.concatenate(probabilities), np.array(classes, dtype=np.int64), patients)
 
     def validation_bytes(self, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> int:
         """Return 0: nothing of a scan's size is held, as boxes are validated as they are trained."""
@@ -284,28 +294,63 @@ class Classification(Task):
         """
         if self.size is None or (self.fit == "box" and self.cube_mm is None):
             raise ConfigError("cube_mm and size are not planned yet; give them, such as 48 and [32, 32, 32].")
-        x, y, z = (int(voxels) for voxels in _three(self.size))
+        size = _whole(self.size)
         if self.cube_mm is None:
-            return Cube((x, y, z), None)
-        a, b, c = (edge / voxels for edge, voxels in zip(_three(self.cube_mm), (x, y, z), strict=True))
-        return Cube((x, y, z), (a, b, c))
+            return Cube(size, None)
+        x_mm, y_mm, z_mm = (edge / voxels for edge, voxels in zip(_three(self.cube_mm), size, strict=True))
+        return Cube(size, (x_mm, y_mm, z_mm))
 
     def _placed(self, backbone: Backbone, scans: Sequence[CachedScan]) -> "Classification":
         """Return these settings with box, size and centre filled in."""
+        multiple = backbone.input_multiple
         if self.fit == "scan":
-            size = planned_size(scans, backbone.input_multiple, None) if self.size is None else self.size
+            size = planned_size(scans, multiple, None) if self.size is None else self.size
             return replace(self, size=_whole(size), centre="scan")
-        centre: Literal["scan", "label"] = self.centre or ("label" if has_labels(scans) else "scan")
-        around_label = centre == "label"
-        if around_label and not has_labels(scans):
+        has_labels = all(any(len(voxels) for voxels in scan.class_locations.values()) for scan in scans)
+        centre: Literal["scan", "label"] = self.centre or ("label" if has_labels else "scan")
+        if centre == "label" and not has_labels:
             raise ConfigError(
                 "centre is label, but not every training scan has a label with a structure in it; use centre scan, or "
                 "leave these scans out."
             )
-        x, y, z = planned_edges_mm(scans, around_label) if self.cube_mm is None else _three(self.cube_mm)
-        size = planned_size(scans, backbone.input_multiple, (x, y, z)) if self.size is None else self.size
-        covered = covered_ratio((x, y, z), scans, around_label)
+        extents_N3 = extents_mm(scans, around_label=centre == "label")
+        if self.cube_mm is None:
+            ratio = CONTEXT_RATIO if centre == "label" else 1.0
+            edges = np.percentile(extents_N3, COVERED_PERCENT, axis=0) * ratio
+            x, y, z = (round(float(edge), 1) for edge in edges)
+        else:
+            x, y, z = _three(self.cube_mm)
+        size = planned_size(scans, multiple, (x, y, z)) if self.size is None else self.size
+        covered = float((extents_N3 <= np.array([x, y, z]) + 1e-6).all(axis=1).mean())
         return replace(self, cube_mm=(x, y, z), size=_whole(size), centre=centre, covered=covered)
+
+
+def class_scores(
+    probabilities_NK: npt.NDArray[np.float64], classes_N: npt.NDArray[np.int64], patients: Sequence[str]
+) -> dict[str, float]:
+    """Return scores over scans, and over patients (``<score>_patient``) by mean probabilities, where those differ.
+
+    Patients are scored where some have several scans and none has scans of several classes, as then no class would be
+    theirs. An AUC that is not defined, as one class alone is there, is 0.5.
+
+    Args:
+        probabilities_NK: Probabilities of K classes for each of N scans.
+        classes_N: Number of the true class of each.
+        patients: Patient whose scan each is.
+    """
+    classes_of: dict[str, set[int]] = {}
+    for patient, value in zip(patients, classes_N.tolist(), strict=True):
+        classes_of.setdefault(patient, set()).add(value)
+    has_patients = len(classes_of) < len(patients) and all(len(values) == 1 for values in classes_of.values())
+    bootstrap, found = Bootstrap(num_bootstrap=0), {}
+    for by_patient in (False, True) if has_patients else (False,):
+        scores = classification_scores(
+            probabilities_NK, classes_N, patients=patients, by_patient=by_patient, bootstrap=bootstrap
+        )["mean"]
+        for name in VALIDATED_SCORES:
+            key = f"{name}_patient" if by_patient else name
+            found[key] = 0.5 if scores[name] is None else float(scores[name])
+    return found
 
 
 def _balanced(counts: Sequence[int]) -> tuple[float, ...]:

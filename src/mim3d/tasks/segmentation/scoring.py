@@ -15,7 +15,7 @@ from mim3d.core.settings import nearest
 from mim3d.core.worker_processes import prepare_worker, without_main_module
 from mim3d.datasets.references import Pair
 from mim3d.metrics import LabelScore, LesionSettings, score_regions, values_in
-from mim3d.scans.volumes import Volume, read_grid, read_volume
+from mim3d.scans.volumes import read_grid, read_volume
 
 #: Sets of fewer voxels are scored before processes have started.
 SMALL_VOXELS = 2**25
@@ -41,9 +41,7 @@ class ScoredNames:
 
 
 def scored_names(
-    declared: Mapping[int, str],
-    labels: Sequence[str] | None,
-    regions: Mapping[str, Sequence[int | str]],
+    declared: Mapping[int, str], labels: Sequence[str] | None, regions: Mapping[str, Sequence[int | str]]
 ) -> ScoredNames:
     """Resolve names and values against the declared labels.
 
@@ -140,7 +138,10 @@ class CaseScoring:
         volumes.append(reference)
         held = set[int]()
         for volume in volumes:
-            values = _values(volume)
+            lowest = int(volume.array.min())
+            if lowest < 0:
+                raise DataError(f"{volume.grid.path}: holds the label value {lowest}, but labels count from 0.")
+            values = set(values_in(volume.array))
             if self.allowed is not None and not values <= self.allowed:
                 raise DataError(
                     f"{volume.grid.path}: holds label values that are not declared "
@@ -163,13 +164,6 @@ class CaseScoring:
 def label_name(value: int) -> str:
     """Return the name of a label that has none."""
     return f"label_{value}"
-
-
-def _values(volume: Volume) -> set[int]:
-    lowest = int(volume.array.min())
-    if lowest < 0:
-        raise DataError(f"{volume.grid.path}: holds the label value {lowest}, but labels count from 0.")
-    return set(values_in(volume.array))
 
 
 def processes_for(pairs: Sequence[Pair], num_workers: int | None) -> int:

@@ -3,10 +3,12 @@
 Cases may be annotated in part: a list says which labels their maps hold, and the others are unknown there.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -193,3 +195,41 @@ def are_partial(cases: Sequence[Case], names: Mapping[int, str]) -> bool:
     """Whether any case is annotated in part; DataError is raised for a label that the data set lacks."""
     found = [annotated_values(case, names) for case in cases]
     return any(values is not None for values in found)
+
+
+def dice_by_name(
+    predicted: np.ndarray,
+    reference: np.ndarray,
+    structures: Mapping[str, Sequence[int]],
+    ignore_label: int | None = None,
+) -> dict[str, float]:
+    """Return the Dice of each structure between two maps of one shape; NaN where neither holds it.
+
+    Args:
+        predicted: Label values.
+        reference: Label values.
+        structures: Name -> label values that belong to it.
+        ignore_label: Label value of the reference where nothing is counted.
+    """
+    if ignore_label is not None:
+        known = reference != ignore_label
+        predicted, reference = predicted[known], reference[known]
+    values = sorted({value for members in structures.values() for value in members})
+    place = {value: index for index, value in enumerate(values, start=1)}
+    # How often each pair of values meets says all there is to count, in one pass whatever the structures.
+    number = len(values) + 1
+    pairs = np.bincount(_places(predicted, values) * number + _places(reference, values), minlength=number**2)
+    counts, dice = pairs.reshape(number, number), {}
+    for name, members in structures.items():
+        own = [place[value] for value in members]
+        both, total = counts[np.ix_(own, own)].sum(), counts[own].sum() + counts[:, own].sum()
+        dice[name] = float(2 * both / total) if total else math.nan
+    return dice
+
+
+def _places(label: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Return a flat map of label values as places in ``values``, counted from 1; all others are 0."""
+    table = np.zeros(max([int(label.max(initial=0)), *values]) + 1, dtype=np.int64)
+    table[list(values)] = np.arange(1, len(values) + 1)
+    places: np.ndarray = table[label.ravel()]
+    return places

@@ -1,15 +1,20 @@
 """Segmentation: every voxel gets one of the declared labels."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
 
 from mim3d.backbones.contract import Backbone, check_multiple, round_up
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.settings import nearest
 from mim3d.core.types import Spacing, Triple
-from mim3d.inference import Windows
+from mim3d.inference import Windows, padding_values, sliding_logits
 from mim3d.loading.samples import Augment
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
@@ -21,8 +26,10 @@ from mim3d.tasks.segmentation.crops import CropSampler
 from mim3d.tasks.segmentation.targets import (
     PartialLabels,
     Targets,
+    annotated_values,
     are_partial,
     derived_values,
+    dice_by_name,
     exclusive_targets,
     region_targets,
 )
@@ -103,7 +110,8 @@ class Segmentation(Task):
         check_freezing(self.freeze_encoder, self.unfreeze_ratio)
         self._check_losses()
         self._check_regions()
-        self.windows(patch_size=(1, 1, 1))
+        # Refuses an overlap or axes that cannot work.
+        Windows(patch_size=(1, 1, 1), overlap=self.overlap, mirror_axes=self.mirror_axes)
 
     def _check_losses(self) -> None:
         weights = (self.dice_weight, self.cross_entropy_weight, self.focal_weight)
@@ -142,13 +150,7 @@ class Segmentation(Task):
     @property
     def optimisation(self) -> Optimisation:
         """AdamW with a rate that suits batches of 2 to 16 crops alike, from scratch and from an encoder."""
-        return Optimisation(
-            learning_rate=5e-4,
-            weight_decay=1e-5,
-            betas=(0.9, 0.999),
-            warmup_ratio=0.05,
-            clip_norm=1.0,
-        )
+        return Optimisation(learning_rate=5e-4, weight_decay=1e-5, betas=(0.9, 0.999), warmup_ratio=0.05, clip_norm=1.0)
 
     def checked(self, backbone: Backbone) -> "Segmentation":
         if self.patch_size is None:
@@ -182,12 +184,18 @@ class Segmentation(Task):
             ConfigError: The patch does not fit the backbone, regions or weights name labels that there are not, or
                 windows would be mirrored as crops never were.
         """
-        x, y, z = (float(median(scan.spacing_mm[axis] for scan in scans)) for axis in range(3))
-        spacing_mm = self.spacing_mm or (x, y, z)
+        x_mm, y_mm, z_mm = (float(median(scan.spacing_mm[axis] for scan in scans)) for axis in range(3))
+        spacing_mm = self.spacing_mm or (x_mm, y_mm, z_mm)
         self.check_labels(labels)
         names = self.named_structures(labels)
         augmentation = self.augmentation.planned(names, spacing_mm)
-        patch_size = self.patch_size or _patch_for([scan.shape for scan in scans], backbone.input_multiple)
+        patch_size = self.patch_size
+        if patch_size is None:
+            # The smallest of whole tokens, of more than one of them, that holds the median scan up to a limit.
+            middle = [median(scan.shape[axis] for scan in scans) for axis in range(3)]
+            x, y, z = patch_size = round_up(middle, backbone.input_multiple, LARGEST_PLANNED_EDGE)
+            if patch_size == backbone.input_multiple:
+                patch_size = (2 * x, 2 * y, 2 * z)
         augmentation.check_mirrors(self.mirror_axes, names, "label")
         planned = replace(
             self,
@@ -269,35 +277,44 @@ class Segmentation(Task):
         return region_targets(self.regions, labels, region_values=self.region_values, ignore_label=self.ignore_label)
 
     def windows(
-        self,
-        *,
-        patch_size: Triple | None = None,
-        overlap: float | None = None,
-        batch_size: int = 4,
-        mirror_axes: tuple[int, ...] | None = None,
+        self, *, overlap: float | None = None, batch_size: int = 4, mirror_axes: tuple[int, ...] | None = None
     ) -> Windows:
         """Return how scans are covered at prediction; what is None is taken from these settings."""
         return Windows(
-            patch_size=patch_size or self._patch_size(),
+            patch_size=self._patch_size(),
             overlap=self.overlap if overlap is None else overlap,
             batch_size=batch_size,
             mirror_axes=self.mirror_axes if mirror_axes is None else mirror_axes,
         )
 
     def validate(
-        self,
-        objective: Objective,
-        scans: Sequence[CachedScan],
-        intensity: Intensity,
-        labels: Mapping[int, str],
+        self, objective: Objective, scans: Sequence[CachedScan], intensity: Intensity, labels: Mapping[int, str]
     ) -> dict[str, float]:
-        """Return the mean Dice per label or region and over them on the cached grid, without mirroring."""
-        from mim3d.tasks.segmentation.validation import dice_of_scans
+        """Return the mean Dice of every label or region and over them on the cached grid, without mirroring.
 
+        A structure that is in neither map of a scan is left out there, and so is one that a scan has no annotations of;
+        the mean over structures leaves out those that no scan shows. The names are ``dice`` and ``dice/<name>``.
+        """
+        module: Any = objective
+        targets: Targets = module.targets
+        windows, device = self.windows(mirror_axes=()), next(module.parameters()).device
+        scores: dict[str, list[float]] = {name: [] for name in targets.structures}
         # Evenly spread over all scans: the same ones at every validation.
         number = min(len(scans), self.num_validation_cases or len(scans))
-        chosen = [scans[index * len(scans) // number] for index in range(number)]
-        return dice_of_scans(objective, chosen, intensity, self.windows(mirror_axes=()), labels)
+        for scan in (scans[index * len(scans) // number] for index in range(number)):
+            image = intensity.apply(scan.to_values(scan.read((0, 0, 0), scan.shape)), scan.statistics)
+            padding = padding_values(intensity, scan.statistics)
+            logits = sliding_logits(module.logits, torch.from_numpy(image), windows, padding=padding, device=device)
+            predicted = targets.labels_of(targets.probabilities(logits)).numpy()
+            reference = scan.read_label((0, 0, 0), scan.shape)
+            annotated = annotated_values(scan.case, labels)
+            for name, dice in dice_by_name(predicted, reference, targets.structures, targets.ignore_label).items():
+                is_known = annotated is None or annotated.issuperset(targets.structures[name])
+                if is_known and not math.isnan(dice):
+                    scores[name].append(dice)
+        means = {name: float(np.mean(values)) for name, values in scores.items() if values}
+        named = {f"dice/{name}": dice for name, dice in means.items()}
+        return {"dice": float(np.mean(list(means.values()))) if means else 0.0, **named}
 
     def predictor(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> Predictor:
         from mim3d.tasks.segmentation.prediction import SegmentationPredictor
@@ -327,10 +344,3 @@ class Segmentation(Task):
         if self.patch_size is None:
             raise ConfigError("patch_size is not planned yet; give one, such as [96, 96, 96].")
         return self.patch_size
-
-
-def _patch_for(shapes: Sequence[Triple], multiple: Triple) -> Triple:
-    """Return the smallest patch of whole tokens that holds the median scan, limited along each axis."""
-    middle = [median(shape[axis] for shape in shapes) for axis in range(3)]
-    x, y, z = size = round_up(middle, multiple, LARGEST_PLANNED_EDGE)
-    return (2 * x, 2 * y, 2 * z) if size == multiple else size
