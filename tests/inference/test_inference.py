@@ -24,7 +24,7 @@ from mim3d.inference import (
     sliding_logits,
 )
 from mim3d.inference.sweep import Sweep, run_sweep
-from mim3d.inference.windows import body_windows, padded_window
+from mim3d.inference.windows import body_windows, cut_window
 from mim3d.scans.intensity import Intensity
 from tests.labelled import ball_scan, write_scan
 from tests.restoring import restore
@@ -146,7 +146,7 @@ def test_small_scans_are_padded_evenly_with_each_channels_own_low_value():
     image = torch.stack([torch.ones(3, 4, 9), 2 * torch.ones(3, 4, 9)])
     windows = Windows(patch_size=(8, 4, 8))
     assert windows.places((3, 4, 9)) == [(-2, 0, 0), (-2, 0, 1)]
-    window = padded_window(image[..., 1:], (-2, 0, 1), ((0, 0, 1), (3, 4, 9)), (8, 4, 8), [-1.0, -2.0])
+    window = cut_window(lambda part: image[part], (-2, 0, 1), (8, 4, 8), (3, 4, 9), [-1.0, -2.0])
     assert window.shape == (2, 8, 4, 8)
     assert torch.equal(window[:, 2:5], image[..., 1:])
     assert (window[0, :2] == -1).all() and (window[1, 5:] == -2).all()

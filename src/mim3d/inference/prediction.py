@@ -1,7 +1,13 @@
-"""Whole scans: from files to label values on their own grid, or from the cache to logits."""
+"""Whole scans: from files to label values on their own grid, or from the cache to logits.
+
+Rows of a sweep become label values and probabilities on the scan's own grid as soon as they are finished.
+"""
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,14 +16,13 @@ from torch import Tensor
 
 from mim3d.caching.foreground import Statistics
 from mim3d.caching.preprocessing import Preprocessing, prepare
-from mim3d.caching.resampling import plan_resampling
+from mim3d.caching.resampling import AxisResampling, plan_resampling
 from mim3d.core.errors import DataError
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
-from mim3d.inference.finishing import OnGrid, Outputs, Resampled
 from mim3d.inference.readout import Network, Readout, ensemble_of, mirrored_logits
 from mim3d.inference.sweep import CHUNK_SCORES, Sweep, run_sweep
-from mim3d.inference.windows import Windows, body_windows, inside_of, padded_window, slices_of
+from mim3d.inference.windows import Windows, body_windows, cut_window
 from mim3d.scans.files import available_memory_bytes
 from mim3d.scans.grids import Grid
 from mim3d.scans.intensity import Intensity
@@ -76,14 +81,15 @@ def predict_scan(
     _check_memory(case, grid, sweep, readout.num_channels, device)
     dtype = readout.decide(torch.tensor(readout.empty)).numpy().dtype
     outputs = Outputs(
+        sweep,
+        readout,
         np.zeros(grid.ras_shape, dtype=dtype),
         None if probability_target is None else probability_target(grid, readout.num_channels),
-        readout,
         has_probabilities=len(networks) > 1,
     )
     axes = plan_resampling(shape, prepared.spacing_mm, grid.ras_shape, grid.spacing_mm)
-    is_own_grid = all(axis.is_identity for axis in axes)
-    finish = OnGrid(sweep, outputs) if is_own_grid else Resampled(sweep, outputs, axes)
+    resampled = None if all(axis.is_identity for axis in axes) else Resampled(outputs, axes)
+    padding = padding_values(intensity, prepared.statistics)
 
     def part_of(part: tuple[slice, ...]) -> Tensor:
         # The scan itself stays as it is stored.
@@ -92,13 +98,14 @@ def predict_scan(
     run_sweep(
         sweep,
         windows,
-        _cutter(part_of, shape, windows.patch_size, padding_values(intensity, prepared.statistics)),
+        lambda place: cut_window(part_of, place, windows.patch_size, shape, padding),
         ensemble_of(networks, windows.mirror_axes, readout.activate),
-        finish,
+        outputs.take if resampled is None else resampled.take,
         device=device,
         on_windows=None if on_windows is None else lambda done: on_windows(done, len(places)),
     )
-    finish.close()
+    if resampled is not None:
+        resampled.close()
     return outputs.labels_XYZ, grid
 
 
@@ -140,7 +147,9 @@ def sliding_logits(
     def scores(window_BCXYZ: Tensor) -> Tensor:
         return mirrored_logits(network, window_BCXYZ, windows.mirror_axes).float()
 
-    cut = _cutter(lambda part: image_CXYZ[part].float(), shape, windows.patch_size, padding)
+    def cut(place: Triple) -> Tensor:
+        return cut_window(lambda part: image_CXYZ[part].float(), place, windows.patch_size, shape, padding)
+
     run_sweep(sweep, windows, cut, scores, finish, device=device)
     assert whole is not None
     return whole
@@ -157,25 +166,6 @@ def padding_values(intensity: Intensity, statistics: Sequence[Statistics]) -> li
     return [float(value) for value in intensity.apply(lows[:, None, None, None], statistics).ravel()]
 
 
-def _cutter(
-    part_of: Callable[[tuple[slice, ...]], Tensor], shape: Triple, size: Triple, padding: Sequence[float]
-) -> Callable[[Triple], Tensor]:
-    """Return what cuts windows ``(C, *size)`` of network input out of a scan, by their first voxel.
-
-    Args:
-        part_of: Gives float32 network input of a part of the scan, a slice of channels in front.
-        shape: Voxels of the scan.
-        size: Voxels of a window.
-        padding: Value of each channel beyond the scan.
-    """
-
-    def cut(place: Triple) -> Tensor:
-        inside = inside_of(place, size, shape)
-        return padded_window(part_of((slice(None), *slices_of(inside))), place, inside, size, padding)
-
-    return cut
-
-
 def _check_memory(case: Case, grid: Grid, sweep: Sweep, num_channels: int, device: torch.device) -> None:
     """Refuse a scan whose label map and scores do not fit beside it."""
     held_bytes = sweep.slab_bytes(num_channels) if device.type == "cpu" else 0
@@ -187,3 +177,138 @@ def _check_memory(case: Case, grid: Grid, sweep: Sweep, num_channels: int, devic
             f"need {needed_bytes / 2**30:.1f} GiB at a time, more than the memory available; use a machine with more, "
             "or fine-tune at a larger spacing_mm."
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """Label values of a scan, and probabilities where they are asked for.
+
+    Attributes:
+        sweep: The sweep that rows come from.
+        readout: What the channels mean.
+        labels_XYZ: Zeros along RAS+ axes on the scan's own grid, to be filled with label values.
+        probabilities_XYZK: Array to be filled with the probability of each channel; None for none.
+        has_probabilities: Whether scores that were blended are probabilities already, not logits.
+    """
+
+    sweep: Sweep
+    readout: Readout
+    labels_XYZ: npt.NDArray[Any]
+    probabilities_XYZK: npt.NDArray[Any] | None
+    has_probabilities: bool
+
+    def __post_init__(self) -> None:
+        if self.probabilities_XYZK is not None:
+            self.probabilities_XYZK[...] = self.readout.empty
+
+    def take(self, first: int, sums_RKUV: Tensor, weights_RUV: Tensor) -> None:
+        """Take finished rows that lie on the scan's own grid; see :data:`mim3d.inference.sweep.Finish`."""
+        scores = sums_RKUV
+        # Sums that are all zero decide for the first class, background: voxels without a window need no look.
+        if not self.readout.order_is_enough or self.probabilities_XYZK is not None:
+            scores = self.probabilities_of(sums_RKUV, weights_RUV)
+        self.write(first, self.sweep.across, scores)
+
+    def probabilities_of(self, sums_RKUV: Tensor, weights_RUV: Tensor) -> Tensor:
+        """Return probabilities ``(R, K, U, V)`` of weighted sums of scores; those of nothing where no window was."""
+        tiny = torch.finfo(weights_RUV.dtype).tiny
+        scores = sums_RKUV / weights_RUV.clamp_min(tiny)[:, None]
+        probabilities = scores if self.has_probabilities else self.readout.activate(scores, 1)
+        is_empty = weights_RUV == 0
+        if bool(is_empty.any()):
+            for channel, value in enumerate(self.readout.empty):
+                probabilities[:, channel][is_empty] = value
+        return probabilities
+
+    def write(self, first: int, where: tuple[slice, ...], scores_RKUV: Tensor) -> None:
+        """Write rows from ``first`` on: what their scores decide, and the scores where probabilities are asked for."""
+        rows = slice(first, first + len(scores_RKUV))
+        decided = self.readout.decide(scores_RKUV.movedim(1, 0))
+        self.labels_XYZ.transpose(self.sweep.order)[(rows, *where)] = decided.cpu().numpy()
+        if self.probabilities_XYZK is not None:
+            target = self.probabilities_XYZK.transpose(*self.sweep.order, 3)
+            target[(rows, *where)] = scores_RKUV.movedim(1, -1).cpu().numpy()
+
+
+class Resampled:
+    """Takes rows of another spacing and interpolates their probabilities to the scan's own grid.
+
+    Row by row across the sweep first, then along it as soon as all rows that a new row is a mean of are there; besides
+    them nothing is held.
+
+    Args:
+        outputs: What is filled, on the scan's own grid.
+        axes: How the three axes are resampled, from the grid of the sweep to the scan's own.
+    """
+
+    def __init__(self, outputs: Outputs, axes: tuple[AxisResampling, ...]) -> None:
+        sweep = outputs.sweep
+        self._outputs = outputs
+        self._along = axes[sweep.axis]
+        across = [(place, axes[axis]) for place, axis in enumerate(sweep.order[1:], start=1)]
+        # The axis that shrinks most goes first: less work for the other.
+        self._across = sorted(across, key=lambda item: item[1].zoom)
+        self._where = tuple(slice(0, len(axes[axis].index)) for axis in sweep.order[1:])
+        self._held: deque[Tensor] = deque()
+        index, rows = self._along.index, sweep.rows
+        # New rows that are a mean of rows without a window alone are background, as everything was to begin with.
+        reached = np.flatnonzero(((index >= rows.start) & (index < rows.stop)).any(axis=1))
+        self._next, self._stop = int(reached[0]), int(reached[-1]) + 1
+        self._first_held = int(index[self._next].min())
+        self._last = int(index[self._stop - 1].max())
+        self._lead = rows.start - self._first_held
+
+    def take(self, first: int, sums_RKUV: Tensor, weights_RUV: Tensor) -> None:
+        """Take finished rows; see :data:`mim3d.inference.sweep.Finish`."""
+        for probabilities_KUV in self._outputs.probabilities_of(sums_RKUV, weights_RUV):
+            for _ in range(self._lead):
+                self._take_plane(self._empty_plane(probabilities_KUV.device))
+            self._lead = 0
+            plane = self._empty_plane(probabilities_KUV.device)
+            plane[(slice(None), *self._outputs.sweep.across)] = probabilities_KUV
+            self._take_plane(plane)
+
+    def close(self) -> None:
+        """Write the rows that wait for rows beyond the last window."""
+        missing = self._last + 1 - self._first_held - len(self._held)
+        if self._next < self._stop:
+            device = self._held[-1].device
+            for _ in range(missing):
+                self._take_plane(self._empty_plane(device))
+
+    def _empty_plane(self, device: torch.device) -> Tensor:
+        u, v = (self._outputs.sweep.shape[axis] for axis in self._outputs.sweep.order[1:])
+        empty = torch.tensor(self._outputs.readout.empty, device=device)
+        return empty[:, None, None].repeat(1, u, v)
+
+    def _take_plane(self, plane_KUV: Tensor) -> None:
+        """Take the next row of the sweep, and write every new row for which all is there."""
+        for place, axis in self._across:
+            plane_KUV = interpolated(plane_KUV, axis, place)
+        self._held.append(plane_KUV)
+        index, weight = self._along.index, self._along.weight
+        while self._next < self._stop and int(index[self._next].max()) < self._first_held + len(self._held):
+            row = torch.zeros_like(plane_KUV)
+            for at, share in zip(index[self._next], weight[self._next], strict=True):
+                if share:
+                    row.add_(self._held[int(at) - self._first_held], alpha=float(share))
+            self._outputs.write(self._next, self._where, row[None])
+            self._next += 1
+        needed = int(index[self._next].min()) if self._next < self._stop else self._first_held + len(self._held) - 1
+        while self._first_held < needed and self._held:
+            self._held.popleft()
+            self._first_held += 1
+
+
+def interpolated(plane_KUV: Tensor, axis: AxisResampling, place: int) -> Tensor:
+    """Resample a plane along the axis at ``place``: ``sum_k weight[:, k] * plane[index[:, k]]``."""
+    if axis.is_identity:
+        return plane_KUV
+    shape = [-1 if other == place else 1 for other in range(3)]
+    total = None
+    for index, weight in zip(axis.index.T, axis.weight.T, strict=True):
+        part = plane_KUV.index_select(place, torch.from_numpy(index).to(plane_KUV.device))
+        part *= torch.from_numpy(weight).to(plane_KUV.device).reshape(shape)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,16 +123,20 @@ def body_windows(prepared: Prepared, windows: Windows) -> list[Triple]:
     return kept or places
 
 
-def padded_window(inner_CXYZ: Tensor, place: Triple, inside: Box, size: Triple, padding: Sequence[float]) -> Tensor:
-    """Pad the part of a window that lies inside the scan to the whole window.
+def cut_window(
+    part_of: Callable[[tuple[slice, ...]], Tensor], place: Triple, size: Triple, shape: Triple, padding: Sequence[float]
+) -> Tensor:
+    """Cut a window ``(C, *size)`` out of a scan, padded where it reaches beyond the scan.
 
     Args:
-        inner_CXYZ: That part.
+        part_of: Gives a part of the scan ``(C, X, Y, Z)``, by a slice of channels and one of each axis.
         place: First voxel of the window in the scan.
-        inside: Where the part lies in the scan.
         size: Voxels of the window.
+        shape: Voxels of the scan.
         padding: Value of each channel beyond the scan.
     """
+    inside = inside_of(place, size, shape)
+    inner_CXYZ = part_of((slice(None), *slices_of(inside)))
     if tuple(inner_CXYZ.shape[1:]) == size:
         return inner_CXYZ
     window = torch.empty((len(inner_CXYZ), *size), dtype=inner_CXYZ.dtype)

@@ -13,7 +13,7 @@ from mim3d.backbones.contract import round_up
 from mim3d.caching.resampling import plan_axis, resample_linear
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Spacing, Triple
-from mim3d.inference.windows import inside_of, padded_window, slices_of
+from mim3d.inference.windows import cut_window
 from mim3d.loading.samples import Augment, Crop, Sample
 from mim3d.nn.volumes import resize_image
 
@@ -112,9 +112,12 @@ def cut_from(image_CXYZ: npt.NDArray[np.float32], cut: Cut, padding: list[float]
         padding: Value of each channel beyond the scan. The cube's centre lies in the scan.
     """
     x, y, z = image_CXYZ.shape[1:]
-    read, inside = cut.read, inside_of(cut.read.origin, cut.read.footprint, (x, y, z))
-    inner = torch.from_numpy(np.ascontiguousarray(image_CXYZ[:, *slices_of(inside)]))
-    crop = padded_window(inner, read.origin, inside, read.footprint, padding)
+    read = cut.read
+
+    def part_of(part: tuple[slice, ...]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(image_CXYZ[part]))
+
+    crop = cut_window(part_of, read.origin, read.footprint, (x, y, z), padding)
     delivered: npt.NDArray[np.float32] = resize_image(crop[None], read.size)[0].numpy()
     return resampled(delivered, cut)
 
