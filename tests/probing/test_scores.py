@@ -1,10 +1,11 @@
-"""Scores of a probe and their intervals."""
+"""Scores of a probe, their intervals, and measures of collapse, where their values are known."""
 
 import numpy as np
 import pytest
+import torch
 
 from mim3d.metrics import Bootstrap
-from mim3d.probing.scores import Scored, differences, intervals
+from mim3d.probing.scores import Scored, differences, effective_rank, intervals, measure_collapse
 
 
 def scored(predicted: list[int], truth: list[int], patients: list[str], num_classes: int = 3, **more: bool) -> Scored:
@@ -47,3 +48,32 @@ def test_scans_have_an_area_under_the_curve():
     probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]])
     found = Scored(probabilities, np.array([0, 0, 1, 1]), ("a", "b", "c", "d"), with_auc=True)
     assert found.values()["auc"] == pytest.approx(0.75)
+
+
+def test_independent_directions_are_spread_and_of_full_rank():
+    features = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = measure_collapse(features)
+    assert found.feature_std == pytest.approx(1, abs=0.02)
+    assert found.effective_rank == pytest.approx(16, abs=0.1)
+    assert found.mean_cosine == pytest.approx(0, abs=0.01)
+
+
+def test_one_direction_alone_is_collapsed():
+    features = torch.linspace(1, 2, 50, dtype=torch.float64)[:, None] * torch.arange(1, 9, dtype=torch.float64)
+    found = measure_collapse(features)
+    assert found.feature_std == pytest.approx(0, abs=1e-7)
+    assert found.effective_rank == pytest.approx(1)
+    assert found.mean_cosine == pytest.approx(1)
+
+
+def test_the_rank_follows_the_entropy_of_singular_values():
+    features = torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+    assert effective_rank(features) == pytest.approx(2)
+    assert effective_rank(torch.zeros(3, 3, dtype=torch.float64)) == 0
+
+
+def test_the_mean_cosine_is_that_of_all_pairs():
+    features = torch.randn(7, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    normed = torch.nn.functional.normalize(features, dim=1)
+    pairs = [float(normed[i] @ normed[j]) for i in range(7) for j in range(7) if i != j]
+    assert measure_collapse(features).mean_cosine == pytest.approx(sum(pairs) / len(pairs))

@@ -8,9 +8,8 @@ import torch
 
 from mim3d.backbones import create_model
 from mim3d.core.errors import DataError
-from mim3d.probing.features import features_of, token_features
 from mim3d.probing.items import TokenCrop, classes_of, label_set, planned_size, token_labels
-from mim3d.probing.probe import without_encoder
+from mim3d.probing.probe import features_of, token_features, without_encoder
 from mim3d.probing.settings import Probing
 from mim3d.scans.intensity import Intensity
 from tests.array_scans import ArrayScan

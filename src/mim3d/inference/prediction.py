@@ -4,7 +4,6 @@ Rows of a sweep become label values and probabilities on the scan's own grid as 
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -249,66 +248,57 @@ class Resampled:
         # The axis that shrinks most goes first: less work for the other.
         self._across = sorted(across, key=lambda item: item[1].zoom)
         self._where = tuple(slice(0, len(axes[axis].index)) for axis in sweep.order[1:])
-        self._held: deque[Tensor] = deque()
         index, rows = self._along.index, sweep.rows
         # New rows that are a mean of rows without a window alone are background, as everything was to begin with.
         reached = np.flatnonzero(((index >= rows.start) & (index < rows.stop)).any(axis=1))
         self._next, self._stop = int(reached[0]), int(reached[-1]) + 1
-        self._first_held = int(index[self._next].min())
-        self._last = int(index[self._stop - 1].max())
-        self._lead = rows.start - self._first_held
+        # Rows of the sweep by their number, on the new grid across it, and a row that no window touches.
+        self._held: dict[int, Tensor] = {}
+        self._empty: Tensor | None = None
 
     def take(self, first: int, sums_RKUV: Tensor, weights_RUV: Tensor) -> None:
         """Take finished rows; see :data:`mim3d.inference.sweep.Finish`."""
-        for probabilities_KUV in self._outputs.probabilities_of(sums_RKUV, weights_RUV):
-            for _ in range(self._lead):
-                self._take_plane(self._empty_plane(probabilities_KUV.device))
-            self._lead = 0
-            plane = self._empty_plane(probabilities_KUV.device)
-            plane[(slice(None), *self._outputs.sweep.across)] = probabilities_KUV
-            self._take_plane(plane)
+        sweep = self._outputs.sweep
+        shape = [sweep.shape[axis] for axis in sweep.order[1:]]
+        empty_K = torch.tensor(self._outputs.readout.empty, device=sums_RKUV.device)
+        empty_KUV = empty_K[:, None, None].repeat(1, *shape)
+        if self._empty is None:
+            self._empty = self._interpolated(empty_KUV)
+        for row, probabilities_KUV in enumerate(self._outputs.probabilities_of(sums_RKUV, weights_RUV), start=first):
+            plane_KUV = empty_KUV.clone()
+            plane_KUV[(slice(None), *sweep.across)] = probabilities_KUV
+            self._held[row] = self._interpolated(plane_KUV)
+            self._write_upto(row)
 
     def close(self) -> None:
         """Write the rows that wait for rows beyond the last window."""
-        missing = self._last + 1 - self._first_held - len(self._held)
-        if self._next < self._stop:
-            device = self._held[-1].device
-            for _ in range(missing):
-                self._take_plane(self._empty_plane(device))
+        self._write_upto(self._along.num_in)
 
-    def _empty_plane(self, device: torch.device) -> Tensor:
-        u, v = (self._outputs.sweep.shape[axis] for axis in self._outputs.sweep.order[1:])
-        empty = torch.tensor(self._outputs.readout.empty, device=device)
-        return empty[:, None, None].repeat(1, u, v)
-
-    def _take_plane(self, plane_KUV: Tensor) -> None:
-        """Take the next row of the sweep, and write every new row for which all is there."""
+    def _interpolated(self, plane_KUV: Tensor) -> Tensor:
+        """Resample a plane across the sweep, axis by axis: ``sum_k weight[:, k] * plane[index[:, k]]``."""
         for place, axis in self._across:
-            plane_KUV = interpolated(plane_KUV, axis, place)
-        self._held.append(plane_KUV)
-        index, weight = self._along.index, self._along.weight
-        while self._next < self._stop and int(index[self._next].max()) < self._first_held + len(self._held):
-            row = torch.zeros_like(plane_KUV)
-            for at, share in zip(index[self._next], weight[self._next], strict=True):
-                if share:
-                    row.add_(self._held[int(at) - self._first_held], alpha=float(share))
-            self._outputs.write(self._next, self._where, row[None])
-            self._next += 1
-        needed = int(index[self._next].min()) if self._next < self._stop else self._first_held + len(self._held) - 1
-        while self._first_held < needed and self._held:
-            self._held.popleft()
-            self._first_held += 1
-
-
-def interpolated(plane_KUV: Tensor, axis: AxisResampling, place: int) -> Tensor:
-    """Resample a plane along the axis at ``place``: ``sum_k weight[:, k] * plane[index[:, k]]``."""
-    if axis.is_identity:
+            if axis.is_identity:
+                continue
+            shape = [-1 if other == place else 1 for other in range(3)]
+            total = None
+            for index, weight in zip(axis.index.T, axis.weight.T, strict=True):
+                part = plane_KUV.index_select(place, torch.from_numpy(index).to(plane_KUV.device))
+                part *= torch.from_numpy(weight).to(plane_KUV.device).reshape(shape)
+                total = part if total is None else total.add_(part)
+            assert total is not None
+            plane_KUV = total
         return plane_KUV
-    shape = [-1 if other == place else 1 for other in range(3)]
-    total = None
-    for index, weight in zip(axis.index.T, axis.weight.T, strict=True):
-        part = plane_KUV.index_select(place, torch.from_numpy(index).to(plane_KUV.device))
-        part *= torch.from_numpy(weight).to(plane_KUV.device).reshape(shape)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
+
+    def _write_upto(self, row: int) -> None:
+        """Write every new row that is a mean of rows up to ``row``, and forget what no later one needs."""
+        index, weight = self._along.index, self._along.weight
+        assert self._empty is not None
+        while self._next < self._stop and index[self._next].max() <= row:
+            mean_KUV = torch.zeros_like(self._empty)
+            for at, share in zip(index[self._next].tolist(), weight[self._next].tolist(), strict=True):
+                if share:
+                    mean_KUV.add_(self._held.get(at, self._empty), alpha=share)
+            self._outputs.write(self._next, self._where, mean_KUV[None])
+            self._next += 1
+        needed = index[self._next].min() if self._next < self._stop else row
+        self._held = {at: plane_KUV for at, plane_KUV in self._held.items() if at >= needed}

@@ -156,10 +156,7 @@ def label_set(
         ConfigError: A crop that is no multiple of the token edge.
         DataError: Fewer than two labels have clear tokens, or none is left to score on.
     """
-    check_crop_size(probing.crop_size, encoder)
-    size = (probing.crop_size,) * 3 if isinstance(probing.crop_size, int) else probing.crop_size
-    if size is None:
-        size = planned_size(training, encoder.input_multiple, largest)
+    size = checked_crop_size(probing.crop_size, encoder) or planned_size(training, encoder.input_multiple, largest)
     chooser = _Chooser(names, size, encoder.strides[-1], intensity, probing, seed)
     scans = [*training, *held_out]
     of_scan = [chooser.views(scan, number) for number, scan in enumerate(scans if watch is None else watch(scans))]
@@ -191,14 +188,16 @@ def label_set(
     )
 
 
-def check_crop_size(asked: int | Triple | None, encoder: Encoder) -> None:
-    """Refuse a crop that is no multiple of the token edge.
+def checked_crop_size(asked: int | Triple | None, encoder: Encoder) -> Triple | None:
+    """Voxels along X, Y, Z of the crop that is asked for; None where it is to be planned.
 
     Raises:
-        ConfigError: It is no multiple; the sentence names the nearest sizes.
+        ConfigError: It is no multiple of the token edge; the sentence names the nearest sizes.
     """
-    if asked is not None:
-        check_multiple((asked,) * 3 if isinstance(asked, int) else asked, encoder.input_multiple, "probing.crop_size")
+    size = (asked,) * 3 if isinstance(asked, int) else asked
+    if size is not None:
+        check_multiple(size, encoder.input_multiple, "probing.crop_size")
+    return size
 
 
 def _numbered(views: Sequence[View], known: Sequence[int]) -> tuple[View, ...]:

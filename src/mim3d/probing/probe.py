@@ -1,21 +1,26 @@
-"""One probe: features of a probe set, the two classifiers on them, and what they score."""
+"""One probe: frozen features of a probe set, the two classifiers on them, and what they score.
+
+The classifiers, multinomial logistic regression and weighted nearest neighbours, see standardised features, in float64
+on the CPU, and draw nothing at random: the same features give the same scores. Legend: N training items, M items to
+classify, D features, K classes.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import DataError
 from mim3d.nn.tokens import sincos_positions
-from mim3d.probing.classifiers import linear_probabilities, neighbour_probabilities, standardised
-from mim3d.probing.features import Collapse, Watch, features_of, measure_collapse
-from mim3d.probing.items import ProbeSet, classes_of
-from mim3d.probing.scores import Scored
+from mim3d.probing.items import ProbeSet, View, classes_of
+from mim3d.probing.scores import Collapse, Scored, measure_collapse
 from mim3d.probing.settings import Probing
 
 #: Width of the embedding of places.
@@ -23,6 +28,18 @@ PLACE_DIM = 48
 
 #: Voxels of the views that go through the encoder together, and views at most.
 _BATCH_VOXELS, _BATCH_VIEWS = 2 * 96**3, 8
+
+#: Steps of L-BFGS at most; the loss is strictly convex, so that it ends much earlier.
+MAX_STEPS = 300
+
+#: Largest entry of the gradient at which it ends.
+TOLERANCE = 1e-6
+
+#: Items whose similarities are held at a time.
+_QUERIES_AT_ONCE = 1024
+
+#: Passes batches of views on and shows how many have come.
+Watch = Callable[[Sequence[Sequence[View]]], Iterable[Sequence[View]]]
 
 
 @dataclass(frozen=True)
@@ -114,3 +131,125 @@ def _probe(
     patients = tuple(view.patient for view in items.held_out for _ in view.classes_n)
     scored = [Scored(found.numpy(), truth, patients, items.target == "classes") for found in (linear, neighbours)]
     return Probed(scored[0], scored[1], collapse, training_ND.shape[1])
+
+
+def features_of(
+    encoder: Encoder,
+    views: Sequence[View],
+    features: Literal["last", "all"],
+    *,
+    batch_size: int,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Features ``(N, D)`` of all items, float64 on the CPU.
+
+    Args:
+        encoder: Encoder in evaluation mode, on any device.
+        views: Views of one size.
+        features: Which of the encoder's maps.
+        batch_size: Views that go through the encoder together.
+        watch: Passes the batches on, to show progress.
+    """
+    device = next(encoder.parameters()).device
+    batches = [views[start : start + batch_size] for start in range(0, len(views), batch_size)]
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for batch in batches if watch is None else watch(batches):
+            images_BCXYZ = torch.stack([view.load() for view in batch]).to(device)
+            tokens_BLD = token_features(encoder, images_BCXYZ, features).double().cpu()
+            for view, tokens_LD in zip(batch, tokens_BLD, strict=True):
+                if view.tokens_n is None:
+                    found.append(tokens_LD.mean(0, keepdim=True))
+                else:
+                    found.append(tokens_LD[torch.from_numpy(view.tokens_n)])
+    return torch.cat(found)
+
+
+def token_features(encoder: Encoder, images_BCXYZ: Tensor, features: Literal["last", "all"]) -> Tensor:
+    """Features ``(B, L, D)`` of every token, in raster order: the last map, or all, averaged to its tokens."""
+    maps = encoder.feature_maps(images_BCXYZ)
+    x, y, z = maps[-1].shape[2:]
+    chosen = maps[-1:] if features == "last" else [F.adaptive_avg_pool3d(m, (x, y, z)) for m in maps]
+    return torch.cat([m.float() for m in chosen], dim=1).flatten(2).transpose(1, 2)
+
+
+def standardised(training_ND: Tensor, features_MD: Tensor) -> Tensor:
+    """Features less the mean of training features, over their deviation; a feature that does not vary becomes 0."""
+    mean_D, std_D = training_ND.mean(0), training_ND.std(0, correction=0)
+    varies_D = std_D > 1e-9 * (1 + mean_D.abs())
+    return (features_MD - mean_D) * torch.where(varies_D, 1 / std_D.clamp_min(1e-300), 0.0)
+
+
+def linear_probabilities(
+    features_ND: Tensor, targets_N: Tensor, queries_MD: Tensor, num_classes: int, *, l2: float
+) -> Tensor:
+    """Class probabilities ``(M, K)`` of multinomial logistic regression.
+
+    Minimises the mean cross-entropy, classes weighted alike whatever their number of items, plus ``l2 / 2`` times the
+    squared coefficients (not the bias), by L-BFGS (Liu and Nocedal 1989) from zero.
+
+    Args:
+        features_ND: Standardised training features, float64.
+        targets_N: Their classes, each of the K at least once.
+        queries_MD: Standardised features to classify.
+        num_classes: K.
+        l2: Above 0, so that there is one solution.
+    """
+    counts_K = torch.bincount(targets_N, minlength=num_classes).to(features_ND)
+    weights_N = (1 / (num_classes * counts_K))[targets_N]
+    weight = torch.zeros(features_ND.shape[1], num_classes, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=MAX_STEPS,
+        tolerance_grad=TOLERANCE,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        each_N = F.cross_entropy(features_ND @ weight + bias, targets_N, reduction="none")
+        value = (weights_N * each_N).sum() + l2 / 2 * weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        return (queries_MD @ weight + bias).softmax(1)
+
+
+def neighbour_probabilities(
+    features_ND: Tensor,
+    targets_N: Tensor,
+    queries_MD: Tensor,
+    num_classes: int,
+    *,
+    num_neighbours: int,
+    temperature: float,
+) -> Tensor:
+    """Votes ``(M, K)`` of the nearest training items by cosine, each weighing ``exp(cosine / temperature)``.
+
+    The classifier of Wu et al. ("Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018)
+    with the k of 20 and temperature of 0.07 of DINO (Caron et al., ICCV 2021). Those were made for classes of one size;
+    here a vote also weighs the inverse of its class's items, else rare labels would never win.
+
+    Args:
+        features_ND: Standardised training features, float64.
+        targets_N: Their classes, each of the K at least once.
+        queries_MD: Standardised features to classify.
+        num_classes: K.
+        num_neighbours: Number of neighbours that vote; all items where there are fewer.
+        temperature: Temperature of the votes' weights.
+    """
+    known_ND = F.normalize(features_ND, dim=1)
+    counts_K = torch.bincount(targets_N, minlength=num_classes).to(features_ND)
+    votes = []
+    for part in torch.split(F.normalize(queries_MD, dim=1), _QUERIES_AT_ONCE):
+        cosines, places = (part @ known_ND.T).topk(min(num_neighbours, len(known_ND)), dim=1)
+        weights = (cosines / temperature).softmax(1)
+        votes_MK = weights.new_zeros(len(part), num_classes).scatter_add_(1, targets_N[places], weights) / counts_K
+        votes.append(votes_MK / votes_MK.sum(1, keepdim=True))
+    return torch.cat(votes)

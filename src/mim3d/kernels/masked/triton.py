@@ -53,12 +53,12 @@ def convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None
     _check(features_NsssC, neighbours_N27, kernel_size)
     features_NsssC = features_NsssC.contiguous()
     out_NsssC = torch.empty_like(features_NsssC)
-    num_columns, tile = features_NsssC.shape[0] * edge**2, _channels_of_tile(channels)
+    num_columns, constants = features_NsssC.shape[0] * edge**2, _constants(edge, channels, kernel_size)
     # Channels last here as well: the channels of one tap are loaded together.
     taps = weight_C1kkk.reshape(channels, -1).t().contiguous()
     _launch(
         _convolve_kernel,
-        (triton.cdiv(channels, tile) * triton.cdiv(num_columns, TILE // tile),),
+        (triton.cdiv(channels, constants["CHANNELS"]) * triton.cdiv(num_columns, constants["COLUMNS"]),),
         features_NsssC,
         taps,
         taps if bias_C is None else bias_C.contiguous(),
@@ -66,7 +66,7 @@ def convolve(features_NsssC: Tensor, weight_C1kkk: Tensor, bias_C: Tensor | None
         out_NsssC,
         num_columns,
         HAS_BIAS=bias_C is not None,
-        **_constants(edge, channels, kernel_size),
+        **constants,
     )
     return out_NsssC
 
@@ -82,22 +82,22 @@ def weight_gradient(features_NsssC: Tensor, grad_NsssC: Tensor, neighbours_N27: 
     """
     edge, channels = features_NsssC.shape[1], features_NsssC.shape[-1]
     _check(features_NsssC, neighbours_N27, kernel_size)
-    num_columns, tile = features_NsssC.shape[0] * edge**2, _channels_of_tile(channels)
-    num_tiles = triton.cdiv(num_columns, TILE // tile)
+    num_columns, constants = features_NsssC.shape[0] * edge**2, _constants(edge, channels, kernel_size)
+    num_tiles = triton.cdiv(num_columns, constants["COLUMNS"])
     # Set by the data and not by the GPU, so that the order of the sum is always the same.
     partials = max(1, min(MAX_PARTIALS, triton.cdiv(num_tiles, TILES_PER_PARTIAL)))
     tiles_each = triton.cdiv(num_tiles, partials)
     sums = features_NsssC.new_empty(partials, kernel_size**3, channels, dtype=torch.float32)
     _launch(
         _weight_gradient_kernel,
-        (triton.cdiv(channels, tile), kernel_size, partials),
+        (triton.cdiv(channels, constants["CHANNELS"]), kernel_size, partials),
         features_NsssC.contiguous(),
         grad_NsssC.contiguous(),
         neighbours_N27.contiguous(),
         sums,
         num_columns,
         tiles_each,
-        **_constants(edge, channels, kernel_size),
+        **constants,
     )
     return sums.sum(0).t().reshape(channels, 1, *(kernel_size,) * 3)
 
@@ -110,14 +110,10 @@ def _check(features_NsssC: Tensor, neighbours_N27: Tensor, kernel_size: int) -> 
         raise ValueError(f"neighbours are {tuple(neighbours_N27.shape)} for {len(features_NsssC)} blocks")
 
 
-def _channels_of_tile(channels: int) -> int:
-    """The largest power of two that divides the channels, within bounds: no thread is then left without work."""
-    return min(MAX_CHANNELS, max(MIN_CHANNELS, channels & -channels))
-
-
 def _constants(edge: int, channels: int, kernel_size: int) -> dict[str, int]:
     """What kernels are compiled for."""
-    tile = _channels_of_tile(channels)
+    # The largest power of two that divides the channels, within bounds: no thread is then left without work.
+    tile = min(MAX_CHANNELS, max(MIN_CHANNELS, channels & -channels))
     return {
         "WIDTH": channels,
         "EDGE": edge,

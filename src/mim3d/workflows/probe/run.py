@@ -16,7 +16,7 @@ from mim3d.core.progress import counted
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Spacing
 from mim3d.metrics import Bootstrap
-from mim3d.probing.items import ProbeSet, View, check_crop_size
+from mim3d.probing.items import ProbeSet, View, checked_crop_size
 from mim3d.probing.probe import Probed, drawn_from, probe_encoder, random_encoder, without_encoder
 from mim3d.probing.settings import Probing
 from mim3d.reporting.sources import short_names
@@ -105,7 +105,7 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
                 initial = initialise(settings.backbone, path, num_channels, input_layers=settings.input_layers)
             check_channels(cases.cases, initial.recipe)
             assert initial.encoder is not None
-            check_crop_size(settings.probing.crop_size, initial.encoder)
+            checked_crop_size(settings.probing.crop_size, initial.encoder)
             initial.encoder.to(device).eval()
             encoders[path] = initial
         # All scans are of one voxel size; encoders that learned at another warn.

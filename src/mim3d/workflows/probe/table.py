@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mim3d.metrics import Bootstrap
-from mim3d.probing.features import CONVENTIONS as COLLAPSE
 from mim3d.probing.items import ProbeSet
 from mim3d.probing.probe import Probed
 from mim3d.probing.scores import CONVENTIONS, Scored, differences, intervals
@@ -51,7 +50,7 @@ def content_of(rows: Sequence[Row], written: Mapping[str, Any], bootstrap: Boots
         "kind": "probe",
         "target": first.target,
         "settings": dict(written),
-        "conventions": {**CONVENTIONS, **COLLAPSE},
+        "conventions": CONVENTIONS,
         "num_scans": {"training": first.num_scans[0], "held_out": first.num_scans[1]},
         "num_patients_held_out": rows[0].probed.linear.num_patients,
         "features": [

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mim3d.probing.classifiers import linear_probabilities, neighbour_probabilities, standardised
+from mim3d.probing.probe import linear_probabilities, neighbour_probabilities, standardised
 
 
 def blobs(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
