@@ -9,8 +9,8 @@ import torch
 
 from mim3d.commands.export import export
 from mim3d.core.errors import ConfigError
-from mim3d.exporting.description import described as described_network
 from mim3d.exporting.networks import load_exported
+from mim3d.exporting.programs import described as described_network
 from mim3d.exporting.programs import outputs_of
 
 onnx = pytest.importorskip("onnx")

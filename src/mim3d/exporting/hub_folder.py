@@ -1,9 +1,7 @@
 """A network as a folder that can be pushed to Hugging Face as it is, with a README, and that mim3d reads back."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -11,29 +9,13 @@ import mim3d
 from mim3d.backbones.contract import size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json, write_text
-from mim3d.exporting.description import formula, millimetres
-from mim3d.exporting.networks import Exported
+from mim3d.exporting.networks import Exported, formula, millimetres
+from mim3d.reporting.rendering import render
 from mim3d.tasks import TASKS
 from mim3d.weights import save_network
 
 #: Ids of licences as Hugging Face spells them.
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-
-_LOADING_ENCODER = """```python
-import mim3d
-encoder = mim3d.load_encoder("PATH_OR_OWNER/NAME")     # a local folder, or the id of this repository
-maps = encoder.feature_maps(volume)                    # (B, C, X, Y, Z) float32, mapped as above; finest map first
-```
-
-```
-mim3d finetune --data DATA --out runs/mine --weights PATH_OR_OWNER/NAME
-```"""
-
-_LOADING_TASK = """```
-mim3d predict --weights PATH_OR_OWNER/NAME --input SCANS --out predictions{task}
-```
-
-`mim3d.load_encoder("PATH_OR_OWNER/NAME")` gives its encoder alone."""
 
 
 def check_license(license: str | None) -> None:
@@ -82,98 +64,52 @@ def model_card(network: Exported, *, has_seen: bool) -> str:
         network: The network.
         has_seen: Whether the list of scans that it learned from lies beside it.
     """
+    card, form = network.card, network.form
     front_matter = {
         **({} if network.license is None else {"license": network.license}),
         "library_name": "mim3d",
-        "pipeline_tag": network.form.pipeline,
+        "pipeline_tag": form.pipeline,
         "tags": ["mim3d", "medical-imaging", "3d", network.kind],
     }
-    parts = [
-        f"---\n{yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True)}---",
-        f"# {network.kind.capitalize()} made with mim3d",
-        f"{network.form.purpose} Made with mim3d {network.card.get('mim3d_version', mim3d.__version__)}.",
-        f"## Input\n\n{_table(_input_rows(network))}",
-        *_results(network),
-        f"## Training data\n\n{_data(network, has_seen)}",
-        f"## Use\n\n{_loading(network)}\n\nHugging Face ids need `pip install 'mim3d[hub]'`. "
-        "`card.json` holds all settings; the tensors in `model.safetensors` cannot run code.",
-        "A research tool, no medical device.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _loading(network: Exported) -> str:
-    task = network.card.get("task")
-    if network.kind == "encoder" or task is None:
-        return _LOADING_ENCODER
-    return _LOADING_TASK.format(task="" if task["name"] in TASKS else f" --task {task['name']}")
+    task = (card.get("task") or {}).get("name")
+    return render(
+        "hub_readme.md.jinja",
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True),
+        kind=network.kind,
+        purpose=form.purpose,
+        version=card.get("mim3d_version", mim3d.__version__),
+        inputs=_input_rows(network),
+        channels={str(number): name for number, name in enumerate(form.channels)},
+        activation=form.activation,
+        scores={name: f"{value:.4f}" for name, value in (card.get("scores") or {}).items()},
+        digest=card.get("data_digest"),
+        has_seen=has_seen,
+        # Code that is not mim3d's own is named by whoever uses it.
+        foreign_task=None if task in TASKS else task,
+    )
 
 
 def _input_rows(network: Exported) -> dict[str, str]:
-    card = network.card
+    card, size, box = network.card, network.form.input_size, network.form.box
+    view = {}
+    if size is not None:
+        voxels = " x ".join(map(str, size)) + " voxels"
+        if box is None:
+            view = {"window": voxels}
+        elif box["voxel_mm"] is None:
+            view = {"box": f"the whole scan, brought to {voxels}"}
+        else:
+            middle = "the middle of the scan" if box["centre"] == "scan" else "the label's centre of mass"
+            view = {"box": f"{voxels} of {millimetres(box['voxel_mm'], '')} around {middle}"}
+    # Older cards hold one edge for all axes.
+    multiple = card.get("input_multiple", card.get("patch_size"))
+    shown = size_text(tuple(multiple)) if isinstance(multiple, list) else multiple
     return {
         "modality": network.modality or "not recorded",
         "channels (images per scan)": str(network.num_channels),
         "orientation": str(card.get("orientation", "RAS+")),
         "voxel size": millimetres(card.get("spacing_mm"), "of each scan"),
         "intensities": formula(card.get("intensity")),
-        **_view_rows(network),
-        "sizes must be multiples of": _multiple(card),
+        **view,
+        "sizes must be multiples of": "not recorded" if multiple is None else f"{shown} voxels",
     }
-
-
-def _multiple(card: Mapping[str, Any]) -> str:
-    """Return what sizes must be multiples of; older cards hold one edge for all axes."""
-    known = card.get("input_multiple", card.get("patch_size"))
-    if known is None:
-        return "not recorded"
-    return f"{size_text(tuple(known)) if isinstance(known, list) else known} voxels"
-
-
-def _view_rows(network: Exported) -> dict[str, str]:
-    """Return how much of a scan it sees at once; nothing where that is not recorded."""
-    if network.form.input_size is None:
-        return {}
-    size = " x ".join(map(str, network.form.input_size)) + " voxels"
-    box = network.form.box
-    if box is None:
-        return {"window": size}
-    if box["voxel_mm"] is None:
-        return {"box": f"the whole scan, brought to {size}"}
-    middle = "the middle of the scan" if box["centre"] == "scan" else "the label's centre of mass"
-    return {"box": f"{size} of {millimetres(box['voxel_mm'], '')} around {middle}"}
-
-
-def _results(network: Exported) -> list[str]:
-    parts = []
-    if network.form.channels:
-        named = {str(number): name for number, name in enumerate(network.form.channels)}
-        parts.append(f"## Output\n\nChannels ({network.form.activation} gives probabilities):\n\n{_table(named)}")
-    scores = network.card.get("scores") or {}
-    if scores:
-        rows = {name: f"{value:.4f}" for name, value in scores.items()}
-        parts.append(
-            "## Scores\n\nOf these weights on the cases held out in training, by which they were chosen; no test on "
-            f"other data.\n\n{_table(rows)}"
-        )
-    return parts
-
-
-def _data(network: Exported, has_seen: bool) -> str:
-    digest = network.card.get("data_digest")
-    first = "Its data are not recorded." if digest is None else f"Digest of the prepared scans: `{digest}`."
-    if has_seen:
-        return (
-            f"{first} `seen.json` lists digests and coarse fingerprints of the scans it learned from, so that mim3d "
-            "can warn when a held-out scan is among them."
-        )
-    return (
-        f"{first} The list of scans it learned from is not published: whoever has a scan could tell from it whether "
-        "it was among them. So mim3d cannot warn when a held-out scan was learned from; hold your test cases against "
-        "the description of the data."
-    )
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    escaped = [(key.replace("|", "\\|"), value.replace("|", "\\|")) for key, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in escaped)])

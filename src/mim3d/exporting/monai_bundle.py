@@ -1,6 +1,6 @@
 """A segmenter as a MONAI bundle that MONAI's own runner executes without mim3d.
 
-What differs from `mim3d predict` is listed in :data:`DIFFERENCES`, which every bundle's README repeats.
+What differs from `mim3d predict` is listed in every bundle's README (the template ``bundle_readme.md.jinja``).
 """
 
 from importlib.metadata import version
@@ -11,25 +11,11 @@ import torch
 
 from mim3d.core.errors import CheckpointError
 from mim3d.core.files import write_json, write_text
-from mim3d.exporting.description import formula, label_rule
-from mim3d.exporting.networks import Exported
+from mim3d.exporting.networks import Exported, formula, label_rule
 from mim3d.exporting.programs import read_own_program, write_program
+from mim3d.reporting.rendering import render
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
-
-#: Packages that the runner needs besides torch, numpy and MONAI: NIfTI files, and the command line.
-PACKAGES = ("nibabel", "fire")
-
-#: In which label maps of a bundle may differ from those of ``mim3d predict``.
-DIFFERENCES = (
-    "Windows: MONAI keeps the overlap and shifts the last window; mim3d spaces them evenly and, unless told "
-    "`--body_only false`, covers the body alone.",
-    "Resampling, where a voxel size is set: MONAI interpolates linearly from the first voxel's centre; mim3d averages "
-    "where voxels grow, keeps whole numbers whole, and keeps the centre of the scan.",
-    "Mirrored windows and clean-up of components are left out.",
-    "Scans smaller than a window, of several channels: all are padded with one value.",
-    "Images are read by nibabel: NIfTI alone.",
-)
 
 _EPSILON = 1e-6
 
@@ -61,7 +47,13 @@ def write_monai_bundle(network: Exported, folder: Path) -> None:
     torch.save(read_own_program(program).state_dict(), folder / "models" / "model.pt")
     write_json(folder / "configs" / "inference.json", inference_config(network))
     write_json(folder / "configs" / "metadata.json", bundle_metadata(network))
-    write_text(folder / "docs" / "README.md", _readme(network))
+    readme = render(
+        "bundle_readme.md.jinja",
+        num_channels=network.num_channels,
+        intensities=formula(network.card["intensity"]),
+        channels=list(zip(network.form.channels, network.form.label_values, strict=True)),
+    )
+    write_text(folder / "docs" / "README.md", readme)
     license = network.license
     note = f"Licence of the weights: {license}" if license else "No licence of the weights was named at export."
     write_text(folder / "docs" / "license.txt", f"{note}\n")
@@ -114,49 +106,19 @@ def bundle_metadata(network: Exported) -> dict[str, Any]:
     }
 
 
-def _readme(network: Exported) -> str:
-    channels = "\n".join(
-        f"| {number} | {name} | {value} |"
-        for number, (name, value) in enumerate(zip(network.form.channels, network.form.label_values, strict=True))
-    )
-    differences = "\n".join(f"- {sentence}" for sentence in DIFFERENCES)
-    several = (
-        ""
-        if network.num_channels == 1
-        else "\nChannels are files of one folder, named `NAME_0000.nii.gz`, `NAME_0001.nii.gz` and so on.\n"
-    )
-    return f"""# Segmenter made with mim3d
-
-Segments all NIfTI files of a folder, each on its own grid. Needs torch, MONAI, {" and ".join(PACKAGES)}; not mim3d.
-
-```
-python -m monai.bundle run --config_file configs/inference.json --bundle_root . \\
-    --dataset_dir IMAGES --output_dir PREDICTIONS
-```
-{several}
-Intensities: {formula(network.card["intensity"])}.
-
-| channel | name | label value |
-|---|---|---|
-{channels}
-
-`models/model.pt2` is a torch.export program; `torch.export.load` can run code hidden in such a file, as can the
-expressions of a bundle's configuration: run bundles from people you trust alone.
-
-## Where its label maps differ from those of `mim3d predict`
-
-{differences}
-
-A research tool, no medical device.
-"""
-
-
 def inference_config(network: Exported) -> dict[str, Any]:
     """Return the content of ``configs/inference.json``.
 
     Overridable on the command line: ``--bundle_root``, ``--dataset_dir``, ``--output_dir``, ``--datalist``,
     ``--sw_batch_size``, ``--overlap``, ``--device``.
     """
+    files = "$sorted(glob.glob(@dataset_dir + '/*.nii*'))"
+    if network.num_channels > 1:
+        # Files of several channels are named as nnU-Net names them.
+        files = (
+            "$[[first.replace('_0000.nii', f'_{channel:04d}.nii') for channel in range("
+            f"{network.num_channels})] for first in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))]"
+        )
     return {
         "imports": [
             "$import collections",
@@ -169,7 +131,7 @@ def inference_config(network: Exported) -> dict[str, Any]:
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/predictions'",
-        "datalist": _datalist(network.num_channels),
+        "datalist": files,
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "model_path": "$@bundle_root + '/models/model.pt2'",
         "network_def": "$torch.export.unflatten(torch.export.load(@model_path))",
@@ -211,16 +173,6 @@ def inference_config(network: Exported) -> dict[str, Any]:
         "initialize": ["$setattr(@inferer, 'roi_weight_map', @weights)"],
         "run": ["$collections.deque((@segment(item) for item in @dataset), maxlen=0)"],
     }
-
-
-def _datalist(num_channels: int) -> str:
-    """Return the files of ``dataset_dir``; of several channels as nnU-Net names them."""
-    if num_channels == 1:
-        return "$sorted(glob.glob(@dataset_dir + '/*.nii*'))"
-    return (
-        "$[[first.replace('_0000.nii', f'_{channel:04d}.nii') for channel in range("
-        f"{num_channels})] for first in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))]"
-    )
 
 
 def _preprocessing(network: Exported) -> list[dict[str, Any]]:
@@ -282,8 +234,18 @@ def _intensity_helpers(network: Exported) -> dict[str, str]:
 
 
 def _postprocessing(network: Exported) -> list[dict[str, Any]]:
+    each = list(network.form.label_values)
+    if network.form.activation == "softmax":
+        activation = "$lambda logits: torch.softmax(logits, 0)"
+        values = f"torch.tensor({each})[scores.as_tensor().argmax(0, keepdim=True)]"
+    else:
+        activation = "$torch.sigmoid"
+        values = (
+            "functools.reduce(lambda labels, channel: torch.where(channel[0][None] > 0.5, channel[1], labels), "
+            f"zip(scores.as_tensor(), {each}), torch.zeros(1, *scores.shape[1:], dtype=torch.int64))"
+        )
     return [
-        {"_target_": "Lambdad", "keys": "pred", "func": _activation(network)},
+        {"_target_": "Lambdad", "keys": "pred", "func": activation},
         {
             "_target_": "Invertd",
             "keys": "pred",
@@ -292,32 +254,20 @@ def _postprocessing(network: Exported) -> list[dict[str, Any]]:
             "nearest_interp": False,
             "to_tensor": True,
         },
-        {"_target_": "Lambdad", "keys": "pred", "func": _label_values(network)},
+        # Label values (1, X, Y, Z) of probabilities (K, X, Y, Z), with the grid and name of their scan.
+        {
+            "_target_": "Lambdad",
+            "keys": "pred",
+            "func": f"$lambda scores: monai.data.MetaTensor({values}, meta=scores.meta)",
+        },
         {
             "_target_": "SaveImaged",
             "keys": "pred",
             "output_dir": "@output_dir",
             "output_ext": ".nii.gz",
             "output_postfix": "",
-            "output_dtype": "$numpy.uint8" if max(network.form.label_values) < 256 else "$numpy.int32",
+            "output_dtype": "$numpy.uint8" if max(each) < 256 else "$numpy.int32",
             "separate_folder": False,
             "resample": False,
         },
     ]
-
-
-def _activation(network: Exported) -> str:
-    return "$lambda logits: torch.softmax(logits, 0)" if network.form.activation == "softmax" else "$torch.sigmoid"
-
-
-def _label_values(network: Exported) -> str:
-    """Return label values ``(1, X, Y, Z)`` of probabilities ``(K, X, Y, Z)``, with the grid and name of their scan."""
-    each = list(network.form.label_values)
-    if network.form.activation == "softmax":
-        values = f"torch.tensor({each})[scores.as_tensor().argmax(0, keepdim=True)]"
-    else:
-        values = (
-            "functools.reduce(lambda labels, channel: torch.where(channel[0][None] > 0.5, channel[1], labels), "
-            f"zip(scores.as_tensor(), {each}), torch.zeros(1, *scores.shape[1:], dtype=torch.int64))"
-        )
-    return f"$lambda scores: monai.data.MetaTensor({values}, meta=scores.meta)"

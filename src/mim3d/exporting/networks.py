@@ -1,6 +1,6 @@
 """A trained network as it is exported: a module with named outputs, its card, and the input that it takes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,3 +144,29 @@ def _checked(patch_size: Triple | None, multiple: Triple) -> Triple:
         raise ConfigError(f"patch_size is {shown}; it must be three numbers of voxels, such as 96 96 96.")
     check_multiple(patch_size, multiple, "patch_size")
     return patch_size
+
+
+def millimetres(sizes: Sequence[float] | None, otherwise: str) -> str:
+    """Return voxel sizes along X, Y, Z for people, or other words where there are none."""
+    return otherwise if sizes is None else " x ".join(f"{size:.4g}" for size in sizes) + " mm"
+
+
+def formula(intensity: Mapping[str, Any] | None) -> str:
+    """Return the mapping of intensities in words that leave nothing open."""
+    if intensity is None:
+        return "not recorded"
+    if intensity.get("kind") == "zscore" or intensity.get("window") is None:
+        return (
+            "(v - mean) / std for each channel, both over its foreground: voxels above darkest + 5 % of (99.5th "
+            "percentile - darkest), or above -950 where the darkest voxel lies below -200; all voxels where that "
+            "leaves less than one in a thousand"
+        )
+    low, high = intensity["window"]
+    return f"(clip(v, {low:g}, {high:g}) - ({low:g})) / {high - low:g}"
+
+
+def label_rule(network: Exported) -> str:
+    """Return how probabilities become label values, as a formula."""
+    if network.form.activation == "softmax":
+        return "label_values[index of the largest logit]"
+    return "0; then for each channel in order: its label value wherever sigmoid(logit) > 0.5"

@@ -1,12 +1,14 @@
-"""Networks as graphs of the library's own operators, and whether they compute what the network computes.
+"""Networks as programs: ``torch.export`` archives (.pt2) and ONNX files, each with a description beside it.
 
 The hot operations of training are operators of mim3d's own. Here they become what they compute, so that a program runs
-where mim3d is not installed, on any device.
+where mim3d is not installed, on any device. Every program is compared with its network before it is kept.
 """
 
+import importlib.util
 import io
+import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +21,10 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.nn import functional as F
 
-from mim3d.core.errors import CheckpointError
+from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.files import write_json
 from mim3d.core.types import Triple
-from mim3d.exporting.networks import Exported
+from mim3d.exporting.networks import Exported, formula, label_rule
 from mim3d.nn.blocks import Projection
 
 # Shape suffixes: R rows (voxels), C channels, H hidden channels.
@@ -32,6 +35,12 @@ TOLERANCE = 5e-4
 
 #: Seed of the inputs that are compared.
 SEED = 20
+
+#: Packages that ONNX files are made and compared with.
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+#: Tensors beyond this go into a file beside: an ONNX file holds 2 GB at most.
+LARGEST_FILE_BYTES = 1_500_000_000
 
 
 def plain_residual_mlp(
@@ -68,7 +77,12 @@ def traced(program: nn.Module, num_channels: int, patch_size: Triple) -> Exporte
         graph = torch.export.export(program, (example,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False)
         graph = graph.run_decompositions({torch.ops.mim3d.residual_mlp.default: plain_residual_mlp})
     _free_of_devices(graph)
-    _free_of_paths(graph)
+    # The records of the lines of source code that each node came from name folders of this machine.
+    for module in graph.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+                node.meta.pop("from_node", None)
     # They would be stored with the program, and may be larger than it.
     graph.example_inputs = None
     return graph
@@ -80,6 +94,12 @@ def _plain_projections(program: nn.Module) -> Iterator[None]:
 
     Their own way depends on the number of voxels, which would tie a program to that of the samples it was traced with.
     """
+
+    def plain_projection(module: Projection, features_NXYZC: Tensor) -> Tensor:
+        features_NCXYZ = features_NXYZC.permute(0, 4, 1, 2, 3)
+        out = F.conv3d(features_NCXYZ, module.weight, module.bias, stride=module.kernel_size)
+        return out.permute(0, 2, 3, 4, 1)
+
     projections = [module for module in program.modules() if isinstance(module, Projection)]
     for module in projections:
         module.forward = partial(plain_projection, module)  # type: ignore[method-assign]
@@ -88,13 +108,6 @@ def _plain_projections(program: nn.Module) -> Iterator[None]:
     finally:
         for module in projections:
             del module.forward
-
-
-def plain_projection(module: Projection, features_NXYZC: Tensor) -> Tensor:
-    """Compute what a projection does, channels last."""
-    features_NCXYZ = features_NXYZC.permute(0, 4, 1, 2, 3)
-    out = F.conv3d(features_NCXYZ, module.weight, module.bias, stride=module.kernel_size)
-    return out.permute(0, 2, 3, 4, 1)
 
 
 def _free_of_devices(program: ExportedProgram) -> None:
@@ -117,15 +130,6 @@ def _free_of_devices(program: ExportedProgram) -> None:
             assert spec.target is not None
             program.state_dict[spec.target] = program.constants.pop(spec.target)
             inputs[place] = InputSpec(InputKind.BUFFER, spec.arg, spec.target, persistent=True)
-
-
-def _free_of_paths(program: ExportedProgram) -> None:
-    """Drop the records of the lines of source code that each node came from: they name folders of this machine."""
-    for module in program.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)
-                node.meta.pop("from_node", None)
 
 
 def write_program(network: Exported, path: Path) -> tuple[ExportedProgram, dict[str, "Parity"]]:
@@ -225,19 +229,137 @@ def difference(reference: Sequence[Tensor], given: Sequence[Tensor]) -> Parity |
 def inputs_for(network: Exported) -> dict[str, Tensor]:
     """Return what is compared: two samples of noise, and one sample of intensities such as a scan has."""
     generator = torch.Generator().manual_seed(SEED)
-    shape = (network.num_channels, *network.patch_size)
-    noise = torch.randn(2, *shape, generator=generator)
-    intensity = network.card.get("intensity") or {}
-    return {"random input": noise, "scan-like input": _scan_like(shape, intensity.get("kind"), generator)}
-
-
-def _scan_like(shape: tuple[int, ...], kind: str | None, generator: torch.Generator) -> Tensor:
-    """Air, soft tissue and bone in smooth shapes with a little noise, mapped as the network's input is."""
-    channels, *size = shape
-    coarse = torch.randn(1, channels, *(max(2, edge // 12) for edge in size), generator=generator)
+    size = network.patch_size
+    noise = torch.randn(2, network.num_channels, *size, generator=generator)
+    # Air, soft tissue and bone in smooth shapes with a little noise, mapped as the network's input is.
+    coarse = torch.randn(1, network.num_channels, *(max(2, edge // 12) for edge in size), generator=generator)
     smooth = F.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
     image = torch.where(smooth < -0.2, 0.0, torch.where(smooth > 0.8, 1.0, 0.5))
     image = (image + 0.03 * torch.randn(image.shape, generator=generator)).clamp(0, 1)
-    if kind == "zscore":
-        return (image - image.mean()) / image.std()
-    return image
+    if (network.card.get("intensity") or {}).get("kind") == "zscore":
+        image = (image - image.mean()) / image.std()
+    return {"random input": noise, "scan-like input": image}
+
+
+def write_torch_program(network: Exported, folder: Path) -> None:
+    """Write ``model.pt2`` and ``metadata.json`` into a folder that exists and is empty.
+
+    Raises:
+        CheckpointError: The program computes something else once it is read back.
+    """
+    graph, parity = write_program(network, folder / "model.pt2")
+    results = graph.graph_module.graph.output_node().args[0]
+    assert isinstance(results, (tuple, list))
+    shapes = [["batch", *(int(size) for size in result.meta["val"].shape[1:])] for result in results]
+    content = described(network, parity, dict(zip(network.form.outputs, shapes, strict=True)))
+    write_json(folder / "metadata.json", content)
+
+
+def check_onnx() -> None:
+    """Refuse where the packages for ONNX are missing.
+
+    Raises:
+        ConfigError: The sentence names them, and how to install them.
+    """
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"--format onnx needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}; install with: "
+            "pip install 'mim3d[onnx]'."
+        )
+
+
+def write_onnx(network: Exported, folder: Path) -> None:
+    """Write ``model.onnx`` and ``metadata.json`` into a folder that exists and is empty.
+
+    Raises:
+        CheckpointError: ONNX Runtime computes something else.
+    """
+    import onnxruntime
+
+    path, program = folder / "model.onnx", network.form.program
+    size_bytes = sum(value.numel() * value.element_size() for value in program.state_dict().values())
+    graph = traced(program, network.num_channels, network.patch_size)
+    # The exporter logs which optional packages it does without; none of them is needed.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with quiet():
+            torch.onnx.export(
+                graph,
+                (),
+                path,
+                dynamo=True,
+                input_names=["image"],
+                output_names=list(network.form.outputs),
+                external_data=size_bytes > LARGEST_FILE_BYTES,
+            )
+    finally:
+        logger.setLevel(level)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(image: Tensor) -> Sequence[Tensor]:
+        return [torch.from_numpy(values) for values in session.run(None, {"image": image.numpy()})]
+
+    parity = compared(network, run, path.name)
+    shapes = {output.name: ["batch", *output.shape[1:]] for output in session.get_outputs()}
+    write_json(folder / "metadata.json", described(network, parity, shapes))
+
+
+def described(
+    network: Exported, parity: Mapping[str, Parity], output_shapes: Mapping[str, list[Any]]
+) -> dict[str, Any]:
+    """Return the content of ``metadata.json`` beside a program.
+
+    Args:
+        network: The network.
+        parity: Differences between network and program that were measured at export, by the name of the input.
+        output_shapes: Shape of each output by its name.
+    """
+    card, form = network.card, network.form
+    preprocessing: dict[str, Any] = {
+        "orientation": card.get("orientation", "RAS+"),
+        "spacing_mm": card.get("spacing_mm"),
+        "intensity": card.get("intensity"),
+        "intensity_formula": formula(card.get("intensity")),
+        "padding": "each channel's darkest value (of CT at least -1024 HU), mapped like all others",
+    }
+    if form.box is not None:
+        preprocessing["box"] = dict(form.box)
+    meaning = f"logits of the channels; {form.activation} gives probabilities"
+    if form.activation is None:
+        meaning = "feature map, one voxel for every {stride} of the input along each axis"
+    content: dict[str, Any] = {
+        "format": 1,
+        "network": network.kind,
+        "license": network.license,
+        "modality": network.modality,
+        "input": {
+            "name": "image",
+            "dtype": "float32",
+            "shape": ["batch", network.num_channels, *network.patch_size],
+            "axes": "samples, channels, then X (to the right), Y (to the front), Z (to the head): RAS+ voxel order",
+        },
+        "preprocessing": preprocessing,
+        "outputs": [
+            {
+                "name": name,
+                "dtype": "float32",
+                "shape": output_shapes[name],
+                "meaning": meaning.format(stride=name.removeprefix("features_stride")),
+            }
+            for name in form.outputs
+        ],
+        "parity": {name: {"absolute": value.absolute, "relative": value.relative} for name, value in parity.items()},
+        "card": {key: card[key] for key in ("backbone", "data_digest", "mim3d_version", "scores") if key in card},
+    }
+    if form.channels:
+        content["channels"] = list(form.channels)
+        content["activation"] = form.activation
+    if form.label_values:
+        content["label_values"] = list(form.label_values)
+        content["label_map"] = label_rule(network)
+    return content

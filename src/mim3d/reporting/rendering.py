@@ -1,4 +1,4 @@
-"""Templates of the report and of the tables for a paper, filled by jinja2."""
+"""Templates of the report, of the tables for a paper and of READMEs, filled by jinja2."""
 
 import functools
 import re

@@ -11,7 +11,7 @@ from mim3d.core.types import Named, Triple
 from mim3d.exporting.hub_folder import check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import require_segmenter, write_monai_bundle
 from mim3d.exporting.networks import load_exported
-from mim3d.exporting.program_files import check_onnx, write_onnx, write_torch_program
+from mim3d.exporting.programs import check_onnx, write_onnx, write_torch_program
 from mim3d.weights import WEIGHTS_NAME
 from mim3d.workflows.shared.leakage import SEEN_NAME
 
