@@ -246,6 +246,8 @@ def test_an_unknown_setting_in_a_file_names_the_file_and_the_nearest(tmp_path, c
         ("train D", "mim3d train needs --out; see mim3d train --help."),
         ("train --out O", "mim3d train needs DATA; see mim3d train --help."),
         ("train D E --out O", "mim3d train cannot place 'E'"),
+        ("train D --out O --resume maybe", "--resume is 'maybe', but it takes true or false."),
+        ("train D --out O --resume yes", "--resume is 'yes', but it takes true or false."),
         ("train D --out", "mim3d train --out has no value"),
         ("train D --out O --max_steps many", "--max_steps is 'many', but it takes a whole number or null."),
         ("train D --out O --size 1 2", "--size has 2 values"),

@@ -55,6 +55,29 @@ def test_scores_are_written_per_case_label_and_mean(folders, capsys):
     assert capsys.readouterr().out.rstrip().endswith(str(folders / "s.json"))
 
 
+def test_the_printed_table_cuts_no_number_short_on_80_columns(folders, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for file in folders.glob("*/*.nii.gz"):
+        write(file, nib.load(file).get_fdata(), np.diag([212.3, 212.3, 424.6, 1.0]))
+    (folders / "dataset.json").write_text('{"labels": {"0": "bg", "left upper lobe of the lung": 1, "spleen": 2}}')
+    found = run(folders, lesions=True, compare=str(folders / "ref"))
+    shown = capsys.readouterr().out
+    assert "\u2026" not in shown and max(map(len, shown.splitlines()[:-2])) <= 80
+    for row in found["per_label"].values():
+        assert f"{row['volume_error_ml']:.2f}" in shown and f"{row['lesions']['sensitivity']:.4f}" in shown
+    for low, high in (found["mean_ci95"]["volume_error_ml"], found["mean_ci95"]["dice"]):
+        assert any(f"{low:.{digits}f}" in shown and f"{high:.{digits}f}" in shown for digits in (2, 4))
+
+
+def test_the_number_of_cases_is_said_in_good_english(folders, capsys):
+    run(folders)
+    assert "Scores of 2 cases: " in capsys.readouterr().out
+    for file in folders.glob("*/b.nii.gz"):
+        file.unlink()
+    run(folders)
+    assert "Scores of 1 case: " in capsys.readouterr().out
+
+
 def test_the_csv_beside_holds_the_same_numbers(folders):
     found = run(folders)
     with open(folders / "s.csv", encoding="utf-8", newline="") as file:

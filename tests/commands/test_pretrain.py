@@ -198,7 +198,10 @@ def test_the_time_limit_counts_from_the_beginning_of_the_command(ball_set, tmp_p
 
     monkeypatch.setattr(pretrain_module, "open_scans", slow)
     learn(ball_set, tmp_path / "run", max_steps=100_000, max_time="00:00:01")
-    assert "stopped at step 1: the time limit of 1 s was reached" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "stopped after step 1 of 100000, because the time limit of 1 s was reached" in shown.err
+    assert (shown.out + shown.err).count("stopped") == 1
+    assert shown.err.count("--resume true") == 1
 
 
 def test_levels_left_out_are_planned_and_written_into_the_config(ball_set, tmp_path):

@@ -2,12 +2,14 @@
 
 import inspect
 
+import numpy as np
 import pytest
 
 import mim3d
 from mim3d.cli import COMMANDS, overview
 from mim3d.cli.arguments import RESERVED
 from mim3d.cli.help import help_text
+from mim3d.core.errors import ConfigError
 
 
 def test_the_commands_are_those_that_work():
@@ -58,3 +60,44 @@ def test_rooms_of_the_package_do_not_take_the_place_of_commands():
     import mim3d.reporting
 
     assert all(callable(getattr(mim3d, name)) for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("pretrain", {"data": "D", "out": "O", "seed": "abc"}, "seed is 'abc', but it takes a whole number."),
+        ("pretrain", {"data": "D", "out": "O", "spacing_mm": (1.0, 2.0)}, r"spacing_mm has 2 values"),
+        (
+            "finetune",
+            {"data": "D", "out": "O", "max_steps": "many"},
+            "max_steps is 'many', but it takes a whole number",
+        ),
+        ("predict", {"weights": "W", "out": 3}, "out is 3, but it takes text."),
+        (
+            "evaluate",
+            {"predictions": "P", "references": "R", "out": "o.json", "tables": 2},
+            "tables is 2, but it takes",
+        ),
+        ("export", {"weights": ["W"], "out": "O"}, r"weights is \['W'\], but it takes text."),
+        ("probe", {"weights": "W", "data": "D", "probing": 3}, "probing is 3"),
+        ("cache", {"data": "D", "out": "O", "num_levels": "all"}, "num_levels is 'all', but it takes a whole number."),
+        ("phantom", {"out": "O", "num_cases": None}, "num_cases is None, but it takes a whole number."),
+        ("report", {"runs": 3, "out": "o.html"}, "runs is 3, but it takes a list, each text."),
+    ],
+)
+def test_a_python_call_refuses_a_value_of_another_type_in_one_sentence(name, settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        getattr(mim3d, name)(**settings)
+
+
+def test_a_python_call_takes_paths_and_numbers_of_numpy(tmp_path):
+    made = mim3d.phantom(tmp_path / "set", num_cases=np.int64(1), size=[32, 32, 32])
+    assert made == str(tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_only_what_a_command_is_about_may_be_given_by_position_in_python(name):
+    parameters = inspect.signature(getattr(mim3d, name)).parameters.values()
+    by_position = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    natural = {"predict": ["weights", "out", "input"]}
+    assert by_position == natural.get(name, [p.name for p in parameters if p.default is inspect.Parameter.empty])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin
 
 from mim3d.core.errors import ConfigError
-from mim3d.core.settings import coerce, nearest, parse_yaml, read_yaml, update_settings
+from mim3d.core.settings import coerce, describe, nearest, parse_yaml, read_yaml, update_settings
 
 _FLAG = re.compile(r"--[A-Za-z]")
 _SHORT_FLAG = re.compile(r"-[A-Za-z]+")
@@ -134,6 +134,8 @@ def split_line(words: Sequence[str], signature: Signature) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     loose: list[str] = []
+    # Words that stand behind a flag of true or false and are neither: the flag alone means true.
+    beside: dict[str, str] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -147,12 +149,17 @@ def split_line(words: Sequence[str], signature: Signature) -> dict[str, Any]:
         values = [attached] if equals else _values_at(rest, hint)
         if not equals:
             del rest[: len(values)]
+            if not values and rest:
+                beside[rest[0]] = key
         found[key] = _value_of(key, values, hint, signature.command)
     for name in signature.positional:
         limit = word_limit(signature.hints[name])
         taken, loose = loose[:limit], loose[len(loose) if limit is None else limit :]
         if taken:
             found[name] = taken if limit is None or len(taken) > 1 else taken[0]
+    if loose and loose[0] in beside:
+        key = beside[loose[0]]
+        raise ConfigError(f"--{key} is {loose[0]!r}, but it takes {describe(signature.hint_of(key))}.")
     if loose:
         raise ConfigError(f"mim3d {signature.command} cannot place '{loose[0]}'; see mim3d {signature.command} --help.")
     return found

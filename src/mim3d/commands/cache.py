@@ -3,12 +3,15 @@
 from typing import Literal
 
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.command import typed
 from mim3d.workflows.cache import cache_data_set
 
 
+@typed
 def cache(
     data: str,
     out: str,
+    *,
     spacing_mm: tuple[float, float, float] | None = None,
     intensities: Literal["auto", "lossless", "8-bit"] = "auto",
     window: tuple[float, float] = (-1000.0, 1000.0),

@@ -1,10 +1,13 @@
 """The command that makes the data that come with mim3d: a labelled set of synthetic CT scans."""
 
+from mim3d.core.command import typed
 from mim3d.phantoms.dataset import PhantomSettings, make_set
 
 
+@typed
 def phantom(
     out: str,
+    *,
     num_cases: int = 12,
     size: tuple[int, int, int] = (224, 224, 160),
     seed: int = 0,

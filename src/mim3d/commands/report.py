@@ -1,9 +1,11 @@
 """``mim3d report``: one HTML page on one or more runs."""
 
+from mim3d.core.command import typed
 from mim3d.reporting.page import write_report
 
 
-def report(runs: list[str], out: str, scores: list[str] | None = None) -> str:
+@typed
+def report(runs: list[str], out: str, *, scores: list[str] | None = None) -> str:
     """Write one self-contained HTML page: scores, segmentations, curves, reconstructions and settings.
 
     Several runs are shown side by side. The page loads nothing from elsewhere, so it can be sent as it is.

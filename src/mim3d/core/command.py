@@ -1,4 +1,4 @@
-"""Commands whose parameters are the fields of a class of settings, and the meanings that docstrings give them."""
+"""Commands as functions: their arguments are typed, and may be written once as the fields of a class of settings."""
 
 import functools
 import inspect
@@ -7,9 +7,34 @@ import typing
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from mim3d.core.settings import coerce
+
 P = ParamSpec("P")
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
+
+
+def typed(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Let a function turn its arguments into what their annotations ask for, as the command line and YAML do.
+
+    The function then raises ConfigError for a value of another type; the sentence names argument, value and type.
+
+    Args:
+        function: A function with annotations.
+    """
+    signature, hints = inspect.signature(function), typing.get_type_hints(function)
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> Result:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
+        for name, value in given.arguments.items():
+            given.arguments[name] = coerce(value, hints[name], name)
+        return function(*given.args, **given.kwargs)
+
+    return called
 
 
 def command(settings: Callable[P, Settings]) -> Callable[[Callable[[Settings], Result]], Callable[P, Result]]:
@@ -24,29 +49,23 @@ def command(settings: Callable[P, Settings]) -> Callable[[Callable[[Settings], R
 
     def decorate(function: Callable[[Settings], Result]) -> Callable[P, Result]:
         @functools.wraps(function)
-        def called(*args: P.args, **kwargs: P.kwargs) -> Result:
-            try:
-                signature.bind(*args, **kwargs)
-            except TypeError as error:
-                # In the name of the function that was called, not of its class of settings.
-                raise TypeError(f"{function.__name__}() {error}") from None
+        def from_fields(*args: P.args, **kwargs: P.kwargs) -> Result:
             return function(settings(*args, **kwargs))
 
         assert isinstance(settings, type)
         signature = inspect.signature(settings)
         # A class's own fields before those that it inherits, which Python's own order puts first.
         order = [name for owner in inspect.getmro(settings) for name in vars(owner).get("__annotations__", {})]
-        parameters = sorted(signature.parameters.values(), key=lambda parameter: order.index(parameter.name))
-        parameters.sort(key=lambda parameter: parameter.kind)
-        meanings = documented(settings, "Attributes")
-        described = [f"    {name}: {meanings[name]}" for name in (parameter.name for parameter in parameters)]
-        hints = typing.get_type_hints(settings)
-        vars(called).update(
+        parameters = sorted(signature.parameters.values(), key=lambda p: (p.kind, order.index(p.name)))
+        names = [parameter.name for parameter in parameters]
+        hints, meanings = typing.get_type_hints(settings), documented(settings, "Attributes")
+        vars(from_fields).update(
             __signature__=signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
         )
-        called.__annotations__ = {parameter.name: hints[parameter.name] for parameter in parameters}
-        called.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Args:", *described])
-        return called
+        from_fields.__annotations__ = {name: hints[name] for name in names}
+        described = [f"    {name}: {meanings[name]}" for name in names]
+        from_fields.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Args:", *described])
+        return typed(from_fields)
 
     return decorate
 

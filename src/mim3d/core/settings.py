@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import numbers
 import os
 import re
 import types
@@ -123,6 +124,9 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if kind is tuple or _is_list(kind):
         return _coerce_items(value, hint, where)
     if isinstance(kind, type) and issubclass(kind, Mapping):
+        # A named choice may be settings already, see `resolve`.
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return value
         if not isinstance(value, Mapping):
             raise _wrong(value, hint, where)
         key_hint, value_hint = arguments or (Any, Any)
@@ -190,14 +194,19 @@ def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
             return None
     elif hint is Path and isinstance(value, (str, Path)):
         return Path(value)
+    elif hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     elif not isinstance(hint, type) or isinstance(value, hint):
         return value
     raise _wrong(value, hint, where)
 
 
-def _number(value: Any) -> int | float | None:
-    if isinstance(value, (int, float)):
-        return None if isinstance(value, bool) else value
+def _number(value: Any) -> Any:
+    """A number, also one of NumPy or in a text; None for anything else, such as a truth value."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, numbers.Real):
+        return value
     for kind in (int, float) if isinstance(value, str) else ():
         try:
             return kind(value)

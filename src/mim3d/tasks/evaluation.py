@@ -1,7 +1,8 @@
 """What `mim3d evaluate` gives a task, what it takes back, and how scores are shown."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from mim3d.core.errors import ConfigError
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mim3d.reporting.paper_tables import PaperTable
+
+#: Most characters of a line in the head of a column, where its words are no longer.
+HEAD_WIDTH = 8
 
 #: Names of columns, and rows of cells.
 CsvTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
@@ -87,6 +91,7 @@ class EvaluationSettings(LabelMapSettings, ClassTableSettings):
     predictions: str
     references: str | list[str]
     out: str
+    _: KW_ONLY
     compare: str | None = None
     num_bootstrap: int = 2000
     seed: int = 0
@@ -143,13 +148,22 @@ class Scores:
 
 
 def printed_table(title: str | None, first: str, columns: Sequence[str]) -> "Table":
-    """Return an empty table for the terminal, whose first column names the rows."""
+    """Return an empty table for the terminal, whose first column names the rows.
+
+    On a narrow terminal these names are broken, never a number, which says nothing when it is cut short.
+
+    Args:
+        title: Title above the table.
+        first: Head of the first column.
+        columns: Heads of the columns of numbers.
+    """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, no_wrap=True)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(first, overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column("\n".join(wrap(column, HEAD_WIDTH, break_long_words=False)), justify="right", no_wrap=True)
     return table
 
 

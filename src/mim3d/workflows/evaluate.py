@@ -38,7 +38,7 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
         write_text(f"{stem}.md", markdown(scores.paper_tables))
         write_text(f"{stem}.tex", latex(scores.paper_tables))
         print(f"Tables: {stem}.md, {stem}.tex")
-    print(f"Scores of {scores.num_cases} cases: {path}")
+    print(f"Scores of {scores.num_cases} case{'' if scores.num_cases == 1 else 's'}: {path}")
     return path
 
 

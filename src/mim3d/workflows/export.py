@@ -1,7 +1,7 @@
 """Export of a trained network: checks before any work begins, then one folder for each format."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 from mim3d.core.errors import ConfigError
@@ -45,6 +45,7 @@ class ExportSettings:
 
     weights: str
     out: str
+    _: KW_ONLY
     format: str | list[str] = "safetensors"
     network: str | None = None
     patch_size: Triple | None = None

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class PredictSettings(PredictionSettings):
     weights: str | list[str]
     out: str
     input: str | list[str] | None = None
+    _: KW_ONLY
     task: str | None = None
     backbone: Named | None = None
     accelerator: str = "auto"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from statistics import fmean
 
 import torch
@@ -63,6 +63,7 @@ class PretrainSettings(TrainingSettings):
 
     data: str
     out: str
+    _: KW_ONLY
     method: Named = "MiM"
     backbone: Named = "hybrid_base"
     weights: str | None = None
@@ -75,8 +76,8 @@ class PretrainSettings(TrainingSettings):
     split_seed: int = 0
     probe: str | None = None
     probe_every: int | None = None
-    batch_size: int = field(default=1, kw_only=True)
-    strict: bool = field(default=False, kw_only=True)
+    batch_size: int = 1
+    strict: bool = False
 
     @property
     def folds(self) -> FoldChoice:
@@ -221,7 +222,5 @@ def _close(run: Run, method: Method, result: TrainResult, keeper: LastEncoder | 
     if result.finished and len(lines) >= LEAST_LINES:
         for sentence in method.idle_parts(means):
             print(f"warning: {sentence}")
-    if not result.finished:
-        print(f"stopped at step {result.step}: {result.reason}; go on with: {run.how_to_resume}")
     print(keeper.conclusion(result.best))
     return str(run.path)

@@ -323,7 +323,8 @@ def _printed(content: Mapping[str, Any]) -> "list[Table]":
     mean, ends = content["mean"], content["mean_ci95"]
     table.add_row("mean", str(content["num_cases"]), *(number_cell(mean[key], key) for key in keys), "", "")
     if ends["dice"] is not None:
-        table.add_row("95 % interval", "", *(interval_cell(ends[key], key) for key in keys), "", "")
+        in_two_lines = [interval_cell(ends[key], key).replace(" to ", " to\n") for key in keys]
+        table.add_row("95 % interval", "", *in_two_lines, "", "")
     tables = [table]
     lesions = {name: row["lesions"] for name, row in content["per_label"].items() if "lesions" in row}
     if lesions:

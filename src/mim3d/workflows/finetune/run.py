@@ -236,7 +236,5 @@ def _close(run: Run, objective: Objective, result: TrainResult, network: str, ca
         )
         scores = ", ".join(f"{name} {value:.4f}" for name, value in best["values"].items())
         print(f"kept: the weights of step {best['step']}{f' ({scores} on the held-out cases)' if scores else ''}")
-    if not result.finished:
-        print(f"stopped at step {result.step}: {result.reason}; go on with: {run.how_to_resume}")
     print(f"{network}: {run.path / network}")
     return FinetuneResult(run.path, finished=result.finished, step=best["step"], scores=best["values"])

@@ -1,6 +1,6 @@
 """The settings of fine-tuning."""
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from mim3d.core.types import Named, Spacing
@@ -44,6 +44,7 @@ class FinetuneSettings(TrainingSettings):
 
     data: str
     out: str
+    _: KW_ONLY
     task: Named = "segmentation"
     weights: str | None = None
     backbone: Named | None = None
@@ -60,8 +61,8 @@ class FinetuneSettings(TrainingSettings):
     train_cases: int | None = None
     train_list: str | None = None
     train_seed: int = 0
-    validate_every: int | None = field(default=None, kw_only=True)
-    patience: int | None = field(default=None, kw_only=True)
+    validate_every: int | None = None
+    patience: int | None = None
 
     @property
     def train_part(self) -> TrainPart:

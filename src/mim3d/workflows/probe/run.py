@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class ProbeSettings:
 
     weights: str | list[str]
     data: str
+    _: KW_ONLY
     out: str | None = None
     target: Target | None = None
     backbone: Named | None = None
