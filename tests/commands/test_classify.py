@@ -11,8 +11,8 @@ import pytest
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
-from mim3d.core.devices import choose_device
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.resources import choose_device
 from mim3d.core.run_folder import read_run
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity

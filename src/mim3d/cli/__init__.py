@@ -116,17 +116,12 @@ def _run(words: list[str]) -> int:
 def overview() -> str:
     """The text of ``mim3d --help``."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: mim3d COMMAND [--config FILE.yaml] [flags]",
-            "",
-            "Masked pre-training and fine-tuning for 3-D medical images.",
-            "",
-            *lines,
-            "",
-            "mim3d COMMAND --help lists the flags of a command; mim3d --version gives the version.",
-        ]
+    listed = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: mim3d COMMAND [--config FILE.yaml] [flags]\n\n"
+        "Masked pre-training and fine-tuning for 3-D medical images.\n\n"
+        f"{listed}\n\n"
+        "mim3d COMMAND --help lists the flags of a command; mim3d --version gives the version."
     )
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mim3d.cli.arguments import Signature, is_named, word_limit
 from mim3d.core.command import documented
-from mim3d.core.settings import describe, to_mapping
+from mim3d.core.settings import describe, spelled, to_mapping
 
 #: Widest column of flags on a narrow terminal; what is longer goes on in the next line.
 FLAG_COLUMN = 30
@@ -96,7 +96,9 @@ def _flag_help(key: str, meaning: str, default: Any, signature: Signature) -> Fl
         facts.append("required")
     shown = to_mapping(default)
     if shown is not None:
-        facts.append(f"default {_shown(shown)}")
+        # A named choice is known by its name.
+        name = shown.get("name", shown) if isinstance(shown, dict) else shown
+        facts.append(f"default {spelled(name) or 'none'}")
     if key in signature.positional:
         facts.append("needs no flag")
     return FlagHelp(f"--{key} {_values(hint)}", meaning, tuple(facts))
@@ -110,11 +112,3 @@ def _values(hint: Any) -> str:
     if limit is None:
         return "VALUE ..."
     return "NAME" if is_named(hint) else " ".join(["VALUE"] * limit)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_shown, value)) or "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value.get("name", value)) if isinstance(value, dict) else str(value)

@@ -98,10 +98,9 @@ def atomic_folder(path: str | os.PathLike[str], *, remedy: str | None = REMEDY) 
 @contextmanager
 def _scratch_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=".", suffix=_SUFFIX, dir=target.parent, ignore_cleanup_errors=True
-    ) as scratch:
-        yield Path(scratch)
+    scratch = tempfile.TemporaryDirectory(prefix=".", suffix=_SUFFIX, dir=target.parent, ignore_cleanup_errors=True)
+    with scratch as path:
+        yield Path(path)
 
 
 def remove_partial(folder: str | os.PathLike[str]) -> None:
@@ -144,13 +143,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, remedy: str | None = 
 
 
 def write_json(
-    path: str | os.PathLike[str],
-    content: Any,
-    *,
-    indent: int = 2,
-    sort_keys: bool = False,
-    allow_nan: bool = True,
-    remedy: str | None = REMEDY,
+    path: str | os.PathLike[str], content: Any, *, indent: int = 2, allow_nan: bool = True, remedy: str | None = REMEDY
 ) -> None:
     """Write JSON so that the file is there whole or not at all, even after a power cut.
 
@@ -158,7 +151,6 @@ def write_json(
         path: File to be written.
         content: Dicts, lists and scalars.
         indent: Number of spaces that each level is indented by.
-        sort_keys: Whether keys are written in alphabetical order.
         allow_nan: Whether numbers that are not finite are written as ``NaN`` and ``Infinity``.
         remedy: End of the sentence about a failure. None passes an OSError on as it is.
 
@@ -166,16 +158,12 @@ def write_json(
         DataError: The folder cannot be written to, or the disk is full. Nothing was changed.
         ValueError: A number is not finite, and ``allow_nan`` is false.
     """
-    text = json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan)
+    text = json.dumps(content, indent=indent, allow_nan=allow_nan)
     write_text(path, f"{text}\n", remedy=remedy)
 
 
 def write_csv(
-    path: str | os.PathLike[str],
-    head: Sequence[str],
-    rows: Iterable[Sequence[Any]],
-    *,
-    remedy: str | None = REMEDY,
+    path: str | os.PathLike[str], head: Sequence[str], rows: Iterable[Sequence[Any]], *, remedy: str | None = REMEDY
 ) -> None:
     """Write a table as CSV so that the file is there whole or not at all, even after a power cut.
 

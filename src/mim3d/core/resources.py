@@ -1,8 +1,14 @@
-"""What the machine has: memory as the system and its control groups count it, and cores."""
+"""What the machine has: cores, memory as the system and its control groups count it, and devices to compute on."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mim3d.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _ROOT = Path("/")
 
@@ -14,6 +20,9 @@ _GROUP_FILES = {
 
 #: File pages that count as used in a group but are given back when memory is short; the older version's names too.
 _RECLAIMABLE = (("total_inactive_file", "inactive_file"), ("total_active_file", "active_file"))
+
+#: Name that a user gives -> kind of device.
+KINDS = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda", "mps": "mps"}
 
 
 def in_words(num_bytes: int) -> str:
@@ -102,3 +111,47 @@ def _fields(path: Path) -> dict[str, int]:
     except OSError:
         return {}
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def choose_accelerator(name: str) -> str:
+    """The kind of device for an ``accelerator`` setting: ``cpu``, ``cuda`` or ``mps``.
+
+    Args:
+        name: One of :data:`KINDS`, or ``auto`` for the fastest kind that this machine has.
+    """
+    return next(kind for kind, there in _available().items() if there) if name == "auto" else KINDS[name]
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device for an ``accelerator`` setting, once it is known to be there.
+
+    Args:
+        name: One of :data:`KINDS`, or ``auto`` for the fastest kind that this machine has.
+    Raises:
+        ConfigError: An unknown name, or a device that this machine lacks.
+    """
+    import torch
+
+    if name not in ("auto", *KINDS):
+        raise ConfigError(f"accelerator is '{name}'; use one of auto, {', '.join(KINDS)}.")
+    kind, available = choose_accelerator(name), _available()
+    if not available[kind]:
+        there = " or ".join(other for other, found in reversed(available.items()) if found)
+        raise ConfigError(
+            f"accelerator is '{name}', but this machine shows no such device; use accelerator {there}, or auto."
+        )
+    return torch.device(kind)
+
+
+def device_name(device: "torch.device") -> str:
+    """The device in words, for people."""
+    import torch
+
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def _available() -> dict[str, bool]:
+    """Whether this machine has each kind of device, the fastest kinds first."""
+    import torch
+
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

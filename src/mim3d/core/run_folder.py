@@ -152,7 +152,8 @@ class Run:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of metrics; what is not finite becomes null, as JSON knows no such number."""
         if self.writes:
-            line = {"step": step, **{name: finite_or_none(value) for name, value in values.items()}}
+            numbers = {name: float(value) for name, value in values.items()}
+            line = {"step": step, **{name: n if math.isfinite(n) else None for name, n in numbers.items()}}
             with explained_write(self.metrics_path, GO_ON), open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
@@ -330,12 +331,6 @@ def picture_files(path: Path) -> dict[int, Path]:
     """Find the picture files of a run folder, by step and in the order of the steps."""
     matches = [(re.fullmatch(r"step_(\d{8})\.npz", file.name), file) for file in (path / "pictures").glob("step_*.npz")]
     return dict(sorted((int(match[1]), file) for match, file in matches if match))
-
-
-def finite_or_none(value: float) -> float | None:
-    """A number that JSON knows; None in place of one that is not finite."""
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def require_usable(path: Path) -> None:

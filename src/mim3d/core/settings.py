@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -140,7 +141,7 @@ def _coerce_items(value: Any, hint: Any, where: str) -> list[Any] | tuple[Any, .
     """A list or tuple, item by item; where any number is allowed, a single text counts as one item."""
     kind, arguments = get_origin(hint) or hint, get_args(hint)
     is_fixed = kind is tuple and bool(arguments) and arguments[-1] is not Ellipsis
-    items = [value] if isinstance(value, str) and not is_fixed else value
+    items = [value] if isinstance(value, (str, os.PathLike)) and not is_fixed else value
     if not isinstance(items, (list, tuple)):
         raise _wrong(value, hint, where)
     if is_fixed and len(items) != len(arguments):
@@ -208,10 +209,8 @@ def _number(value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return value
     for kind in (int, float) if isinstance(value, str) else ():
-        try:
+        with suppress(ValueError):
             return kind(value)
-        except ValueError:
-            continue
     return None
 
 
@@ -261,6 +260,13 @@ def to_mapping(settings: Any) -> Any:
     if hasattr(settings, "item") and callable(settings.item):
         return settings.item()
     return settings
+
+
+def spelled(value: Any) -> str:
+    """A plain value as the words that stand behind a flag."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return " ".join(map(spelled, value)) if isinstance(value, list) else str(value)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

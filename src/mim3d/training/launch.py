@@ -16,8 +16,8 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.wrappers import _FabricModule as FabricModule
 from torch import Tensor, nn
 
-from mim3d.core.devices import choose_accelerator, choose_device
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.resources import choose_accelerator, choose_device
 from mim3d.distributed.processes import choose_processes, export_to_torch, launched_rank
 from mim3d.kernels.machine import find_compiler, keep_freed_memory
 from mim3d.nn.blocks import ConvBlock, TransformerBlock

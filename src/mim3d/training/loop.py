@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from mim3d.core.devices import device_name
 from mim3d.core.progress import Progress
+from mim3d.core.resources import device_name
 from mim3d.core.run_folder import Run
 from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat
 from mim3d.distributed.stopping import StopRequests

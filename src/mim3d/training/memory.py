@@ -16,8 +16,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mim3d.core.devices import choose_accelerator
-from mim3d.core.resources import available_memory_bytes, in_words, peak_memory_bytes, resident_memory_bytes
+from mim3d.core.resources import (
+    available_memory_bytes,
+    choose_accelerator,
+    in_words,
+    peak_memory_bytes,
+    resident_memory_bytes,
+)
 from mim3d.objective import Objective
 from mim3d.training.optim import WeightAverage, build_optimizer
 from mim3d.training.plan import effective_batch

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from mim3d.core.devices import choose_device
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import read_json, write_json
 from mim3d.core.progress import Progress
+from mim3d.core.resources import choose_device
 from mim3d.core.types import Named
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.scans.grids import split_channel

@@ -11,8 +11,8 @@ import torch
 
 from mim3d.backbones import Backbone, Encoder
 from mim3d.caching.cache import Cache
-from mim3d.core.devices import choose_accelerator
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.resources import choose_accelerator
 from mim3d.core.run_folder import Run
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case, CaseSet

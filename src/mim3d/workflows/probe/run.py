@@ -9,10 +9,10 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
-from mim3d.core.devices import choose_device
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json
 from mim3d.core.progress import counted
+from mim3d.core.resources import choose_device
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Spacing
 from mim3d.metrics import Bootstrap

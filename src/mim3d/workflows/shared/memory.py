@@ -11,7 +11,7 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.resources import available_memory_bytes, in_words
 from mim3d.core.run_folder import is_first_process
-from mim3d.core.settings import to_mapping, to_named
+from mim3d.core.settings import spelled, to_mapping, to_named
 from mim3d.core.types import Triple
 from mim3d.methods import Method
 from mim3d.objective import Objective
@@ -178,10 +178,4 @@ def _spelled(recipe: Backbone) -> str:
         for name, fixed in known.items()
     }
     name = min(changes, key=lambda name: len(changes[name]))
-    return " ".join([f"--backbone {name}", *(f"--backbone.{key} {_word(v)}" for key, v in changes[name].items())])
-
-
-def _word(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+    return " ".join([f"--backbone {name}", *(f"--backbone.{key} {spelled(v)}" for key, v in changes[name].items())])
