@@ -14,6 +14,7 @@ from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import CaseSet, check_cases
 from mim3d.datasets.published.folds import declare_fold, fold_numbers, read_preset
 from mim3d.datasets.published.presets import find_preset, published_presets
+from mim3d.datasets.splits import Split
 from mim3d.scans.volumes import read_volume
 from tests.miniatures import MINIATURES, write_cc_ccii
 
@@ -53,11 +54,17 @@ LISTED = {
 }
 
 
+def parts(cases: CaseSet) -> tuple[CaseSet, Split]:
+    """Cases, and those of them that are declared as trained on and as held out."""
+    train, val = (tuple(case for case in cases.cases if case.split == part) for part in ("train", "val"))
+    return cases, Split(train=train, val=val)
+
+
 def read(key: str, folder: Path, fold: int | None = 0, strict: bool | None = False):
     """Read a miniature, whose missing cases are told in warnings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*are not here")
-        return read_preset(MINIATURES[key].preset, folder, fold, strict=strict)
+        return parts(read_preset(MINIATURES[key].preset, folder, fold, strict=strict))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +201,7 @@ def test_a_preset_of_the_users_own_is_found_by_its_dotted_path_and_reads_its_fol
         for part in ("ct", "seg"):
             (tmp_path / "set").mkdir(exist_ok=True)
             (tmp_path / "set" / f"knee_{number:02d}_{part}.nii.gz").write_bytes(b"x")
-    cases, split = read_preset(preset, tmp_path / "set", 1)
+    cases, split = parts(read_preset(preset, tmp_path / "set", 1))
     assert [case.id for case in split.val] == ["knee_03_ct", "knee_04_ct"]
     assert [case.id for case in split.train] == ["knee_01_ct", "knee_02_ct"] and cases.labels == preset.labels
     (tmp_path / "set" / "knee_04_ct.nii.gz").unlink()
@@ -327,7 +334,7 @@ def test_missing_training_cases_alone_are_a_warning_unless_strict(tmp_path):
     mini = MINIATURES["MM-WHS CT"]
     mini.write(type(mini)(mini.name, mini.train, ("1001", "1002", "1003", "1004"), mini.write), tmp_path)
     with pytest.warns(UserWarning, match="13 of the 16 cases that fold 0 of MM-WHS CT trains on"):
-        _, split = read_preset(mini.preset, tmp_path, 0)
+        _, split = parts(read_preset(mini.preset, tmp_path, 0))
     assert len(split.val) == 4
     with pytest.raises(DataError, match="13 of the 16"):
         read_preset(mini.preset, tmp_path, 0, strict=True)
@@ -377,7 +384,7 @@ def test_brats_split_into_files_of_one_channel_is_refused(tmp_path):
 
 def test_slices_of_cc_ccii_are_scans_with_classes_split_by_patient(tmp_path):
     write_cc_ccii(tmp_path)
-    cases, split = read_preset(PRESETS["CC-CCII"], tmp_path, 0)
+    cases, split = parts(read_preset(PRESETS["CC-CCII"], tmp_path, 0))
     assert isinstance(cases, CaseSet) and len(cases.cases) == 21
     assert {case.class_name for case in cases.cases} == {"CP", "NCP", "Normal"}
     assert {case.class_name for case in split.val} == {"CP", "NCP", "Normal"}

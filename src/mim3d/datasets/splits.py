@@ -75,14 +75,6 @@ def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, see
     )
 
 
-def declared_split(cases: Sequence[Case]) -> Split:
-    """The two parts that the cases declare; cases that declare none are in neither."""
-    return Split(
-        train=tuple(case for case in cases if case.split == "train"),
-        val=tuple(case for case in cases if case.split == "val"),
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainPart:
     """A part of the training cases, always whole patients; held-out cases stay the same whatever the part.

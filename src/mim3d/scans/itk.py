@@ -12,14 +12,7 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError
 from mim3d.scans import files
-from mim3d.scans.grids import (
-    LPS_TO_RAS,
-    Grid,
-    check_affine,
-    check_spacing,
-    spacing_of,
-    volume_shape,
-)
+from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, check_spacing, spacing_of, volume_shape
 
 #: Bytes per voxel, by the last word that matters of a type in either format.
 _ITEMSIZES = {

@@ -10,7 +10,7 @@ from functools import lru_cache
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.datasets.cases import Case, CaseSet, read_slice_folders, to_cases
 from mim3d.datasets.published.presets import FileNames, Preset
-from mim3d.datasets.splits import Split, declared_split, split_cases
+from mim3d.datasets.splits import split_cases
 from mim3d.scans.files import walk
 from mim3d.scans.grids import split_channel
 from mim3d.scans.volumes import channels_of
@@ -42,7 +42,7 @@ def fold_numbers(preset: Preset) -> tuple[frozenset[str], ...] | None:
 
 def read_preset(
     preset: Preset, folder: str | os.PathLike[str], fold: int | None, *, strict: bool | None = None
-) -> tuple[CaseSet, Split]:
+) -> CaseSet:
     """The cases of a published data set, each declared as trained on or held out by a fold.
 
     Only names are read, and the headers of files that hold several channels. Hidden files, other sets in the same
@@ -66,7 +66,7 @@ def read_preset(
         raise DataError(f"{folder}: no such folder; give the folder of {preset.name} as its owners publish it.")
     cases = _read_slices(preset, root) if preset.files is None else _read_files(preset, preset.files, root)
     declared = declare_fold(preset, root, cases, fold, strict=strict)
-    return CaseSet(root=root, form="preset", cases=declared, labels=dict(preset.labels)), declared_split(declared)
+    return CaseSet(root=root, form="preset", cases=declared, labels=dict(preset.labels))
 
 
 def declare_fold(

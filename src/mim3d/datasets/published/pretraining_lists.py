@@ -111,21 +111,13 @@ _LARGER = (
     ScanSet(name="TCGA-HNSC", region="head and neck", num_scans=762, folders=("TCGA-HNSC", "TCGA-HNSC_convert_v1")),
     ScanSet(name="QIN Head-Neck", region="head and neck", num_scans=892, folders=("QIN-HEADNECK", "QIN_convert_v1")),
     ScanSet(
-        name="HN-PET",
-        region="head and neck",
-        num_scans=384,
-        folders=("Head-Neck-PET-CT", "HN-PET", "HNPC_convert_v1"),
+        name="HN-PET", region="head and neck", num_scans=384, folders=("Head-Neck-PET-CT", "HN-PET", "HNPC_convert_v1")
     ),
     ScanSet(
         name="CT colonography",
         region="abdomen",
         num_scans=1730,
-        folders=(
-            "CT COLONOGRAPHY",
-            "ACRIN 6664",
-            "CT COLONOGRAPHY (ACRIN 6664)",
-            "CT_COLONOGRAPHY_converted_v1",
-        ),
+        folders=("CT COLONOGRAPHY", "ACRIN 6664", "CT COLONOGRAPHY (ACRIN 6664)", "CT_COLONOGRAPHY_converted_v1"),
     ),
     ScanSet(
         name="Stony Brook chest",

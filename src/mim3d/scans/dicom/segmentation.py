@@ -30,7 +30,7 @@ _MAY_BE_EMPTY = (
     "AccessionNumber",
 )  # fmt: skip
 
-#: Names of these kinds are altered tissue (SCT 49755003), all others anatomical structures (SCT 91723000).
+#: Names of these kinds are altered tissue, all others anatomical structures.
 _ALTERED = re.compile(r"tumou?r|lesion|nodule|cyst|cancer|metasta|carcinoma|oedema|edema|necro|enhancing|infarct")
 
 
@@ -131,21 +131,18 @@ def _segment(number: int, name: str, algorithm: str) -> Any:
     from highdicom.content import AlgorithmIdentificationSequence
     from highdicom.seg import SegmentDescription
     from highdicom.sr.coding import CodedConcept
+    from pydicom.sr.codedict import codes
 
-    altered = _ALTERED.search(name.lower()) is not None
-    category = (
-        CodedConcept("49755003", "SCT", "Morphologically Abnormal Structure")
-        if altered
-        else CodedConcept("91723000", "SCT", "Anatomical Structure")
-    )
+    altered = _ALTERED.search(name.lower())
+    category = codes.SCT.MorphologicallyAbnormalStructure if altered else codes.SCT.AnatomicalStructure
     # Names of labels are the user's own; a scheme that begins with 99 is private (PS3.16 8.1).
     kind = CodedConcept(f"label{number}", "99MIM3D", name[:_MAX_LABEL])
-    family = CodedConcept("123110", "DCM", "Artificial Intelligence")
+    algorithms = AlgorithmIdentificationSequence(algorithm[:_MAX_LABEL], codes.DCM.ArtificialIntelligence, __version__)
     return SegmentDescription(
         segment_number=number,
         segment_label=name[:_MAX_LABEL],
         segmented_property_category=category,
         segmented_property_type=kind,
         algorithm_type="AUTOMATIC",
-        algorithm_identification=AlgorithmIdentificationSequence(algorithm[:_MAX_LABEL], family, __version__),
+        algorithm_identification=algorithms,
     )

@@ -107,7 +107,7 @@ def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> No
         with warnings.catch_warnings():
             # Every fold says itself which of its cases are missing.
             warnings.simplefilter("ignore")
-            source: Cache | CaseSet = open_cache(data) if is_cache(data) else read_preset(preset, data, None)[0]
+            source: Cache | CaseSet = open_cache(data) if is_cache(data) else read_preset(preset, data, None)
             for fold in range(num_folds):
                 cases = declare_fold(preset, data, source.cases, fold, strict=settings.strict)
                 choose_split(cases, fold=fold, num_folds=num_folds, part=part)

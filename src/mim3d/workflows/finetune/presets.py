@@ -59,7 +59,7 @@ def apply_preset(settings: FinetuneSettings) -> tuple[FinetuneSettings, CaseSet 
                 f"one from the folder of {preset.name} first (mim3d cache DATA --out CACHE), or give that folder."
             )
     else:
-        source, _ = read_preset(preset, data, fold, strict=strict)
+        source = read_preset(preset, data, fold, strict=strict)
         check_cases(source, need_labels=preset.task == "segmentation")
         cases = source.cases
     split = choose_split(cases, fold=fold, num_folds=preset.num_folds, part=settings.train_part)

@@ -17,13 +17,7 @@ BRATS = Preset(
     larger_patch_size=(224, 224, 128),
     intensity=Intensity(kind="zscore", window=None),
     files=decathlon_files("BRATS"),
-    folds=(
-        "1-97",
-        "98-194",
-        "195-291",
-        "292-388",
-        "389-484",
-    ),
+    folds=("1-97", "98-194", "195-291", "292-388", "389-484"),
     citation=CITATION,
     url=URL,
 )

@@ -21,13 +21,7 @@ BTCV = Preset(
         label=rf"label(?P<case>\d{{4}}){NIFTI}",
         example="imagesTr/img{0}.nii.gz with labelsTr/label{0}.nii.gz",
     ),
-    folds=(
-        "35-40",
-        "29-34",
-        "23-28",
-        "7-10 21 22",
-        "1-6",
-    ),
+    folds=("35-40", "29-34", "23-28", "7-10 21 22", "1-6"),
     citation="Landman et al., MICCAI Multi-Atlas Labeling Beyond the Cranial Vault: Workshop and Challenge (2015)",
     url="https://www.synapse.org/Synapse:syn3193805",
 )

@@ -13,11 +13,5 @@ MSD_LIVER = decathlon_preset(
     variation=Variation(flip_prob=0.2, rotate90_prob=0.2, shift_prob=0.1),
     aliases=("LiTS",),
     num_digits=1,
-    folds=(
-        "0-26",
-        "27-52",
-        "53-78",
-        "79-104",
-        "105-130",
-    ),
+    folds=("0-26", "27-52", "53-78", "79-104", "105-130"),
 )

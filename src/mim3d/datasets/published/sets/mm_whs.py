@@ -24,13 +24,7 @@ MM_WHS = Preset(
         label=rf"ct_train_(?P<case>\d{{4}})_label{NIFTI}",
         example="ct_train_{0}_image.nii.gz with ct_train_{0}_label.nii.gz",
     ),
-    folds=(
-        "1001-1004",
-        "1005-1008",
-        "1009-1012",
-        "1013-1016",
-        "1017-1020",
-    ),
+    folds=("1001-1004", "1005-1008", "1009-1012", "1013-1016", "1017-1020"),
     citation=(
         "Zhuang and Shen, Multi-scale patch and multi-modality atlases for whole heart segmentation of MRI, Medical "
         "Image Analysis 31 (2016) 77-87"
