@@ -30,8 +30,7 @@ from mim3d.core.types import Triple
 from mim3d.datasets.cases import read_cases
 from mim3d.kernels.machine import keep_freed_memory
 from mim3d.loading.loader import Loader
-from mim3d.loading.reading_processes import SharedArray, SlotAllocator, aligned
-from mim3d.loading.ring import slot_bytes
+from mim3d.loading.ring import SharedArray, SlotAllocator, aligned, slot_bytes
 from mim3d.loading.samples import Augment, Crop, Sample
 from mim3d.loading.samples import Sampler as CropSource
 from mim3d.loading.stored_images import Allocate, Packed, pack

@@ -18,8 +18,7 @@ import torch
 
 from mim3d.core.errors import DamagedError, DataError, Mim3dError
 from mim3d.loading import ring as ring_module
-from mim3d.loading.reading_processes import BatchFailed, BatchReady, ReadBatch, SharedArray, SlotAllocator
-from mim3d.loading.ring import Ring, slot_bytes
+from mim3d.loading.ring import BatchFailed, BatchReady, ReadBatch, Ring, SharedArray, SlotAllocator, slot_bytes
 from mim3d.loading.stored_images import Packed, StoredImages
 
 ROOT = Path(__file__).parents[2]

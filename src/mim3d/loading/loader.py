@@ -11,8 +11,7 @@ import numpy as np
 
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DamagedError, DataError
-from mim3d.loading.reading_processes import ReadBatch
-from mim3d.loading.ring import Ring, slot_bytes
+from mim3d.loading.ring import ReadBatch, Ring, slot_bytes
 from mim3d.loading.samples import Augment, SampleDataset, Sampler
 from mim3d.loading.stored_images import Allocate, pack
 from mim3d.scans.intensity import Intensity

@@ -48,21 +48,18 @@ class CachedDataset(Dataset, Randomizable):
         self.crop = crop
 
     def _transform(self, index: int) -> Any:
-        item = self._read(self.data[index])
-        return item if self.transform is None else self.transform(item)
-
-    def _read(self, scan: CachedScan) -> dict[str, Any]:
+        scan: CachedScan = self.data[index]
         size = self.crop or scan.shape
         origin = (0, 0, 0) if self.crop is None else self._place(scan, self.crop)
         affine = scan.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ np.array(origin)
         place = torch.from_numpy(affine)
         image = torch.from_numpy(scan.to_values(scan.read(origin, size)))
-        item = {"image": MetaTensor(image, affine=place), "id": scan.case.id, "patient": scan.case.patient}
+        item: Any = {"image": MetaTensor(image, affine=place), "id": scan.case.id, "patient": scan.case.patient}
         if scan.has_label:
             label = torch.from_numpy(scan.read_label(origin, size)[None].astype(np.int32))
             item["label"] = MetaTensor(label, affine=place)
-        return item
+        return item if self.transform is None else self.transform(item)
 
     def _place(self, scan: CachedScan, size: Triple) -> Triple:
         """First voxel of a random crop that touches the body's box, inside the scan where it fits."""

@@ -4,16 +4,18 @@ Each process owns a few slots of the buffer. Process ``w`` of ``W`` reads batche
 not depend on their speed. The trainer requests a batch in a slot, receives a message of a few bytes that says where its
 arrays lie, and requests a later batch in the same slot once nothing reads it any more.
 
-The buffer has no name that could outlive a killed process, and nothing is locked.
+The buffer has no name that could outlive a killed process, and nothing is locked. The first half of this file is what
+the reading processes and the trainer tell each other, the second half is the trainer's side.
 """
 
 import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from mmap import mmap
 from multiprocessing.connection import Connection, wait
@@ -21,21 +23,24 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mim3d.core.errors import Mim3dError
-from mim3d.loading.reading_processes import (
-    BatchFailed,
-    BatchReader,
-    BatchReady,
-    ReadBatch,
-    aligned,
-    read_batches,
-    signals_blocked,
-)
-from mim3d.loading.stored_images import MAX_VOXEL_BYTES
+from mim3d.core.errors import DataError, Mim3dError
+from mim3d.kernels.machine import keep_freed_memory
+from mim3d.loading.stored_images import MAX_VOXEL_BYTES, Allocate, Packed
 from mim3d.scans.intensity import NO_RESCALING
+
+#: Seconds after which an idle reading process checks again that its trainer is still there.
+TRAINER_CHECK_S = 1.0
+
+#: Ctrl-C in a terminal and a scheduler's signals reach every process of a job. The trainer alone answers them, and it
+#: may need some more batches before it can write a checkpoint.
+_TRAINER_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+#: Arrays begin at multiples of this many bytes.
+ALIGNMENT = 64
 
 #: Batches of each process that are being read or on their way.
 SLOTS_PER_WORKER = 2
@@ -48,6 +53,184 @@ _NUM_WAITS = 20
 
 # torch has no types for it.
 _cuda: Any = torch.cuda
+
+
+@dataclass(frozen=True)
+class ReadBatch:
+    """A batch as it was read.
+
+    Attributes:
+        arrays: Batch key -> its values.
+        damaged: Case -> what is wrong with it, for scans that were replaced by others.
+    """
+
+    arrays: dict[str, Packed]
+    damaged: dict[str, str]
+
+
+#: Reads the batch of a number into arrays that the second argument allocates.
+BatchReader = Callable[[int, Allocate], ReadBatch]
+
+
+@dataclass(frozen=True)
+class SharedArray:
+    """An array by its place in the shared memory, which each process has at an address of its own.
+
+    Attributes:
+        offset: First byte of the array in the memory.
+        shape: Shape of the array.
+        type_name: Name that numpy gives its type.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    type_name: str
+
+    @classmethod
+    def of(cls, array: np.ndarray, memory: np.ndarray) -> Self:
+        """An array that lies within ``memory``."""
+        return cls(array.ctypes.data - memory.ctypes.data, array.shape, array.dtype.name)
+
+    def view(self, memory: np.ndarray) -> np.ndarray:
+        """The array itself, in this process's ``memory``."""
+        return np.ndarray(self.shape, np.dtype(self.type_name), buffer=memory, offset=self.offset)
+
+
+@dataclass(frozen=True)
+class BatchReady:
+    """The message that a batch lies in the shared memory.
+
+    Attributes:
+        arrays: Batch key -> the values, and the rescaling of images.
+        damaged: What is wrong with which case, see ``ReadBatch``.
+    """
+
+    arrays: dict[str, tuple[SharedArray, ...]]
+    damaged: dict[str, str]
+
+    @classmethod
+    def of(cls, batch: ReadBatch, memory: np.ndarray) -> Self:
+        """The message for a batch whose arrays lie in the shared memory."""
+        arrays = {
+            key: tuple(SharedArray.of(array, memory) for array in (packed.array, packed.rescaling) if array is not None)
+            for key, packed in batch.arrays.items()
+        }
+        return cls(arrays, batch.damaged)
+
+    def batch(self, memory: np.ndarray) -> ReadBatch:
+        """The batch that the message is about."""
+        arrays = {key: Packed(*(place.view(memory) for place in places)) for key, places in self.arrays.items()}
+        return ReadBatch(arrays, self.damaged)
+
+
+@dataclass(frozen=True)
+class BatchFailed:
+    """The message that a batch could not be read.
+
+    Attributes:
+        kind: Class of the error to raise in the trainer.
+        text: Its sentence.
+    """
+
+    kind: type[Exception]
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        """The message for an error, as the nearest class that every process knows.
+
+        Errors other than mim3d's own bring their trace, as their sentence alone explains too little.
+        """
+        known = (Exception.__module__, Mim3dError.__module__)
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ in known)
+        text = str(error) if isinstance(error, Mim3dError) else f"in a reading process:\n{traceback.format_exc()}"
+        return cls(kind, text)
+
+    def error(self) -> Exception:
+        """The error to raise in the trainer."""
+        try:
+            return self.kind(self.text)
+        except TypeError:
+            return RuntimeError(self.text)
+
+
+class SlotAllocator:
+    """Allocates arrays side by side in one slot of the shared memory.
+
+    Args:
+        slot: Bytes of the slot.
+    """
+
+    def __init__(self, slot: np.ndarray) -> None:
+        self._slot = slot
+        self._end = 0
+
+    def __call__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """An array of undefined content.
+
+        Raises:
+            DataError: The slot is full.
+        """
+        start = aligned(self._end)
+        self._end = start + int(np.prod(shape)) * dtype.itemsize
+        if self._end > len(self._slot):
+            raise DataError(
+                f"A batch needs more than the {len(self._slot)} bytes that the first sample gave reason to set aside; "
+                "give all samples the same shape, or read them with --num_workers 0."
+            )
+        return self._slot[start : self._end].view(dtype).reshape(shape)
+
+
+def aligned(num_bytes: int) -> int:
+    """The next place where an array may begin."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def read_batches(channel: Connection, trainer: int, read: BatchReader, memory: Tensor, slot_bytes: int) -> None:
+    """Read, in a process of its own, the batches that the trainer requests, until that closes the channel or is gone.
+
+    The process holds nothing that others wait for, and may be killed at any time.
+
+    Args:
+        channel: Gives ``(batch number, slot)``, takes ``BatchReady`` or ``BatchFailed``.
+        trainer: Process id of the trainer.
+        read: Reads the batches.
+        memory: The shared bytes.
+        slot_bytes: Number of bytes of each slot in them.
+    """
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for number in _TRAINER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
+    shared = memory.numpy()
+    with suppress(EOFError, OSError):
+        while True:
+            # A killed trainer's end of the channel stays open in the processes that it started after this one.
+            while not channel.poll(TRAINER_CHECK_S):
+                if os.getppid() != trainer:
+                    return
+            number, slot = channel.recv()
+            try:
+                allocate = SlotAllocator(shared[slot * slot_bytes : (slot + 1) * slot_bytes])
+                message: BatchReady | BatchFailed = BatchReady.of(read(number, allocate), shared)
+            except Exception as error:
+                message = BatchFailed.of(error)
+            channel.send(message)
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block, in processes started inside, the signals that they ignore once they run."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINER_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def slot_bytes(sample: Iterable[Tensor], batch_size: int) -> int:
@@ -126,7 +309,7 @@ class Ring(Iterator[ReadBatch]):
             ours, theirs = context.Pipe()
             arguments = (theirs, os.getpid(), read, memory, slot_bytes)
             process = context.Process(target=read_batches, args=arguments, daemon=True)
-            with signals_blocked():
+            with _signals_blocked():
                 process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours))
@@ -186,7 +369,10 @@ class Ring(Iterator[ReadBatch]):
         wait_s = None if self._timeout_s is None else self._timeout_s / _NUM_WAITS
         ready = next((ready for _ in range(_NUM_WAITS) if (ready := wait(watched, wait_s))), [])
         if not ready:
-            raise self._hangs(worker)
+            raise Mim3dError(
+                f"A reading process (id {worker.process.pid}) has been at {self._describe(self._number)} for "
+                f"{(self._timeout_s or 0) / 60:.3g} min; look whether the disk answers, or raise --read_timeout."
+            )
         for other in self._workers:
             if other.process.sentinel in ready:
                 raise _ended(other)
@@ -195,12 +381,6 @@ class Ring(Iterator[ReadBatch]):
         except (EOFError, OSError):
             raise _ended(worker) from None
         return message
-
-    def _hangs(self, worker: _Worker) -> Mim3dError:
-        return Mim3dError(
-            f"A reading process (id {worker.process.pid}) has been at {self._describe(self._number)} for "
-            f"{(self._timeout_s or 0) / 60:.3g} min; look whether the disk answers, or raise --read_timeout."
-        )
 
 
 def _shared_bytes(num_bytes: int, start_method: str) -> Tensor:

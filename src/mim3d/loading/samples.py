@@ -93,47 +93,30 @@ class Sampler(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _DrawnSample:
-    """A sample of a scan, and the generator as it was left for its augmentation."""
-
-    scan: CachedScan
-    sample: Sample
-    rng: np.random.Generator
-
-
+@dataclass(eq=False)
 class SampleDataset:
     """Sample number ``index`` of an endless sequence over ``scans``, shuffled anew each epoch.
 
-    Args:
+    Attributes:
         scans: Scans to draw from; one sample of each is one epoch.
         sampler: Draws the crops and masks of a sample.
         intensity: How stored intensities become network input.
         seed: Determines, together with the index, everything drawn.
         augment: Changes one finished sample, given an integer seed.
         strict: Whether to raise where a scan is damaged, instead of drawing from the next one.
+        damaged: Case -> what is wrong with it, of the scans found damaged since this was last emptied.
     """
 
-    def __init__(
-        self,
-        scans: Sequence[CachedScan],
-        sampler: Sampler,
-        intensity: Intensity,
-        seed: int,
-        augment: Augment | None,
-        *,
-        strict: bool = False,
-    ) -> None:
-        self.scans = scans
-        self.sampler = sampler
-        self.intensity = intensity
-        self.seed = seed
-        self.augment = augment
-        self.strict = strict
-        #: Case -> what is wrong with it, of the scans found damaged since this was last emptied.
-        self.damaged: dict[str, str] = {}
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-        self._drawn_ahead: dict[int, _DrawnSample] = {}
+    scans: Sequence[CachedScan]
+    sampler: Sampler
+    intensity: Intensity
+    seed: int
+    augment: Augment | None
+    strict: bool = field(default=False, kw_only=True)
+    damaged: dict[str, str] = field(default_factory=dict, init=False)
+    _order: tuple[int, np.ndarray] = field(default=(-1, np.empty(0, dtype=np.int64)), init=False)
+    #: Index -> a sample that was announced, and the generator as it was left for its augmentation.
+    _drawn_ahead: dict[int, tuple[Sample, np.random.Generator]] = field(default_factory=dict, init=False)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """A sample as the objective sees it: images as ``(N, C, X, Y, Z)`` float32."""
@@ -150,8 +133,7 @@ class SampleDataset:
             scan = self._scan_of(index, attempt)
             try:
                 # What was announced is used once, as its generator is used up then.
-                drawn = self._drawn_ahead.pop(index, None)
-                return self._read(self._draw(index, scan) if drawn is None else drawn)
+                return self._read(scan, *(self._drawn_ahead.pop(index, None) or self._draw(index, scan)))
             except DamagedError as error:
                 # Not remembered for later samples: which processes would know of it depends on their number.
                 self.damaged.setdefault(scan.case.id, str(error))
@@ -162,10 +144,11 @@ class SampleDataset:
 
     def announce(self, index: int) -> None:
         """Draw a sample that is to be read soon, and let the disk begin with it; nothing is waited for."""
+        scan = self._scan_of(index)
         with suppress(DamagedError):
-            drawn = self._drawn_ahead[index] = self._draw(index, self._scan_of(index))
-            for level, boxes in _boxes(drawn.scan, drawn.sample).items():
-                drawn.scan.will_need(boxes, level)
+            self._drawn_ahead[index] = self._draw(index, scan)
+            for level, boxes in _boxes(scan, self._drawn_ahead[index][0]).items():
+                scan.will_need(boxes, level)
 
     def num_values(self, index: int) -> int:
         """Values that a sample reads of its scan, labels among them; none is read for this.
@@ -173,18 +156,18 @@ class SampleDataset:
         Raises:
             DamagedError: The scan is damaged.
         """
-        drawn = self._draw(index, self._scan_of(index))
-        images = sum(math.prod(size) for boxes in _boxes(drawn.scan, drawn.sample).values() for _, size in boxes)
-        labels = sum(math.prod(size) for _, size in _label_boxes(drawn.sample))
-        return drawn.scan.num_channels * images + labels
+        scan = self._scan_of(index)
+        sample, _ = self._draw(index, scan)
+        images = sum(math.prod(size) for boxes in _boxes(scan, sample).values() for _, size in boxes)
+        return scan.num_channels * images + sum(math.prod(size) for _, size in _label_boxes(sample))
 
     def case_id(self, index: int) -> str:
         """The case that a sample is drawn from, unless it proves damaged."""
         return self._scan_of(index).case.id
 
-    def _draw(self, index: int, scan: CachedScan) -> _DrawnSample:
+    def _draw(self, index: int, scan: CachedScan) -> tuple[Sample, np.random.Generator]:
         rng = np.random.default_rng((self.seed, index))
-        return _DrawnSample(scan, self.sampler.draw(scan, rng), rng)
+        return self.sampler.draw(scan, rng), rng
 
     def _scan_of(self, index: int, attempt: int = 0) -> CachedScan:
         epoch, position = divmod(index, len(self.scans))
@@ -193,22 +176,29 @@ class SampleDataset:
             self._order = (epoch, np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.scans)))
         return self.scans[int(self._order[1][(position + attempt) % len(self.scans)])]
 
-    def _read(self, drawn: _DrawnSample) -> dict[str, StoredCrops | Tensor]:
-        scan, sample = drawn.scan, drawn.sample
+    def _read(self, scan: CachedScan, sample: Sample, rng: np.random.Generator) -> dict[str, StoredCrops | Tensor]:
         rescaling = self.intensity.rescaling(
             scan.stored_intensities, scan.statistics, gain=sample.gain, bias=sample.bias
         )
+        stored: dict[tuple[int, Box], np.ndarray] = {}
+        for level, boxes in _boxes(scan, sample).items():
+            stored |= zip(((level, box) for box in boxes), scan.read_crops(boxes, level), strict=True)
+        flips = (slice(None), *(slice(None, None, -1 if flipped else 1) for flipped in sample.flips))
         images = {
-            key: self._finished(stored, sample.images[key], rescaling)
-            for key, stored in _read_images(scan, sample).items()
+            key: self._finished([stored[_box_of(crop, scan, sample)][flips] for crop in crops], crops, rescaling)
+            for key, crops in sample.images.items()
         }
-        others = _read_labels(scan, sample)
+        labels = {box: torch.from_numpy(scan.read_label(*box).astype(np.int64)) for box in _label_boxes(sample)}
+        others: dict[str, Tensor] = {}
+        for key, crops in sample.labels.items():
+            resized = [resize_labels(labels[crop.origin, crop.footprint][None], crop.size)[0] for crop in crops]
+            others[key] = torch.stack([flip(label, sample.flips) for label in resized])
         for key, array in sample.arrays.items():
             others[key] = torch.from_numpy(np.ascontiguousarray(array))
         if self.augment is None:
             return {**images, **others}
         values = {key: torch.from_numpy(np.stack(image.crops)) for key, image in images.items()}
-        return {**self.augment({**values, **others}, int(drawn.rng.integers(2**31)))}
+        return {**self.augment({**values, **others}, int(rng.integers(2**31)))}
 
     def _finished(self, stored: list[np.ndarray], crops: Sequence[Crop], rescaling: np.ndarray) -> StoredCrops:
         """Crops as they travel: network input where they are resized or augmented here, else as they are stored."""
@@ -253,29 +243,6 @@ def _boxes(scan: CachedScan, sample: Sample) -> dict[int, list[Box]]:
     return {level: list(found) for level, found in boxes.items()}
 
 
-def _read_images(scan: CachedScan, sample: Sample) -> dict[str, list[np.ndarray]]:
-    """Crops as stored, flipped: ``(C, *crop.size)`` where the pyramid has them, else ``(C, *crop.footprint)``."""
-    stored: dict[tuple[int, Box], np.ndarray] = {}
-    for level, boxes in _boxes(scan, sample).items():
-        stored |= zip(((level, box) for box in boxes), scan.read_crops(boxes, level), strict=True)
-    flips = (slice(None), *(slice(None, None, -1 if flip else 1) for flip in sample.flips))
-    return {key: [stored[_box_of(crop, scan, sample)][flips] for crop in crops] for key, crops in sample.images.items()}
-
-
 def _label_boxes(sample: Sample) -> list[Box]:
     """The places that a sample reads of the label map, each of them once."""
     return list(dict.fromkeys((crop.origin, crop.footprint) for crops in sample.labels.values() for crop in crops))
-
-
-def _read_labels(scan: CachedScan, sample: Sample) -> dict[str, Tensor]:
-    """Crops of the label map as int64, resized and flipped, ``(N, *crop.size)``."""
-    stored = {box: torch.from_numpy(scan.read_label(*box).astype(np.int64)) for box in _label_boxes(sample)}
-    return {
-        key: torch.stack(
-            [
-                flip(resize_labels(stored[crop.origin, crop.footprint][None], crop.size)[0], sample.flips)
-                for crop in crops
-            ]
-        )
-        for key, crops in sample.labels.items()
-    }
