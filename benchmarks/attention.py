@@ -26,7 +26,7 @@ def milliseconds(
     """Best of several forward and backward passes."""
     parts = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
     grad = torch.randn(shape, dtype=dtype, device=device)
-    return 1e3 * best_seconds(lambda: attend(*parts).backward(grad), device, num_times=5)
+    return 1e3 * best_seconds(lambda: torch.autograd.backward(attend(*parts), grad), device, num_times=5)
 
 
 if __name__ == "__main__":

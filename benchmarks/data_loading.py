@@ -27,12 +27,14 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import torch
+from torch import Tensor
 from yardstick.builds import HAVE_BLOSC, Built, build_stores, compare_voxels
 from yardstick.crop_times import Times, draw_origins, fits, largest_error_hu, time_crops
 from yardstick.ct_scans import Scan, noise_hu, phantom_scans, real_scans
-from yardstick.data_marks import LARGE, SIZES, Row, judge_builds, judge_crops, judge_loaders, name_of
+from yardstick.data_marks import LARGE, SIZES, judge_builds, judge_crops, judge_loaders, name_of
 from yardstick.data_stores import pyramid_stores
 from yardstick.hand_over import judge_hand_over, materials, measure_hand_over
 from yardstick.loader_rates import (
@@ -44,7 +46,7 @@ from yardstick.loader_rates import (
     published_batches,
     seconds_per_sample,
 )
-from yardstick.machine import describe, options, prepare, write_results
+from yardstick.machine import Row, describe, options, prepare, write_results
 from yardstick.marks import print_ratios
 from yardstick.page_cache import drop, files_below, load
 
@@ -128,7 +130,8 @@ def measure_loaders(
     scans = [one.eight.scan() for one in built]
     files = {one.scan.id: files_below(one.eight.path) for one in built}
     images, pickles = [one.scan.path for one in built], [one.pickle for one in built]
-    dropped_s = torch.zeros(1, dtype=torch.float64).share_memory_()
+    zero: Any = torch.zeros(1, dtype=torch.float64)
+    dropped_s: Tensor = zero.share_memory_()
     ours = our_batches(scans, files, hierarchy, dropped_s)
     starts: Mapping[str, Batches] = {
         "published": published_batches(images, pickles, hierarchy, dropped_s),

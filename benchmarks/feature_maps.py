@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from yardstick.batches import hybrid
 from yardstick.dense_mim import DenseEncoder
-from yardstick.machine import best_seconds, describe, options, prepare, write_results
-
-from mim3d.backbones import create_model
+from yardstick.machine import Row, best_seconds, describe, options, prepare, write_results
 
 NUM_STEPS = 3
 
@@ -25,18 +24,19 @@ def seconds(
         with torch.set_grad_enabled(train), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             total = compute()
         if train:
-            total.backward()
+            torch.autograd.backward(total)
             network.zero_grad(set_to_none=True)
 
     one_pass()
     return best_seconds(one_pass, device, NUM_STEPS)
 
 
-def measure(device: torch.device) -> list[dict[str, object]]:
+def measure(device: torch.device) -> list[Row]:
     """One row per precision, with and without gradients."""
     torch.manual_seed(0)
-    ours = create_model("hybrid_base").to(device)
-    plain = DenseEncoder(ours.recipe).to(device)
+    recipe = hybrid("base")
+    ours = recipe.build().to(device)
+    plain = DenseEncoder(recipe).to(device)
     plain.load_state_dict(ours.state_dict())
     volume = torch.rand(1, 1, 96, 96, 96, device=device)
     hidden = torch.zeros(1, 216, dtype=torch.bool, device=device)
@@ -47,12 +47,12 @@ def measure(device: torch.device) -> list[dict[str, object]]:
     def of_plain() -> Tensor:
         return plain(volume, hidden).float().square().sum()
 
-    rows = []
+    rows: list[Row] = []
     for dtype in (torch.float32, torch.bfloat16):
         for train in (False, True):
             ours_s = seconds(ours, of_ours, dtype, train, device)
             plain_s = seconds(plain, of_plain, dtype, train, device)
-            row = {"dtype": str(dtype).removeprefix("torch."), "gradients": train, "mim3d_s": round(ours_s, 3)}
+            row: Row = {"dtype": str(dtype).removeprefix("torch."), "gradients": train, "mim3d_s": round(ours_s, 3)}
             rows.append(row | {"plain_s": round(plain_s, 3), "plain_over_mim3d": round(plain_s / ours_s, 2)})
             print(rows[-1], flush=True)
     return rows

@@ -19,10 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from yardstick.batches import mim_with_children, random_batch
-from yardstick.machine import describe, options, prepare, write_results
+from yardstick.batches import hybrid, mim_with_children, random_batch
+from yardstick.machine import Row, describe, options, prepare, write_results
 
-from mim3d.backbones import create_recipe
 from mim3d.core.run_folder import Run
 from mim3d.objective import Batch, Objective
 from mim3d.training.loop import train
@@ -57,7 +56,7 @@ class FixedBatch:
 
 def build(size: str, num_children: int) -> tuple[Objective, Batch]:
     """The network, and one batch of noise."""
-    recipe = create_recipe(f"hybrid_{size}")
+    recipe = hybrid(size)
     method = mim_with_children(recipe.token_size, num_children)
     torch.manual_seed(0)
     return method.build(recipe), random_batch(method, recipe, 1)
@@ -81,7 +80,7 @@ def time_bare(objective: Objective, batch: Batch, device: torch.device, num_step
         if step == num_steps:
             break
         objective(moved, 0.0).loss.backward()
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), OPTIM.clip_norm)
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), schedule.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     wait_for(device)
@@ -108,7 +107,7 @@ def per_step(marks: list[float], end_s: float, device: torch.device) -> list[flo
     return [later - earlier for earlier, later in pairwise(marks)]
 
 
-def measure(size: str, num_children: int, arguments: argparse.Namespace, device: torch.device) -> dict[str, object]:
+def measure(size: str, num_children: int, arguments: argparse.Namespace, device: torch.device) -> Row:
     """One row: bare steps and steps of the loop in turns."""
     objective, batch = build(size, num_children)
     objective.to(device)

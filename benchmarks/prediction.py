@@ -42,6 +42,7 @@ from mim3d.caching.preprocessing import prepare as prepare_case
 from mim3d.datasets.cases import Case
 from mim3d.inference import Windows, classes_readout, predict_scan
 from mim3d.scans.intensity import Intensity
+from mim3d.tasks.segmentation.network import SegmentationObjective
 from mim3d.tasks.segmentation.task import Segmentation
 
 NUM_CLASSES = 14
@@ -58,13 +59,15 @@ class TimedNetwork:
         torch.manual_seed(0)
         labels = {value: f"label {value}" for value in range(NUM_CLASSES)}
         task = Segmentation(patch_size=patch_size)
-        self._objective = task.build(create_recipe(backbone), labels).eval()
+        objective = task.build(create_recipe(backbone), labels)
+        assert isinstance(objective, SegmentationObjective)
+        self._objective = objective.eval()
         self.num_windows, self.seconds = 0, 0.0
 
     def __call__(self, window_BCXYZ: Tensor) -> Tensor:
         """Logits of a batch of windows."""
         start_s = time.process_time()
-        logits: Tensor = self._objective.logits(window_BCXYZ)
+        logits = self._objective.logits(window_BCXYZ)
         self.seconds += time.process_time() - start_s
         self.num_windows += len(window_BCXYZ)
         return logits

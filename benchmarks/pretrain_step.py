@@ -17,14 +17,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from yardstick.batches import mim_with_children, random_batch
+from yardstick.batches import hybrid, mim_with_children, random_batch
 from yardstick.dense_mim import DenseMiM
 from yardstick.flops import count_flops
-from yardstick.machine import best_seconds, describe, gemm_peak, options, peak_memory, prepare, write_results
+from yardstick.machine import Row, best_seconds, describe, gemm_peak, options, peak_memory, prepare, write_results
 from yardstick.mae import MaskedAutoencoder
 
-from mim3d.backbones import create_recipe
-from mim3d.kernels.masked.operator import kernel_forced
+from mim3d.kernels.masked.operator import Kernel, kernel_forced
 from mim3d.nn.blocks import ConvBlock, TransformerBlock
 
 SIZES = ("nano", "tiny", "small", "base")
@@ -50,7 +49,7 @@ class Case:
     network: str
     size: str
     precision: str
-    kernel: str | None = None
+    kernel: Kernel | None = None
     num_children: int = 1
     recompute: bool = False
     batch_size: int = 1
@@ -72,7 +71,7 @@ class Case:
 
 def list_cases(sizes: list[str], device: str, batch_size: int) -> list[Case]:
     """For each size the yardstick, ours with every kernel, and the autoencoder; then ours on the full hierarchy."""
-    kernels = ["torch", "cpp" if device == "cpu" else "triton"]
+    kernels: list[Kernel] = ["torch", "cpp" if device == "cpu" else "triton"]
     cases = []
     for size in sizes:
         cases += [Case("dense", size, precision) for precision in PRECISIONS]
@@ -87,10 +86,10 @@ def list_cases(sizes: list[str], device: str, batch_size: int) -> list[Case]:
 
 def build_loss(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The network, and what computes its loss on a fixed batch."""
-    recipe = replace(create_recipe(f"hybrid_{case.size}"), recompute=case.recompute)
+    recipe = replace(hybrid(case.size), recompute=case.recompute)
     method = mim_with_children(recipe.token_size, case.num_children)
     if case.network == "mae":
-        edge = method.levels[0].size[0]
+        edge = method.hierarchy(recipe).levels[0].level.size[0]
         volumes = torch.rand(case.batch_size * case.num_volumes, 1, edge, edge, edge, device=device)
         autoencoder = MaskedAutoencoder().to(device)
         return autoencoder, partial(autoencoder, volumes)
@@ -106,7 +105,7 @@ def build_loss(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[]
     return objective, lambda: objective(batch, 0.0).loss
 
 
-def measure(case: Case, device: torch.device, num_steps: int, threads: int) -> dict[str, object]:
+def measure(case: Case, device: torch.device, num_steps: int, threads: int) -> dict[str, float]:
     """Loss of the first step, seconds of the best of the others, and the process's peak memory."""
     prepare(device, threads)
     torch.manual_seed(0)
@@ -117,7 +116,7 @@ def measure(case: Case, device: torch.device, num_steps: int, threads: int) -> d
         precision = PRECISIONS[case.precision]
         with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
             loss = loss_of()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -128,7 +127,7 @@ def measure(case: Case, device: torch.device, num_steps: int, threads: int) -> d
     return {"loss": loss, "time_s": time_s, "memory_gib": peak_memory(device) / 2**30}
 
 
-def measure_apart(case: Case, arguments: argparse.Namespace) -> dict[str, object]:
+def measure_apart(case: Case, arguments: argparse.Namespace) -> dict[str, float]:
     """Measure in a fresh process."""
     options = {"--device": arguments.device, "--threads": arguments.threads, "--steps": arguments.steps}
     command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
@@ -139,15 +138,13 @@ def measure_apart(case: Case, arguments: argparse.Namespace) -> dict[str, object
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def derive(
-    case: Case, measured: dict[str, object], dense_s: float | None, peaks: dict[str, float]
-) -> dict[str, object]:
+def derive(case: Case, measured: dict[str, float], dense_s: float | None, peaks: dict[str, float]) -> Row:
     """A row of the results: what was measured, per sample and against the floor and the yardstick."""
     per_sample_s = measured["time_s"] / case.batch_size
-    row = {**asdict(case), "num_volumes": case.num_volumes, "loss": round(measured["loss"], 6)}
+    row: Row = {**asdict(case), "num_volumes": case.num_volumes, "loss": round(measured["loss"], 6)}
     row |= {"s_per_sample": round(per_sample_s, 4), "peak_memory_gib": round(measured["memory_gib"], 2)}
     if case.network != "mae":
-        recipe = create_recipe(f"hybrid_{case.size}")
+        recipe = hybrid(case.size)
         needed = count_flops(mim_with_children(recipe.token_size, case.num_children), recipe).needed
         row["needed_gflop_per_s"] = round(needed / per_sample_s / 1e9, 1)
         row["share_of_floor"] = round(needed / peaks[case.precision] / per_sample_s, 3)
@@ -156,7 +153,7 @@ def derive(
     return row
 
 
-def print_row(case: Case, row: dict[str, object]) -> None:
+def print_row(case: Case, row: Row) -> None:
     """One line of the table."""
     rate, floor, ratio = (row.get(key) for key in ("needed_gflop_per_s", "share_of_floor", "times_dense_float32"))
     print(

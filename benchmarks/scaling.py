@@ -21,15 +21,17 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
-from yardstick.batches import mim_with_children, random_batch
-from yardstick.machine import describe, options, prepare, write_results
+from torch.nn.parallel import DistributedDataParallel
+from yardstick.batches import hybrid, mim_with_children, random_batch
+from yardstick.machine import Row, describe, options, prepare, write_results
 from yardstick.paper import print_paper
 
-from mim3d.backbones import create_recipe
 from mim3d.objective import Batch
 from mim3d.training.launch import FabricModule, StepModule, launch
 from mim3d.training.optim import build_optimizer, clip_gradients
@@ -55,12 +57,13 @@ class Trainer:
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[rank % len(cores)]})
         prepare(self.fabric.device)
-        recipe = create_recipe(f"hybrid_{arguments.size}")
+        recipe = hybrid(arguments.size)
         method = mim_with_children(recipe.token_size, arguments.children)
         torch.manual_seed(0)
         self.model: FabricModule = self.fabric.setup_module(StepModule(method.build(recipe)))
         schedule = make_schedule(OPTIM, effective_batch=arguments.worker, max_steps=1)
-        self.optimizer = self.fabric.setup_optimizers(build_optimizer(self.model, schedule))
+        self.max_norm = schedule.clip_norm
+        self.optimizer: Any = self.fabric.setup_optimizers(build_optimizer(self.model, schedule))
         batch: Batch = random_batch(method, recipe, arguments.batch_size, seed=rank)
         self.batch: Batch = self.fabric.to_device(batch)
 
@@ -73,7 +76,7 @@ class Trainer:
         with alone:
             loss, _ = self.model(self.batch, 0.0)
             self.fabric.backward(loss)
-        clip_gradients(self.fabric, self.model, self.optimizer, OPTIM.clip_norm)
+        clip_gradients(self.fabric, self.model, self.optimizer, self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.fabric.device.type == "cuda":
@@ -86,11 +89,13 @@ class Trainer:
             return 0
         counted: list[int] = []
 
-        def count(group: torch.distributed.ProcessGroup, bucket: torch.distributed.GradBucket) -> Future[torch.Tensor]:
+        def count(group: torch.distributed.ProcessGroup, bucket: GradBucket) -> Future[torch.Tensor]:
             counted.append(bucket.buffer().numel() * bucket.buffer().element_size())
             return allreduce_hook(group, bucket)
 
-        self.model._forward_module.register_comm_hook(None, count)
+        replicas = self.model._forward_module
+        assert isinstance(replicas, DistributedDataParallel)
+        replicas.register_comm_hook(None, count)
         self.step()
         return sum(counted)
 
@@ -120,7 +125,7 @@ def gathered(trainer: Trainer, times: list[float]) -> list[list[float]]:
     return everybody
 
 
-def measure_apart(number: int, arguments: argparse.Namespace) -> dict[str, object]:
+def measure_apart(number: int, arguments: argparse.Namespace) -> Row:
     """Measure ``number`` processes in a run of their own."""
     given = {"--device": arguments.device, "--size": arguments.size, "--children": arguments.children}
     given |= {"--batch_size": arguments.batch_size, "--steps": arguments.steps, "--worker": number}
@@ -135,7 +140,7 @@ def measure_apart(number: int, arguments: argparse.Namespace) -> dict[str, objec
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
 
-def derive(number: int, measured: list[dict[str, object]], arguments: argparse.Namespace) -> dict[str, object]:
+def derive(number: int, measured: list[Row], arguments: argparse.Namespace) -> Row:
     """A row of the results, without what needs the row of one process."""
     step_s = statistics.median(time for part in measured for time in part["steps_s"])
     alone_s = statistics.median(time for part in measured for time in part["alone_s"])
@@ -159,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
     available = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
     # One process is what the others are measured against.
     numbers = sorted({1, *(number for number in arguments.processes if number <= available)})
-    measured: dict[int, list[dict[str, object]]] = {number: [] for number in numbers}
+    measured: dict[int, list[Row]] = {number: [] for number in numbers}
     for _ in range(arguments.rounds):
         for number in numbers:
             measured[number].append(measure_apart(number, arguments))

@@ -1,16 +1,23 @@
-"""Random hierarchies of MiM, without scans."""
+"""Ready sizes of the hybrid backbone, and random hierarchies of MiM for them, without scans."""
 
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from mim3d.backbones.hybrid import Hybrid
+from mim3d.backbones import Backbone, Hybrid, create_recipe
 from mim3d.core.types import Triple
 from mim3d.methods.mim.hierarchy import full_levels
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.sampler import relative_corners
 from mim3d.objective import Batch
+
+
+def hybrid(size: str) -> Hybrid:
+    """Settings of the hybrid backbone in a ready size, such as ``base``."""
+    recipe = create_recipe(f"hybrid_{size}")
+    assert isinstance(recipe, Hybrid)
+    return recipe
 
 
 def mim_with_children(token_size: Triple, num_children: int) -> MiM:
@@ -19,7 +26,7 @@ def mim_with_children(token_size: Triple, num_children: int) -> MiM:
     return MiM(levels=(*(replace(level, num_children=num_children) for level in parents), last))
 
 
-def random_batch(method: MiM, recipe: Hybrid, batch_size: int, seed: int = 0) -> Batch:
+def random_batch(method: MiM, recipe: Backbone, batch_size: int, seed: int = 0) -> Batch:
     """Noise, and masks and children drawn as in training; as the loader would collate them."""
     rng = np.random.default_rng(seed)
     hierarchy = method.hierarchy(recipe)

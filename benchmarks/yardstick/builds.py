@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -31,6 +32,7 @@ from yardstick.data_stores import (
     plain_store,
     zarr_store,
 )
+from yardstick.machine import Row
 from yardstick.page_cache import load, size_bytes
 
 HAVE_BLOSC = find_spec("blosc2") is not None
@@ -81,7 +83,7 @@ def build_stores(scan: Scan, scratch: Path) -> Built:
     stores += persistent_stores(scan, pickle)
     for dtype in ("float32", "int16") if HAVE_BLOSC else ():
         store = blosc_store(scratch / f"{scan.id}_{dtype}.b2nd", dtype)
-        timed(store.name, lambda place=store.place, dtype=dtype: build_blosc(scan, place, dtype))
+        timed(store.name, partial(build_blosc, scan, store.place, dtype))
         stores.append(store)
     stores.append(plain_store(build_plain(scan, scratch / f"{scan.id}.npy")))
     ours = OurCache(timed(OURS, lambda: _build_ours(scan, eight, "8-bit")))
@@ -97,7 +99,7 @@ def _build_ours(scan: Scan, out: Path, intensities: Literal["8-bit", "lossless"]
     return out
 
 
-def compare_voxels(built: Built) -> dict[str, object]:
+def compare_voxels(built: Built) -> Row:
     """The whole scan as mim3d gives it back, against the scan's own file."""
     wanted = built.scan.voxels_hu().astype(np.float32)
     inside = (wanted >= -1000) & (wanted <= 1000)

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -11,6 +12,9 @@ import numpy as np
 import mim3d
 from mim3d.core.types import Triple
 from mim3d.scans.volumes import find_scans, read_volume, scan_id
+
+# Without types.
+nib: Any = nibabel
 
 NIFTI = (".nii.gz", ".nii")
 
@@ -29,7 +33,7 @@ class Scan:
 
     def voxels_hu(self) -> np.ndarray:
         """``(X, Y, Z)`` in RAS+, as stored."""
-        return np.asarray(nibabel.as_closest_canonical(nibabel.load(self.path)).dataobj)
+        return np.asarray(nib.as_closest_canonical(nib.load(self.path)).dataobj)
 
 
 def phantom_scans(folder: Path, num_scans: int, size: Triple) -> list[Scan]:
@@ -58,7 +62,7 @@ def real_scans(paths: Sequence[str], folder: Path) -> list[Scan]:
         else:
             volume = read_volume(source)
             target = folder / f"{number:03}_{scan_id(source)}.nii.gz"
-            nibabel.save(nibabel.Nifti1Image(volume.array, volume.affine), target)
+            nib.save(nib.Nifti1Image(volume.array, volume.affine), target)
         scans.append(Scan(scan_id(str(target)), target))
     return scans
 

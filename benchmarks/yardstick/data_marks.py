@@ -1,7 +1,6 @@
 """What the measured crops, bytes and build times are held against."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from mim3d.core.types import Triple
 from yardstick.data_stores import (
@@ -16,13 +15,11 @@ from yardstick.data_stores import (
     PLAIN,
     PUBLISHED,
 )
+from yardstick.machine import Row
 from yardstick.marks import Ratio
 
 LARGE = (384, 384, 192)
 SIZES = ((96, 96, 96), (192, 192, 192), LARGE)
-
-#: Of the results: what was measured of one store, scan, size or loader.
-Row = dict[str, Any]
 
 
 def name_of(size: Sequence[int]) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
 
@@ -16,7 +15,7 @@ from mim3d.core.types import Triple
 from mim3d.nn.volumes import resize_image
 from mim3d.scans.intensity import CT_WINDOW_HU, Intensity, apply_rescaling
 from yardstick.blosc_partition import blosc_partition
-from yardstick.ct_scans import Scan
+from yardstick.ct_scans import Scan, nib
 from yardstick.page_cache import files_below
 from yardstick.published_loader import WINDOW_HU, persistent_dataset
 
@@ -95,13 +94,13 @@ def nifti_store(scan: Scan) -> Store:
     """The scan's own file, of which nibabel unpacks as much as a crop needs."""
 
     def read(origin: Triple, size: Triple) -> np.ndarray:
-        image = nibabel.load(scan.path)
-        axes = nibabel.io_orientation(image.affine).astype(int)
+        image = nib.load(scan.path)
+        axes = nib.io_orientation(image.affine).astype(int)
         stored: list[slice] = []
         for voxels, (axis, sign) in zip(image.shape, axes, strict=True):
             first = origin[axis] if sign > 0 else voxels - origin[axis] - size[axis]
             stored.append(slice(first, first + size[axis]))
-        return normalised(np.ascontiguousarray(nibabel.apply_orientation(image.dataobj[tuple(stored)], axes)))
+        return normalised(np.ascontiguousarray(nib.apply_orientation(image.dataobj[tuple(stored)], axes)))
 
     return Store(NIFTI, scan.path, "float32 0..1", read, _hu_of_normalised, slow=True)
 
@@ -194,7 +193,7 @@ class OurCache:
     """
 
     path: Path
-    aliases: itertools.count = field(default_factory=itertools.count)
+    aliases: itertools.count[int] = field(default_factory=itertools.count)
 
     def scan(self) -> CachedScan:
         """The scan, of which the process remembers what it read before."""

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mim3d.backbones.hybrid import Hybrid
+from mim3d.backbones import Hybrid
+from mim3d.core.types import Triple
 from mim3d.methods.mim.objective import MiMObjective
+from mim3d.nn.blocks import TransformerBlock
 from mim3d.nn.tokens import sincos_positions
 from mim3d.objective import Batch
 
@@ -136,8 +138,8 @@ class DenseEncoder(nn.Module):
     def forward(self, volume_BCXYZ: Tensor, hidden_BL: Tensor) -> Tensor:
         """Tokens ``(B, V, E)`` of visible places, in raster order."""
         batch = len(volume_BCXYZ)
-        grid = tuple(size // self.edge for size in volume_BCXYZ.shape[2:])
-        visible_B1xyz = (~hidden_BL).reshape(batch, 1, *grid).to(volume_BCXYZ.dtype)
+        x, y, z = (size // self.edge for size in volume_BCXYZ.shape[2:])
+        visible_B1xyz = (~hidden_BL).reshape(batch, 1, x, y, z).to(volume_BCXYZ.dtype)
         features, skipped = volume_BCXYZ, volume_BCXYZ.new_zeros(())
         for stage in range(1, self.num_stages):
             features = getattr(self, f"patch_embed{stage}")(features)
@@ -147,7 +149,7 @@ class DenseEncoder(nn.Module):
             skipped = skipped + getattr(self, f"stage{stage}_output_decode")(features).flatten(2).transpose(1, 2)
         tokens = getattr(self, f"patch_embed{self.num_stages}")(features).flatten(2).transpose(1, 2)
         tokens = getattr(self, f"patch_embed{self.num_stages + 1}")(tokens)
-        tokens = (tokens + sincos_positions(grid, self.embed_dim).to(tokens))[~hidden_BL].reshape(
+        tokens = (tokens + sincos_positions((x, y, z), self.embed_dim).to(tokens))[~hidden_BL].reshape(
             batch, -1, self.embed_dim
         )
         for block in getattr(self, f"blocks{self.num_stages}"):
@@ -166,7 +168,7 @@ class DenseDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pred = nn.Linear(dim, out_dim)
 
-    def forward(self, visible_BVE: Tensor, hidden_BL: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def forward(self, visible_BVE: Tensor, hidden_BL: Tensor, grid: Triple) -> tuple[Tensor, Tensor]:
         """Features ``(B, L, D)`` and predicted voxels ``(B, L, P)`` of all tokens."""
         embedded = self.embed(visible_BVE)
         tokens = self.mask_token.expand(*hidden_BL.shape, -1).to(embedded.dtype).clone()
@@ -187,19 +189,21 @@ class DenseMiM(nn.Module):
 
     def __init__(self, objective: MiMObjective) -> None:
         super().__init__()
-        recipe, decoder = objective.encoder.recipe, objective.decoder
+        recipe, decoder, block = objective.encoder.recipe, objective.decoder, objective.decoder.blocks[0]
+        assert isinstance(recipe, Hybrid)
+        assert isinstance(block, TransformerBlock)
         self.encoder = DenseEncoder(recipe)
         self.encoder.load_state_dict(objective.encoder.state_dict())
         self.decoder = DenseDecoder(
             decoder.embed.in_features,
             decoder.embed.out_features,
             len(decoder.blocks),
-            decoder.blocks[0].attn.num_heads,
+            block.attn.num_heads,
             decoder.pred.out_features,
         )
         self.decoder.load_state_dict(decoder.state_dict())
         self.heads = copy.deepcopy(objective)
-        self.heads.encoder, self.heads.decoder = nn.Identity(), nn.Identity()
+        del self.heads.encoder, self.heads.decoder
         self.to(next(objective.parameters()))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

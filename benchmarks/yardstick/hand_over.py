@@ -41,7 +41,11 @@ from mim3d.tasks.augmentation import Augmentation
 from mim3d.tasks.segmentation.crops import CropSampler
 from mim3d.tasks.transforms import Augmenter
 from yardstick.loader_rates import close
+from yardstick.machine import Row
 from yardstick.marks import Ratio
+
+# torch leaves it without types.
+_multiprocessing: Any = torch.multiprocessing
 
 RING = "ring"
 
@@ -51,7 +55,6 @@ MARK = 1.3
 #: Arrays of fewer bytes travel in the message itself, which costs less than shared memory of their own.
 SMALL_BYTES = 2**16
 
-Row = dict[str, Any]
 Batches = Iterator[Mapping[str, Any]]
 
 
@@ -163,7 +166,7 @@ class TorchBatches(Dataset[Any], ABC):
         torch.set_num_threads(1)
         keep_freed_memory()
         if self.strategy is not None:
-            torch.multiprocessing.set_sharing_strategy(self.strategy)
+            _multiprocessing.set_sharing_strategy(self.strategy)
 
 
 class Numbers(Sampler[int]):
@@ -306,8 +309,15 @@ def measure_hand_over(
     starts are taken untimed. ``received`` takes a batch and does nothing with it, ``float32`` makes of it what the
     trainer does. Ratios are medians over the rounds of what followed one another.
     """
-    settings = {"batch_size": batch_size, "seed": 0, "num_workers": num_workers, "augment": material.augment}
-    loader = Loader(material.scans, material.sampler, plan_intensity(material.scans), **settings)
+    loader = Loader(
+        material.scans,
+        material.sampler,
+        plan_intensity(material.scans),
+        batch_size=batch_size,
+        seed=0,
+        num_workers=num_workers,
+        augment=material.augment,
+    )
     forms = {name: form(loader, prefetch) for name, form in FORMS.items() if not _unsafe(name, device)}
     starts: dict[str, Callable[[], Batches]] = {RING: lambda: loader.batches(0)}
     starts |= {name: form.batches for name, form in forms.items()}
@@ -373,9 +383,13 @@ def _round(
 
 def _clocks_s() -> tuple[float, float, float]:
     """Wall time, processor time of this process, and of the processes that it started and that still run."""
+    others = sum(_processor_s(child.pid) for child in multiprocessing.active_children() if child.pid is not None)
+    return time.perf_counter(), _processor_s(os.getpid()), others
+
+
+def _processor_s(process: int) -> float:
     # The number of another process's processor clock, as clock_getcpuclockid(3) makes it on Linux.
-    others = sum(time.clock_gettime((~child.pid << 3) | 2) for child in multiprocessing.active_children())
-    return time.perf_counter(), time.clock_gettime((~os.getpid() << 3) | 2), others
+    return time.clock_gettime((~process << 3) | 2)
 
 
 def _summary(rounds: Sequence[Taken], ring: Sequence[Taken]) -> Row:

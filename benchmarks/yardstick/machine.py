@@ -5,8 +5,9 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,9 @@ from mim3d.core.resources import peak_memory_bytes
 from mim3d.kernels.machine import keep_freed_memory
 
 RESULTS = Path(__file__).parents[1] / "results"
+
+#: One line of results: what was measured and of what, by name, in types that JSON has.
+Row = dict[str, Any]
 
 
 def options(doc: str | None) -> argparse.ArgumentParser:
@@ -67,12 +71,12 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe(device: torch.device) -> dict[str, object]:
+def describe(device: torch.device) -> Row:
     """What a reader of results must know of the machine."""
     return {"hardware": hardware_name(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
-def write_results(name: str, machine: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> None:
+def write_results(name: str, machine: Row, rows: Sequence[Row]) -> None:
     """Write ``benchmarks/results/NAME.json`` and say so."""
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{name}.json"

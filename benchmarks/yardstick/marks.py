@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from yardstick.machine import Row
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -38,7 +40,7 @@ class Ratio:
         bound = f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:.4g}"
         return f"mark: {bound}{self.unit}  {'PASS' if self.reached else 'NOT REACHED'}"
 
-    def row(self) -> dict[str, object]:
+    def row(self) -> Row:
         """For the results."""
         return {**asdict(self), "value": round(self.value, 4), "reached": self.reached}
 

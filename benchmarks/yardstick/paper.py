@@ -15,12 +15,12 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mim3d.backbones import create_recipe
 from mim3d.training.memory import RESERVE, SCRATCH_BYTES, StepMemory
 from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
-from yardstick.batches import mim_with_children, random_batch
+from yardstick.batches import hybrid, mim_with_children, random_batch
 from yardstick.flops import count_flops
+from yardstick.machine import Row
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 GPUS_PER_MACHINE = 8
@@ -41,7 +41,7 @@ MARK = 0.95
 GPU_MEMORIES = (24, 40, 80, 141)
 #: Float32 weights, gradients and AdamW's two moments, and the buckets through which gradients are exchanged.
 BYTES_PER_PARAMETER = 4 + 4 + 2 * 4 + 4
-LARGEST = "hybrid_huge"
+LARGEST = "huge"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def paper_step(results: Path) -> Step:
     Args:
         results: folder of ``data_loading_cpu.json``.
     """
-    recipe = create_recipe("hybrid_base")
+    recipe = hybrid("base")
     method = mim_with_children(recipe.token_size, 4)
     objective = method.build(recipe)
     parameters = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
@@ -83,7 +83,7 @@ def paper_step(results: Path) -> Step:
     return Step(parameters, 4 * parameters, seconds, SAMPLES_PER_GPU * sample_bytes(rows), read_ms)
 
 
-def sample_bytes(rows: list[dict[str, object]]) -> float:
+def sample_bytes(rows: list[Row]) -> float:
     """Stored bytes that a sample of one root and four children touches, each 96^3 voxels at its resolution.
 
     Whole blocks of 32^3 are read: a crop of n voxels touches n + 31 along an axis on average. Crops that share blocks
@@ -155,7 +155,7 @@ class Held:
 
 def paper_held() -> Held:
     """What MiM with the largest network on the full hierarchy holds."""
-    recipe = replace(create_recipe(LARGEST), recompute=True)
+    recipe = replace(hybrid(LARGEST), recompute=True)
     method = mim_with_children(recipe.token_size, 4)
     sample = {key: (tuple(value.shape[1:]), value.dtype) for key, value in random_batch(method, recipe, 1).items()}
     loop = LoopSettings(max_steps=1, accelerator="cpu", precision="bf16-mixed", devices=2)
@@ -179,7 +179,7 @@ def print_paper() -> None:
     print(_table(_disk_lines(step)) + "\n")
     held = paper_held()
     print(
-        f"{LARGEST}: {held.encoder / 1e6:.0f} M parameters, {16 * held.encoder / 1e9:.1f} GB with gradients and "
+        f"hybrid_{LARGEST}: {held.encoder / 1e6:.0f} M parameters, {16 * held.encoder / 1e9:.1f} GB with gradients and "
         f"moments; with its decoder {held.parameters / 1e6:.0f} M and {16 * held.parameters / 1e9:.1f} GB, "
         f"{BYTES_PER_PARAMETER * held.parameters / 1e9:.1f} GB with buckets, {held.activation_bytes / 1e9:.1f} GB of "
         f"activations, {held.needed_bytes(held.parameters) / 1e9:.1f} GB in all.\n"

@@ -11,19 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from monai.data import PersistentDataset
-from monai.transforms import (
-    Compose,
-    CropForegroundd,
-    EnsureChannelFirstd,
-    LoadImaged,
-    MapTransform,
-    Orientationd,
-    RandomizableTransform,
-    RandSpatialCropd,
-    ScaleIntensityRanged,
-    Transform,
-)
+from monai.data.dataset import PersistentDataset
+from monai.transforms.compose import Compose
+from monai.transforms.croppad.dictionary import CropForegroundd, RandSpatialCropd
+from monai.transforms.intensity.dictionary import ScaleIntensityRanged
+from monai.transforms.io.dictionary import LoadImaged
+from monai.transforms.spatial.dictionary import Orientationd
+from monai.transforms.transform import MapTransform, RandomizableTransform, Transform
+from monai.transforms.utility.dictionary import EnsureChannelFirstd
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset

@@ -13,7 +13,7 @@ from mim3d.inference import Network, Windows
 
 def monai_labels(network: Network, image_CXYZ: Tensor, windows: Windows) -> np.ndarray:
     """Classes by ``SlidingWindowInferer`` with MONAI's own Gaussian weights, logits of the scan in float32."""
-    from monai.inferers import SlidingWindowInferer
+    from monai.inferers.inferer import SlidingWindowInferer
 
     inferer = SlidingWindowInferer(
         roi_size=windows.patch_size, sw_batch_size=windows.batch_size, overlap=windows.overlap, mode="gaussian"
