@@ -261,7 +261,6 @@ def main() -> None:
     parser.add_argument("--parts", choices=["stores", "hand_over"], default="stores", help="what is compared")
     parser.add_argument("--rounds", type=int, default=3, help="of hand_over, in each of which every loader has a turn")
     parser.add_argument("--prefetch", type=int, default=2, help="of hand_over: batches a DataLoader's worker is ahead")
-    parser.add_argument("--quick", action="store_true", help="small scans, few crops, no results written: to try it")
     parser.add_argument("--out", help="name of the results' file, without .json")
     parser.add_argument("--scratch", help="folder for the stores, 4 GB; a temporary one if not given")
     parser.add_argument("--edges", nargs="+", type=int, default=[96, 192, 384], help="crops and roots, by first edge")

@@ -31,15 +31,15 @@ def seconds(
     return best_seconds(one_pass, device, NUM_STEPS)
 
 
-def measure(device: torch.device) -> list[Row]:
+def measure(device: torch.device, edge: int) -> list[Row]:
     """One row per precision, with and without gradients."""
     torch.manual_seed(0)
     recipe = hybrid("base")
     ours = recipe.build().to(device)
     plain = DenseEncoder(recipe).to(device)
     plain.load_state_dict(ours.state_dict())
-    volume = torch.rand(1, 1, 96, 96, 96, device=device)
-    hidden = torch.zeros(1, 216, dtype=torch.bool, device=device)
+    volume = torch.rand(1, 1, edge, edge, edge, device=device)
+    hidden = torch.zeros(1, (edge // plain.edge) ** 3, dtype=torch.bool, device=device)
 
     def of_ours() -> Tensor:
         return ours.feature_maps(volume)[-1].float().square().sum()
@@ -59,6 +59,9 @@ def measure(device: torch.device) -> list[Row]:
 
 
 if __name__ == "__main__":
-    device = torch.device(options(__doc__).parse_args().device)
+    arguments = options(__doc__).parse_args()
+    device = torch.device(arguments.device)
     prepare(device)
-    write_results(f"feature_maps_{device.type}", describe(device), measure(device))
+    rows = measure(device, 32 if arguments.quick else 96)
+    if not arguments.quick:
+        write_results(f"feature_maps_{device.type}", describe(device), rows)

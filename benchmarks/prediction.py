@@ -155,7 +155,6 @@ def ratios_of(rows: list[dict[str, Any]]) -> list[Ratio]:
 def main() -> None:
     """Measure and print."""
     parser = options(__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small scan; nothing is written")
     parser.add_argument("--backbone", default="hybrid_nano")
     parser.add_argument("--size", type=int, nargs=3, default=None, help="voxels of the phantom")
     parser.add_argument("--patch", type=int, default=None, help="edge of a window")

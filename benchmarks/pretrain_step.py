@@ -182,7 +182,8 @@ def run(arguments: argparse.Namespace) -> None:
             dense_s[case.size] = measured["time_s"] / case.batch_size
         rows.append(derive(case, measured, dense_s.get(case.size), peaks))
         print_row(case, rows[-1])
-    write_results(f"pretrain_step_{device.type}{arguments.suffix}", machine, rows)
+    if not arguments.quick:
+        write_results(f"pretrain_step_{device.type}{arguments.suffix}", machine, rows)
 
 
 def main() -> None:
@@ -195,6 +196,8 @@ def main() -> None:
     parser.add_argument("--suffix", default="", help="of the results' file name")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.sizes, arguments.steps = ["nano"], 1
     if arguments.case is None:
         run(arguments)
     else:

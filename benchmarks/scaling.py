@@ -182,7 +182,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     # Other work on the machine takes more from several processes, which wait for the slowest, than from one.
     machine = {**describe(device), "threads": 1, "devices": available, "load_before": round(load, 1)}
-    write_results(f"scaling_{device.type}", machine, rows)
+    if not arguments.quick:
+        write_results(f"scaling_{device.type}", machine, rows)
 
 
 def main() -> None:
@@ -197,6 +198,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each count")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.processes, arguments.steps, arguments.rounds = [2], 2, 1
     if arguments.paper:
         print_paper()
     elif arguments.worker:

@@ -21,9 +21,10 @@ Row = dict[str, Any]
 
 
 def options(doc: str | None) -> argparse.ArgumentParser:
-    """A parser of the options that every benchmark of networks has."""
+    """A parser of the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="small, no results written: to try the script")
     return parser
 
 
