@@ -209,8 +209,8 @@ def run_hand_over(
     print(machine, flush=True)
     rows = []
     for material in read:
-        for batch_size in (1, 4):
-            for num_workers in (1, 2):
+        for batch_size in (4,) if arguments.quick else (1, 4):
+            for num_workers in (2,) if arguments.quick else (1, 2):
                 rows += measure_hand_over(
                     material,
                     device,

@@ -1,7 +1,7 @@
 """Stores of one scan, each of which gives any crop: the scan's own file, the published caches, and mim3d's."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -193,7 +193,7 @@ class OurCache:
     """
 
     path: Path
-    aliases: itertools.count[int] = field(default_factory=itertools.count)
+    aliases: Iterator[int] = field(default_factory=itertools.count)
 
     def scan(self) -> CachedScan:
         """The scan, of which the process remembers what it read before."""
