@@ -23,8 +23,8 @@ from mim3d.datasets.published.folds import fold_numbers
 from mim3d.datasets.published.presets import find_preset
 from mim3d.weights import read_card, save_network
 from mim3d.workflows.finetune import folds as module
+from mim3d.workflows.finetune.data import read_training_data
 from mim3d.workflows.finetune.folds import finetune_folds
-from mim3d.workflows.finetune.presets import apply_preset
 from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.leakage import SEEN_NAME, identities_of, seen_from, write_seen
@@ -304,7 +304,7 @@ def test_a_preset_of_which_a_fold_has_no_case_is_refused_before_the_first_fold(t
 def test_a_cache_of_a_preset_serves_all_folds(btcv, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, source, _ = apply_preset(FinetuneSettings(str(btcv), "", preset="BTCV", fold=None))
+        source = read_training_data(FinetuneSettings(str(btcv), "", preset="BTCV", fold=None)).source
         build_cache(source, tmp_path / "cache", Preprocessing(spacing_mm=(1.5, 1.5, 2.0)))
         seen = []
 

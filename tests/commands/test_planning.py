@@ -51,7 +51,7 @@ def plan(
     split = whole if fold is None else split_cases(source.cases, fold=fold, num_folds=3)
     num_channels = len(split.train[0].images)
     recipe = create_recipe({**(backbone or BACKBONE), "in_channels": num_channels})
-    asked, initial = settings(**changes), Initialisation(recipe, card=card or {})
+    asked, initial = settings(**changes), Initialisation.of_card(recipe, None, card or {})
     return plan_finetuning(source, split, initial, asked, create_task(asked.task), run_dir)
 
 

@@ -23,13 +23,16 @@ from mim3d.core.run_folder import read_run
 from mim3d.core.settings import to_mapping
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.published.presets import published_presets
+from mim3d.datasets.splits import Split
 from mim3d.loading.loader import Loader
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
+from mim3d.tasks.augmentation import Augmentation
 from mim3d.tasks.segmentation.task import Segmentation
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import save_network
-from mim3d.workflows.finetune.presets import apply_preset, with_own_folds, with_preset
+from mim3d.workflows.finetune.data import read_training_data
+from mim3d.workflows.finetune.presets import describe_preset, with_own_folds, with_preset
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import asked_recipe, initialise
 from tests.miniatures import MINIATURES, write_cc_ccii
@@ -49,7 +52,8 @@ def given(**changes) -> FinetuneSettings:
 
 
 def applied(name: str, data: object, settings: FinetuneSettings):
-    return apply_preset(dataclasses.replace(settings, preset=name, data=str(data)))
+    read = read_training_data(dataclasses.replace(settings, preset=name, data=str(data)))
+    return read.settings, read.source, read.split
 
 
 def task_of(name: str, token_edge: int) -> dict:
@@ -97,7 +101,7 @@ def test_probabilities_are_as_published_along_every_axis_and_nothing_else_is_var
     assert [getattr(augmentation, name) for name in others] == [0, 0, 0, 0]
     covid = create_task(task_of("COVID-19-20", 16)).augmentation
     assert (covid.affine_prob, covid.noise_prob, covid.rotate90_prob) == (0.15, 0.15, 0)
-    assert "augmentation" not in task_of("MM-WHS CT", 16)
+    assert create_task(task_of("MM-WHS CT", 16)).augmentation == Augmentation()
 
 
 SIDED = {
@@ -245,10 +249,15 @@ def test_a_preset_of_two_folds_needs_no_number_of_folds():
         with_own_folds(two, given(num_folds=3))
 
 
-def test_a_task_of_the_users_own_stays_as_it_is(folders, capsys):
-    merged, _, _ = applied("BTCV", folders("BTCV"), given(task={"name": "my_lab.tasks.Mine", "size": 3}))
-    assert merged.task == {"name": "my_lab.tasks.Mine", "size": 3}
-    assert "those of the task my_lab.tasks.Mine itself" in capsys.readouterr().out
+class Mine(Segmentation):
+    """A task of a user's own."""
+
+
+def test_a_task_of_the_users_own_stays_as_it_is():
+    asked = {"name": "my_lab.tasks.Mine", "size": 3}
+    assert with_preset(given(task=asked), PRESETS["BTCV"], (16, 16, 16)).task == asked
+    lines = describe_preset(PRESETS["BTCV"], Split(train=(), val=()), Mine(), (16, 16, 16))
+    assert f"those of the task {Mine.__module__}.Mine itself" in lines[-1]
 
 
 def test_a_strict_run_refuses_a_fold_that_is_not_complete(folders):

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Spacing
+from mim3d.datasets.published.presets import Preset
 
 #: Words in a label's name that tie it to one side of an axis: mirrored, it would carry the wrong name.
 SIDED_NAMES = (
@@ -147,3 +148,13 @@ class Augmentation:
 def sided_labels(labels: Mapping[int, str], axis: int) -> list[str]:
     """Return the names of labels that name a side of an axis (0 X, 1 Y, 2 Z); the background has none."""
     return [name for value, name in labels.items() if value != 0 and SIDED_NAMES[axis].search(name)]
+
+
+def published_augmentation(preset: Preset) -> Augmentation:
+    """The augmentation that is published for a data set, or the default one where none is.
+
+    As published: along every axis, whatever the labels' names say, and nothing that is not named.
+    """
+    if preset.variation is None:
+        return Augmentation()
+    return Augmentation(flip_axes=(0, 1, 2), scale_prob=0.0, gamma_prob=0.0, **asdict(preset.variation))

@@ -21,11 +21,13 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
+from mim3d.datasets.published.presets import Preset
 from mim3d.datasets.splits import Split
 from mim3d.inference import scores_bytes
 from mim3d.loading.samples import Augment, Sampler
 from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity
+from mim3d.tasks.augmentation import Augmentation
 from mim3d.training.schedule import Optimisation
 
 if TYPE_CHECKING:
@@ -63,6 +65,19 @@ class Task(ABC):
         Raises:
             ConfigError: They cannot. The sentence names settings that do.
         """
+
+    @classmethod
+    def of_preset(cls, preset: Preset, patch_size: Triple) -> Self:
+        """Return the settings of this task that are published for a data set; a user's own settings come on top.
+
+        Args:
+            preset: Preset of the data set.
+            patch_size: Its patch, voxels along X, Y, Z, rounded up to what the encoder can take.
+
+        Raises:
+            ConfigError: No data set is published for this task.
+        """
+        raise ConfigError(f"the task {cls.__name__} is that of no preset; give it a class method `of_preset`.")
 
     def check_split(self, split: Split) -> None:
         """Refuse cases that cannot be learned from, before anything is prepared; label maps are checked when read.
@@ -164,6 +179,37 @@ class Task(ABC):
             f"the task {type(self).__name__} cannot be exported; give it a method `export_form`, or export the encoder "
             "alone with --network encoder."
         )
+
+
+class CropTask(Task):
+    """A task that learns from crops: their size and variation can be planned from the voxels of the data set.
+
+    A task of this kind has these as fields, in an order of its own.
+
+    Attributes:
+        patch_size: Voxels of one crop along X, Y, Z; None is open.
+        positive_ratio: Share of the crops that are centred on a structure.
+        augmentation: How crops are varied.
+        ignore_label: Label value of voxels that nothing is learned from; None where there is none.
+    """
+
+    patch_size: Triple | None
+    positive_ratio: float
+    augmentation: Augmentation
+    ignore_label: int | None
+
+    @property
+    def named_values(self) -> Sequence[int]:
+        """Label values that the settings name, for data sets that declare none."""
+        return () if self.ignore_label is None else (self.ignore_label,)
+
+    def named_structures(self, labels: Mapping[int, str]) -> dict[int, str]:
+        """Return the names of all that a crop may show. They tell along which axes crops may be mirrored.
+
+        Args:
+            labels: Label value -> name. What is no label is added below 0.
+        """
+        return dict(labels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ def fold_numbers(preset: Preset) -> tuple[frozenset[str], ...] | None:
     Where nobody published folds, every number that the owners published is split with seed 0. None where the cases are
     not known beforehand, as in a classification.
     """
-    if preset.task == "classification":
+    if preset.files is None:
         return None
     if not preset.folds:
         ids = [f"{number:04d}" for number in range(1, preset.num_cases + 1)]

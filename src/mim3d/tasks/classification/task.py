@@ -14,12 +14,13 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.types import Spacing, Triple
+from mim3d.datasets.published.presets import Preset
 from mim3d.datasets.splits import Split
 from mim3d.loading.samples import SampleDataset
 from mim3d.metrics import Bootstrap, classification_scores
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks.augmentation import Augmentation
+from mim3d.tasks.augmentation import Augmentation, published_augmentation
 from mim3d.tasks.classification.cubes import Cube, CubeFinisher, CubeSampler, extents_mm, planned_size
 from mim3d.tasks.contract import ExportForm, LogitsProgram, PredictionSettings, Predictor, Task, TrainedNetwork
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
@@ -108,6 +109,10 @@ class Classification(Task):
     def optimisation(self) -> Optimisation:
         """AdamW with a rate that suits batches of 8 to 32 boxes, and more decay than segmentation: labels are few."""
         return Optimisation(learning_rate=3e-4, weight_decay=0.05, betas=(0.9, 0.999), warmup_ratio=0.05, clip_norm=1.0)
+
+    @classmethod
+    def of_preset(cls, preset: Preset, patch_size: Triple) -> "Classification":
+        return Classification(fit="scan", size=patch_size, augmentation=published_augmentation(preset))
 
     def checked(self, backbone: Backbone) -> "Classification":
         if self.size is not None:

@@ -14,12 +14,13 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.settings import nearest
 from mim3d.core.types import Spacing, Triple
+from mim3d.datasets.published.presets import Preset
 from mim3d.inference import Windows, padding_values, sliding_logits
 from mim3d.loading.samples import Augment
 from mim3d.objective import Objective, crop_tokens
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks.augmentation import Augmentation
-from mim3d.tasks.contract import ExportForm, LogitsProgram, PredictionSettings, Predictor, Task, TrainedNetwork
+from mim3d.tasks.augmentation import Augmentation, published_augmentation
+from mim3d.tasks.contract import CropTask, ExportForm, LogitsProgram, PredictionSettings, Predictor, TrainedNetwork
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
 from mim3d.tasks.freezing import check_freezing, freezing_lines
 from mim3d.tasks.segmentation.crops import CropSampler
@@ -40,7 +41,7 @@ LARGEST_PLANNED_EDGE = 96
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segmentation(Task):
+class Segmentation(CropTask):
     """Settings of the segmentation task.
 
     Attributes:
@@ -152,6 +153,16 @@ class Segmentation(Task):
         """AdamW with a rate that suits batches of 2 to 16 crops alike, from scratch and from an encoder."""
         return Optimisation(learning_rate=5e-4, weight_decay=1e-5, betas=(0.9, 0.999), warmup_ratio=0.05, clip_norm=1.0)
 
+    @classmethod
+    def of_preset(cls, preset: Preset, patch_size: Triple) -> "Segmentation":
+        return Segmentation(
+            patch_size=patch_size,
+            positive_ratio=preset.positive_ratio,
+            augmentation=published_augmentation(preset),
+            regions=preset.regions,
+            overlap=preset.overlap,
+        )
+
     def checked(self, backbone: Backbone) -> "Segmentation":
         if self.patch_size is None:
             return self
@@ -205,6 +216,11 @@ class Segmentation(Task):
             partial_labels=dict(labels) if are_partial([scan.case for scan in scans], labels) else None,
         )
         return planned.checked(backbone)
+
+    @property
+    def named_values(self) -> tuple[int, ...]:
+        """Label values of the regions, and the ignored one."""
+        return (*(value for members in (self.regions or {}).values() for value in members), *super().named_values)
 
     def named_structures(self, labels: Mapping[int, str]) -> dict[int, str]:
         """Return the names of labels and regions alike: a region, too, may lie on one side and is not mirrored then.

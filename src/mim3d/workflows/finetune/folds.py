@@ -20,7 +20,6 @@ from mim3d.workflows.finetune.planning import PLAN_NAME
 from mim3d.workflows.finetune.presets import with_own_folds
 from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
 from mim3d.workflows.finetune.settings import FinetuneSettings
-from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.inputs import read_data
 
 SUMMARY_NAME = "summary.json"
@@ -101,26 +100,26 @@ def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> No
     begun = [folder for folder in folders if (folder / MANIFEST_NAME).exists()]
     if begun and not settings.resume:
         raise ConfigError(f"{begun[0]} holds a run already; go on by --resume true, or choose another --out.")
-    data, part, num_folds = settings.data, settings.train_part, len(folders)
+    data = settings.data
     if settings.preset is not None:
         preset = find_preset(settings.preset)
         with warnings.catch_warnings():
             # Every fold says itself which of its cases are missing.
             warnings.simplefilter("ignore")
             source: Cache | CaseSet = open_cache(data) if is_cache(data) else read_preset(preset, data, None)
-            for fold in range(num_folds):
+            for fold in range(settings.num_folds):
                 cases = declare_fold(preset, data, source.cases, fold, strict=settings.strict)
-                choose_split(cases, fold=fold, num_folds=num_folds, part=part)
+                replace(settings, fold=fold).split(cases)
         return
     needs_label = create_task(settings.task).needs == "label"
     every = read_data(data, need_labels=needs_label, keep_labels=True).cases
     if any(case.split == "val" for case in every):
         raise ConfigError(
-            f"{data} declares which cases validate, so that all folds would be the same; use --fold 0, or leave the "
-            "declared split out."
+            f"{data} declares which cases validate, so that all folds would be the same; use --fold 0, or "
+            "leave the declared split out."
         )
-    for fold in range(num_folds):
-        choose_split(every, fold=fold, num_folds=num_folds, part=part, split_seed=settings.split_seed)
+    for fold in range(settings.num_folds):
+        replace(settings, fold=fold).split(every)
 
 
 def _write_config(out: Path, settings: FinetuneSettings) -> None:

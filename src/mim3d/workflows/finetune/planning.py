@@ -41,11 +41,9 @@ from mim3d.planning.plan import (
     plan_spacing,
     shapes_at,
 )
-from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS
 from mim3d.tasks.augmentation import sided_labels
-from mim3d.tasks.contract import Task
-from mim3d.tasks.segmentation.task import Segmentation
+from mim3d.tasks.contract import CropTask, Task
 from mim3d.training.memory import StepMemory, can_be_known, usable_bytes
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import Initialisation
@@ -108,14 +106,13 @@ def plan_finetuning(
         ConfigError: A plan file with unknown keys or impossible values, or a patch that does not fit the encoder.
         DataError: No scan can be used.
     """
-    if not isinstance(task, Segmentation):
+    if not isinstance(task, CropTask):
         return _planned(settings, task.checked(initial.recipe))
-    given = _given(source, task, settings)
     if settings.plan is not None:
         plan = read_plan(settings.plan)
-        _print(f"plan: {settings.plan}")
-        return _filled(settings, task, initial, plan, given)
-    decided = _with_encoder(given, initial)
+        print(f"plan: {settings.plan}")
+        return _filled(settings, task, initial, plan, fixed_choices(source, task, settings))
+    decided = fixed_choices(source, task, settings, initial)
     if all(name in decided.values for name in PLANNED):
         return _planned(settings, task.checked(initial.recipe))
     cases = [*split.train, *split.val]
@@ -138,14 +135,14 @@ def plan_finetuning(
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     found = _plan_of_run(run_dir, key, settings)
     if found is not None:
-        _print(f"plan: {Path(run_dir or '') / PLAN_NAME}")
+        print(f"plan: {Path(run_dir or '') / PLAN_NAME}")
         return _filled(settings, task, initial, found, decided)
     # The run has it where it looked at these very files before.
     fingerprint = DatasetFingerprint.load(Path(run_dir) / FINGERPRINT_NAME, files_key) if run_dir is not None else None
     if fingerprint is None:
         num_voxel_scans = min(num_scans, len(learned))
         voxels = f" and the voxels of {num_voxel_scans} to train on" if num_voxel_scans else ""
-        _print(f"planning from the headers of {len(sources)} scans{voxels}")
+        print(f"planning from the headers of {len(sources)} scans{voxels}", flush=True)
         fingerprint = fingerprint_of(
             sources,
             source.labels,
@@ -156,7 +153,7 @@ def plan_finetuning(
         )
     plan = replace(_make_plan(fingerprint, source, split, initial, task, settings, decided), made_for=key)
     for line in describe_plan(plan):
-        _print(line)
+        print(line)
     return replace(_filled(settings, task, initial, plan, decided), fingerprint=fingerprint)
 
 
@@ -165,7 +162,7 @@ def _make_plan(
     source: CaseSet | Cache,
     split: Split,
     initial: Initialisation,
-    task: Segmentation,
+    task: CropTask,
     settings: FinetuneSettings,
     decided: FixedChoices,
 ) -> Plan:
@@ -176,10 +173,8 @@ def _make_plan(
     labels = dict(source.labels)
     if not labels:
         # As found in the scans looked into and named in the task.
-        named = [value for values in (task.regions or {}).values() for value in values]
-        named += [] if task.ignore_label is None else [task.ignore_label]
         found = {facts.value: facts.name for facts in fingerprint.classes} or {1: "1"}
-        labels = {0: "background", **{value: str(value) for value in named}, **found}
+        labels = {0: "background", **{value: str(value) for value in task.named_values}, **found}
     plan = plan_dataset(
         fingerprint,
         multiple=initial.recipe.input_multiple,
@@ -238,49 +233,34 @@ def _planned(settings: FinetuneSettings, task: Task, plan: Plan | None = None) -
     return PlannedRun(replace(settings, plan=None, batch_size=batch_size, task=to_named(task, TASKS)), task, plan)
 
 
-def _given(source: CaseSet | Cache, task: Segmentation, settings: FinetuneSettings) -> FixedChoices:
-    """What the settings decide, and the data where they are a cache."""
-    known: dict[str, tuple[Any, str]] = {}
-    if isinstance(source, Cache):
-        known["spacing_mm"] = source.preprocessing.spacing_mm, "of the cache"
+def fixed_choices(
+    source: CaseSet | Cache, task: CropTask, settings: FinetuneSettings, initial: Initialisation | None = None
+) -> FixedChoices:
+    """What is decided before planning: by the data where they are a cache, by the settings, or else by the encoder."""
     asked = settings.task
     own = to_mapping(task) if not isinstance(asked, (str, Mapping)) else {} if isinstance(asked, str) else asked
-    values = {
+    given = {
         **{name: getattr(settings, name) for name in ("spacing_mm", "intensity", "batch_size", "max_steps")},
         "patch_size": task.patch_size,
         "positive_ratio": None if own.get("positive_ratio") is None else task.positive_ratio,
         "flip_axes": task.augmentation.flip_axes,
         "rotation_degrees": task.augmentation.rotation_degrees,
     }
-    for name, value in values.items():
-        if value is not None and name not in known:
-            known[name] = value, "given"
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    by = dict.fromkeys(values, "given")
+    if isinstance(source, Cache):
+        values["spacing_mm"], by["spacing_mm"] = source.preprocessing.spacing_mm, "of the cache"
     if settings.max_epochs is not None:
-        known["max_steps"] = None, f"max_epochs {settings.max_epochs} given"
-    return _decided(known)
-
-
-def _with_encoder(given: FixedChoices, initial: Initialisation) -> FixedChoices:
-    """Also what the encoder learned from, where nothing else is given."""
-    known = {name: (value, given.by[name]) for name, value in given.values.items()}
-    spacing_mm = initial.card.get("spacing_mm")
-    if spacing_mm is not None and "spacing_mm" not in known:
-        x, y, z = (float(value) for value in spacing_mm)
-        known["spacing_mm"] = (x, y, z), "of the encoder"
-    if "intensity" in initial.card and "intensity" not in known:
-        own = build_settings(Intensity, initial.card["intensity"], "intensity of the weights' card")
-        known["intensity"] = own, "of the encoder"
-    return _decided(known)
-
-
-def _decided(known: Mapping[str, tuple[Any, str]]) -> FixedChoices:
-    return FixedChoices(
-        values={name: value for name, (value, _) in known.items()}, by={name: by for name, (_, by) in known.items()}
-    )
+        values["max_steps"], by["max_steps"] = None, f"max_epochs {settings.max_epochs} given"
+    if initial is not None:
+        for name, value in (("spacing_mm", initial.own_spacing_mm), ("intensity", initial.own_intensity)):
+            if value is not None and name not in values:
+                values[name], by[name] = value, "of the encoder"
+    return FixedChoices(values=values, by=by)
 
 
 def _filled(
-    settings: FinetuneSettings, task: Segmentation, initial: Initialisation, plan: Plan, decided: FixedChoices
+    settings: FinetuneSettings, task: CropTask, initial: Initialisation, plan: Plan, decided: FixedChoices
 ) -> PlannedRun:
     """Settings with the plan's values where nothing else was decided; the encoder's spacing is written out too."""
 
@@ -324,11 +304,6 @@ def _plan_of_run(run_dir: str | Path | None, key: str, settings: FinetuneSetting
         f"{path} did not come from the first process within {PATIENCE_S / 60:.0f} minutes; see what it says, and make "
         "sure that all processes see the folder of the run."
     )
-
-
-def _print(line: str) -> None:
-    if is_first_process():
-        print(line, flush=True)
 
 
 def describe_plan(plan: Plan) -> list[str]:
@@ -391,7 +366,7 @@ class TrainingMemory:
 
 
 def training_memory(
-    task: Segmentation,
+    task: CropTask,
     recipe: Backbone,
     labels: Mapping[int, str],
     settings: FinetuneSettings,

@@ -18,7 +18,7 @@ from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.splits import Split
 from mim3d.distributed.processes import Processes
 from mim3d.objective import Objective
-from mim3d.tasks import TASKS, create_task
+from mim3d.tasks import TASKS
 from mim3d.tasks.contract import Task
 from mim3d.tasks.segmentation.targets import are_partial
 from mim3d.tracking import TrackedRun
@@ -26,12 +26,12 @@ from mim3d.training.checkpoint import load_best
 from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
 from mim3d.weights import save_network
+from mim3d.workflows.finetune.data import read_training_data
 from mim3d.workflows.finetune.planning import PlannedRun, plan_finetuning, save_plan
-from mim3d.workflows.finetune.presets import apply_preset
 from mim3d.workflows.finetune.settings import FinetuneSettings
-from mim3d.workflows.shared.held_out import choose_split, write_split
+from mim3d.workflows.shared.held_out import write_split
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
-from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, weights_input
+from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, weights_input
 from mim3d.workflows.shared.leakage import (
     SEEN_NAME,
     check_pretraining,
@@ -83,20 +83,7 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
     with joined_processes(settings) as processes:
         # What cannot work whatever the data is refused before they are read.
         settings.check_machine()
-        task = create_task(settings.task)
-        source: CaseSet | Cache
-        if settings.preset is not None:
-            settings, source, split = apply_preset(settings)
-            task = create_task(settings.task)
-        else:
-            source = read_data(settings.data, need_labels=task.needs == "label", keep_labels=True)
-            split = choose_split(
-                source.cases,
-                fold=settings.single_fold,
-                num_folds=settings.num_folds,
-                part=settings.train_part,
-                split_seed=settings.split_seed,
-            )
+        settings, task, source, split = read_training_data(settings)
         if settings.patience is not None and not split.val:
             raise ConfigError(
                 f"patience is {settings.patience}, but no case is held out to validate on; give a fold, or no patience."

@@ -1,12 +1,15 @@
 """The settings of fine-tuning."""
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from mim3d.core.types import Named, Spacing
-from mim3d.datasets.splits import TrainPart
+from mim3d.datasets.cases import Case
+from mim3d.datasets.splits import Split, TrainPart
 from mim3d.scans.intensity import Intensity
 from mim3d.weights import InputLayers
+from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.training import TrainingSettings
 
 
@@ -65,16 +68,6 @@ class FinetuneSettings(TrainingSettings):
     patience: int | None = None
 
     @property
-    def train_part(self) -> TrainPart:
-        """Which of the training cases are used."""
-        return TrainPart(
-            train_fraction=self.train_fraction,
-            train_cases=self.train_cases,
-            train_list=self.train_list,
-            train_seed=self.train_seed,
-        )
-
-    @property
     def single_fold(self) -> int | None:
         """The fold of one run.
 
@@ -83,3 +76,22 @@ class FinetuneSettings(TrainingSettings):
         """
         assert self.fold != "all"
         return self.fold
+
+    def split(self, cases: Sequence[Case]) -> Split:
+        """The cases to train on and those that are held out.
+
+        Args:
+            cases: All cases of the data set.
+        Raises:
+            ConfigError: A fold that does not exist, or a negative seed.
+            DataError: Cases that cannot be split, or a part of them that cannot be taken.
+        """
+        part = TrainPart(
+            train_fraction=self.train_fraction,
+            train_cases=self.train_cases,
+            train_list=self.train_list,
+            train_seed=self.train_seed,
+        )
+        return choose_split(
+            cases, fold=self.single_fold, num_folds=self.num_folds, part=part, split_seed=self.split_seed
+        )

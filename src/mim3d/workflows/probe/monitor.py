@@ -163,7 +163,7 @@ class ProbePlan:
         """
         folder = run.path / "probe"
         cases = self.cases or self.choose(read_source(self.data, folder / "phantom"))
-        initial = Initialisation(encoder.recipe, encoder, card)
+        initial = Initialisation.of_card(encoder.recipe, encoder, card)
         scans = cases.prepared(
             folder / "cache",
             initial.spacing_mm(None, cases.source),

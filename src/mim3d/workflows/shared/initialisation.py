@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
@@ -32,25 +32,41 @@ class Initialisation:
     Attributes:
         recipe: The encoder's settings.
         encoder: The pre-trained encoder; None from scratch.
-        card: What came with its weights; empty from scratch and for foreign weights.
+        own_spacing_mm: Voxel size that the encoder learned from; None where its weights do not say it.
+        own_intensity: Mapping of intensities that it learned from; None where its weights do not say it.
     """
 
     recipe: Backbone
     encoder: Encoder | None = None
-    card: Mapping[str, Any] = field(default_factory=dict)
+    own_spacing_mm: Spacing | None = None
+    own_intensity: Intensity | None = None
+
+    @classmethod
+    def of_card(cls, recipe: Backbone, encoder: Encoder | None, card: Mapping[str, Any]) -> "Initialisation":
+        """A pre-trained encoder with what the card of its weights says; foreign weights have an empty one.
+
+        Raises:
+            ConfigError: The card's intensity is no mapping of intensities.
+        """
+        spacing_mm, intensity = card.get("spacing_mm"), card.get("intensity")
+        return cls(
+            recipe,
+            encoder,
+            None if spacing_mm is None else (float(spacing_mm[0]), float(spacing_mm[1]), float(spacing_mm[2])),
+            None if intensity is None else build_settings(Intensity, intensity, "intensity of the weights' card"),
+        )
 
     def spacing_mm(self, asked: Spacing | None, source: CaseSet | Cache) -> Spacing | None:
         """Voxel size to prepare the data with: as asked, else the encoder's; a cache has its own.
 
         Warns when it is not the one the encoder learned from.
         """
-        known = self.card.get("spacing_mm")
-        own: Spacing | None = None if known is None else (float(known[0]), float(known[1]), float(known[2]))
+        own = self.own_spacing_mm
         if isinstance(source, Cache):
             used, chosen = source.preprocessing.spacing_mm, asked
         else:
             used = chosen = asked or own
-        if self.card and own is not None and used != own:
+        if own is not None and used != own:
             warnings.warn(
                 f"the encoder learned at spacing_mm {_plain(own)}, but the scans are prepared at {_plain(used)}; its "
                 "features see structures at another size.",
@@ -60,10 +76,9 @@ class Initialisation:
 
     def intensity(self, asked: Intensity | None, scans: Cache) -> Intensity:
         """Mapping of intensities: as asked, else the encoder's, else planned; warns when the encoder's is another."""
-        planned = plan_intensity(scans)
-        if "intensity" not in self.card:
+        planned, own = plan_intensity(scans), self.own_intensity
+        if own is None:
             return asked or planned
-        own: Intensity = build_settings(Intensity, self.card["intensity"], "intensity of the weights' card")
         if (asked or planned) != own:
             other = f"{_described(asked)} was asked for" if asked else f"{_described(planned)} suits these scans"
             warnings.warn(
@@ -101,7 +116,7 @@ def initialise(
             recipe = replace(recipe, in_channels=num_channels)
     encoder = recipe.build()
     print(f"{weights}: {load_into(encoder, weights, input_layers=input_layers)}")
-    return Initialisation(recipe, encoder, read_card(weights))
+    return Initialisation.of_card(recipe, encoder, read_card(weights))
 
 
 def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone, int | None]:
