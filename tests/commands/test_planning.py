@@ -40,7 +40,7 @@ from tests.nifti import affine_of
 
 
 def settings(**changes) -> FinetuneSettings:
-    return FinetuneSettings("data", "out", **{"num_workers": 0, "memory_limit": 0.0, **changes})
+    return FinetuneSettings("data", **{"out": "out", "num_workers": 0, "memory_limit": 0.0, **changes})
 
 
 def plan(
@@ -51,8 +51,9 @@ def plan(
     split = whole if fold is None else split_cases(source.cases, fold=fold, num_folds=3)
     num_channels = len(split.train[0].images)
     recipe = create_recipe({**(backbone or BACKBONE), "in_channels": num_channels})
-    asked, initial = settings(**changes), Initialisation.of_card(recipe, None, card or {})
-    return plan_finetuning(source, split, initial, asked, create_task(asked.task), run_dir)
+    asked = settings(out=str(run_dir or data.parent / "nowhere"), **changes)
+    initial = Initialisation.of_card(recipe, None, card or {})
+    return plan_finetuning(source, split, initial, asked, create_task(asked.task))
 
 
 def write_set(folder: Path, shapes, *, spacings=None, scale=1.0, offset=0.0, num_channels=1) -> Path:
@@ -279,7 +280,7 @@ def test_a_plan_file_that_cannot_work_is_refused_with_its_key(ball_set, tmp_path
 
 
 def test_a_run_that_is_resumed_keeps_its_plan_whatever_memory_is_free_now(ball_set, tmp_path, monkeypatch):
-    planned = plan(ball_set)
+    planned = plan(ball_set, tmp_path / "run")
     run = run_at(tmp_path / "run", planned)
     monkeypatch.setattr(planning, "fingerprint_of", lambda *_, **__: pytest.fail("looked"))
     again = plan(ball_set, run.path, resume=True, memory_limit=0.1)
@@ -297,7 +298,7 @@ def test_a_fingerprint_is_not_made_twice_for_the_same_files(ball_set, tmp_path, 
 
 
 def test_other_processes_of_a_run_take_the_plan_of_the_first(ball_set, tmp_path, monkeypatch):
-    planned = plan(ball_set, devices=2)
+    planned = plan(ball_set, tmp_path / "run", devices=2)
     run = run_at(tmp_path / "run", planned)
     monkeypatch.setattr(planning, "is_first_process", lambda: False)
     monkeypatch.setattr(planning, "fingerprint_of", lambda *_, **__: pytest.fail("looked"))

@@ -86,7 +86,6 @@ def plan_finetuning(
     initial: Initialisation,
     settings: FinetuneSettings,
     task: Task,
-    run_dir: str | Path | None = None,
 ) -> PlannedRun:
     """Fill in what the user left open, from the data, and print every choice with its reason.
 
@@ -98,9 +97,9 @@ def plan_finetuning(
         source: The data set or cache.
         split: The cases to train and validate on.
         initial: The encoder's settings and card.
-        settings: Settings of fine-tuning; ``plan`` may name a file.
+        settings: Settings of fine-tuning; ``plan`` may name a file. The plan of a run that is resumed is taken from
+            its folder ``out``.
         task: The task of those settings.
-        run_dir: Folder of the run, whether or not it is there: the plan of a run that is resumed is taken from it.
 
     Raises:
         ConfigError: A plan file with unknown keys or impossible values, or a patch that does not fit the encoder.
@@ -133,12 +132,12 @@ def plan_finetuning(
         **{name: getattr(settings, name) for name in ("memory_limit", "accumulation", "devices", "num_nodes")},
     }
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    found = _plan_of_run(run_dir, key, settings)
+    found = _plan_of_run(key, settings)
     if found is not None:
-        print(f"plan: {Path(run_dir or '') / PLAN_NAME}")
+        print(f"plan: {Path(settings.out) / PLAN_NAME}")
         return _filled(settings, task, initial, found, decided)
     # The run has it where it looked at these very files before.
-    fingerprint = DatasetFingerprint.load(Path(run_dir) / FINGERPRINT_NAME, files_key) if run_dir is not None else None
+    fingerprint = DatasetFingerprint.load(Path(settings.out) / FINGERPRINT_NAME, files_key)
     if fingerprint is None:
         num_voxel_scans = min(num_scans, len(learned))
         voxels = f" and the voxels of {num_voxel_scans} to train on" if num_voxel_scans else ""
@@ -285,11 +284,9 @@ def _filled(
     return _planned(filled, replace(task, **changes).checked(initial.recipe), plan)
 
 
-def _plan_of_run(run_dir: str | Path | None, key: str, settings: FinetuneSettings) -> Plan | None:
+def _plan_of_run(key: str, settings: FinetuneSettings) -> Plan | None:
     """The plan that a run has already: one that is resumed, or that several processes share; None to make one."""
-    if run_dir is None:
-        return None
-    path = Path(run_dir) / PLAN_NAME
+    path = Path(settings.out) / PLAN_NAME
     if is_first_process():
         plan = read_plan(path) if path.is_file() else None
         several = (settings.devices or 1) * (settings.num_nodes or 1) > 1

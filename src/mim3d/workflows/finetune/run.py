@@ -92,7 +92,7 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
         if not processes.is_first:
             # They take the plan that it saves; here they learn when it fails before.
             processes.wait_for("plan")
-        planned = plan_finetuning(source, split, initial, settings, task, settings.out)
+        planned = plan_finetuning(source, split, initial, settings, task)
         run, scans = _prepare(planned, initial, source, split, processes)
         learned, strict = scans.subset(split.train), bool(settings.strict)
         if split.val:
