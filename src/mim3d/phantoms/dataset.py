@@ -141,14 +141,31 @@ def make_set(out: str | Path, settings: PhantomSettings) -> tuple[int, int]:
 
 def plan_cases(settings: PhantomSettings) -> list[PhantomCase]:
     """The cases of a set, training cases first; each depends on the seed, the size and its own number alone."""
-    training = [_plan_case(settings, 0, number) for number in range(settings.num_cases)]
-    return training + [_plan_case(settings, 1, number) for number in range(settings.num_test)]
+    cases = []
+    for part, count, suffix, prefix in ((0, settings.num_cases, "Tr", ""), (1, settings.num_test, "Ts", "test_")):
+        for number in range(count):
+            seed = (settings.seed, part, number)
+            rng = np.random.default_rng((*seed, *settings.size))
+            ratios = rng.uniform(MIN_SIZE_RATIO, 1)
+            if number == 0:
+                ratios[:] = 1
+            x, y, z = (max(MIN_SIZE, round(size * float(r))) for size, r in zip(settings.size, ratios, strict=True))
+            axes = str(rng.choice(STORED_AXES, p=STORED_PROB))
+            image, label = (f"{kind}{suffix}/phantom_{prefix}{number:03d}.nii.gz" for kind in ("images", "labels"))
+            cases.append(PhantomCase(image=image, label=label, seed=seed, shape=(x, y, z), stored_axes=axes))
+    return cases
 
 
 def _write_cases(out: Path, cases: list[PhantomCase]) -> Iterator[bool]:
     """Write the cases that are not there yet; yields after each case whether it had to be made."""
     for case in cases:
-        missing = not all(_is_finished(out / name, case) for name in (case.label, case.image))
+        missing = False
+        for path in (out / case.label, out / case.image):
+            try:
+                # Whole and of the right shape; what else a file holds follows from the folder's settings.
+                missing |= not path.exists() or read_grid(path).shape != _stored_shape(case)
+            except DataError:
+                missing = True
         if missing:
             phantom = make_phantom(case.seed, case.shape)
             stored = orientations.axcodes2ornt(case.stored_axes)
@@ -160,35 +177,6 @@ def _write_cases(out: Path, cases: list[PhantomCase]) -> Iterator[bool]:
         yield missing
 
 
-def _plan_case(settings: PhantomSettings, part: int, number: int) -> PhantomCase:
-    seed = (settings.seed, part, number)
-    rng = np.random.default_rng((*seed, *settings.size))
-    ratios = rng.uniform(MIN_SIZE_RATIO, 1)
-    if number == 0:
-        ratios[:] = 1
-    x, y, z = (max(MIN_SIZE, round(size * float(r))) for size, r in zip(settings.size, ratios, strict=True))
-    axes = str(rng.choice(STORED_AXES, p=STORED_PROB))
-    name = f"phantom_{number:03d}.nii.gz" if part == 0 else f"phantom_test_{number:03d}.nii.gz"
-    suffix = ("Tr", "Ts")[part]
-    return PhantomCase(
-        image=f"images{suffix}/{name}",
-        label=f"labels{suffix}/{name}",
-        seed=seed,
-        shape=(x, y, z),
-        stored_axes=axes,
-    )
-
-
 def _stored_shape(case: PhantomCase) -> Triple:
     x, y, z = (case.shape[int(axis)] for axis, _ in orientations.axcodes2ornt(case.stored_axes))
     return x, y, z
-
-
-def _is_finished(path: Path, case: PhantomCase) -> bool:
-    """Whether a file is there, whole and of the right shape; what else it holds follows from the folder's settings."""
-    if not path.exists():
-        return False
-    try:
-        return read_grid(path).shape == _stored_shape(case)
-    except DataError:
-        return False

@@ -1,13 +1,10 @@
-"""Parts of the phantom: tissues and their HU, labels, solids to paint, and the slab of voxels they are painted into."""
+"""Parts of the phantom: tissues and their HU, labels, and solids to paint."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from mim3d.phantoms.scanner import Placement
-from mim3d.phantoms.shapes import Array, Solid
+from mim3d.phantoms.shapes import Solid
 
 BACKGROUND, LIVER, SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, AORTA, LUNGS, BONES, LESION = range(9)
 
@@ -127,44 +124,3 @@ class Part:
     label: int | None = BACKGROUND
     regions: tuple[int, ...] = BODY
     on: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slab:
-    """Some slices of a phantom while it is painted; all arrays are (X, Y, stop - start).
-
-    Attributes:
-        placement: The whole scan.
-        start: First slice.
-        stop: One behind the last slice.
-        places: Body x, y, z, mm.
-        hu: Float32.
-        label: Label values.
-        region: Regions of the trunk.
-    """
-
-    placement: Placement
-    start: int
-    stop: int
-    places: tuple[Array, Array, Array]
-    hu: Array
-    label: npt.NDArray[np.uint8]
-    region: npt.NDArray[np.uint8]
-
-    def paint(self, parts: Iterable[Part]) -> None:
-        """Paint parts in their order."""
-        for part in parts:
-            box = self.placement.box(part.solid.low, part.solid.high, self.start, self.stop)
-            if box is None:
-                continue
-            x, y, z = (place[box] for place in self.places)
-            inside = part.solid.level(x, y, z) < 0
-            region, label = self.region[box], self.label[box]
-            for values, covered in ((region, part.regions), (label, part.on)):
-                if covered is not None:
-                    allowed = np.zeros(256, dtype=np.bool_)
-                    allowed[list(covered)] = True
-                    inside &= allowed[values]
-            self.hu[box][inside] = part.hu
-            if part.label is not None:
-                label[inside] = part.label
