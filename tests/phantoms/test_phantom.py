@@ -5,8 +5,20 @@ from scipy import ndimage
 from mim3d.core.errors import ConfigError
 from mim3d.phantoms import body as phantoms
 from mim3d.phantoms.body import Phantom, make_phantom
-from mim3d.phantoms.parts import AORTA, BONES, LABELS, LEFT_KIDNEY, LESION, LIVER, LUNGS, RIGHT_KIDNEY, SPLEEN
+from mim3d.phantoms.parts import (
+    AORTA,
+    BONES,
+    LABELS,
+    LEFT_KIDNEY,
+    LESION,
+    LIVER,
+    LUNGS,
+    RIGHT_KIDNEY,
+    SPLEEN,
+    draw_tissues,
+)
 from mim3d.phantoms.scanner import MAX_BEND_MM, draw_pose
+from mim3d.phantoms.trunk import draw_trunk
 
 SIZE = (64, 56, 48)
 SEEDS = (0, 1, 2, 3, 4, 5)
@@ -155,10 +167,11 @@ def test_a_table_lies_behind_the_patient(made: dict[int, Phantom]) -> None:
 def test_parts_never_reach_out_of_the_box_they_are_painted_in() -> None:
     size = (32, 30, 26)
     grid_rng, body_rng, _ = map(np.random.default_rng, np.random.SeedSequence(11).spawn(3))
-    body = phantoms._draw_body(body_rng)
-    placement = phantoms._place(body, grid_rng, size)
+    pose, tissues, trunk = draw_pose(body_rng), draw_tissues(body_rng), draw_trunk(body_rng)
+    parts = phantoms._draw_parts(body_rng, trunk, tissues)
+    placement = phantoms._place(pose, trunk, grid_rng, size)
     places = placement.body_mm(0, size[2])
-    for part in body.parts:
+    for part in parts:
         level = part.solid.level(*places)
         assert level.dtype == np.float32
         inside = level < 0
@@ -170,12 +183,12 @@ def test_parts_never_reach_out_of_the_box_they_are_painted_in() -> None:
 
 def test_the_bend_stays_within_its_bound_and_never_folds() -> None:
     rng = np.random.default_rng(5)
-    body = phantoms._draw_body(rng)
+    pose, trunk = draw_pose(rng), draw_trunk(rng)
     size = (40, 40, 40)
-    placement = phantoms._place(body, rng, size)
+    placement = phantoms._place(pose, trunk, rng, size)
     straight = np.stack(np.meshgrid(*(placement.scan_mm(axis) for axis in range(3)), indexing="ij"))
-    linear = np.einsum("ij,jxyz->ixyz", body.pose.linear, straight)
-    bend = np.stack(placement.body_mm(0, 40)) - linear - np.array(body.pose.centre_mm)[:, None, None, None]
+    linear = np.einsum("ij,jxyz->ixyz", pose.linear, straight)
+    bend = np.stack(placement.body_mm(0, 40)) - linear - np.array(pose.centre_mm)[:, None, None, None]
     assert np.abs(bend).max() <= MAX_BEND_MM
     assert np.abs(bend).max() > 2
     x, y, z = placement.body_mm(0, 40)

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mim3d.reporting.drawing import Theme, chart, style_axes
+from mim3d.reporting.rendering import Theme, chart, style_axes
 from mim3d.reporting.sources import NamedRun, ScoreSet, is_number
 
 #: Keys of a metrics line that are no learning curve.

@@ -5,6 +5,7 @@ The templates say how it is shown, one for each section. The page is one HTML fi
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -15,16 +16,39 @@ from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError, Mim3dError
 from mim3d.core.files import write_text
 from mim3d.core.settings import flat
-from mim3d.reporting import scan_images, score_tables
+from mim3d.reporting import scan_images
 from mim3d.reporting.charts import curve_names, curves_chart, dice_chart, reliability_chart
-from mim3d.reporting.drawing import label_colour
-from mim3d.reporting.rendering import number, render
+from mim3d.reporting.paper_tables import CLASS_COLUMNS, Column
+from mim3d.reporting.rendering import interval, label_colour, number, render
 from mim3d.reporting.sources import NamedRun, ScoreSet, read_sources
 
 #: Most labels whose Dice a caption names.
 _NAMED_LABELS = 4
 _HISTORY_STEPS = 5
 _CROP = {"image", "reference", "prediction"}
+#: Scores of label maps that are shown.
+LABEL_COLUMNS = (Column("dice", "Dice", 3), Column("hd95_mm", "HD95 (mm)", 2), Column("nsd", "NSD", 3))
+#: Scores of which less is better.
+LESS_IS_BETTER = {"hd95_mm"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCell:
+    """A score of one set as text.
+
+    Attributes:
+        value: The score, or a dash.
+        deviation: Its standard deviation over cases, empty where none is shown.
+        interval: Its 95 % interval as "low to high", empty where none is shown.
+        difference: Its difference to that of the first set, empty where none is shown.
+        verdict: Whether the difference makes the score "better" or "worse", or leaves it the "same".
+    """
+
+    value: str
+    deviation: str = ""
+    interval: str = ""
+    difference: str = ""
+    verdict: str = ""
 
 
 def write_report(runs: Sequence[str], out: str, scores: Sequence[str]) -> str:
@@ -96,20 +120,93 @@ def _scores(maps: Sequence[ScoreSet], classes: Sequence[ScoreSet]) -> dict[str, 
     if maps:
         tolerance_mm = maps[0].content.get("settings", {}).get("nsd_tolerance_mm")
         shown |= {
-            "columns": score_tables.LABEL_COLUMNS,
+            "columns": LABEL_COLUMNS,
             "tolerance": f" {tolerance_mm:g} mm" if tolerance_mm else "",
-            "label_rows": score_tables.label_rows(maps),
-            "case_rows": score_tables.case_rows(maps),
+            "label_rows": label_rows(maps),
+            "case_rows": case_rows(maps),
             "same_cases": len({frozenset(each.cases) for each in maps}) == 1,
             "dice_chart": dice_chart(maps),
         }
     if classes:
         shown |= {
-            "class_rows": score_tables.class_rows(classes),
+            "class_rows": class_rows(classes),
             "confusions": [(each, list(each.content["per_class"]), each.content["confusion"]) for each in classes],
             "reliability_chart": reliability_chart(classes),
         }
     return shown
+
+
+def label_rows(sets: Sequence[ScoreSet]) -> list[tuple[str, list[ScoreCell]]]:
+    """Scores of label maps per label, then their mean: for each of LABEL_COLUMNS a cell per set.
+
+    Deviations and intervals are shown for up to two sets, and differences from the second set on.
+    """
+    labels = dict.fromkeys(name for each in sets for name in each.content["per_label"])
+    rows = [(label, [each.content["per_label"].get(label, {}) for each in sets]) for label in labels]
+    rows.append(("mean", [{**each.content["mean"], "ci95": each.content.get("mean_ci95")} for each in sets]))
+    return [(title, [cell for column in LABEL_COLUMNS for cell in _cells(column, row)]) for title, row in rows]
+
+
+def _cells(column: Column, rows: Sequence[Mapping[str, Any]]) -> list[ScoreCell]:
+    """One score of every set."""
+    cells: list[ScoreCell] = []
+    first = rows[0].get(column.key)
+    for row in rows:
+        value, deviation, ends = (found.get(column.key) for found in (row, row.get("std") or {}, row.get("ci95") or {}))
+        if len(rows) > 2 or row.get("num_cases", 0) < 2:
+            deviation = None
+        difference, verdict = "", ""
+        if cells and value is not None and first is not None:
+            change = value - first
+            difference, verdict = "±0", "same"
+            if abs(change) >= 0.5 * 10**-column.decimals:
+                difference = ("+" if change > 0 else "") + number(change, column.decimals)
+                verdict = "better" if (change > 0) != (column.key in LESS_IS_BETTER) else "worse"
+        cells.append(
+            ScoreCell(
+                value=number(value, column.decimals),
+                deviation="" if deviation is None else number(deviation, column.decimals),
+                interval="" if len(rows) > 2 else interval(ends, column.decimals),
+                difference=difference,
+                verdict=verdict,
+            )
+        )
+    return cells
+
+
+def case_rows(sets: Sequence[ScoreSet]) -> list[tuple[str, list[str]]]:
+    """Scores of every case as means over its labels: for each of LABEL_COLUMNS a text per set."""
+    cases = [each.cases for each in sets]
+    return [
+        (
+            name,
+            [
+                number(case_mean(held[name], column.key) if name in held else None, column.decimals)
+                for column in LABEL_COLUMNS
+                for held in cases
+            ],
+        )
+        for name in sorted({name for held in cases for name in held})
+    ]
+
+
+def case_mean(case: Mapping[str, Any], key: str) -> float | None:
+    """Mean of a score over the labels of a case that have it, or None where none has."""
+    values = [score.get(key) for score in case["labels"].values()]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def class_rows(sets: Sequence[ScoreSet]) -> list[tuple[str, list[ScoreCell]]]:
+    """Scores of classifiers that any of them has: a cell per set."""
+    rows = []
+    for column in CLASS_COLUMNS:
+        key = column.key
+        if any(key in each.content["mean"] for each in sets):
+            pairs = [(each.content["mean"].get(key), each.content["mean_ci95"].get(key)) for each in sets]
+            cells = [ScoreCell(value=number(value, 3), interval=interval(ends, 3)) for value, ends in pairs]
+            rows.append(("Expected calibration error" if key == "ece" else column.title, cells))
+    return rows
 
 
 def _segmentations(maps: Sequence[ScoreSet]) -> dict[str, Any]:
@@ -119,7 +216,7 @@ def _segmentations(maps: Sequence[ScoreSet]) -> dict[str, Any]:
     shared = set.intersection(*(set(each.cases) for each in maps)) if maps else set()
     means = {}
     for case_id in sorted(shared or {name for each in maps[:1] for name in each.cases}):
-        dice = [score_tables.case_mean(each.cases[case_id], "dice") for each in maps if case_id in each.cases]
+        dice = [case_mean(each.cases[case_id], "dice") for each in maps if case_id in each.cases]
         known = [value for value in dice if value is not None]
         if known:
             means[case_id] = float(np.mean(known))
@@ -154,7 +251,7 @@ def _case(
     figures = []
     for each, case, prediction in zip(held, cases, region.predictions, strict=True):
         dice = [f"{name} {number(score.get('dice'), 3)}" for name, score in case["labels"].items()]
-        mean = f"mean {number(score_tables.case_mean(case, 'dice'), 3)}"
+        mean = f"mean {number(case_mean(case, 'dice'), 3)}"
         caption = ", ".join([*(dice if len(dice) <= _NAMED_LABELS else []), mean])
         figures.append((each, caption, scan_images.overlay_image(region, prediction, colours)))
     return remark, figures

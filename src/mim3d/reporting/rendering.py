@@ -1,12 +1,20 @@
-"""Templates of the report, of the tables for a paper and of READMEs, filled by jinja2."""
+"""How values become text and images: templates filled by jinja2, numbers, colours, and figures within HTML.
 
+The templates are those of the report, of the tables for a paper and of READMEs.
+"""
+
+import base64
 import functools
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jinja2
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -22,6 +30,13 @@ _LATEX = {
     "|": r"\textbar{}",
     **{mark: "\\" + mark for mark in "&%$#_"},
 }
+#: Runs on a chart: told apart with colour-blind eyes too, on white and on black (after Okabe and Ito).
+RUN_COLOURS = ("#1f86cc", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8f7ee7", "#b8a400")
+#: Labels over a grey scan: bright.
+LABEL_COLOURS = ("#35b6ff", "#ffb000", "#2fe08a", "#ff6ec7", "#ff7043", "#b79cff", "#ffe14d", "#5fe3d6")
+#: Around slices of a scan, and text on it.
+FILM, FILM_INK = "#000000", "#d0d0d0"
+_DPI = 130
 
 
 def render(template: str, **values: Any) -> str:
@@ -83,3 +98,61 @@ def number(value: float | None, decimals: int) -> str:
 def interval(ends: Sequence[float] | None, decimals: int) -> str:
     """An interval as "low to high", empty where there is none."""
     return f"{number(ends[0], decimals)} to {number(ends[1], decimals)}" if ends else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a chart on a light or a dark page.
+
+    Attributes:
+        ink: Colour of text and lines.
+        grid: Colour of the grid behind the data.
+    """
+
+    ink: str
+    grid: str
+
+
+LIGHT = Theme(ink="#33373d", grid="#dddfe3")
+DARK = Theme(ink="#c9ccd1", grid="#3a3f46")
+
+
+def run_colour(position: int, first: Sequence[str] = RUN_COLOURS) -> str:
+    """Colour of the run at a position. Colours repeat only after 28 runs."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return first[position] if position < len(first) else to_hex(colormaps["tab20"]((position - len(first)) % 20))
+
+
+def label_colour(position: int) -> str:
+    """Colour of the label at a position. Colours repeat only after 28 labels."""
+    return run_colour(position, LABEL_COLOURS)
+
+
+def chart(draw: Callable[[Theme], "Figure"], alt: str) -> str:
+    """HTML of a chart that is drawn twice and follows the reader's light or dark page; it is light in print."""
+    return render("chart.html", light=_encode(draw(LIGHT), "none"), dark=_encode(draw(DARK), "none"), alt=alt)
+
+
+def film(figure: "Figure", alt: str) -> str:
+    """HTML of slices of a scan: black around them on any page, as on a reading screen."""
+    return render("film.html", source=_encode(figure, FILM), alt=alt)
+
+
+def _encode(figure: "Figure", face: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=face)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def style_axes(axes: "Axes", theme: Theme) -> None:
+    """Give a chart's axes the colours of its page."""
+    axes.set_facecolor("none")
+    axes.tick_params(colors=theme.ink, labelsize=8, length=3)
+    axes.grid(color=theme.grid, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.ink)
+        spine.set_linewidth(0.6)

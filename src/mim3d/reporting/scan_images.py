@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 
 from mim3d.core.errors import DataError
 from mim3d.core.types import Spacing
-from mim3d.reporting.drawing import FILM, FILM_INK, film
+from mim3d.reporting.rendering import FILM, FILM_INK, film
 from mim3d.scans.grids import require_same_grid
 from mim3d.scans.volumes import read_volume
 from mim3d.tracking.slices import PLANES, Plane, Volume, grey_range

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import RunRecord, read_run
-from mim3d.reporting.drawing import run_colour
+from mim3d.reporting.rendering import run_colour
 
 
 @dataclass(frozen=True)
