@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mim3d.core.errors import ConfigError
-from mim3d.tasks.segmentation.targets import channels_of, derived_values, exclusive_targets
+from mim3d.tasks.segmentation.targets import channels_of, derived_values
 from mim3d.tasks.segmentation.task import Segmentation
 
 BRATS = {0: "background", 1: "oedema", 2: "non-enhancing", 3: "enhancing"}
@@ -12,14 +12,14 @@ REGIONS = {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour":
 
 
 def test_labels_are_channels_background_first_whatever_is_declared():
-    targets = exclusive_targets({5: "b", 0: "background", 2: "a"}, None)
+    targets = Segmentation().targets({5: "b", 0: "background", 2: "a"})
     assert targets.label_values == (0, 2, 5) and targets.names == ("background", "a", "b")
     assert targets.activation == "softmax" and targets.structures == {"a": (2,), "b": (5,)}
-    assert exclusive_targets({1: "a"}, None).names == ("background", "a")
+    assert Segmentation().targets({1: "a"}).names == ("background", "a")
 
 
 def test_an_ignored_label_has_no_channel():
-    targets = exclusive_targets({0: "background", 1: "liver", 7: "unsure"}, 7)
+    targets = Segmentation(ignore_label=7).targets({0: "background", 1: "liver", 7: "unsure"})
     assert targets.label_values == (0, 1)
     assert targets.known(torch.tensor([0, 1, 7])).tolist() == [True, True, False]
 

@@ -109,13 +109,8 @@ class RandBlurd(RandomizableTransform):
         if not self._do_transform:
             return dict(data)
         widths = self.R.uniform(*self.sigma, size=3).tolist()
-        return {**data, self.key: blurred(torch.as_tensor(data[self.key]), widths)}
-
-
-def blurred(image_CXYZ: Tensor, sigma: list[float]) -> Tensor:
-    """Convolve an image with a Gaussian of a width ``sigma`` in voxels along X, Y and Z."""
-    reach = int(_CUT_OFF * max(sigma) + 0.5)
-    padded = F.pad(image_CXYZ[None].float(), (reach,) * 6, mode="replicate")
-    smooth: Tensor = GaussianFilter(3, sigma, truncated=_CUT_OFF)(padded)[0]
-    inside = slice(reach, -reach)
-    return smooth[:, inside, inside, inside] if reach else smooth
+        reach = int(_CUT_OFF * max(widths) + 0.5)
+        image_1CXYZ = torch.as_tensor(data[self.key])[None].float()
+        smooth: Tensor = GaussianFilter(3, widths, truncated=_CUT_OFF)(F.pad(image_1CXYZ, (reach,) * 6, "replicate"))[0]
+        inside = slice(reach, -reach)
+        return {**data, self.key: smooth[:, inside, inside, inside] if reach else smooth}

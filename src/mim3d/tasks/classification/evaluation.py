@@ -107,30 +107,26 @@ class ClassEvaluation:
 
     def _cases(self, rows: Sequence[ClassRow], class_names: tuple[str, ...]) -> ClassifiedCases:
         """Return rows as arrays, of patients where asked for."""
-        has_baseline = self.settings.baseline_column is not None
+        has_baseline, positive = self.settings.baseline_column is not None, self.settings.positive
+        if positive is None:
+            positive = max(class_names)
+            if self.settings.baseline_column and len(class_names) > 2:
+                raise ConfigError(
+                    "baseline_column speaks for one class against the rest; name it with --positive, one of "
+                    f"{', '.join(class_names)}."
+                )
+        if positive not in class_names:
+            raise ConfigError(f"positive is {positive!r}, which is no class.{nearest(positive, class_names)}")
         cases = ClassifiedCases(
             probabilities_NK=np.array([row.probabilities for row in rows], dtype=np.float64),
             classes_N=np.array([class_names.index(row.true_class) for row in rows]),
             class_names=class_names,
             patients=tuple(row.patient for row in rows),
             predicted_N=np.array([class_names.index(row.predicted) for row in rows]),
-            positive=self._positive(class_names),
+            positive=class_names.index(positive),
             baseline_N=np.array([row.baseline for row in rows], dtype=np.float64) if has_baseline else None,
         )
         return cases.of_patients() if self.settings.by_patient else cases
-
-    def _positive(self, class_names: tuple[str, ...]) -> int:
-        positive = self.settings.positive
-        if positive is None:
-            if self.settings.baseline_column and len(class_names) > 2:
-                raise ConfigError(
-                    "baseline_column speaks for one class against the rest; name it with --positive, one of "
-                    f"{', '.join(class_names)}."
-                )
-            return class_names.index(max(class_names))
-        if positive not in class_names:
-            raise ConfigError(f"positive is {positive!r}, which is no class.{nearest(positive, class_names)}")
-        return class_names.index(positive)
 
     def _comparison(self, found: ClassTable, compare: str) -> dict[str, Any]:
         """Compare both classifiers on the cases that both have."""

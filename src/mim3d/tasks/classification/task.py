@@ -182,7 +182,11 @@ class Classification(Task):
         augmentation = self.augmentation.planned(named, voxel_mm)
         augmentation.check_mirrors(self.mirror_axes, named, "class")
         counts = {name: sum(scan.case.class_name == name for scan in scans) for _, name in sorted(labels.items())}
-        weights = self.class_weights if self.class_weights != "balanced" else _balanced(list(counts.values()))
+        weights = self.class_weights
+        if weights == "balanced":
+            # By the inverse of the number of scans; their mean over the scans is 1.
+            known = [count for count in counts.values() if count]
+            weights = tuple(sum(known) / (len(known) * count) if count else 0.0 for count in counts.values())
         planned = replace(placed, augmentation=augmentation, class_weights=weights, class_counts=counts)
         return planned.checked(backbone)
 
@@ -356,12 +360,6 @@ def class_scores(
             key = f"{name}_patient" if by_patient else name
             found[key] = 0.5 if scores[name] is None else float(scores[name])
     return found
-
-
-def _balanced(counts: Sequence[int]) -> tuple[float, ...]:
-    """Return weights by the inverse of the number of scans, whose mean over the scans is 1."""
-    known = [count for count in counts if count]
-    return tuple(sum(known) / (len(known) * count) if count else 0.0 for count in counts)
 
 
 def _three(value: float | Sequence[float]) -> tuple[float, float, float]:

@@ -37,7 +37,14 @@ class CropSampler:
         from which :class:`~mim3d.tasks.transforms.Augmenter` cuts it. Where cases are annotated in part
         also ``annotated`` ``(K,)``.
         """
-        centre = self._positive_centre(scan, rng) if rng.random() < self.positive_ratio else None
+        centre: np.ndarray | None = None
+        if rng.random() < self.positive_ratio:
+            # A voxel of a random class: rare and small structures are seen as often as large ones.
+            locations, left_out = scan.class_locations, (0, self.ignore_label)
+            classes = sorted(value for value, places in locations.items() if value not in left_out and len(places))
+            if classes:
+                places = locations[classes[int(rng.integers(len(classes)))]]
+                centre = places[int(rng.integers(len(places)))]
         origin = [
             place_crop(voxels, size, None if centre is None else int(centre[axis]), rng)
             for axis, (voxels, size) in enumerate(zip(scan.shape, self.patch_size, strict=True))
@@ -50,18 +57,6 @@ class CropSampler:
         crop = Crop((origin[0], origin[1], origin[2]), footprint, footprint)
         arrays = {} if self.partial is None else {"annotated": np.array(self.partial.channels(scan.case))}
         return Sample(images={"image": (crop,)}, labels={"label": (crop,)}, arrays=arrays)
-
-    def _positive_centre(self, scan: CachedScan, rng: np.random.Generator) -> np.ndarray | None:
-        """Draw a voxel of a random class of the scan: rare and small structures are seen as often as large ones."""
-        locations = scan.class_locations
-        classes = sorted(
-            value for value, places in locations.items() if value not in (0, self.ignore_label) and len(places)
-        )
-        if not classes:
-            return None
-        places = locations[classes[int(rng.integers(len(classes)))]]
-        centre: np.ndarray = places[int(rng.integers(len(places)))]
-        return centre
 
 
 def place_crop(voxels: int, size: int, centre: int | None, rng: np.random.Generator) -> int:

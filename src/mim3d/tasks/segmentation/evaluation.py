@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -56,18 +56,8 @@ _DICOM_SEG = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 #: Distance in mm up to which two surfaces agree where neither a flag nor a preset says so.
 NSD_TOLERANCE_MM = 1.0
 
-#: Scores of a case's lesions that go into the table of cases.
-LESION_NAMES = (
-    "num_reference",
-    "num_predicted",
-    "num_detected",
-    "num_true",
-    "sensitivity",
-    "precision",
-    "f1",
-    "false_positives",
-    "dice",
-)
+#: Scores of a case's lesions that go into the table of cases: all but the lists of single lesions.
+LESION_NAMES = tuple(score.name for score in fields(LesionScore) if not score.name.startswith("reference_"))
 
 CaseScores = Mapping[str, LabelScore]
 
@@ -85,7 +75,15 @@ class LabelEvaluation:
     def __init__(self, settings: EvaluationSettings) -> None:
         settings.refuse_given(ClassTableSettings, "tables of classes", "a folder of label maps")
         self.settings = settings
-        self.preset = None if settings.preset is None else _segmentation_preset(settings.preset)
+        self.preset: Preset | None = None
+        if settings.preset is not None:
+            from mim3d.datasets.published.presets import find_preset
+
+            self.preset = preset = find_preset(settings.preset)
+            if preset.task != "segmentation":
+                raise ConfigError(
+                    f"preset {preset.name} is for {preset.task}, but predictions are label maps; leave it out."
+                )
         tolerance_mm = settings.nsd_tolerance_mm
         if tolerance_mm is None:
             tolerance_mm = NSD_TOLERANCE_MM if self.preset is None else self.preset.nsd_tolerance_mm
@@ -243,15 +241,6 @@ class LabelEvaluation:
         }
 
 
-def _segmentation_preset(name: str) -> "Preset":
-    from mim3d.datasets.published.presets import find_preset
-
-    preset = find_preset(name)
-    if preset.task != "segmentation":
-        raise ConfigError(f"preset {preset.name} is for {preset.task}, but predictions are label maps; leave it out.")
-    return preset
-
-
 def _files(path: str) -> list[str]:
     """List the files that lie in a folder, or the file itself."""
     if not os.path.isdir(path):
@@ -344,8 +333,10 @@ def _printed_comparison(comparison: Mapping[str, Any]) -> "Table":
     title = f"Difference to {comparison['predictions']}, {comparison['num_cases']} cases"
     table = printed_table(title, "Label", ("Score", "Difference", "95 % interval", "p", "p after Holm"))
     for name, row in [*comparison["paired"]["per_label"].items(), ("mean", comparison["paired"]["mean"])]:
-        for key in ("dice", "hd95_mm", "nsd", *(key for key in ("lesion_f1",) if key in row)):
-            each = row[key]
+        for key in ("dice", "hd95_mm", "nsd", "lesion_f1"):
+            each = row.get(key)
+            if each is None:
+                continue
             holm = p_cell(each["p_holm"]) if "p_holm" in each else ""
             difference = "-" if each["difference"] is None else f"{each['difference']:+.4f}"
             table.add_row(Text(name), key, difference, interval_cell(each["ci95"], key), p_cell(each["p"]), holm)

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +27,6 @@ from mim3d.weights import full_path
 
 #: Suffix of a scan -> suffix of its label map. All others (NIfTI, DICOM) give compressed NIfTI.
 SUFFIXES = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cleaning:
-    """Which connected components of label maps are kept.
-
-    Attributes:
-        largest: Label values of which the largest component alone is kept.
-        min_ml: Volume in millilitres below which components are removed.
-    """
-
-    largest: tuple[int, ...] = ()
-    min_ml: float = 0.0
-
-    @classmethod
-    def of(cls, largest: bool | Sequence[str], min_ml: float, labels: Mapping[int, str]) -> "Cleaning":
-        """Find the values of labels that are named, or of all for true.
-
-        Raises:
-            ConfigError: A name is no label, or the volume is negative.
-        """
-        if not min_ml >= 0:
-            raise ConfigError(f"min_component_ml is {min_ml}; it must be 0 (keeps all) or more, in millilitres.")
-        values = {name: value for value, name in labels.items() if value != 0}
-        if isinstance(largest, bool):
-            return cls(largest=tuple(sorted(values.values())) if largest else (), min_ml=min_ml)
-        for name in largest:
-            if name not in values:
-                raise ConfigError(f"largest_component names '{name}', which is no label.{nearest(name, values)}")
-        return cls(largest=tuple(sorted({values[name] for name in largest})), min_ml=min_ml)
 
 
 class SegmentationPredictor(Predictor):
@@ -92,7 +62,22 @@ class SegmentationPredictor(Predictor):
             overlap=settings.overlap, batch_size=settings.batch_size, mirror_axes=mirror_axes
         )
         self.windows = replace(windows, body_only=settings.body_only)
-        self.cleaning = Cleaning.of(settings.largest_component, settings.min_component_ml, self.first.labels)
+        if not settings.min_component_ml >= 0:
+            raise ConfigError(
+                f"min_component_ml is {settings.min_component_ml}; it must be 0 (keeps all) or more, in millilitres."
+            )
+        self.largest = self._labels_of_one_component()
+
+    def _labels_of_one_component(self) -> tuple[int, ...]:
+        """Return the label values of which the largest component alone is kept."""
+        asked = self.settings.largest_component
+        values = {name: value for value, name in self.first.labels.items() if value != 0}
+        if isinstance(asked, bool):
+            return tuple(sorted(values.values())) if asked else ()
+        for name in asked:
+            if name not in values:
+                raise ConfigError(f"largest_component names '{name}', which is no label.{nearest(name, values)}")
+        return tuple(sorted({values[name] for name in asked}))
 
     @property
     def targets(self) -> Targets:
@@ -115,8 +100,8 @@ class SegmentationPredictor(Predictor):
             "overlap": self.windows.overlap,
             "mirror_axes": list(self.windows.mirror_axes),
             "body_only": self.windows.body_only,
-            "largest_component": list(self.cleaning.largest),
-            "min_component_ml": self.cleaning.min_ml,
+            "largest_component": list(self.largest),
+            "min_component_ml": self.settings.min_component_ml,
             "labels": {str(value): name for value, name in self.first.labels.items()},
             "channels": list(self.targets.names),
             "regions": {name: list(values) for name, values in (self.first.task.regions or {}).items()},
@@ -166,8 +151,8 @@ class SegmentationPredictor(Predictor):
                 )
                 if kept is not None:
                     kept.save()
-            cleaning = self.cleaning
-            remove_components(labels, spacing_mm=grid.spacing_mm, largest=cleaning.largest, min_ml=cleaning.min_ml)
+            min_ml = self.settings.min_component_ml
+            remove_components(labels, spacing_mm=grid.spacing_mm, largest=self.largest, min_ml=min_ml)
             if self.settings.format == "dicom_seg":
                 from mim3d.scans.dicom.segmentation import write_dicom_seg
 

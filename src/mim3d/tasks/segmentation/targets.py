@@ -82,50 +82,6 @@ class Targets:
         return None if self.ignore_label is None else label != self.ignore_label
 
 
-def exclusive_targets(labels: Mapping[int, str], ignore_label: int | None) -> Targets:
-    """Return one channel per label: the background first, then the others in rising order of their values."""
-    values = (0, *sorted(value for value in labels if value not in (0, ignore_label)))
-    return Targets(
-        names=tuple(labels.get(value, "background" if value == 0 else str(value)) for value in values),
-        members=tuple((value,) for value in values),
-        label_values=values,
-        activation="softmax",
-        ignore_label=ignore_label,
-    )
-
-
-def region_targets(
-    regions: Mapping[str, Sequence[int]],
-    labels: Mapping[int, str],
-    *,
-    region_values: Sequence[int] | None,
-    ignore_label: int | None,
-) -> Targets:
-    """Return one channel per region, in the order given.
-
-    Args:
-        regions: Name -> label values that belong to it.
-        labels: Label value -> name of the data set.
-        region_values: Label value that each region gives; None derives them, see :func:`derived_values`.
-        ignore_label: Label value of voxels about which nothing is known.
-
-    Raises:
-        ConfigError: The data set lacks a label value, or values cannot be derived.
-    """
-    for name, members in regions.items():
-        for value in members:
-            if value == 0 or value == ignore_label or value not in labels:
-                known = ", ".join(str(value) for value in sorted(labels) if value not in (0, ignore_label))
-                raise ConfigError(f"region '{name}' names label value {value}, but it must be one of {known}.")
-    return Targets(
-        names=tuple(regions),
-        members=tuple(tuple(members) for members in regions.values()),
-        label_values=tuple(derived_values(regions) if region_values is None else region_values),
-        activation="sigmoid",
-        ignore_label=ignore_label,
-    )
-
-
 def derived_values(regions: Mapping[str, Sequence[int]]) -> list[int]:
     """Return the label value that each region gives: the one of its own that no later region covers.
 

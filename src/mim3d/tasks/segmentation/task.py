@@ -31,8 +31,6 @@ from mim3d.tasks.segmentation.targets import (
     are_partial,
     derived_values,
     dice_by_name,
-    exclusive_targets,
-    region_targets,
 )
 from mim3d.training.schedule import Optimisation
 
@@ -109,12 +107,6 @@ class Segmentation(CropTask):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
         check_freezing(self.freeze_encoder, self.unfreeze_ratio)
-        self._check_losses()
-        self._check_regions()
-        # Refuses an overlap or axes that cannot work.
-        Windows(patch_size=(1, 1, 1), overlap=self.overlap, mirror_axes=self.mirror_axes)
-
-    def _check_losses(self) -> None:
         weights = (self.dice_weight, self.cross_entropy_weight, self.focal_weight)
         if min(weights) < 0 or sum(weights) == 0:
             raise ConfigError(
@@ -128,6 +120,9 @@ class Segmentation(CropTask):
         for name, weight in (self.class_weights or {}).items():
             if weight < 0:
                 raise ConfigError(f"class_weights of '{name}' is {weight}; it must be zero or more.")
+        self._check_regions()
+        # Refuses an overlap or axes that cannot work.
+        Windows(patch_size=(1, 1, 1), overlap=self.overlap, mirror_axes=self.mirror_axes)
 
     def _check_regions(self) -> None:
         if self.ignore_label is not None and self.ignore_label < 1:
@@ -277,7 +272,10 @@ class Segmentation(CropTask):
         return objective
 
     def targets(self, labels: Mapping[int, str]) -> Targets:
-        """Return what the channels of the network stand for: regions, or one label each.
+        """Return what the channels of the network stand for.
+
+        They are the regions in their order, or one label each: the background first, then the others in rising order of
+        their values.
 
         Args:
             labels: Label value -> name, background 0 included.
@@ -289,8 +287,27 @@ class Segmentation(CropTask):
             known = ", ".join(map(str, sorted(labels)))
             raise ConfigError(f"ignore_label is {self.ignore_label}, which is none of the label values {known}.")
         if self.regions is None:
-            return exclusive_targets(labels, self.ignore_label)
-        return region_targets(self.regions, labels, region_values=self.region_values, ignore_label=self.ignore_label)
+            values = (0, *sorted(value for value in labels if value not in (0, self.ignore_label)))
+            return Targets(
+                names=tuple(labels.get(value, "background" if value == 0 else str(value)) for value in values),
+                members=tuple((value,) for value in values),
+                label_values=values,
+                activation="softmax",
+                ignore_label=self.ignore_label,
+            )
+        allowed = [value for value in sorted(labels) if value not in (0, self.ignore_label)]
+        for name, members in self.regions.items():
+            for value in members:
+                if value not in allowed:
+                    known = ", ".join(map(str, allowed))
+                    raise ConfigError(f"region '{name}' names label value {value}, but it must be one of {known}.")
+        return Targets(
+            names=tuple(self.regions),
+            members=tuple(tuple(members) for members in self.regions.values()),
+            label_values=tuple(derived_values(self.regions) if self.region_values is None else self.region_values),
+            activation="sigmoid",
+            ignore_label=self.ignore_label,
+        )
 
     def windows(
         self, *, overlap: float | None = None, batch_size: int = 4, mirror_axes: tuple[int, ...] | None = None
