@@ -4,12 +4,12 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
 from mim3d.core.settings import nearest
-from mim3d.datasets.cases import Case, pair_folders, read_cases, read_labels, read_table, scans_in, unique_ids
+from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, read_labels, read_table, scans_in, unique_ids
 from mim3d.scans.volumes import scan_id
 
 #: Name of the table that prediction writes into its folder.
@@ -70,39 +70,6 @@ class Pairs:
     scored_as_empty: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Maps:
-    """Label maps by id, as one side names them."""
-
-    paths: dict[str, str]
-    images: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    labels: dict[int, str]
-    failed: tuple[str, ...] = ()
-    patients: dict[str, str] = field(default_factory=dict)
-    regions: dict[str, list[int | str]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, paths: Sequence[str], folder: str) -> "_Maps":
-        """Label files by the names of their files, with the labels that a dataset.json in or above a folder declares.
-
-        Raises:
-            DataError: Two files have the same name.
-        """
-        found: dict[str, str] = {}
-        for path in map(os.path.abspath, paths):
-            name = scan_id(path)
-            if name in found:
-                raise DataError(f"{path}: has the same name as {found[name]}; give each label map a name of its own.")
-            found[name] = path
-        labels: dict[int, str] = {}
-        places = (os.path.join(place, "dataset.json") for place in (folder, os.path.dirname(os.path.abspath(folder))))
-        description = next(filter(os.path.isfile, places), None)
-        if description is not None:
-            content = read_json(description)
-            labels = read_labels(content.get("labels"), description) if isinstance(content, dict) else {}
-        return cls(paths=found, labels=labels)
-
-
 def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_empty: bool = False) -> Pairs:
     """Match label maps by id: the file name without suffix, or the id of a list.
 
@@ -114,30 +81,33 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
     Raises:
         DataError: A side is missing or empty, two maps share an id, or no id is on both sides.
     """
-    ours, theirs = _predicted(predictions), _referenced(references)
-    shared = _shared_ids(predictions, ours.paths, theirs.paths)
-    unpredicted = sorted(theirs.paths.keys() - ours.paths.keys())
+    predicted, regions, failed = _predicted(predictions)
+    referenced = _referenced(references)
+    ours, theirs = ({case.id: case for case in side.cases} for side in (predicted, referenced))
+    shared = _shared_ids(predictions, ours, theirs)
+    unpredicted = sorted(theirs.keys() - ours.keys())
     as_empty = unpredicted if missing_as_empty else []
+    empty = Case(images=())
     found = Pairs(
         pairs=tuple(
             Pair(
                 id=name,
-                patient=theirs.patients.get(name, name),
-                prediction=ours.paths.get(name),
-                reference=theirs.paths[name],
-                images=ours.images.get(name) or theirs.images.get(name, ()),
+                patient=theirs[name].patient,
+                prediction=ours.get(name, empty).label,
+                reference=str(theirs[name].label),
+                images=ours.get(name, empty).images or theirs[name].images,
             )
             for name in sorted([*shared, *as_empty])
         ),
-        labels=ours.labels or theirs.labels,
-        regions=ours.regions,
-        without_reference=tuple(sorted(ours.paths.keys() - theirs.paths.keys())),
+        labels=predicted.labels or referenced.labels,
+        regions=regions,
+        without_reference=tuple(sorted(ours.keys() - theirs.keys())),
         without_prediction=() if missing_as_empty else tuple(unpredicted),
-        failed=tuple(name for name in ours.failed if name not in as_empty),
+        failed=tuple(name for name in failed if name not in as_empty),
         scored_as_empty=tuple(as_empty),
     )
     _warn_of_unmatched(found)
-    differing = differing_names(ours.labels, theirs.labels)
+    differing = differing_names(predicted.labels, referenced.labels)
     if differing:
         warnings.warn(
             f"Predictions and references name their labels differently: {listed(differing)}; check the values.",
@@ -152,13 +122,13 @@ def differing_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[
     return [f"{key} is {ours[key]!r} and {theirs[key]!r}" for key in both if ours[key] != theirs[key]]
 
 
-def _predicted(folder: str) -> _Maps:
-    """The label maps that a folder holds, or that its own list names."""
+def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], tuple[str, ...]]:
+    """The label maps that a folder holds, or that its own list names; and the regions and failures in that list."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder of predictions; give what `mim3d predict` wrote as --out.")
     listing = os.path.join(folder, "predictions.json")
     if not os.path.isfile(listing):
-        return _Maps.of(scans_in(folder), folder)
+        return _label_maps(scans_in(folder), folder), {}, ()
     content = read_json(listing)
     cases = content.get("cases") if isinstance(content, dict) else None
     if not isinstance(cases, list) or not all(
@@ -172,39 +142,56 @@ def _predicted(folder: str) -> _Maps:
         for members in regions.values()
     ):
         raise DataError(f'{listing}: "regions" needs entries like {{"tumour core": [2, 3]}}, label values or names.')
-    return _Maps(
-        paths={case["id"]: os.path.abspath(os.path.join(folder, case["prediction"])) for case in cases},
-        images={case["id"]: tuple(map(str, case.get("images") or ())) for case in cases},
-        labels=read_labels(content.get("labels"), listing),
-        failed=tuple(str(case.get("id")) for case in content.get("failed") or () if isinstance(case, dict)),
-        regions={str(name): list(members) for name, members in regions.items()},
+    maps = tuple(
+        Case(
+            id=case["id"],
+            images=tuple(map(str, case.get("images") or ())),
+            label=os.path.abspath(os.path.join(folder, case["prediction"])),
+        )
+        for case in cases
     )
+    labels = read_labels(content.get("labels"), listing)
+    failed = tuple(str(case.get("id")) for case in content.get("failed") or () if isinstance(case, dict))
+    regions = {str(name): list(members) for name, members in regions.items()}
+    return CaseSet(root=folder, form="json", cases=maps, labels=labels), regions, failed
 
 
-def _referenced(references: str | Sequence[str]) -> _Maps:
-    """The label maps of references in any form."""
+def _referenced(references: str | Sequence[str]) -> CaseSet:
+    """The cases with a label map of references in any form."""
     if not isinstance(references, str):
         if not references:
             raise DataError("No reference is given; name a folder of label maps or label files.")
-        return _Maps.of(references, os.path.dirname(references[0]))
+        return _label_maps(references, os.path.dirname(references[0]))
     if not os.path.exists(references):
         raise DataError(f"{references}: no such file or folder of references.")
     if os.path.isdir(references):
         # A data set has a description, or images beside its labels; any other folder is one of label maps.
         if not os.path.isfile(os.path.join(references, "dataset.json")) and pair_folders(references) is None:
-            return _Maps.of(scans_in(references), references)
+            return _label_maps(scans_in(references), references)
     elif not references.lower().endswith((".csv", ".json")):
-        return _Maps.of([references], os.path.dirname(references))
+        return _label_maps([references], os.path.dirname(references))
     cases = read_cases(references)
-    labelled = {case.id: case for case in cases.cases if case.label is not None}
+    labelled = tuple(case for case in cases.cases if case.label is not None)
     if not labelled:
         raise DataError(f"{references}: none of its {len(cases.cases)} cases has a label to score against.")
-    return _Maps(
-        paths={name: str(case.label) for name, case in labelled.items()},
-        images={name: case.images for name, case in labelled.items()},
-        patients={name: case.patient for name, case in labelled.items()},
-        labels=cases.labels,
-    )
+    return replace(cases, cases=labelled)
+
+
+def _label_maps(paths: Sequence[str], folder: str) -> CaseSet:
+    """Label files as cases named like them, with the labels that a dataset.json in or above a folder declares."""
+    found: dict[str, Case] = {}
+    for path in map(os.path.abspath, paths):
+        name = scan_id(path)
+        if name in found:
+            raise DataError(f"{path}: has the same name as {found[name].label}; give each label map a name of its own.")
+        found[name] = Case(id=name, images=(), label=path, patient=name)
+    labels: dict[int, str] = {}
+    places = (os.path.join(place, "dataset.json") for place in (folder, os.path.dirname(os.path.abspath(folder))))
+    description = next(filter(os.path.isfile, places), None)
+    if description is not None:
+        content = read_json(description)
+        labels = read_labels(content.get("labels"), description) if isinstance(content, dict) else {}
+    return CaseSet(root=folder, form="folder", cases=tuple(found.values()), labels=labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,9 +265,8 @@ def read_class_tables(
     for column in (class_column, *([baseline_column] if baseline_column else [])):
         if column not in their_columns:
             raise DataError(f"{references}: has no column {column!r}.{nearest(column, their_columns)}")
-    shared = _shared_ids(path, ours, theirs)
     rows = []
-    for name in shared:
+    for name in _shared_ids(path, ours, theirs):
         prediction, reference = ours[name], theirs[name]
         if reference[class_column] not in class_names:
             raise DataError(
@@ -291,15 +277,16 @@ def read_class_tables(
         predicted = prediction.get("predicted") or class_names[probabilities.index(max(probabilities))]
         if predicted not in class_names:
             raise DataError(f"{path}: case {name} is predicted {predicted!r}, which has no column of probabilities.")
-        row = ClassRow(
-            id=name,
-            patient=reference.get("patient") or prediction.get("patient") or name,
-            true_class=reference[class_column],
-            predicted=predicted,
-            probabilities=probabilities,
-            baseline=_number(reference[baseline_column], references, name) if baseline_column else None,
+        rows.append(
+            ClassRow(
+                id=name,
+                patient=reference.get("patient") or prediction.get("patient") or name,
+                true_class=reference[class_column],
+                predicted=predicted,
+                probabilities=probabilities,
+                baseline=_number(reference[baseline_column], references, name) if baseline_column else None,
+            )
         )
-        rows.append(row)
     found = ClassTable(
         rows=tuple(rows),
         class_names=class_names,
@@ -330,10 +317,9 @@ def _read_rows(path: str) -> dict[str, Mapping[str, str]]:
     if key == "image":
         # Prediction names the images of a list so: channels are separated by ";", paths lie below the list's folder.
         root = os.path.abspath(path)
-        channels = [
-            tuple(os.path.join(os.path.dirname(root), part.strip()) for part in name.split(";")) for name in rows
-        ]
-        names = unique_ids([Case(images=paths) for paths in channels], root)
+        folder = os.path.dirname(root)
+        images = [tuple(os.path.join(folder, part.strip()) for part in name.split(";")) for name in rows]
+        names = unique_ids([Case(images=paths) for paths in images], root)
     return dict(zip(names, rows.values(), strict=True))
 
 
