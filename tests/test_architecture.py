@@ -70,11 +70,11 @@ FACTS = ("datasets.published.sets.",)
 BUDGET = {
     "core": 1650,
     "kernels": 950,
-    "scans": 2475,
+    "scans": 2375,
     "nn": 575,
     "tracking": 550,
     "metrics": 1350,
-    "datasets": 2325,
+    "datasets": 2100,
     "phantoms": 1475,
     "backbones": 550,
     "reporting": 1275,

@@ -200,9 +200,14 @@ def require_same_grid(first: Grid, second: Grid) -> None:
     )
 
 
-def smallest_integer(low: int, high: int) -> np.dtype[Any]:
-    """int16 where it holds both ends (as CT is kept), else the smallest signed type that does."""
-    for dtype in (np.int16, np.int32):
+def smallest_integer(
+    low: float,
+    high: float,
+    types: Sequence[type[np.integer[Any]]] = (np.int16, np.int32),
+    otherwise: npt.DTypeLike = np.int64,
+) -> np.dtype[Any]:
+    """The first of some integer types that holds both ends, by default as CT is kept; another where none does."""
+    for dtype in types:
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return np.dtype(dtype)
-    return np.dtype(np.int64)
+    return np.dtype(otherwise)

@@ -20,7 +20,7 @@ from mim3d.core.errors import DataError
 from mim3d.core.files import atomic_file
 from mim3d.core.types import Spacing
 from mim3d.scans.files import check_file, walk
-from mim3d.scans.grids import Grid, split_channel
+from mim3d.scans.grids import Grid, smallest_integer, split_channel
 from mim3d.scans.image_stacks import is_slice_folder
 
 #: Voxels copied at a time along each axis: what is read and what is written of them stays in the processor's cache.
@@ -224,11 +224,7 @@ def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bo
 
 
 def _as_label(slab: npt.NDArray[Any], path: str, narrow: bool) -> npt.NDArray[Any]:
-    """Voxels as integers.
-
-    Raises:
-        DataError: Voxels are fractions, or beyond 32 bits.
-    """
+    """Voxels as integers, which they must be without rounding, of up to 32 bits."""
     is_integer = slab.dtype.kind in "iu"
     if is_integer and not narrow:
         return slab
@@ -248,10 +244,8 @@ def _as_label(slab: npt.NDArray[Any], path: str, narrow: bool) -> npt.NDArray[An
 def _narrowed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Whole numbers in the smallest of uint8, int16 and int32 that holds them; as they are where none does."""
     low, high = array.min().item(), array.max().item()
-    for dtype in (np.uint8, np.int16, np.int32):
-        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return array.astype(dtype)
-    return array
+    dtype = smallest_integer(low, high, (np.uint8, np.int16, np.int32), otherwise=array.dtype)
+    return array.astype(dtype, copy=False)
 
 
 def copy_tiled(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
