@@ -17,7 +17,6 @@ from mim3d.workflows.shared.leakage import (
     Seen,
     check_leakage,
     check_pretraining,
-    check_split,
     identities_of,
     read_seen,
     seen_from,
@@ -79,7 +78,7 @@ def test_nothing_is_said_where_nothing_leaks(run, scans, capsys):
         check_pretraining(str(run), new, strict=True)
         check_pretraining(None, scans[1], strict=True)
         check_pretraining(str(run), [], strict=True)
-        check_split(scans[0], new, strict=True)
+        check_leakage(scans[0], new, strict=True)
     assert capsys.readouterr().out == ""
 
 
@@ -128,7 +127,7 @@ def test_one_scan_under_two_names_in_both_parts_is_found(scans):
     training, held_out = scans
     twin = ScanIdentity(id="twin", digest=training[2].digest, fingerprint=training[2].fingerprint)
     with pytest.warns(UserWarning) as caught:
-        check_split(training, [*held_out, twin], strict=False)
+        check_leakage(training, [*held_out, twin], strict=False)
     (warning,) = caught
     assert "2 of 3 held-out cases are among the training cases too" in str(warning.message)
     assert "twin (identical as smith_2)" in str(warning.message)

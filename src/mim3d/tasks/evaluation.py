@@ -159,11 +159,19 @@ def printed_table(title: str | None, first: str, columns: Sequence[str]) -> "Tab
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column(first, overflow="fold")
+    table = Table(
+        title=None if title is None else Text(title),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column(Text(first), overflow="fold")
     for column in columns:
-        table.add_column("\n".join(wrap(column, HEAD_WIDTH, break_long_words=False)), justify="right", no_wrap=True)
+        lines = [line for part in column.split("\n") for line in wrap(part, HEAD_WIDTH, break_long_words=False)]
+        table.add_column(Text("\n".join(lines)), justify="right", no_wrap=True)
     return table
 
 

@@ -3,7 +3,6 @@
 from collections import defaultdict
 
 from mim3d.caching.build import build_cache
-from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.resources import in_words, num_cores
 from mim3d.datasets.cases import read_cases
@@ -33,28 +32,19 @@ def cache_data_set(
     """
     workers = num_cores() if num_workers is None else num_workers
     made = build_cache(read_cases(data), out, preprocessing, num_workers=workers, pack_gb=pack_gb, scheduler=scheduler)
-    _print_summary(made)
-    return made.path
-
-
-def _print_summary(made: Cache) -> None:
-    """Print what was left out and why, scans of the same content, and the size beside that of the sources."""
     if made.failed:
         print(f"{len(made.failed)} of {len(made) + len(made.failed)} scans left out, the reasons are in failed.csv:")
         for row in made.failed[:3]:
             print(f"  {row['reason']}")
-    copies = _copies(made)
+    alike: dict[str, list[str]] = defaultdict(list)
+    for scan in made:
+        alike[scan.source_digest].append(scan.case.id)
+    # The first scan of each content with every other one.
+    copies = [(ids[0], other) for ids in alike.values() for other in ids[1:]]
     if copies:
         others = len(copies) - 1
         more = f" (+ {others} more pair{'s' * (others > 1)})" if others else ""
         print(f"2 scans have the same content: {', '.join(copies[0])}{more}")
     ratio = made.size_bytes / max(made.source_bytes, 1)
     print(f"{made.path}: {len(made)} scans, {in_words(made.size_bytes)}, {ratio:.2f} of the size of the sources")
-
-
-def _copies(made: Cache) -> list[tuple[str, str]]:
-    """Pairs of ids whose images are the same files byte for byte: the first of them with each other one."""
-    alike: dict[str, list[str]] = defaultdict(list)
-    for scan in made:
-        alike[scan.source_digest].append(scan.case.id)
-    return [(ids[0], other) for ids in alike.values() for other in ids[1:]]
+    return made.path

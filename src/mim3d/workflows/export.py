@@ -12,10 +12,11 @@ from mim3d.exporting.hub_folder import check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import require_segmenter, write_monai_bundle
 from mim3d.exporting.networks import load_exported
 from mim3d.exporting.programs import check_onnx, write_onnx, write_torch_program
-from mim3d.weights import WEIGHTS_NAME
-from mim3d.workflows.shared.leakage import SEEN_NAME
+from mim3d.workflows.shared.leakage import SEEN_NAME, seen_file
 
-FORMATS = ("safetensors", "onnx", "torch-export", "monai")
+#: Formats of programs -> what writes them.
+WRITERS = {"onnx": write_onnx, "torch-export": write_torch_program, "monai": write_monai_bundle}
+FORMATS = ("safetensors", *WRITERS)
 
 #: Of each format a file, below its folder, by which an earlier export is known.
 MARKS = ("card.json", "metadata.json", "configs/metadata.json")
@@ -88,27 +89,21 @@ def export_network(settings: ExportSettings) -> str:
     network = replace(network, license=settings.license, modality=settings.modality)
     if "monai" in names:
         require_segmenter(network, weights)
-    seen = _seen(network.located, weights) if settings.include_seen else None
+    seen = seen_file(network.located) if settings.include_seen else None
+    if settings.include_seen and seen is None:
+        raise ConfigError(f"{weights} came without {SEEN_NAME}; leave out --include_seen.")
     for name, target in targets.items():
         with atomic_folder(target) as scratch:
-            if name == "safetensors":
-                write_hub_folder(network, scratch, seen)
-            elif name == "onnx":
-                write_onnx(network, scratch)
-            elif name == "torch-export":
-                write_torch_program(network, scratch)
+            if name in WRITERS:
+                WRITERS[name](network, scratch)
             else:
-                write_monai_bundle(network, scratch)
+                write_hub_folder(network, scratch, seen)
         print(f"{name}: {network.kind} in {target}")
     return str(folder)
 
 
 def _check_formats(formats: Sequence[str], patch_size: Triple | None, include_seen: bool) -> None:
-    """Refuse formats that there are not, and settings that none of them has a use for.
-
-    Raises:
-        ConfigError: The sentence names the format or the setting.
-    """
+    """Refuse formats that there are not, and settings that none of them has a use for."""
     for name in formats:
         if name not in FORMATS:
             raise ConfigError(f"There is no format '{name}'.{nearest(name, FORMATS)}")
@@ -127,11 +122,7 @@ def _check_formats(formats: Sequence[str], patch_size: Triple | None, include_se
 
 
 def _check_target(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a place that holds anything else, before any work begins.
-
-    Raises:
-        ConfigError: A file, or a folder that is not empty: an earlier export without ``overwrite``, or other things.
-    """
+    """Refuse a file, and a folder that holds an earlier export without ``overwrite``, or other things."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"{folder} is no folder; choose another --out.")
     if not folder.exists() or not any(folder.iterdir()):
@@ -140,15 +131,3 @@ def _check_target(folder: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{folder} holds other things than an export; choose another --out.")
     if not overwrite:
         raise ConfigError(f"{folder} holds an export already; choose another --out, or use --overwrite true.")
-
-
-def _seen(located: Path, weights: str) -> Path:
-    """Find the list of scans beside the weights.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    path = (located if located.is_dir() else located.parent) / SEEN_NAME
-    if not path.is_file() or (located.is_file() and located.name != WEIGHTS_NAME):
-        raise ConfigError(f"{weights} came without {SEEN_NAME}; leave out --include_seen.")
-    return path

@@ -22,10 +22,10 @@ from mim3d.tracking import TrackedRun
 from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
 from mim3d.weights import load_into
-from mim3d.workflows.probe.monitor import BEST_BY, LastEncoder, ProbeMonitor, ProbePlan
+from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, ProbePlan
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
-from mim3d.workflows.shared.leakage import check_split, identities_of, seen_from, write_seen
+from mim3d.workflows.shared.leakage import check_leakage, identities_of, seen_from, write_seen
 from mim3d.workflows.shared.memory import pretraining_sample, pretraining_variants, require_memory
 from mim3d.workflows.shared.training import TrainingSettings, joined_processes
 
@@ -147,13 +147,12 @@ def run_pretraining(settings: PretrainSettings) -> str:
             print(f"{settings.weights}: {load_into(objective.encoder, settings.weights)}")
         loader = settings.loader(scans, method.sampler(recipe), mapping)
         card = encoder_card(recipe, mapping, scans)
-        keeper: LastEncoder | ProbeMonitor = LastEncoder(run, card)
-        monitor: ProbeMonitor | None = None
+        keeper = EncoderKeeper(run, card)
         if probe is not None:
             items = probe.prepared(run, settings, objective.encoder, card) if run.writes else None
-            keeper = monitor = ProbeMonitor(run, card, probe, items, lambda: method.build(recipe))
+            keeper = EncoderKeeper(run, card, items, lambda: method.build(recipe))
         num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
-        every_steps = None if monitor is None else monitor.every(num_steps)
+        every_steps = None if probe is None else probe.steps_between(num_steps)
         with TrackedRun.of(run, settings.tracking) as tracked:
             result = train(
                 objective,
@@ -161,8 +160,8 @@ def run_pretraining(settings: PretrainSettings) -> str:
                 run=tracked,
                 loop=settings.loop(num_steps, started_at=started_at, validate_every=every_steps),
                 optim=optim,
-                validate=monitor,
-                best_by=None if monitor is None else BEST_BY,
+                validate=None if probe is None else keeper.score,
+                best_by=None if probe is None else BEST_BY,
                 on_checkpoint=keeper.save,
             )
         return _close(run, method, result, keeper)
@@ -196,20 +195,16 @@ def _training_cases(source: CaseSet | Cache, settings: PretrainSettings) -> Sequ
 
 
 def _learned(scans: Cache, cases: Sequence[Case], *, strict: bool) -> Cache:
-    """The scans to learn from.
-
-    Raises:
-        DataError: ``strict``, and one of those held out is among them by another name.
-    """
+    """The scans to learn from, once it is known whether one of those held out is among them by another name."""
     learned = scans.subset(cases)
     chosen = {case.id for case in cases}
     held_out = [case for case in scans.cases if case.id not in chosen]
     if held_out:
-        check_split(identities_of(learned), identities_of(scans.subset(held_out)), strict=strict)
+        check_leakage(identities_of(learned), identities_of(scans.subset(held_out)), strict=strict)
     return learned
 
 
-def _close(run: Run, method: Method, result: TrainResult, keeper: LastEncoder | ProbeMonitor) -> str:
+def _close(run: Run, method: Method, result: TrainResult, keeper: EncoderKeeper) -> str:
     """Say what was learned, and where it lies; all but the first process have nothing to say."""
     if not run.writes:
         return str(run.path)

@@ -34,8 +34,8 @@ from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, weights_input
 from mim3d.workflows.shared.leakage import (
     SEEN_NAME,
+    check_leakage,
     check_pretraining,
-    check_split,
     identities_of,
     seen_from,
     write_seen,
@@ -100,7 +100,7 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
             if strict and every_fold:
                 check_pretraining(settings.weights, identities_of(scans), strict=True)
             check_pretraining(settings.weights, held_out, strict=strict)
-            check_split(identities_of(learned), held_out, strict=strict)
+            check_leakage(identities_of(learned), held_out, strict=strict)
         if run.writes:
             write_seen(run.path, seen_from(identities_of(learned), settings.weights))
         return _train(run, planned, initial, split, scans, started_at)

@@ -11,7 +11,7 @@ from mim3d.caching.build import build_cache
 from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan
-from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.errors import DataError, listed
 from mim3d.core.progress import counted
 from mim3d.core.resources import num_cores
 from mim3d.core.types import Spacing, Triple
@@ -22,7 +22,7 @@ from mim3d.probing.items import ProbeSet, class_set, label_set
 from mim3d.probing.settings import Probing
 from mim3d.scans.intensity import Intensity
 from mim3d.workflows.shared.held_out import choose_split
-from mim3d.workflows.shared.inputs import read_data
+from mim3d.workflows.shared.inputs import given_scans, read_data, say_left_out
 
 #: What stands for a set of phantoms in place of DATA.
 PHANTOM = "phantom"
@@ -62,20 +62,11 @@ class ProbeCases:
             DataError: Scans that cannot be used: all of one part, or with ``strict`` any.
         """
         if isinstance(self.source, Cache):
-            own = self.source.preprocessing.spacing_mm
-            if spacing_mm is not None and own != spacing_mm:
-                raise ConfigError(
-                    f"{self.source.path} was made with spacing_mm {own}, not {spacing_mm}; leave spacing_mm out, or "
-                    "give the data set itself."
-                )
-            return self.source.subset(self.cases)
+            return given_scans(self.source, self.cases, spacing_mm)
         wanted = replace(self.source, cases=tuple(self.cases))
         workers = num_cores() if num_workers is None else num_workers
         scans = build_cache(wanted, folder, Preprocessing(spacing_mm=spacing_mm), num_workers=workers)
-        for row in scans.failed:
-            if strict:
-                raise DataError(f"{row['reason']} (strict: nothing is left out)")
-            warnings.warn(f"left out: {row['reason']}", stacklevel=2)
+        say_left_out(scans, strict=strict)
         return scans.subset(self.cases)
 
     def items(

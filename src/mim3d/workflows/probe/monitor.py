@@ -115,6 +115,10 @@ class ProbePlan:
         voxels = in_channels * math.prod(self.largest)
         return 4 * voxels * sum(MAX_SCANS["labels"]) * PROBING.crops_per_scan
 
+    def steps_between(self, num_steps: int) -> int:
+        """Steps between two probings of a run of ``num_steps``."""
+        return self.every or -(-num_steps // DEFAULT_PROBINGS)
+
     def choose(self, source: CaseSet | Cache) -> ProbeCases:
         """A small part of the labelled cases, apart by patient.
 
@@ -196,59 +200,28 @@ def scores_of(probed: Probed) -> dict[str, float]:
     return scores
 
 
-@dataclass(frozen=True)
-class LastEncoder:
-    """Keeps OUT/encoder at the last one.
-
-    Attributes:
-        run: The run.
-        card: Card that is saved with the encoder's weights.
-    """
-
-    run: Run
-    card: Mapping[str, Any]
-
-    def save(self, objective: Objective, step: int) -> None:
-        """Export the encoder of this step to OUT/encoder."""
-        self.export("encoder", objective.encoder, step, {})
-
-    def export(self, name: str, encoder: Encoder, step: int, scores: Mapping[str, float]) -> None:
-        """Write an encoder with its card and the list of what it has seen."""
-        card = {**self.card, "step": step, **({"probe": dict(scores)} if scores else {})}
-        save_network(self.run.path / name, encoder, card, beside=[self.run.path / SEEN_NAME])
-
-    def conclusion(self, _best: Mapping[str, float] | None) -> str:
-        """One line that says which encoder lies where."""
-        return f"encoder: {self.run.path / 'encoder'}"
-
-
 @dataclass
-class ProbeMonitor:
-    """Scores the encoder by the probe, and keeps OUT/encoder at the best one so far.
+class EncoderKeeper:
+    """Keeps OUT/encoder at the last encoder; with a probe at the best one by its score, and OUT/encoder_last beside it.
 
     Attributes:
         run: The run.
         card: Card that is saved with the encoder's weights.
-        plan: Settings and cases of the probe.
-        items: The probe set; None in all but the first process, which alone probes.
-        spare: Builds an objective like the one that is trained, to hold the best weights for a moment.
+        items: The probe set; None without a probe, and in all but the first process, which alone probes.
+        spare: Builds an objective like the one that is trained, to hold the best weights for a moment; None without a
+            probe.
         best: The best score of this session.
         is_new: Whether a better encoder may have been found since the last export.
     """
 
     run: Run
     card: Mapping[str, Any]
-    plan: ProbePlan
-    items: ProbeSet | None
-    spare: Callable[[], Objective]
+    items: ProbeSet | None = None
+    spare: Callable[[], Objective] | None = None
     best: float = -math.inf
     is_new: bool = True
 
-    def every(self, num_steps: int) -> int:
-        """Steps between two probings."""
-        return self.plan.every or -(-num_steps // DEFAULT_PROBINGS)
-
-    def __call__(self, objective: Objective) -> dict[str, float]:
+    def score(self, objective: Objective) -> dict[str, float]:
         """Scores of the encoder as it is; none of them a number where its features are not."""
         assert self.items is not None
         try:
@@ -261,25 +234,34 @@ class ProbeMonitor:
         return scores
 
     def save(self, objective: Objective, step: int) -> None:
-        """Export the encoder of this step to OUT/encoder_last, and the best one so far to OUT/encoder."""
-        exports = LastEncoder(self.run, self.card)
-        exports.export("encoder_last", objective.encoder, step, {})
+        """Export the encoder of this step, and with a probe the best one so far."""
+        if self.spare is None:
+            self._export("encoder", objective.encoder, step)
+            return
+        self._export("encoder_last", objective.encoder, step)
         if not self.is_new:
             return
         with torch.random.fork_rng(devices=[]):
             spare = self.spare()
         found = load_best(self.run.checkpoints_dir, spare)
         if found is None:
-            exports.export("encoder", objective.encoder, step, {})
+            self._export("encoder", objective.encoder, step)
         else:
-            exports.export("encoder", spare.encoder, found["step"], found["values"])
+            self._export("encoder", spare.encoder, found["step"], found["values"])
             self.is_new = False
+
+    def _export(self, name: str, encoder: Encoder, step: int, scores: Mapping[str, float] | None = None) -> None:
+        card = {**self.card, "step": step, **({"probe": dict(scores)} if scores else {})}
+        save_network(self.run.path / name, encoder, card, beside=[self.run.path / SEEN_NAME])
 
     def conclusion(self, best: Mapping[str, float] | None) -> str:
         """One line that says which encoder lies where."""
+        where = f"encoder: {self.run.path / 'encoder'}"
+        if self.spare is None:
+            return where
         if best is None:
-            return f"encoder: {self.run.path / 'encoder'} (the last one; no probe has chosen one yet)"
+            return f"{where} (the last one; no probe has chosen one yet)"
         return (
-            f"encoder: {self.run.path / 'encoder'}, the best by the probe, of step {int(best['step'])} "
-            f"({BEST_BY} {best[BEST_BY]:.4f}); the last one is {self.run.path / 'encoder_last'}"
+            f"{where}, the best by the probe, of step {int(best['step'])} ({BEST_BY} {best[BEST_BY]:.4f}); "
+            f"the last one is {self.run.path / 'encoder_last'}"
         )

@@ -84,12 +84,7 @@ def open_scans(
         Mim3dError: Another process has failed.
     """
     if isinstance(source, Cache):
-        if spacing_mm is not None and source.preprocessing.spacing_mm != spacing_mm:
-            raise ConfigError(
-                f"{source.path} was made with spacing_mm {source.preprocessing.spacing_mm}, not {spacing_mm}; "
-                "leave spacing_mm out, or give the data set itself."
-            )
-        scans = source.subset(cases)
+        scans = given_scans(source, cases, spacing_mm)
     else:
         # A shared cache holds every case, so that no run drops what another one needs.
         wanted = replace(source, cases=tuple(cases)) if cache_dir is None else source
@@ -102,10 +97,7 @@ def open_scans(
         else:
             cache = _seen_here(place, processes.wait_for("cache"))
         scans = cache.subset(cases)
-        for row in scans.failed:
-            if strict:
-                raise DataError(f"{row['reason']} (strict: nothing is left out)")
-            warnings.warn(f"left out: {row['reason']}", stacklevel=2)
+        say_left_out(scans, strict=strict)
     run.bind_input("data", scans.digest)
     if processes.is_first:
         processes.announce("scans", scans.digest)
@@ -118,12 +110,35 @@ def open_scans(
     return scans
 
 
-def _seen_here(place: str | Path, digest: str | None) -> Cache:
-    """The cache that the first process has built, as this machine sees it.
+def given_scans(cache: Cache, cases: Sequence[Case], spacing_mm: Spacing | None) -> Cache:
+    """The scans of ``cases`` in a cache that the user gives in place of a data set.
 
     Raises:
-        DataError: This machine does not see it.
+        ConfigError: The cache has another spacing than is asked for.
     """
+    own = cache.preprocessing.spacing_mm
+    if spacing_mm is not None and own != spacing_mm:
+        raise ConfigError(
+            f"{cache.path} was made with spacing_mm {own}, not {spacing_mm}; leave spacing_mm out, or give the data "
+            "set itself."
+        )
+    return cache.subset(cases)
+
+
+def say_left_out(scans: Cache, *, strict: bool) -> None:
+    """Warn of each scan that could not be used for a cache.
+
+    Raises:
+        DataError: ``strict``, and there is one.
+    """
+    for row in scans.failed:
+        if strict:
+            raise DataError(f"{row['reason']} (strict: nothing is left out)")
+        warnings.warn(f"left out: {row['reason']}", stacklevel=2)
+
+
+def _seen_here(place: str | Path, digest: str | None) -> Cache:
+    """The cache that the first process has built, as this machine sees it."""
     # A network disk may show another machine's files up to a minute late.
     end = time.monotonic() + SHARED_DISK_PATIENCE_S
     while True:

@@ -71,15 +71,21 @@ def write_seen(folder: Path, seen: Seen) -> None:
     write_json(folder / SEEN_NAME, {"format": SEEN_FORMAT, "complete": seen.complete, "scans": scans}, remedy=GO_ON)
 
 
+def seen_file(located: Path) -> Path | None:
+    """The list that came with the weights in a folder or a file; None where there is none."""
+    path = (located if located.is_dir() else located.parent) / SEEN_NAME
+    # A list beside any other file of weights need not be theirs.
+    return path if path.is_file() and (located.is_dir() or located.name == WEIGHTS_NAME) else None
+
+
 def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
     """What the network of a run, an exported folder or a weights file has seen; None where no list came with it.
 
     Raises:
         CheckpointError: There are no weights, or the list is damaged or of another format.
     """
-    located = locate(os.fspath(weights))
-    path = (located if located.is_dir() else located.parent) / SEEN_NAME
-    if not path.is_file() or (located.is_file() and located.name != WEIGHTS_NAME):
+    path = seen_file(locate(os.fspath(weights)))
+    if path is None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -117,25 +123,21 @@ def check_pretraining(weights: str | None, held_out: Sequence[ScanIdentity], *, 
         check_leakage(seen.scans, held_out, place=f"in the pre-training data of {weights}", strict=strict)
 
 
-def check_split(training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity], *, strict: bool) -> None:
-    """Say which held-out scans are among the training scans of the same run under another name.
-
-    Raises:
-        DataError: ``strict``, and there is one.
-    """
-    check_leakage(training, held_out, place="among the training cases too", strict=strict)
-
-
 def check_leakage(
-    training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity], *, place: str, strict: bool
+    training: Sequence[ScanIdentity],
+    held_out: Sequence[ScanIdentity],
+    *,
+    strict: bool,
+    place: str = "among the training cases too",
 ) -> list[Leak]:
     """Warn of held-out scans that were learned from, in one sentence.
 
     Args:
         training: Scans that were, or will be, learned from.
         held_out: Scans that scores are computed on.
-        place: Place where they were found, as the sentence goes on: ``in the pre-training data of RUN``.
         strict: Whether they are refused.
+        place: Place where they were found, as the sentence goes on: ``in the pre-training data of RUN``; of scans of
+            the same run under another name if not given.
     Returns:
         What was found.
     Raises:
