@@ -1,28 +1,94 @@
 """What the documents say can be done as they say it."""
 
+import ast
+import importlib
+import inspect
 import re
 import shlex
+import sys
+import typing
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+from mim3d.backbones import BACKBONES
 from mim3d.cli import COMMANDS
-from mim3d.cli.arguments import command_arguments, split_line
+from mim3d.cli.arguments import RESERVED, Signature, command_arguments, settings_type, split_line
+from mim3d.core.errors import ConfigError
+from mim3d.core.settings import find_named
+from mim3d.methods import METHODS
+from mim3d.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "mim3d"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SCRIPTS = [ROOT / "demo" / "run.sh", *sorted((ROOT / "docs").rglob("*.sbatch"))]
+
+#: Settings below these flags depend on the name that is chosen.
+REGISTRIES = {"backbone": BACKBONES, "method": METHODS, "task": TASKS}
+
+#: Flags of other programs that the documents speak of.
+FOREIGN = {
+    "a placeholder": "flag",
+    "SLURM": "gpus-per-node gpus-per-task ntasks ntasks-per-node kill-on-bad-exit signal requeue open-mode",
+    "torchrun": "node_rank",
+    "MONAI's runner": "sw_batch_size device datalist",
+    "benchmarks/scaling.py": "paper",
+}
+
+
+def blocks(text: str, language: str = "[a-z]*") -> list[str]:
+    """Code blocks of a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def command_lines(text: str) -> list[str]:
-    """Lines of code blocks (or of a script) that call a command, comments cut off."""
-    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL) or [text]
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if re.match(r"mim3d [a-z]", line)]
+    """Lines of code blocks (or of a script) that call a command, what starts it and comments cut off."""
+    lines = [line.strip() for block in blocks(text) or [text] for line in block.replace("\\\n", " ").splitlines()]
+    found = (re.match(r"(?:(?:srun|torchrun) .*? )?(mim3d [a-z].*)", line) for line in lines)
+    return [match[1] for match in found if match]
 
 
 def all_command_lines() -> list[tuple[str, str]]:
-    sources = [*DOCUMENTS, ROOT / "demo" / "run.sh"]
+    sources = [*DOCUMENTS, *SCRIPTS]
     return [(path.name, line) for path in sources for line in command_lines(path.read_text(encoding="utf-8"))]
+
+
+def inline_code(text: str) -> list[str]:
+    """What stands between single backticks."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def has_setting(hint: Any, parts: list[str]) -> bool:
+    """Whether a type has a setting at a dotted path."""
+    for part in parts:
+        settings = settings_type(hint)
+        hint = None if settings is None else typing.get_type_hints(settings).get(part)
+    return hint is not None
+
+
+def has_flag(signature: Signature, flag: str) -> bool:
+    """Whether a command has a flag; one below a named choice is a setting of at least one of its names."""
+    name, *parts = flag.split(".")
+    # Those of the command line itself.
+    if flag in RESERVED:
+        return True
+    try:
+        signature.hint_of(flag)
+    except ConfigError:
+        return False
+    if not parts or name not in REGISTRIES:
+        return True
+    found = [find_named(key, REGISTRIES[name], name) for key in REGISTRIES[name]]
+    return any(has_setting(each if isinstance(each, type) else type(each), parts) for each in found)
+
+
+def flags(words: str) -> list[str]:
+    """Dotted names of the flags in a piece of text."""
+    return re.findall(r"(?<![\w-])--([A-Za-z][\w.-]*\w)", words)
 
 
 def test_the_documents_show_every_command():
@@ -48,3 +114,71 @@ def test_links_between_documents_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
     local = [link for link in links if "://" not in link]
     assert all((path.parent / link).exists() for link in local), local
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *sorted((ROOT / "recipes").iterdir())], ids=lambda path: path.name)
+def test_flags_and_commands_in_the_text_exist(path):
+    text = path.read_text(encoding="utf-8")
+    spans = inline_code(text) if path.suffix == ".md" else re.findall(r"#(.*)", text)
+    signatures = {name: command.signature(name) for name, command in COMMANDS.items()}
+    foreign = " ".join(FOREIGN.values()).split()
+    for span in spans:
+        if re.match(r"(srun|torchrun|python) ", span) and "mim3d" not in span:
+            continue
+        called = re.search(r"(?<![\w/])mim3d ([a-z]+)", span) if path.suffix == ".md" else None
+        assert called is None or called[1] in COMMANDS, span
+        candidates = signatures.values() if called is None else [signatures[called[1]]]
+        words = span if called is None else span[called.end() :]
+        for flag in flags(words):
+            assert flag in foreign or any(has_flag(signature, flag) for signature in candidates), f"--{flag}: {span}"
+
+
+def python_snippets() -> list[tuple[str, str]]:
+    texts = [(path.name, path.read_text(encoding="utf-8")) for path in DOCUMENTS]
+    in_blocks = [(name, code) for name, text in texts for code in blocks(text, "python")]
+    return in_blocks + [(name, code) for name, text in texts for code in re.findall(r'python -c "([^"]+)"', text)]
+
+
+def imported(tree: ast.Module) -> dict[str, Any]:
+    """Names that a snippet imports, with what they stand for; it is skipped where another package is missing."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                module, root = import_or_skip(alias.name), alias.name.split(".")[0]
+                found[alias.asname or root] = module if alias.asname else sys.modules[root]
+        elif isinstance(node, ast.ImportFrom):
+            module = import_or_skip(node.module or "")
+            found |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+    return found
+
+
+def import_or_skip(name: str) -> ModuleType:
+    return importlib.import_module(name) if name.split(".")[0] == "mim3d" else pytest.importorskip(name)
+
+
+def resolved(node: ast.AST, names: dict[str, Any]) -> Any:
+    """What a name or dotted name of a snippet stands for; None where the snippet itself makes it."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    owner = resolved(node.value, names) if isinstance(node, ast.Attribute) else None
+    return None if owner is None else getattr(owner, node.attr)
+
+
+@pytest.mark.parametrize(("source", "snippet"), python_snippets())
+def test_python_in_the_documents_names_what_exists(source, snippet):
+    tree = ast.parse(snippet)
+    names = imported(tree)
+    for node in ast.walk(tree):
+        found = resolved(node.func if isinstance(node, ast.Call) else node, names)
+        if isinstance(node, ast.Call) and getattr(found, "__module__", "").startswith("mim3d"):
+            inspect.signature(found).bind_partial(*node.args, **{keyword.arg: None for keyword in node.keywords})
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_the_text_names_exist(path):
+    for span in inline_code(path.read_text(encoding="utf-8")):
+        for name in re.findall(r"[\w/]+\.(?:py|sh|sbatch)\b|\brecipes/\w+\.yaml\b", span):
+            places = [folder / name for folder in (ROOT, SOURCE, SOURCE.parent, path.parent)]
+            found = any(place.exists() for place in places) or ("/" not in name and any(SOURCE.rglob(name)))
+            assert found, f"{path.name} names {name}"
