@@ -1,6 +1,6 @@
 """Confidence intervals by resampling patients (Efron and Tibshirani 1993)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from mim3d.core.errors import ConfigError
 
 Floats = npt.NDArray[np.float64]
+Interval = list[float] | None
 
 #: Coverage that intervals are made for.
 LEVEL = 0.95
@@ -64,8 +65,30 @@ class Bootstrap:
             drawn.append(statistic(counts.astype(np.float64)))
         return np.concatenate(drawn)
 
+    def resampled_means(self, sums: Floats, numbers: Floats) -> Floats:
+        """Means (num_bootstrap, ...) under resampling, of what :func:`summed_defined` gives."""
 
-def interval(values: Floats) -> list[float] | None:
+        def means(counts_BP: Floats) -> Floats:
+            with np.errstate(invalid="ignore"):
+                return np.tensordot(counts_BP, sums, 1) / np.tensordot(counts_BP, numbers, 1)
+
+        return self.resampled(len(sums), means)
+
+    def intervals(self, num_patients: int, statistics: Callable[[Floats], Mapping[str, Floats]]) -> dict[str, Interval]:
+        """The interval of each score; None where none can be made.
+
+        Args:
+            num_patients: P of them.
+            statistics: Takes how often each patient was drawn, (B, P), and gives every score (B,) by its name.
+        """
+        names = list(statistics(np.ones((1, num_patients))))
+        if not self.num_bootstrap or num_patients < 2:
+            return dict.fromkeys(names)
+        drawn = self.resampled(num_patients, lambda counts_BP: np.stack(list(statistics(counts_BP).values()), axis=1))
+        return {name: interval(drawn[:, place]) for place, name in enumerate(names)}
+
+
+def interval(values: Floats) -> Interval:
     """The percentile interval of resampled values (B,); None where none of them is defined."""
     known = values[np.isfinite(values)]
     if not known.size:
@@ -86,3 +109,14 @@ def summed(values: npt.NDArray[Any], groups: npt.NDArray[np.int64], num_groups: 
     total = np.zeros((num_groups, *values.shape[1:]))
     np.add.at(total, groups, values)
     return total
+
+
+def summed_defined(values: Floats, groups: npt.NDArray[np.int64], num_groups: int) -> tuple[Floats, Floats]:
+    """Sums (P, ...) by group of the values (N, ...) that are not NaN, and how many those are."""
+    defined = ~np.isnan(values)
+    return summed(np.where(defined, values, 0), groups, num_groups), summed(defined, groups, num_groups)
+
+
+def plain(value: float) -> float | None:
+    """A number as JSON holds it: None instead of NaN."""
+    return None if np.isnan(value) else float(value)

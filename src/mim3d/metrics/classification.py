@@ -1,7 +1,8 @@
 """Scores of class probabilities, with intervals over patients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.metrics import bootstrap as resampling
-from mim3d.metrics.bootstrap import Bootstrap, Floats, grouped, interval, summed
+from mim3d.metrics.bootstrap import Bootstrap, Floats, Interval, grouped, plain, summed
 from mim3d.metrics.class_statistics import Ints, confusion, defined_mean, rates, reliability, weighted_auc
 
 #: Probabilities may miss a sum of 1 by this much, from rounding in a file.
@@ -181,19 +182,18 @@ def score_classes(cases: ClassifiedCases, num_bins: int = 10, bootstrap: Bootstr
         raise ConfigError(f"num_bins is {num_bins}, but a calibration error takes one bin or more.")
     classes, whole = cases.classes_N, np.ones((1, len(cases.classes_N)))
     values = _statistics(cases, num_bins, whole)
-    drawn = _resampled(cases, bootstrap, lambda w: np.stack(list(_statistics(cases, num_bins, w).values()), axis=1))
     matrix = confusion(classes, cases.predicted_N, len(cases.class_names), whole)
     of_class = rates(matrix)
     bins = reliability(*_judged_probabilities(cases), num_bins, whole)
     content = {
-        "mean": {key: _plain(value[0]) for key, value in values.items()},
-        "mean_ci95": {key: None if drawn is None else interval(drawn[:, k]) for k, key in enumerate(values)},
+        "mean": {key: plain(value[0]) for key, value in values.items()},
+        "mean_ci95": _intervals(cases, bootstrap, partial(_statistics, cases, num_bins)),
         "per_class": {
             name: {
                 "num_cases": int((classes == k).sum()),
                 "num_predicted": int((cases.predicted_N == k).sum()),
-                **{key: _plain(of_class[key][0, k]) for key in ("recall", "precision", "f1")},
-                "auc": _plain(weighted_auc(cases.probabilities_NK[:, k], classes == k, whole)[0]),
+                **{key: plain(of_class[key][0, k]) for key in ("recall", "precision", "f1")},
+                "auc": plain(weighted_auc(cases.probabilities_NK[:, k], classes == k, whole)[0]),
             }
             for k, name in enumerate(cases.class_names)
         },
@@ -203,8 +203,8 @@ def score_classes(cases: ClassifiedCases, num_bins: int = 10, bootstrap: Bootstr
                 "from": place / num_bins,
                 "to": (place + 1) / num_bins,
                 "num_cases": int(bins.weight_BM[0, place]),
-                "mean_probability": _plain(bins.mean_probability_BM[0, place]),
-                "frequency": _plain(bins.frequency_BM[0, place]),
+                "mean_probability": plain(bins.mean_probability_BM[0, place]),
+                "frequency": plain(bins.frequency_BM[0, place]),
             }
             for place in range(num_bins)
         ],
@@ -220,36 +220,30 @@ def compare_classes(
     ours: ClassifiedCases, theirs: ClassifiedCases, num_bins: int, bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
     """For each score, that of both methods on the same cases, and the paired interval of their difference."""
-    _, of_case = grouped(ours.patients)
 
-    def both(weights_BN: Floats) -> dict[str, tuple[Floats, Floats]]:
+    def differences(weights_BN: Floats) -> dict[str, Floats]:
         first, second = (_statistics(cases, num_bins, weights_BN) for cases in (ours, theirs))
-        return {key: (first[key], second[key]) for key in first}
+        return {key: first[key] - second[key] for key in first}
 
-    point = both(np.ones((1, len(of_case))))
-    keys = list(point)
-    drawn = _resampled(ours, bootstrap, lambda w: np.stack([a - b for a, b in both(w).values()], axis=1))
+    whole = np.ones((1, len(ours.patients)))
+    first, second = (_statistics(cases, num_bins, whole) for cases in (ours, theirs))
     return {
         key: {
-            "value": _plain(first[0]),
-            "compared": _plain(second[0]),
-            "difference": _plain(first[0] - second[0]),
-            "ci95": None if drawn is None else interval(drawn[:, keys.index(key)]),
+            "value": plain(first[key][0]),
+            "compared": plain(second[key][0]),
+            "difference": plain(first[key][0] - second[key][0]),
+            "ci95": ends,
         }
-        for key, (first, second) in point.items()
+        for key, ends in _intervals(ours, bootstrap, differences).items()
     }
 
 
-def _plain(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def _resampled(cases: ClassifiedCases, bootstrap: Bootstrap, statistic: Any) -> Floats | None:
-    """A statistic of weights (B, N) with patients drawn anew; None where that makes no interval."""
+def _intervals(
+    cases: ClassifiedCases, bootstrap: Bootstrap, statistics: Callable[[Floats], dict[str, Floats]]
+) -> dict[str, Interval]:
+    """Intervals of statistics of the cases' weights (B, N)."""
     names, of_case = grouped(cases.patients)
-    if not bootstrap.num_bootstrap or len(names) < 2:
-        return None
-    return bootstrap.resampled(len(names), lambda counts_BP: np.asarray(statistic(counts_BP[:, of_case])))
+    return bootstrap.intervals(len(names), lambda counts_BP: statistics(counts_BP[:, of_case]))
 
 
 def _statistics(cases: ClassifiedCases, num_bins: int, weights_BN: Floats) -> dict[str, Floats]:
@@ -284,13 +278,10 @@ def _baseline(cases: ClassifiedCases, bootstrap: Bootstrap) -> dict[str, Any]:
     is_positive = cases.classes_N == cases.positive
     columns = (cases.probabilities_NK[:, cases.positive], cases.baseline_N)
 
-    def aucs(weights_BN: Floats) -> Floats:
+    def aucs(weights_BN: Floats) -> dict[str, Floats]:
         ours, theirs = (weighted_auc(column, is_positive, weights_BN) for column in columns)
-        return np.stack([ours, theirs, ours - theirs], axis=1)
+        return {"predictions": ours, "baseline": theirs, "difference": ours - theirs}
 
-    point = aucs(np.ones((1, len(is_positive))))[0]
-    drawn = _resampled(cases, bootstrap, aucs)
-    return {
-        name: {"auc": _plain(value), "ci95": None if drawn is None else interval(drawn[:, place])}
-        for place, (name, value) in enumerate(zip(("predictions", "baseline", "difference"), point, strict=True))
-    }
+    ends = _intervals(cases, bootstrap, aucs)
+    point = aucs(np.ones((1, len(is_positive))))
+    return {name: {"auc": plain(value[0]), "ci95": ends[name]} for name, value in point.items()}

@@ -1,11 +1,11 @@
 """Scores of a label map against its reference, on the scan's own grid and in millimetres.
 
-Masks are worked on in slabs of planes and surfaces kept as lists of points, so that memory stays at a few bytes for a
-voxel of the box around a label, whatever the size of the scan.
+Areas are found in slabs of planes and surfaces kept as lists of points, so that memory stays at a few bytes for a voxel
+of the box around a label, whatever the size of the scan.
 """
 
 import functools
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -201,7 +201,10 @@ def hausdorff_95(prediction_XYZ: Mask, reference_XYZ: Mask, spacing_mm: Spacing)
         reference_XYZ: Another on the same grid.
         spacing_mm: Voxel size along the three axes.
     """
-    surfaces = [_surface_voxels(mask) for mask in (prediction_XYZ, reference_XYZ)]
+    from scipy.ndimage import binary_erosion
+
+    # The voxels with a face neighbour outside their mask; outside the array counts as outside.
+    surfaces = [np.argwhere(mask & ~binary_erosion(mask)) for mask in (prediction_XYZ, reference_XYZ)]
     there = _nearest_mm(surfaces[0], surfaces[1], prediction_XYZ.shape, spacing_mm)
     back = _nearest_mm(surfaces[1], surfaces[0], prediction_XYZ.shape, spacing_mm)
     return max(float(np.percentile(distances, 95)) for distances in (there, back))
@@ -227,32 +230,15 @@ def surface_dice(prediction_XYZ: Mask, reference_XYZ: Mask, spacing_mm: Spacing,
     return near / whole
 
 
-def _slabs(num_planes: int, plane_voxels: int) -> Iterator[tuple[int, int]]:
-    step = max(1, SLAB_VOXELS // max(plane_voxels, 1))
-    return ((start, min(start + step, num_planes)) for start in range(0, num_planes, step))
-
-
-def _surface_voxels(mask: Mask) -> Points:
-    """Indices (N, 3) of the voxels with a face neighbour outside the mask; outside the array counts as outside."""
-    held = np.pad(mask, 1)
-    found = []
-    for start, stop in _slabs(mask.shape[0], mask[:1].size):
-        middle = held[start + 1 : stop + 1, 1:-1, 1:-1]
-        inside = held[start:stop, 1:-1, 1:-1] & held[start + 2 : stop + 2, 1:-1, 1:-1]
-        planes = held[start + 1 : stop + 1]
-        inside &= planes[:, :-2, 1:-1] & planes[:, 2:, 1:-1]
-        inside &= planes[:, 1:-1, :-2] & planes[:, 1:-1, 2:]
-        found.append(np.argwhere(middle & ~inside) + np.array([start, 0, 0]))
-    return np.concatenate(found)
-
-
 def _surface_elements(mask: Mask, spacing_mm: Spacing) -> tuple[Points, npt.NDArray[np.float64]]:
     """Where (N, 3) the surface passes through a 2 x 2 x 2 neighbourhood, and its area (N,) there in mm2."""
     held = np.pad(mask, 1).view(np.uint8)
     x, y, z = (size + 1 for size in mask.shape)
     areas_of = _areas_mm2(spacing_mm)
     points, areas = [], []
-    for start, stop in _slabs(x, y * z):
+    step = max(1, SLAB_VOXELS // (y * z))
+    for start in range(0, x, step):
+        stop = min(start + step, x)
         code = np.zeros((stop - start, y, z), dtype=np.uint8)
         for bit, (i, j, k) in enumerate(np.ndindex(2, 2, 2)):
             code |= held[start + i : stop + i, j : j + y, k : k + z] << (7 - bit)

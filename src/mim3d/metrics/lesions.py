@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import ConfigError
+from mim3d.metrics.bootstrap import Floats, plain
 from mim3d.scans.components import find_components
 
 Mask = npt.NDArray[np.bool_]
@@ -158,10 +159,8 @@ def score_lesions(
     dice = (2 * shared / np.maximum(overlaps.reference_sizes + found, 1))[numbers].tolist()
     num_reference, num_predicted = int(is_reference.sum()), int(is_predicted.sum())
     num_detected, num_true = len(np.unique(matched.reference)), len(np.unique(matched.predicted))
-    sensitivity, precision, f1 = (
-        None if np.isnan(value) else float(value)
-        for value in detection_rates(num_reference, num_predicted, num_detected, num_true)
-    )
+    rates = detection_rates(num_reference, num_predicted, num_detected, num_true)
+    sensitivity, precision, f1 = (plain(float(rate)) for rate in rates)
     return LesionScore(
         num_reference=num_reference,
         num_predicted=num_predicted,
@@ -179,7 +178,7 @@ def score_lesions(
 
 def detection_rates(
     num_reference: npt.ArrayLike, num_predicted: npt.ArrayLike, num_detected: npt.ArrayLike, num_true: npt.ArrayLike
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+) -> tuple[Floats, Floats, Floats]:
     """Sensitivity, precision and F1 of counts of any one shape; NaN where :data:`CONVENTIONS` says null."""
     references, predictions, detected, true = (
         np.asarray(counts, dtype=np.float64) for counts in (num_reference, num_predicted, num_detected, num_true)

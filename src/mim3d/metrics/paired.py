@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.metrics.bootstrap import Bootstrap, Floats, grouped, interval, summed
+from mim3d.metrics.bootstrap import Bootstrap, Floats, grouped, interval, summed_defined
 from mim3d.metrics.class_statistics import defined_mean
 from mim3d.metrics.label_scores import LabelScore
 
@@ -93,22 +93,12 @@ def _compared(
     differences_N: Floats, of_case: npt.NDArray[np.int64], num_patients: int, bootstrap: Bootstrap
 ) -> dict[str, Any]:
     """The mean of differences, NaN where a case has none, its interval and test."""
-    defined = ~np.isnan(differences_N)
-    sums = summed(np.where(defined, differences_N, 0), of_case, num_patients)
-    numbers = summed(defined, of_case, num_patients)
-    num_pairs = int(defined.sum())
-    found: list[float] | None = None
-    if bootstrap.num_bootstrap and (numbers > 0).sum() > 1:
-
-        def means(counts_BP: Floats) -> Floats:
-            with np.errstate(invalid="ignore"):
-                return np.asarray((counts_BP @ sums) / (counts_BP @ numbers))
-
-        found = interval(bootstrap.resampled(num_patients, means))
-    held = numbers > 0
+    sums, numbers = summed_defined(differences_N, of_case, num_patients)
+    num_pairs, held = int(numbers.sum()), numbers > 0
+    with_interval = bootstrap.num_bootstrap and held.sum() > 1
     return {
         "difference": float(sums.sum() / num_pairs) if num_pairs else None,
-        "ci95": found,
+        "ci95": interval(bootstrap.resampled_means(sums, numbers)) if with_interval else None,
         "p": signed_rank_p(sums[held] / numbers[held]),
         "num_pairs": num_pairs,
     }

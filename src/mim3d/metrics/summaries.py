@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.metrics.bootstrap import Bootstrap, Floats, grouped, interval, summed
+from mim3d.metrics.bootstrap import Bootstrap, Floats, Interval, grouped, interval, plain, summed, summed_defined
 from mim3d.metrics.class_statistics import defined_mean
 from mim3d.metrics.label_scores import SCORE_NAMES, LabelScore
 from mim3d.metrics.lesions import detection_rates
@@ -74,7 +73,7 @@ def summarise(
 
 
 def _by_score(values: Floats) -> dict[str, float | None]:
-    return {key: None if np.isnan(value) else float(value) for key, value in zip(SCORE_NAMES, values, strict=True)}
+    return {key: plain(value) for key, value in zip(SCORE_NAMES, values, strict=True)}
 
 
 def _nan_std(values: Floats) -> Floats:
@@ -82,26 +81,16 @@ def _nan_std(values: Floats) -> Floats:
     return np.sqrt(defined_mean((values - defined_mean(values, 0)) ** 2, 0))
 
 
-Interval = list[float] | None
-
-
 def _intervals(
     values_NLS: Floats, of_case: npt.NDArray[np.int64], num_patients: int, bootstrap: Bootstrap
 ) -> tuple[list[list[Interval]], list[Interval]]:
     """Intervals of the means (L, S) over cases, and (S,) over cases and labels."""
     _, num_labels, num_scores = values_NLS.shape
-    defined = ~np.isnan(values_NLS)
-    sums = summed(np.where(defined, values_NLS, 0), of_case, num_patients)
-    numbers = summed(defined, of_case, num_patients)
     none: list[Interval] = [None] * num_scores
     if not bootstrap.num_bootstrap or not num_labels:
         return [none] * num_labels, none
-
-    def means(counts_BP: Floats) -> Floats:
-        with np.errstate(invalid="ignore"):
-            return np.tensordot(counts_BP, sums, 1) / np.tensordot(counts_BP, numbers, 1)
-
-    means_BLS = bootstrap.resampled(num_patients, means)
+    sums, numbers = summed_defined(values_NLS, of_case, num_patients)
+    means_BLS = bootstrap.resampled_means(sums, numbers)
     # A single patient's value would pass for one that is certain.
     enough_LS = (numbers > 0).sum(0) > 1
     per_label = [
@@ -120,7 +109,7 @@ def _lesions(
     found = [score.lesions for score in scores if score.lesions is not None]
     if not found or len(found) != len(scores):
         return None
-    rows = [[asdict(each)[key] for key in _LESION_COUNTS] + [sum(each.reference_dice), 1] for each in found]
+    rows = [[getattr(each, key) for key in _LESION_COUNTS] + [sum(each.reference_dice), 1] for each in found]
     counts_PC = summed(np.array(rows, dtype=np.float64), of_case, num_patients)
     rates = _rates(counts_PC.sum(0)[None])[0]
     intervals: list[Interval] = [None] * len(LESION_RATES)
@@ -131,7 +120,7 @@ def _lesions(
             interval(column) if num > 1 else None for column, num in zip(resampled_BR.T, num_defining_R, strict=True)
         ]
     return {
-        **{key: None if np.isnan(value) else float(value) for key, value in zip(LESION_RATES, rates, strict=True)},
+        **{key: plain(value) for key, value in zip(LESION_RATES, rates, strict=True)},
         "ci95": dict(zip(LESION_RATES, intervals, strict=True)),
         **{key: int(value) for key, value in zip(_LESION_COUNTS, counts_PC.sum(0), strict=False)},
     }

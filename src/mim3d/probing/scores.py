@@ -3,7 +3,6 @@
 Legend: B weightings, N items, K classes, P patients, D features.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mim3d.metrics import bootstrap as resampling
-from mim3d.metrics.bootstrap import Bootstrap, grouped, interval
+from mim3d.metrics.bootstrap import Bootstrap, grouped, plain
 from mim3d.metrics.class_statistics import defined_mean, rates, weighted_auc
 from mim3d.probing.items import Floats, Ints
 
@@ -91,12 +90,12 @@ class Scored:
     def f1(self) -> list[float | None]:
         """F1 of each class; None where it neither occurs nor is predicted."""
         found = rates(self.confusion_PKK().sum(0)[None])["f1"][0]
-        return [None if np.isnan(value) else float(value) for value in found]
+        return [plain(value) for value in found]
 
 
 def intervals(scored: Scored, bootstrap: Bootstrap) -> dict[str, list[float] | None]:
     """The interval of each score; None where none can be made."""
-    return _intervals(scored.statistics, scored.num_patients, bootstrap)
+    return bootstrap.intervals(scored.num_patients, scored.statistics)
 
 
 def differences(ours: Scored, theirs: Scored, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
@@ -107,18 +106,8 @@ def differences(ours: Scored, theirs: Scored, bootstrap: Bootstrap) -> dict[str,
         one, other = ours.statistics(counts_BP), theirs.statistics(counts_BP)
         return {name: one[name] - other[name] for name in one}
 
-    found = _intervals(both, ours.num_patients, bootstrap)
+    found = bootstrap.intervals(ours.num_patients, both)
     return {name: {"difference": first[name] - second[name], "ci95": found[name]} for name in first}
-
-
-def _intervals(
-    statistic: Callable[[Floats], Mapping[str, Floats]], num_patients: int, bootstrap: Bootstrap
-) -> dict[str, list[float] | None]:
-    names = list(statistic(np.ones((1, num_patients))))
-    if not bootstrap.num_bootstrap or num_patients < 2:
-        return dict.fromkeys(names)
-    drawn = bootstrap.resampled(num_patients, lambda counts_BP: np.stack(list(statistic(counts_BP).values()), axis=1))
-    return {name: interval(drawn[:, place]) for place, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
