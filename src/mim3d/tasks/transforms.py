@@ -37,18 +37,17 @@ class Augmenter:
 
     def __init__(self, settings: Augmentation, patch_size: Triple, spacing_mm: Spacing) -> None:
         self.patch_size = patch_size
-        radians = [float(np.deg2rad(angle)) for angle in settings.rotation_degrees or (0.0, 0.0, 0.0)]
+        both, flip_axes = ["image", "label"], settings.flip_axes or ()
         affine = RandAffined(
-            ["image", "label"],
+            both,
             prob=1.0,
-            rotate_range=radians,
+            rotate_range=[float(np.deg2rad(angle)) for angle in settings.rotation_degrees or (0.0, 0.0, 0.0)],
             scale_range=(settings.zoom_ratio,) * 3,
             spatial_size=patch_size,
             mode=("bilinear", "nearest"),
             padding_mode="border",
         )
         self._affine = Compose([affine])
-        both, flip_axes = ["image", "label"], settings.flip_axes or ()
         flips = [RandFlipd(both, prob=settings.flip_prob, spatial_axis=axis) for axis in flip_axes]
         turns = [
             RandRotate90d(both, prob=settings.rotate90_prob, max_k=3, spatial_axes=plane)

@@ -242,11 +242,7 @@ class Classification(Task):
     def validate(
         self, objective: Objective, scans: Sequence[CachedScan], intensity: Intensity, labels: Mapping[int, str]
     ) -> dict[str, float]:
-        """Return AUC, accuracy, balanced accuracy and macro F1 over the scans, without mirroring.
-
-        Where several scans share a patient and all of a patient's are of one class, the same for patients by the mean
-        of their scans' probabilities, as ``auc_patient`` and so on.
-        """
+        """Return AUC, accuracy, balanced accuracy and macro F1, without mirroring, see :func:`class_scores`."""
         module: Any = objective
         device = next(module.parameters()).device
         sampler = self.exact_sampler(tuple(name for _, name in sorted(labels.items())))

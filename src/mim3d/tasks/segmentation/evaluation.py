@@ -10,6 +10,7 @@ from rich.text import Text
 
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.progress import counted
+from mim3d.datasets.published.presets import find_preset
 from mim3d.datasets.references import Pair, Pairs, differing_names, find_pairs
 from mim3d.metrics import (
     ABSENT,
@@ -48,8 +49,6 @@ from mim3d.tasks.segmentation.scoring import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mim3d.datasets.published.presets import Preset
-
 #: SOP classes of DICOM-SEG: Segmentation Storage and Label Map Segmentation Storage (PS3.4 B.5).
 _DICOM_SEG = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 
@@ -75,18 +74,14 @@ class LabelEvaluation:
     def __init__(self, settings: EvaluationSettings) -> None:
         settings.refuse_given(ClassTableSettings, "tables of classes", "a folder of label maps")
         self.settings = settings
-        self.preset: Preset | None = None
-        if settings.preset is not None:
-            from mim3d.datasets.published.presets import find_preset
-
-            self.preset = preset = find_preset(settings.preset)
-            if preset.task != "segmentation":
-                raise ConfigError(
-                    f"preset {preset.name} is for {preset.task}, but predictions are label maps; leave it out."
-                )
+        self.preset = preset = None if settings.preset is None else find_preset(settings.preset)
+        if preset is not None and preset.task != "segmentation":
+            raise ConfigError(
+                f"preset {preset.name} is for {preset.task}, but predictions are label maps; leave it out."
+            )
         tolerance_mm = settings.nsd_tolerance_mm
         if tolerance_mm is None:
-            tolerance_mm = NSD_TOLERANCE_MM if self.preset is None else self.preset.nsd_tolerance_mm
+            tolerance_mm = NSD_TOLERANCE_MM if preset is None else preset.nsd_tolerance_mm
         self.nsd_tolerance_mm = tolerance_mm
         self.lesion_settings = LesionSettings(
             overlap=settings.lesion_overlap, matching=settings.lesion_matching, min_ml=settings.lesion_min_ml

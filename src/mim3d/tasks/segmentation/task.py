@@ -286,8 +286,9 @@ class Segmentation(CropTask):
         if self.ignore_label is not None and self.ignore_label not in labels:
             known = ", ".join(map(str, sorted(labels)))
             raise ConfigError(f"ignore_label is {self.ignore_label}, which is none of the label values {known}.")
+        learned = [value for value in sorted(labels) if value not in (0, self.ignore_label)]
         if self.regions is None:
-            values = (0, *sorted(value for value in labels if value not in (0, self.ignore_label)))
+            values = (0, *learned)
             return Targets(
                 names=tuple(labels.get(value, "background" if value == 0 else str(value)) for value in values),
                 members=tuple((value,) for value in values),
@@ -295,11 +296,10 @@ class Segmentation(CropTask):
                 activation="softmax",
                 ignore_label=self.ignore_label,
             )
-        allowed = [value for value in sorted(labels) if value not in (0, self.ignore_label)]
         for name, members in self.regions.items():
             for value in members:
-                if value not in allowed:
-                    known = ", ".join(map(str, allowed))
+                if value not in learned:
+                    known = ", ".join(map(str, learned))
                     raise ConfigError(f"region '{name}' names label value {value}, but it must be one of {known}.")
         return Targets(
             names=tuple(self.regions),
