@@ -86,7 +86,7 @@ BUDGET = {
     "loading": 1100,
     "distributed": 725,
     "training": 2375,
-    "tasks": 3925,
+    "tasks": 3950,
     "methods": 1050,
     "probing": 900,
     "exporting": 1100,
