@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mim3d.training import batches as batches_module
-from mim3d.training.batches import on_device
+from mim3d.training import launch as launch_module
+from mim3d.training.launch import on_device
 
 
 class Recorder:
@@ -46,7 +46,7 @@ def test_on_a_gpu_batches_travel_on_a_stream_of_their_own_and_the_step_waits_the
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(batches_module, "_cuda", recorder)
+    monkeypatch.setattr(launch_module, "_cuda", recorder)
 
     def read() -> Iterator[Any]:
         for number in range(3):

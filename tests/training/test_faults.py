@@ -10,8 +10,8 @@ import mim3d.training.loop as loop_module
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.run_folder import read_run
 from mim3d.objective import Batch, StepOutput
-from mim3d.training.bad_steps import NonFiniteError
 from mim3d.training.checkpoint import read_checkpoint
+from mim3d.training.meter import NonFiniteError
 from tests.distributed.test_processes import start
 from tests.training import toy_training
 from tests.training.test_loop import assert_same_bits

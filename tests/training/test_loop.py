@@ -12,8 +12,8 @@ import torch
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import read_run
 from mim3d.objective import Objective
-from mim3d.training.bad_steps import NonFiniteError
 from mim3d.training.checkpoint import load_best
+from mim3d.training.meter import NonFiniteError
 from mim3d.training.schedule import Optimisation
 from tests.training.toy_training import OPTIM, ToyObjective, toy_run
 

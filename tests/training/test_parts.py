@@ -18,9 +18,8 @@ import mim3d.training.loop as loop_module
 from mim3d.core.errors import ConfigError
 from mim3d.core.progress import Progress
 from mim3d.distributed.stopping import StopRequests
-from mim3d.training.bad_steps import NonFiniteError
 from mim3d.training.launch import launch, seed_step, usable_precision
-from mim3d.training.meter import Meter, Throughput, summary
+from mim3d.training.meter import Meter, NonFiniteError, Throughput, summary
 from mim3d.training.optim import build_optimizer, decay_groups
 from mim3d.training.plan import steps_for_epochs
 from mim3d.training.schedule import Optimisation, make_schedule

@@ -248,35 +248,30 @@ def join_processes(devices: int, num_nodes: int) -> Iterator[Processes]:
     if place is None:
         node_rank, local_rank = (int(os.environ.get(name, 0)) for name in ("NODE_RANK", "LOCAL_RANK"))
         place = ProcessRank("mim3d", node_rank * devices + local_rank, local_rank, node_rank, devices, num_nodes)
-    processes = Processes(place, _open_store(place))
+    store: Store | None = None
+    # Fabric starts its processes on one machine only after the first one has made everything.
+    alone = place.launcher == "mim3d" and (place.num_nodes == 1 or place.local_rank > 0)
+    if place.world_size > 1 and not alone:
+        export_to_torch(place)
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun's agent keeps a store at this address already, over restarts too: each attempt has keys of its own.
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        is_master = place.rank == 0 and not kept
+        try:
+            # The store by which the processes meet for training is opened at the same address later: multi_tenant.
+            tcp = TCPStore(
+                host, port, is_master=is_master, timeout=_CONNECT_TIMEOUT, wait_for_workers=False, multi_tenant=True
+            )
+        except (RuntimeError, ValueError) as error:
+            raise _unreachable(f"{host}:{port}") from error
+        store = PrefixStore(f"mim3d/{attempt}", tcp)
+    processes = Processes(place, store)
     try:
         yield processes
     except BaseException as error:
         processes.fail(str(error).strip() or type(error).__name__, linger=isinstance(error, Exception))
         raise
-
-
-def _open_store(place: ProcessRank) -> Store | None:
-    if place.world_size == 1 or (place.launcher == "mim3d" and (place.num_nodes == 1 or place.local_rank > 0)):
-        return None
-    export_to_torch(place)
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent keeps a store at this address already, over restarts too: each attempt has keys of its own.
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    try:
-        store = TCPStore(
-            host,
-            port,
-            is_master=place.rank == 0 and not kept,
-            timeout=_CONNECT_TIMEOUT,
-            wait_for_workers=False,
-            # The store by which the processes meet for training is opened at the same address later.
-            multi_tenant=True,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise _unreachable(f"{host}:{port}") from error
-    return PrefixStore(f"mim3d/{attempt}", store)
 
 
 def export_to_torch(place: ProcessRank) -> None:

@@ -50,7 +50,15 @@ class CachedDataset(Dataset, Randomizable):
     def _transform(self, index: int) -> Any:
         scan: CachedScan = self.data[index]
         size = self.crop or scan.shape
-        origin = (0, 0, 0) if self.crop is None else self._place(scan, self.crop)
+        origin = (0, 0, 0)
+        if self.crop is not None:
+            # A random crop that touches the body's box, inside the scan where it fits.
+            places = []
+            for voxels, start, stop, length in zip(scan.shape, *scan.body_box, size, strict=True):
+                limit = max(voxels - length, 0)
+                low, high = sorted((min(start, limit), min(max(stop - length, 0), limit)))
+                places.append(int(self.R.randint(low, high + 1)))
+            origin = (places[0], places[1], places[2])
         affine = scan.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ np.array(origin)
         place = torch.from_numpy(affine)
@@ -60,12 +68,3 @@ class CachedDataset(Dataset, Randomizable):
             label = torch.from_numpy(scan.read_label(origin, size)[None].astype(np.int32))
             item["label"] = MetaTensor(label, affine=place)
         return item if self.transform is None else self.transform(item)
-
-    def _place(self, scan: CachedScan, size: Triple) -> Triple:
-        """First voxel of a random crop that touches the body's box, inside the scan where it fits."""
-        origin = []
-        for voxels, start, stop, length in zip(scan.shape, *scan.body_box, size, strict=True):
-            limit = max(voxels - length, 0)
-            low, high = sorted((min(start, limit), min(max(stop - length, 0), limit)))
-            origin.append(int(self.R.randint(low, high + 1)))
-        return origin[0], origin[1], origin[2]

@@ -6,7 +6,7 @@ stored; the device makes float32 of it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +57,9 @@ class Packed:
         """The same memory as the trainer sees it."""
         if self.rescaling is None:
             return torch.from_numpy(self.array)
-        return StoredImages.of(self.array, self.rescaling)
+        dtype = self.array.dtype
+        signed = _UNSIGNED[dtype][0] if dtype in _UNSIGNED else dtype
+        return StoredImages(torch.from_numpy(self.array.view(signed)), self.rescaling, dtype.name)
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,6 @@ class StoredImages:
     numbers: Tensor
     rescaling: np.ndarray
     type_name: str
-
-    @classmethod
-    def of(cls, numbers: np.ndarray, rescaling: np.ndarray) -> Self:
-        """From arrays, whose memory is used as it is."""
-        signed = _UNSIGNED[numbers.dtype][0] if numbers.dtype in _UNSIGNED else numbers.dtype
-        return cls(torch.from_numpy(numbers.view(signed)), rescaling, numbers.dtype.name)
 
     def to(self, device: torch.device | str) -> Tensor:
         """The images as ``(B, N, C, X, Y, Z)`` float32 on ``device``, in memory of their own.

@@ -1,7 +1,11 @@
-"""Processes, devices, precision, compilation and seeds: the only place that sets up Lightning Fabric."""
+"""Processes, devices, precision, compilation, seeds, and the way of batches to the device.
+
+This is the only place that sets up Lightning Fabric.
+"""
 
 import random
 import warnings
+from collections.abc import Generator, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -22,9 +26,9 @@ from mim3d.distributed.processes import choose_processes, export_to_torch, launc
 from mim3d.kernels.machine import find_compiler, keep_freed_memory
 from mim3d.nn.blocks import ConvBlock, TransformerBlock
 from mim3d.objective import Batch, Objective
-from mim3d.training.settings import LoopSettings
+from mim3d.training.settings import BatchSource, LoopSettings
 
-__all__ = ["FabricModule", "StepModule", "check_machine", "compile_blocks", "launch", "seed_step"]
+__all__ = ["DeviceBatches", "FabricModule", "StepModule", "check_machine", "compile_blocks", "launch", "seed_step"]
 
 # torch leaves it without types.
 _cuda: Any = torch.cuda
@@ -108,6 +112,61 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
         keep_freed_memory()
     allow_tf32(loop.tf32)
     return fabric
+
+
+class DeviceBatches(Iterator[Batch]):
+    """The micro-batches of this process, on its device.
+
+    Args:
+        fabric: Lightning Fabric of this process.
+        source: Where the micro-batches come from.
+        effective_batch: Samples per optimiser step over all processes.
+        done: Optimiser steps that were done before.
+    """
+
+    def __init__(self, fabric: lightning_fabric.Fabric, source: BatchSource, effective_batch: int, done: int) -> None:
+        self._fabric = fabric
+        self._source = source
+        self._effective_batch = effective_batch
+        self._read: Iterator[Batch] = iter(())
+        self._batches = self._read
+        self.restart_after(done)
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def restart_after(self, done: int) -> None:
+        """Close the readers and go back to the first micro-batch after optimiser step ``done``."""
+        for batches in (self._batches, self._read):
+            if isinstance(batches, Generator):
+                batches.close()
+        first_sample, fabric = done * self._effective_batch, self._fabric
+        self._read = self._source.batches(first_sample, rank=fabric.global_rank, world_size=fabric.world_size)
+        self._batches = on_device(fabric, self._read)
+
+
+def on_device(fabric: lightning_fabric.Fabric, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each on the device when it is given.
+
+    On a GPU they travel on a stream of their own. A batch is asked for once the step before it is enqueued, so that its
+    way to the device, and its conversion there, overlap with that step. The step that uses it waits for it on the
+    device, never on the host. The ring of the loader asks for a slot's next batch when that stream is done with it,
+    since it records its events on the stream that is current while a batch is asked for.
+    """
+    if fabric.device.type != "cuda":
+        for batch in batches:
+            yield fabric.to_device(batch)
+        return
+    uploads = _cuda.Stream(fabric.device)
+    while True:
+        with _cuda.stream(uploads):
+            batch = fabric.to_device(next(batches))
+        computing = _cuda.current_stream(fabric.device)
+        computing.wait_stream(uploads)
+        for value in batch.values():
+            # Its memory is the upload stream's; it must not be given to a later batch while this step reads it.
+            value.record_stream(computing)
+        yield batch
 
 
 def check_machine(loop: LoopSettings) -> None:

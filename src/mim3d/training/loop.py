@@ -11,12 +11,10 @@ from mim3d.core.run_folder import Run
 from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat
 from mim3d.distributed.stopping import StopRequests
 from mim3d.objective import Batch, Objective, StepContext
-from mim3d.training.bad_steps import NonFiniteError, skip_if_not_finite, spread_non_finite
-from mim3d.training.batches import DeviceBatches
 from mim3d.training.checkpoint import Checkpoints
-from mim3d.training.launch import FabricModule, StepModule, compile_blocks, launch, seed_step
+from mim3d.training.launch import DeviceBatches, FabricModule, StepModule, compile_blocks, launch, seed_step
 from mim3d.training.memory import is_out_of_memory
-from mim3d.training.meter import gradient_terms
+from mim3d.training.meter import NonFiniteError, gradient_terms, skip_if_not_finite, spread_non_finite
 from mim3d.training.optim import build_optimizer, clip_gradients, set_learning_rate
 from mim3d.training.plan import make_plan
 from mim3d.training.schedule import Optimisation

@@ -4,6 +4,7 @@ Fake tensors have a shape, a type and a device but no values. Nothing is compute
 storages that would be alive are counted, including those that the backward pass waits for.
 """
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -116,7 +117,8 @@ class StepMemory:
         self._build, self._sample, self._loop, self._optim = build, sample, loop, optim
         self.scores_bytes = scores_bytes
         self.device = choose_accelerator(loop.accelerator)
-        self._taken: dict[int, _Step] = {}
+        # One dry run for each number of samples.
+        self._step = functools.cache(self._dry_run)
 
     def need(self, batch_size: int, accumulation: int) -> MemoryNeed:
         """Count what a step of ``accumulation`` micro-batches of ``batch_size`` samples needs.
@@ -156,11 +158,42 @@ class StepMemory:
         step = self.need(batch_size, accumulation).total
         return max(step, self.validation_bytes()) if self.scores_bytes and self.device == "cpu" else step
 
-    def _step(self, num_samples: int) -> "_Step":
-        if num_samples not in self._taken:
-            settings = self.device, self._loop, self._optim
-            self._taken[num_samples] = _dry_run(self._build, self._sample, num_samples, *settings)
-        return self._taken[num_samples]
+    def _dry_run(self, num_samples: int) -> "_Step":
+        """One step of ``num_samples`` on fake tensors."""
+        precision = _PRECISIONS.get(self._loop.precision)
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger:
+            # What copy.deepcopy does to a fake tensor when an objective makes its teacher: a note to torch's own.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            # Not moved there as the loop does it: modules of fake tensors cannot be moved.
+            with torch.device(self.device):
+                objective = self._build().train()
+                parameters = ledger.live
+                average = WeightAverage(objective, self._optim.ema_decay or 0.0).size_bytes
+                batch = {
+                    key: torch.empty((num_samples, *shape), dtype=dtype) for key, (shape, dtype) in self._sample.items()
+                }
+            constant = ledger.live
+            schedule = make_schedule(
+                self._optim, effective_batch=effective_batch(num_samples, self._loop), max_steps=self._loop.max_steps
+            )
+            optimizer = build_optimizer(objective, schedule, self._loop.precision)
+            if self.device == "cuda":
+                for group in optimizer.param_groups:
+                    # The library's choice for real parameters on a GPU, which it does not make for fake ones.
+                    group["foreach"] = not group["fused"]
+            ledger.watch_gradients(objective)
+            with torch.autocast(self.device, dtype=precision) if precision else nullcontext():
+                # At the end of training, when everything learns that ever does.
+                loss = objective(batch, 1.0).loss
+            forward = ledger.fullest(constant)
+            (loss / self._loop.accumulation).backward()
+            accumulating, backward = ledger.most_beside_gradients - constant, ledger.fullest(constant)
+            torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0, error_if_nonfinite=False)
+            optimizer.step()
+            moments = sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
+            batch_bytes = constant - parameters
+            work = (forward, backward, accumulating, ledger.fullest(constant + moments))
+            return _Step(parameters, ledger.gradients, moments + average, batch_bytes, *work, ledger.convolves)
 
 
 def can_be_known(loop: LoopSettings) -> bool:
@@ -241,47 +274,6 @@ class _Step:
         )
 
 
-def _dry_run(
-    build: Callable[[], Objective],
-    sample: SampleShapes,
-    num_samples: int,
-    device: str,
-    loop: LoopSettings,
-    optim: Optimisation,
-) -> _Step:
-    """One step of ``num_samples`` on fake tensors."""
-    precision = _PRECISIONS.get(loop.precision)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger:
-        # What copy.deepcopy does to a fake tensor, when an objective makes its teacher: a note to torch's developers.
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        # Not moved there as the loop does it: modules of fake tensors cannot be moved.
-        with torch.device(device):
-            objective = build().train()
-            parameters = ledger.live
-            average = WeightAverage(objective, optim.ema_decay or 0.0).size_bytes
-            batch = {key: torch.empty((num_samples, *shape), dtype=dtype) for key, (shape, dtype) in sample.items()}
-        constant = ledger.live
-        schedule = make_schedule(optim, effective_batch=effective_batch(num_samples, loop), max_steps=loop.max_steps)
-        optimizer = build_optimizer(objective, schedule, loop.precision)
-        if device == "cuda":
-            for group in optimizer.param_groups:
-                # The library's choice for real parameters on a GPU, which it does not make for fake ones.
-                group["foreach"] = not group["fused"]
-        ledger.watch_gradients(objective)
-        with torch.autocast(device, dtype=precision) if precision else nullcontext():
-            # At the end of training, when everything learns that ever does.
-            loss = objective(batch, 1.0).loss
-        forward = ledger.fullest(constant)
-        (loss / loop.accumulation).backward()
-        accumulating, backward = ledger.most_beside_gradients - constant, ledger.fullest(constant)
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0, error_if_nonfinite=False)
-        optimizer.step()
-        moments = sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
-        batch_bytes = constant - parameters
-        work = (forward, backward, accumulating, ledger.fullest(constant + moments))
-        return _Step(parameters, ledger.gradients, moments + average, batch_bytes, *work, ledger.convolves)
-
-
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps count of the bytes of all storages that operations make and that are still alive.
 
@@ -304,10 +296,12 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Half of all calls: every look at a fake tensor's device is one.
             return args[0].fake_device
         self.convolves |= func is torch.ops.aten.convolution.default
-        if getattr(func, "overloadpacket", None) is torch.ops.aten.arange:
-            results = _numbered(func, args, kwargs or {})
-        else:
-            results = func(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        is_range = getattr(func, "overloadpacket", None) is torch.ops.aten.arange
+        if is_range and results.numel() <= MAX_AXES and results.fake_device.type == "cpu":
+            # It counts axes, and MONAI's losses read its values.
+            with unset_fake_temporarily():
+                results = func(*args, **(kwargs or {}))
         self._enter(results)
         return results
 
@@ -346,16 +340,6 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _leave(self, key: int) -> None:
         self.live -= self._known.pop(key)[1]
-
-
-def _numbered(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """The result of ``arange``, with its values where it counts no more than axes: MONAI's losses read those."""
-    fake: Tensor = func(*args, **kwargs)
-    if fake.numel() > MAX_AXES or fake.fake_device.type != "cpu":  # type: ignore[attr-defined]
-        return fake
-    with unset_fake_temporarily():
-        real: Tensor = func(*args, **kwargs)
-    return real
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -131,7 +131,13 @@ def make_schedule(settings: Optimisation, *, effective_batch: int, max_steps: in
         ConfigError: No learning rate follows from the settings.
     """
     learning_rate, rate_line = _learning_rate(settings, effective_batch)
-    warmup_steps, warmup_line = _warmup(settings, max_steps)
+    wanted, source = settings.warmup_steps or 0, ""
+    if settings.warmup_ratio is not None:
+        wanted, source = round(settings.warmup_ratio * max_steps), f" = {settings.warmup_ratio:g} x {max_steps}"
+    warmup_steps = min(wanted, max_steps)
+    if warmup_steps < wanted:
+        source = f" ({wanted} were asked for, but the run has only {max_steps})"
+    warmup_line = f"warm-up {warmup_steps} steps{source}, then a cosine that would reach 0 at step {max_steps + 1}"
     weight_decay = _PLAIN_WEIGHT_DECAY if settings.weight_decay is None else settings.weight_decay
     betas = settings.betas or _PLAIN_BETAS
     clip_norm = settings.clip_norm or math.inf
@@ -184,13 +190,3 @@ def _learning_rate(settings: Optimisation, effective_batch: int) -> tuple[float,
     if 0 < rate < TINY_LEARNING_RATE:
         line += "; that is next to nothing: give --optim.learning_rate (1e-3 for small networks) or a larger batch"
     return rate, line
-
-
-def _warmup(settings: Optimisation, max_steps: int) -> tuple[int, str]:
-    wanted, source = settings.warmup_steps or 0, ""
-    if settings.warmup_ratio is not None:
-        wanted, source = round(settings.warmup_ratio * max_steps), f" = {settings.warmup_ratio:g} x {max_steps}"
-    steps = min(wanted, max_steps)
-    if steps < wanted:
-        source = f" ({wanted} were asked for, but the run has only {max_steps})"
-    return steps, f"warm-up {steps} steps{source}, then a cosine that would reach 0 at step {max_steps + 1}"

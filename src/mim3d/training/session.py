@@ -18,11 +18,10 @@ from mim3d.core.run_folder import Run
 from mim3d.distributed.heartbeat import BETWEEN, Heartbeat
 from mim3d.distributed.stopping import requeue
 from mim3d.objective import Batch, Objective
-from mim3d.training.bad_steps import BadSteps, BudgetSpentError, NonFiniteError
-from mim3d.training.batches import DeviceBatches
 from mim3d.training.checkpoint import Checkpoints, read_checkpoint, restore_weights
+from mim3d.training.launch import DeviceBatches
 from mim3d.training.memory import is_out_of_memory, peak_bytes
-from mim3d.training.meter import Meter, Throughput, summary
+from mim3d.training.meter import BadSteps, Meter, NonFiniteError, Throughput, summary
 from mim3d.training.optim import WeightAverage
 from mim3d.training.plan import TrainingPlan
 from mim3d.training.settings import LoopSettings
@@ -359,7 +358,7 @@ class TrainingSession:
     def with_advice(self, error: NonFiniteError) -> NonFiniteError:
         """The same error with where things stand and what to do. A collective call where a budget is spent."""
         go_on = "Start"
-        if isinstance(error, BudgetSpentError):
+        if error is self.bad_steps.beyond:
             # The first process may still be writing the checkpoint that the message names.
             self.fabric.barrier()
             go_on = f"Go on with a larger --max_bad_steps ({self.run.how_to_resume}), or start"

@@ -108,16 +108,13 @@ class BatchSource(Protocol):
     @property
     def batch_size(self) -> int:
         """Samples of one micro-batch of one process."""
-        ...
 
     @property
     def samples_per_epoch(self) -> int:
         """Samples in one pass over the data."""
-        ...
 
     def batches(self, first_sample: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Endless micro-batches of process ``rank``, from sample ``first_sample`` of the whole run on."""
-        ...
 
 
 @dataclass(frozen=True)

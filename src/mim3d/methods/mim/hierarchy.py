@@ -156,7 +156,19 @@ def _geometry(level: Level, child: Level | None, token_size: Triple, above: Sequ
     num_volumes = parent.num_volumes * parent.level.num_children if parent else 1
     native = [index for index, ancestor in enumerate(above) if ancestor.level.size == ancestor.level.footprint]
     geometry = Geometry(level, tokens, unit_grid, num_volumes, native[-1] if native else None)
-    _check_counts(geometry, child)
+    if not 0 < geometry.num_hidden_units < geometry.num_units:
+        raise ConfigError(
+            f"{level.name} level: mask_ratio {level.mask_ratio} hides {geometry.num_hidden_units} of "
+            f"{geometry.num_units} units; at least one must be hidden and one visible."
+        )
+    if child is None and level.num_children:
+        raise ConfigError(f"{level.name} level: num_children ({level.num_children}) must be 0, since no level follows.")
+    if child is not None and not 1 <= level.num_children <= geometry.num_hidden_units:
+        raise ConfigError(
+            f"{level.name} level: num_children ({level.num_children}) must be between 1 and its "
+            f"{geometry.num_hidden_units} hidden units (mask_ratio {level.mask_ratio} of "
+            f"{geometry.num_units}); ask for fewer or hide more."
+        )
     return geometry
 
 
@@ -182,23 +194,6 @@ def _unit_grid(level: Level, child: Level, token_size: Triple) -> Triple:
             )
         units.append(num_units)
     return units[0], units[1], units[2]
-
-
-def _check_counts(geometry: Geometry, child: Level | None) -> None:
-    level = geometry.level
-    if not 0 < geometry.num_hidden_units < geometry.num_units:
-        raise ConfigError(
-            f"{level.name} level: mask_ratio {level.mask_ratio} hides {geometry.num_hidden_units} of "
-            f"{geometry.num_units} units; at least one must be hidden and one visible."
-        )
-    if child is None and level.num_children:
-        raise ConfigError(f"{level.name} level: num_children ({level.num_children}) must be 0, since no level follows.")
-    if child is not None and not 1 <= level.num_children <= geometry.num_hidden_units:
-        raise ConfigError(
-            f"{level.name} level: num_children ({level.num_children}) must be between 1 and its "
-            f"{geometry.num_hidden_units} hidden units (mask_ratio {level.mask_ratio} of "
-            f"{geometry.num_units}); ask for fewer or hide more."
-        )
 
 
 def padding_ratio(footprint: Triple, shapes: Sequence[Triple]) -> float:

@@ -164,31 +164,24 @@ class MiMObjective(Objective):
         self, batch: Batch, parent: LevelBatch, index: int, parent_MLD: Tensor, child_MLD: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Alignment of the children at level ``index`` with the hidden places of their parents, and its logs."""
-        name = self.hierarchy.levels[index].level.name
-        places = self._places(batch, parent, parent_MLD, name)
-        child_A = self.project[name](child_MLD.mean(1))
-        own_unit = batch[f"place/{name}"].flatten(0, 1)
+        name, geometry = self.hierarchy.levels[index].level.name, parent.geometry
+        # The parent's hidden units, their projected mean tokens, and which of them are more than air.
+        hidden_ML = batch[f"hidden/{geometry.level.name}"].flatten(0, 1)
+        by_unit = split_units(hidden_ML.reshape(-1, *geometry.token_grid, 1), geometry.unit_grid)
+        _, units_MH = split_tokens(by_unit[:, :, 0, 0], geometry.num_hidden_units)
+        tokens = split_units(parent_MLD.reshape(-1, *geometry.token_grid, parent_MLD.shape[-1]), geometry.unit_grid)
+        vectors_MHA = self.project[name](take_tokens(tokens.mean(2), units_MH))
+        voxels = split_units(parent.volume_MCXYZ.movedim(1, -1), geometry.unit_grid)
+        varied = voxels.float().std(2, correction=0).amax(-1) > CONSTANT_STD
         loss, named = align(
-            child_A,
-            places,
-            own_unit,
+            self.project[name](child_MLD.mean(1)),
+            Places(units_MH, vectors_MHA, varied.gather(1, units_MH)),
+            batch[f"place/{name}"].flatten(0, 1),
             temperature=self.settings.temperature,
             batch_negatives=self.settings.negatives == "batch",
             predict=self.predict[name] if self.settings.alignment == "cosine" else None,
         )
         return loss, {f"{key}/align_{name}": value for key, value in named.items()}
-
-    def _places(self, batch: Batch, parent: LevelBatch, parent_MLD: Tensor, child_name: str) -> Places:
-        """The hidden places of a level: their units, projected mean tokens, and which are more than air."""
-        geometry = parent.geometry
-        hidden_ML = batch[f"hidden/{geometry.level.name}"].flatten(0, 1)
-        by_unit = split_units(hidden_ML.reshape(-1, *geometry.token_grid, 1), geometry.unit_grid)
-        _, units_MH = split_tokens(by_unit[:, :, 0, 0], geometry.num_hidden_units)
-        tokens = split_units(parent_MLD.reshape(-1, *geometry.token_grid, parent_MLD.shape[-1]), geometry.unit_grid)
-        vectors_MHA = self.project[child_name](take_tokens(tokens.mean(2), units_MH))
-        voxels = split_units(parent.volume_MCXYZ.movedim(1, -1), geometry.unit_grid)
-        varied = voxels.float().std(2, correction=0).amax(-1) > CONSTANT_STD
-        return Places(units_MH, vectors_MHA, varied.gather(1, units_MH))
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
