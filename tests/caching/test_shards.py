@@ -39,7 +39,7 @@ def image_at(path, image, num_levels=1):
 def crop_of(array, start, size):
     """A crop through the reader."""
     out = np.empty(size, dtype=array.layout.dtype)
-    array.read(start, out)
+    array.read_crops([(start, out)])
     return out
 
 
@@ -90,7 +90,7 @@ def test_a_whole_block_and_a_view_of_a_larger_array_are_filled_alike(written):
     image, array = written
     np.testing.assert_array_equal(crop_of(array, (1, 32, 32, 64), (1, 32, 32, 32)), image[1:, 32:64, 32:64, 64:96])
     larger = np.full((2, 40, 40, 40), 7, np.uint8)
-    array.read((0, 30, 20, 10), larger[:, 4:36, 4:36, 4:36])
+    array.read_crops([((0, 30, 20, 10), larger[:, 4:36, 4:36, 4:36])])
     np.testing.assert_array_equal(larger[:, 4:36, 4:36, 4:36], image[:, 30:62, 20:52, 10:42])
     larger[:, 4:36, 4:36, 4:36] = 7
     assert (larger == 7).all()
@@ -207,7 +207,7 @@ def test_sizes_that_cannot_be_are_refused_before_memory_is_taken(tmp_path):
     array = image_at(tmp_path, noise((1, 40, 40, 40)))
     with_shape(tmp_path / "image" / "0" / "zarr.json", [1, 2**40, 2**40, 2**40])
     with pytest.raises(DataError, match="too few for the index"):
-        array.read((0, 0, 0, 0), np.empty((1, 1, 1, 1), np.uint8))
+        array.read_crops([((0, 0, 0, 0), np.empty((1, 1, 1, 1), np.uint8))])
 
 
 @pytest.mark.parametrize("entry", [(2**63, 100), (0, 2**62), (10**6, 100), (0, 5), (2**64 - 1, 100)])

@@ -140,7 +140,14 @@ def foreground_of(image_CXYZ: npt.NDArray[Any], thresholds: Sequence[float]) -> 
     voxels = _block_sums(counts.astype(np.uint16), BLOCK // BOX_BLOCK)
     shares = np.rint(255 * (voxels / _block_sizes(shape, BLOCK))).astype(np.uint8)
     blocks = counts * 2 >= _block_sizes(shape, BOX_BLOCK)
-    return Foreground(blocks=blocks, box=_box_around(blocks, shape), shares=shares)
+    start, stop = [0, 0, 0], list(shape)
+    if blocks.any():
+        for axis, others in enumerate(((1, 2), (0, 2), (0, 1))):
+            places = np.flatnonzero(blocks.any(axis=others))
+            start[axis] = int(places[0]) * BOX_BLOCK
+            stop[axis] = min((int(places[-1]) + 1) * BOX_BLOCK, shape[axis])
+    box = (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
+    return Foreground(blocks=blocks, box=box, shares=shares)
 
 
 def _stride_of(num_values: int) -> int:
@@ -175,15 +182,6 @@ def _block_sizes(shape: Sequence[int], edge: int) -> npt.NDArray[np.uint16]:
     """Voxels of each block inside a scan of a shape."""
     x, y, z = (np.minimum(edge, size - np.arange(0, size, edge)).astype(np.uint16) for size in shape)
     return np.asarray(x[:, None, None] * y[None, :, None] * z[None, None, :])
-
-
-def _box_around(is_body: npt.NDArray[np.bool_], shape: Sequence[int]) -> tuple[Triple, Triple]:
-    start, stop = [], []
-    for axis, size in enumerate(shape):
-        places = np.flatnonzero(is_body.any(axis=tuple(other for other in range(3) if other != axis)))
-        start.append(int(places[0]) * BOX_BLOCK if len(places) else 0)
-        stop.append(min((int(places[-1]) + 1) * BOX_BLOCK, size) if len(places) else size)
-    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
 
 
 def class_counts_of(label: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

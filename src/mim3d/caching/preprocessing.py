@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.caching.foreground import Foreground, Statistics, foreground_of, statistics_of, threshold_of
-from mim3d.caching.resampling import AxisResampling, plan_resampling, resample_labels, resample_linear, target_grid
+from mim3d.caching.resampling import Axes, plan_resampling, resample_labels, resample_linear, target_grid
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.types import Spacing
 from mim3d.datasets.cases import Case
@@ -120,84 +120,49 @@ def prepare(
         DataError: A file that cannot be used, grids that disagree, label values that are not declared, or a scan
             larger than memory.
     """
-    target = _TargetGrid.of(case, preprocessing.spacing_mm)
-    image = _read_images(case, target)
-    label = _read_label(case.label, target, labels or {}) if with_label and case.label is not None else None
+    grid = read_grid(case.images[0])
+    shape, spacing_mm, affine = grid.ras_shape, grid.spacing_mm, grid.ras_affine
+    if preprocessing.spacing_mm is not None:
+        shape, spacing_mm, affine = target_grid(shape, affine, spacing_mm, preprocessing.spacing_mm)
+        # Every channel has 2 bytes per voxel at least.
+        needed_bytes = math.prod(shape) * (2 * len(case.images) + (case.label is not None))
+        if needed_bytes > available_memory_bytes():
+            spacing = " x ".join(f"{mm:g}" for mm in spacing_mm)
+            raise DataError(
+                f"{case.images[0]}: at {spacing} mm it has {times(shape)} voxels ({needed_bytes / 2**30:.1f} GiB when "
+                "resampled), more than the memory available; use a larger spacing_mm, or check its header."
+            )
+    axes = plan_resampling(grid.ras_shape, grid.spacing_mm, shape, spacing_mm)
+    image = _read_images(case.images, grid, axes)
+    label = _read_label(case.label, grid, axes, labels or {}) if with_label and case.label is not None else None
     thresholds = [threshold_of(channel) for channel in image]
     prepared = Prepared(
         image=image,
         label=label,
-        affine=target.affine,
-        spacing_mm=target.spacing_mm,
+        affine=affine,
+        spacing_mm=spacing_mm,
         statistics=tuple(statistics_of(channel, at) for channel, at in zip(image, thresholds, strict=True)),
-        grid=target.source,
+        grid=grid,
         foreground=foreground_of(image, thresholds),
     )
     return _cropped(prepared, thresholds) if preprocessing.body_crop else prepared
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _TargetGrid:
-    """The grid that a case is brought to.
-
-    Attributes:
-        source: Grid of the first image as stored.
-        spacing_mm: Voxel size wanted along X, Y, Z.
-        affine: (4, 4) float64, index of the voxels wanted to RAS millimetres.
-        axes: How the axes are resampled from the RAS+ form of ``source``.
-    """
-
-    source: Grid
-    spacing_mm: Spacing
-    affine: npt.NDArray[np.float64]
-    axes: tuple[AxisResampling, ...]
-
-    @classmethod
-    def of(cls, case: Case, wanted_mm: Spacing | None) -> "_TargetGrid":
-        """The grid of a case from the header of its first image, with a voxel size wanted or its own.
-
-        Raises:
-            DataError: An image that cannot be read, or one whose channels, 2 bytes per voxel at least, and label would
-                not fit into memory once it is resampled.
-        """
-        grid = read_grid(case.images[0])
-        shape, spacing_mm, affine = grid.ras_shape, grid.spacing_mm, grid.ras_affine
-        if wanted_mm is not None:
-            shape, spacing_mm, affine = target_grid(shape, affine, spacing_mm, wanted_mm)
-            needed_bytes = math.prod(shape) * (2 * len(case.images) + (case.label is not None))
-            if needed_bytes > available_memory_bytes():
-                spacing = " x ".join(f"{mm:g}" for mm in spacing_mm)
-                raise DataError(
-                    f"{case.images[0]}: at {spacing} mm it has {times(shape)} voxels "
-                    f"({needed_bytes / 2**30:.1f} GiB when resampled), more than the memory available; use a larger "
-                    "spacing_mm, or check its header."
-                )
-        axes = plan_resampling(grid.ras_shape, grid.spacing_mm, shape, spacing_mm)
-        return cls(source=grid, spacing_mm=spacing_mm, affine=affine, axes=axes)
-
-    @property
-    def is_source(self) -> bool:
-        """Whether nothing is resampled."""
-        return all(axis.is_identity for axis in self.axes)
-
-
-def _read_images(case: Case, target: _TargetGrid) -> npt.NDArray[Any]:
-    """(C, X, Y, Z) on the target grid in one type that holds every channel: integers without loss, else float32.
-
-    Raises:
-        DataError: An image that cannot be read, lies on another grid, or holds numbers beyond single precision.
-    """
-    num_channels = len(case.images)
+def _read_images(paths: Sequence[str], grid: Grid, axes: Axes) -> npt.NDArray[Any]:
+    """(C, X, Y, Z) resampled, in one type that holds every channel: integers without loss, else float32."""
     image = np.empty(0)
     low, high = math.inf, -math.inf
-    for place, path in enumerate(case.images):
-        channel = _read_channel(path, target)
+    for place, path in enumerate(paths):
+        channel = _read_channel(path, grid, axes)
         low, high = min(low, channel.min().item()), max(high, channel.max().item())
-        dtype = _type_for(channel.dtype, low, high)
-        if num_channels == 1:
+        dtype: np.dtype[Any] = np.dtype(np.float32)
+        if channel.dtype.kind in "iu":
+            held = (kept for kept in _INTEGER_TYPES if np.iinfo(kept).min <= low and high <= np.iinfo(kept).max)
+            dtype = np.dtype(next(held, dtype))
+        if len(paths) == 1:
             return _as_type(channel, dtype)[None]
         if place == 0:
-            image = np.empty((num_channels, *channel.shape), dtype=dtype)
+            image = np.empty((len(paths), *channel.shape), dtype=dtype)
         elif image.dtype.kind != "f":
             image = _as_type(image, dtype)
         image[place] = channel
@@ -205,27 +170,17 @@ def _read_images(case: Case, target: _TargetGrid) -> npt.NDArray[Any]:
     return image
 
 
-def _read_channel(path: str, target: _TargetGrid) -> npt.NDArray[Any]:
-    """One image on the target grid: integers keep their type, all else is float32."""
+def _read_channel(path: str, grid: Grid, axes: Axes) -> npt.NDArray[Any]:
+    """One image, resampled: integers keep their type, all else is float32."""
     volume = read_volume(path)
-    require_same_grid(target.source, volume.grid)
-    array = volume.array
-    dtype = array.dtype if array.dtype.kind in "iu" else np.dtype(np.float32)
+    require_same_grid(grid, volume.grid)
+    dtype = volume.array.dtype if volume.array.dtype.kind in "iu" else np.dtype(np.float32)
     # Numbers beyond single precision become infinite, and infinities NaN where they are averaged.
     with np.errstate(over="ignore", invalid="ignore"):
-        channel = array.astype(dtype, copy=False) if target.is_source else resample_linear(array, target.axes, dtype)
+        channel: npt.NDArray[Any] = resample_linear(volume.array, axes, dtype)
     if dtype.kind == "f" and not (np.isfinite(channel.min()) and np.isfinite(channel.max())):
         raise DataError(f"{path}: holds values beyond 3.4e38, which single precision cannot; rescale it.")
     return channel
-
-
-def _type_for(dtype: np.dtype[Any], low: float, high: float) -> np.dtype[Any]:
-    """The type in which values of a type between two ends are kept."""
-    if dtype.kind in "iu":
-        for kept in _INTEGER_TYPES:
-            if np.iinfo(kept).min <= low and high <= np.iinfo(kept).max:
-                return np.dtype(kept)
-    return np.dtype(np.float32)
 
 
 def _as_type(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -235,15 +190,15 @@ def _as_type(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return array.astype(dtype, copy=False)
 
 
-def _read_label(path: str, target: _TargetGrid, labels: Mapping[int, str]) -> npt.NDArray[Any]:
-    """(X, Y, Z) label map on the target grid, in the smaller of 8 and 16 bits that holds its values.
+def _read_label(path: str, grid: Grid, axes: Axes, labels: Mapping[int, str]) -> npt.NDArray[Any]:
+    """(X, Y, Z) label map, resampled, in the smaller of 8 and 16 bits that holds its values.
 
     Raises:
         DataError: It lies on another grid than the image, holds no whole numbers from 0 to 65535, or values that are
             not among ``labels``, where any are declared.
     """
     volume = read_volume(path, label=True, narrow=True)
-    require_same_grid(target.source, volume.grid)
+    require_same_grid(grid, volume.grid)
     label = volume.array
     low, high = int(label.min()), int(label.max())
     if low < 0 or high > 65535:
@@ -260,18 +215,17 @@ def _read_label(path: str, target: _TargetGrid, labels: Mapping[int, str]) -> np
                 f"{path}: label values {listed(unknown)} are not declared (declared: {declared}); correct the label "
                 "map or the declaration."
             )
-    return label if target.is_source else resample_labels(label, target.axes)
+    return resample_labels(label, axes)
 
 
 def _cropped(whole: Prepared, thresholds: Sequence[float]) -> Prepared:
     """The body alone: image and label cut alike, the affine moved to the first voxel kept."""
-    spans = [
-        (max(0, start - CROP_MARGIN), min(size, stop + CROP_MARGIN))
+    box = tuple(
+        slice(max(0, start - CROP_MARGIN), min(size, stop + CROP_MARGIN))
         for start, stop, size in zip(*whole.foreground.box, whole.image.shape[1:], strict=True)
-    ]
-    box = tuple(slice(*span) for span in spans)
+    )
     move = np.eye(4)
-    move[:3, 3] = [start for start, _ in spans]
+    move[:3, 3] = [span.start for span in box]
     image = np.ascontiguousarray(whole.image[:, *box])
     return replace(
         whole,

@@ -39,6 +39,10 @@ class AxisResampling:
         return self.index.shape == (self.num_in, 1)
 
 
+#: How the three axes of an array are resampled.
+Axes = tuple[AxisResampling, ...]
+
+
 def plan_axis(num_in: int, num_out: int, step: float, shift: float = 0.0) -> AxisResampling:
     """How an axis is resampled whose output voxels lie ``step`` input voxels apart.
 
@@ -93,9 +97,7 @@ def target_grid(
     return (sizes[0], sizes[1], sizes[2]), (x, y, z), affine @ scaled
 
 
-def plan_resampling(
-    shape: Triple, spacing_mm: Spacing, new_shape: Triple, new_mm: Spacing
-) -> tuple[AxisResampling, ...]:
+def plan_resampling(shape: Triple, spacing_mm: Spacing, new_shape: Triple, new_mm: Spacing) -> Axes:
     """How the three axes are resampled between two grids around the same centre."""
     return tuple(
         plan_axis(size, new, 1.0 if have == want else want / have)
@@ -103,10 +105,8 @@ def plan_resampling(
     )
 
 
-def resample_linear(
-    array: npt.NDArray[Any], axes: tuple[AxisResampling, ...], dtype: npt.DTypeLike = np.float32
-) -> Any:
-    """Resample an (X, Y, Z) array linearly.
+def resample_linear(array: npt.NDArray[Any], axes: Axes, dtype: npt.DTypeLike = np.float32) -> Any:
+    """Resample an (X, Y, Z) array linearly; it is not copied where nothing is resampled and the type is its own.
 
     Computed in float32, slab by slab of the output: besides it no more than some planes are held.
 
@@ -118,6 +118,8 @@ def resample_linear(
     Returns:
         (X, Y, Z) of ``dtype`` and the output shape.
     """
+    if all(axis.is_identity for axis in axes):
+        return array.astype(dtype, copy=False)
     result = np.empty([len(axis.index) for axis in axes], dtype=dtype)
     # The axis that shrinks most goes first: less work for the others. In parts of a scan the order is that of the
     # whole, so that sums round in the same way.
@@ -126,14 +128,12 @@ def resample_linear(
         slab = array[region].astype(np.float32)
         for number in order:
             if not cut[number].is_identity:
-                slab = _apply(slab, cut[number], number)
+                slab = _resampled_along(slab, cut[number], number)
         result[rows] = np.rint(slab, out=slab) if result.dtype.kind in "iu" else slab
     return result
 
 
-def _slabs(
-    shape: Sequence[int], axes: tuple[AxisResampling, ...]
-) -> Iterator[tuple[slice, slice, tuple[AxisResampling, ...]]]:
+def _slabs(shape: Sequence[int], axes: Axes) -> Iterator[tuple[slice, slice, Axes]]:
     """Slabs of the output along X: its planes, the planes of the input they need, and the resampling between these."""
     first = axes[0]
     num_out, num_weights = first.index.shape
@@ -152,8 +152,7 @@ def _slabs(
         yield rows, slice(low, high), (part, *axes[1:])
 
 
-def _apply(array: npt.NDArray[np.float32], axis: AxisResampling, number: int) -> npt.NDArray[np.float32]:
-    """Resample one axis of an array, that of the given number."""
+def _resampled_along(array: npt.NDArray[np.float32], axis: AxisResampling, number: int) -> npt.NDArray[np.float32]:
     shape = [1, 1, 1]
     shape[number] = -1
     total: npt.NDArray[np.float32] | None = None
@@ -165,39 +164,34 @@ def _apply(array: npt.NDArray[np.float32], axis: AxisResampling, number: int) ->
     return total
 
 
-def resample_labels(labels: npt.NDArray[Any], axes: tuple[AxisResampling, ...]) -> npt.NDArray[Any]:
+def resample_labels(labels: npt.NDArray[Any], axes: Axes) -> npt.NDArray[Any]:
     """Resample an (X, Y, Z) label map: each class linearly, then the class with the largest share of a voxel.
 
     Unlike nearest neighbour this shifts no border by half a voxel. Where background and a class share a voxel
-    evenly the class wins; among classes the lower value does.
+    evenly the class wins; among classes the lower value does. Where nothing is resampled the map itself is returned.
     """
-    if all(axis.is_identity for axis in axes):
-        return labels.copy()
-    result = np.zeros([len(axis.index) for axis in axes], dtype=labels.dtype)
-    for rows, region, cut in _slabs(labels.shape, axes):
-        _vote(labels[region], cut, result[rows])
-    return result
-
-
-def _vote(labels: npt.NDArray[Any], axes: tuple[AxisResampling, ...], result: npt.NDArray[Any]) -> None:
-    """Write the class with the largest share of each voxel over zeros."""
     from scipy.ndimage import find_objects
 
-    best = np.zeros(result.shape, dtype=np.float32)
-    total = np.zeros(result.shape, dtype=np.float32)
-    for value, box in enumerate(find_objects(labels), start=1):
-        if box is None:
-            continue
-        parts = [_restrict(axis, span.start, span.stop) for axis, span in zip(axes, box, strict=True)]
-        region, cut, where = zip(*parts, strict=True)
-        if not all(rows.stop for rows in where):
-            continue
-        share = resample_linear(labels[region] == value, cut)
-        total[where] += share
-        wins = share > best[where]
-        best[where][wins] = share[wins]
-        result[where][wins] = value
-    result[1 - total > best + 1e-6] = 0
+    if all(axis.is_identity for axis in axes):
+        return labels
+    result = np.zeros([len(axis.index) for axis in axes], dtype=labels.dtype)
+    for rows, planes, cut in _slabs(labels.shape, axes):
+        slab, voted = labels[planes], result[rows]
+        best, total = np.zeros(voted.shape, dtype=np.float32), np.zeros(voted.shape, dtype=np.float32)
+        for value, box in enumerate(find_objects(slab), start=1):
+            if box is None:
+                continue
+            parts = [_restrict(axis, span.start, span.stop) for axis, span in zip(cut, box, strict=True)]
+            region, part, where = zip(*parts, strict=True)
+            if not all(reached.stop for reached in where):
+                continue
+            share = resample_linear(slab[region] == value, part)
+            total[where] += share
+            wins = share > best[where]
+            best[where][wins] = share[wins]
+            voted[where][wins] = value
+        voted[1 - total > best + 1e-6] = 0
+    return result
 
 
 def _restrict(axis: AxisResampling, start: int, stop: int) -> tuple[slice, AxisResampling, slice]:

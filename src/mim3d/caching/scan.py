@@ -167,7 +167,11 @@ class CachedScan:
             origin: First voxel in full resolution; may lie outside the scan.
             size: Voxels along X, Y, Z.
         """
-        x, y, z = (_voxels_of_blocks(*ends) for ends in zip(origin, size, self.shape, strict=True))
+        inside = []
+        for first, length, limit in zip(origin, size, self.shape, strict=True):
+            edges = np.minimum(np.arange(0, limit + BLOCK, BLOCK), limit).clip(first, max(first, first + length))
+            inside.append(np.diff(edges).astype(np.float32))
+        x, y, z = inside
         return float(x @ (self.foreground @ z @ y)) / (255 * math.prod(size))
 
     def read(self, origin: Triple, size: Triple, level: int = 0) -> npt.NDArray[Any]:
@@ -197,12 +201,12 @@ class CachedScan:
         Raises:
             DataError: There is no such level, or the stored voxels are missing or damaged.
         """
-        array, inside = self._array(level), []
-        dtype, shape = self._checked(array, (self.num_channels, *self.level_shapes[level]))
-        crops = []
+        array, shape = self._array(level), self.level_shapes[level]
+        dtype = self._checked_type(array, (self.num_channels, *shape))
+        crops, inside = [], []
         for origin, size in boxes:
             crop = np.empty((self.num_channels, *size), dtype=dtype)
-            source, target = _overlap(origin, size, shape[1:])
+            source, target = _overlap(origin, size, shape)
             part = crop[(slice(None), *target)]
             if part.size < crop.size:
                 for channel, meaning, stats in zip(crop, self.stored_intensities, self.statistics, strict=True):
@@ -216,12 +220,13 @@ class CachedScan:
     def will_need(self, boxes: Sequence[Box], level: int = 0) -> None:
         """Let the disk begin with crops that are read soon. Missing or damaged files raise only when they are read."""
         shape = self.level_shapes[level]
-        overlaps = [_overlap(origin, size, shape) for origin, size in boxes]
-        inside = [
-            ((0, *source), (self.num_channels, *(part.stop - part.start for part in target)))
-            for source, target in overlaps
-        ]
-        self._array(level).will_need([box for box in inside if all(box[1])])
+        inside = []
+        for origin, size in boxes:
+            source, target = _overlap(origin, size, shape)
+            extent = (self.num_channels, *(part.stop - part.start for part in target))
+            if all(extent):
+                inside.append(((0, *source), extent))
+        self._array(level).will_need(inside)
 
     def _array(self, level: int) -> ShardedArray:
         if not 0 <= level < self.num_levels:
@@ -248,32 +253,25 @@ class CachedScan:
         if not self.has_label:
             raise DataError(f"{self.case.id}: no label in the cache; give a data set with labels.")
         array = ShardedArray(self.source, layout.LABEL)
-        dtype, shape = self._checked(array, self.shape)
-        crop = np.zeros(size, dtype=dtype)
-        source, target = _overlap(origin, size, shape)
+        crop = np.zeros(size, dtype=self._checked_type(array, self.shape))
+        source, target = _overlap(origin, size, self.shape)
         part = crop[target]
         if part.size:
-            array.read(source, part)
+            array.read_crops([(source, part)])
         return crop
 
-    def _checked(self, array: ShardedArray, shape: tuple[int, ...]) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """Type and shape of an array; its shape must be what the card says."""
+    def _checked_type(self, array: ShardedArray, shape: tuple[int, ...]) -> np.dtype[Any]:
+        """Type of an array, whose shape must be what the card says."""
         found = array.layout
         if found.shape != shape:
             raise DamagedError(
                 f"{self.case.id}: {array.name} in {self.source} holds {found.shape} voxels where its card says "
                 f"{shape}; delete that and run `mim3d cache` again."
             )
-        return found.dtype, shape
+        return found.dtype
 
 
-def _voxels_of_blocks(first: int, length: int, limit: int) -> npt.NDArray[np.float32]:
-    """Voxels of a stretch in each block along an axis of ``limit`` voxels."""
-    edges = np.minimum(np.arange(0, limit + BLOCK, BLOCK), limit).clip(first, max(first, first + length))
-    return np.diff(edges).astype(np.float32)
-
-
-def _overlap(origin: Triple, size: Triple, shape: Sequence[int]) -> tuple[Triple, tuple[slice, slice, slice]]:
+def _overlap(origin: Triple, size: Triple, shape: Triple) -> tuple[Triple, tuple[slice, slice, slice]]:
     """First voxel to read, and where in the crop the voxels go that lie inside the scan."""
     firsts, target = [], []
     for first, length, limit in zip(origin, size, shape, strict=True):

@@ -53,9 +53,6 @@ ArrayCrop = tuple[Sequence[int], npt.NDArray[Any]]
 #: Offset and length of a stored block in the shard.
 _Entry = tuple[int, int]
 
-#: Where a block's voxels go in a crop, and which of the block they are: one slice per axis each.
-_Place = tuple[tuple[slice, ...], tuple[slice, ...]]
-
 
 @dataclass(frozen=True)
 class ArrayLayout:
@@ -85,16 +82,6 @@ class ArrayLayout:
     def grid(self) -> tuple[int, ...]:
         """Number of blocks along each axis."""
         return tuple(-(-size // edge) for size, edge in zip(self.shape, self.block, strict=True))
-
-    @property
-    def block_bytes(self) -> int:
-        """Size of an unpacked block."""
-        return math.prod(self.block) * self.dtype.itemsize
-
-    @property
-    def index_bytes(self) -> int:
-        """Size of the shard's index: offset and length of every block, and a checksum."""
-        return math.prod(self.grid) * 16 + CHECKSUM_BYTES
 
     @property
     def shard_name(self) -> str:
@@ -153,7 +140,6 @@ def write_array(path: str, array: npt.NDArray[Any], *, fast: bool = False) -> No
     from numcodecs import Blosc
 
     itemsize = array.dtype.itemsize
-    shuffles = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
     cname, clevel, shuffle = (
         ("lz4", 9, "bitshuffle") if fast else ("zstd", 3, "shuffle" if itemsize > 1 else "noshuffle")
     )
@@ -162,12 +148,15 @@ def write_array(path: str, array: npt.NDArray[Any], *, fast: bool = False) -> No
     os.makedirs(os.path.dirname(shard))
     blosc = {"typesize": itemsize, "cname": cname, "clevel": clevel, "shuffle": shuffle, "blocksize": 0}
     _write_metadata(path, layout.metadata(blosc))
-    codec = Blosc(cname, clevel, shuffles[shuffle], 0)
+    codec = Blosc(cname, clevel, getattr(Blosc, shuffle.upper()), 0)
     index = np.full((*layout.grid, 2), _ABSENT, dtype="<u8")
     position = 0
     with open(shard, "wb") as file:
         for place in product(*(range(count) for count in layout.grid)):
-            block = _block(array, layout, place)
+            # Filled up with zeros where the block reaches over the edge.
+            block = np.zeros(layout.block, dtype=layout.dtype)
+            part = array[tuple(slice(n * edge, (n + 1) * edge) for n, edge in zip(place, layout.block, strict=True))]
+            block[tuple(slice(length) for length in part.shape)] = part
             if not block.any():
                 continue
             packed = _with_checksum(codec.encode(block))
@@ -180,17 +169,6 @@ def write_array(path: str, array: npt.NDArray[Any], *, fast: bool = False) -> No
 def _write_metadata(path: str, content: dict[str, Any]) -> None:
     with open(os.path.join(path, METADATA), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
-
-
-def _block(array: npt.NDArray[Any], layout: ArrayLayout, place: tuple[int, ...]) -> npt.NDArray[Any]:
-    """One block, filled up with zeros where it reaches over the edge."""
-    slices = tuple(slice(n * edge, (n + 1) * edge) for n, edge in zip(place, layout.block, strict=True))
-    part = array[slices]
-    if part.shape == layout.block:
-        return np.ascontiguousarray(part, dtype=layout.dtype)
-    block = np.zeros(layout.block, dtype=layout.dtype)
-    block[tuple(slice(0, length) for length in part.shape)] = part
-    return block
 
 
 def _with_checksum(data: bytes) -> bytes:
@@ -228,14 +206,6 @@ class ShardedArray:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damage(METADATA, error) from error
 
-    def read(self, start: Sequence[int], out: npt.NDArray[Any]) -> None:
-        """Fill one crop, see ``read_crops``.
-
-        Raises:
-            DamagedError: The array is missing or damaged.
-        """
-        self.read_crops([(start, out)])
-
     def read_crops(self, crops: Sequence[ArrayCrop]) -> None:
         """Fill crops, all of whose voxels must lie inside the array. Blocks that several of them share are read once.
 
@@ -249,7 +219,31 @@ class ShardedArray:
         layout = self.layout
         try:
             shard = open_bytes(self.source, f"{self.name}/{layout.shard_name}")
-            _read_crops(shard, layout, _index_of(shard, layout), crops)
+            index = _index_of(shard, layout)
+            places: dict[_Entry, list[tuple[npt.NDArray[Any], tuple[slice, ...]]]] = defaultdict(list)
+            for start, out in crops:
+                for entry, target, source in _touched(layout, index, start, out.shape):
+                    if entry[1] < 0:
+                        out[target] = layout.fill_value
+                    else:
+                        places[entry].append((out[target], source))
+            scratch = np.empty(layout.block, dtype=layout.dtype)
+            runs = list(_runs(places))
+            for first, last, _ in runs:
+                # A disk that is asked for all of them at once answers in little more than the time of one.
+                shard.will_need(first, last - first)
+            for first, last, entries in runs:
+                data = shard.pread(first, last - first)
+                for offset, length in entries:
+                    packed = data[offset - first : offset - first + length]
+                    wanted = places[offset, length]
+                    place = wanted[0][0]
+                    if len(wanted) == 1 and place.shape == scratch.shape and place.flags.c_contiguous:
+                        _unpack(packed, place)
+                        continue
+                    _unpack(packed, scratch)
+                    for place, source in wanted:
+                        place[...] = scratch[source]
         except (OSError, ValueError, RuntimeError) as error:
             raise self._damage(layout.shard_name, error) from error
 
@@ -265,8 +259,8 @@ class ShardedArray:
             layout = self.layout
             shard = open_bytes(self.source, f"{self.name}/{layout.shard_name}")
             index = _index_of(shard, layout)
-            entries = {entry for box in boxes for entry in _entries(index, _touched(layout, *box)[0]) if entry[1] >= 0}
-            for first, last, _ in _runs(entries):
+            entries = {entry for box in boxes for entry, _, _ in _touched(layout, index, *box)}
+            for first, last, _ in _runs(entry for entry in entries if entry[1] >= 0):
                 shard.will_need(first, last - first)
         except (OSError, ValueError, DamagedError):
             return
@@ -331,17 +325,19 @@ def _blosc_of(codecs: Any) -> dict[str, Any]:
 @lru_cache(maxsize=_MAX_REMEMBERED)
 def _index_of(shard: FileRange, layout: ArrayLayout) -> npt.NDArray[np.int64]:
     """Offset and length of every block, ``(*grid, 2)``; a length of -1 for blocks that are not stored."""
-    end = shard.size - layout.index_bytes
+    num_blocks = math.prod(layout.grid)
+    index_bytes = 16 * num_blocks + CHECKSUM_BYTES
+    end = shard.size - index_bytes
     if end < 0:
-        raise ValueError(f"{shard.size} bytes, too few for the index of its {math.prod(layout.grid)} blocks")
-    data = shard.pread(end, layout.index_bytes)
+        raise ValueError(f"{shard.size} bytes, too few for the index of its {num_blocks} blocks")
+    data = shard.pread(end, index_bytes)
     if not _is_sound(data):
         raise ValueError("the checksum of its index is wrong")
-    entries = np.frombuffer(data, dtype="<u8", count=2 * math.prod(layout.grid)).reshape(-1, 2)
+    entries = np.frombuffer(data, dtype="<u8", count=2 * num_blocks).reshape(-1, 2)
     offsets, lengths = entries.T
     stored = (offsets != _ABSENT) | (lengths != _ABSENT)
-    longest = layout.block_bytes + BLOSC_OVERHEAD_BYTES + CHECKSUM_BYTES
     shortest = BLOSC_OVERHEAD_BYTES + CHECKSUM_BYTES
+    longest = shortest + math.prod(layout.block) * layout.dtype.itemsize
     # Compared without a sum, which could wrap around.
     possible = (lengths >= shortest) & (lengths <= longest) & (offsets <= end) & (lengths <= end - offsets)
     if not possible[stored].all():
@@ -358,42 +354,10 @@ def _is_sound(data: bytes) -> bool:
     return bool(google_crc32c.value(data[:-CHECKSUM_BYTES]) == expected)
 
 
-def _read_crops(
-    shard: FileRange, layout: ArrayLayout, index: npt.NDArray[np.int64], crops: Sequence[ArrayCrop]
-) -> None:
-    places: dict[_Entry, list[tuple[npt.NDArray[Any], tuple[slice, ...]]]] = defaultdict(list)
-    for start, out in crops:
-        blocks, in_crop = _touched(layout, start, out.shape)
-        for entry, (target, source) in zip(_entries(index, blocks), in_crop, strict=True):
-            if entry[1] < 0:
-                out[target] = layout.fill_value
-            else:
-                places[entry].append((out[target], source))
-    scratch = np.empty(layout.block, dtype=layout.dtype)
-    runs = list(_runs(places))
-    for first, last, _ in runs:
-        # A disk that is asked for all of them at once answers in little more than the time of one.
-        shard.will_need(first, last - first)
-    for first, last, entries in runs:
-        data = shard.pread(first, last - first)
-        for offset, length in entries:
-            packed = data[offset - first : offset - first + length]
-            wanted = places[offset, length]
-            place = wanted[0][0]
-            if len(wanted) == 1 and place.shape == scratch.shape and place.flags.c_contiguous:
-                _unpack(packed, place)
-                continue
-            _unpack(packed, scratch)
-            for place, source in wanted:
-                place[...] = scratch[source]
-
-
-def _entries(index: npt.NDArray[np.int64], blocks: tuple[slice, ...]) -> list[_Entry]:
-    return [(offset, length) for offset, length in index[blocks].reshape(-1, 2).tolist()]
-
-
-def _touched(layout: ArrayLayout, start: Sequence[int], size: Sequence[int]) -> tuple[tuple[slice, ...], list[_Place]]:
-    """The blocks that a crop touches, as slices of the index, and the place of each in the order of the index."""
+def _touched(
+    layout: ArrayLayout, index: npt.NDArray[np.int64], start: Sequence[int], size: Sequence[int]
+) -> Iterator[tuple[_Entry, tuple[slice, ...], tuple[slice, ...]]]:
+    """Each block that a crop touches, where its voxels go in the crop, and which of the block they are."""
     blocks, targets, sources = [], [], []
     for first, length, edge in zip(start, size, layout.block, strict=True):
         numbers = range(first // edge, -(-(first + length) // edge))
@@ -401,7 +365,8 @@ def _touched(layout: ArrayLayout, start: Sequence[int], size: Sequence[int]) -> 
         bounds = [(max(n * edge, first), min((n + 1) * edge, first + length)) for n in numbers]
         targets.append([slice(low - first, high - first) for low, high in bounds])
         sources.append([slice(low - n * edge, high - n * edge) for n, (low, high) in zip(numbers, bounds, strict=True)])
-    return tuple(blocks), list(zip(product(*targets), product(*sources), strict=True))
+    entries = [(offset, length) for offset, length in index[tuple(blocks)].reshape(-1, 2).tolist()]
+    return zip(entries, product(*targets), product(*sources), strict=True)
 
 
 def _runs(entries: Iterable[_Entry]) -> Iterator[tuple[int, int, list[_Entry]]]:

@@ -76,9 +76,10 @@ def to_stored(
         window: Range that 8 bits of a CT cover, HU.
     """
     if intensities == "lossless":
-        exact = _exact_type(image_CXYZ, statistics)
-        if exact is not None:
-            return image_CXYZ.astype(exact, copy=False), tuple(StoredIntensity() for _ in image_CXYZ)
+        low, high = min(stats.minimum for stats in statistics), max(stats.maximum for stats in statistics)
+        exact = [kept for kept in INTEGER_TYPES if np.iinfo(kept).min <= low and high <= np.iinfo(kept).max]
+        if exact and all(_is_whole(channel) for channel in image_CXYZ):
+            return image_CXYZ.astype(exact[0], copy=False), tuple(StoredIntensity() for _ in image_CXYZ)
         dtype: np.dtype[Any] = np.dtype(np.int16)
         meanings = [_sixteen_bits(channel, stats) for channel, stats in zip(image_CXYZ, statistics, strict=True)]
     else:
@@ -113,15 +114,6 @@ def _sixteen_bits(channel: npt.NDArray[Any], stats: Statistics) -> StoredIntensi
     if high - low <= limits.max - limits.min and _is_whole(channel):
         return StoredIntensity(1.0, 0.0 if limits.min <= low and high <= limits.max else low - limits.min)
     return StoredIntensity.over(low, high, np.dtype(np.int16))
-
-
-def _exact_type(image: npt.NDArray[Any], statistics: Sequence[Statistics]) -> np.dtype[Any] | None:
-    """The smallest type that holds every value; None where some are not whole, or beyond 32 bits."""
-    low, high = min(stats.minimum for stats in statistics), max(stats.maximum for stats in statistics)
-    for dtype in INTEGER_TYPES:
-        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return np.dtype(dtype) if all(_is_whole(channel) for channel in image) else None
-    return None
 
 
 def _is_whole(channel: npt.NDArray[Any]) -> bool:
