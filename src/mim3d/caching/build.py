@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,34 +82,31 @@ def build_cache(
                 out=root, preprocessing=preprocessing, labels=cases.labels, packed=frozenset(packed)
             )
             results = _build_all(cases, settings, num_workers, scheduler)
-            _write_failed(root, cases, results)
-            stored = {
-                folder: _StoredCase.at(packed.get(folder) or os.path.join(root, layout.CASES, folder))
-                for result in results.values()
-                if (folder := result.folder) is not None
+            failed = [(case, results[case.id].reason) for case in cases.cases if results[case.id].folder is None]
+            rows = [(case.id, ";".join(case.images), case.label, reason) for case, reason in failed]
+            write_csv(os.path.join(root, layout.FAILED), layout.FAILED_COLUMNS, rows, remedy=None)
+            if len(failed) == len(cases.cases):
+                raise DataError(f"{cases.root}: none of {len(failed)} scans can be used; the first: {failed[0][1]}")
+            folders = {case.id: folder for case in cases.cases if (folder := results[case.id].folder) is not None}
+            sources: dict[str, ByteSource] = {
+                folder: packed.get(folder) or os.path.join(root, layout.CASES, folder) for folder in folders.values()
             }
+            cards = {folder: _read_card(source) for folder, source in sources.items()}
             if pack_gb is not None:
-                stored = _pack(root, stored, pack_gb)
-            _finish(root, cases, results, stored)
+                sources = _pack(root, sources, cards, pack_gb)
+            _finish(root, cases, folders, sources, cards)
     return open_cache(root)
 
 
-@dataclass(frozen=True, eq=False)
-class _StoredCase:
-    """A finished case: where it lies, and its card."""
-
-    source: ByteSource
-    card: Card
-
-    @classmethod
-    def at(cls, source: ByteSource) -> "_StoredCase":
-        try:
-            card = open_bytes(source, layout.CARD)
-            return cls(source, json.loads(card.pread(0, card.size)))
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{source}: its {layout.CARD} is missing or damaged ({error}); delete it and run `mim3d cache` again."
-            ) from error
+def _read_card(source: ByteSource) -> Card:
+    try:
+        file = open_bytes(source, layout.CARD)
+        card: Card = json.loads(file.pread(0, file.size))
+        return card
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{source}: its {layout.CARD} is missing or damaged ({error}); delete it and run `mim3d cache` again."
+        ) from error
 
 
 @contextmanager
@@ -129,12 +126,7 @@ def _write_error(out: str, reason: str) -> DataError:
 
 
 def _check_place(out: str, preprocessing: Preprocessing) -> None:
-    """Refuse a place that is no cache folder, or the cache of other settings.
-
-    Raises:
-        DataError: It is a file, a folder of other things, or a cache of another version.
-        ConfigError: It is a cache of other settings.
-    """
+    """Refuse a place that is no cache folder, or the cache of other settings."""
     if os.path.exists(out) and not os.path.isdir(out):
         raise DataError(f"{out}: is a file; choose a folder for the cache.")
     settings_path = os.path.join(out, layout.SETTINGS)
@@ -193,25 +185,17 @@ def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: floa
     return pack_gb
 
 
-def _read_memo(path: str) -> DigestMemo:
-    """The digests known from earlier runs; none where they cannot be read."""
-    try:
-        rows = layout.read_json(path)
-        return {path: ((s[0], s[1], s[2], s[3]), digest) for path, (s, digest) in rows.items()}
-    except (DataError, ValueError, AttributeError, TypeError, IndexError):
-        return {}
-
-
 def _build_all(
     cases: CaseSet, settings: BuildSettings, num_workers: int, scheduler: str | None
 ) -> dict[str, CaseResult]:
-    """Build every case; the results by the ids of the cases.
-
-    Raises:
-        DataError: The cache cannot be written, or processes or the cluster cannot do it.
-    """
+    """Build every case; the results by the ids of the cases."""
     memo_path = os.path.join(settings.out, layout.DIGESTS)
-    memo = _read_memo(memo_path)
+    try:
+        rows = layout.read_json(memo_path).items()
+        memo: DigestMemo = {path: ((s[0], s[1], s[2], s[3]), digest) for path, (s, digest) in rows}
+    except (DataError, ValueError, AttributeError, TypeError, IndexError):
+        # Without it every source file is read once more.
+        memo = {}
     known = dict(memo)
     if scheduler is None:
         building = build_in_processes(cases.cases, settings, known, num_workers)
@@ -234,60 +218,49 @@ def _build_all(
     return results
 
 
-def _write_failed(out: str, cases: CaseSet, results: Mapping[str, CaseResult]) -> None:
-    """Write the table of scans that could not be used.
-
-    Raises:
-        DataError: None of them can.
-    """
-    failed = [(case, results[case.id].reason) for case in cases.cases if results[case.id].folder is None]
-    rows = [(case.id, ";".join(case.images), case.label, reason) for case, reason in failed]
-    write_csv(os.path.join(out, layout.FAILED), layout.FAILED_COLUMNS, rows, remedy=None)
-    if len(failed) == len(cases.cases):
-        raise DataError(f"{cases.root}: none of {len(failed)} scans can be used; the first: {failed[0][1]}")
-
-
-def _pack(out: str, stored: Mapping[str, _StoredCase], pack_gb: float) -> dict[str, _StoredCase]:
+def _pack(
+    out: str, sources: Mapping[str, ByteSource], cards: Mapping[str, Card], pack_gb: float
+) -> dict[str, ByteSource]:
     """Bring cases into packs, in the order of their digests; each pack is whole before its cases' folders go."""
     packs_dir = os.path.join(out, layout.PACKS)
     os.makedirs(packs_dir, exist_ok=True)
-    packed: dict[str, _StoredCase] = {}
-    in_order = sorted(stored, key=lambda folder: (stored[folder].card["digest"], folder))
-    plan = pack_plan({folder: size_of(stored[folder].source) for folder in in_order}, int(pack_gb * 1e9))
+    packed: dict[str, ByteSource] = {}
+    in_order = sorted(sources, key=lambda folder: (cards[folder]["digest"], folder))
+    plan = pack_plan({folder: size_of(sources[folder]) for folder in in_order}, int(pack_gb * 1e9))
     for name, folders in counted(plan.items(), len(plan), "packing"):
         path = os.path.join(packs_dir, name)
         if not os.path.exists(path):
             with atomic_file(path, durable=True, remedy=None) as part:
-                write_pack(part, {folder: stored[folder].source for folder in folders})
-        packed |= {folder: _StoredCase.at(source) for folder, source in cases_in(path).items()}
+                write_pack(part, {folder: sources[folder] for folder in folders})
+        packed |= cases_in(path)
         for folder in folders:
             layout.remove_case(os.path.join(out, layout.CASES, folder))
     return packed
 
 
-def _finish(out: str, cases: CaseSet, results: Mapping[str, CaseResult], stored: Mapping[str, _StoredCase]) -> None:
+def _finish(
+    out: str,
+    cases: CaseSet,
+    folders: Mapping[str, str],
+    sources: Mapping[str, ByteSource],
+    cards: Mapping[str, Card],
+) -> None:
     """Write the manifest, then remove what it does not name."""
     rows = []
     for case in cases.cases:
-        folder = results[case.id].folder
-        if folder is not None:
-            item = stored[folder]
-            rows.append(row_of(case, item.card | {"size_bytes": size_of(item.source)}, folder, item.source))
+        if case.id in folders:
+            folder = folders[case.id]
+            card = cards[folder] | {"size_bytes": size_of(sources[folder])}
+            rows.append(row_of(case, card, folder, sources[folder]))
     write_manifest(out, rows, cases.labels, cases.root)
-    packs = {os.path.basename(item.source.path) for item in stored.values() if isinstance(item.source, PackedCase)}
-    _keep_only(os.path.join(out, layout.PACKS), packs)
-    _keep_only(
-        os.path.join(out, layout.CASES), {folder for folder, item in stored.items() if isinstance(item.source, str)}
-    )
+    packs = {os.path.basename(source.path) for source in sources.values() if isinstance(source, PackedCase)}
+    unpacked = {folder for folder, source in sources.items() if isinstance(source, str)}
+    for part, kept in ((layout.PACKS, packs), (layout.CASES, unpacked)):
+        for path in list(Path(out, part).glob("*")):
+            if path.name in kept:
+                continue
+            if path.is_dir():
+                layout.remove_case(str(path))
+            else:
+                path.unlink()
     shutil.rmtree(os.path.join(out, layout.UNFINISHED), ignore_errors=True)
-
-
-def _keep_only(folder: str, names: set[str]) -> None:
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        path = os.path.join(folder, name)
-        if name in names:
-            continue
-        if os.path.isdir(path):
-            layout.remove_case(path)
-        else:
-            os.remove(path)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,10 +28,11 @@ from mim3d.scans.files import available_memory_bytes
 _GROWTH = 8
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Cache(Sequence[CachedScan]):
     """The scans of one cache, in the order of the data set.
 
-    Args:
+    Attributes:
         path: The cache folder.
         scans: Scans of the cache that this object shows.
         labels: Label value -> name with background 0; values found where none were declared; empty without labels.
@@ -39,20 +40,11 @@ class Cache(Sequence[CachedScan]):
         failed: Scans that could not be used, by ``id``, ``images``, ``label`` and ``reason``.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        scans: Sequence[CachedScan],
-        labels: dict[int, str],
-        preprocessing: Preprocessing,
-        failed: Sequence[Mapping[str, str]] = (),
-    ) -> None:
-        self.path = path
-        self.labels = labels
-        self.preprocessing = preprocessing
-        self.failed = tuple(failed)
-        self._scans = tuple(scans)
+    path: str
+    scans: tuple[CachedScan, ...]
+    labels: dict[int, str]
+    preprocessing: Preprocessing
+    failed: tuple[Mapping[str, str], ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> CachedScan: ...
@@ -60,24 +52,24 @@ class Cache(Sequence[CachedScan]):
     def __getitem__(self, index: slice) -> "Cache": ...
     def __getitem__(self, index: int | slice) -> "CachedScan | Cache":
         """One scan, or a cache of a range of them."""
-        return self._showing(self._scans[index]) if isinstance(index, slice) else self._scans[index]
+        return replace(self, scans=self.scans[index]) if isinstance(index, slice) else self.scans[index]
 
     def __len__(self) -> int:
-        return len(self._scans)
+        return len(self.scans)
 
     def __iter__(self) -> Iterator[CachedScan]:
-        return iter(self._scans)
+        return iter(self.scans)
 
     @property
     def cases(self) -> tuple[Case, ...]:
         """The case behind each scan."""
-        return tuple(scan.case for scan in self._scans)
+        return tuple(scan.case for scan in self.scans)
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the scans hold: the same wherever the cache and its sources lie."""
         rows = []
-        for scan in self._scans:
+        for scan in self.scans:
             case = scan.case
             rows.append([case.id, scan.digest, case.class_name, case.patient, case.split, *(case.labelled or ())])
         content = {"labels": {str(value): name for value, name in self.labels.items()}, "scans": sorted(rows)}
@@ -86,12 +78,12 @@ class Cache(Sequence[CachedScan]):
     @property
     def size_bytes(self) -> int:
         """Size of the stored scans on disk."""
-        return sum(scan.size_bytes for scan in self._scans)
+        return sum(scan.size_bytes for scan in self.scans)
 
     @property
     def source_bytes(self) -> int:
         """Size of the files they were made from."""
-        return sum(scan.source_bytes for scan in self._scans)
+        return sum(scan.source_bytes for scan in self.scans)
 
     def fingerprints(self) -> dict[str, str]:
         """Case id -> fingerprint as text, of all scans in the folder; read when asked for.
@@ -109,27 +101,24 @@ class Cache(Sequence[CachedScan]):
             DataError: None of them is in the cache.
         """
         wanted = {case.id for case in cases}
-        kept = [scan for scan in self._scans if scan.case.id in wanted]
+        kept = tuple(scan for scan in self.scans if scan.case.id in wanted)
         if wanted and not kept:
             raise DataError(f"{self.path}: none of the {len(wanted)} cases asked for is in this cache; build it again.")
-        return self._showing(kept)
-
-    def _showing(self, scans: Sequence[CachedScan]) -> "Cache":
-        return Cache(
-            path=self.path, scans=scans, labels=self.labels, preprocessing=self.preprocessing, failed=self.failed
-        )
+        return replace(self, scans=kept)
 
 
 def is_cache(path: str | Path) -> bool:
     """Whether a folder is a mim3d cache, finished or not."""
-    settings = os.path.join(path, layout.SETTINGS)
-    if not os.path.isfile(settings):
-        return False
+    return _read_settings(path) is not None
+
+
+def _read_settings(path: str | Path) -> dict[str, Any] | None:
+    """The settings of a cache; None where the folder is none."""
     try:
-        content = layout.read_json(settings)
+        content = layout.read_json(os.path.join(path, layout.SETTINGS))
     except DataError:
-        return False
-    return isinstance(content, dict) and content.get("format") == layout.FORMAT
+        return None
+    return content if isinstance(content, dict) and content.get("format") == layout.FORMAT else None
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -139,9 +128,9 @@ def open_cache(path: str | Path) -> Cache:
         DataError: The folder is no cache, or one that is unfinished, damaged, or of another version.
     """
     root = os.path.abspath(path)
-    if not is_cache(root):
+    settings = _read_settings(root)
+    if settings is None:
         raise DataError(f"{path}: not a mim3d cache; make one with `mim3d cache DATA --out {path}`.")
-    settings = layout.read_json(os.path.join(root, layout.SETTINGS))
     if settings.get("version") != layout.VERSION:
         raise DataError(
             f"{path}: a cache of version {settings.get('version')}, but this mim3d reads version {layout.VERSION}; "
@@ -162,7 +151,7 @@ def open_cache(path: str | Path) -> Cache:
     table = os.path.join(root, layout.FAILED)
     try:
         with open(table, encoding="utf-8", newline="") as file:
-            failed = [{name: row[name] for name in layout.FAILED_COLUMNS} for row in csv.DictReader(file)]
+            failed = tuple({name: row[name] for name in layout.FAILED_COLUMNS} for row in csv.DictReader(file))
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise DataError(f"{table}: missing or damaged ({error!r}); run `mim3d cache` again to rebuild it.") from error
     return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=failed)
@@ -197,7 +186,7 @@ def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], labels: Mapping
         pq.write_table(table, part, compression="zstd")
 
 
-def _read_manifest(root: str) -> tuple[list[CachedScan], dict[int, str]]:
+def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[int, str]]:
     """The scans of a cache and its declared labels.
 
     Raises:
@@ -230,7 +219,8 @@ def _read_manifest(root: str) -> tuple[list[CachedScan], dict[int, str]]:
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         labels = {int(value): str(name) for value, name in json.loads(about["labels"]).items()}
         # A few rows at a time: as Python objects they are many times as large.
-        return [scan_of(row) for rows in table.to_batches(max_chunksize=1024) for row in rows.to_pylist()], labels
+        scans = tuple(scan_of(row) for rows in table.to_batches(max_chunksize=1024) for row in rows.to_pylist())
+        return scans, labels
     except DataError:
         raise
     except Exception as error:  # Whatever a row of the wrong kind raises.

@@ -145,13 +145,51 @@ def fingerprint_of(image_XYZ: npt.NDArray[Any], spacing_mm: Spacing, affine: npt
 def _cell_means(size: int, step: int) -> npt.NDArray[np.float32]:
     """(10, samples) weights of an axis's samples in each cell: how much of the cell each represents."""
     starts = np.arange(len(range((step - 1) // 2, size, step))) * step
-    stops = np.minimum(starts + step, size)
-    edges = np.arange(CELLS + 1) * (size / CELLS)
-    weight = np.minimum(stops, edges[1:, None]) - np.maximum(starts, edges[:-1, None])
-    weight = np.clip(weight, 0, None)
+    weight = _overlaps(np.arange(CELLS + 1) * (size / CELLS), starts, np.minimum(starts + step, size))
     # A cell that lies wholly behind the last sample of an unfinished step takes that sample.
     weight[weight.sum(axis=1) == 0, -1] = 1
     return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _overlaps(edges: npt.NDArray[Any], starts: npt.NDArray[Any], stops: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(..., parts, stretches) how much of each stretch lies between each two neighbouring edges (..., parts + 1)."""
+    shared = np.minimum(edges[..., 1:, None], stops) - np.maximum(edges[..., :-1, None], starts)
+    return np.clip(shared, 0, None)
+
+
+class _Stack:
+    """Many fingerprints as arrays of N rows."""
+
+    def __init__(self, prints: Sequence[Fingerprint]) -> None:
+        # (N, 2, 10, 10, 10); a scan that is not in HU has its cells twice.
+        cells = [np.broadcast_to(print_.cells, (2, CELLS, CELLS, CELLS)) for print_ in prints]
+        self.cells = np.stack(cells).astype(np.float32)
+        self.is_hu = np.array([len(print_.cells) == 2 for print_ in prints])
+        self.extent_mm = np.stack([print_.extent_mm for print_ in prints])
+        self.centre_mm = np.stack([print_.centre_mm for print_ in prints])
+        self.is_informative = np.array([print_.is_informative for print_ in prints])
+
+    def features(
+        self, rows: Any, bases: Sequence[npt.NDArray[np.float32]], weight: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        """Weighted waves of the cells in some rows as unit vectors (N, 2, F); all 0 for what is not informative.
+
+        Args:
+            rows: Index of the rows.
+            bases: For each axis (K, 10), or (N, K, 10) of each scan.
+            weight: (K, K, K).
+        """
+        waves = self.cells[rows]
+        for axis, base in enumerate(bases):
+            if base.ndim == 3:
+                base = base[:, None, None]
+            # The axis is moved to the last but one place, so that the same product serves all axes.
+            moved = np.moveaxis(waves, 2 + axis, -2)
+            waves = np.moveaxis(base @ moved, -2, 2 + axis)
+        flat = (waves * weight).reshape(len(waves), 2, -1)
+        flat /= np.linalg.norm(flat, axis=2, keepdims=True) + np.float32(1e-3)
+        flat[~self.is_informative[rows]] = 0
+        return flat
 
 
 def distances(pairs: Sequence[tuple[Fingerprint, Fingerprint]]) -> npt.NDArray[np.float32]:
@@ -162,61 +200,30 @@ def distances(pairs: Sequence[tuple[Fingerprint, Fingerprint]]) -> npt.NDArray[n
     """
     best = np.full(len(pairs), np.inf, dtype=np.float32)
     for start in range(0, len(pairs), _PAIRS):
-        part = _Pairs(pairs[start : start + _PAIRS])
-        for offset_mm, tried, bound in part.placements():
-            rows = np.flatnonzero(tried)
-            found = (1 - part.correlations(rows, offset_mm[rows])) / bound
+        first, second = (_Stack(side) for side in zip(*pairs[start : start + _PAIRS], strict=True))
+        larger_mm = np.maximum(first.extent_mm, second.extent_mm)
+        for offset_mm, tried, bound in _placements(first, second):
+            low, high = _shared_box(first.extent_mm, second.extent_mm, offset_mm)
+            rows = np.flatnonzero(tried & _covers(high - low, larger_mm))
+            found = (1 - _correlations(first, second, rows, offset_mm[rows])) / bound
             best[start + rows] = np.minimum(best[start + rows], found)
     return best
 
 
-class _Pairs:
-    """Pairs of fingerprints, stacked."""
+def _placements(first: _Stack, second: _Stack) -> Iterator[tuple[npt.NDArray[Any], Any, float]]:
+    """Centre of the second scan from that of the first (P, 3), the pairs where that is worth a try, the bound."""
+    yield second.centre_mm - first.centre_mm, True, IN_PLACE_DISTANCE
+    half = (first.extent_mm - second.extent_mm) / 2
+    alike = np.abs(2 * half) < SAME_EXTENT_RATIO * np.maximum(first.extent_mm, second.extent_mm)
+    for sides in itertools.product((0, -1, 1), repeat=3):
+        yield half * sides, ~(alike & (np.array(sides) != 0)).any(axis=1), MOVED_DISTANCE
 
-    def __init__(self, pairs: Sequence[tuple[Fingerprint, Fingerprint]]) -> None:
-        sides: list[tuple[Fingerprint, ...]] = list(zip(*pairs, strict=True))
-        self.cells = [_stacked_cells(side) for side in sides]
-        self.extent = [np.stack([print_.extent_mm for print_ in side]) for side in sides]
-        self.informative = [np.array([print_.is_informative for print_ in side]) for side in sides]
-        self.moved = np.stack([second.centre_mm - first.centre_mm for first, second in pairs])
-        self.mixed = np.array([len(first.cells) != len(second.cells) for first, second in pairs])
 
-    def placements(self) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_], float]]:
-        """Centre of the second scan from that of the first (P, 3), the pairs where that is worth a try, the bound."""
-        yield self.moved, self._overlap(self.moved), IN_PLACE_DISTANCE
-        half = (self.extent[0] - self.extent[1]) / 2
-        alike = np.abs(2 * half) < SAME_EXTENT_RATIO * np.maximum(*self.extent)
-        for sides in itertools.product((0, -1, 1), repeat=3):
-            new = ~(alike & (np.array(sides) != 0)).any(axis=1)
-            yield half * sides, self._overlap(half * sides) & new, MOVED_DISTANCE
-
-    def _overlap(self, offset_mm: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        low, high = self._box(slice(None), offset_mm)
-        return _covers(high - low, np.maximum(*self.extent))
-
-    def _box(self, rows: Any, offset_mm: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Lower and upper corner of what both scans cover, from the centre of the first."""
-        first, second = self.extent[0][rows] / 2, self.extent[1][rows] / 2
-        return np.maximum(-first, offset_mm - second), np.minimum(first, offset_mm + second)
-
-    def correlations(self, rows: npt.NDArray[Any], offset_mm: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Correlation of both scans of some pairs over what they share."""
-        if not len(rows):
-            return np.zeros(0, dtype=np.float32)
-        low, high = self._box(rows, offset_mm)
-        features = []
-        for cells, extent, informative, centre in zip(
-            self.cells, self.extent, self.informative, (0, offset_mm), strict=True
-        ):
-            to_cells = CELLS / extent[rows]
-            start, stop = ((end - centre + extent[rows] / 2) * to_cells for end in (low, high))
-            bases = [_SHARED @ _means(start[:, axis], stop[:, axis]) for axis in range(3)]
-            features.append(_features(cells[rows], bases, _SHARED_WEIGHT, informative[rows]))
-        first, second = features
-        wide, narrow, other = (
-            np.einsum("pf,pf->p", first[:, one], second[:, two]) for one, two in ((0, 0), (1, 0), (0, 1))
-        )
-        return np.where(self.mixed[rows], np.maximum(wide, np.maximum(narrow, other)), wide)
+def _shared_box(
+    first_mm: npt.NDArray[Any], second_mm: npt.NDArray[Any], offset_mm: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Lower and upper corner of what two scans of some extents cover, from the centre of the first."""
+    return np.maximum(-first_mm / 2, offset_mm - second_mm / 2), np.minimum(first_mm / 2, offset_mm + second_mm / 2)
 
 
 def _covers(shared_mm: npt.NDArray[Any], whole_mm: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -225,13 +232,31 @@ def _covers(shared_mm: npt.NDArray[Any], whole_mm: npt.NDArray[Any]) -> npt.NDAr
     return np.asarray((enough & (shared_mm > 0)).all(axis=-1))
 
 
-def _means(start: npt.NDArray[Any], stop: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """(P, 8, 10) weights that average cells between two places of an axis, counted in cells, into 8 equal parts."""
-    edges = start[:, None] + (stop - start)[:, None] * np.arange(SHARED_CELLS + 1) / SHARED_CELLS
+def _correlations(
+    first: _Stack, second: _Stack, rows: npt.NDArray[Any], offset_mm: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
+    """Correlation of both scans of the pairs in some rows over what they share."""
+    if not len(rows):
+        return np.zeros(0, dtype=np.float32)
+    low, high = _shared_box(first.extent_mm[rows], second.extent_mm[rows], offset_mm)
     cell = np.arange(CELLS)
-    weight = np.minimum(edges[:, 1:, None], cell + 1) - np.maximum(edges[:, :-1, None], cell)
-    weight = np.clip(weight, 0, None)
-    return (weight / np.maximum(weight.sum(axis=2, keepdims=True), 1e-6)).astype(np.float32)
+    features = []
+    for side, centre in ((first, 0), (second, offset_mm)):
+        extent_mm = side.extent_mm[rows]
+        start, stop = ((end - centre + extent_mm / 2) * (CELLS / extent_mm) for end in (low, high))
+        bases = []
+        for axis in range(3):
+            # (P, 8, 10) weights that average the cells of the axis between its two ends into 8 equal parts.
+            edges = start[:, axis, None] + (stop - start)[:, axis, None] * np.arange(SHARED_CELLS + 1) / SHARED_CELLS
+            weight = _overlaps(edges, cell, cell + 1)
+            means = weight / np.maximum(weight.sum(axis=2, keepdims=True), 1e-6)
+            bases.append(_SHARED @ means.astype(np.float32))
+        features.append(side.features(rows, bases, _SHARED_WEIGHT))
+    wide, narrow, other = (
+        np.einsum("pf,pf->p", features[0][:, one], features[1][:, two]) for one, two in ((0, 0), (1, 0), (0, 1))
+    )
+    mixed = first.is_hu[rows] != second.is_hu[rows]
+    return np.where(mixed, np.maximum(wide, np.maximum(narrow, other)), wide)
 
 
 def _cosines(size: int, kept: int) -> npt.NDArray[np.float32]:
@@ -246,35 +271,6 @@ def _weight(kept: int) -> npt.NDArray[np.float32]:
     """Weight of each wave: its wave number, so that fine structure counts as much as the outline of a body."""
     x, y, z = np.meshgrid(*[np.arange(kept)] * 3, indexing="ij")
     return np.sqrt(x**2 + y**2 + z**2).astype(np.float32)
-
-
-def _stacked_cells(prints: Sequence[Fingerprint]) -> npt.NDArray[np.float32]:
-    """(N, 2, 10, 10, 10); a scan that is not in HU has its cells twice."""
-    return np.stack([np.broadcast_to(print_.cells, (2, CELLS, CELLS, CELLS)) for print_ in prints]).astype(np.float32)
-
-
-def _features(
-    cells: npt.NDArray[np.float32], bases: Sequence[npt.NDArray[np.float32]], weight: Any, informative: Any
-) -> npt.NDArray[np.float32]:
-    """Weighted waves of cells as unit vectors (N, 2, F); all 0 for what is not informative.
-
-    Args:
-        cells: (N, 2, 10, 10, 10).
-        bases: For each axis (K, 10), or (N, K, 10) of each scan.
-        weight: (K, K, K).
-        informative: (N, 2) bool.
-    """
-    waves = cells
-    for axis, base in enumerate(bases):
-        if base.ndim == 3:
-            base = base[:, None, None]
-        # The axis is moved to the last but one place, so that the same product serves all axes.
-        moved = np.moveaxis(waves, 2 + axis, -2)
-        waves = np.moveaxis(base @ moved, -2, 2 + axis)
-    flat = (waves * weight).reshape(len(cells), 2, -1)
-    flat /= np.linalg.norm(flat, axis=2, keepdims=True) + np.float32(1e-3)
-    flat[~informative] = 0
-    return flat
 
 
 _COARSE = _cosines(CELLS, 6)
@@ -341,27 +337,19 @@ def find_leaks(training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity
 
 def _candidates(training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity]) -> Iterator[tuple[int, int]]:
     """For each held-out scan the training scans that resemble it most, as places in both sequences."""
-    features, extent_mm, in_hu = _coarse(training)
+    own = _Stack([scan.fingerprint for scan in training])
+    # Coarse features (N, 2, 216), whose products are good enough for a first choice.
+    features = own.features(slice(None), [_COARSE] * 3, _COARSE_WEIGHT)
     for start in range(0, len(held_out), _CHUNK):
-        others, other_extent_mm, other_in_hu = _coarse(held_out[start : start + _CHUNK])
+        other = _Stack([scan.fingerprint for scan in held_out[start : start + _CHUNK]])
+        others = other.features(slice(None), [_COARSE] * 3, _COARSE_WEIGHT)
         alike = others[:, 0] @ features[:, 0].T
         # Where one of both scans alone is in HU, the other may have been saved through either of its windows.
         narrow = np.maximum(others[:, 1] @ features[:, 0].T, others[:, 0] @ features[:, 1].T)
-        alike = np.where(other_in_hu[:, None] != in_hu, np.maximum(alike, narrow), alike)
-        shared = np.minimum(other_extent_mm[:, None], extent_mm), np.maximum(other_extent_mm[:, None], extent_mm)
-        alike[~_covers(*shared)] = -1
+        alike = np.where(other.is_hu[:, None] != own.is_hu, np.maximum(alike, narrow), alike)
+        extents = other.extent_mm[:, None], own.extent_mm
+        alike[~_covers(np.minimum(*extents), np.maximum(*extents))] = -1
         kept = min(NEAREST, len(training))
         best = np.argpartition(-alike, kept - 1, axis=1)[:, :kept]
         for column, rows in enumerate(best):
             yield from ((int(row), start + column) for row in rows if alike[column, row] >= LEAST_CORRELATION)
-
-
-def _coarse(
-    scans: Sequence[ScanIdentity],
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Coarse features (N, 2, 216) for a first choice by their products, extents in mm, and which scans are in HU."""
-    prints = [scan.fingerprint for scan in scans]
-    informative = np.array([print_.is_informative for print_ in prints])
-    features = _features(_stacked_cells(prints), [_COARSE] * 3, _COARSE_WEIGHT, informative)
-    extent_mm = np.stack([print_.extent_mm for print_ in prints])
-    return features, extent_mm, np.array([len(print_.cells) == 2 for print_ in prints])

@@ -21,7 +21,7 @@ import os
 import socket
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ def build_in_processes(
     waiting, num_lost, num_done = deque(cases), 0, 0
     while waiting:
         suspects: list[Case] = []
-        for result in _build_until_killed(min(num_workers, len(waiting)), waiting, settings, memo, suspects.append):
+        for result in _build_until_killed(min(num_workers, len(waiting)), waiting, settings, memo, suspects):
             num_done += 1
             yield result
         guilty = 0
@@ -95,7 +95,7 @@ def build_in_processes(
 def _build_alone(case: Case, settings: BuildSettings, memo: DigestMemo) -> CaseResult | None:
     """Build a case with nothing beside it; None if that ends the process twice."""
     for _ in range(2):
-        for result in _build_until_killed(1, deque([case]), settings, memo, lambda suspect: None):
+        for result in _build_until_killed(1, deque([case]), settings, memo, []):
             return result
     return None
 
@@ -105,7 +105,7 @@ def _build_until_killed(
     waiting: deque[Case],
     settings: BuildSettings,
     memo: DigestMemo,
-    suspect: Callable[[Case], None],
+    suspects: list[Case],
 ) -> Generator[CaseResult, None, None]:
     """Build cases until none is left or a process is killed.
 
@@ -114,10 +114,7 @@ def _build_until_killed(
         waiting: Cases, which are taken from its left.
         settings: What they share.
         memo: Digests known from earlier runs.
-        suspect: Called with every case that was in work when a process was killed.
-
-    Raises:
-        DataError: A process cannot be started.
+        suspects: Every case that was in work when a process was killed is added here.
     """
     # Spawned, not forked: the caller may run threads (torch, progress bars), which a fork would freeze.
     spawn = multiprocessing.get_context("spawn")
@@ -143,7 +140,7 @@ def _build_until_killed(
                 case = in_work.pop(future)
                 if isinstance(future.exception(), BrokenProcessPool):
                     broken = True
-                    suspect(case)
+                    suspects.append(case)
                 else:
                     yield future.result()
     finally:
@@ -163,14 +160,7 @@ def _work(case: Case) -> CaseResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shared:
-    """What all cases of a build on a cluster share.
-
-    Attributes:
-        settings: How they are made.
-        memo: Digests known from earlier runs.
-        sources: Folder that holds all of the sources.
-        version: Version of mim3d here.
-    """
+    """What all cases of a build on a cluster share; ``sources`` is the folder that holds all of their files."""
 
     settings: BuildSettings
     memo: DigestMemo
@@ -193,7 +183,11 @@ def build_on_cluster(
         ConfigError: Dask is not installed.
         DataError: The scheduler does not answer, the cluster ended, or its workers do not see the same files.
     """
-    shared = _Shared(settings=settings, memo=memo, sources=_folder_of(cases))
+    # The folder that holds all scans; the one above it where there is none.
+    sources = os.path.commonpath([os.path.dirname(path.split("::")[0]) for case in cases for path in case.images])
+    while not os.path.isdir(sources):
+        sources = os.path.dirname(sources)
+    shared = _Shared(settings=settings, memo=memo, sources=sources)
     with _connected(scheduler) as client:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s)Sending large graph")
@@ -217,14 +211,6 @@ def build_on_cluster(
                     reason=f"{case.images[0]}: the workers reading it ended without a word again and again, most "
                     "likely out of memory; crop the scan, or run again with workers that have more memory.",
                 )
-
-
-def _folder_of(cases: Sequence[Case]) -> str:
-    """The folder that holds all scans; the one above it where there is none."""
-    folder = os.path.commonpath([os.path.dirname(path.split("::")[0]) for case in cases for path in case.images])
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    return folder
 
 
 def _distributed() -> Any:
@@ -295,11 +281,7 @@ def _answers(client: Any, cases: Sequence[Case], sent: Any) -> Iterator[tuple[Ca
 
 
 def _checked_result(answer: Any, case: Case, settings: BuildSettings, scheduler: str) -> CaseResult | None:
-    """The result of a case; None where Dask gave it up because the workers it was on have ended.
-
-    Raises:
-        DataError: The cluster ended, or a worker cannot take part.
-    """
+    """The result of a case; None where Dask gave it up because the workers it was on have ended."""
     if not isinstance(answer, CaseResult):
         error = answer[1] if isinstance(answer, tuple) else answer
         if isinstance(error, _distributed().KilledWorker):
