@@ -157,7 +157,7 @@ def test_a_worker_that_writes_into_another_folder_of_the_same_path_is_told(whole
 def test_workers_of_another_version_are_told(whole, tmp_path):
     (tmp_path / "cases").mkdir()
     settings = BuildSettings(out=str(tmp_path), preprocessing=Preprocessing(), labels={})
-    shared = _Shared(settings=settings, memo={}, sources=str(whole[0]), version="0.0.1")
+    shared = _Shared(settings=settings, sources=str(whole[0]), version="0.0.1")
     with pytest.raises(DataError, match=r"on the Dask worker \S+, but 0\.0\.1 here; install one version everywhere"):
         _work_on_cluster(read_cases(whole[0]).cases[0], shared)
 
@@ -167,7 +167,7 @@ def test_a_case_is_built_the_same_in_a_thread(whole, tmp_path):
     settings = BuildSettings(out=str(tmp_path), preprocessing=whole[1].preprocessing, labels={})
     results = []
     cases = read_cases(whole[0]).cases[:4]
-    threads = [threading.Thread(target=lambda c=c: results.append(build_case(c, settings, {}))) for c in cases * 2]
+    threads = [threading.Thread(target=lambda c=c: results.append(build_case(c, settings))) for c in cases * 2]
     for thread in threads:
         thread.start()
     for thread in threads:

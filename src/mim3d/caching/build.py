@@ -78,10 +78,7 @@ def build_cache(
         with layout.locked(root):
             pack_gb = _claim(root, cases, preprocessing, pack_gb)
             packed = find_packed(os.path.join(root, layout.PACKS))
-            settings = BuildSettings(
-                out=root, preprocessing=preprocessing, labels=cases.labels, packed=frozenset(packed)
-            )
-            results = _build_all(cases, settings, num_workers, scheduler)
+            results = _build_all(root, cases, preprocessing, frozenset(packed), num_workers, scheduler)
             failed = [(case, results[case.id].reason) for case in cases.cases if results[case.id].folder is None]
             rows = [(case.id, ";".join(case.images), case.label, reason) for case, reason in failed]
             write_csv(os.path.join(root, layout.FAILED), layout.FAILED_COLUMNS, rows, remedy=None)
@@ -115,14 +112,11 @@ def _explained(out: str) -> Iterator[None]:
         yield
     except OSError as error:
         # Other libraries put words of their own where the system's belong.
-        raise _write_error(out, os.strerror(error.errno) if error.errno else str(error)) from error
-
-
-def _write_error(out: str, reason: str) -> DataError:
-    return DataError(
-        f"{out}: the cache cannot be written ({reason}); make room or choose another folder, then run again: the cases "
-        "that are finished are kept."
-    )
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(
+            f"{out}: the cache cannot be written ({reason}); make room or choose another folder, then run again: the "
+            "cases that are finished are kept."
+        ) from error
 
 
 def _check_place(out: str, preprocessing: Preprocessing) -> None:
@@ -186,21 +180,26 @@ def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: floa
 
 
 def _build_all(
-    cases: CaseSet, settings: BuildSettings, num_workers: int, scheduler: str | None
+    out: str,
+    cases: CaseSet,
+    preprocessing: Preprocessing,
+    packed: frozenset[str],
+    num_workers: int,
+    scheduler: str | None,
 ) -> dict[str, CaseResult]:
     """Build every case; the results by the ids of the cases."""
-    memo_path = os.path.join(settings.out, layout.DIGESTS)
+    memo_path = os.path.join(out, layout.DIGESTS)
     try:
         rows = layout.read_json(memo_path).items()
         memo: DigestMemo = {path: ((s[0], s[1], s[2], s[3]), digest) for path, (s, digest) in rows}
     except (DataError, ValueError, AttributeError, TypeError, IndexError):
         # Without it every source file is read once more.
         memo = {}
-    known = dict(memo)
+    settings = BuildSettings(out=out, preprocessing=preprocessing, labels=cases.labels, packed=packed, known=dict(memo))
     if scheduler is None:
-        building = build_in_processes(cases.cases, settings, known, num_workers)
+        building = build_in_processes(cases.cases, settings, num_workers)
     else:
-        building = build_on_cluster(scheduler, cases.cases, settings, known)
+        building = build_on_cluster(scheduler, cases.cases, settings)
     results: dict[str, CaseResult] = {}
     written = time.monotonic()
     # Closed before anything else happens after a failure: no process may write once the lock has fallen.
@@ -209,7 +208,7 @@ def _build_all(
             results[result.id] = result
             memo.update(result.digests)
             if result.write_error is not None:
-                raise _write_error(settings.out, result.write_error)
+                raise OSError(result.write_error)
             if time.monotonic() - written > _MEMO_EVERY_S:
                 layout.write_json(memo_path, memo)
                 written = time.monotonic()

@@ -161,7 +161,8 @@ def row_of(case: Case, card: Card, folder: str, source: ByteSource) -> dict[str,
     """One row of a manifest: a case, its card, and where it is stored."""
     place: dict[str, Any] = {"folder": folder, "pack": None, "members": []}
     if isinstance(source, PackedCase):
-        place |= {"pack": os.path.basename(source.path), "members": source.members()}
+        members = [{"name": name, "offset": at, "length": length} for name, (at, length) in source.places.items()]
+        place |= {"pack": os.path.basename(source.path), "members": members}
     return {**asdict(case), "images": list(case.images), **card, **place}
 
 

@@ -47,12 +47,14 @@ class BuildSettings:
         preprocessing: How to prepare and store the cases; its ``intensities`` are settled.
         labels: Declared label value -> name; empty allows all.
         packed: Case folders that lie in packs already.
+        known: Digests of source files known from earlier runs.
     """
 
     out: str
     preprocessing: Preprocessing
     labels: dict[int, str]
     packed: frozenset[str] = frozenset()
+    known: DigestMemo = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +76,12 @@ class CaseResult:
     digests: DigestMemo = field(default_factory=dict)
 
 
-def build_case(case: Case, settings: BuildSettings, memo: DigestMemo) -> CaseResult:
+def build_case(case: Case, settings: BuildSettings) -> CaseResult:
     """Bring one case into the cache, or find it there. Never raises: a bad scan must not stop the others."""
     name, result = case.images[0], partial(CaseResult, id=case.id)
     try:
         entries: DigestMemo = {}
-        card = _source_card(case, settings, memo, entries)
+        card = _source_card(case, settings, entries)
         # An id is cut to what every file system takes as part of a name; the digest behind it keeps names apart.
         folder = f"{case.id.encode()[:_MAX_ID_BYTES].decode(errors='ignore')}.{card['digest'][:16]}"
         if folder in settings.packed or os.path.exists(os.path.join(settings.out, layout.CASES, folder, layout.CARD)):
@@ -103,15 +105,12 @@ def build_case(case: Case, settings: BuildSettings, memo: DigestMemo) -> CaseRes
     return result(folder=folder, digests=entries)
 
 
-def _source_card(case: Case, settings: BuildSettings, memo: DigestMemo, entries: DigestMemo) -> Card:
-    """The card of a case as far as its source files decide it; their memo entries are added to ``entries``.
-
-    Raises:
-        DataError: A file is missing, or its name is no UTF-8, which JSON and Parquet cannot hold.
-    """
+def _source_card(case: Case, settings: BuildSettings, entries: DigestMemo) -> Card:
+    """The card of a case as far as its source files decide it; their memo entries are added to ``entries``."""
     addresses = [*case.images, *([] if case.label is None else [case.label])]
     for address in addresses:
         try:
+            # JSON and Parquet hold UTF-8 alone.
             address.encode()
         except UnicodeEncodeError as error:
             readable = address.encode(errors="backslashreplace").decode()
@@ -120,7 +119,7 @@ def _source_card(case: Case, settings: BuildSettings, memo: DigestMemo, entries:
     for address in addresses:
         files = source_files(address)
         # Channels of one file have digests of their own, though the file is read but once.
-        digest, found = digest_files(files, entries if all(path in entries for path in files) else memo)
+        digest, found = digest_files(files, entries if all(path in entries for path in files) else settings.known)
         entries.update(found)
         channel = split_channel(address)[1]
         digests.append(digest if channel is None else _sha256(f"{digest}::channel={channel}"))
@@ -145,11 +144,7 @@ def _sha256(text: str) -> str:
 
 
 def _write_case(folder: str, prepared: Prepared, card: Card, settings: BuildSettings) -> None:
-    """Write a case aside and rename it into place once all of it is on the disk.
-
-    Raises:
-        OSError: The disk is full or not writable; nothing is left behind.
-    """
+    """Write a case aside and rename it into place once all of it is on the disk; a failure leaves nothing behind."""
     aside = os.path.join(settings.out, layout.UNFINISHED)
     os.makedirs(aside, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=aside)

@@ -56,13 +56,10 @@ PACK_SUFFIX = ".zip"
 
 #: Largest number of files that a process keeps open.
 MAX_OPEN_FILES = 128
-
 #: The earliest time that ZIP knows.
 _PACK_TIME = (1980, 1, 1, 0, 0, 0)
-
 #: Signature, nine fields that the directory holds too, and the lengths of name and extra field.
 _LOCAL_HEADER = struct.Struct("<4s22sHH")
-
 _COPY_BYTES = 8 * 2**20
 
 
@@ -158,10 +155,11 @@ class FileRange:
         return data
 
 
+@dataclass(frozen=True, eq=False)
 class PackedCase(Mapping[str, FileRange]):
     """The files of one case inside a pack, by their names below the case's folder.
 
-    Args:
+    Attributes:
         path: Path of the pack.
         places: Name of each file -> its first byte and number of bytes in the pack.
 
@@ -169,29 +167,26 @@ class PackedCase(Mapping[str, FileRange]):
         ValueError: A place is negative.
     """
 
-    def __init__(self, path: str, places: Mapping[str, tuple[int, int]]) -> None:
-        if any(offset < 0 or length < 0 for offset, length in places.values()):
-            raise ValueError(f"negative places in {path}")
-        self.path = path
-        self._places = dict(places)
+    path: str
+    places: Mapping[str, tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        if any(offset < 0 or length < 0 for offset, length in self.places.values()):
+            raise ValueError(f"negative places in {self.path}")
 
     def __getitem__(self, name: str) -> FileRange:
         """The bytes of a file."""
-        offset, length = self._places[name]
+        offset, length = self.places[name]
         return FileRange(self.path, offset, length)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     def __str__(self) -> str:
         return self.path
-
-    def members(self) -> list[dict[str, str | int]]:
-        """Name, first byte and number of bytes of each file, for the manifest."""
-        return [{"name": name, "offset": at, "length": length} for name, (at, length) in self._places.items()]
 
 
 #: Where the files of a case lie: the case's folder; or, for a case inside a pack, name of each file -> its bytes.

@@ -203,30 +203,21 @@ class CachedScan:
         """
         array, shape = self._array(level), self.level_shapes[level]
         dtype = self._checked_type(array, (self.num_channels, *shape))
-        crops, inside = [], []
+        crops = []
         for origin, size in boxes:
             crop = np.empty((self.num_channels, *size), dtype=dtype)
-            source, target = _overlap(origin, size, shape)
-            part = crop[(slice(None), *target)]
-            if part.size < crop.size:
+            if any(
+                first < 0 or first + length > limit for first, length, limit in zip(origin, size, shape, strict=True)
+            ):
                 for channel, meaning, stats in zip(crop, self.stored_intensities, self.statistics, strict=True):
                     channel[...] = meaning.nearest(stats.low, dtype)
-            if part.size:
-                inside.append(((0, *source), part))
             crops.append(crop)
-        array.read_crops(inside)
+        array.read_crops([((0, *origin), crop) for (origin, _), crop in zip(boxes, crops, strict=True)])
         return crops
 
     def will_need(self, boxes: Sequence[Box], level: int = 0) -> None:
         """Let the disk begin with crops that are read soon. Missing or damaged files raise only when they are read."""
-        shape = self.level_shapes[level]
-        inside = []
-        for origin, size in boxes:
-            source, target = _overlap(origin, size, shape)
-            extent = (self.num_channels, *(part.stop - part.start for part in target))
-            if all(extent):
-                inside.append(((0, *source), extent))
-        self._array(level).will_need(inside)
+        self._array(level).will_need([((0, *origin), (self.num_channels, *size)) for origin, size in boxes])
 
     def _array(self, level: int) -> ShardedArray:
         if not 0 <= level < self.num_levels:
@@ -254,10 +245,7 @@ class CachedScan:
             raise DataError(f"{self.case.id}: no label in the cache; give a data set with labels.")
         array = ShardedArray(self.source, layout.LABEL)
         crop = np.zeros(size, dtype=self._checked_type(array, self.shape))
-        source, target = _overlap(origin, size, self.shape)
-        part = crop[target]
-        if part.size:
-            array.read_crops([(source, part)])
+        array.read_crops([(origin, crop)])
         return crop
 
     def _checked_type(self, array: ShardedArray, shape: tuple[int, ...]) -> np.dtype[Any]:
@@ -269,14 +257,3 @@ class CachedScan:
                 f"{shape}; delete that and run `mim3d cache` again."
             )
         return found.dtype
-
-
-def _overlap(origin: Triple, size: Triple, shape: Triple) -> tuple[Triple, tuple[slice, slice, slice]]:
-    """First voxel to read, and where in the crop the voxels go that lie inside the scan."""
-    firsts, target = [], []
-    for first, length, limit in zip(origin, size, shape, strict=True):
-        start = min(max(first, 0), limit)
-        stop = max(min(first + length, limit), start)
-        firsts.append(start)
-        target.append(slice(start - first, stop - first))
-    return (firsts[0], firsts[1], firsts[2]), (target[0], target[1], target[2])

@@ -28,21 +28,15 @@ from mim3d.core.errors import DamagedError
 
 #: Edge of a block along X, Y and Z.
 BLOCK = 32
-
 #: Blocks with at most this many bytes between them are read at once: reading them costs less than another access.
 MAX_GAP_BYTES = 128 * 1024
-
 #: One read is at most about this long, so that reading a whole scan does not hold it twice.
 MAX_READ_BYTES = 8 * 2**20
-
 #: What Blosc adds to a block that it cannot make smaller.
 BLOSC_OVERHEAD_BYTES = 16
-
 CHECKSUM_BYTES = 4
-
 #: Arrays of which each process remembers metadata and index: some 30 KB each.
 _MAX_REMEMBERED = 128
-
 _MAX_METADATA_BYTES = 2**20
 _ABSENT = np.iinfo(np.uint64).max
 _TYPES = {name: np.dtype(name).newbyteorder("<") for name in ("uint8", "int16", "uint16", "int32", "uint32")}
@@ -207,7 +201,7 @@ class ShardedArray:
             raise self._damage(METADATA, error) from error
 
     def read_crops(self, crops: Sequence[ArrayCrop]) -> None:
-        """Fill crops, all of whose voxels must lie inside the array. Blocks that several of them share are read once.
+        """Fill crops; their voxels outside the array are left as they are. Blocks that several share are read once.
 
         Args:
             crops: First voxel along each axis of the array, and the array to fill. That has as many axes, is of the
@@ -253,7 +247,7 @@ class ShardedArray:
         An array that is missing or damaged raises an error only when it is read.
 
         Args:
-            boxes: First voxel and number of voxels along each axis.
+            boxes: First voxel and number of voxels along each axis; may reach outside the array.
         """
         try:
             layout = self.layout
@@ -359,10 +353,11 @@ def _touched(
 ) -> Iterator[tuple[_Entry, tuple[slice, ...], tuple[slice, ...]]]:
     """Each block that a crop touches, where its voxels go in the crop, and which of the block they are."""
     blocks, targets, sources = [], [], []
-    for first, length, edge in zip(start, size, layout.block, strict=True):
-        numbers = range(first // edge, -(-(first + length) // edge))
+    for first, length, limit, edge in zip(start, size, layout.shape, layout.block, strict=True):
+        begin, end = max(first, 0), min(first + length, limit)
+        numbers = range(begin // edge, -(-end // edge)) if begin < end else range(0)
         blocks.append(slice(numbers.start, numbers.stop))
-        bounds = [(max(n * edge, first), min((n + 1) * edge, first + length)) for n in numbers]
+        bounds = [(max(n * edge, begin), min((n + 1) * edge, end)) for n in numbers]
         targets.append([slice(low - first, high - first) for low, high in bounds])
         sources.append([slice(low - n * edge, high - n * edge) for n, (low, high) in zip(numbers, bounds, strict=True)])
     entries = [(offset, length) for offset, length in index[tuple(blocks)].reshape(-1, 2).tolist()]

@@ -30,7 +30,7 @@ from typing import Any
 
 from mim3d import __version__
 from mim3d.caching import layout
-from mim3d.caching.case import BuildSettings, CaseResult, DigestMemo, build_case
+from mim3d.caching.case import BuildSettings, CaseResult, build_case
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.worker_processes import prepare_worker, without_main_module
 from mim3d.datasets.cases import Case
@@ -42,35 +42,34 @@ MAX_LOST_AT_FIRST = 8
 _ANSWER_S = 5
 
 #: What a process needs for every case: sent to it once.
-_shared: tuple[BuildSettings, DigestMemo] | None = None
+_shared: BuildSettings | None = None
 
 
 def build_in_processes(
-    cases: Sequence[Case], settings: BuildSettings, memo: DigestMemo, num_workers: int
+    cases: Sequence[Case], settings: BuildSettings, num_workers: int
 ) -> Generator[CaseResult, None, None]:
     """Bring cases into a cache; the result of each, in the order in which they are done.
 
     Args:
         cases: Cases, each of them once.
         settings: What they share.
-        memo: Digests known from earlier runs.
         num_workers: Number of processes; 0 or 1 works in this one.
 
     Raises:
         DataError: Processes cannot be started, or are killed at every case.
     """
     if num_workers <= 1 or len(cases) == 1:
-        yield from (build_case(case, settings, memo) for case in cases)
+        yield from (build_case(case, settings) for case in cases)
         return
     waiting, num_lost, num_done = deque(cases), 0, 0
     while waiting:
         suspects: list[Case] = []
-        for result in _build_until_killed(min(num_workers, len(waiting)), waiting, settings, memo, suspects):
+        for result in _build_until_killed(min(num_workers, len(waiting)), waiting, settings, suspects):
             num_done += 1
             yield result
         guilty = 0
         for case in suspects:
-            alone = _build_alone(case, settings, memo)
+            alone = _build_alone(case, settings)
             guilty += alone is None
             yield alone or CaseResult(
                 id=case.id,
@@ -92,10 +91,10 @@ def build_in_processes(
             )
 
 
-def _build_alone(case: Case, settings: BuildSettings, memo: DigestMemo) -> CaseResult | None:
+def _build_alone(case: Case, settings: BuildSettings) -> CaseResult | None:
     """Build a case with nothing beside it; None if that ends the process twice."""
     for _ in range(2):
-        for result in _build_until_killed(1, deque([case]), settings, memo, []):
+        for result in _build_until_killed(1, deque([case]), settings, []):
             return result
     return None
 
@@ -104,7 +103,6 @@ def _build_until_killed(
     num_workers: int,
     waiting: deque[Case],
     settings: BuildSettings,
-    memo: DigestMemo,
     suspects: list[Case],
 ) -> Generator[CaseResult, None, None]:
     """Build cases until none is left or a process is killed.
@@ -113,12 +111,11 @@ def _build_until_killed(
         num_workers: Number of processes; as many cases are in work at a time.
         waiting: Cases, which are taken from its left.
         settings: What they share.
-        memo: Digests known from earlier runs.
         suspects: Every case that was in work when a process was killed is added here.
     """
     # Spawned, not forked: the caller may run threads (torch, progress bars), which a fork would freeze.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker, initargs=(settings, memo))
+    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker, initargs=(settings,))
     in_work: dict[Future[CaseResult], Case] = {}
     broken = False
     try:
@@ -147,15 +144,15 @@ def _build_until_killed(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(settings: BuildSettings, memo: DigestMemo) -> None:
+def _start_worker(settings: BuildSettings) -> None:
     global _shared
-    _shared = settings, memo
+    _shared = settings
     prepare_worker()
 
 
 def _work(case: Case) -> CaseResult:
     assert _shared is not None
-    return build_case(case, *_shared)
+    return build_case(case, _shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +160,12 @@ class _Shared:
     """What all cases of a build on a cluster share; ``sources`` is the folder that holds all of their files."""
 
     settings: BuildSettings
-    memo: DigestMemo
     sources: str
     version: str = __version__
 
 
 def build_on_cluster(
-    scheduler: str, cases: Sequence[Case], settings: BuildSettings, memo: DigestMemo
+    scheduler: str, cases: Sequence[Case], settings: BuildSettings
 ) -> Generator[CaseResult, None, None]:
     """Bring cases into a cache on a Dask cluster; the result of each, in the order in which they are done.
 
@@ -177,7 +173,6 @@ def build_on_cluster(
         scheduler: Address of the cluster's scheduler, ``tcp://host:8786``.
         cases: Cases, each of them once.
         settings: What they share.
-        memo: Digests known from earlier runs.
 
     Raises:
         ConfigError: Dask is not installed.
@@ -187,7 +182,7 @@ def build_on_cluster(
     sources = os.path.commonpath([os.path.dirname(path.split("::")[0]) for case in cases for path in case.images])
     while not os.path.isdir(sources):
         sources = os.path.dirname(sources)
-    shared = _Shared(settings=settings, memo=memo, sources=sources)
+    shared = _Shared(settings=settings, sources=sources)
     with _connected(scheduler) as client:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s)Sending large graph")
@@ -321,4 +316,4 @@ def _work_on_cluster(case: Case, shared: _Shared) -> CaseResult:
         raise DataError(
             f"mim3d {__version__} on the Dask worker {host}, but {shared.version} here; install one version everywhere."
         )
-    return build_case(case, shared.settings, shared.memo)
+    return build_case(case, shared.settings)
