@@ -78,9 +78,9 @@ class CaseResult:
 
 def build_case(case: Case, settings: BuildSettings) -> CaseResult:
     """Bring one case into the cache, or find it there. Never raises: a bad scan must not stop the others."""
-    name, result = case.images[0], partial(CaseResult, id=case.id)
+    name, result, step = case.images[0], partial(CaseResult, id=case.id), "read"
+    entries: DigestMemo = {}
     try:
-        entries: DigestMemo = {}
         card = _source_card(case, settings, entries)
         # An id is cut to what every file system takes as part of a name; the digest behind it keeps names apart.
         folder = f"{case.id.encode()[:_MAX_ID_BYTES].decode(errors='ignore')}.{card['digest'][:16]}"
@@ -88,20 +88,16 @@ def build_case(case: Case, settings: BuildSettings) -> CaseResult:
             return result(folder=folder, digests=entries)
         prepared = prepare(case, settings.preprocessing, labels=settings.labels)
         require_unchanged(entries)
+        step = "stored"
+        _write_case(folder, prepared, card, settings)
     except MemoryError:
         return result(reason=f"{name}: larger than the memory left for it.")
     except DataError as error:
         return result(reason=str(error))
-    except Exception as error:  # Readers of foreign formats raise anything.
-        return result(reason=f"{name}: cannot be read ({type(error).__name__}: {error}).")
-    try:
-        _write_case(folder, prepared, card, settings)
-    except OSError as error:
-        return result(write_error=error.strerror or str(error), digests=entries)
-    except MemoryError:
-        return result(reason=f"{name}: larger than the memory left for it.")
-    except Exception as error:  # Voxels of an unforeseen kind.
-        return result(reason=f"{name}: cannot be stored ({type(error).__name__}: {error}).")
+    except Exception as error:  # Readers of foreign formats raise anything, and voxels may be of an unforeseen kind.
+        if step == "stored" and isinstance(error, OSError):
+            return result(write_error=error.strerror or str(error), digests=entries)
+        return result(reason=f"{name}: cannot be {step} ({type(error).__name__}: {error}).")
     return result(folder=folder, digests=entries)
 
 
@@ -210,9 +206,9 @@ def _detached(path: str, keys: tuple[str, ...]) -> list[str]:
     folder = os.path.dirname(path)
     with open(path, encoding="latin-1") as lines:
         for line in lines:
-            if line.lower().startswith(keys):
-                name = line[len(next(key for key in keys if line.lower().startswith(key))) :].strip(" =\t\r\n")
-                target = os.path.join(folder, name)
+            key = next((key for key in keys if line.lower().startswith(key)), None)
+            if key is not None:
+                target = os.path.join(folder, line[len(key) :].strip(" =\t\r\n"))
                 if os.path.isfile(target):
                     return [target]
                 beside = (os.path.join(folder, other) for other in sorted(os.listdir(folder)))

@@ -259,24 +259,20 @@ def _correlations(
     return np.where(mixed, np.maximum(wide, np.maximum(narrow, other)), wide)
 
 
-def _cosines(size: int, kept: int) -> npt.NDArray[np.float32]:
-    """The first cosines of an orthonormal transform, (kept, size)."""
+def _waves(size: int, kept: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The first cosines of an orthonormal transform (kept, size), and the weight of each wave (kept, kept, kept).
+
+    That is its wave number, so that fine structure counts as much as the outline of a body.
+    """
     order, place = np.arange(kept)[:, None], np.arange(size)[None]
-    rows = np.cos(np.pi * (place + 0.5) * order / size) * np.sqrt(2 / size)
-    rows[0] /= np.sqrt(2)
-    return rows.astype(np.float32)
-
-
-def _weight(kept: int) -> npt.NDArray[np.float32]:
-    """Weight of each wave: its wave number, so that fine structure counts as much as the outline of a body."""
+    cosines = np.cos(np.pi * (place + 0.5) * order / size) * np.sqrt(2 / size)
+    cosines[0] /= np.sqrt(2)
     x, y, z = np.meshgrid(*[np.arange(kept)] * 3, indexing="ij")
-    return np.sqrt(x**2 + y**2 + z**2).astype(np.float32)
+    return cosines.astype(np.float32), np.sqrt(x**2 + y**2 + z**2).astype(np.float32)
 
 
-_COARSE = _cosines(CELLS, 6)
-_COARSE_WEIGHT = _weight(6)
-_SHARED = _cosines(SHARED_CELLS, SHARED_CELLS)
-_SHARED_WEIGHT = _weight(SHARED_CELLS)
+_COARSE, _COARSE_WEIGHT = _waves(CELLS, 6)
+_SHARED, _SHARED_WEIGHT = _waves(SHARED_CELLS, SHARED_CELLS)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -191,12 +191,7 @@ def _as_type(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 
 def _read_label(path: str, grid: Grid, axes: Axes, labels: Mapping[int, str]) -> npt.NDArray[Any]:
-    """(X, Y, Z) label map, resampled, in the smaller of 8 and 16 bits that holds its values.
-
-    Raises:
-        DataError: It lies on another grid than the image, holds no whole numbers from 0 to 65535, or values that are
-            not among ``labels``, where any are declared.
-    """
+    """(X, Y, Z) label map, resampled, in the smaller of 8 and 16 bits that holds its values."""
     volume = read_volume(path, label=True, narrow=True)
     require_same_grid(grid, volume.grid)
     label = volume.array

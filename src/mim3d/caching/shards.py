@@ -381,11 +381,7 @@ def _runs(entries: Iterable[_Entry]) -> Iterator[tuple[int, int, list[_Entry]]]:
 
 
 def _unpack(packed: bytes, place: npt.NDArray[Any]) -> None:
-    """Unpack a block into a contiguous array of its size.
-
-    Raises:
-        ValueError: The block is damaged.
-    """
+    """Unpack a block into a contiguous array of its size."""
     from numcodecs import blosc
 
     if not _is_sound(packed):
