@@ -78,7 +78,7 @@ BUDGET = {
     "phantoms": 1475,
     "backbones": 550,
     "reporting": 1275,
-    "caching": 3625,
+    "caching": 3350,
     "objective": 150,
     "weights": 550,
     "inference": 825,
