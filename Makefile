@@ -35,7 +35,7 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy src benchmarks
+	$(BIN)/mypy src benchmarks demo
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
