@@ -4,6 +4,7 @@ Zhuang et al., "MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Im
 names and shapes are those of the published checkpoints.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -16,14 +17,7 @@ from mim3d.backbones.layouts import VisibleBlocks
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.kernels.depthwise import depthwise_dense
-from mim3d.nn.blocks import (
-    ConvBlock,
-    DepthwiseConvolution,
-    PatchEmbed,
-    Projection,
-    TransformerBlock,
-    init_linear,
-)
+from mim3d.nn.blocks import ConvBlock, DepthwiseConvolution, PatchEmbed, Projection, TransformerBlock, init_linear
 from mim3d.nn.tokens import sincos_positions
 from mim3d.nn.volumes import token_grid
 
@@ -82,11 +76,8 @@ class Hybrid(Backbone):
     @property
     def drop_paths(self) -> tuple[tuple[float, ...], ...]:
         """``drop_path`` of each stage's blocks: l / L of the last one's for block l of L (Huang et al. 2016, eq. 4)."""
-        total, before = sum(self.depths), (sum(self.depths[:stage]) for stage in range(len(self.depths)))
-        return tuple(
-            tuple(self.drop_path * (first + block + 1) / total for block in range(depth))
-            for first, depth in zip(before, self.depths, strict=True)
-        )
+        total, number = sum(self.depths), itertools.count(1)
+        return tuple(tuple(self.drop_path * next(number) / total for _ in range(depth)) for depth in self.depths)
 
 
 class HybridEncoder(VisibleEncoder):
@@ -131,8 +122,7 @@ class HybridEncoder(VisibleEncoder):
         maps, tokens_NE = self._convolution_stages(blocks_NsssC, layout.depthwise, len(volume_BCXYZ))
         positions_LE = sincos_positions(grid, self.embed_dim).to(tokens_NE)
         tokens_BVE = tokens_NE.reshape(*visible_BV.shape, self.embed_dim)
-        tokens_BVE = self._transform(tokens_BVE + positions_LE[visible_BV])
-        return self.norm(tokens_BVE + self._stage_tokens(maps).reshape_as(tokens_BVE))
+        return self._transform(tokens_BVE + positions_LE[visible_BV], maps)
 
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
         """Maps ``(B, widths[i], X / strides[i], ...)`` of all stages, finest first; the last holds the normed tokens.
@@ -146,9 +136,8 @@ class HybridEncoder(VisibleEncoder):
         # Not len(): it would make the number of samples a constant of exported programs.
         maps, tokens_BxyzE = self._convolution_stages(features_BXYZC, depthwise_dense, volume_BCXYZ.shape[0])
         tokens_BLE = tokens_BxyzE.flatten(1, 3)
-        tokens_BLE = self._transform(tokens_BLE + sincos_positions(grid, self.embed_dim).to(tokens_BLE))
-        tokens_BLE = self.norm(tokens_BLE + self._stage_tokens(maps).reshape_as(tokens_BLE))
-        maps.append(tokens_BLE.unflatten(1, grid))
+        positions_LE = sincos_positions(grid, self.embed_dim).to(tokens_BLE)
+        maps.append(torch.unflatten(self._transform(tokens_BLE + positions_LE, maps), 1, grid))
         return [features.permute(0, 4, 1, 2, 3) for features in maps]
 
     @property
@@ -187,15 +176,12 @@ class HybridEncoder(VisibleEncoder):
         tokens = self.get_submodule(f"patch_embed{self.num_stages}")(features_NXYZC)
         return maps, self.get_submodule(f"patch_embed{self.num_stages + 1}")(tokens)
 
-    def _transform(self, tokens_BLE: Tensor) -> Tensor:
+    def _transform(self, tokens_BLE: Tensor, maps_NXYZC: list[Tensor]) -> Tensor:
+        """Tokens after the transformer, plus what the convolution stages add to them on the token grid, normed."""
         for block in self.get_submodule(f"blocks{self.num_stages}").children():
             tokens_BLE = block(tokens_BLE)
-        return tokens_BLE
-
-    def _stage_tokens(self, maps_NXYZC: list[Tensor]) -> Tensor:
-        """What the convolution stages add to the last tokens, brought to the token grid."""
         outputs = [
             self.get_submodule(f"stage{stage}_output_decode")(features)
             for stage, features in enumerate(maps_NXYZC, start=1)
         ]
-        return torch.stack(outputs).sum(0)
+        return self.norm(tokens_BLE + torch.stack(outputs).sum(0).reshape_as(tokens_BLE))

@@ -195,10 +195,4 @@ def _hybrid_recipe(state: Mapping[str, Tensor], path: str | Path) -> dict[str, A
         )
     in_channels = state["encoder.patch_embed1.proj.weight"].shape[1]
     heads = max(1, widths[-1] // 32)
-    return {
-        "name": "hybrid",
-        "widths": widths,
-        "depths": depths,
-        "num_heads": heads,
-        "in_channels": in_channels,
-    }
+    return {"name": "hybrid", "widths": widths, "depths": depths, "num_heads": heads, "in_channels": in_channels}

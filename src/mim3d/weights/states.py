@@ -6,7 +6,6 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -66,17 +65,12 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
             f"{file} cannot be read as plain weights ({reason}); "
             "it is damaged, no torch file, or holds code that mim3d does not run."
         ) from None
-    return _unwrap(content, file)
-
-
-def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    state = (
-        {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
-    )
+    items = content.items() if isinstance(content, dict) else ()
+    state = {key: value for key, value in items if isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(f"{file} holds no tensors by name, at the top or under {', '.join(WRAPPERS)}.")
     for prefix in PREFIXES:
