@@ -15,9 +15,8 @@ import numpy as np
 from mim3d.core.files import write_json
 from mim3d.core.run_folder import GO_ON, Run
 from mim3d.core.settings import flat, read_yaml
-from mim3d.tracking.settings import Tracking
 from mim3d.tracking.slices import middle_slices
-from mim3d.tracking.trackers import MLflow, SessionInfo, TensorBoard, Tracker, WeightsAndBiases
+from mim3d.tracking.trackers import MLflow, SessionInfo, TensorBoard, Tracker, Tracking, WeightsAndBiases
 
 #: File of a run folder: for every tracker the target it wrote to and the id by which it continues there.
 IDS_NAME = "tracking.json"
@@ -43,14 +42,12 @@ class TrackedRun(Run):
     @classmethod
     def of(cls, run: Run, tracking: Tracking) -> Self:
         """The run with the trackers that the settings ask for; only the first process has any."""
-        trackers: list[Tracker] = []
-        if run.writes and tracking.tensorboard:
-            trackers.append(TensorBoard())
-        if run.writes and tracking.wandb is not None:
+        trackers: list[Tracker] = [TensorBoard()] if tracking.tensorboard else []
+        if tracking.wandb is not None:
             trackers.append(WeightsAndBiases(tracking.wandb))
-        if run.writes and tracking.mlflow is not None:
+        if tracking.mlflow is not None:
             trackers.append(MLflow(tracking.mlflow))
-        return cls(run.path, run.command, run.writes, trackers)
+        return cls(run.path, run.command, run.writes, trackers if run.writes else [])
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,10 @@
-"""Trackers: what each of them does, and TensorBoard, Weights & Biases and MLflow.
+"""Trackers: which of them show a run, what each does, and TensorBoard, Weights & Biases and MLflow.
 
 TensorBoard writes event files into the run folder; Weights & Biases works with or without network
 (``WANDB_MODE=offline``); MLflow writes to a server, a database, or a folder with a database of its own.
 """
 
+import importlib.util
 import os
 import re
 import time
@@ -11,9 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
+
+from mim3d.core.errors import ConfigError
 
 #: Images by name, ``(H, W)`` grey values from 0 to 255, first row at the top.
 Images = Mapping[str, npt.NDArray[np.uint8]]
@@ -33,6 +37,50 @@ _MLFLOW_MAX_LENGTH = 6000
 
 #: Without these, MLflow's client retries for minutes, in which training would stand still.
 _MLFLOW_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+#: What the settings take, by their names.
+_WHAT = {"wandb": "the name of a project", "mlflow": "the URI of a server or database, or a folder"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """Trackers beside ``metrics.jsonl``, which is always written.
+
+    Attributes:
+        tensorboard: Whether events for TensorBoard are written to OUT/tensorboard.
+        wandb: Name of a project at Weights & Biases.
+        mlflow: URI of an MLflow server or database, or a folder.
+
+    Raises:
+        ConfigError: A name is empty, or the URI holds a password.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+    mlflow: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("wandb", "mlflow"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ConfigError(f"tracking.{name} is empty; give {_WHAT[name]}, or leave it out.")
+        if self.mlflow is not None and urlsplit(self.mlflow).password:
+            raise ConfigError(
+                "tracking.mlflow holds a password, which would be written into the run's settings; give it in the "
+                "environment instead (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server)."
+            )
+
+    def require_packages(self) -> None:
+        """Refuse trackers whose package is missing, before any work.
+
+        Raises:
+            ConfigError: A package is missing. The message has the command that installs it.
+        """
+        for name in ("tensorboard", "wandb", "mlflow"):
+            if getattr(self, name) and importlib.util.find_spec(name) is None:
+                raise ConfigError(
+                    f"tracking.{name} needs the package {name}, which is not installed: pip install mim3d[{name}]"
+                )
 
 
 @dataclass(frozen=True)
