@@ -29,6 +29,7 @@ from mim3d.caching.workers import build_in_processes, build_on_cluster, require_
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, remove_partial, write_csv
 from mim3d.core.progress import counted
+from mim3d.core.resources import num_cores
 from mim3d.datasets.cases import CaseSet
 
 #: The memo of digests is written this often, so that a killed build need not hash again what it hashed.
@@ -40,7 +41,7 @@ def build_cache(
     out: str | Path,
     preprocessing: Preprocessing,
     *,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     pack_gb: float | None = None,
     scheduler: str | None = None,
 ) -> Cache:
@@ -54,8 +55,8 @@ def build_cache(
         cases: The data set.
         out: The folder; made if missing.
         preprocessing: How to prepare and store the scans; all of them are stored in one way.
-        num_workers: Number of processes; 0 or 1 works in this one. More are spawned; they do not run the caller's
-            script.
+        num_workers: Number of processes; 0 or 1 works in this one, None takes one per core. More are spawned; they do
+            not run the caller's script.
         pack_gb: Size in GB of the files that the cases are brought into. With None a cache that is there stays as it
             is, and a new one has a folder for each case.
         scheduler: Address of a running Dask scheduler, ``tcp://host:8786``, on whose workers the cases are made;
@@ -68,6 +69,7 @@ def build_cache(
     """
     if pack_gb is not None and not pack_gb > 0:
         raise ConfigError(f"pack_gb {pack_gb} must be above 0, such as 3.")
+    num_workers = num_cores() if num_workers is None else num_workers
     root = os.path.abspath(out)
     preprocessing = preprocessing.settled(any(case.label is not None for case in cases.cases))
     _check_place(root, preprocessing)

@@ -44,18 +44,34 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Known: {', '.join(names)}." if names else ""
 
 
-def build_settings(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
+def build_settings(cls: type[_T], values: Mapping[str, Any], where: str, kept: Mapping[str, Any] | None = None) -> _T:
     """Build a dataclass of settings from a mapping, strictly.
 
     Args:
         cls: A dataclass. Nested dataclasses and fields that are tuples, optional or literal are followed.
         values: Value of each field as YAML or the command line gives it: ``"1e-3"`` becomes a float.
         where: Beginning of the sentence of an error, such as ``method``.
+        kept: Typed value of each field that ``values`` need not give.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value is of another type. Key, value and remedy are named.
     """
-    return _build(cls, values, {}, where)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} is {values!r}, but it takes a mapping of settings.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where} has no setting '{key}'.{nearest(str(key), fields)}")
+    typed = {**(kept or {}), **{key: coerce(value, hints[key], f"{where}.{key}") for key, value in values.items()}}
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in typed:
+            raise ConfigError(f"{where}.{name} is required; give it a value.")
+    try:
+        return cls(**typed)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def update_settings(settings: _T, values: Mapping[str, Any], where: str) -> _T:
@@ -75,27 +91,7 @@ def update_settings(settings: _T, values: Mapping[str, Any], where: str) -> _T:
         nested = isinstance(value, Mapping) and dataclasses.is_dataclass(current) and not isinstance(current, type)
         changes[key] = update_settings(current, value, f"{where}.{key}") if nested else value
     kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.init}  # type: ignore[arg-type]
-    return _build(type(settings), changes, kept, where)
-
-
-def _build(cls: type[_T], values: Mapping[str, Any], kept: Mapping[str, Any], where: str) -> _T:
-    """An instance of ``cls`` from loose ``values`` over the typed ones that are ``kept``."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} is {values!r}, but it takes a mapping of settings.")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise ConfigError(f"{where} has no setting '{key}'.{nearest(str(key), fields)}")
-    typed = {**kept, **{key: coerce(value, hints[key], f"{where}.{key}") for key, value in values.items()}}
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in typed:
-            raise ConfigError(f"{where}.{name} is required; give it a value.")
-    try:
-        return cls(**typed)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    return build_settings(type(settings), changes, where, kept)
 
 
 def coerce(value: Any, hint: Any, where: str) -> Any:

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from mim3d.caching.build import build_cache
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.core.resources import in_words, num_cores
+from mim3d.core.resources import in_words
 from mim3d.datasets.cases import read_cases
 
 
@@ -30,8 +30,8 @@ def cache_data_set(
         DataError: The data set, the folder or the cluster cannot be used.
         ConfigError: A setting cannot work, or the folder holds a cache of other settings.
     """
-    workers = num_cores() if num_workers is None else num_workers
-    made = build_cache(read_cases(data), out, preprocessing, num_workers=workers, pack_gb=pack_gb, scheduler=scheduler)
+    cases = read_cases(data)
+    made = build_cache(cases, out, preprocessing, num_workers=num_workers, pack_gb=pack_gb, scheduler=scheduler)
     if made.failed:
         print(f"{len(made.failed)} of {len(made) + len(made.failed)} scans left out, the reasons are in failed.csv:")
         for row in made.failed[:3]:

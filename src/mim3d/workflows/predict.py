@@ -93,7 +93,8 @@ def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFol
     def fail(case: Case, error: BaseException) -> None:
         short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         reason = f"{case.images[0]}: not enough memory; {predictor.memory_remedy}." if short else str(error)
-        folder.add_failure(case, reason)
+        folder.rows.pop(case.id, None)
+        folder.failures[case.id] = reason
         progress.say(f"not {predictor.done}: {reason}")
 
     read: list[tuple[Case, Any]] = []
@@ -205,17 +206,8 @@ class PredictionFolder:
     def add(self, case: Case, answer: Mapping[str, Any]) -> None:
         """Record a prediction."""
         self.failures.pop(case.id, None)
-        self.rows[case.id] = {
-            "id": case.id,
-            "images": list(case.images),
-            **self.predictor.files_of(case),
-            **answer,
-        }
-
-    def add_failure(self, case: Case, reason: str) -> None:
-        """Record why a scan could not be predicted."""
-        self.rows.pop(case.id, None)
-        self.failures[case.id] = reason
+        files = self.predictor.files_of(case)
+        self.rows[case.id] = {"id": case.id, "images": list(case.images), **files, **answer}
 
     def write(self) -> None:
         """Write the list and the tables; each appears whole or not at all.

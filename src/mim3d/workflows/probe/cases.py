@@ -13,7 +13,6 @@ from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DataError, listed
 from mim3d.core.progress import counted
-from mim3d.core.resources import num_cores
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet
 from mim3d.datasets.splits import Split
@@ -41,11 +40,19 @@ class ProbeCases:
         source: The data set or cache they belong to.
         target: What is classified: tokens by their label, or scans by their class.
         split: The cases to learn from, and the cases to score on.
+    Raises:
+        DataError: A class has too few cases to be learned; the sentence names it.
     """
 
     source: CaseSet | Cache
     target: Target
     split: Split
+
+    def __post_init__(self) -> None:
+        if self.target == "classes":
+            from mim3d.tasks.classification.task import Classification
+
+            Classification().check_split(self.split)
 
     @property
     def cases(self) -> list[Case]:
@@ -64,8 +71,7 @@ class ProbeCases:
         if isinstance(self.source, Cache):
             return given_scans(self.source, self.cases, spacing_mm)
         wanted = replace(self.source, cases=tuple(self.cases))
-        workers = num_cores() if num_workers is None else num_workers
-        scans = build_cache(wanted, folder, Preprocessing(spacing_mm=spacing_mm), num_workers=workers)
+        scans = build_cache(wanted, folder, Preprocessing(spacing_mm=spacing_mm), num_workers=num_workers)
         say_left_out(scans, strict=strict)
         return scans.subset(self.cases)
 
@@ -88,17 +94,8 @@ class ProbeCases:
         training, held_out = scans.subset(self.split.train), scans.subset(self.split.val)
         if self.target == "classes":
             return class_set(training, held_out, encoder, intensity, probing, watch=_watch)
-        return label_set(
-            training,
-            held_out,
-            scans.labels,
-            encoder,
-            intensity,
-            probing,
-            seed=seed,
-            largest=largest,
-            watch=_watch,
-        )
+        parts = training, held_out, scans.labels
+        return label_set(*parts, encoder, intensity, probing, seed=seed, largest=largest, watch=_watch)
 
 
 def _watch(scans: Sequence[CachedScan]) -> Iterator[CachedScan]:
@@ -161,18 +158,4 @@ def choose_cases(
     """
     chosen, cases = labelled_cases(source, target, data)
     split = choose_split(cases, fold=fold, num_folds=num_folds, split_seed=split_seed)
-    found = ProbeCases(source, chosen, split)
-    check_classes(found)
-    return found
-
-
-def check_classes(cases: ProbeCases) -> None:
-    """Refuse classes that cannot be learned, before anything is prepared.
-
-    Raises:
-        DataError: A class has too few cases; the sentence names it.
-    """
-    if cases.target == "classes":
-        from mim3d.tasks.classification.task import Classification
-
-        Classification().check_split(cases.split)
+    return ProbeCases(source, chosen, split)

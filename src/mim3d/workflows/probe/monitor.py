@@ -24,7 +24,7 @@ from mim3d.probing.settings import Probing
 from mim3d.training.checkpoint import load_best
 from mim3d.training.memory import SampleShapes
 from mim3d.weights import save_network
-from mim3d.workflows.probe.cases import PHANTOM, ProbeCases, check_classes, labelled_cases, read_source
+from mim3d.workflows.probe.cases import PHANTOM, ProbeCases, labelled_cases, read_source
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
 from mim3d.workflows.shared.initialisation import Initialisation
 from mim3d.workflows.shared.inputs import check_channels
@@ -145,9 +145,7 @@ class ProbePlan:
         undeclared = [replace(case, split=None) for case in usable]
         split = split_cases(undeclared, fold=0, num_folds=min(NUM_FOLDS, len(patients)), seed=self.seed)
         num_train, num_val = MAX_SCANS[target]
-        chosen = ProbeCases(source, target, Split(self._some(split.train, num_train), self._some(split.val, num_val)))
-        check_classes(chosen)
-        return chosen
+        return ProbeCases(source, target, Split(self._some(split.train, num_train), self._some(split.val, num_val)))
 
     def _some(self, cases: Sequence[Case], number: int) -> tuple[Case, ...]:
         order = np.random.default_rng(self.seed).permutation(len(cases))[:number]

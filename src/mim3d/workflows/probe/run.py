@@ -97,7 +97,7 @@ class ProbeSettings:
 
 def run_probe(settings: ProbeSettings) -> dict[str, Any]:
     """Probe every encoder and what was not learned; print the table, and write it where a file is given."""
-    _check(settings.paths, settings.out, settings.num_workers, settings.seed)
+    _check(settings)
     bootstrap = Bootstrap(num_bootstrap=settings.num_bootstrap, seed=0)
     with tempfile.TemporaryDirectory(prefix="mim3d-probe-") as scratch:
         cases = choose_cases(
@@ -142,17 +142,18 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
     return content
 
 
-def _check(paths: Sequence[str], out: str | None, num_workers: int | None, seed: int) -> None:
-    if not paths:
+def _check(settings: ProbeSettings) -> None:
+    if not settings.paths:
         raise ConfigError("weights is empty; name a run, an exported folder or a weights file.")
-    if len(set(paths)) < len(paths):
+    if len(set(settings.paths)) < len(settings.paths):
         raise ConfigError("weights names the same path twice; name each once.")
-    for path in paths:
+    for path in settings.paths:
         locate(path)
-    if num_workers is not None and num_workers < 0:
-        raise ConfigError(f"num_workers is {num_workers}; it must be 0 or more.")
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; it must be zero or more.")
+    if settings.num_workers is not None and settings.num_workers < 0:
+        raise ConfigError(f"num_workers is {settings.num_workers}; it must be 0 or more.")
+    if settings.seed < 0:
+        raise ConfigError(f"seed is {settings.seed}; it must be zero or more.")
+    out = settings.out
     if out is None:
         return
     if not out.lower().endswith(".json") or os.path.isdir(out):

@@ -15,7 +15,6 @@ from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.resampling import target_grid
 from mim3d.core.errors import ConfigError, DataError, listed
-from mim3d.core.resources import num_cores
 from mim3d.core.run_folder import Run
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Spacing, Triple
@@ -88,11 +87,10 @@ def open_scans(
     else:
         # A shared cache holds every case, so that no run drops what another one needs.
         wanted = replace(source, cases=tuple(cases)) if cache_dir is None else source
-        workers = num_cores() if num_workers is None else num_workers
         preprocessing = Preprocessing(spacing_mm=spacing_mm)
         place = cache_dir or run.path / "cache"
         if processes.is_first:
-            cache = build_cache(wanted, place, preprocessing, num_workers=workers)
+            cache = build_cache(wanted, place, preprocessing, num_workers=num_workers)
             processes.announce("cache", cache.digest)
         else:
             cache = _seen_here(place, processes.wait_for("cache"))
