@@ -244,8 +244,7 @@ def _as_label(slab: npt.NDArray[Any], path: str, narrow: bool) -> npt.NDArray[An
 def _narrowed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Whole numbers in the smallest of uint8, int16 and int32 that holds them; as they are where none does."""
     low, high = array.min().item(), array.max().item()
-    dtype = smallest_integer(low, high, (np.uint8, np.int16, np.int32), otherwise=array.dtype)
-    return array.astype(dtype, copy=False)
+    return array.astype(smallest_integer(low, high, (np.uint8, np.int16, np.int32), otherwise=array.dtype))
 
 
 def copy_tiled(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
