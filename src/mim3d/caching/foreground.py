@@ -87,7 +87,7 @@ def threshold_of(channel: npt.NDArray[Any]) -> float:
         threshold = CT_FOREGROUND_HU
     else:
         values = channel.ravel()
-        high = float(np.percentile(values[:: _stride_of(values.size)], 99.5))
+        high = float(np.percentile(values[:: max(1, values.size // MAX_PERCENTILE_VOXELS)], 99.5))
         threshold = minimum + BACKGROUND_RATIO * (high - minimum)
     is_enough = _num_above(channel, threshold) >= MIN_FOREGROUND_RATIO * channel.size
     return threshold if is_enough else -math.inf
@@ -99,7 +99,7 @@ def statistics_of(channel: npt.NDArray[Any], threshold: float) -> Statistics:
     Sums are in double precision and taken plane by plane: nothing as large as the channel is made.
     """
     minimum, maximum = float(channel.min()), float(channel.max())
-    stride = _stride_of(_num_above(channel, threshold))
+    stride = max(1, _num_above(channel, threshold) // MAX_PERCENTILE_VOXELS)
     # Sums of differences from a value of the foreground's own size: their squares cancel nothing.
     origin = threshold if math.isfinite(threshold) else minimum
     seen, total, squares = 0, 0.0, 0.0
@@ -148,11 +148,6 @@ def foreground_of(image_CXYZ: npt.NDArray[Any], thresholds: Sequence[float]) -> 
             stop[axis] = min((int(places[-1]) + 1) * BOX_BLOCK, shape[axis])
     box = (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
     return Foreground(blocks=blocks, box=box, shares=shares)
-
-
-def _stride_of(num_values: int) -> int:
-    """Step between the values that percentiles are taken over."""
-    return max(1, num_values // MAX_PERCENTILE_VOXELS)
 
 
 def _above(voxels: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.bool_]:

@@ -153,11 +153,13 @@ def write_array(path: str, array: npt.NDArray[Any], *, fast: bool = False) -> No
             block[tuple(slice(length) for length in part.shape)] = part
             if not block.any():
                 continue
-            packed = _with_checksum(codec.encode(block))
+            packed: bytes = codec.encode(block)
+            packed += _checksum(packed)
             file.write(packed)
             index[place] = position, len(packed)
             position += len(packed)
-        file.write(_with_checksum(index.tobytes()))
+        entries = index.tobytes()
+        file.write(entries + _checksum(entries))
 
 
 def _write_metadata(path: str, content: dict[str, Any]) -> None:
@@ -165,10 +167,10 @@ def _write_metadata(path: str, content: dict[str, Any]) -> None:
         json.dump(content, file, indent=1)
 
 
-def _with_checksum(data: bytes) -> bytes:
+def _checksum(data: bytes) -> bytes:
     import google_crc32c
 
-    return data + int(google_crc32c.value(data)).to_bytes(CHECKSUM_BYTES, "little")
+    return int(google_crc32c.value(data)).to_bytes(CHECKSUM_BYTES, "little")
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,7 @@ def _index_of(shard: FileRange, layout: ArrayLayout) -> npt.NDArray[np.int64]:
     if end < 0:
         raise ValueError(f"{shard.size} bytes, too few for the index of its {num_blocks} blocks")
     data = shard.pread(end, index_bytes)
-    if not _is_sound(data):
+    if _checksum(data[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
         raise ValueError("the checksum of its index is wrong")
     entries = np.frombuffer(data, dtype="<u8", count=2 * num_blocks).reshape(-1, 2)
     offsets, lengths = entries.T
@@ -338,14 +340,6 @@ def _index_of(shard: FileRange, layout: ArrayLayout) -> npt.NDArray[np.int64]:
         raise ValueError("its index points at places that cannot be")
     index = np.where(stored[:, None], entries, _ABSENT).astype(np.int64)
     return index.reshape(*layout.grid, 2)
-
-
-def _is_sound(data: bytes) -> bool:
-    """Whether bytes end with the checksum of those before it."""
-    import google_crc32c
-
-    expected = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
-    return bool(google_crc32c.value(data[:-CHECKSUM_BYTES]) == expected)
 
 
 def _touched(
@@ -384,9 +378,9 @@ def _unpack(packed: bytes, place: npt.NDArray[Any]) -> None:
     """Unpack a block into a contiguous array of its size."""
     from numcodecs import blosc
 
-    if not _is_sound(packed):
-        raise ValueError("the checksum of a block is wrong")
     payload = packed[:-CHECKSUM_BYTES]
+    if _checksum(payload) != packed[-CHECKSUM_BYTES:]:
+        raise ValueError("the checksum of a block is wrong")
     unpacked_bytes, packed_bytes = (int.from_bytes(payload[at : at + 4], "little") for at in (4, 12))
     if unpacked_bytes != place.nbytes or packed_bytes != len(payload):
         raise ValueError("a block has another size than it should")
