@@ -90,9 +90,9 @@ BUDGET = {
     "methods": 1050,
     "probing": 850,
     "exporting": 950,
-    "workflows": 3700,
+    "workflows": 3625,
     "commands": 225,
-    "cli": 550,
+    "cli": 525,
     "__main__": 10,
 }
 
