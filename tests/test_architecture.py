@@ -78,7 +78,7 @@ BUDGET = {
     "phantoms": 1400,
     "backbones": 525,
     "reporting": 1225,
-    "caching": 3350,
+    "caching": 3325,
     "objective": 150,
     "weights": 525,
     "inference": 775,

@@ -197,24 +197,21 @@ def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[int, str]]:
     table = read_columns(root, [name for name in _schema().names if name != "fingerprint"])
     path = os.path.join(root, layout.MANIFEST)
 
-    def inside(name: str) -> str:
+    def scan_of(row: Mapping[str, Any]) -> CachedScan:
+        known: dict[str, Any] = {item.name: row.get(item.name) for item in fields(Case)}
+        labelled = known["labelled"]
+        known |= {"images": tuple(known["images"]), "labelled": None if labelled is None else tuple(labelled)}
+        part, name = (layout.CASES, row["folder"]) if row["pack"] is None else (layout.PACKS, row["pack"])
         if os.path.basename(name) != name or name in ("", ".", ".."):
             raise DataError(
                 f"{path}: points at {name!r}, outside the cache's folder; it was tampered with, so take the cache from "
                 "its source again."
             )
-        return name
-
-    def scan_of(row: Mapping[str, Any]) -> CachedScan:
-        known: dict[str, Any] = {item.name: row.get(item.name) for item in fields(Case)}
-        labelled = known["labelled"]
-        known |= {"images": tuple(known["images"]), "labelled": None if labelled is None else tuple(labelled)}
-        case = Case(**known)
+        place = os.path.join(root, part, name)
         if row["pack"] is None:
-            return CachedScan.from_card(row, case, os.path.join(root, layout.CASES, inside(row["folder"])))
+            return CachedScan.from_card(row, Case(**known), place)
         members = {str(item["name"]): (int(item["offset"]), int(item["length"])) for item in row["members"]}
-        pack = os.path.join(root, layout.PACKS, inside(row["pack"]))
-        return CachedScan.from_card(row, case, PackedCase(pack, members))
+        return CachedScan.from_card(row, Case(**known), PackedCase(place, members))
 
     try:
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
