@@ -1,13 +1,11 @@
 """Every number that follows from the settings, with its derivation: printed before the first step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from mim3d.objective import Tokens
+from mim3d.objective import Objective
 from mim3d.training.optim import decay_groups, layer_lines
 from mim3d.training.schedule import Optimisation, Schedule, make_schedule
 from mim3d.training.settings import BatchSource, LoopSettings
@@ -43,7 +41,7 @@ def steps_for_epochs(epochs: float, source: BatchSource, *, accumulation: int, d
 
 
 def make_plan(
-    objective: nn.Module, source: BatchSource, loop: LoopSettings, optim: Optimisation, device: str
+    objective: Objective, source: BatchSource, loop: LoopSettings, optim: Optimisation, device: str
 ) -> TrainingPlan:
     """Derive the numbers of a run.
 
@@ -95,19 +93,19 @@ def make_plan(
     return TrainingPlan(batch, schedule, {**derived, "derivations": list(derivations)}, derivations)
 
 
-def _per_step(objective: nn.Module, source: BatchSource, batch: int) -> tuple[dict[str, Any], list[str]]:
+def _per_step(objective: Objective, source: BatchSource, batch: int) -> tuple[dict[str, Any], list[str]]:
     """Tokens and voxels of one optimiser step, where they were counted, and the lines that derive them."""
     derived: dict[str, Any] = {}
     lines = []
-    kinds: Sequence[Tokens] = getattr(objective, "tokens_per_sample", ())
-    if kinds:
+    if kinds := objective.tokens_per_sample:
         visible = batch * sum(kind.num_volumes * kind.visible for kind in kinds)
         hidden = batch * sum(kind.num_volumes * kind.hidden for kind in kinds)
         derived["tokens_per_step"] = {"visible": visible, "hidden": hidden}
-        terms = []
-        for kind in kinds:
-            also_hidden = f" + {kind.hidden:,} hidden" if kind.hidden else ""
-            terms.append(f"{kind.num_volumes} {kind.name} x ({kind.visible:,} visible{also_hidden})")
+        terms = [
+            f"{kind.num_volumes} {kind.name} x ({kind.visible:,} visible"
+            + (f" + {kind.hidden:,} hidden)" if kind.hidden else ")")
+            for kind in kinds
+        ]
         total = f"{visible + hidden:,} ({visible:,} visible, {hidden:,} hidden)"
         lines.append(f"tokens per step {total} = {batch} samples x ({' + '.join(terms)})")
     voxels: int | None = getattr(source, "voxels_per_sample", None)
