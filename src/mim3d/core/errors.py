@@ -27,3 +27,8 @@ def listed(names: Sequence[object], limit: int = 5) -> str:
     """The first few names of a sequence, for a sentence: ``a, b, c and 4 more``."""
     shown = ", ".join(str(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

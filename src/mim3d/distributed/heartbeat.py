@@ -14,6 +14,8 @@ from typing import Any, Self
 
 import torch
 
+from mim3d.core.errors import first_line
+
 READING, COMPUTING, BETWEEN = "waits for data", "computes", "is done with the step"
 
 #: In the order of a step. Whatever else is done between two steps (validating, saving) may take any time.
@@ -76,7 +78,7 @@ class Heartbeat:
         if self._thread is not None:
             self._thread.join(_FAREWELL_S)
             if error is not None:
-                self._write(f"failed {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+                self._write(f"failed {first_line(error)}")
 
     def at(self, step: int, phase: str) -> None:
         """Note how far this process is. Costs nothing."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError
+from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError, first_line
 from mim3d.core.files import atomic_file, remove_partial
 
 _FORMAT = "mim3d training checkpoint 2"
@@ -55,7 +55,7 @@ class Checkpoints:
                     return steps[step]
                 reason = f"the checksum of {broken} is wrong"
             except (CheckpointError, OSError, zipfile.BadZipFile) as error:
-                reason = _first_line(error)
+                reason = first_line(error)
             aside = steps[step].with_suffix(".pt.damaged")
             os.replace(steps[step], aside)
             warnings.warn(
@@ -139,7 +139,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no training checkpoint of this version of mim3d.")
     return content
@@ -194,10 +194,6 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
             torch.save({"format": _FORMAT, **content}, file)
     except (OSError, RuntimeError) as error:
         raise Mim3dError(
-            f"The checkpoint {path} could not be written ({_first_line(error)}); earlier ones are "
+            f"The checkpoint {path} could not be written ({first_line(error)}); earlier ones are "
             "untouched. Free some space, or repair the disk, and resume."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,7 +20,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.wrappers import _FabricModule as FabricModule
 from torch import Tensor, nn
 
-from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.errors import ConfigError, Mim3dError, first_line
 from mim3d.core.resources import choose_accelerator, choose_device
 from mim3d.distributed.processes import choose_processes, export_to_torch, launched_rank
 from mim3d.kernels.machine import find_compiler, keep_freed_memory
@@ -103,7 +103,7 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
     try:
         fabric.launch()
     except torch.distributed.DistError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise Mim3dError(
             f"The {fabric.world_size} processes of this run did not find each other ({reason}); look whether one of "
             "them has ended before, and whether the network lets them reach MASTER_ADDR at MASTER_PORT."

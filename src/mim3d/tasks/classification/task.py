@@ -111,8 +111,8 @@ class Classification(Task):
         return Optimisation(learning_rate=3e-4, weight_decay=0.05, betas=(0.9, 0.999), warmup_ratio=0.05, clip_norm=1.0)
 
     @classmethod
-    def of_preset(cls, preset: Preset, patch_size: Triple) -> "Classification":
-        return Classification(fit="scan", size=patch_size, augmentation=published_augmentation(preset))
+    def of_preset(cls, preset: Preset, patch_size: Triple) -> Self:
+        return cls(fit="scan", size=patch_size, augmentation=published_augmentation(preset))
 
     def checked(self, backbone: Backbone) -> "Classification":
         if self.size is not None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -149,8 +149,8 @@ class Segmentation(CropTask):
         return Optimisation(learning_rate=5e-4, weight_decay=1e-5, betas=(0.9, 0.999), warmup_ratio=0.05, clip_norm=1.0)
 
     @classmethod
-    def of_preset(cls, preset: Preset, patch_size: Triple) -> "Segmentation":
-        return Segmentation(
+    def of_preset(cls, preset: Preset, patch_size: Triple) -> Self:
+        return cls(
             patch_size=patch_size,
             positive_ratio=preset.positive_ratio,
             augmentation=published_augmentation(preset),

@@ -8,7 +8,7 @@ import numpy as np
 
 from mim3d.backbones import BACKBONES, Backbone
 from mim3d.caching.scan import CachedScan
-from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.errors import ConfigError, Mim3dError, first_line
 from mim3d.core.resources import available_memory_bytes, in_words
 from mim3d.core.run_folder import is_first_process
 from mim3d.core.settings import spelled, to_mapping, to_named
@@ -111,8 +111,7 @@ def require_memory(
         raise
     except Exception as error:
         # A method of the user's own may look at values, which fake tensors do not have; it may train all the same.
-        reason = (str(error).splitlines() or [""])[0]
-        print(f"memory: not known beforehand ({type(error).__name__}: {reason})")
+        print(f"memory: not known beforehand ({type(error).__name__}: {first_line(error)})")
         return {}
     limit = None if training.memory_limit is None else int(training.memory_limit * 2**30)
     usable = usable_bytes(loop, limit)
