@@ -75,6 +75,9 @@ class ArrayScan:
     def to_values(self, stored_CXYZ: np.ndarray) -> np.ndarray:
         return stored_CXYZ.astype(np.float32)
 
+    def shows(self, level: int, box: tuple[Triple, Triple], bounds: tuple[float, float]) -> bool:
+        return False
+
     def read(self, origin: Triple, size: Triple, level: int = 0) -> np.ndarray:
         assert level == 0
         return np.stack([_crop(channel, origin, size, channel.min()) for channel in self.image])

@@ -20,7 +20,7 @@ from mim3d.datasets.cases import Case
 from mim3d.caching.foreground import class_counts_of, class_locations_of
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.caching.shards import write_array
-from mim3d.caching.stored_voxels import write_image
+from mim3d.caching.stored_voxels import Shown, write_image
 from mim3d.caching.stored_voxels import to_stored
 from mim3d.core.resources import peak_memory_bytes
 
@@ -29,7 +29,7 @@ before = peak_memory_bytes()
 case = Case(id="a", images=(image,), label=label, patient="a")
 prepared = prepare(case, Preprocessing(spacing_mm=spacing_mm and tuple(spacing_mm)))
 stored, lines = to_stored(prepared.image, prepared.statistics, intensities, (-1000.0, 1000.0))
-write_image(out + "/image", stored, lines, 3)
+write_image(out + "/image", stored, lines, 3, [Shown(-1000, 1000, -1000)] * len(lines))
 if label:
     write_array(out + "/label", prepared.label)
     class_locations_of(prepared.label, class_counts_of(prepared.label))

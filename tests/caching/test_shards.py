@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from mim3d.caching import shards
 from mim3d.caching.layout import FileRange
 from mim3d.caching.shards import ShardedArray, write_array
-from mim3d.caching.stored_voxels import StoredIntensity, levels_of, write_image
+from mim3d.caching.stored_voxels import Shown, StoredIntensity, levels_of, write_image
 from mim3d.core.errors import DataError
 
 LINE = StoredIntensity(0.5, -3.0)
+ALL = Shown(-(2**15), 2**15 - 1, 0)
 SHARD = "c/0/0/0/0"
 
 
@@ -32,7 +33,7 @@ def noise(shape, dtype=np.uint8, seed=0):
 
 def image_at(path, image, num_levels=1):
     """The full resolution of an image written to a case folder."""
-    write_image(str(path / "image"), image, [LINE] * len(image), num_levels)
+    write_image(str(path / "image"), image, [LINE] * len(image), num_levels, [ALL] * len(image))
     return ShardedArray(str(path), "image/0")
 
 
@@ -49,7 +50,7 @@ def test_zarr_opens_every_level_and_reads_the_same_voxels(tmp_path, dtype):
     image_at(tmp_path, image, num_levels=3)
     group = zarr.open_group(tmp_path / "image", mode="r")
     assert group.attrs["stored_intensities"] == [{"scale": 0.5, "offset": -3.0}] * 2
-    for level, expected in enumerate(levels_of(image, 3)):
+    for level, expected in enumerate(levels_of(image, 3, [ALL] * 2)):
         stored = group[str(level)]
         assert stored.dtype == dtype
         np.testing.assert_array_equal(stored[...], expected)

@@ -6,7 +6,7 @@ import pytest
 from mim3d.caching import stored_voxels
 from mim3d.caching.foreground import statistics_of, threshold_of
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.caching.stored_voxels import StoredIntensity, halved, level_shapes, levels_of, reduction_of, to_stored
+from mim3d.caching.stored_voxels import Shown, StoredIntensity, halved, level_shapes, levels_of, reduction_of, to_stored
 from mim3d.core.errors import ConfigError
 
 WINDOW = (-1000.0, 1000.0)
@@ -119,25 +119,32 @@ def test_the_nearest_stored_number_is_within_the_type():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint32])
 @pytest.mark.parametrize("shape", [(2, 8, 6, 4), (1, 7, 9, 5), (1, 61, 33, 3), (1, 1, 1, 1), (2, 2, 1, 3)])
-def test_a_level_is_the_mean_of_blocks_rounded_half_to_even(dtype, shape):
+def test_a_level_is_the_mean_of_what_blocks_show_rounded_half_to_even(dtype, shape):
     limits = np.iinfo(dtype)
     rng = np.random.default_rng(0)
     for low, high in ((limits.min, int(limits.max) + 1), (0, 4)):
         image = rng.integers(low, high, shape).astype(dtype)
-        padded = np.pad(
-            image.astype(np.float64), [(0, 0), *((0, size % 2) for size in shape[1:])], constant_values=np.nan
-        )
-        blocks = padded.reshape(shape[0], *(part for size in padded.shape[1:] for part in (size // 2, 2)))
-        half = halved(image)
-        assert half.dtype == dtype
-        np.testing.assert_array_equal(half, np.rint(np.nanmean(blocks, axis=(2, 4, 6))))
+        middle = (low + high) // 2
+        # Clipped on neither side, on one, on both; beyond an odd edge stands a number of each channel's own.
+        for limits_shown in ((limits.min, limits.max), (middle, limits.max), (middle, min(middle + 1, limits.max))):
+            lowest, highest = (int(number) for number in limits_shown)
+            shown = [Shown(lowest, highest, lowest + min(channel, highest - lowest)) for channel in range(shape[0])]
+            averaged = []
+            for channel, seen in zip(image.astype(np.float64), shown, strict=True):
+                odd = [(0, size % 2) for size in shape[1:]]
+                padded = np.pad(channel.clip(lowest, highest), odd, constant_values=seen.outside)
+                blocks = padded.reshape([part for size in padded.shape for part in (size // 2, 2)])
+                averaged.append(np.rint(blocks.mean(axis=(1, 3, 5))))
+            half = halved(image, shown)
+            assert half.dtype == dtype
+            np.testing.assert_array_equal(half, averaged)
 
 
 def test_levels_have_the_shapes_that_are_told():
     image = ct((2, 21, 8, 3))
     shapes = level_shapes((21, 8, 3), 4)
     assert shapes == ((21, 8, 3), (11, 4, 2), (6, 2, 1), (3, 1, 1))
-    assert [level.shape[1:] for level in levels_of(image, 4)] == list(shapes)
+    assert [level.shape[1:] for level in levels_of(image, 4, [Shown(-1000, 1000, 0)] * 2)] == list(shapes)
 
 
 @pytest.mark.parametrize(

@@ -244,8 +244,8 @@ def read_columns(root: str, columns: Sequence[str]) -> Any:
                     f"{path}: unpacks to more than the memory available (about {needed_bytes / 2**30:.1f} GiB with its "
                     f"{file.metadata.num_rows} rows); open it where there is more."
                 )
-            # Caches made before cases could be annotated in part do not say what is labelled.
-            missing = set(columns) - set(file.schema_arrow.names) - {"labelled"}
+            # Older caches do not say what is labelled, nor what their reduced levels were clipped to.
+            missing = set(columns) - set(file.schema_arrow.names) - {"labelled", "level_windows"}
             if missing:
                 raise DataError(f"{path}: no column {min(missing)!r}, so it is no manifest of this version of mim3d.")
             # Not in threads: a process that forks must not have some of them waiting for the others.
@@ -278,6 +278,7 @@ def _schema() -> Any:
         "num_channels": pa.int64(),
         "dtype": pa.string(),
         "num_levels": pa.int64(),
+        "level_windows": pa.list_(pa.struct([("low", pa.float64()), ("high", pa.float64())])),
         "has_label": pa.bool_(),
         "statistics": pa.list_(statistics),
         "stored_intensities": pa.list_(pa.struct([("scale", pa.float64()), ("offset", pa.float64())])),

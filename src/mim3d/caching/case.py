@@ -20,7 +20,7 @@ from mim3d.caching.foreground import class_counts_of, class_locations_of
 from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.scan import Card, card_of
 from mim3d.caching.shards import write_array, write_group
-from mim3d.caching.stored_voxels import to_stored, write_image
+from mim3d.caching.stored_voxels import Shown, level_windows, to_stored, write_image
 from mim3d.core.errors import DataError
 from mim3d.core.files import sync, sync_tree
 from mim3d.datasets.cases import Case
@@ -151,8 +151,13 @@ def _write_case(folder: str, prepared: Prepared, card: Card, settings: BuildSett
             prepared.image, prepared.statistics, preprocessing.intensities, preprocessing.window
         )
         write_group(scratch, {})
-        write_image(os.path.join(scratch, layout.IMAGE), stored, meanings, preprocessing.num_levels)
-        card |= card_of(prepared, meanings, stored.dtype, preprocessing.num_levels) | {"num_voxels": []}
+        windows = level_windows(prepared.statistics, preprocessing.window)
+        shown = [
+            Shown.within(window, meaning, stats, stored.dtype)
+            for window, meaning, stats in zip(windows, meanings, prepared.statistics, strict=True)
+        ]
+        write_image(os.path.join(scratch, layout.IMAGE), stored, meanings, preprocessing.num_levels, shown)
+        card |= card_of(prepared, meanings, stored.dtype, preprocessing.num_levels, windows) | {"num_voxels": []}
         del stored
         if prepared.label is not None:
             write_array(os.path.join(scratch, layout.LABEL), prepared.label)

@@ -36,8 +36,9 @@ class Preprocessing:
         intensities: How the cache stores them: ``lossless``, whole numbers as they are and fractions in 65,536 even
             steps; ``8-bit``, a third of the size and twice as fast to read; or ``auto``, lossless where the data set
             has labels, else 8-bit.
-        window: What 8 bits of a CT cover, HU; values beyond are clipped. Other modalities are clipped to the 0.1 to
-            99.9 percentiles of each channel's foreground, so that its darkest thousandth looks like background.
+        window: What 8 bits of a CT cover, HU; values beyond are clipped, in lossless caches those of reduced levels
+            alone. Other modalities are clipped to the 0.1 to 99.9 percentiles of each channel's foreground where they
+            are stored in 8 bits, so that its darkest thousandth looks like background.
         num_levels: Resolutions stored, full resolution first, each half the one before; 1 for full resolution alone.
         body_crop: Keep only the body: the box around what is not air or background, and 8 voxels more on every side.
             Image and label are cut alike and no voxel moves in the world, but they no longer lie on the grid of the

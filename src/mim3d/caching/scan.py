@@ -19,7 +19,7 @@ from mim3d.caching.foreground import Statistics
 from mim3d.caching.layout import ByteSource, open_bytes
 from mim3d.caching.preprocessing import Prepared
 from mim3d.caching.shards import BLOCK, ShardedArray
-from mim3d.caching.stored_voxels import StoredIntensity, level_shapes
+from mim3d.caching.stored_voxels import Shown, StoredIntensity, level_shapes
 from mim3d.core.errors import DamagedError, DataError
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case
@@ -31,7 +31,13 @@ Card = dict[str, Any]
 Box = tuple[Triple, Triple]
 
 
-def card_of(prepared: Prepared, meanings: Sequence[StoredIntensity], dtype: np.dtype[Any], num_levels: int) -> Card:
+def card_of(
+    prepared: Prepared,
+    meanings: Sequence[StoredIntensity],
+    dtype: np.dtype[Any],
+    num_levels: int,
+    level_windows: Sequence[tuple[float, float]],
+) -> Card:
     """The card of a case, as far as its prepared voxels decide it.
 
     Args:
@@ -39,6 +45,7 @@ def card_of(prepared: Prepared, meanings: Sequence[StoredIntensity], dtype: np.d
         meanings: What the stored numbers mean in each channel.
         dtype: Type in which they are stored.
         num_levels: Number of resolutions stored.
+        level_windows: What each channel was clipped to before its reduced levels were made.
     """
     return {
         "shape": list(prepared.image.shape[1:]),
@@ -47,6 +54,7 @@ def card_of(prepared: Prepared, meanings: Sequence[StoredIntensity], dtype: np.d
         "num_channels": prepared.image.shape[0],
         "dtype": dtype.name,
         "num_levels": num_levels,
+        "level_windows": [{"low": float(low), "high": float(high)} for low, high in level_windows],
         "has_label": prepared.label is not None,
         "statistics": [asdict(channel) for channel in prepared.statistics],
         "stored_intensities": [asdict(meaning) for meaning in meanings],
@@ -80,6 +88,9 @@ class CachedScan:
         size_bytes: Size of what is stored.
         stored_intensities: What the stored numbers of each channel mean.
         num_levels: Number of resolutions stored, full resolution first, each half the one before.
+        level_windows: Range in source units to which each channel was clipped before its reduced levels were made. None
+            in caches made before levels were averages of what is shown: theirs are averages of the stored numbers, and
+            at odd edges of those inside the scan alone.
     """
 
     case: Case
@@ -100,6 +111,7 @@ class CachedScan:
     size_bytes: int
     stored_intensities: tuple[StoredIntensity, ...] = ()
     num_levels: int = 1
+    level_windows: tuple[tuple[float, float], ...] | None = None
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any], case: Case, source: ByteSource) -> "CachedScan":
@@ -133,6 +145,7 @@ class CachedScan:
             size_bytes=int(card["size_bytes"]),
             stored_intensities=tuple(StoredIntensity(**meaning) for meaning in card["stored_intensities"]),
             num_levels=int(card["num_levels"]),
+            level_windows=_level_windows(card.get("level_windows")),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,6 +173,35 @@ class CachedScan:
         """Voxels along X, Y, Z of each level."""
         return level_shapes(self.shape, self.num_levels)
 
+    def shows(self, level: int, box: Box, bounds: tuple[float, float]) -> bool:
+        """Whether a crop of a reduced level is the average of what full resolution shows there.
+
+        Args:
+            level: The level.
+            box: Origin and size of the crop, in voxels of the level.
+            bounds: Range to which a network's intensities are clipped, in source units; infinite where they are not.
+        """
+        if level == 0:
+            return True
+        if self.level_windows is None:
+            ends = zip(*box, self.shape, self.level_shapes[level], strict=True)
+            if any(size % 2**level and first < last <= first + length for first, length, size, last in ends):
+                return False
+        return self.clips_like(bounds)
+
+    def clips_like(self, bounds: tuple[float, float]) -> bool:
+        """Whether reduced levels are averages of intensities clipped to ``bounds``, to half a stored step."""
+        windows = self.level_windows or ((-math.inf, math.inf),) * self.num_channels
+        limits = np.iinfo(self.dtype)
+        for window, meaning, stats in zip(windows, self.stored_intensities, self.statistics, strict=True):
+            for extreme in (stats.minimum, stats.maximum):
+                # Two ranges clip all values alike where they do so with the least and the greatest that are stored.
+                value = meaning.nearest(extreme, limits.dtype) * meaning.scale + meaning.offset
+                made, wanted = (min(max(value, low), high) for low, high in (window, bounds))
+                if abs(made - wanted) > meaning.scale / 2:
+                    return False
+        return True
+
     def foreground_ratio(self, origin: Triple, size: Triple) -> float:
         """Share of foreground in a box, from the stored map alone; outside the scan there is none.
 
@@ -184,7 +226,7 @@ class CachedScan:
 
         Returns:
             (C, X, Y, Z) in the stored type, see ``to_values``. Outside the scan it holds the number nearest to each
-            channel's ``low``.
+            channel's ``low``, in reduced levels as it is shown.
 
         Raises:
             DataError: There is no such level, or the stored voxels are missing or damaged.
@@ -209,11 +251,21 @@ class CachedScan:
             if any(
                 first < 0 or first + length > limit for first, length, limit in zip(origin, size, shape, strict=True)
             ):
-                for channel, meaning, stats in zip(crop, self.stored_intensities, self.statistics, strict=True):
-                    channel[...] = meaning.nearest(stats.low, dtype)
+                for channel, outside in zip(crop, self._outside(level, dtype), strict=True):
+                    channel[...] = outside
             crops.append(crop)
         array.read_crops([((0, *origin), crop) for (origin, _), crop in zip(boxes, crops, strict=True)])
         return crops
+
+    def _outside(self, level: int, dtype: np.dtype[Any]) -> list[int]:
+        """The number that stands for each channel outside the scan."""
+        channels = zip(self.stored_intensities, self.statistics, strict=True)
+        if level == 0 or self.level_windows is None:
+            return [meaning.nearest(stats.low, dtype) for meaning, stats in channels]
+        return [
+            Shown.within(window, meaning, stats, dtype).outside
+            for window, (meaning, stats) in zip(self.level_windows, channels, strict=True)
+        ]
 
     def will_need(self, boxes: Sequence[Box], level: int = 0) -> None:
         """Let the disk begin with crops that are read soon. Missing or damaged files raise only when they are read."""
@@ -257,3 +309,8 @@ class CachedScan:
                 f"{shape}; delete that and run `mim3d cache` again."
             )
         return found.dtype
+
+
+def _level_windows(windows: Any) -> tuple[tuple[float, float], ...] | None:
+    """The column of a card; absent in caches made before there was one."""
+    return None if windows is None else tuple((float(window["low"]), float(window["high"])) for window in windows)

@@ -11,7 +11,9 @@ How intensities in source units become integers:
   as in images made from 8 bits, they are stored exactly.
 
 What is CT and what is foreground is decided in :mod:`mim3d.caching.foreground`. Each further resolution averages 2 x 2
-x 2 voxels of the one before.
+x 2 voxels of the one before *as a network is shown them*: clipped to the channel's window first, with the padding value
+beyond the scan's edge. A network's window does not commute with an average, so it is settled when the levels are made;
+where a network has another one, coarse crops are averaged from full resolution (:mod:`mim3d.loading.samples`).
 """
 
 import math
@@ -61,6 +63,43 @@ class StoredIntensity:
         return min(max(round((value - self.offset) / self.scale), int(limits.min)), int(limits.max))
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a network is shown of one channel's stored numbers: this is what reduced levels are averages of.
+
+    Attributes:
+        low: Numbers below it are shown as it.
+        high: Numbers above it are shown as it.
+        outside: The number shown beyond the edges of the scan, within the two.
+    """
+
+    low: int
+    high: int
+    outside: int
+
+    @classmethod
+    def within(
+        cls, window: tuple[float, float], meaning: StoredIntensity, stats: Statistics, dtype: np.dtype[Any]
+    ) -> "Shown":
+        """What a channel shows within a window of source units."""
+        low, high = (meaning.nearest(bound, dtype) for bound in window)
+        return cls(low, high, min(max(meaning.nearest(stats.low, dtype), low), high))
+
+
+def level_windows(statistics: Sequence[Statistics], window: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+    """The range of source units to which each channel is clipped before reduced levels are made.
+
+    Args:
+        statistics: Statistics of each channel.
+        window: Range of a CT, HU. Other modalities are shown by their z-score, which clips nothing.
+    """
+    return tuple(window if _is_ct(stats) else (stats.minimum, stats.maximum) for stats in statistics)
+
+
+def _is_ct(stats: Statistics) -> bool:
+    return stats.minimum < HU_BELOW
+
+
 def to_stored(
     image_CXYZ: npt.NDArray[Any],
     statistics: Sequence[Statistics],
@@ -98,7 +137,7 @@ def to_stored(
 
 
 def _eight_bits(channel: npt.NDArray[Any], stats: Statistics, window: tuple[float, float]) -> StoredIntensity:
-    if stats.minimum < HU_BELOW:
+    if _is_ct(stats):
         return StoredIntensity.over(window[0], window[1], np.dtype(np.uint8))
     if stats.maximum - stats.minimum <= 255 and _is_whole(channel):
         return StoredIntensity(1.0, stats.minimum)
@@ -125,7 +164,13 @@ def _slabs(channel: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
     return (channel[start : start + planes] for start in range(0, len(channel), planes))
 
 
-def write_image(path: str, stored_CXYZ: npt.NDArray[Any], meanings: Sequence[StoredIntensity], num_levels: int) -> None:
+def write_image(
+    path: str,
+    stored_CXYZ: npt.NDArray[Any],
+    meanings: Sequence[StoredIntensity],
+    num_levels: int,
+    shown: Sequence[Shown],
+) -> None:
     """Store an image as a group of arrays ``0``, ``1``, ...: full resolution, and each level half the one before.
 
     Args:
@@ -133,12 +178,13 @@ def write_image(path: str, stored_CXYZ: npt.NDArray[Any], meanings: Sequence[Sto
         stored_CXYZ: Integers.
         meanings: What they mean in each channel; written beside them for other programs.
         num_levels: Number of arrays.
+        shown: What of each channel the reduced levels are averages of.
 
     Raises:
         OSError: The disk is full or not writable.
     """
     write_group(path, {"stored_intensities": [asdict(meaning) for meaning in meanings]})
-    for level, image in enumerate(levels_of(stored_CXYZ, num_levels)):
+    for level, image in enumerate(levels_of(stored_CXYZ, num_levels, shown)):
         write_array(os.path.join(path, str(level)), image, fast=image.dtype.itemsize == 1)
 
 
@@ -159,41 +205,45 @@ def reduction_of(footprint: Triple, size: Triple) -> int:
     return factor if is_power and fits else 1
 
 
-def levels_of(image_CXYZ: npt.NDArray[Any], num_levels: int) -> Iterator[npt.NDArray[Any]]:
-    """Each level of an image of integers, full resolution first."""
+def levels_of(image_CXYZ: npt.NDArray[Any], num_levels: int, shown: Sequence[Shown]) -> Iterator[npt.NDArray[Any]]:
+    """Each level of an image of integers, full resolution as it is first, then reduced what is shown of it."""
     yield image_CXYZ
     for _ in range(num_levels - 1):
-        image_CXYZ = halved(image_CXYZ)
+        image_CXYZ = halved(image_CXYZ, shown)
         yield image_CXYZ
 
 
-def halved(image_CXYZ: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Average integers of at most 32 bits over blocks of 2 x 2 x 2, rounded half to even.
+def halved(image_CXYZ: npt.NDArray[Any], shown: Sequence[Shown]) -> npt.NDArray[Any]:
+    """Average integers of at most 32 bits, as they are shown, over blocks of 2 x 2 x 2, rounded half to even.
+
+    Args:
+        image_CXYZ: The integers.
+        shown: What is shown of each channel. A block that reaches over an odd edge holds the number outside there, as
+            a crop does.
 
     Returns:
-        (C, ceil(X / 2), ceil(Y / 2), ceil(Z / 2)) of the same type. A block at an odd edge is averaged over the voxels
-        that are there.
+        (C, ceil(X / 2), ceil(Y / 2), ceil(Z / 2)) of the same type.
     """
     shape = image_CXYZ.shape[1:]
     half = np.empty((len(image_CXYZ), *(-(-voxels // 2) for voxels in shape)), dtype=image_CXYZ.dtype)
     # Sums of eight: 32 bits hold those of 16-bit voxels.
     wide = np.int32 if image_CXYZ.dtype.itemsize <= 2 else np.int64
     step = 2 * max(1, _SLAB_VOXELS // (2 * math.prod(shape[1:])))
-    for channel, target in zip(image_CXYZ, half, strict=True):
+    for channel, target, seen in zip(image_CXYZ, half, shown, strict=True):
         for start in range(0, shape[0], step):
-            sums = channel[start : start + step].astype(wide)
+            sums = np.clip(channel[start : start + step], seen.low, seen.high, dtype=wide)
             for axis in range(3):
-                sums = _pair_sums(sums, axis)
+                sums = _pair_sums(sums, axis, seen.outside << axis)
             # Shifting right rounds down; adding 3, or 4 where the result would be odd, rounds half to even.
             target[start // 2 : start // 2 + len(sums)] = (sums + 3 + ((sums >> 3) & 1)) >> 3
     return half
 
 
-def _pair_sums(array: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
-    """Sums of neighbours along an axis. A last one without a neighbour counts twice, so that the average is its own."""
+def _pair_sums(array: npt.NDArray[Any], axis: int, outside: int) -> npt.NDArray[Any]:
+    """Sums of neighbours along an axis; the neighbour of a last one that has none is ``outside``."""
     array = np.moveaxis(array, axis, 0)
     sums = array[0::2].copy()
     pairs = len(array) // 2
     sums[:pairs] += array[1::2]
-    sums[pairs:] *= 2
+    sums[pairs:] += outside
     return np.moveaxis(sums, 0, axis)

@@ -32,7 +32,8 @@ def cache(
         spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; each scan keeps its own if not given.
         intensities: How intensities are stored: lossless; 8-bit, which is smaller and faster to read and enough for
             pre-training; or auto, lossless if the data set has labels, else 8-bit.
-        window: What 8 bits of a CT cover, in HU; other modalities use what their foreground covers.
+        window: What 8 bits of a CT cover and what its reduced resolutions show, in HU; other modalities use what their
+            foreground covers.
         num_levels: Number of resolutions stored, each half the one before; 1 for full resolution alone.
         body_crop: Keep only the box around the body (what is not air or background), with a small margin.
         num_workers: Number of processes; one per core if not given.

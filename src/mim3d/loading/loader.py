@@ -104,6 +104,31 @@ class Loader:
             return self.dataset.num_values(0)
         return None
 
+    @property
+    def slow_levels(self) -> str | None:
+        """Why coarse crops of some scans are averaged from full resolution, and the remedy; None where none is."""
+        scans, bounds = self.dataset.scans, self.dataset.intensity.bounds
+        with suppress(DamagedError):
+            if self.dataset.num_coarse_crops(0):
+                other = sum(not scan.clips_like(bounds) for scan in scans)
+                odd = [any(size % 2 ** (scan.num_levels - 1) for size in scan.shape) for scan in scans]
+                edges = sum(scan.level_windows is None for scan in itertools.compress(scans, odd))
+                many = f"of {len(scans)} scans in the cache"
+                if other:
+                    window = "" if np.isinf(bounds[0]) else f" with --window {bounds[0]:g} {bounds[1]:g}"
+                    return (
+                        f"reduced levels of {other} {many} were not made with the network's intensities clipped to "
+                        f"{list(bounds)}: coarse crops are averaged from full resolution, which takes longer; a cache "
+                        f"built in a new folder{window} has them."
+                    )
+                if edges:
+                    return (
+                        f"reduced levels of {edges} {many} were made by an earlier version, without the padding at odd "
+                        "edges: there coarse crops are averaged from full resolution, which takes a little longer; a "
+                        "cache built in a new folder has it."
+                    )
+        return None
+
     def batches(self, first_sample: int, *, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
         """Endless micro-batches of this process, beginning at sample ``first_sample`` of the whole run.
 

@@ -56,8 +56,9 @@ class Sample:
         flips: Axes along which every crop is flipped after it was read.
         gain: Factor on the mapped intensities of the whole sample.
         bias: Offset on the mapped intensities of the whole sample.
-        pyramid: Whether crops whose reduction is stored in the scan's pyramid, on its voxels, are read there; otherwise
-            all of them are read in full resolution.
+        pyramid: Whether crops whose reduction is stored in the scan's pyramid, on its voxels, are read there. It must
+            hold what full resolution shows there, see ``CachedScan.shows``; otherwise crops are read in full resolution
+            and reduced.
     """
 
     images: Mapping[str, tuple[Crop, ...]]
@@ -147,7 +148,7 @@ class SampleDataset:
         scan = self._scan_of(index)
         with suppress(DamagedError):
             self._drawn_ahead[index] = self._draw(index, scan)
-            for level, boxes in _boxes(scan, self._drawn_ahead[index][0]).items():
+            for level, boxes in self._boxes(scan, self._drawn_ahead[index][0]).items():
                 scan.will_need(boxes, level)
 
     def num_values(self, index: int) -> int:
@@ -158,8 +159,19 @@ class SampleDataset:
         """
         scan = self._scan_of(index)
         sample, _ = self._draw(index, scan)
-        images = sum(math.prod(size) for boxes in _boxes(scan, sample).values() for _, size in boxes)
+        images = sum(math.prod(size) for boxes in self._boxes(scan, sample).values() for _, size in boxes)
         return scan.num_channels * images + sum(math.prod(size) for _, size in _label_boxes(sample))
+
+    def num_coarse_crops(self, index: int) -> int:
+        """Crops of a sample that the pyramid of its scan could hold.
+
+        Raises:
+            DamagedError: The scan is damaged.
+        """
+        scan = self._scan_of(index)
+        sample, _ = self._draw(index, scan)
+        crops = [crop for found in sample.images.values() for crop in found] if sample.pyramid else []
+        return sum(level_of(crop, scan.num_levels) > 0 for crop in crops)
 
     def case_id(self, index: int) -> str:
         """The case that a sample is drawn from, unless it proves damaged."""
@@ -181,11 +193,11 @@ class SampleDataset:
             scan.stored_intensities, scan.statistics, gain=sample.gain, bias=sample.bias
         )
         stored: dict[tuple[int, Box], np.ndarray] = {}
-        for level, boxes in _boxes(scan, sample).items():
+        for level, boxes in self._boxes(scan, sample).items():
             stored |= zip(((level, box) for box in boxes), scan.read_crops(boxes, level), strict=True)
         flips = (slice(None), *(slice(None, None, -1 if flipped else 1) for flipped in sample.flips))
         images = {
-            key: self._finished([stored[_box_of(crop, scan, sample)][flips] for crop in crops], crops, rescaling)
+            key: self._finished([stored[self._box_of(crop, scan, sample)][flips] for crop in crops], crops, rescaling)
             for key, crops in sample.images.items()
         }
         labels = {box: torch.from_numpy(scan.read_label(*box).astype(np.int64)) for box in _label_boxes(sample)}
@@ -199,6 +211,23 @@ class SampleDataset:
             return {**images, **others}
         values = {key: torch.from_numpy(np.stack(image.crops)) for key, image in images.items()}
         return {**self.augment({**values, **others}, int(rng.integers(2**31)))}
+
+    def _box_of(self, crop: Crop, scan: CachedScan, sample: Sample) -> tuple[int, Box]:
+        """The level of the scan's pyramid that a crop is read from, and its place there."""
+        if sample.pyramid and (level := level_of(crop, scan.num_levels)):
+            x, y, z = (first >> level for first in crop.origin)
+            if scan.shows(level, ((x, y, z), crop.size), self.intensity.bounds):
+                return level, ((x, y, z), crop.size)
+        return 0, (crop.origin, crop.footprint)
+
+    def _boxes(self, scan: CachedScan, sample: Sample) -> dict[int, list[Box]]:
+        """Level of the scan's pyramid -> the places that a sample reads there, each of them once."""
+        boxes: dict[int, dict[Box, None]] = {}
+        for crops in sample.images.values():
+            for crop in crops:
+                level, box = self._box_of(crop, scan, sample)
+                boxes.setdefault(level, {})[box] = None
+        return {level: list(found) for level, found in boxes.items()}
 
     def _finished(self, stored: list[np.ndarray], crops: Sequence[Crop], rescaling: np.ndarray) -> StoredCrops:
         """Crops as they travel: network input where they are resized or augmented here, else as they are stored."""
@@ -224,23 +253,6 @@ def level_of(crop: Crop, num_levels: int) -> int:
     level = factor.bit_length() - 1
     aligned = all(first % factor == 0 for first in crop.origin)
     return level if aligned and level < num_levels else 0
-
-
-def _box_of(crop: Crop, scan: CachedScan, sample: Sample) -> tuple[int, Box]:
-    """The level of the scan's pyramid that a crop is read from, and its place there."""
-    level = level_of(crop, scan.num_levels) if sample.pyramid else 0
-    x, y, z = (first >> level for first in crop.origin)
-    return level, ((x, y, z), crop.size if level else crop.footprint)
-
-
-def _boxes(scan: CachedScan, sample: Sample) -> dict[int, list[Box]]:
-    """Level of the scan's pyramid -> the places that a sample reads there, each of them once."""
-    boxes: dict[int, dict[Box, None]] = {}
-    for crops in sample.images.values():
-        for crop in crops:
-            level, box = _box_of(crop, scan, sample)
-            boxes.setdefault(level, {})[box] = None
-    return {level: list(found) for level, found in boxes.items()}
 
 
 def _label_boxes(sample: Sample) -> list[Box]:

@@ -37,13 +37,18 @@ class Intensity:
         if self.kind == "window" and (self.window is None or not self.window[0] < self.window[1]):
             raise ConfigError(f"intensity window {self.window} must be two rising numbers, such as [-1000, 1000].")
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Range in source units to which intensities are clipped; infinite where they are not."""
+        return self.window if self.kind == "window" and self.window is not None else (-np.inf, np.inf)
+
     def apply(self, image_CXYZ: np.ndarray, statistics: Sequence["Statistics"]) -> np.ndarray:
         """Map ``(C, X, Y, Z)`` voxels in source units to float32 network input, channel by channel."""
         image = image_CXYZ.astype(np.float32)
         for channel, stats in zip(image, statistics, strict=True):
             low, width = self._zero_and_unit(stats)
-            if self.window is not None and self.kind == "window":
-                np.clip(channel, *self.window, out=channel)
+            if self.kind == "window":
+                np.clip(channel, *self.bounds, out=channel)
             channel -= low
             channel /= width
         return image

@@ -146,6 +146,8 @@ def run_pretraining(settings: PretrainSettings) -> str:
         if settings.weights is not None:
             print(f"{settings.weights}: {load_into(objective.encoder, settings.weights)}")
         loader = settings.loader(scans, method.sampler(recipe), mapping)
+        if run.writes and (slow := loader.slow_levels):
+            print(f"note: {slow}")
         card = encoder_card(recipe, mapping, scans)
         keeper = EncoderKeeper(run, card)
         if probe is not None:
