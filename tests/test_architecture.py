@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 1650,
+    "core": 1800,
     "kernels": 875,
     "scans": 2375,
     "nn": 575,
@@ -77,7 +77,7 @@ BUDGET = {
     "datasets": 2100,
     "phantoms": 1400,
     "backbones": 525,
-    "reporting": 1225,
+    "reporting": 1250,
     "caching": 3435,
     "objective": 150,
     "weights": 525,

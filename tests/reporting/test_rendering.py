@@ -6,7 +6,8 @@ import jinja2
 import pytest
 from matplotlib.figure import Figure
 
-from mim3d.reporting.rendering import Theme, chart, film, label_colour, render, run_colour
+from mim3d.reporting.paper_tables import PaperTable, latex, markdown
+from mim3d.reporting.rendering import Theme, chart, chart_text, film, label_colour, render, run_colour
 
 
 def test_text_in_html_is_escaped_and_what_was_rendered_here_is_not():
@@ -43,3 +44,25 @@ def test_films_are_png_images():
 def test_the_first_28_colours_differ():
     for colours in (run_colour, label_colour):
         assert len({colours(position) for position in range(28)}) == 28
+
+
+def test_names_from_files_are_escaped_in_every_form():
+    name = "[x](http://e.vil)|\x1b[31m\u202e<script>"
+    table = PaperTable("scores", name, ["Label", name], [["[liver]", "1"], [name, "2"]])
+    page, tex = markdown([table]), latex([table])
+    for text in (page, tex):
+        assert "\x1b" not in text and "\u202e" not in text
+    assert "](" not in page and "<script" not in page.replace("\\<", "")
+    # LaTeX would take "[liver]" at the start of a row for the length of the line end before it.
+    assert "\n{}[liver] & 1" in tex and r"\textbackslash{}x1b" in tex
+    shown = render("film.html", source="x", alt='"><script>\x1b\u202e')
+    assert "<script>" not in shown and "\x1b" not in shown and "\u202e" not in shown
+
+
+def test_a_label_with_dollar_signs_is_no_formula_of_a_chart():
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(1, 1))
+        figure.subplots().set_title(chart_text("cost $\\frac{ $"))
+        return figure
+
+    assert "data:image/png" in chart(draw, "title")

@@ -5,7 +5,6 @@ files, its patient, the digest of its sources, shape, spacing, affine and intens
 below ``cases/``, or ranges of bytes in a file below ``packs/``.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from mim3d.caching.layout import ByteSource, PackedCase
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan, Card
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.files import atomic_file
+from mim3d.core.files import atomic_file, read_csv
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import available_memory_bytes
 
@@ -150,9 +149,10 @@ def open_cache(path: str | Path) -> Cache:
         labels = {0: "background", **{value: f"label_{value}" for value in found}}
     table = os.path.join(root, layout.FAILED)
     try:
-        with open(table, encoding="utf-8", newline="") as file:
-            failed = tuple({name: row[name] for name in layout.FAILED_COLUMNS} for row in csv.DictReader(file))
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+        (_, head), *rows = read_csv(table)
+        named = [dict(zip(head, row, strict=True)) for _, row in rows]
+        failed = tuple({name: row[name] for name in layout.FAILED_COLUMNS} for row in named)
+    except (DataError, ValueError, KeyError) as error:
         raise DataError(f"{table}: missing or damaged ({error!r}); run `mim3d cache` again to rebuild it.") from error
     return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=failed)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.names import printable
 
 if TYPE_CHECKING:
     from mim3d.cli.arguments import Signature
@@ -131,7 +132,7 @@ def _show_warnings_in_one_line() -> None:
 
     def show(message: Any, category: Any, filename: str, *rest: Any, **named: Any) -> None:
         if filename.startswith(package):
-            print(f"mim3d: warning: {message}", file=sys.stderr)
+            print(f"mim3d: warning: {printable(str(message))}", file=sys.stderr)
         else:
             others(message, category, filename, *rest, **named)
 

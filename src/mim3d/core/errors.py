@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 
+from mim3d.core.names import printable
+
 
 class Mim3dError(Exception):
-    """Root of every error that mim3d raises on purpose. The command line prints it as one line."""
+    """Root of every error that mim3d raises on purpose. The command line prints it as one line.
+
+    As text it is harmless wherever it is printed or stored, whatever the names of files in it.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(Mim3dError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mim3d.core.errors import DataError
+from mim3d.core.names import as_cell, from_cell
 
 #: End of the sentence about a write that failed, where the caller knows no better one.
 REMEDY = "nothing was changed. If the folder is full or not writable, choose another."
@@ -170,20 +171,34 @@ def write_csv(
     Args:
         path: File to be written.
         head: Names of the columns.
-        rows: Cells of each row. None is written as an empty cell.
+        rows: Cells of each row. None is written as an empty cell, and text so that no spreadsheet takes it for a
+            formula and no terminal for a command (``core/names.py``); ``read_csv`` undoes the former.
         remedy: End of the sentence about a failure. None passes an OSError on as it is.
 
     Raises:
         DataError: The folder cannot be written to, or the disk is full. Nothing was changed.
     """
-    # A file name that is no UTF-8 may be a cell: its bytes are written as escapes.
     with (
         atomic_file(path, durable=True, remedy=remedy) as part,
-        open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        open(part, "w", encoding="utf-8", newline="") as file,
     ):
         table = csv.writer(file)
-        table.writerow(head)
-        table.writerows(rows)
+        table.writerows([as_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in (head, *rows))
+
+
+def read_csv(path: str | os.PathLike[str]) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV file that are not blank, as ``write_csv`` got them, each with the number of its last line.
+
+    Raises:
+        DataError: The file cannot be read as CSV.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            rows = ((reader.line_num, [from_cell(cell) for cell in row]) for row in reader)
+            return [(line, row) for line, row in rows if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from mim3d.core.names import printable
+
 #: Seconds between two plain lines.
 PLAIN_EVERY_S = 15.0
 
@@ -66,7 +68,7 @@ class Progress:
         """Move the bar and change the text beside it; elsewhere print a line if it is time for one."""
         self.advance(done)
         if self._bar is not None:
-            self._bar.update(self._task, beside=beside)
+            self._bar.update(self._task, beside=printable(beside))
             return
         now = time.monotonic()
         shown_before = self._last_line is not None
@@ -79,6 +81,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
+        text = printable(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif not self._silent:
@@ -109,6 +112,11 @@ def _rich_bar(steady_s: float) -> Any:
     if console.width < _WIDE:
         return TwoLines(*columns, console=console, speed_estimate_period=steady_s)
     return progress.Progress(*columns, beside, console=console, speed_estimate_period=steady_s)
+
+
+def say(text: str) -> None:
+    """Print a line on stdout that may hold names from files."""
+    print(printable(text), flush=True)
 
 
 def counted(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:

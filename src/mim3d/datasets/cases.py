@@ -1,6 +1,5 @@
 """What a case is, and every form of DATA read into cases: folders, descriptions, lists that users write, one scan."""
 
-import csv
 import itertools
 import os
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mim3d.core.errors import DataError, listed
-from mim3d.core.files import read_json
+from mim3d.core.files import read_csv, read_json
 from mim3d.core.settings import nearest
 from mim3d.scans.grids import require_same_grid
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
@@ -250,14 +249,8 @@ def read_table(path: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
     Raises:
         DataError: The file cannot be read as CSV.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            rows = [(f"{path}, line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
-    return header, rows
+    (_, header), *rows = read_csv(path) or [(0, [])]
+    return [name.strip() for name in header], [(f"{path}, line {line}", row) for line, row in rows]
 
 
 def _read_csv(path: str) -> list[Case]:

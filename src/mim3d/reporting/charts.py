@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mim3d.reporting.rendering import Theme, chart, style_axes
+from mim3d.reporting.rendering import Theme, chart, chart_text, style_axes
 from mim3d.reporting.sources import NamedRun, ScoreSet, is_number
 
 #: Keys of a metrics line that are no learning curve.
@@ -40,7 +40,7 @@ def curves_chart(runs: Sequence[NamedRun], keys: Sequence[str]) -> str:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, key in zip(panels, keys, strict=False):
             style_axes(panel, theme)
-            panel.set_title(key, loc="left", fontsize=9, color=theme.ink)
+            panel.set_title(chart_text(key), loc="left", fontsize=9, color=theme.ink)
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             curves = [(run, *run.series(key)) for run in runs]
             for run, steps, values in curves:
@@ -90,7 +90,7 @@ def dice_chart(sets: Sequence[ScoreSet]) -> str:
                 panel.scatter(middle + jitter, dice, s=14, color=each.colour, alpha=0.65, linewidths=0)
                 median = float(np.median(dice))
                 panel.hlines(median, middle - 0.38 * width, middle + 0.38 * width, color=theme.ink, linewidth=1.2)
-        panel.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) > 6 else 0)
+        panel.set_xticks(range(len(labels)), list(map(chart_text, labels)), rotation=30 if len(labels) > 6 else 0)
         panel.set_xlim(-0.6, len(labels) - 0.4)
         panel.set_ylabel("Dice", fontsize=8, color=theme.ink)
         panel.set_ylim(top=1.02)

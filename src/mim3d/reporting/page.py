@@ -15,6 +15,7 @@ import yaml
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError, Mim3dError
 from mim3d.core.files import write_text
+from mim3d.core.progress import say
 from mim3d.core.settings import flat
 from mim3d.reporting import scan_images
 from mim3d.reporting.charts import curve_names, curves_chart, dice_chart, reliability_chart
@@ -89,7 +90,7 @@ def write_report(runs: Sequence[str], out: str, scores: Sequence[str]) -> str:
         footer=f"Written by mim3d {__version__} report.",
     )
     write_text(path, page)
-    print(f"Report: {path}")
+    say(f"Report: {path}")
     return path
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mim3d.core.names import printable
+
 if TYPE_CHECKING:
     import jinja2
     from matplotlib.axes import Axes
@@ -63,8 +65,13 @@ def _environment() -> "jinja2.Environment":
     import jinja2
     from markupsafe import Markup, escape
 
+    def harmless(value: Any) -> Any:
+        # What was rendered here is trusted; names of files, cases and labels are not.
+        return printable(value, keep="\n\t") if type(value) is str else value
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mim3d.reporting"),
+        finalize=harmless,
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -77,10 +84,12 @@ def _environment() -> "jinja2.Environment":
         return Markup(re.sub(r"([_\-/])", r"\1<wbr>", str(escape(name))))
 
     def latex(text: str) -> str:
-        return "".join(_LATEX.get(mark, mark) for mark in text.replace("\n", " "))
+        written = "".join(_LATEX.get(mark, mark) for mark in printable(text.replace("\n", " ")))
+        # At the start of a row LaTeX takes these for an argument of the line end before it.
+        return f"{{}}{written}" if written.startswith(("[", "*")) else written
 
     def markdown(text: str) -> str:
-        return re.sub(r"([\\`*_{}|<>#~])", r"\\\1", text.replace("\n", " "))
+        return re.sub(r"([\\`*_{}|<>#~]|(?<=\])\()", r"\\\1", printable(text.replace("\n", " ")))
 
     filters = {"breakable": breakable, "interval": interval, "latex": latex, "markdown": markdown, "number": number}
     environment.filters |= filters
@@ -144,6 +153,11 @@ def _encode(figure: "Figure", face: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, facecolor=face)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def chart_text(name: str) -> str:
+    """A name as text of a chart, in which dollar signs do not begin a formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def style_axes(axes: "Axes", theme: Theme) -> None:

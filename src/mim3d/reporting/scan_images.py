@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 
 from mim3d.core.errors import DataError
 from mim3d.core.types import Spacing
-from mim3d.reporting.rendering import FILM, FILM_INK, film
+from mim3d.reporting.rendering import FILM, FILM_INK, chart_text, film
 from mim3d.scans.grids import require_same_grid
 from mim3d.scans.volumes import read_volume
 from mim3d.tracking.slices import PLANES, Plane, Volume, grey_range
@@ -202,7 +202,7 @@ def history_image(history: Mapping[int, Mapping[str, Group]]) -> str:
                 low, high = grey_range(level["original"])
                 middle = PLANES[0].middle(level["reconstructed"])
                 panel.imshow(middle, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-        row[0].set_ylabel(name, color=FILM_INK, fontsize=8)
+        row[0].set_ylabel(chart_text(name), color=FILM_INK, fontsize=8)
     for panel, step in zip(panels[0], steps, strict=True):
         panel.set_title(f"step {step}", color=FILM_INK, fontsize=8)
     return film(figure, "Reconstructions over training, middle axial slices")

@@ -4,6 +4,7 @@ from collections import defaultdict
 
 from mim3d.caching.build import build_cache
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.progress import say
 from mim3d.core.resources import in_words
 from mim3d.datasets.cases import read_cases
 
@@ -35,7 +36,7 @@ def cache_data_set(
     if made.failed:
         print(f"{len(made.failed)} of {len(made) + len(made.failed)} scans left out, the reasons are in failed.csv:")
         for row in made.failed[:3]:
-            print(f"  {row['reason']}")
+            say(f"  {row['reason']}")
     alike: dict[str, list[str]] = defaultdict(list)
     for scan in made:
         alike[scan.source_digest].append(scan.case.id)
@@ -44,7 +45,7 @@ def cache_data_set(
     if copies:
         others = len(copies) - 1
         more = f" (+ {others} more pair{'s' * (others > 1)})" if others else ""
-        print(f"2 scans have the same content: {', '.join(copies[0])}{more}")
+        say(f"2 scans have the same content: {', '.join(copies[0])}{more}")
     ratio = made.size_bytes / max(made.source_bytes, 1)
-    print(f"{made.path}: {len(made)} scans, {in_words(made.size_bytes)}, {ratio:.2f} of the size of the sources")
+    say(f"{made.path}: {len(made)} scans, {in_words(made.size_bytes)}, {ratio:.2f} of the size of the sources")
     return made.path

@@ -5,6 +5,7 @@ import os
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_csv, write_json, write_text
+from mim3d.core.progress import say
 from mim3d.datasets.references import is_class_table
 from mim3d.tasks import find_task
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
@@ -37,8 +38,8 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
 
         write_text(f"{stem}.md", markdown(scores.paper_tables))
         write_text(f"{stem}.tex", latex(scores.paper_tables))
-        print(f"Tables: {stem}.md, {stem}.tex")
-    print(f"Scores of {scores.num_cases} case{'' if scores.num_cases == 1 else 's'}: {path}")
+        say(f"Tables: {stem}.md, {stem}.tex")
+    say(f"Scores of {scores.num_cases} case{'' if scores.num_cases == 1 else 's'}: {path}")
     return path
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import atomic_folder
+from mim3d.core.progress import say
 from mim3d.core.settings import nearest
 from mim3d.core.types import Named, Triple
 from mim3d.exporting.hub_folder import check_license, write_hub_folder
@@ -98,7 +99,7 @@ def export_network(settings: ExportSettings) -> str:
                 WRITERS[name](network, scratch)
             else:
                 write_hub_folder(network, scratch, seen)
-        print(f"{name}: {network.kind} in {target}")
+        say(f"{name}: {network.kind} in {target}")
     return str(folder)
 
 

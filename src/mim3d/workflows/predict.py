@@ -11,7 +11,7 @@ import torch
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import read_json, write_json
-from mim3d.core.progress import Progress
+from mim3d.core.progress import Progress, say
 from mim3d.core.resources import choose_device
 from mim3d.core.types import Named
 from mim3d.datasets.cases import Case, read_cases
@@ -78,7 +78,7 @@ def predict_scans(settings: PredictSettings) -> str:
     num_before = len(cases) - len(remaining)
     before = f", {num_before} of them before" if num_before else ""
     failed = [case.id for case in cases if case.id in folder.failures]
-    print(f"{len(cases) - len(failed)} of {len(cases)} scans {predictor.done}{before}: {folder.path}")
+    say(f"{len(cases) - len(failed)} of {len(cases)} scans {predictor.done}{before}: {folder.path}")
     if failed:
         raise DataError(
             f"{len(failed)} of {len(cases)} scans could not be {predictor.done}, the first because of "

@@ -10,6 +10,7 @@ import torch
 from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.progress import say
 from mim3d.core.run_folder import Run, read_run
 from mim3d.core.settings import to_named
 from mim3d.core.types import Named, Spacing
@@ -105,7 +106,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         shapes = shapes_of(source, cases, settings.spacing_mm)
         method = asked.planned(recipe, shapes)
         for line in method.summary(recipe, shapes):
-            print(line)
+            say(line)
         optim = settings.optim.filled_from(method.optimisation)
         sample = pretraining_sample(method, recipe, shapes[0])
         probe = ProbePlan.of(settings.probe, settings.probe_every, settings.folds, recipe, sample, settings.seed)
@@ -144,7 +145,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         torch.manual_seed(settings.seed)
         objective = method.build(recipe)
         if settings.weights is not None:
-            print(f"{settings.weights}: {load_into(objective.encoder, settings.weights)}")
+            say(f"{settings.weights}: {load_into(objective.encoder, settings.weights)}")
         loader = settings.loader(scans, method.sampler(recipe), mapping)
         if run.writes and (slow := loader.slow_levels):
             print(f"note: {slow}")

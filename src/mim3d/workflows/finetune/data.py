@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import DataError, listed
+from mim3d.core.progress import say
 from mim3d.datasets.cases import CaseSet, check_cases
 from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import Preset, find_preset
@@ -53,7 +54,7 @@ def read_training_data(settings: FinetuneSettings) -> TrainingData:
     task = create_task(settings.task)
     source, split = _read_published(preset, settings, need_labels=task.needs == "label")
     for line in describe_preset(preset, split, task, multiple):
-        print(line)
+        say(line)
     return TrainingData(settings, task, source, split)
 
 

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json
+from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, require_usable
 from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.datasets.cases import CaseSet
@@ -60,7 +61,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
             if seconds <= 0:
                 break
             max_time = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-        print(f"fold {fold} of {len(folders)}: {folder}")
+        say(f"fold {fold} of {len(folders)}: {folder}")
         plan, cache = folders[0] / PLAN_NAME, settings.cache or str(out / "cache")
         own = replace(settings, fold=fold, out=str(folder), cache=cache, max_time=max_time)
         if fold and settings.plan is None and plan.is_file():
@@ -76,7 +77,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
     if finished:
         by_name = _by_name(finished)
         for line in table(finished, by_name):
-            print(line)
+            say(line)
         print(f"summary: {out / SUMMARY_NAME}")
     if len(finished) < len(folders):
         again = f"mim3d finetune --config {config} --out {out} --resume true"

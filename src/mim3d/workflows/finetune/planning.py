@@ -17,6 +17,7 @@ from mim3d.backbones import BACKBONES, Backbone
 from mim3d.caching.cache import Cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.progress import say
 from mim3d.core.resources import num_cores
 from mim3d.core.run_folder import Run, is_first_process
 from mim3d.core.settings import build_settings, read_yaml, to_mapping, to_named, write_yaml
@@ -109,7 +110,7 @@ def plan_finetuning(
         return _planned(settings, task.checked(initial.recipe))
     if settings.plan is not None:
         plan = read_plan(settings.plan)
-        print(f"plan: {settings.plan}")
+        say(f"plan: {settings.plan}")
         return _filled(settings, task, initial, plan, fixed_choices(source, task, settings))
     decided = fixed_choices(source, task, settings, initial)
     if all(name in decided.values for name in PLANNED):
@@ -134,7 +135,7 @@ def plan_finetuning(
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     found = _plan_of_run(key, settings)
     if found is not None:
-        print(f"plan: {Path(settings.out) / PLAN_NAME}")
+        say(f"plan: {Path(settings.out) / PLAN_NAME}")
         return _filled(settings, task, initial, found, decided)
     # The run has it where it looked at these very files before.
     fingerprint = DatasetFingerprint.load(Path(settings.out) / FINGERPRINT_NAME, files_key)
@@ -152,7 +153,7 @@ def plan_finetuning(
         )
     plan = replace(_make_plan(fingerprint, source, split, initial, task, settings, decided), made_for=key)
     for line in describe_plan(plan):
-        print(line)
+        say(line)
     return replace(_filled(settings, task, initial, plan, decided), fingerprint=fingerprint)
 
 

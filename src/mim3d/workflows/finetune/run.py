@@ -12,6 +12,7 @@ import torch
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError
+from mim3d.core.progress import say
 from mim3d.core.run_folder import Run
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.datasets.cases import CaseSet
@@ -167,7 +168,7 @@ def _train(
     labels = planned.task.classes_of(training_scans)
     task = planned.task.planned(recipe, training_scans, labels)
     for line in task.summary():
-        print(line)
+        say(line)
     run.note({"task": to_named(task, TASKS), "labels": to_mapping(labels), "num_scans": len(training_scans)})
     mapping = initial.intensity(settings.intensity, training_scans)
     loader = settings.loader(training_scans, task.sampler(), mapping, task.augment())
@@ -223,5 +224,5 @@ def _close(run: Run, objective: Objective, result: TrainResult, network: str, ca
         )
         scores = ", ".join(f"{name} {value:.4f}" for name, value in best["values"].items())
         print(f"kept: the weights of step {best['step']}{f' ({scores} on the held-out cases)' if scores else ''}")
-    print(f"{network}: {run.path / network}")
+    say(f"{network}: {run.path / network}")
     return FinetuneResult(run.path, finished=result.finished, step=best["step"], scores=best["values"])

@@ -12,6 +12,7 @@ import torch
 from mim3d.backbones import Backbone, Encoder
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.progress import say
 from mim3d.core.resources import choose_accelerator
 from mim3d.core.run_folder import Run
 from mim3d.core.types import Triple
@@ -180,12 +181,12 @@ class ProbePlan:
         found = {name: scores_of(probed) for name, probed in references.items()}
         run.note({"probe": {**found, "names": items.names, "num_scans": items.num_scans, "view_size": items.size}})
         sizes = " x ".join(map(str, items.size))
-        print(
+        say(
             f"probe: {len(items.names)} {items.target} ({', '.join(items.names)}) in {items.num_scans[0]} scans to "
             f"learn from and {items.num_scans[1]} to score on, views of {sizes} voxels"
         )
         for name, scores in found.items():
-            print(f"  {name}: linear {scores[BEST_BY]:.4f}, nearest neighbours {scores['probe_knn']:.4f}")
+            say(f"  {name}: linear {scores[BEST_BY]:.4f}, nearest neighbours {scores['probe_knn']:.4f}")
         return items
 
 

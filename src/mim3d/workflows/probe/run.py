@@ -15,7 +15,8 @@ from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json
-from mim3d.core.progress import counted
+from mim3d.core.names import printable
+from mim3d.core.progress import counted, say
 from mim3d.core.resources import choose_device
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Spacing
@@ -138,7 +139,7 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
     show(content)
     if settings.out is not None:
         write_json(settings.out, content, indent=1, allow_nan=False)
-        print(f"scores: {settings.out}")
+        say(f"scores: {settings.out}")
     return content
 
 
@@ -330,5 +331,5 @@ def _interval(ends: Sequence[float] | None) -> str:
 def _print(title: str, first: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = printed_table(title, first, columns)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)

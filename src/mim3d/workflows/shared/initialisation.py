@@ -7,6 +7,7 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
 from mim3d.caching.cache import Cache
+from mim3d.core.progress import say
 from mim3d.core.settings import build_settings, update_settings
 from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import CaseSet
@@ -115,7 +116,7 @@ def initialise(
         if recipe.in_channels == learned:
             recipe = replace(recipe, in_channels=num_channels)
     encoder = recipe.build()
-    print(f"{weights}: {load_into(encoder, weights, input_layers=input_layers)}")
+    say(f"{weights}: {load_into(encoder, weights, input_layers=input_layers)}")
     return Initialisation.of_card(recipe, encoder, read_card(weights))
 
 

@@ -15,6 +15,7 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.fingerprints import Fingerprint, Leak, ScanIdentity, find_leaks
 from mim3d.core.errors import CheckpointError, DataError, listed
 from mim3d.core.files import write_json
+from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON
 from mim3d.weights import WEIGHTS_NAME, locate
 
@@ -115,7 +116,7 @@ def check_pretraining(weights: str | None, held_out: Sequence[ScanIdentity], *, 
     seen = read_seen(weights)
     if seen is None or not seen.complete:
         part = "no list" if seen is None else "only part of a list"
-        print(
+        say(
             f"note: {weights} comes with {part} of the scans it learned from: whether held-out ones are among them "
             "cannot be checked."
         )
