@@ -201,6 +201,7 @@ def test_real_sets_are_read_in_full(shared_data):
 def test_a_dicom_tree_gives_one_case_per_series_with_a_hashed_patient(shared_data):
     cases = read_cases(shared_data / "dicom").cases
     series = [case for case in cases if Path(case.images[0].split("::")[0]).is_dir()]
-    assert len(series) == 2
+    # One of them is tilted: it is found like the others, and refused when it is read.
+    assert len(series) == 3
     assert all(case.patient != case.id and "STS" not in case.patient for case in series)
-    assert len(np.unique([case.patient for case in series])) == 2
+    assert len(np.unique([case.patient for case in series])) == 3

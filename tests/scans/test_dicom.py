@@ -1,5 +1,6 @@
 """DICOM series: found, ordered and read; geometry that cannot be stacked is refused; patients stay private."""
 
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -10,8 +11,11 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from pydicom.config import disable_value_validation
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
+from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from mim3d.core.errors import DataError
@@ -98,7 +102,7 @@ def write_series(
             pack(data, packed, folder)
         for name in ("Rows", "Columns"):
             setattr(data, name, fields.get(name, data[name].value))
-        data.save_as(folder / f"{(index * 7) % 11:02d}_{series}_{index + first_index}.dcm")
+        data.save_as(folder / f"{(index * 7) % 11:02d}_{series}_{index + first_index}.dcm", enforce_file_format=True)
     return folder
 
 
@@ -347,14 +351,25 @@ def test_what_is_no_scan_is_left_out_with_a_line(tmp_path):
     write_series(tmp_path / "mip", positions(heights()), series="3", ImageType=["DERIVED", "SECONDARY", "MIP"])
     write_series(tmp_path / "report", positions(heights()), series="4", SOPClassUID=SECONDARY_CAPTURE)
     write_series(tmp_path / "rt", [None], series="5", Modality="RTSTRUCT")
-    write_series(tmp_path / "tilted", positions([0, 1, 5]), series="6")
+    write_series(tmp_path / "single", positions([0]), series="6")
+    write_series(tmp_path / "planes", positions([0]), series="7")
+    write_series(
+        tmp_path / "planes", positions([0]), series="7", first_index=1, ImageOrientationPatient=[0, 1, 0, 0, 0, -1]
+    )
     with pytest.warns(UserWarning) as told:
         assert find_scans(tmp_path) == [str(scan)]
     lines = "\n".join(str(warning.message) for warning in told)
-    for words in ("scout", "derived", "secondary capture", "RTSTRUCT", "cannot be stacked"):
+    for words in ("scout", "derived", "secondary capture", "RTSTRUCT", "has one slice", "2 orientations"):
         assert words in lines
-    assert len(told) == 5
+    assert len(told) == 6
     assert read_grid(scan).shape == (5, 4, 6)
+
+
+def test_a_series_that_cannot_be_stacked_is_found_and_refused_when_it_is_opened(tmp_path):
+    scan = write_series(tmp_path / "ct", positions(heights()))
+    uneven = write_series(tmp_path / "uneven", positions([0, 1, 5]), series="2")
+    assert find_scans(tmp_path) == [str(scan), str(uneven)]
+    assert "cannot be stacked" in refusal(uneven)
 
 
 def test_a_scout_in_the_series_itself_is_no_slice(tmp_path):
@@ -382,17 +397,151 @@ def test_a_copied_series_counts_once(tmp_path):
         assert find_scans(tmp_path) == [str(first)]
 
 
-def test_a_tree_of_nothing_but_refused_series_is_an_error_that_tells_why(tmp_path):
-    write_series(tmp_path / "ct", positions([0, 1, 5]))
-    with pytest.warns(UserWarning), pytest.raises(DataError, match=r"unevenly spaced|missing"):
-        find_scans(tmp_path)
+# --- Damage
 
 
-def test_a_damaged_header_is_told(tmp_path):
+def damage(folder: Path, index: int, old: bytes, new: bytes) -> Path:
+    """Replace bytes of one slice, in the order of file names."""
+    path = sorted(folder.iterdir())[index]
+    raw = path.read_bytes()
+    assert raw.count(old) == 1
+    path.write_bytes(raw.replace(old, new))
+    return path
+
+
+def test_a_broken_group_length_is_a_damaged_file_of_its_series(tmp_path):
+    good = write_series(tmp_path / "good", positions(heights()))
+    bad = write_series(tmp_path / "bad", positions(heights()), series="2")
+    path = damage(bad, 3, b"\x02\0\0\0UL\4\0", b"\x02\0\0\0UL\1\0")
+    assert find_scans(tmp_path) == [str(bad), str(good)]
+    assert refusal(bad).startswith(f"{path}: this DICOM file cannot be read")
+    assert read_volume(good).array.shape == (5, 4, 6)
+
+
+def test_a_damaged_slice_is_told_from_the_other_series_in_its_folder(tmp_path):
+    folder = write_series(tmp_path / "mixed", positions(heights()))
+    (folder / "._02_1_5.dcm").write_bytes(b"what macOS leaves behind")
+    write_series(folder, positions(heights()), series="2")
+    # The last slice: without it the series would seem whole.
+    path = folder / "02_2_5.dcm"
+    path.write_bytes(path.read_bytes().replace(b"\x02\0\0\0UL\4\0", b"\x02\0\0\0UL\1\0"))
+    opened = []
+    for address in find_scans(folder):
+        try:
+            opened.append(read_volume(address).array.shape)
+        except DataError as error:
+            assert str(error).startswith(f"{path}: this DICOM file cannot be read")
+    assert opened == [(5, 4, 6)]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 128 + b"DICM" + b"\xff" * 200, b"DICM" * 100, b"a text"])
+def test_a_file_that_may_be_a_slice_of_the_one_series_beside_it_is_not_passed_over(tmp_path, content):
     folder = write_series(tmp_path / "ct", positions(heights()))
-    (folder / "broken.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 200)
-    with pytest.warns(UserWarning, match=r"broken\.dcm: left out"):
-        assert find_scans(tmp_path) == [str(folder)]
+    (folder / "broken.dcm").write_bytes(content)
+    assert find_scans(tmp_path) == [str(folder)]
+    assert "broken.dcm: this DICOM file cannot be read" in refusal(folder)
+
+
+def test_a_damaged_file_among_several_series_is_a_scan_of_its_own(tmp_path):
+    folder = write_series(tmp_path / "mixed", positions(heights()))
+    write_series(folder, positions(heights()), series="2")
+    (folder / "broken.dcm").write_bytes(b"")
+    found = find_scans(tmp_path)
+    reasons = []
+    for address in found:
+        try:
+            read_volume(address)
+        except DataError as error:
+            reasons.append(str(error))
+    assert len(found) == 3
+    assert reasons == [
+        f"{folder}/broken.dcm: this DICOM file cannot be read: it is empty; copy it again from its source."
+    ]
+
+
+def test_a_pipe_or_a_dead_link_with_a_dicom_name_is_told_and_not_opened(tmp_path):
+    for name in ("pipe", "link"):
+        folder = write_series(tmp_path / name, positions(heights()), series="1" if name == "pipe" else "2")
+        if name == "pipe":
+            os.mkfifo(folder / "x.dcm")
+        else:
+            (folder / "x.dcm").symlink_to(folder / "nothing")
+    assert "x.dcm: this DICOM file cannot be read: it is no regular file" in refusal(tmp_path / "pipe")
+    assert "x.dcm: this DICOM file cannot be read: No such file" in refusal(tmp_path / "link")
+
+
+HOSTILE = [
+    ("ImagePositionPatient", ["nan", "0", "6"], "ImagePositionPatient is (nan, 0, 6)"),
+    ("ImagePositionPatient", ["0", "0", "1e300"], "ImagePositionPatient is (0, 0, 1e+300)"),
+    ("ImagePositionPatient", ["0", "0"], "ImagePositionPatient is (0, 0), where 3 plausible numbers"),
+    ("ImagePositionPatient", "Doe", "ImagePositionPatient is no list of 3 numbers"),
+    ("ImagePositionPatient", "", "lacks the slice's position"),
+    ("ImageOrientationPatient", ["1", "0", "inf", "0", "1", "0"], "ImageOrientationPatient is (1, 0, inf"),
+    ("PixelSpacing", ["nan", "1"], "PixelSpacing is (nan, 1)"),
+    ("PixelSpacing", ["-0.8", "0.7"], "(-0.8, 0.7) mm"),
+    ("RescaleSlope", "nan", "RescaleSlope is (nan)"),
+    ("RescaleSlope", "0", "RescaleSlope is 0"),
+    ("RescaleSlope", "1e300", "RescaleSlope is (1e+300)"),
+    ("RescaleIntercept", "inf", "RescaleIntercept is (inf)"),
+    ("RescaleIntercept", "Doe", "RescaleIntercept is no number"),
+    ("NumberOfFrames", "1000000", "claims 1000000 frames and describes 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), HOSTILE)
+def test_a_value_that_no_slice_can_have_is_refused_with_file_and_value(tmp_path, name, value, said):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    path = sorted(folder.iterdir())[2]
+    with disable_value_validation():
+        data = pydicom.dcmread(path)
+        kind = data[name].VR if name in data else "IS"
+        text = value if isinstance(value, str) else "\\".join(value)
+        # As bytes, so that nothing looks at it.
+        data[name] = RawDataElement(Tag(name), kind, len(text), text.encode(), 0, False, True)
+        data.save_as(path)
+    assert said in refusal(folder) and "Doe" not in refusal(folder)
+
+
+def test_a_slice_that_alone_has_no_rescaling_is_refused(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    path = damage(folder, 2, b"\x28\0\x52\x10DS", b"\x29\0\x52\x10DS")
+    path.write_bytes(path.read_bytes().replace(b"\x28\0\x53\x10DS", b"\x29\0\x53\x10DS"))
+    assert refusal(folder).startswith(f"{path}: the DICOM header has no rescaling")
+
+
+def test_a_header_that_claims_more_than_its_compressed_bytes_can_hold_is_refused(tmp_path):
+    stored = np.zeros((24, 16, 6), np.int16)
+    folder = write_series(tmp_path / "ct", positions(heights()), array=stored, packed="RLE", Rows=65535, Columns=65535)
+    assert "compressed bytes cannot hold" in refusal(folder) or "are available" in refusal(folder)
+
+
+def test_a_decoder_that_crashes_is_one_error_and_the_next_slice_is_read(tmp_path):
+    stored = np.random.default_rng(0).integers(-1000, 2000, (24, 16, 6)).astype(np.int16)
+    good = write_series(tmp_path / "good", positions(heights()), array=stored, packed="JPEG")
+    bad = write_series(tmp_path / "bad", positions(heights()), array=stored, packed="JPEG", series="2")
+    # A frame of 255 bits per value, at which the decoder of JPEG breaks off the process.
+    damage(bad, 1, b"\xff\xc3\0\x0b\x10", b"\xff\xc3\0\x0b\xff")
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_volume(bad)
+    assert np.array_equal(read_volume(good).array, stored[::-1, ::-1])
+
+
+@pytest.mark.parametrize(("implicit", "suffix"), [(True, ""), (True, ".dcm"), (False, "")])
+def test_files_without_the_mark_of_dicom_are_read(tmp_path, implicit, suffix):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    (tmp_path / "bare").mkdir()
+    for path in folder.iterdir():
+        data = Dataset(pydicom.dcmread(path))
+        target = tmp_path / "bare" / (path.stem + suffix)
+        pydicom.dcmwrite(target, data, implicit_vr=implicit, little_endian=True, enforce_file_format=False)
+        assert target.read_bytes()[128:132] != b"DICM"
+    assert find_scans(tmp_path / "bare") == [str(tmp_path / "bare")]
+    assert np.array_equal(read_volume(tmp_path / "bare").array, voxels()[::-1, ::-1])
+
+
+def test_slices_that_share_a_uid_but_no_place_are_no_copies(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()), SOPInstanceUID="1.2.3.1.1")
+    assert np.array_equal(read_volume(folder).array, voxels()[::-1, ::-1])
 
 
 # --- Patients
@@ -416,8 +565,10 @@ def test_messages_and_warnings_never_name_the_patient(tmp_path):
     folder = write_series(tmp_path / "ct", positions([0, 1, 5]))
     write_series(tmp_path / "ct", positions([0]), series="2", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     (folder / "broken.dcm").write_bytes(next(folder.iterdir()).read_bytes()[:600])
-    with pytest.warns(UserWarning) as told, pytest.raises(DataError) as caught:
-        find_scans(tmp_path)
+    with pytest.warns(UserWarning) as told:
+        assert find_scans(tmp_path) == [str(folder)]
+    with pytest.raises(DataError) as caught:
+        read_grid(folder)
     lines = "\n".join([str(caught.value), *(str(warning.message) for warning in told)])
     assert not any(word in lines for word in ("4711", "Doe", "Jane", "19700101", "1.2.3"))
 
@@ -455,9 +606,8 @@ def test_the_real_tree_gives_its_two_upright_series_and_tells_of_the_rest(shared
     root = shared_data / "dicom"
     with pytest.warns(UserWarning) as told:
         found = [path for path in find_scans(root) if not path.endswith(".nrrd")]
-    assert found == [str(root / "cip_ct64"), str(root / "sts002_ct_rtstruct" / "image")]
-    lines = "\n".join(str(warning.message) for warning in told)
-    assert "RTSTRUCT" in lines and "tilted by 18.5 degrees" in lines
+    assert found == [str(root / "cip_ct64"), str(root / "ge_tilt_head"), str(root / "sts002_ct_rtstruct" / "image")]
+    assert "RTSTRUCT" in "\n".join(str(warning.message) for warning in told)
     assert read_grid(root / "sts002_ct_rtstruct").shape == (161, 143, 48)
 
 

@@ -290,11 +290,11 @@ def find_scans(folder: str | os.PathLike[str]) -> list[str]:
     """Find every image below a folder: files by suffix, and one entry per DICOM image series, sorted.
 
     A series is named by its folder where the folder holds one image series, else by `folder::hash`. Scouts,
-    derived series, structure sets and series that cannot be stacked are left out with one warning each; files
-    of other kinds are passed over. Hidden files and folders are not entered.
+    derived series and structure sets are left out with one warning each; files of other kinds are passed over. A scan
+    that cannot be read is found too, and refused when it is opened. Hidden files and folders are not entered.
 
     Raises:
-        DataError: There is no such folder, or nothing in it but DICOM series that cannot be stacked.
+        DataError: There is no such folder.
     """
     root = os.fspath(folder)
     if not os.path.isdir(root):
@@ -305,11 +305,7 @@ def find_scans(folder: str | os.PathLike[str]) -> list[str]:
     others: list[str] = []
     for path in walk(root):
         (scans if suffix_of(path) else others).append(path)
-    series, refused = find_series(others)
-    if not scans and not series and refused:
-        more = f" ({len(refused) - 1} more series were refused too.)" if len(refused) > 1 else ""
-        raise DataError(refused[0] + more)
-    return sorted(scans + series)
+    return sorted(scans + find_series(others))
 
 
 def channels_of(path: str | os.PathLike[str]) -> tuple[str, ...]:

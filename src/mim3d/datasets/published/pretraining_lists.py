@@ -223,8 +223,12 @@ def _is_image(scans: ScanSet, path: str, folder: str) -> bool:
     if "::" in path or os.path.isdir(path):
         from mim3d.scans.dicom.series import open_series
 
-        # The same collections hold PET, MRI and radiographs.
-        return open_series(path).slices[0].modality == "CT"
+        try:
+            # The same collections hold PET, MRI and radiographs.
+            return open_series(path).slices[0].modality == "CT"
+        except DataError:
+            # Whoever reads it is told why it cannot be used.
+            return True
     inside = os.path.relpath(path, folder).replace(os.sep, "/")
     *parents, file = inside.split("/")
     if any(_MASK_FOLDER.fullmatch(part) for part in parents) or _MASK_FILE.fullmatch(file.partition(".")[0]):

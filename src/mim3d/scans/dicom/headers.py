@@ -1,16 +1,19 @@
 """DICOM headers: what mim3d needs of each slice or frame, without the pixels and without the patient."""
 
+import io
+import math
 import os
-import struct
+import re
+import stat
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import pydicom
-from pydicom.errors import InvalidDicomError
-from pydicom.misc import is_dicom
+from pydicom.config import disable_value_validation
 from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -33,11 +36,24 @@ _TAGS = (
 #: Files with these suffixes are taken for DICOM though they lack the mark of a DICOM file (old exports).
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 
-#: What pydicom raises at bytes that are no sound header.
-_DAMAGE = (
-    InvalidDicomError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
-    NotImplementedError, struct.error,
-)  # fmt: skip
+#: First element of a file without the mark: of group 2 or 8, without its type or with a type of two capital letters.
+_FIRST_ELEMENT = re.compile(rb"[\x02\x08]\0.[\0-\x2f](?:[A-Z][A-Z]|..\0\0)", re.DOTALL)
+
+#: Series and modality in the bytes of a header that cannot be parsed: the element, its type and length, its value.
+_SERIES_BYTES = re.compile(rb"\x20\0\x0e\0(?:UI..|..\0\0)([0-9.]{1,64})", re.DOTALL)
+_MODALITY_BYTES = re.compile(rb"\x08\0\x60\0(?:CS..|..\0\0)([A-Z]{2,16})", re.DOTALL)
+
+#: Bytes of a damaged file that are searched for its series.
+_SEARCHED_BYTES = 2**18
+
+#: No position or spacing in millimetres, no angle and no element of a unit vector is larger.
+_MAX_GEOMETRY = 1e6
+
+#: No factor or offset of a rescaling is larger; values stay far below the largest of single precision.
+_MAX_RESCALE = 1e12
+
+#: A deflated header and its pixels take at most this much once unpacked.
+_MAX_INFLATED_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +73,7 @@ class Slice:
         columns: Number of columns.
         num_values: Values per pixel; 3 for colours.
         itemsize: Bytes per value once unpacked, at least 2.
+        num_frames: Number of frames in the file.
         pixel_offset: Byte of the file where the pixels start.
         native_bytes: Size of the pixels of the whole file; None where they are compressed.
         position: Centre of the first pixel in LPS millimetres, or None.
@@ -65,6 +82,9 @@ class Slice:
         tilt_degrees: Tilt of the gantry.
         slope: Factor of the rescaling.
         intercept: Offset of the rescaling, added after the factor.
+        rescaled: Whether the header has a rescaling.
+        fault: Sentence that says why the slice cannot be used; None where it can. Of a file that cannot be parsed the
+            path and the reason are known, and the series and the modality where its bytes still show them.
     """
 
     path: str
@@ -79,6 +99,7 @@ class Slice:
     columns: int
     num_values: int
     itemsize: int
+    num_frames: int
     pixel_offset: int
     native_bytes: int | None
     position: tuple[float, ...] | None
@@ -87,89 +108,165 @@ class Slice:
     tilt_degrees: float
     slope: float
     intercept: float
+    rescaled: bool
+    fault: str | None
 
 
-def read_header(path: str) -> tuple[Any, int]:
+class _BoundedFile(io.BufferedReader):
+    """A file that is never asked for more than it holds, so that a length in a damaged header takes no memory."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(io.FileIO(path))
+        self._size_bytes = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._size_bytes - self.tell())
+        if size is not None and size >= 0:
+            return super().read(min(size, left))
+        # The whole rest is read of a deflated file alone, which pydicom then unpacks at once.
+        rest, inflater, inflated = super().read(left), zlib.decompressobj(-zlib.MAX_WBITS), 0
+        block = rest
+        while block and not inflater.eof:
+            inflated += len(inflater.decompress(block, 2**22))
+            block = inflater.unconsumed_tail
+            if inflated > _MAX_INFLATED_BYTES:
+                raise ValueError("more is deflated in the file than a scan can hold")
+        return rest
+
+
+def read_header(path: str, *, every: bool = False) -> tuple[Any, int]:
     """The elements of a DICOM file that mim3d looks at, and the byte where its pixels start.
+
+    Args:
+        path: A regular file.
+        every: Whether all elements before the pixels are read.
 
     Raises:
         DataError: The file is no DICOM file, or damaged.
     """
     try:
-        with open(path, "rb") as stream:
-            header = pydicom.dcmread(
-                stream, stop_before_pixels=True, specific_tags=list(_TAGS), force=_is_old_export(path)
-            )
+        with _BoundedFile(path) as stream, disable_value_validation(), warnings.catch_warnings():
+            # What is odd in the bytes is no concern of the user where it can be read, and may quote the patient.
+            warnings.simplefilter("ignore")
+            tags = None if every else list(_TAGS)
+            header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
             # Tag, type and length stand before the pixels; implicit syntaxes leave the type out.
-            implicit = header.file_meta.get("TransferSyntaxUID") in (None, ImplicitVRLittleEndian)
-            return header, stream.tell() + (8 if implicit else 12)
-    except _DAMAGE as error:
+            return header, stream.tell() + (8 if header.original_encoding[0] else 12)
+    except Exception as error:  # Damaged bytes make pydicom raise anything.
         # The text of the error is left out: it may quote the patient's name.
-        raise DataError(f"{path}: the DICOM header cannot be read; copy the file again.") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise DataError(f"{path}: the DICOM header cannot be read ({reason}); copy the file again.") from error
 
 
 def read_slices(path: str) -> tuple[Slice, ...]:
-    """The slices of a file: one, or one per frame; none for a file that is not DICOM or names no series."""
+    """The slices of a file: one, or one per frame; none for a file that is not DICOM or not of a series.
+
+    A file that should be DICOM but cannot be used gives a slice with its fault. Only regular files are opened.
+    """
     try:
         status = os.stat(path)
-    except OSError:
-        return ()
+    except OSError as error:
+        return (_unreadable(path, str(error.strerror)),) if _is_old_export(path) else ()
+    if not stat.S_ISREG(status.st_mode):
+        return (_unreadable(path, "it is no regular file, so it is not opened"),) if _is_old_export(path) else ()
     return _read_slices(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=32768)
 def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, ...]:
-    if size_bytes < 132 or not (_is_old_export(path) or _has_mark(path)):
-        return ()
+    named = _is_old_export(path)
+    if size_bytes == 0:
+        return (_unreadable(path, "it is empty"),) if named else ()
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(132)
+            marked = head[128:] == b"DICM"
+            if not (named or marked or _FIRST_ELEMENT.match(head)):
+                return ()
+            head += stream.read(_SEARCHED_BYTES)
+    except OSError as error:
+        return (_unreadable(path, str(error.strerror)),) if named else ()
     try:
         header, pixel_offset = read_header(path)
-        if not header.get("SeriesInstanceUID") or not header.get("SOPInstanceUID"):
-            if header.file_meta.get("MediaStorageSOPClassUID") != MediaStorageDirectoryStorage:
-                warnings.warn(f"{path}: left out, its DICOM header names no series; it may be damaged.", stacklevel=5)
+        with disable_value_validation():
+            if header.get("SeriesInstanceUID") and header.get("SOPInstanceUID"):
+                return _slices_of(path, header, pixel_offset)
+            kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+        if kind and not header.get("Rows"):
+            if kind != MediaStorageDirectoryStorage:
+                warnings.warn(f"{path}: left out, its DICOM header names no series.", stacklevel=5)
             return ()
-        frames = header.get("PerFrameFunctionalGroupsSequence")
-        if not frames:
-            return (_slice(path, header, None, [], pixel_offset),)
-        shared = list(header.get("SharedFunctionalGroupsSequence") or [])
-        return tuple(_slice(path, header, index, [frame, *shared], pixel_offset) for index, frame in enumerate(frames))
-    except (DataError, *_DAMAGE):
-        warnings.warn(f"{path}: left out, its DICOM header is damaged.", stacklevel=5)
+        reason = "its header names no series"
+    except Exception as error:  # Values are converted when they are asked for, and raise anything.
+        cause = error.__cause__ if isinstance(error, DataError) else error
+        reason = f"its header is damaged ({type(cause).__name__})"
+    if not (named or marked or _SERIES_BYTES.search(head)):
         return ()
-
-
-def _has_mark(path: str) -> bool:
-    try:
-        return is_dicom(path)
-    except OSError:
-        return False
+    return (_unreadable(path, reason, head),)
 
 
 def _is_old_export(path: str) -> bool:
     return path.lower().endswith(_DICOM_SUFFIXES)
 
 
+def _unreadable(path: str, reason: str, head: bytes = b"") -> Slice:
+    """What is known of a slice that cannot be read."""
+    series, modality = _SERIES_BYTES.search(head), _MODALITY_BYTES.search(head)
+    return Slice(
+        path=path,
+        frame=None,
+        series_uid=series[1].decode().rstrip(".") if series else "",
+        study_uid="",
+        slice_uid=path,
+        modality=modality[1].decode() if modality else "",
+        secondary_capture=False,
+        image_type=(),
+        rows=0,
+        columns=0,
+        num_values=1,
+        itemsize=2,
+        num_frames=1,
+        pixel_offset=0,
+        native_bytes=None,
+        position=None,
+        orientation=None,
+        pixel_spacing=None,
+        tilt_degrees=0.0,
+        slope=1.0,
+        intercept=0.0,
+        rescaled=False,
+        fault=f"{path}: this DICOM file cannot be read: {reason}; copy it again from its source.",
+    )
+
+
+def _slices_of(path: str, header: Any, pixel_offset: int) -> tuple[Slice, ...]:
+    frames = header.get("PerFrameFunctionalGroupsSequence")
+    if not frames:
+        return (_slice(path, header, None, [], pixel_offset),)
+    shared = list(header.get("SharedFunctionalGroupsSequence") or [])
+    return tuple(_slice(path, header, index, [frame, *shared], pixel_offset) for index, frame in enumerate(frames))
+
+
 def _slice(path: str, header: Any, frame: int | None, groups: Sequence[Any], pixel_offset: int) -> Slice:
     # A multi-frame file keeps geometry and rescaling in the one-item sequences of its functional groups.
     places = [element.value[0] for group in groups for element in group if element.VR == "SQ" and element.value]
     places.append(header)
-
-    def first(name: str) -> Any:
-        values = (place.get(name) for place in places)
-        return next((value for value in values if value is not None and value != ""), None)
-
-    def floats(name: str, count: int) -> tuple[float, ...] | None:
-        value = first(name)
-        if value is None or isinstance(value, str | float) or len(value) != count:
-            return None
-        return tuple(float(number) for number in value)
-
-    def number(name: str, default: float) -> float:
-        value = first(name)
-        return default if value is None else float(value)
-
-    rows, columns = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
-    num_values, bits = int(header.get("SamplesPerPixel") or 1), int(header.get("BitsAllocated") or 16)
-    num_frames = int(header.get("NumberOfFrames") or 1)
+    values = _Values(places)
+    rows, columns = values.whole("Rows", 0, (0, 65535)), values.whole("Columns", 0, (0, 65535))
+    num_values, bits = values.whole("SamplesPerPixel", 1, (1, 4)), values.whole("BitsAllocated", 16, (1, 64))
+    num_frames = values.whole("NumberOfFrames", 1, (0, 2**31)) or 1
+    num_described = len(header.get("PerFrameFunctionalGroupsSequence") or [None])
+    position, spacing = values.floats("ImagePositionPatient", 3), values.floats("PixelSpacing", 2)
+    orientation = values.floats("ImageOrientationPatient", 6)
+    tilt_degrees = values.number("GantryDetectorTilt", 0.0)
+    slope = values.number("RescaleSlope", 1.0, _MAX_RESCALE)
+    intercept = values.number("RescaleIntercept", 0.0, _MAX_RESCALE)
+    modality = str(header.get("Modality") or "")
+    if num_frames != num_described:
+        values.faults.append(f"it claims {num_frames} frames and describes {num_described}")
+    if slope == 0 and modality != "PT":
+        # Slices of PET without any count are stored so.
+        values.faults.append("its RescaleSlope is 0, which gives every voxel the same value")
     syntax = header.file_meta.get("TransferSyntaxUID")
     native = syntax in (None, ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
     kinds = header.get("ImageType") or ()
@@ -179,19 +276,72 @@ def _slice(path: str, header: Any, frame: int | None, groups: Sequence[Any], pix
         series_uid=str(header.SeriesInstanceUID),
         study_uid=str(header.get("StudyInstanceUID") or ""),
         slice_uid=str(header.SOPInstanceUID),
-        modality=str(header.get("Modality") or ""),
+        modality=modality,
         secondary_capture=str(header.get("SOPClassUID") or "").startswith(_SECONDARY_CAPTURE),
         image_type=tuple(str(kind).upper() for kind in ([kinds] if isinstance(kinds, str) else kinds)),
         rows=rows,
         columns=columns,
         num_values=num_values,
         itemsize=max(2, bits // 8),
+        num_frames=num_frames,
         pixel_offset=pixel_offset,
         native_bytes=rows * columns * num_values * num_frames * bits // 8 if native else None,
-        position=floats("ImagePositionPatient", 3),
-        orientation=floats("ImageOrientationPatient", 6),
-        pixel_spacing=floats("PixelSpacing", 2),
-        tilt_degrees=number("GantryDetectorTilt", 0.0),
-        slope=number("RescaleSlope", 1.0),
-        intercept=number("RescaleIntercept", 0.0),
+        position=position,
+        orientation=orientation,
+        pixel_spacing=spacing,
+        tilt_degrees=tilt_degrees,
+        slope=slope,
+        intercept=intercept,
+        rescaled=any(values.first(name) is not None for name in ("RescaleSlope", "RescaleIntercept")),
+        fault=f"{path}: this DICOM file cannot be used: {values.faults[0]}; export it again."
+        if values.faults
+        else None,
     )
+
+
+class _Values:
+    """Values of a header that may be anything; what is no plausible number is remembered as a fault.
+
+    Args:
+        places: Data sets that are asked in turn.
+    """
+
+    def __init__(self, places: Sequence[Any]) -> None:
+        self._places = places
+        self.faults: list[str] = []
+
+    def first(self, name: str) -> Any:
+        """The first value that is not empty, else None."""
+        values = (place.get(name) for place in self._places)
+        return next((value for value in values if value is not None and value != "" and value != []), None)
+
+    def floats(self, name: str, count: int, most: float = _MAX_GEOMETRY) -> tuple[float, ...] | None:
+        """That many numbers of at most some size; None where the header has no value, or another one."""
+        try:
+            value = self.first(name)
+            if value is None:
+                return None
+            single = isinstance(value, str | bytes | int | float)
+            numbers = tuple(float(number) for number in ([value] if single else value))
+        except Exception:  # Conversion to numbers by pydicom; the text may be the patient's name in a wrong place.
+            self.faults.append(f"its {name} is no {'number' if count == 1 else f'list of {count} numbers'}")
+            return None
+        if len(numbers) == count and all(math.isfinite(number) and abs(number) <= most for number in numbers):
+            return numbers
+        shown = ", ".join(f"{number:g}" for number in numbers[:8])
+        need = "a plausible number" if count == 1 else f"{count} plausible numbers"
+        self.faults.append(f"its {name} is ({shown}), where {need} {'is' if count == 1 else 'are'} needed")
+        return None
+
+    def number(self, name: str, default: float, most: float = _MAX_GEOMETRY) -> float:
+        """One number, or the default where the header has none."""
+        found = self.floats(name, 1, most)
+        return default if found is None else found[0]
+
+    def whole(self, name: str, default: int, limits: tuple[int, int]) -> int:
+        """One whole number within limits, or the default where the header has none."""
+        value = self.number(name, float(default), math.inf)
+        if value.is_integer() and limits[0] <= value <= limits[1]:
+            return int(value)
+        self.faults.append(f"its {name} is {value:g}, which no scan has")
+        return default

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pydicom
 
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file
+from mim3d.scans.dicom.headers import read_header
 from mim3d.scans.dicom.series import Stack, open_series
-from mim3d.scans.grids import spacing_of
+from mim3d.scans.grids import spacing_of, split_channel
+
+#: What is said of another scan, after its name.
+NO_SERIES = " is no DICOM series, and a DICOM-SEG refers to the slices of one; use --format auto."
 
 #: Longest text of a segment's label (value representation LO).
 _MAX_LABEL = 64
@@ -67,7 +70,7 @@ def write_dicom_seg(
     import highdicom
     from highdicom.seg import Segmentation
 
-    stack = open_series(series)
+    stack, sources = _sources_of(series)
     values = sorted(value for value in names if value != 0)
     # Segments are numbered from 1 in the order of their values; stored axes of a stack are column, row, slice.
     numbers = np.zeros(
@@ -77,11 +80,11 @@ def write_dicom_seg(
     pixels = np.ascontiguousarray(numbers[stack.grid.from_ras(labels)].T)
     segments = [_segment(number, names[value], algorithm) for number, value in enumerate(values, start=1)]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), atomic_file(path) as part:
             # Libraries quote what they find odd in a header, a patient's name for one; that belongs into no log.
             warnings.simplefilter("ignore")
             segmentation = Segmentation(
-                source_images=_source_headers(stack),
+                source_images=sources,
                 pixel_array=pixels,
                 segmentation_type="BINARY",
                 segment_descriptions=segments,
@@ -96,35 +99,61 @@ def write_dicom_seg(
                 series_description="Segmentation by mim3d",
                 content_description="Segmentation by mim3d",
             )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # The text of the error is left out: it may quote the patient.
-        missing = f" (element {error.name} is missing)" if isinstance(error, AttributeError) and error.name else ""
-        raise DataError(
-            f"{series}: the headers of the DICOM series lack what a DICOM-SEG takes over from them{missing}; "
-            "use --format nii.gz."
-        ) from None
-    with atomic_file(path) as part:
-        segmentation.save_as(part)
+            segmentation.save_as(part)
+    except (DataError, OSError, MemoryError):
+        raise
+    except Exception as error:  # Values of headers that the libraries do not expect make them raise anything.
+        raise _unfit(series, error) from None
 
 
-def _source_headers(stack: Stack) -> list[Any]:
-    """Headers of the slices in order, without pixels; one header for a multi-frame file."""
-    paths = dict.fromkeys(item.path for item in stack.slices)
+def require_source(series: str) -> None:
+    """Refuse a scan that no DICOM Segmentation can refer to, before work is done for it; only headers are read.
+
+    Raises:
+        DataError: There is no DICOM series, it cannot be stacked, or lacks what a Segmentation takes over from it.
+    """
+    if os.path.isfile(split_channel(series)[0]):
+        raise DataError(f"{series} is no DICOM series, and a DICOM-SEG refers to the slices of one; use --format auto.")
+    _sources_of(series)
+
+
+def _sources_of(series: str) -> tuple[Stack, list[Any]]:
+    """The stack of a series, and the headers of its files with all that a Segmentation takes over from them."""
+    stack = open_series(series)
+    paths = list(dict.fromkeys(item.path for item in stack.slices))
     if len(paths) not in (1, len(stack.slices)):
         raise DataError(
             f"{stack.grid.path}: the series mixes files of one and of several slices, which no DICOM-SEG can refer "
             "to; use --format nii.gz."
         )
-    headers = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
-    for header in headers:
-        if not header.get("FrameOfReferenceUID"):
-            raise AttributeError("no frame of reference", name="FrameOfReferenceUID")
-        for keyword in _MAY_BE_EMPTY:
-            if keyword not in header:
-                setattr(header, keyword, "")
-        if not header.get("SliceThickness"):
-            header.SliceThickness = f"{spacing_of(stack.grid.affine)[2]:.6g}"
-    return headers
+    headers = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for path in paths:
+                header, _ = read_header(path, every=True)
+                if not header.get("FrameOfReferenceUID"):
+                    raise AttributeError("no frame of reference", name="FrameOfReferenceUID")
+                for keyword in _MAY_BE_EMPTY:
+                    if keyword not in header:
+                        setattr(header, keyword, "")
+                if not header.get("SliceThickness"):
+                    header.SliceThickness = f"{spacing_of(stack.grid.affine)[2]:.6g}"
+                headers.append(header)
+    except DataError:
+        raise
+    except Exception as error:
+        raise _unfit(series, error) from None
+    return stack, headers
+
+
+def _unfit(series: str, error: Exception) -> DataError:
+    # The text of the error is left out: it may quote the patient.
+    missing = f" (element {error.name} is missing)" if isinstance(error, AttributeError) and error.name else ""
+    return DataError(
+        f"{series}: the headers of the DICOM series lack what a DICOM-SEG takes over from them{missing}; "
+        "use --format nii.gz."
+    )
 
 
 def _segment(number: int, name: str, algorithm: str) -> Any:

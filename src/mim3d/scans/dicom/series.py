@@ -19,7 +19,7 @@ from mim3d.core.errors import DataError
 from mim3d.scans import files
 from mim3d.scans.dicom.headers import Slice, read_header, read_slices
 from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, check_spacing, smallest_integer, times
-from mim3d.scans.itk import simple_itk
+from mim3d.scans.reading_process import read_apart
 
 #: Modalities whose series are scans of the body's inside in parallel slices.
 VOLUME_MODALITIES = ("CT", "MR", "PT")
@@ -35,6 +35,9 @@ MAX_TILT_DEGREES = 0.1
 
 #: Slices may lie this many pixels beside the line through the stack.
 MAX_SIDEWAYS_PIXELS = 0.1
+
+#: Even a slice of air alone, compressed to next to nothing, is believed to be this large.
+_ALWAYS_PLAUSIBLE_BYTES = 2**27
 
 _REMEDY = "convert it with dcm2niix, which straightens such series, and use that file, or leave it out"
 
@@ -78,20 +81,14 @@ class Stack:
 
 
 def _decode(item: Slice) -> npt.NDArray[Any]:
-    """(frame, row, column) of one file; SimpleITK unpacks compressed syntaxes and rescales."""
-    sitk = simple_itk()
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(item.path)
+    """(frame, row, column) of one file; SimpleITK unpacks compressed syntaxes and rescales, in a process of its own."""
+    size_bytes = item.rows * item.columns * item.num_values * item.num_frames * max(item.itemsize, 4)
     try:
-        pixels: npt.NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise DataError(
-            f"{item.path}: the pixels cannot be decoded ({reason}); copy the series again from its source."
-        ) from error
-    frames = pixels.reshape((-1, *pixels.shape[-2:]))
-    if frames.shape[-2:] != (item.rows, item.columns):
+        pixels = read_apart(item.path, "GDCMImageIO", size_bytes)
+    except DataError as error:
+        raise DataError(f"{error} Copy the series again from its source.") from error
+    frames = pixels.reshape((-1, *pixels.shape[-2:])) if pixels.ndim > 1 else pixels.reshape((1, 1, -1))
+    if frames.shape != (item.num_frames, item.rows, item.columns):
         raise DataError(f"{item.path}: the pixels differ in size from the header; copy the series again.")
     return frames
 
@@ -104,10 +101,11 @@ def stack(slices: Sequence[Slice], name: str) -> Stack:
         name: Name of the series in messages.
 
     Raises:
-        DataError: There is one slice only, the geometry is missing, slices differ in size, orientation or rescaling,
-            several lie in one place, the gantry was tilted, gaps are uneven, or a file or the memory is too small; the
-            sentence names angle, gaps and remedy.
+        DataError: A slice is damaged, there is one slice only, the geometry is missing, slices differ in size,
+            orientation or rescaling, several lie in one place, the gantry was tilted, gaps are uneven, or a file or the
+            memory is too small; the sentence names angle, gaps and remedy.
     """
+    _check_each(slices, name)
     rows, columns = _common_size(slices, name)
     across, down, spacing = _common_plane(slices, name)
     normal = np.cross(across, down)
@@ -133,11 +131,41 @@ def stack(slices: Sequence[Slice], name: str) -> Stack:
     for item in slices:
         if item.native_bytes is not None:
             files.check_raw(item.path, item.pixel_offset, item.native_bytes)
+        else:
+            _check_packed(item)
     return Stack(grid=grid, slices=tuple(slices[index] for index in order))
+
+
+def _check_packed(item: Slice) -> None:
+    """Refuse a compressed file that claims much more than so few bytes can hold, before memory is taken for it."""
+    claimed, held = item.rows * item.columns * item.num_frames * item.itemsize, os.path.getsize(item.path)
+    if claimed > _ALWAYS_PLAUSIBLE_BYTES + files.MAX_DEFLATE_RATIO * held:
+        raise DataError(
+            f"{item.path}: the DICOM header claims {times((item.columns, item.rows, item.num_frames))} pixels, which "
+            f"{held} compressed bytes cannot hold; copy the file again from its source."
+        )
+
+
+def _check_each(slices: Sequence[Slice], name: str) -> None:
+    """Refuse a series with a slice that cannot be used by itself."""
+    faults = {item.path: item.fault for item in slices if item.fault}
+    if faults:
+        more = f" ({len(faults) - 1} more files of the series cannot be used either.)" if len(faults) > 1 else ""
+        raise DataError(next(iter(faults.values())) + more)
+    num_rescaled = sum(item.rescaled for item in slices)
+    if 0 < num_rescaled < len(slices):
+        path = next(item.path for item in slices if not item.rescaled)
+        raise DataError(
+            f"{path}: the DICOM header has no rescaling, but {num_rescaled} of {len(slices)} slices of the series "
+            f"{name} have; it may be damaged, so export the series again."
+        )
 
 
 def _common_size(slices: Sequence[Slice], name: str) -> tuple[int, int]:
     sizes = sorted({(item.rows, item.columns) for item in slices})
+    coloured = next((item.path for item in slices if item.num_values > 1), None)
+    if coloured is not None:
+        raise DataError(f"{coloured}: a colour image lies in the DICOM series {name}; take it out.")
     if len(sizes) > 1:
         shown = ", ".join(times(size) for size in sizes)
         raise DataError(f"{name}: the slices of the DICOM series differ in size ({shown}); separate them first.")
@@ -226,17 +254,18 @@ def _gaps(heights: npt.NDArray[np.float64]) -> str | None:
     return f"its slices are unevenly spaced (gaps: {shown}{', ...' if len(values) > 4 else ''})"
 
 
-def find_series(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+def find_series(paths: Iterable[str]) -> list[str]:
     """Find the image series among files.
 
-    One warning each says which series are left out and why: scouts, derived series, other objects, copies, and series
-    that cannot be stacked.
+    A series that cannot be read or stacked is found too: whoever opens it is told why. One warning each says which
+    series are left out as no volumes: scouts, derived series, other objects, copies, and single slices or slices in
+    several orientations beside a series of the same study.
 
     Args:
         paths: Files of any kind.
 
     Returns:
-        The addresses of the image series, and a sentence for each series that cannot be stacked.
+        The addresses of the image series.
     """
     series = _group(paths)
     kept, left_out = _choose(series)
@@ -244,18 +273,30 @@ def find_series(paths: Iterable[str]) -> tuple[list[str], list[str]]:
         warnings.warn(f"{_folder_of(series[uid])}: DICOM series {_short(uid)} left out, {reason}.", stacklevel=3)
     folders = {uid: {os.path.dirname(item.path) for item in slices} for uid, slices in kept.items()}
     num_in_folder = Counter(folder for own in folders.values() for folder in own)
-    addresses, refused = [], []
+    addresses, surveys, studies = [], {}, {""}
     for uid, slices in kept.items():
         alone = len(folders[uid]) == 1 and all(num_in_folder[folder] == 1 for folder in folders[uid])
         address = _folder_of(slices) if alone else _address(uid, slices)
         try:
             stack(slices, address)
+            studies.update(item.study_uid for item in slices)
         except DataError as error:
-            refused.append(str(error))
-            warnings.warn(f"{error} (Left out.)", stacklevel=3)
+            if _is_survey(slices):
+                surveys[address] = slices[0].study_uid, str(error)
+                continue
+        addresses.append(address)
+    for address, (study, reason) in surveys.items():
+        if study in studies - {""}:
+            warnings.warn(f"{reason} (Left out.)", stacklevel=3)
         else:
             addresses.append(address)
-    return addresses, refused
+    return addresses
+
+
+def _is_survey(slices: Sequence[Slice]) -> bool:
+    """Whether slices are sound by themselves, but so few or so turned as those that a scan is planned on."""
+    planes = {tuple(round(value, 2) for value in item.orientation or ()) for item in slices}
+    return not any(item.fault for item in slices) and (len(slices) == 1 or len(planes) > 1)
 
 
 def open_series(address: str) -> Stack:
@@ -297,15 +338,18 @@ def _address(uid: str, slices: Sequence[Slice]) -> str:
 
 
 def _group(paths: Iterable[str]) -> Series:
-    """Slices by series; a slice that is there twice (a copied folder) counts once."""
+    """Slices by series; a slice that is there twice (a copied folder) counts once.
+
+    Files whose series is not known, as they cannot be read, are grouped by their folder.
+    """
     series: Series = defaultdict(list)
-    seen: dict[tuple[str, int | None], str] = {}
+    seen: dict[tuple[object, ...], str] = {}
     copies: dict[tuple[str, str], int] = defaultdict(int)
     for path in paths:
         for item in read_slices(path):
-            first = seen.setdefault((item.slice_uid, item.frame), path)
+            first = seen.setdefault((item.series_uid, item.slice_uid, item.frame, item.position), path)
             if first == path:
-                series[item.series_uid].append(item)
+                series[item.series_uid or os.path.realpath(os.path.dirname(path))].append(item)
             else:
                 copies[os.path.dirname(path), os.path.dirname(first)] += 1
     for (folder, original), count in copies.items():
@@ -319,7 +363,9 @@ def _choose(series: Series) -> tuple[Series, dict[str, str]]:
     left_out: dict[str, str] = {}
     for uid, slices in series.items():
         images = [item for item in slices if "LOCALIZER" not in item.image_type]
-        reason = _no_volume(slices[0]) if images else "a scout or localiser"
+        # Of a file that cannot be read, the modality may not be known.
+        known = [item for item in images if item.modality or not item.fault]
+        reason = "a scout or localiser" if not images else _no_volume(known[0]) if known else None
         if reason:
             left_out[uid] = reason
         else:
@@ -330,7 +376,21 @@ def _choose(series: Series) -> tuple[Series, dict[str, str]]:
             address = _address(uid, slices)
             left_out[uid] = f"derived from an original series that is here too (name {address} to use it)"
             del kept[uid]
+    _join_unknown(kept)
     return kept, left_out
+
+
+def _join_unknown(kept: Series) -> None:
+    """Give files that cannot be read to the one series in their folder: it may lack them, and must not seem whole."""
+    for unknown in [uid for uid, slices in kept.items() if not slices[0].series_uid]:
+        folder = os.path.dirname(kept[unknown][0].path)
+        beside = [
+            uid
+            for uid, slices in kept.items()
+            if uid != unknown and folder in {os.path.dirname(item.path) for item in slices}
+        ]
+        if len(beside) == 1:
+            kept[beside[0]] = kept[beside[0]] + kept.pop(unknown)
 
 
 def _no_volume(first: Slice) -> str | None:
@@ -338,7 +398,7 @@ def _no_volume(first: Slice) -> str | None:
         return f"no scan ({first.modality or 'unknown modality'})"
     if first.secondary_capture or "SECONDARY_CAPTURE" in first.image_type or "SCREEN SAVE" in first.image_type:
         return "a secondary capture"
-    if first.rows == 0 or first.columns == 0:
+    if not first.fault and (first.rows == 0 or first.columns == 0):
         return "no image"
     return f"a colour image ({first.num_values} values per pixel)" if first.num_values != 1 else None
 
@@ -349,11 +409,16 @@ def _slices_of(address: str) -> list[Slice]:
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; check the path and that the disk is mounted.")
     if wanted:
-        found = {uid: slices for uid, slices in _group(files.walk(folder)).items() if _short(uid) == wanted}
+        series = _group(files.walk(folder))
+        found = {uid: slices for uid, slices in series.items() if _short(uid) == wanted}
         # Named in full, a derived series is what the user wants; scouts and captures stay out.
-        kept = _choose(found)[0]
+        kept = {uid: slices for uid, slices in _choose(series)[0].items() if uid in found} or _choose(found)[0]
     else:
-        direct = (entry.path for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if entry.is_file())
+        try:
+            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except OSError as error:
+            raise DataError(f"{folder}: the folder cannot be read ({error.strerror}).") from error
+        direct = [path for path in (os.path.join(folder, name) for name in names) if not os.path.isdir(path)]
         kept = _choose(_group(direct))[0] or _choose(_group(files.walk(folder)))[0]
     if not kept:
         what = f"DICOM image series {wanted}" if wanted else "DICOM image series"

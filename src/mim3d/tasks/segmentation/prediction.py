@@ -111,20 +111,16 @@ class SegmentationPredictor(Predictor):
         """Return the scans with a path for each channel, where one file holds all channels as in the Decathlon.
 
         Raises:
-            ConfigError: A scan is no DICOM series although DICOM-SEG is asked for, or what writes it is missing.
+            ConfigError: No scan is a DICOM series although DICOM-SEG is asked for, or what writes it is missing.
         """
         if self.first.num_channels > 1:
             cases = [_with_channels_apart(case) for case in cases]
         if self.settings.format == "dicom_seg":
-            from mim3d.scans.dicom.segmentation import require_highdicom
+            from mim3d.scans.dicom.segmentation import NO_SERIES, require_highdicom
 
             require_highdicom()
-            other = next((case for case in cases if not is_dicom(case)), None)
-            if other is not None:
-                raise ConfigError(
-                    f"{other.images[0]} is no DICOM series, and a DICOM-SEG refers to the slices of one; use --format "
-                    "auto."
-                )
+            if cases and not any(is_dicom(case) for case in cases):
+                raise ConfigError(f"{cases[0].images[0]}{NO_SERIES}")
         return cases
 
     def files_of(self, case: Case) -> dict[str, str]:
@@ -138,6 +134,17 @@ class SegmentationPredictor(Predictor):
             suffix = SUFFIXES.get(own, ".nii.gz")
         names = {"prediction": f"{case.id}{suffix}"}
         return {**names, "probabilities": f"{case.id}_probabilities.nii.gz"} if self.settings.probabilities else names
+
+    def read(self, case: Case) -> None:
+        """Check what a DICOM-SEG takes from the series of the scan, where one is asked for, before it is segmented.
+
+        Raises:
+            DataError: No DICOM-SEG can refer to the scan.
+        """
+        if self.settings.format == "dicom_seg":
+            from mim3d.scans.dicom.segmentation import require_source
+
+            require_source(case.images[0])
 
     def predict(
         self, cases: Sequence[Case], inputs: Sequence[Any], folder: Path, on_windows: Callable[[int, int], None]
