@@ -68,17 +68,17 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 1800,
+    "core": 1875,
     "kernels": 875,
     "scans": 2775,
     "nn": 575,
     "tracking": 550,
     "metrics": 1325,
-    "datasets": 2100,
+    "datasets": 2175,
     "phantoms": 1400,
     "backbones": 525,
     "reporting": 1250,
-    "caching": 3435,
+    "caching": 3475,
     "objective": 150,
     "weights": 525,
     "inference": 775,
@@ -90,9 +90,9 @@ BUDGET = {
     "methods": 925,
     "probing": 850,
     "exporting": 950,
-    "workflows": 3625,
-    "commands": 225,
-    "cli": 525,
+    "workflows": 3700,
+    "commands": 250,
+    "cli": 550,
     "__main__": 10,
 }
 

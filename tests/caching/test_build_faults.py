@@ -136,7 +136,7 @@ def test_processes_that_cannot_be_started_are_one_sentence(whole, tmp_path, monk
     ("error", "reason"),
     [
         (MemoryError(), "larger than the memory left for it."),
-        (ZeroDivisionError("odd voxels"), "cannot be stored (ZeroDivisionError: odd voxels)."),
+        (ZeroDivisionError("odd voxels"), "unexpected ZeroDivisionError: odd voxels; please report it."),
     ],
 )
 def test_a_scan_that_fails_while_it_is_stored_is_left_out(whole, tmp_path, monkeypatch, error, reason):

@@ -244,7 +244,7 @@ def test_a_label_on_another_grid_is_refused_with_both_files(tmp_path):
     label = np.asarray(nibabel.load(path).dataobj)
     write_scan(path, label, np.diag([1.0, 1.0, 3.0, 1.0]))
     with pytest.raises(DataError, match=r"labelsTr/ball_1.*does not lie on the grid of .*imagesTr/ball_1"):
-        tune(data, tmp_path / "run")
+        tune(data, tmp_path / "run", strict=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -46,7 +46,7 @@ def settings(**changes) -> FinetuneSettings:
 def plan(
     data: Path, run_dir: Path | None = None, card: dict | None = None, fold=0, backbone=None, **changes
 ) -> PlannedRun:
-    source = read_data(str(data), need_labels=True)
+    source = read_data(str(data), keep_labels=True)
     whole = Split(train=tuple(source.cases), val=())
     split = whole if fold is None else split_cases(source.cases, fold=fold, num_folds=3)
     num_channels = len(split.train[0].images)

@@ -265,12 +265,13 @@ def test_a_strict_run_refuses_a_fold_that_is_not_complete(folders):
         applied("BTCV", folders("BTCV"), given(strict=True))
 
 
-def test_labels_on_another_grid_are_refused_before_work(folders, tmp_path):
+def test_a_label_on_another_grid_leaves_out_its_case_before_work(folders, tmp_path):
     shutil.copytree(folders("MSD Spleen"), tmp_path / "set")
     labels = tmp_path / "set" / "Task09_Spleen" / "labelsTr"
     shutil.copy(folders("MSD Liver") / "Task03_Liver" / "labelsTr" / "liver_0.nii.gz", labels / "spleen_2.nii.gz")
-    with pytest.raises(DataError, match=r"labelsTr/spleen_2.*does not lie on the grid of .*imagesTr/spleen_2"):
-        applied("MSD Spleen", tmp_path / "set", given())
+    with pytest.warns(UserWarning, match=r"labelsTr/spleen_2.*does not lie on the grid of .*imagesTr/spleen_2"):
+        _, _, split = applied("MSD Spleen", tmp_path / "set", given())
+    assert "spleen_2" not in {case.id for case in (*split.train, *split.val)}
 
 
 @pytest.mark.parametrize("key", MINIATURES)

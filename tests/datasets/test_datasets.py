@@ -11,11 +11,13 @@ import pytest
 
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.datasets.cases import CaseSet, check_cases
+from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.published.folds import declare_fold, fold_numbers, read_preset
 from mim3d.datasets.published.presets import find_preset, published_presets
 from mim3d.datasets.splits import Split
+from mim3d.datasets.usable import usable_cases
 from mim3d.scans.volumes import read_volume
+from mim3d.tasks.segmentation.task import Segmentation
 from tests.miniatures import MINIATURES, write_cc_ccii
 
 PRESETS = published_presets()
@@ -264,7 +266,7 @@ def test_a_published_folder_gives_the_cases_of_the_published_fold(key, folders):
     ]
     assert cases.labels == mini.preset.labels
     assert all(len(case.images) == len(mini.preset.channels) for case in cases.cases)
-    check_cases(cases, need_labels=True)
+    assert usable_cases(cases, lacks=Segmentation().lacks) == cases
 
 
 @pytest.mark.parametrize("key", MINIATURES)

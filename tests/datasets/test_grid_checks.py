@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from mim3d.core.errors import DataError
-from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases
+from mim3d.datasets.cases import Case, CaseSet, read_cases
+from mim3d.datasets.usable import usable_cases
+from mim3d.tasks.segmentation.task import Segmentation
 from tests.nifti import affine_of, noise, write_nifti
 
 
@@ -27,7 +29,7 @@ def pair(folder, image_affine, label_affine, label_shape=(6, 7, 8)):
 def test_a_label_on_another_grid_names_both_files_and_both_grids(tmp_path, label_affine, shape):
     cases = pair(tmp_path, affine_of(), label_affine, shape)
     with pytest.raises(DataError) as caught:
-        check_cases(cases, need_labels=True)
+        usable_cases(cases, lacks=Segmentation().lacks)
     message = str(caught.value)
     assert cases.cases[0].label in message
     assert cases.cases[0].images[0] in message
@@ -35,9 +37,9 @@ def test_a_label_on_another_grid_names_both_files_and_both_grids(tmp_path, label
 
 
 def test_rounding_and_another_orientation_of_the_same_grid_are_accepted(tmp_path):
-    check_cases(pair(tmp_path / "round", affine_of(), affine_of((1, 1, 1.0001))), need_labels=True)
+    usable_cases(pair(tmp_path / "round", affine_of(), affine_of((1, 1, 1.0001))), lacks=Segmentation().lacks)
     flipped = affine_of(origin_mm=(5, 0, 0), signs=(-1, 1, 1))
-    check_cases(pair(tmp_path / "flip", affine_of(), flipped), need_labels=True)
+    usable_cases(pair(tmp_path / "flip", affine_of(), flipped), lacks=Segmentation().lacks)
 
 
 def test_channels_on_different_grids_are_refused(tmp_path):
@@ -45,19 +47,21 @@ def test_channels_on_different_grids_are_refused(tmp_path):
     write_nifti(tmp_path / "b.nii.gz", noise(), affine_of((2, 1, 1)))
     (tmp_path / "list.csv").write_text("image\na.nii.gz;b.nii.gz\n")
     with pytest.raises(DataError, match=r"b\.nii\.gz .*does not lie on the grid of .*a\.nii\.gz"):
-        check_cases(read_cases(tmp_path / "list.csv"), need_labels=False)
+        usable_cases(read_cases(tmp_path / "list.csv"))
 
 
 def test_missing_files_and_missing_labels_are_named(tmp_path):
     (tmp_path / "list.csv").write_text("image,label\nx.nii.gz,\n")
     cases = read_cases(tmp_path / "list.csv")
-    with pytest.raises(DataError, match=r"do not exist: .*x\.nii\.gz"):
-        check_cases(cases, need_labels=False)
+    with pytest.raises(DataError, match=r"x\.nii\.gz: no such file"):
+        usable_cases(cases)
     with pytest.raises(DataError, match="no label for x"):
-        check_cases(cases, need_labels=True)
+        usable_cases(cases, lacks=Segmentation().lacks)
 
 
 def test_real_sets_agree(shared_data):
     cases = read_cases(shared_data / "sts_ct")
-    check_cases(CaseSet(root=cases.root, form=cases.form, cases=cases.cases[:5], labels={}), need_labels=True)
+    usable_cases(
+        CaseSet(root=cases.root, form=cases.form, cases=cases.cases[:5], labels={}), lacks=Segmentation().lacks
+    )
     assert isinstance(cases.cases[0], Case)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mim3d.caching import layout
-from mim3d.caching.cache import Cache, open_cache, read_columns, row_of, write_manifest
+from mim3d.caching.cache import Cache, failure_row, open_cache, read_columns, row_of, write_manifest
 from mim3d.caching.case import BuildSettings, CaseResult, DigestMemo
 from mim3d.caching.layout import (
     ByteSource,
@@ -25,9 +25,10 @@ from mim3d.caching.layout import (
 )
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import Card
-from mim3d.caching.workers import build_in_processes, build_on_cluster, require_scheduler
+from mim3d.caching.workers import CASE_TIMEOUT_S, build_in_processes, build_on_cluster, require_scheduler
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, remove_partial, write_csv
+from mim3d.core.left_out import write_tracebacks
 from mim3d.core.progress import counted
 from mim3d.core.resources import num_cores
 from mim3d.datasets.cases import CaseSet
@@ -44,6 +45,8 @@ def build_cache(
     num_workers: int | None = 0,
     pack_gb: float | None = None,
     scheduler: str | None = None,
+    strict: bool = False,
+    timeout_s: float = CASE_TIMEOUT_S,
 ) -> Cache:
     """Bring every case of a data set into a cache folder, or bring the folder up to date.
 
@@ -61,6 +64,9 @@ def build_cache(
             is, and a new one has a folder for each case.
         scheduler: Address of a running Dask scheduler, ``tcp://host:8786``, on whose workers the cases are made;
             ``num_workers`` then means nothing. They must see the same files.
+        strict: Make no cache where a scan cannot be used.
+        timeout_s: Seconds after which the process of a scan that is still not done is ended, and the scan left out;
+            without processes of their own nothing can be ended.
 
     Raises:
         DataError: ``out`` cannot be written, holds other things, other scans or a cache of another version, is being
@@ -80,12 +86,13 @@ def build_cache(
         with layout.locked(root):
             pack_gb = _claim(root, cases, preprocessing, pack_gb)
             packed = find_packed(os.path.join(root, layout.PACKS))
-            results = _build_all(root, cases, preprocessing, frozenset(packed), num_workers, scheduler)
-            failed = [(case, results[case.id].reason) for case in cases.cases if results[case.id].folder is None]
-            rows = [(case.id, ";".join(case.images), case.label, reason) for case, reason in failed]
-            write_csv(os.path.join(root, layout.FAILED), layout.FAILED_COLUMNS, rows, remedy=None)
-            if len(failed) == len(cases.cases):
-                raise DataError(f"{cases.root}: none of {len(failed)} scans can be used; the first: {failed[0][1]}")
+            results = _build_all(root, cases, preprocessing, frozenset(packed), num_workers, scheduler, timeout_s)
+            num_failed = _list_failures(root, cases, results)
+            if num_failed and strict:
+                raise DataError(
+                    f"{cases.root}: {num_failed} of {len(cases.cases)} scans cannot be used (strict: nothing is left "
+                    f"out); the reasons are in {os.path.join(root, layout.FAILED)}, the others are kept for next time."
+                )
             folders = {case.id: folder for case in cases.cases if (folder := results[case.id].folder) is not None}
             sources: dict[str, ByteSource] = {
                 folder: packed.get(folder) or os.path.join(root, layout.CASES, folder) for folder in folders.values()
@@ -95,6 +102,24 @@ def build_cache(
                 sources = _pack(root, sources, cards, pack_gb)
             _finish(root, cases, folders, sources, cards)
     return open_cache(root)
+
+
+def _list_failures(root: str, cases: CaseSet, results: Mapping[str, CaseResult]) -> int:
+    """Write which cases could not be used and why, those that were known before included; the number of the others.
+
+    Raises:
+        DataError: None could be used.
+    """
+    failed = [(case, failure) for case in cases.cases if (failure := results[case.id].failure) is not None]
+    rows = [failure_row(each.case, each.reason) for each in cases.left_out]
+    rows += [failure_row(case, failure.reason) for case, failure in failed]
+    path = os.path.join(root, layout.FAILED)
+    write_csv(path, layout.FAILED_COLUMNS, [list(row.values()) for row in rows], remedy=None)
+    tracebacks = {case.id: failure.traceback for case, failure in failed if failure.traceback is not None}
+    write_tracebacks(Path(root, layout.TRACEBACKS), tracebacks, remedy=None)
+    if len(failed) == len(cases.cases):
+        raise DataError(f"{cases.root}: none of {len(rows)} scans can be used; the first: {rows[0]['reason']}")
+    return len(failed)
 
 
 def _read_card(source: ByteSource) -> Card:
@@ -188,6 +213,7 @@ def _build_all(
     packed: frozenset[str],
     num_workers: int,
     scheduler: str | None,
+    timeout_s: float,
 ) -> dict[str, CaseResult]:
     """Build every case; the results by the ids of the cases."""
     memo_path = os.path.join(out, layout.DIGESTS)
@@ -199,7 +225,7 @@ def _build_all(
         memo = {}
     settings = BuildSettings(out=out, preprocessing=preprocessing, labels=cases.labels, packed=packed, known=dict(memo))
     if scheduler is None:
-        building = build_in_processes(cases.cases, settings, num_workers)
+        building = build_in_processes(cases.cases, settings, num_workers, timeout_s)
     else:
         building = build_on_cluster(scheduler, cases.cases, settings)
     results: dict[str, CaseResult] = {}

@@ -166,6 +166,12 @@ def row_of(case: Case, card: Card, folder: str, source: ByteSource) -> dict[str,
     return {**asdict(case), "images": list(case.images), **card, **place}
 
 
+def failure_row(case: Case, reason: str) -> dict[str, str]:
+    """One row of the table of cases that could not be used."""
+    values = (case.id, ";".join(case.images), case.label or "", reason)
+    return dict(zip(layout.FAILED_COLUMNS, values, strict=True))
+
+
 def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], labels: Mapping[int, str], data: str) -> None:
     """Write the manifest of a cache, whole or not at all.
 

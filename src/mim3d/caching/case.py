@@ -23,6 +23,7 @@ from mim3d.caching.shards import write_array, write_group
 from mim3d.caching.stored_voxels import Shown, level_windows, to_stored, write_image
 from mim3d.core.errors import DataError
 from mim3d.core.files import sync, sync_tree
+from mim3d.core.left_out import Failure
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import check_file
 from mim3d.scans.grids import split_channel
@@ -64,21 +65,21 @@ class CaseResult:
     Attributes:
         id: Id of the case.
         folder: Its folder below ``cases/``; None where it could not be used.
-        reason: Why it could not be used.
+        failure: Why it could not be used.
         write_error: Why the cache could not be written; the build cannot go on then.
         digests: Memo entries of its source files.
     """
 
     id: str
     folder: str | None = None
-    reason: str | None = None
+    failure: Failure | None = None
     write_error: str | None = None
     digests: DigestMemo = field(default_factory=dict)
 
 
 def build_case(case: Case, settings: BuildSettings) -> CaseResult:
     """Bring one case into the cache, or find it there. Never raises: a bad scan must not stop the others."""
-    name, result, step = case.images[0], partial(CaseResult, id=case.id), "read"
+    name, result, is_stored = case.images[0], partial(CaseResult, id=case.id), False
     entries: DigestMemo = {}
     try:
         card = _source_card(case, settings, entries)
@@ -88,16 +89,12 @@ def build_case(case: Case, settings: BuildSettings) -> CaseResult:
             return result(folder=folder, digests=entries)
         prepared = prepare(case, settings.preprocessing, labels=settings.labels)
         require_unchanged(entries)
-        step = "stored"
+        is_stored = True
         _write_case(folder, prepared, card, settings)
-    except MemoryError:
-        return result(reason=f"{name}: larger than the memory left for it.")
-    except DataError as error:
-        return result(reason=str(error))
     except Exception as error:  # Readers of foreign formats raise anything, and voxels may be of an unforeseen kind.
-        if step == "stored" and isinstance(error, OSError):
+        if is_stored and isinstance(error, OSError):
             return result(write_error=error.strerror or str(error), digests=entries)
-        return result(reason=f"{name}: cannot be {step} ({type(error).__name__}: {error}).")
+        return result(failure=Failure.of(error, name))
     return result(folder=folder, digests=entries)
 
 

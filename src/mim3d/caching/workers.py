@@ -32,8 +32,12 @@ from mim3d import __version__
 from mim3d.caching import layout
 from mim3d.caching.case import BuildSettings, CaseResult, build_case
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.left_out import Failure
 from mim3d.core.worker_processes import prepare_worker, without_main_module
 from mim3d.datasets.cases import Case
+
+#: Seconds after which a scan that is still not done is given up.
+CASE_TIMEOUT_S = 3600.0
 
 #: Cases that may end their process before the first is done: beyond that the scans are not to blame.
 MAX_LOST_AT_FIRST = 8
@@ -46,7 +50,7 @@ _shared: BuildSettings | None = None
 
 
 def build_in_processes(
-    cases: Sequence[Case], settings: BuildSettings, num_workers: int
+    cases: Sequence[Case], settings: BuildSettings, num_workers: int, timeout_s: float = CASE_TIMEOUT_S
 ) -> Generator[CaseResult, None, None]:
     """Bring cases into a cache; the result of each, in the order in which they are done.
 
@@ -54,6 +58,7 @@ def build_in_processes(
         cases: Cases, each of them once.
         settings: What they share.
         num_workers: Number of processes; 0 or 1 works in this one.
+        timeout_s: Seconds that a case may take in a process of its own.
 
     Raises:
         DataError: Processes cannot be started, or are killed at every case.
@@ -73,8 +78,10 @@ def build_in_processes(
             guilty += alone is None
             yield alone or CaseResult(
                 id=case.id,
-                reason=f"{case.images[0]}: the process reading it ended without a word twice, most likely out of "
-                "memory; crop the scan, or run again where there is more memory.",
+                failure=Failure(
+                    f"{case.images[0]}: the process reading it ended without a word twice, most likely out of memory; "
+                    "crop the scan, or run again where there is more memory."
+                ),
             )
         num_lost, num_done = num_lost + guilty, num_done + len(suspects) - guilty
         if num_done == 0 and num_lost >= MAX_LOST_AT_FIRST:
@@ -203,8 +210,10 @@ def build_on_cluster(
             for case, answer in _answers(client, [suspect], sent):
                 yield _checked_result(answer, case, settings, scheduler) or CaseResult(
                     id=case.id,
-                    reason=f"{case.images[0]}: the workers reading it ended without a word again and again, most "
-                    "likely out of memory; crop the scan, or run again with workers that have more memory.",
+                    failure=Failure(
+                        f"{case.images[0]}: the workers reading it ended without a word again and again, most likely "
+                        "out of memory; crop the scan, or run again with workers that have more memory."
+                    ),
                 )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.left_out import take_noted
 from mim3d.core.names import printable
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    A refusal (Mim3dError) is one line on stderr and exit code 2; ``--debug true`` shows its traceback. Any other error
-    stays a traceback.
+    A refusal (Mim3dError) is one line on stderr and exit code 2; ``--debug true`` shows its traceback. Where the
+    command did its work but left out cases, the last line says how many and where they are listed, and the exit code
+    is 2 too. Any other error stays a traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     # A user's own method or backbone, named by dotted path, may lie in the folder where they work.
@@ -110,7 +112,12 @@ def _run(words: list[str]) -> int:
 
         print(help_text(signature))
     else:
+        take_noted()
         signature.function(**command_arguments(split_line(words[1:], signature), signature))
+        sentences = take_noted()
+        for sentence in sentences:
+            print(printable(sentence), flush=True)
+        return EXIT_REFUSED if sentences else 0
     return 0
 
 

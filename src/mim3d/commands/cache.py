@@ -3,6 +3,7 @@
 from typing import Literal
 
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.workers import CASE_TIMEOUT_S
 from mim3d.core.command import typed
 from mim3d.workflows.cache import cache_data_set
 
@@ -20,11 +21,13 @@ def cache(
     num_workers: int | None = None,
     pack_gb: float | None = None,
     scheduler: str | None = None,
+    strict: bool = False,
+    timeout_s: float = CASE_TIMEOUT_S,
 ) -> str:
     """Preprocess a data set into a folder from which training reads single crops.
 
     May be stopped and run again at any moment: what is finished and unchanged is kept. Scans that cannot be used are
-    left out and listed in OUT/failed.csv.
+    left out and listed in OUT/failed.csv; the exit code is 2 then.
 
     Args:
         data: Folder of scans, DICOM tree, MSD folder or dataset.json, nnU-Net raw folder, or CSV or JSON list.
@@ -41,6 +44,8 @@ def cache(
             given a cache that is there keeps its form, and a new one has a folder for each case.
         scheduler: Address of a running Dask scheduler, such as tcp://host:8786; its workers take the place of
             processes here (num_workers is ignored), and must see DATA and OUT under the same paths.
+        strict: Refuse a data set of which a scan cannot be used; headers are checked before any work.
+        timeout_s: Seconds after which a scan that is still not done is given up and left out.
 
     Returns:
         The path of the cache.
@@ -52,4 +57,13 @@ def cache(
     preprocessing = Preprocessing(
         spacing_mm=spacing_mm, intensities=intensities, window=window, num_levels=num_levels, body_crop=body_crop
     )
-    return cache_data_set(data, out, preprocessing, num_workers=num_workers, pack_gb=pack_gb, scheduler=scheduler)
+    return cache_data_set(
+        data,
+        out,
+        preprocessing,
+        num_workers=num_workers,
+        pack_gb=pack_gb,
+        scheduler=scheduler,
+        strict=strict,
+        timeout_s=timeout_s,
+    )

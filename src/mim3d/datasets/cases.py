@@ -12,9 +12,8 @@ from typing import Any
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_csv, read_json
 from mim3d.core.settings import nearest
-from mim3d.scans.grids import require_same_grid
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
-from mim3d.scans.volumes import SUFFIXES, channels_of, find_scans, patient_of, read_grid, scan_id, suffix_of
+from mim3d.scans.volumes import SUFFIXES, channels_of, find_scans, patient_of, scan_id, suffix_of
 
 #: Columns of a list, and keys of an entry in JSON.
 COLUMNS = ("image", "label", "class", "patient", "split", "labels", "id")
@@ -51,6 +50,21 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A case that cannot be used.
+
+    Attributes:
+        case: The case.
+        reason: Why, in a sentence that names the file.
+        lacking: Whether it lacks a label map or class rather than holding a bad file; then no split counts it.
+    """
+
+    case: Case
+    reason: str
+    lacking: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaseSet:
     """All cases of one data set.
 
@@ -59,12 +73,19 @@ class CaseSet:
         form: "folder", "pairs", "msd", "nnunet", "csv", "json", "preset", "list" or "slices".
         cases: The cases in the order of the list, or by path for folders.
         labels: Declared label value -> name, with background 0 included; empty where nothing is declared.
+        left_out: Cases that are known to be of no use.
     """
 
     root: str
     form: str
     cases: tuple[Case, ...]
     labels: dict[int, str]
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def unreadable(self) -> tuple[Case, ...]:
+        """Cases left out for their files. Splits count them, so that folds stay the same once a file is mended."""
+        return tuple(each.case for each in self.left_out if not each.lacking)
 
 
 def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> CaseSet:
@@ -501,30 +522,3 @@ def unique_ids(cases: Sequence[Case], root: str) -> list[str]:
 def _joined(parts: Sequence[str]) -> str:
     """The parts of a path as one name that is fit for a file."""
     return re.sub(r"[^\w.-]+", "-", "_".join(parts))
-
-
-def check_cases(cases: CaseSet, *, need_labels: bool) -> None:
-    """Check every case by its headers, before any work.
-
-    Args:
-        cases: The data set.
-        need_labels: Whether a case without a label map is refused.
-
-    Raises:
-        DataError: The first fault found: a case without a label map where one is needed, a missing or unreadable file,
-            or channels and label maps on different grids.
-    """
-    unlabelled = [case.id for case in cases.cases if case.label is None]
-    if need_labels and unlabelled:
-        raise DataError(
-            f"{cases.root}: no label for {listed(unlabelled)} ({len(unlabelled)} of {len(cases.cases)} cases); every "
-            "case needs one here, so add the labels or leave these cases out."
-        )
-    files = [[*case.images, *([case.label] if case.label else [])] for case in cases.cases]
-    missing = [path for paths in files for path in paths if not os.path.exists(path.split("::")[0])]
-    if missing:
-        raise DataError(f"{cases.root}: these files do not exist: {listed(missing)}; correct or remove their entries.")
-    for first, *others in files:
-        grid = read_grid(first)
-        for path in others:
-            require_same_grid(grid, read_grid(path))

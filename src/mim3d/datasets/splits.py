@@ -24,6 +24,20 @@ class Split:
     train: tuple[Case, ...]
     val: tuple[Case, ...]
 
+    def without(self, cases: Sequence[Case]) -> "Split":
+        """The same split without some cases.
+
+        Raises:
+            DataError: A part that had cases has none left.
+        """
+        ids = {case.id for case in cases}
+        parts = {name: tuple(c for c in part if c.id not in ids) for name, part in vars(self).items()}
+        for name, part in vars(self).items():
+            if part and not parts[name]:
+                what, names = "train" if name == "train" else "validate", listed([case.id for case in part])
+                raise DataError(f"None of the {len(part)} cases to {what} on can be used ({names}); mend one.")
+        return Split(**parts)
+
 
 def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, seed: int = 0) -> Split:
     """Split cases into training and validation, never dividing a patient.

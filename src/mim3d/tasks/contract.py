@@ -79,6 +79,14 @@ class Task(ABC):
         """
         raise ConfigError(f"the task {cls.__name__} is that of no preset; give it a class method `of_preset`.")
 
+    def lacks(self, case: Case) -> str | None:
+        """Say what a case lacks to be learned from; such cases are left out. None where it has everything."""
+        if self.needs == "label" and case.label is None:
+            return f"no label for {case.id}; add its label map, or take the case out"
+        if self.needs == "class" and case.class_name is None:
+            return f"no class for {case.id}; name it in the column class of a list, or take the case out"
+        return None
+
     def check_split(self, split: Split) -> None:
         """Refuse cases that cannot be learned from, before anything is prepared; label maps are checked when read.
 

@@ -1,12 +1,16 @@
 """From a data set to a cache, and what is said of it at the end."""
 
 from collections import defaultdict
+from pathlib import Path
 
 from mim3d.caching.build import build_cache
+from mim3d.caching.layout import FAILED
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.left_out import MAX_REASONS, note_left_out
 from mim3d.core.progress import say
 from mim3d.core.resources import in_words
 from mim3d.datasets.cases import read_cases
+from mim3d.datasets.usable import usable_cases
 
 
 def cache_data_set(
@@ -17,6 +21,8 @@ def cache_data_set(
     num_workers: int | None,
     pack_gb: float | None,
     scheduler: str | None,
+    strict: bool,
+    timeout_s: float,
 ) -> str:
     """Preprocess a data set into a cache, print what came of it, and return the path of the cache.
 
@@ -27,16 +33,31 @@ def cache_data_set(
         num_workers: Number of processes; None for one per core.
         pack_gb: Size of packs in GB; None keeps the form of a cache that is there.
         scheduler: Address of a running Dask scheduler; None for processes of this machine.
+        strict: Refuse a data set of which a scan cannot be used, by headers before any work.
+        timeout_s: Seconds that a scan may take in a process of its own.
     Raises:
         DataError: The data set, the folder or the cluster cannot be used.
         ConfigError: A setting cannot work, or the folder holds a cache of other settings.
     """
     cases = read_cases(data)
-    made = build_cache(cases, out, preprocessing, num_workers=num_workers, pack_gb=pack_gb, scheduler=scheduler)
+    if strict:
+        cases = usable_cases(cases, strict=True)
+    made = build_cache(
+        cases,
+        out,
+        preprocessing,
+        num_workers=num_workers,
+        pack_gb=pack_gb,
+        scheduler=scheduler,
+        strict=strict,
+        timeout_s=timeout_s,
+    )
     if made.failed:
-        print(f"{len(made.failed)} of {len(made) + len(made.failed)} scans left out, the reasons are in failed.csv:")
-        for row in made.failed[:3]:
+        num_cases = len(made) + len(made.failed)
+        print(f"{len(made.failed)} of {num_cases} scans left out, the reasons are in failed.csv:")
+        for row in made.failed[:MAX_REASONS]:
             say(f"  {row['reason']}")
+        note_left_out(len(made.failed), num_cases, Path(made.path, FAILED))
     alike: dict[str, list[str]] = defaultdict(list)
     for scan in made:
         alike[scan.source_digest].append(scan.case.id)

@@ -14,8 +14,9 @@ from mim3d.core.progress import say
 from mim3d.core.run_folder import Run, read_run
 from mim3d.core.settings import to_named
 from mim3d.core.types import Named, Spacing
-from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases
+from mim3d.datasets.cases import Case, CaseSet, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
+from mim3d.datasets.usable import usable_cases
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.planning.plan import plan_intensity
 from mim3d.scans.intensity import Intensity
@@ -173,15 +174,13 @@ def run_pretraining(settings: PretrainSettings) -> str:
 def _source(settings: PretrainSettings) -> CaseSet | Cache:
     """The data set, or the scans of a published list that are there."""
     if settings.preset is None:
-        return read_data(settings.data, need_labels=False)
+        return read_data(settings.data, strict=settings.strict)
     if settings.fold is not None:
         raise ConfigError(
             f"fold {settings.fold} of preset {settings.preset}: a list of scans to pre-train on has no folds; leave "
             "fold out."
         )
-    source = pretraining_list(settings.preset, settings.data, log=print)
-    check_cases(source, need_labels=False)
-    return source
+    return usable_cases(pretraining_list(settings.preset, settings.data, log=print), strict=settings.strict)
 
 
 def _training_cases(source: CaseSet | Cache, settings: PretrainSettings) -> Sequence[Case]:

@@ -14,6 +14,7 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.types import Spacing, Triple
+from mim3d.datasets.cases import Case
 from mim3d.datasets.published.presets import Preset
 from mim3d.datasets.splits import Split
 from mim3d.loading.samples import SampleDataset
@@ -118,6 +119,11 @@ class Classification(Task):
         if self.size is not None:
             check_multiple(_whole(self.size), backbone.input_multiple, "size")
         return self
+
+    def lacks(self, case: Case) -> str | None:
+        if self.centre == "label" and case.label is None:
+            return f"no label for {case.id}, though centre is label; add its label map, or use centre scan"
+        return super().lacks(case)
 
     def check_split(self, split: Split) -> None:
         """Refuse cases without a class or an asked-for label, classes held out alone, and weights that do not fit.

@@ -5,16 +5,17 @@ from typing import NamedTuple
 from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import DataError, listed
 from mim3d.core.progress import say
-from mim3d.datasets.cases import CaseSet, check_cases
+from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import Preset, find_preset
 from mim3d.datasets.splits import Split
+from mim3d.datasets.usable import usable_cases
 from mim3d.tasks import create_task
 from mim3d.tasks.contract import Task
 from mim3d.workflows.finetune.presets import describe_preset, with_preset
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import asked_recipe
-from mim3d.workflows.shared.inputs import read_data
+from mim3d.workflows.shared.inputs import read_data, unreadable_of
 
 
 class TrainingData(NamedTuple):
@@ -46,27 +47,28 @@ def read_training_data(settings: FinetuneSettings) -> TrainingData:
     """
     if settings.preset is None:
         task = create_task(settings.task)
-        source = read_data(settings.data, need_labels=task.needs == "label", keep_labels=True)
-        return TrainingData(settings, task, source, settings.split(source.cases))
+        source = read_data(settings.data, lacks=task.lacks, keep_labels=True, strict=bool(settings.strict))
+        return TrainingData(settings, task, source, settings.split(source.cases, unreadable_of(source)))
     preset = find_preset(settings.preset)
     multiple = asked_recipe(settings.backbone, settings.weights)[0].input_multiple
     settings = with_preset(settings, preset, multiple)
     task = create_task(settings.task)
-    source, split = _read_published(preset, settings, need_labels=task.needs == "label")
+    source, split = _read_published(preset, settings, task)
     for line in describe_preset(preset, split, task, multiple):
         say(line)
     return TrainingData(settings, task, source, split)
 
 
-def _read_published(preset: Preset, settings: FinetuneSettings, *, need_labels: bool) -> tuple[CaseSet | Cache, Split]:
+def _read_published(preset: Preset, settings: FinetuneSettings, task: Task) -> tuple[CaseSet | Cache, Split]:
     data, fold, strict = settings.data, settings.single_fold, settings.strict
     if not is_cache(data):
-        source = read_preset(preset, data, fold, strict=strict)
-        check_cases(source, need_labels=need_labels)
-        return source, settings.split(source.cases)
+        source = usable_cases(
+            read_preset(preset, data, fold, strict=strict), lacks=task.lacks, strict=bool(settings.strict)
+        )
+        return source, settings.split(source.cases, source.unreadable)
     cache = open_cache(data)
     cases = declare_fold(preset, cache.path, cache.cases, fold, strict=strict)
-    unlabelled = [scan.case.id for scan in cache.subset(cases) if need_labels and not scan.has_label]
+    unlabelled = [scan.case.id for scan in cache.subset(cases) if task.needs == "label" and not scan.has_label]
     if unlabelled:
         raise DataError(
             f"{data} is a cache of scans without labels, such as pre-training makes ({listed(unlabelled)}); make one "

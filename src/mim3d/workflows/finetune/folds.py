@@ -21,7 +21,7 @@ from mim3d.workflows.finetune.planning import PLAN_NAME
 from mim3d.workflows.finetune.presets import with_own_folds
 from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
 from mim3d.workflows.finetune.settings import FinetuneSettings
-from mim3d.workflows.shared.inputs import read_data
+from mim3d.workflows.shared.inputs import read_data, unreadable_of
 
 SUMMARY_NAME = "summary.json"
 CONFIG_NAME = "config.yaml"
@@ -112,15 +112,15 @@ def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> No
                 cases = declare_fold(preset, data, source.cases, fold, strict=settings.strict)
                 replace(settings, fold=fold).split(cases)
         return
-    needs_label = create_task(settings.task).needs == "label"
-    every = read_data(data, need_labels=needs_label, keep_labels=True).cases
-    if any(case.split == "val" for case in every):
+    lacks = create_task(settings.task).lacks
+    every = read_data(data, lacks=lacks, keep_labels=True, strict=bool(settings.strict))
+    if any(case.split == "val" for case in every.cases):
         raise ConfigError(
             f"{data} declares which cases validate, so that all folds would be the same; use --fold 0, or "
             "leave the declared split out."
         )
     for fold in range(settings.num_folds):
-        replace(settings, fold=fold).split(every)
+        replace(settings, fold=fold).split(every.cases, unreadable_of(every))
 
 
 def _write_config(out: Path, settings: FinetuneSettings) -> None:

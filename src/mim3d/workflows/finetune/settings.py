@@ -77,11 +77,12 @@ class FinetuneSettings(TrainingSettings):
         assert self.fold != "all"
         return self.fold
 
-    def split(self, cases: Sequence[Case]) -> Split:
+    def split(self, cases: Sequence[Case], unreadable: Sequence[Case] = ()) -> Split:
         """The cases to train on and those that are held out.
 
         Args:
-            cases: All cases of the data set.
+            cases: All cases of the data set that can be used.
+            unreadable: Those whose files cannot be read, which folds count all the same.
         Raises:
             ConfigError: A fold that does not exist, or a negative seed.
             DataError: Cases that cannot be split, or a part of them that cannot be taken.
@@ -93,5 +94,10 @@ class FinetuneSettings(TrainingSettings):
             train_seed=self.train_seed,
         )
         return choose_split(
-            cases, fold=self.single_fold, num_folds=self.num_folds, part=part, split_seed=self.split_seed
+            cases,
+            fold=self.single_fold,
+            num_folds=self.num_folds,
+            part=part,
+            split_seed=self.split_seed,
+            unreadable=unreadable,
         )

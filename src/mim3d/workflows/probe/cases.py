@@ -21,7 +21,7 @@ from mim3d.probing.items import ProbeSet, class_set, label_set
 from mim3d.probing.settings import Probing
 from mim3d.scans.intensity import Intensity
 from mim3d.workflows.shared.held_out import choose_split
-from mim3d.workflows.shared.inputs import given_scans, read_data, say_left_out
+from mim3d.workflows.shared.inputs import given_scans, read_data, require_all, unreadable_of
 
 #: What stands for a set of phantoms in place of DATA.
 PHANTOM = "phantom"
@@ -64,6 +64,8 @@ class ProbeCases:
     ) -> Cache:
         """The cached scans: as they are where the source is a cache, else built in ``folder``.
 
+        Those that could not be used are its failures.
+
         Raises:
             ConfigError: A cache of another spacing, or a folder that holds another cache.
             DataError: Scans that cannot be used: all of one part, or with ``strict`` any.
@@ -72,8 +74,8 @@ class ProbeCases:
             return given_scans(self.source, self.cases, spacing_mm)
         wanted = replace(self.source, cases=tuple(self.cases))
         scans = build_cache(wanted, folder, Preprocessing(spacing_mm=spacing_mm), num_workers=num_workers)
-        say_left_out(scans, strict=strict)
-        return scans.subset(self.cases)
+        require_all(scans.failed, strict=strict)
+        return scans
 
     def items(
         self,
@@ -102,16 +104,16 @@ def _watch(scans: Sequence[CachedScan]) -> Iterator[CachedScan]:
     return counted(scans, len(scans), "scans")
 
 
-def read_source(data: str, folder: str | Path) -> CaseSet | Cache:
+def read_source(data: str, folder: str | Path, *, strict: bool = False) -> CaseSet | Cache:
     """The data set or cache behind DATA; phantoms are made in ``folder``.
 
     Raises:
-        DataError: Files, lists or grids that cannot be used.
+        DataError: No case can be used, or a list cannot be read; or with ``strict``, a case cannot be used.
     """
     if data != PHANTOM:
-        return read_data(data, need_labels=False, keep_labels=True)
+        return read_data(data, keep_labels=True, strict=strict)
     make_set(folder, PHANTOMS)
-    return read_data(str(folder), need_labels=True)
+    return read_data(str(folder), keep_labels=True)
 
 
 def labelled_cases(source: CaseSet | Cache, target: Target | None, data: str) -> tuple[Target, list[Case]]:
@@ -157,5 +159,6 @@ def choose_cases(
         DataError: No labelled scans, or too few.
     """
     chosen, cases = labelled_cases(source, target, data)
-    split = choose_split(cases, fold=fold, num_folds=num_folds, split_seed=split_seed)
+    unreadable = [each for each in unreadable_of(source) if chosen == "classes" or each.label is not None]
+    split = choose_split(cases, fold=fold, num_folds=num_folds, split_seed=split_seed, unreadable=unreadable)
     return ProbeCases(source, chosen, split)

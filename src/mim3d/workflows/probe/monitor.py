@@ -11,7 +11,9 @@ import torch
 
 from mim3d.backbones import Backbone, Encoder
 from mim3d.caching.cache import Cache
+from mim3d.caching.layout import FAILED
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.left_out import note_left_out
 from mim3d.core.progress import say
 from mim3d.core.resources import choose_accelerator
 from mim3d.core.run_folder import Run
@@ -28,7 +30,7 @@ from mim3d.weights import save_network
 from mim3d.workflows.probe.cases import PHANTOM, ProbeCases, labelled_cases, read_source
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
 from mim3d.workflows.shared.initialisation import Initialisation
-from mim3d.workflows.shared.inputs import check_channels
+from mim3d.workflows.shared.inputs import check_channels, unreadable_of
 from mim3d.workflows.shared.leakage import SEEN_NAME
 from mim3d.workflows.shared.training import TrainingSettings
 
@@ -132,7 +134,7 @@ class ProbePlan:
         usable = [case for case in cases if case.split in (None, "train")]
         if self.data != PHANTOM:
             # By whichever task splits them; too few cases for the folds are never split.
-            groups = cases_by_task(source.cases)
+            groups = cases_by_task([*source.cases, *unreadable_of(source)])
             large = [group for group in groups if len({case.patient for case in group}) >= self.folds.num_folds]
             held_out = self.folds.held_out_patients(large)
             usable = [case for case in usable if case.patient not in held_out]
@@ -173,6 +175,7 @@ class ProbePlan:
             num_workers=training.num_workers,
             strict=bool(training.strict),
         )
+        note_left_out(len(scans.failed), len(scans) + len(scans.failed), folder / "cache" / FAILED)
         run.bind_input("probe", scans.digest)
         mapping = initial.intensity(None, scans.subset(cases.split.train))
         items = cases.items(scans, encoder, mapping, PROBING, seed=self.seed, largest=self.largest).in_memory()

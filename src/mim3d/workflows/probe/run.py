@@ -13,8 +13,10 @@ from rich.text import Text
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
+from mim3d.caching.layout import FAILED
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json
+from mim3d.core.left_out import note_left_out
 from mim3d.core.names import printable
 from mim3d.core.progress import counted, say
 from mim3d.core.resources import choose_device
@@ -102,7 +104,7 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
     bootstrap = Bootstrap(num_bootstrap=settings.num_bootstrap, seed=0)
     with tempfile.TemporaryDirectory(prefix="mim3d-probe-") as scratch:
         cases = choose_cases(
-            read_source(settings.data, Path(scratch) / "phantom"),
+            read_source(settings.data, Path(scratch) / "phantom", strict=settings.strict),
             settings.data,
             settings.target,
             fold=settings.fold,
@@ -133,9 +135,17 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
         for path in encoders:
             check_pretraining(path, held_out, strict=strict)
         rows = _rows(encoders, cases, scans, settings)
+        failed, place = scans.failed, settings.out or os.path.join(folder, FAILED)
+        if settings.out is None and settings.cache is None:
+            place = "the lines above"
+            for row in failed:
+                say(f"left out: {row['reason']}")
+        note_left_out(len(failed), len(scans) + len(failed), place)
     written = {f.name: getattr(settings, f.name) for f in fields(settings)}
     about = {name: value for name, value in written.items() if name not in ("out", "cache", "num_workers")}
     content = content_of(rows, to_mapping(about), bootstrap)
+    if failed:
+        content["cases_left_out"] = [{"id": row["id"], "reason": row["reason"]} for row in failed]
     show(content)
     if settings.out is not None:
         write_json(settings.out, content, indent=1, allow_nan=False)

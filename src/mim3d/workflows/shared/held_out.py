@@ -57,6 +57,7 @@ def choose_split(
     num_folds: int,
     part: TrainPart = TrainPart(),
     split_seed: int = 0,
+    unreadable: Sequence[Case] = (),
 ) -> Split:
     """Split the cases of a data set, and keep a part of those to train on.
 
@@ -69,10 +70,13 @@ def choose_split(
         num_folds: Number of folds.
         part: Which of the training cases are kept.
         split_seed: Seed by which patients are split into folds.
+        unreadable: Further cases, whose files cannot be read: counted in folds and parts, so that mending a file moves
+            no other case, and then left out.
     Raises:
         ConfigError: A fold that does not exist, or a negative seed.
-        DataError: Cases that cannot be split, or a part that cannot be taken.
+        DataError: Cases that cannot be split, a part that cannot be taken, or one of which no case is readable.
     """
+    cases = [*cases, *unreadable]
     if split_seed < 0:
         raise ConfigError(f"split_seed is {split_seed}; it must be zero or more.")
     if fold is None:
@@ -82,7 +86,8 @@ def choose_split(
     if not split.train:
         raise DataError('No case is left to train on; mark some "train" in the list.')
     ids = {case.id for case in split.train}
-    return Split(train=part.take(split.train, [case for case in cases if case.id not in ids]), val=split.val)
+    train = part.take(split.train, [case for case in cases if case.id not in ids])
+    return Split(train=train, val=split.val).without(unreadable)
 
 
 def write_split(run: Run, split: Split) -> None:

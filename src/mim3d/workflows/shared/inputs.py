@@ -3,7 +3,7 @@
 import socket
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,45 +11,72 @@ from typing import Any
 import mim3d
 from mim3d.backbones import BACKBONES, Backbone
 from mim3d.caching.build import build_cache
-from mim3d.caching.cache import Cache, is_cache, open_cache
+from mim3d.caching.cache import Cache, failure_row, is_cache, open_cache
+from mim3d.caching.layout import FAILED_COLUMNS
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.resampling import target_grid
 from mim3d.core.errors import ConfigError, DataError, listed
-from mim3d.core.run_folder import Run
+from mim3d.core.files import write_csv
+from mim3d.core.left_out import in_words, note_left_out
+from mim3d.core.run_folder import GO_ON, Run
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Spacing, Triple
-from mim3d.datasets.cases import Case, CaseSet, check_cases, read_cases
+from mim3d.datasets.cases import Case, CaseSet, read_cases
+from mim3d.datasets.usable import Lacks, refuse_or_say, usable_cases
 from mim3d.distributed.processes import Processes
 from mim3d.scans.intensity import Intensity
 from mim3d.scans.volumes import read_grid
 from mim3d.weights import weights_digest
 
+#: File of a run that lists the cases it left out, each with the reason.
+LEFT_OUT_NAME = "left_out.csv"
+
 #: Longest time after which a network disk shows a file that another machine has written, with a margin.
 SHARED_DISK_PATIENCE_S = 90.0
 
 
-def read_data(data: str, *, need_labels: bool, keep_labels: bool = False) -> CaseSet | Cache:
+def read_data(
+    data: str, *, lacks: Lacks | None = None, keep_labels: bool = False, strict: bool = False
+) -> CaseSet | Cache:
     """Open a cache, or read a data set and check what headers can tell; no voxel is read.
 
     Args:
         data: Any form of DATA.
-        need_labels: Whether every case must have a label; without, labels are left out altogether.
-        keep_labels: Take labels where there are some, though none is needed.
+        lacks: What a case lacks to be used, in words; cases that lack something are left out.
+        keep_labels: Take label maps where there are some; without, they are left out altogether.
+        strict: Refuse a data set of which a case cannot be used.
     Raises:
-        DataError: There are files, lists or grids that cannot be used.
+        DataError: No case can be used, or a list cannot be read; or with ``strict``, a case cannot be used.
     """
     if is_cache(data):
         cache = open_cache(data)
-        unlabelled = [scan.case.id for scan in cache if not scan.has_label] if need_labels else []
-        if unlabelled:
-            raise DataError(
-                f"{data} is a cache of scans without labels, such as pre-training makes ({listed(unlabelled)}); make "
-                "one from the labelled data set first (mim3d cache DATA --out CACHE), or give the data set itself."
-            )
-        return cache
-    cases = read_cases(data, recursive_images_only=not (need_labels or keep_labels))
-    check_cases(cases, need_labels=need_labels)
-    return cases
+        # What the cache itself left out was said when it was made.
+        return replace(cache, failed=()) if lacks is None else with_what_is_needed(cache, lacks, strict=strict)
+    return usable_cases(read_cases(data, recursive_images_only=not keep_labels), lacks=lacks, strict=strict)
+
+
+def with_what_is_needed(cache: Cache, lacks: Lacks, *, strict: bool) -> Cache:
+    """The scans of a cache that lack nothing; the others are its failures, with the reason.
+
+    Raises:
+        DataError: Every scan lacks something; or with ``strict``, one does.
+    """
+    seen = {scan: lacks(scan.case if scan.has_label else replace(scan.case, label=None)) for scan in cache}
+    rows = [failure_row(scan.case, f"{cache.path}: {fault}.") for scan, fault in seen.items() if fault]
+    if len(rows) == len(cache) and not any(scan.has_label for scan in cache):
+        raise DataError(
+            f"{cache.path} is a cache of scans without labels, such as pre-training makes "
+            f"({listed([row['id'] for row in rows])}); make one from the labelled data set first (mim3d cache DATA "
+            "--out CACHE), or give the data set itself."
+        )
+    if rows:
+        refuse_or_say(cache.path, [row["reason"] for row in rows], len(cache), strict=strict)
+    return replace(cache, scans=tuple(scan for scan, fault in seen.items() if not fault), failed=tuple(rows))
+
+
+def unreadable_of(source: CaseSet | Cache) -> tuple[Case, ...]:
+    """The cases of a data set that were left out for their files; a cache knows of none."""
+    return () if isinstance(source, Cache) else source.unreadable
 
 
 def open_scans(
@@ -84,6 +111,7 @@ def open_scans(
     """
     if isinstance(source, Cache):
         scans = given_scans(source, cases, spacing_mm)
+        num_cases, failed = len(source) + len(source.failed), source.failed
     else:
         # A shared cache holds every case, so that no run drops what another one needs.
         wanted = replace(source, cases=tuple(cases)) if cache_dir is None else source
@@ -94,8 +122,12 @@ def open_scans(
             processes.announce("cache", cache.digest)
         else:
             cache = _seen_here(place, processes.wait_for("cache"))
-        scans = cache.subset(cases)
-        say_left_out(scans, strict=strict)
+        scans, failed, num_cases = cache.subset(cases), cache.failed, len(cache) + len(cache.failed)
+        require_all(failed, strict=strict)
+    if failed and run.writes:
+        place = run.path / LEFT_OUT_NAME
+        write_csv(place, FAILED_COLUMNS, [list(row.values()) for row in failed], remedy=GO_ON)
+        note_left_out(len(failed), num_cases, place)
     run.bind_input("data", scans.digest)
     if processes.is_first:
         processes.announce("scans", scans.digest)
@@ -123,16 +155,17 @@ def given_scans(cache: Cache, cases: Sequence[Case], spacing_mm: Spacing | None)
     return cache.subset(cases)
 
 
-def say_left_out(scans: Cache, *, strict: bool) -> None:
-    """Warn of each scan that could not be used for a cache.
+def require_all(failed: Sequence[Mapping[str, str]], *, strict: bool) -> None:
+    """Warn of scans that could not be used for a cache.
 
     Raises:
         DataError: ``strict``, and there is one.
     """
-    for row in scans.failed:
-        if strict:
-            raise DataError(f"{row['reason']} (strict: nothing is left out)")
-        warnings.warn(f"left out: {row['reason']}", stacklevel=2)
+    reasons = [row["reason"] for row in failed]
+    if reasons and strict:
+        raise DataError(f"{len(reasons)} scans cannot be used (strict: nothing is left out): {in_words(reasons)}")
+    if reasons:
+        warnings.warn(f"left out: {in_words(reasons)}", stacklevel=3)
 
 
 def _seen_here(place: str | Path, digest: str | None) -> Cache:

@@ -1,0 +1,89 @@
+"""Cases that a command leaves out while it does the rest: why, where that is listed, and what it says last."""
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mim3d.core.errors import Mim3dError
+from mim3d.core.files import REMEDY, write_text
+
+#: Reasons that a sentence holds; a file has them all.
+MAX_REASONS = 3
+
+#: What the command that runs has left out: file of the reasons -> sentence.
+_noted: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a case cannot be used.
+
+    Attributes:
+        reason: A sentence that names the file.
+        traceback: Where an error that nobody foresaw was raised; None for all others.
+    """
+
+    reason: str
+    traceback: str | None = None
+
+    @classmethod
+    def of(cls, error: BaseException, name: str) -> "Failure":
+        """The failure behind an error, whoever raised it.
+
+        Args:
+            error: What was raised while the case was in work.
+            name: Name of the case's first file, for errors that name none.
+        """
+        if isinstance(error, Mim3dError):
+            return cls(str(error))
+        if isinstance(error, MemoryError):
+            return cls(f"{name}: larger than the memory left for it.")
+        if isinstance(error, OSError):
+            place = error.filename if isinstance(error.filename, str) else name
+            return cls(f"{place}: cannot be read ({error.strerror or error}).")
+        said = " ".join(str(error).split()) or "no message"
+        return cls(
+            f"{name}: unexpected {type(error).__name__}: {said[:300]}; please report it.",
+            "".join(traceback.format_exception(error)),
+        )
+
+
+def in_words(reasons: Sequence[str]) -> str:
+    """The first few reasons, each a sentence, and how many more there are."""
+    more = len(reasons) - MAX_REASONS
+    return " ".join([*reasons[:MAX_REASONS], *([f"And {more} more."] if more > 0 else [])])
+
+
+def write_tracebacks(path: Path, tracebacks: Mapping[str, str], *, remedy: str | None = REMEDY) -> None:
+    """Write where unforeseen errors were raised, by the id of the case; without any, a file of before goes.
+
+    Raises:
+        DataError: The folder cannot be written to.
+    """
+    if tracebacks:
+        write_text(path, "\n".join(f"{name}\n{text}" for name, text in tracebacks.items()), remedy=remedy)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def note_left_out(num_left_out: int, num_cases: int, listed_in: Path | str) -> None:
+    """Let the command line end with how many cases were left out, and with another exit code.
+
+    Args:
+        num_left_out: Number of cases that were left out; with 0 nothing is noted.
+        num_cases: Number of all cases.
+        listed_in: File that holds each of them with the reason.
+    """
+    if num_left_out:
+        were = "case was" if num_left_out == 1 else "cases were"
+        _noted[str(listed_in)] = (
+            f"{num_left_out} of {num_cases} {were} left out, the others are done; the reasons are in {listed_in}."
+        )
+
+
+def take_noted() -> list[str]:
+    """The sentences that were noted since this was called last."""
+    sentences = list(_noted.values())
+    _noted.clear()
+    return sentences
