@@ -70,7 +70,7 @@ FACTS = ("datasets.published.sets.",)
 BUDGET = {
     "core": 1875,
     "kernels": 875,
-    "scans": 2775,
+    "scans": 3400,
     "nn": 575,
     "tracking": 550,
     "metrics": 1325,

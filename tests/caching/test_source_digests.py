@@ -36,15 +36,16 @@ def test_a_changed_file_is_noticed_even_with_its_old_size_and_time(tmp_path):
         require_unchanged(memo)
 
 
-def test_detached_headers_bring_their_voxels(tmp_path):
-    for name in ("a.raw", "b.raw", "s1.raw", "s2.raw"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "a.nhdr").write_text("NRRD0004\nsizes: 1 1 1\ndata file: a.raw\n")
-    (tmp_path / "b.mhd").write_text("NDims = 3\nElementDataFile = b.raw\n")
-    assert [os.path.basename(path) for path in source_files(str(tmp_path / "a.nhdr"))] == ["a.nhdr", "a.raw"]
-    assert [os.path.basename(path) for path in source_files(str(tmp_path / "b.mhd"))] == ["b.mhd", "b.raw"]
-    (tmp_path / "s.mhd").write_text("ElementDataFile = s%d.raw 1 2 1\n")
-    assert {"s1.raw", "s2.raw"} <= {os.path.basename(path) for path in source_files(str(tmp_path / "s.mhd"))}
+def test_detached_headers_bring_their_voxels_and_nothing_else(tmp_path):
+    nrrd = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 1 1 2\nencoding: raw\ndata file: {}\n"
+    meta = "NDims = 3\nDimSize = 1 1 2\nElementType = MET_UCHAR\nElementDataFile = {}\n"
+    for name in ("v.raw", "s1.raw", "s2.raw", "other.raw"):
+        (tmp_path / name).write_bytes(bytes(2))
+    named = {"v.raw": ["v.raw"], "s%d.raw 1 2 1": ["s1.raw", "s2.raw"], "LIST\ns2.raw\ns1.raw": ["s2.raw", "s1.raw"]}
+    for value, expected in named.items():
+        for name, text in (("a.nhdr", nrrd), ("b.mhd", meta)):
+            (tmp_path / name).write_text(text.format(value))
+            assert [os.path.basename(path) for path in source_files(str(tmp_path / name))] == [name, *expected]
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -12,6 +12,7 @@ import SimpleITK as sitk
 
 from mim3d.core.errors import DataError
 from mim3d.scans import files, grids, nifti, volumes
+from mim3d.scans.grids import Grid, require_same_grid
 from mim3d.scans.volumes import find_scans, patient_of, read_grid, read_volume, scan_id, write_volume
 
 GEOMETRY_FIELDS = (
@@ -161,6 +162,46 @@ def test_two_voxel_sizes_in_one_header_are_told(tmp_path):
     edit_header(path, pixdim=[1, 1, 1, 1, 1, 1, 1, 1])
     with pytest.warns(UserWarning, match="1 x 1.5 x 2.0|1.0 x 1.5 x 2.0"):
         assert read_grid(path).spacing_mm == pytest.approx((1, 1.5, 2))
+
+
+def test_a_header_without_orientation_is_told_once_however_often_it_is_read(tmp_path):
+    image = nib.Nifti1Image(voxels(), None)
+    nib.save(image, tmp_path / "scan.nii")
+    with pytest.warns(UserWarning, match=r"scan\.nii: .*qform_code and sform_code are 0.*to the left"):
+        read_grid(tmp_path / "scan.nii")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_volume(tmp_path / "scan.nii")
+
+
+@pytest.mark.parametrize(("shift_mm", "told"), [(0.06, False), (0.08, True), (25.0, True)])
+def test_a_qform_that_contradicts_the_sform_by_a_tenth_of_a_voxel_is_told(tmp_path, shift_mm, told):
+    image = nib.Nifti1Image(voxels(), oblique_affine())
+    image.set_sform(oblique_affine(), 1)
+    moved = oblique_affine()
+    moved[:3, 3] += OBLIQUE[:, 0] * shift_mm
+    image.set_qform(moved, 1)
+    nib.save(image, tmp_path / "scan.nii")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        grid = read_grid(tmp_path / "scan.nii")
+    assert np.allclose(grid.affine, oblique_affine(), atol=1e-5)
+    assert [f"{shift_mm:g} mm" in str(warning.message) for warning in caught] == [True] * told
+
+
+@pytest.mark.parametrize("name", ["packed.nii", "plain.nii.gz"])
+def test_gzip_is_known_by_its_bytes_not_by_the_name(tmp_path, name):
+    plain = write_nifti(tmp_path / "scan.nii", voxels(), np.eye(4)).read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(plain) if name == "packed.nii" else plain)
+    assert np.array_equal(read_volume(tmp_path / name).array, voxels())
+
+
+def test_a_stream_that_never_ends_behind_the_last_voxel_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_SURPLUS_BYTES", 2**20)
+    plain = write_nifti(tmp_path / "scan.nii", voxels(), np.eye(4)).read_bytes()
+    (tmp_path / "scan.nii.gz").write_bytes(gzip.compress(plain + bytes(2**23)))
+    with pytest.raises(DataError, match="goes on far behind the last voxel"):
+        read_volume(tmp_path / "scan.nii.gz")
 
 
 def test_nifti2_is_read_and_written_back_as_nifti2(tmp_path):
@@ -326,10 +367,17 @@ def make_with_pixdim(value: float):
     return make
 
 
+def make_rescaled(slope: float, intercept: float):
+    def make(path: Path) -> None:
+        edit_header(write_nifti(path, voxels()), scl_slope=slope, scl_inter=intercept)
+
+    return make
+
+
 BAD_FILES = {
     "empty.nii.gz": (lambda path: path.write_bytes(b""), "empty"),
     "text.nii": (lambda path: path.write_text("not an image" * 100), "no NIfTI file"),
-    "plain.nii.gz": (lambda path: path.write_text("not an image" * 100), "not gzip"),
+    "plain.nii.gz": (lambda path: path.write_text("not an image" * 100), "no NIfTI file"),
     "folder.nii": (lambda path: path.mkdir(), "no DICOM image series"),
     "unknown.png": (lambda path: path.write_bytes(b"x"), "no image format is known"),
     "truncated.nii.gz": (make_truncated_gzip, "stream is truncated"),
@@ -356,6 +404,15 @@ BAD_FILES = {
     "odd_type.nii": (lambda path: edit_header(write_nifti(path, voxels()), datatype=999), "unknown voxel type 999"),
     "no_axis.nii": (lambda path: edit_header(write_nifti(path, voxels()), dim=[3, 5, 0, 7, 1, 1, 1, 1]), "at least 1"),
     "nine_axes.nii": (lambda path: edit_header(write_nifti(path, voxels()), dim=[9] * 8), "no NIfTI file"),
+    "far_voxels.nii": (lambda path: edit_header(write_nifti(path, voxels()), vox_offset=np.inf), "puts the voxels at"),
+    "early_voxels.nii": (lambda path: edit_header(write_nifti(path, voxels()), vox_offset=16), "puts the voxels at"),
+    "late_voxels.nii": (lambda path: edit_header(write_nifti(path, voxels()), vox_offset=1e9), "the file holds 0"),
+    "nan_offset.nii": (make_rescaled(1, np.nan), r"rescales voxels by 1 and adds nan"),
+    "inf_offset.nii": (make_rescaled(1, np.inf), r"rescales voxels by 1 and adds inf"),
+    "huge_offset.nii": (make_rescaled(1, 1e38), r"rescales voxels by 1 and adds 1e\+38"),
+    "half.nii": (lambda path: edit_header(write_nifti(path, voxels()), magic=b"ni1"), "half of a NIfTI pair"),
+    "channels.nii": (lambda path: edit_header(write_nifti(path, voxels()), dim=[7, 5, 6, 7] + [32000] * 4),
+        "bytes of voxels, but the file holds 420"),
     "zero.mha": (lambda path: meta_image(path, ElementSpacing="1 0 1"), r"voxel spacing is \(1, 0, 1\)"),
     "negative.mha": (lambda path: meta_image(path, ElementSpacing="-1 1 1"), r"voxel spacing is \(-1, 1, 1\)"),
     "nan.mha": (lambda path: meta_image(path, ElementSpacing="nan 1 1"), r"voxel spacing is \(nan, 1, 1\)"),
@@ -457,6 +514,76 @@ def test_a_label_with_fractions_is_refused(tmp_path):
     path = write_nifti(tmp_path / "label.nii.gz", voxels().astype(np.float32) / 2)
     with pytest.raises(DataError, match=r"whole numbers, but voxels hold values such as 0\.5"):
         read_volume(path, label=True)
+
+
+@pytest.mark.parametrize("factor", [1 / 255, 0.9999, 1 + 1e-6])
+def test_a_label_is_whole_up_to_rounding(tmp_path, factor):
+    label = (voxels() % 2).astype(np.uint8)
+    if factor == 1 / 255:
+        path = edit_header(write_nifti(tmp_path / "label.nii", label * 255, np.eye(4)), scl_slope=factor, scl_inter=0)
+    else:
+        path = write_nifti(tmp_path / "label.nii", (label * factor).astype(np.float32), np.eye(4))
+    array = read_volume(path, label=True).array
+    assert array.dtype == np.uint8
+    assert np.array_equal(array, label)
+
+
+def test_a_label_beyond_rounding_is_refused_with_all_its_digits(tmp_path):
+    path = write_nifti(tmp_path / "label.nii", np.full((3, 3, 3), 1.000625, np.float32))
+    with pytest.raises(DataError, match=r"values such as 1\.000625;"):
+        read_volume(path, label=True)
+
+
+def test_whatever_a_library_raises_becomes_one_sentence_about_the_file(tmp_path, monkeypatch):
+    path = write_nifti(tmp_path / "scan.nii", voxels())
+    for kind, words in ((ZeroDivisionError, "ZeroDivisionError: no"), (MemoryError, "larger than the memory")):
+
+        def fail(*_: object, kind: type[Exception] = kind) -> None:
+            raise kind("no")
+
+        for name in ("open_nifti", "num_channels"):
+            with monkeypatch.context() as patch:
+                patch.setattr(nifti, name, fail)
+                with pytest.raises(DataError, match=rf"scan\.nii: .*{words}"):
+                    volumes.channels_of(path) if name == "num_channels" else read_grid(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(nifti.NiftiScan, "read_slabs", fail)
+            with pytest.raises(DataError, match=rf"scan\.nii: .*{words}"):
+                read_volume(path)
+
+
+def test_a_pipe_is_refused_and_never_waited_for(tmp_path):
+    for name in ("scan.nii", "scan.mha", "other"):
+        os.mkfifo(tmp_path / name)
+    for name in ("scan.nii", "scan.mha", "other"):
+        with pytest.raises(DataError, match="device, pipe or socket"):
+            read_grid(tmp_path / name)
+    assert [os.path.basename(path) for path in find_scans(tmp_path)] == ["scan.mha", "scan.nii"]
+
+
+def rounding_grid(affine: np.ndarray) -> Grid:
+    return Grid(shape=(200, 190, 40), affine=affine, path="label.nii.gz")
+
+
+@pytest.mark.parametrize("digits", [4, 5])
+def test_grids_that_differ_by_rounding_are_one_grid(digits):
+    require_same_grid(rounding_grid(oblique_affine()), rounding_grid(np.round(oblique_affine(), digits)))
+
+
+@pytest.mark.parametrize(
+    ("move", "words"),
+    [
+        ([0.35, 0, 0], r"up to 0\.35 mm or 0\.468 voxels apart"),
+        ([0, 0, 1.25], r"up to 1\.25 mm or 0\.[45]\d* voxels apart"),
+    ],
+)
+def test_grids_half_a_voxel_apart_are_refused_with_the_distance(move, words):
+    moved = oblique_affine()
+    moved[:3, 3] += move
+    with pytest.raises(DataError, match=words):
+        require_same_grid(rounding_grid(oblique_affine()), rounding_grid(moved))
+    with pytest.raises(DataError, match="voxels apart"):
+        require_same_grid(rounding_grid(oblique_affine()), rounding_grid(oblique_affine((0, 1, 2), (-1, 1, 1))))
 
 
 def test_a_scan_beyond_the_memory_is_refused_before_it_is_allocated(tmp_path, monkeypatch):

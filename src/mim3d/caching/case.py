@@ -28,6 +28,7 @@ from mim3d.datasets.cases import Case
 from mim3d.scans.files import check_file
 from mim3d.scans.grids import split_channel
 from mim3d.scans.image_stacks import is_slice_folder, slice_paths
+from mim3d.scans.itk import itk_files
 
 #: What distinguishes a file from a later one under the same path: size, mtime, ctime (ns) and inode.
 Stamp = tuple[int, int, int, int]
@@ -195,27 +196,7 @@ def source_files(path: str) -> list[str]:
 
         return sorted({item.path for item in open_series(path).slices})
     check_file(path)
-    lower = path.lower()
-    if lower.endswith(".nhdr"):
-        return [path, *_detached(path, ("data file:", "datafile:"))]
-    if lower.endswith(".mhd"):
-        return [path, *_detached(path, ("elementdatafile",))]
-    return [path]
-
-
-def _detached(path: str, keys: tuple[str, ...]) -> list[str]:
-    """Files that a text header points at; all files beside it where it names a list or a pattern."""
-    folder = os.path.dirname(path)
-    with open(path, encoding="latin-1") as lines:
-        for line in lines:
-            key = next((key for key in keys if line.lower().startswith(key)), None)
-            if key is not None:
-                target = os.path.join(folder, line[len(key) :].strip(" =\t\r\n"))
-                if os.path.isfile(target):
-                    return [target]
-                beside = (os.path.join(folder, other) for other in sorted(os.listdir(folder)))
-                return [other for other in beside if other != path and os.path.isfile(other)]
-    return []
+    return itk_files(path) if path.lower().endswith((".nhdr", ".mhd", ".nrrd", ".mha")) else [path]
 
 
 def stamp_of(path: str) -> Stamp:

@@ -105,8 +105,8 @@ def prepare(
     whole scan, so they prepare it without ``body_crop``.
 
     Memory: what is returned, and one file more: a channel or the label while it is resampled, a channel while it is
-    put beside others or turned into a type of another size, a crop beside the whole, and what SimpleITK or a
-    multi-frame DICOM file unpacks at once. All else is done in slabs, 0.1 to 0.3 GiB at 1024 x 1024 voxels per slice.
+    put beside others or turned into a type of another size, a crop beside the whole, and what a multi-frame DICOM
+    file unpacks at once. All else is done in slabs, 0.1 to 0.3 GiB at 1024 x 1024 voxels per slice.
     What ``to_stored`` makes comes on top: a byte per voxel for 8 bits, two for fractions, nothing for whole numbers.
     So a worker of 4 GiB caches 1.5 GiB of 16-bit voxels, with a label, on their own grid or one of about their size.
     Voxels in float32 count double: 3 GiB of them take 4 GiB in 8 bits and 4.8 GiB lossless.

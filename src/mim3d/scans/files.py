@@ -1,14 +1,19 @@
 """Checks of scan files before their voxels are read: the file is complete, and its voxels fit into memory."""
 
+import functools
 import math
 import os
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 
 from mim3d.core import resources
 from mim3d.core.errors import DataError
 from mim3d.scans.grids import times
+
+#: Bytes that may follow the last voxel in a compressed stream, at least: nobody unpacks a bomb to its end.
+MAX_SURPLUS_BYTES = 2**28
 
 #: DEFLATE cannot shrink data further than this, so a smaller file cannot hold what its header claims.
 MAX_DEFLATE_RATIO = 1032
@@ -18,12 +23,14 @@ def check_file(path: str) -> None:
     """Refuse a path that is no readable file.
 
     Raises:
-        DataError: The file is missing, a folder, empty, or not readable.
+        DataError: The file is missing, a folder, a device or pipe, empty, or not readable.
     """
     if os.path.isdir(path):
         raise DataError(f"{path}: a folder where an image file is needed; name a file inside it.")
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file; check the path and that the disk is mounted.")
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: a device, pipe or socket where an image file is needed; name a regular file.")
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: this file may not be read by you; change its permissions.")
     if os.path.getsize(path) == 0:
@@ -120,7 +127,21 @@ def check_packed(path: str, offset: int, size_bytes: int) -> None:
     Raises:
         DataError: The stream is damaged or ends too early.
     """
-    unpacked = 0
+    unpacked_bytes = sum(map(len, unpacked(path, offset, size_bytes)))
+    if unpacked_bytes < size_bytes:
+        raise DataError(
+            f"{path}: the header claims {size_bytes} bytes of voxels, but unpacking gives {unpacked_bytes}; "
+            "the file is truncated or its header is wrong, so copy it again from its source."
+        )
+
+
+def unpacked(path: str, offset: int, size_bytes: int) -> Iterator[bytes]:
+    """Unpack a gzip or zlib stream that starts at `offset` of a file, block by block; its checksum is compared.
+
+    Raises:
+        DataError: The stream is damaged, ends too early, or goes on far beyond `size_bytes`.
+    """
+    left = size_bytes + max(size_bytes, MAX_SURPLUS_BYTES)
     try:
         with open(path, "rb") as stream:
             stream.seek(offset)
@@ -129,7 +150,10 @@ def check_packed(path: str, offset: int, size_bytes: int) -> None:
                 # Window bits of 32 + 15 take a gzip or a zlib stream; its first bytes say which.
                 packed = zlib.decompressobj(32 + zlib.MAX_WBITS)
                 while block and not packed.eof:
-                    unpacked += len(packed.decompress(block, 2**22))
+                    plain = packed.decompress(block, 2**22)
+                    left -= len(plain)
+                    require_bounded(path, left)
+                    yield plain
                     block = packed.unconsumed_tail or packed.unused_data or stream.read(2**20)
                 if not packed.eof:
                     raise EOFError("it ends too early")
@@ -139,8 +163,34 @@ def check_packed(path: str, offset: int, size_bytes: int) -> None:
         raise DataError(
             f"{path}: the compressed stream is truncated or damaged ({error}); copy it again from its source."
         ) from error
-    if unpacked < size_bytes:
+
+
+def require_bounded(path: str, left: int) -> None:
+    """Refuse a compressed stream of which more was unpacked than may be.
+
+    Raises:
+        DataError: Less than nothing is left of what may be unpacked.
+    """
+    if left < 0:
         raise DataError(
-            f"{path}: the header claims {size_bytes} bytes of voxels, but unpacking gives {unpacked}; "
-            "the file is truncated or its header is wrong, so copy it again from its source."
+            f"{path}: its compressed stream goes on far behind the last voxel; the header is wrong, or it is no scan."
         )
+
+
+def require_one_value(num_values: int, path: str) -> None:
+    """Refuse colours and vectors.
+
+    Raises:
+        DataError: There is more or less than one value per voxel.
+    """
+    if num_values != 1:
+        raise DataError(
+            f"{path}: every voxel holds {num_values} values (a colour, a vector or a displacement), but one "
+            "value per voxel is needed; save one component as a file of its own."
+        )
+
+
+@functools.cache
+def warn_once(sentence: str) -> None:
+    """Warn of something that a file leaves open, once, however often the file is read."""
+    warnings.warn(sentence, stacklevel=2)

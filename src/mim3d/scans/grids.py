@@ -25,8 +25,8 @@ _CHANNEL = re.compile(r"(?P<file>.+)::channel=(?P<channel>\d+)", re.DOTALL)
 #: Axes count as perpendicular up to this cosine (0.06 degrees): headers in single precision stay far below.
 MAX_SHEAR_COSINE = 1e-3
 
-#: Corners of two grids may differ by this much, plus a hundredth of a voxel, from rounding in the headers.
-TOLERANCE_MM = 1e-3
+#: Voxels of two grids may lie apart by this share of a voxel anywhere, from rounding in their headers.
+TOLERANCE_VOXELS = 0.1
 
 #: Slices read at a time, at least: then every piece of a line that is written to an array is a full cache line.
 _MIN_SLICES = 32
@@ -182,20 +182,34 @@ def check_affine(affine: npt.NDArray[np.float64], path: str) -> None:
         )
 
 
+def largest_shift(
+    first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], shape: Triple
+) -> tuple[float, float]:
+    """How far apart two affines place a voxel of a volume, at most: in millimetres, and in voxels of the first.
+
+    It is largest at a corner, as the difference grows along straight lines. Of several axes the worst counts.
+    """
+    corners = np.array([*itertools.product(*[(0, size - 1) for size in shape])], dtype=np.float64)
+    difference = second - first
+    shift_mm = corners @ difference[:3, :3].T + difference[:3, 3]
+    shift_voxels = np.linalg.solve(first[:3, :3], shift_mm.T)
+    return float(np.linalg.norm(shift_mm, axis=1).max()), float(np.abs(shift_voxels).max())
+
+
 def require_same_grid(first: Grid, second: Grid) -> None:
-    """Check that two files lie on one grid once both are brought to RAS+.
+    """Check that two files lie on one grid once both are brought to RAS+, up to the rounding of their headers.
 
     Raises:
-        DataError: They do not; names both files and both grids.
+        DataError: They do not; names both files, both grids, and how far apart they are.
     """
+    apart = "the numbers of voxels differ"
     if first.ras_shape == second.ras_shape:
-        corners = np.array([*itertools.product(*[(0, size - 1) for size in first.ras_shape])], dtype=np.float64)
-        difference = first.ras_affine - second.ras_affine
-        distance_mm = np.abs(corners @ difference[:3, :3].T + difference[:3, 3]).max()
-        if distance_mm <= TOLERANCE_MM + 0.01 * min(first.spacing_mm):
+        shift_mm, shift_voxels = largest_shift(first.ras_affine, second.ras_affine, first.ras_shape)
+        if shift_voxels <= TOLERANCE_VOXELS:
             return
+        apart = f"voxels lie up to {shift_mm:.4g} mm or {shift_voxels:.3g} voxels apart"
     raise DataError(
-        f"{second.path} ({second.describe()}) does not lie on the grid of {first.path} ({first.describe()}); "
+        f"{second.path} ({second.describe()}) does not lie on the grid of {first.path} ({first.describe()}): {apart}; "
         "resample one onto the other's grid."
     )
 

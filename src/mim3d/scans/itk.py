@@ -1,8 +1,10 @@
-"""NRRD and MetaImage files: the text header checked against the file, then read and written by SimpleITK."""
+"""NRRD and MetaImage files: the text header checked against the files, the voxels unpacked slab by slab.
 
-import math
+No native library sees such a file: what a damaged or hostile one does to SimpleITK takes the process along. SimpleITK
+writes them.
+"""
+
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,52 +14,13 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError
 from mim3d.scans import files
-from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, check_spacing, spacing_of, volume_shape
+from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, spacing_of
+from mim3d.scans.metaimage import read_meta_header
+from mim3d.scans.nrrd import read_nrrd_header
+from mim3d.scans.text_headers import ItkGeometry, TextHeader, VoxelFile
 
-#: Bytes per voxel, by the last word that matters of a type in either format.
-_ITEMSIZES = {
-    "char": 1, "int8": 1, "uint8": 1, "int8_t": 1, "uint8_t": 1, "uchar": 1,
-    "short": 2, "int16": 2, "uint16": 2, "int16_t": 2, "uint16_t": 2, "ushort": 2,
-    "int": 4, "int32": 4, "uint32": 4, "int32_t": 4, "uint32_t": 4, "uint": 4, "float": 4,
-    "longlong": 8, "int64": 8, "uint64": 8, "int64_t": 8, "uint64_t": 8, "ulonglong": 8, "double": 8,
-}  # fmt: skip
-
-#: A text header longer than this is no header.
-_MAX_HEADER_BYTES = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class ItkGeometry:
-    """Spacing, origin and direction of an ITK image as stored, in LPS millimetres."""
-
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextHeader:
-    """What the text in front of the voxels, or in a file beside them, claims.
-
-    Attributes:
-        sizes: Number of voxels along each stored axis.
-        spacing: Voxel size along each axis, in millimetres.
-        itemsize: Bytes per value.
-        num_values: Values per voxel; more than one for colours and vectors.
-        encoding: "raw", "gzip", "zlib", or "other" for what SimpleITK has to check itself.
-        packed_bytes: Number of compressed bytes, where the header says so, else 0.
-        data_path: File of the voxels; None for voxels in several files.
-        data_offset: Byte of that file where the voxels start.
-    """
-
-    sizes: tuple[int, ...]
-    spacing: tuple[float, ...]
-    itemsize: int
-    num_values: int
-    encoding: str
-    packed_bytes: int = 0
-    data_path: str | None
-    data_offset: int
+#: No number in text is longer.
+_MAX_WORD_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,27 +36,30 @@ class ItkScan:
     header: TextHeader
 
     def read_slabs(self) -> Iterator[npt.NDArray[Any]]:
-        """Voxels in stored axis order, (i, j, some k), slab by slab along the last axis, in the type of the file.
-
-        All voxels are unpacked at the first slab, as SimpleITK has no other way; the slabs are views of them.
+        """Voxels in stored axis order, (i, j, some k), slab by slab along the last axis, in one buffer used again.
 
         Raises:
-            DataError: The voxels cannot be unpacked.
+            DataError: The voxels cannot be unpacked, or their checksum is wrong.
         """
-        path, header = self.grid.path, self.header
-        if header.data_path is not None and header.encoding in ("gzip", "zlib"):
-            # SimpleITK hands over garbage where a compressed stream is damaged.
-            files.check_packed(header.data_path, header.data_offset, math.prod(header.sizes) * header.itemsize)
-        try:
-            image = _reader(path).Execute()
-        except RuntimeError as error:
-            raise DataError(
-                f"{path}: the voxels cannot be read ({_reason(error)}); copy the file again from its source."
-            ) from error
-        # The view is valid for as long as the image is referred to: as long as this function has not ended.
-        stored = simple_itk().GetArrayViewFromImage(image).T.reshape(self.grid.shape, order="F")
-        for slab in self.grid.slabs():
-            yield stored[..., slab]
+        columns, rows, _ = self.grid.shape
+        header = self.header
+        slabs = list(self.grid.slabs())
+        buffer = np.empty(columns * rows * slabs[0].stop, dtype=header.dtype)
+        blocks = (block for part in header.parts for block in _blocks(part, header.encoding, header.dtype))
+        block = memoryview(b"")
+        for slab in slabs:
+            flat = buffer[: columns * rows * (slab.stop - slab.start)]
+            plain_bytes: Any = flat.view(np.uint8)
+            rest = memoryview(plain_bytes)
+            while rest:
+                block = block or memoryview(next(blocks))
+                rest[: len(block)] = block[: len(rest)]
+                rest, block = rest[len(block) :], block[len(rest) :]
+            raw = flat.reshape((columns, rows, -1), order="F")
+            yield raw.astype(raw.dtype.newbyteorder("="), copy=False)
+        # The checksum is compared where a compressed stream ends.
+        for _ in blocks:
+            pass
 
 
 def open_itk(path: str) -> ItkScan:
@@ -103,29 +69,27 @@ def open_itk(path: str) -> ItkScan:
         DataError: The file is not of this format, truncated or without its detached voxels; it holds colours or vectors
             or is not 3-D; its geometry is impossible, or it has more voxels than the file or the memory can hold.
     """
-    files.check_file(path)
-    header = _nrrd_header(path) if _is_nrrd(path) else _meta_header(path)
-    _check_header(header, path)
-    reader = _reader(path)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise DataError(f"{path}: the header cannot be read ({_reason(error)}); export the scan again.") from error
-    _require_one_value(reader.GetNumberOfComponents(), path)
-    shape = volume_shape(reader.GetSize(), path)
-    num_axes = reader.GetDimension()
-    direction = np.array(reader.GetDirection()).reshape(num_axes, num_axes)[:3, :3]
-    geometry = ItkGeometry(
-        spacing=tuple(reader.GetSpacing()[:3]),
-        origin=tuple(reader.GetOrigin()[:3]),
-        direction=tuple(float(value) for value in direction.ravel()),
-    )
+    header = _read_header(path)
+    for part in header.parts:
+        _check_part(part, header)
+    geometry = header.geometry
     affine = np.eye(4)
-    affine[:3, :3] = direction * np.array(geometry.spacing)
+    affine[:3, :3] = np.array(geometry.direction).reshape(3, 3) * np.array(geometry.spacing)
     affine[:3, 3] = geometry.origin
     affine = LPS_TO_RAS @ affine
     check_affine(affine, path)
-    return ItkScan(grid=Grid(shape=shape, affine=affine, path=path, source=geometry), header=header)
+    for phrase in header.assumed:
+        files.warn_once(f"{path}: {phrase}.")
+    return ItkScan(grid=Grid(shape=header.shape, affine=affine, path=path, source=geometry), header=header)
+
+
+def itk_files(path: str) -> list[str]:
+    """Every file that an NRRD or MetaImage file is read from: itself, then those of its voxels that it names.
+
+    Raises:
+        DataError: The header cannot be read, or names files that may not be.
+    """
+    return list(dict.fromkeys([path, *(part.path for part in _read_header(path).parts)]))
 
 
 def write_itk(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
@@ -147,155 +111,92 @@ def write_itk(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
     try:
         sitk.WriteImage(image, path, True)
     except RuntimeError as error:
-        raise OSError(_reason(error)) from error
+        raise OSError(str(error).strip().splitlines()[-1].strip()) from error
 
 
 def simple_itk() -> Any:
-    """The SimpleITK module, imported at the first scan that needs it; it has no types."""
+    """The SimpleITK module, imported where it is needed; it has no types."""
     import SimpleITK
 
     return SimpleITK
 
 
-def _is_nrrd(path: str) -> bool:
-    return path.lower().endswith((".nrrd", ".nhdr"))
+def _read_header(path: str) -> TextHeader:
+    files.check_file(path)
+    is_nrrd = path.lower().endswith((".nrrd", ".nhdr"))
+    return read_nrrd_header(path) if is_nrrd else read_meta_header(path)
 
 
-def _reader(path: str) -> Any:
-    reader = simple_itk().ImageFileReader()
-    # Named, so that content of another format under this suffix is not handed to another decoder.
-    reader.SetImageIO("NrrdImageIO" if _is_nrrd(path) else "MetaImageIO")
-    reader.SetFileName(path)
-    return reader
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _require_one_value(num_values: int, path: str) -> None:
-    if num_values != 1:
+def _check_part(part: VoxelFile, header: TextHeader) -> None:
+    """Refuse a file that cannot hold the voxels that the header claims, before anything is allocated."""
+    held = os.path.getsize(part.path) - part.offset
+    if header.encoding == "raw":
+        files.check_raw(part.path, part.offset + max(part.skip, 0), part.size_bytes)
+    elif header.encoding == "hex":
+        files.check_raw(part.path, part.offset, 2 * part.size_bytes)
+    elif header.encoding == "text":
+        # A digit and a blank for each voxel but the last.
+        files.check_raw(part.path, part.offset, 2 * part.size_bytes // header.dtype.itemsize - 1)
+    elif header.encoding == "gzip" and part.skip >= 0:
+        files.check_gzip(part.path, part.offset, part.size_bytes + part.skip)
+    else:
+        files.check_deflate(part.path, held, part.size_bytes)
+    if held < part.packed_bytes:
         raise DataError(
-            f"{path}: every voxel holds {num_values} values (a colour, a vector or a displacement), but one "
-            "value per voxel is needed; save one component as a file of its own."
+            f"{part.path}: the header claims {part.packed_bytes} compressed bytes, but the file holds {held}; it is "
+            "truncated, so copy it again from its source."
         )
 
 
-def _check_header(header: TextHeader, path: str) -> None:
-    """Refuse a header that the file of the voxels cannot keep, before anything is allocated."""
-    _require_one_value(header.num_values, path)
-    volume_shape(header.sizes, path)
-    check_spacing(header.spacing, path)
-    size_bytes = files.check_memory(path, header.sizes, header.itemsize)
-    if header.data_path is None:
+def _blocks(part: VoxelFile, encoding: str, dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """The bytes of the voxels of one file, block by block, without what lies before and behind them.
+
+    Raises:
+        DataError: The file ends too early, or holds something else.
+    """
+    skip, left = part.skip, part.size_bytes
+    if skip == -1:
+        # The voxels are the last bytes.
+        whole = sum(map(len, _unpacked(part, encoding, dtype)))
+        skip = max(0, whole - left)
+    for block in _unpacked(part, encoding, dtype):
+        wanted = block[skip : skip + left]
+        skip -= min(skip, len(block))
+        left -= len(wanted)
+        if wanted:
+            yield wanted
+        if not left and encoding not in ("gzip", "zlib"):
+            return
+    if left:
+        raise DataError(f"{part.path}: it ends {left} bytes before its last voxel; copy it again from its source.")
+
+
+def _unpacked(part: VoxelFile, encoding: str, dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """What a file holds from the start of its voxels, block by block."""
+    if encoding in ("gzip", "zlib"):
+        yield from files.unpacked(part.path, part.offset, part.size_bytes + max(part.skip, 0))
         return
-    if not os.path.isfile(header.data_path):
-        raise DataError(f"{path}: its voxels, {header.data_path}, are missing; put them there.")
-    held = os.path.getsize(header.data_path) - header.data_offset
-    if header.encoding == "raw":
-        files.check_raw(header.data_path, header.data_offset, size_bytes)
-    elif header.encoding == "gzip":
-        files.check_gzip(header.data_path, header.data_offset, size_bytes)
-    elif header.encoding == "zlib":
-        files.check_deflate(header.data_path, held, size_bytes)
-        if held < header.packed_bytes:
-            raise DataError(
-                f"{path}: the header claims {header.packed_bytes} compressed bytes, but the file holds {held}; it is "
-                "truncated, so copy it again from its source."
-            )
+    rest = b""
+    with open(part.path, "rb") as stream:
+        stream.seek(part.offset)
+        while block := stream.read(2**20):
+            if encoding == "raw":
+                yield block
+            elif encoding == "hex":
+                digits = rest + b"".join(block.split())
+                even = len(digits) // 2 * 2
+                rest = digits[even:]
+                yield bytes.fromhex(digits[:even].decode("ascii"))
+            else:
+                words = (rest + block.replace(b",", b" ")).split()
+                # The last word may go on in the next block.
+                rest = b"" if block[-1:].isspace() or not words else words.pop()
+                yield _from_text(words, dtype)
+        if encoding == "text":
+            yield _from_text([rest] if rest else [], dtype)
 
 
-def _nrrd_header(path: str) -> TextHeader:
-    with open(path, "rb") as stream:
-        if stream.read(4) != b"NRRD":
-            raise DataError(f"{path}: this is not an NRRD file (its first bytes say otherwise).")
-    fields, end = _read_fields(path, ":", None)
-    missing = [name for name in ("sizes", "type", "encoding") if name not in fields]
-    if missing:
-        raise DataError(f"{path}: the header lacks '{missing[0]}'; it is truncated or damaged.")
-    sizes = list(_integers(fields["sizes"], path, "sizes"))
-    kinds = fields.get("kinds", "").split()
-    num_values = 1
-    if kinds and len(kinds) == len(sizes) and kinds[0] not in ("domain", "space", "???", "none"):
-        num_values = sizes.pop(0)
-    vectors = re.findall(r"\(([^)]*)\)", fields.get("space directions", ""))
-    spacing = [math.hypot(*_numbers(vector, path, "space directions")) for vector in vectors]
-    if "spacings" in fields:
-        spacing = list(_numbers(fields["spacings"], path, "spacings"))[-len(sizes) :]
-    name = fields.get("data file", fields.get("datafile"))
-    encoding = {"raw": "raw", "gzip": "gzip", "gz": "gzip"}.get(fields["encoding"].lower(), "other")
-    if any(fields.get(skip, "0") != "0" for skip in ("line skip", "lineskip", "byte skip", "byteskip")):
-        encoding = "other"
-    return TextHeader(
-        sizes=tuple(sizes),
-        spacing=tuple(spacing),
-        itemsize=_itemsize(fields["type"].lower(), path),
-        num_values=num_values,
-        encoding=encoding,
-        data_path=path if name is None else _beside(path, name),
-        data_offset=end if name is None else 0,
-    )
-
-
-def _meta_header(path: str) -> TextHeader:
-    fields, end = _read_fields(path, "=", "elementdatafile")
-    missing = [name for name in ("dimsize", "elementtype", "elementdatafile") if name not in fields]
-    if missing:
-        raise DataError(f"{path}: this is not a MetaImage file, or its header is truncated (no '{missing[0]}').")
-    name = fields["elementdatafile"]
-    zipped = fields.get("compresseddata", "False").lower() == "true"
-    kind = fields["elementtype"].lower().removeprefix("met_").removesuffix("_array")
-    spacing = fields.get("elementspacing", fields.get("elementsize", ""))
-    return TextHeader(
-        sizes=_integers(fields["dimsize"], path, "DimSize"),
-        spacing=_numbers(spacing, path, "ElementSpacing"),
-        itemsize=_itemsize(kind.replace("long_long", "longlong").replace("ulong", "longlong"), path),
-        num_values=_integers(fields.get("elementnumberofchannels", "1"), path, "ElementNumberOfChannels")[0],
-        packed_bytes=_integers(fields.get("compresseddatasize", "0"), path, "CompressedDataSize")[0],
-        encoding="zlib" if zipped else "raw" if "headersize" not in fields else "other",
-        data_path=path if name.upper() == "LOCAL" else _beside(path, name),
-        data_offset=end if name.upper() == "LOCAL" else 0,
-    )
-
-
-def _read_fields(path: str, separator: str, last_field: str | None) -> tuple[dict[str, str], int]:
-    """Fields of a text header (names in lower case) up to a blank line or `last_field`, and its end."""
-    fields: dict[str, str] = {}
-    with open(path, "rb") as stream:
-        while line := stream.readline(_MAX_HEADER_BYTES):
-            text = line.decode("latin-1").strip()
-            if not text and last_field is None:
-                break
-            name, found, value = text.partition(separator)
-            if found and not text.startswith("#") and not value.startswith("="):
-                fields[name.strip().lower()] = value.strip()
-            if name.strip().lower() == last_field or stream.tell() > _MAX_HEADER_BYTES:
-                break
-        return fields, stream.tell()
-
-
-def _numbers(text: str, path: str, field: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in text.replace(",", " ").split())
-    except ValueError as error:
-        raise DataError(f"{path}: the header has '{field}: {text}', not numbers; correct the header.") from error
-
-
-def _integers(text: str, path: str, field: str) -> tuple[int, ...]:
-    numbers = _numbers(text, path, field)
-    if not numbers or not all(number.is_integer() for number in numbers):
-        raise DataError(f"{path}: the header has '{field}: {text}', not whole numbers; correct the header.")
-    return tuple(int(number) for number in numbers)
-
-
-def _itemsize(kind: str, path: str) -> int:
-    word = kind.removeprefix("unsigned ").removeprefix("signed ").replace("long long", "longlong").split(" ")[0]
-    if word not in _ITEMSIZES:
-        raise DataError(f"{path}: the header has the unknown voxel type '{kind}'; export the scan again.")
-    return _ITEMSIZES[word]
-
-
-def _beside(path: str, name: str) -> str | None:
-    """Path of detached voxels in one file; None for a list or a pattern, which SimpleITK checks itself."""
-    return None if "%" in name or name.upper().startswith("LIST") else os.path.join(os.path.dirname(path), name)
+def _from_text(words: list[bytes], dtype: np.dtype[Any]) -> bytes:
+    if max(map(len, words), default=0) > _MAX_WORD_BYTES:
+        raise ValueError("a number has too many digits")
+    return np.array(words, dtype=f"S{_MAX_WORD_BYTES}").astype(dtype).tobytes()

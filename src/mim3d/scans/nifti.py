@@ -4,11 +4,11 @@ Class probabilities of a scan, whatever their size, become one file of several v
 """
 
 import gzip
+import logging
 import math
 import os
 import shutil
 import tempfile
-import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,9 +26,11 @@ from mim3d.core.files import atomic_file, explained_write
 from mim3d.core.types import Triple
 from mim3d.scans import files
 from mim3d.scans.grids import (
+    TOLERANCE_VOXELS,
     Grid,
     check_affine,
     check_spacing,
+    largest_shift,
     smallest_integer,
     spacing_of,
     split_channel,
@@ -40,6 +42,9 @@ from mim3d.scans.grids import (
 nib: Any = nibabel
 igzip: Any = isal.igzip
 IsalError: Any = isal.isal_zlib.IsalError
+
+#: nibabel writes of small faults without the name of the file; what matters of them is said here.
+_SILENT = logging.Logger("nibabel", level=logging.CRITICAL + 1)
 
 #: Millimetres per unit of length, by the lowest three bits of xyzt_units; 0 (unknown) counts as mm.
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
@@ -58,16 +63,20 @@ class NiftiScan:
     Attributes:
         grid: Grid of the volume; its path is the address that was asked for.
         file: Path of the file.
+        is_zipped: Whether the file is a gzip stream, whatever its name.
         dtype: Type of the voxels as stored.
         voxel_offset: Number of bytes before the first voxel of this volume, those of earlier channels included.
+        end_offset: Number of bytes up to the end of the last voxel of the last channel.
         slope: Factor of the rescaling.
         intercept: Offset of the rescaling, added after the factor.
     """
 
     grid: Grid
     file: str
+    is_zipped: bool
     dtype: np.dtype[Any]
     voxel_offset: int
+    end_offset: int
     slope: float
     intercept: float
 
@@ -82,9 +91,8 @@ class NiftiScan:
         columns, rows, _ = self.grid.shape
         slabs = list(self.grid.slabs())
         buffer = np.empty(columns * rows * slabs[0].stop, dtype=self.dtype)
-        zipped = _is_zipped(self.file)
         try:
-            with igzip.open(self.file, "rb") if zipped else open(self.file, "rb", buffering=0) as stream:
+            with igzip.open(self.file, "rb") if self.is_zipped else open(self.file, "rb", buffering=0) as stream:
                 stream.seek(self.voxel_offset)
                 for slab in slabs:
                     flat = buffer[: columns * rows * (slab.stop - slab.start)]
@@ -100,8 +108,10 @@ class NiftiScan:
                     is_scaled = (self.slope, self.intercept) != (1.0, 0.0)
                     yield rescaled(native, self.slope, self.intercept) if is_scaled else native
                 # The checksum is compared where a compressed stream ends, so it has to be read to its end.
-                while zipped and stream.read(2**20):
-                    pass
+                left = 2 * self.end_offset + files.MAX_SURPLUS_BYTES - self.voxel_offset
+                while self.is_zipped and (block := stream.read(2**20)):
+                    left -= len(block)
+                    files.require_bounded(self.file, left)
         except (OSError, EOFError, ValueError, IsalError) as error:
             raise DataError(f"{self.file}: the voxels cannot be read ({error}); copy the file again.") from error
 
@@ -118,38 +128,32 @@ def open_nifti(address: str) -> NiftiScan:
             the memory can hold.
     """
     path, channel = split_channel(address)
-    header = _read_header(path)
+    header, is_zipped = _read_header(path)
     dtype = _dtype_of(header, path)
-    stored = _stored_shape(header, path)
+    stored, voxel_offset, end_offset = _extent(header, is_zipped, dtype, path)
     number = math.prod(stored[3:])
-    if channel is None and number > 1 and min(stored) > 0:
+    if channel is None and number > 1:
         raise DataError(
             f"{path}: the image has {len(stored)} axes ({times(stored)}), but one volume of three is needed; name one "
             f"channel or time point as {os.path.basename(path)}::channel=0, or save each as a 3-D file of its own."
         )
-    shape = volume_shape(stored[:3] if number > 1 else stored, path)
     if channel is not None and channel >= number:
         raise DataError(
             f"{path}: channel {channel} was asked for, but the file has {number}; count the channels from 0."
         )
+    shape = volume_shape(stored[:3] if number > 1 else stored, path)
+    slope, intercept = _rescaling(header, dtype, path)
     grid = _grid_of(header, shape, path, address)
     size_bytes = files.check_memory(path, shape, dtype.itemsize)
-    offset = float(header["vox_offset"])
-    if not (np.isfinite(offset) and offset >= 0):
-        raise DataError(f"{path}: the header puts the voxels at byte {offset}; it is damaged.")
-    voxel_offset = int(offset) or header.single_vox_offset
-    if _is_zipped(path):
-        files.check_gzip(path, 0, voxel_offset + math.prod(stored) * dtype.itemsize)
-    else:
-        files.check_raw(path, voxel_offset, math.prod(stored) * dtype.itemsize)
-    slope, intercept = header.get_slope_inter()
     return NiftiScan(
         grid=grid,
         file=path,
+        is_zipped=is_zipped,
         dtype=dtype,
         voxel_offset=voxel_offset + (channel or 0) * size_bytes,
-        slope=1.0 if slope is None else float(slope),
-        intercept=0.0 if intercept is None else float(intercept),
+        end_offset=end_offset,
+        slope=slope,
+        intercept=intercept,
     )
 
 
@@ -157,35 +161,70 @@ def num_channels(path: str) -> int:
     """Volumes in a file: the sizes of the axes after the third, multiplied; 1 for a file of three axes.
 
     Raises:
-        DataError: The file is no NIfTI, or damaged.
+        DataError: The file is no NIfTI, damaged, or too small for what it claims.
     """
-    return math.prod(_stored_shape(_read_header(path), path)[3:])
+    header, is_zipped = _read_header(path)
+    stored, _, _ = _extent(header, is_zipped, _dtype_of(header, path), path)
+    return math.prod(stored[3:])
 
 
-def _is_zipped(path: str) -> bool:
-    return path.lower().endswith(".gz")
+def _extent(header: Any, is_zipped: bool, dtype: np.dtype[Any], path: str) -> tuple[tuple[int, ...], int, int]:
+    """Sizes of all axes, and the bytes where the voxels start and end, which the file must hold."""
+    dims = [int(size) for size in header["dim"]]
+    if not 1 <= dims[0] <= 7:
+        raise DataError(f"{path}: the header claims {dims[0]} axes, but NIfTI has 1 to 7; it is damaged.")
+    stored = tuple(dims[1 : dims[0] + 1])
+    if any(size < 1 for size in stored):
+        volume_shape(stored, path)
+    offset = float(header["vox_offset"])
+    if not 0 <= offset < 2**62 or 0 < offset < header.sizeof_hdr:
+        raise DataError(f"{path}: the header puts the voxels at byte {offset:g}; it is damaged.")
+    start = int(offset) or header.single_vox_offset
+    size_bytes = math.prod(stored) * dtype.itemsize
+    if math.prod(stored[3:]) == 1:
+        files.check_memory(path, stored[:3], dtype.itemsize)
+    if is_zipped:
+        files.check_gzip(path, 0, start + size_bytes)
+    else:
+        files.check_raw(path, start, size_bytes)
+    return stored, start, start + size_bytes
 
 
-def _read_header(path: str) -> Any:
+def _rescaling(header: Any, dtype: np.dtype[Any], path: str) -> tuple[float, float]:
+    """Factor and offset of the stored numbers; a factor of 0, NaN or infinity means that there is none."""
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if not math.isfinite(slope) or slope == 0:
+        return 1.0, 0.0
+    # The largest change of the result that any two stored numbers can make.
+    span = abs(slope) * (float(np.iinfo(dtype).max) - float(np.iinfo(dtype).min) if dtype.kind in "iu" else 1e30)
+    # Single precision has 24 digits, so beside a larger offset all voxels become the same.
+    if not math.isfinite(intercept) or abs(intercept) * 2**-24 > span:
+        raise DataError(
+            f"{path}: the header rescales voxels by {slope:g} and adds {intercept:g}, which leaves nothing of them; "
+            "correct scl_slope and scl_inter, or export the scan again."
+        )
+    return slope, intercept
+
+
+def _read_header(path: str) -> tuple[Any, bool]:
+    """The header, and whether the file is a gzip stream: its first bytes say so, not its name."""
     files.check_file(path)
-    zipped = _is_zipped(path)
+    with open(path, "rb") as stream:
+        is_zipped = stream.read(2) == b"\x1f\x8b"
     try:
-        with open(path, "rb") as stream:
-            if zipped and stream.read(2) != b"\x1f\x8b":
-                raise DataError(
-                    f"{path}: the name ends in .gz but the content is not gzip; rename or compress the file."
-                )
-        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
+        with gzip.open(path, "rb") if is_zipped else open(path, "rb") as stream:
             block = stream.read(540)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: the gzip stream is truncated or damaged ({error}); copy it again from its source."
         ) from error
+    if b"ni1" in (block[344:347], block[4:7]) or b"ni2" in (block[344:347], block[4:7]):
+        raise DataError(f"{path}: one half of a NIfTI pair, header and voxels apart; save both as one .nii.gz file.")
     for header_class, magic in ((nib.Nifti1Header, 344), (nib.Nifti2Header, 4)):
         if block[magic : magic + 3] in (b"n+1", b"n+2") and len(block) >= header_class.sizeof_hdr:
             header = header_class(block[: header_class.sizeof_hdr], check=False)
             if int(header["sizeof_hdr"]) == header_class.sizeof_hdr:
-                return header
+                return header, is_zipped
     raise DataError(f"{path}: this is no NIfTI file (its first bytes say otherwise), or it is damaged.")
 
 
@@ -206,13 +245,6 @@ def _dtype_of(header: Any, path: str) -> np.dtype[Any]:
     return dtype
 
 
-def _stored_shape(header: Any, path: str) -> tuple[int, ...]:
-    dims = [int(size) for size in header["dim"]]
-    if not 1 <= dims[0] <= 7:
-        raise DataError(f"{path}: the header claims {dims[0]} axes, but NIfTI has 1 to 7; it is damaged.")
-    return tuple(dims[1 : dims[0] + 1])
-
-
 def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
     """The grid of one volume, with the header whose fields hold it."""
     spacing = np.array(header["pixdim"][1:4], dtype=np.float64)
@@ -221,20 +253,40 @@ def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
     try:
         # A copy, because the check mends small faults (a qfac of 0) that are to be written back as they were.
         mended = header.copy()
-        mended.check_fix()
+        mended.check_fix(logger=_SILENT)
         affine = np.array(mended.get_best_affine(), dtype=np.float64)
     except (nib.spatialimages.HeaderDataError, ValueError) as error:
         raise DataError(f"{path}: the header is damaged ({error}); export the scan again.") from error
     affine[:3] *= unit_mm
     check_affine(affine, path)
-    declared, used = spacing * unit_mm, np.array(spacing_of(affine))
-    if not np.allclose(declared, used, rtol=0.01):
-        warnings.warn(
-            f"{path}: the header has two voxel sizes, {times(np.round(declared, 4).tolist())} mm (pixdim) and "
-            f"{times(np.round(used, 4).tolist())} mm (sform); the sform is used.",
-            stacklevel=4,
-        )
+    _warn_of_geometry(mended, shape, affine, unit_mm, path)
     return Grid(shape=shape, affine=affine, path=address, source=header)
+
+
+def _warn_of_geometry(header: Any, shape: Triple, affine: npt.NDArray[np.float64], unit_mm: float, path: str) -> None:
+    """Say what of the geometry was assumed, and where a header says two things."""
+    qform, sform = int(header["qform_code"]), int(header["sform_code"])
+    if qform <= 0 and sform <= 0:
+        files.warn_once(
+            f"{path}: the header does not say how the patient lies (qform_code and sform_code are 0); voxels are taken "
+            "to run to the left, the front and the head, so left and right may be the wrong way round."
+        )
+        return
+    declared, used = np.array(header["pixdim"][1:4], dtype=np.float64) * unit_mm, np.array(spacing_of(affine))
+    if not np.allclose(declared, used, rtol=0.01):
+        files.warn_once(
+            f"{path}: the header has two voxel sizes, {times(np.round(declared, 4).tolist())} mm (pixdim) and "
+            f"{times(np.round(used, 4).tolist())} mm (sform); the sform is used."
+        )
+    elif qform > 0 and sform > 0:
+        other = np.array(header.get_qform(), dtype=np.float64)
+        other[:3] *= unit_mm
+        shift_mm, shift_voxels = largest_shift(affine, other, shape)
+        if not shift_voxels <= TOLERANCE_VOXELS:
+            files.warn_once(
+                f"{path}: the header places voxels twice, by qform and sform, up to {shift_mm:.4g} mm or "
+                f"{shift_voxels:.3g} voxels apart; the sform is used, and other programs may use the qform."
+            )
 
 
 def rescaled(raw: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:

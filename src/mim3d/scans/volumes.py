@@ -8,6 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pkgutil import resolve_name
@@ -16,12 +17,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.core.errors import DataError
+from mim3d.core.errors import DataError, Mim3dError
 from mim3d.core.files import atomic_file
 from mim3d.core.types import Spacing
 from mim3d.scans.files import check_file, walk
 from mim3d.scans.grids import Grid, smallest_integer, split_channel
 from mim3d.scans.image_stacks import is_slice_folder
+
+#: Numbers in a label map may be off a whole number by this much: half a thousandth of the step between two labels.
+LABEL_TOLERANCE = 5e-4
 
 #: Voxels copied at a time along each axis: what is read and what is written of them stays in the processor's cache.
 _TILE = (128, 8, 64)
@@ -144,8 +148,34 @@ def open_scan(address: str) -> StoredScan:
     Raises:
         DataError: The scan cannot be read as one volume; the sentence names the remedy.
     """
-    opened: StoredScan = resolve_name(format_of(address).reader)(address)
-    return opened
+    with explained_read(address):
+        opened: StoredScan = resolve_name(format_of(address).reader)(address)
+        return opened
+
+
+@contextmanager
+def explained_read(address: str) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a scan into an error that names the scan.
+
+    Readers check what they know of. Files are made by others, though, and libraries raise anything about them.
+
+    Raises:
+        DataError: Something else than an error of mim3d was raised.
+    """
+    try:
+        # What overflows is found by looking at the values.
+        with np.errstate(all="ignore"):
+            yield
+    except Mim3dError:
+        raise
+    except MemoryError as error:
+        raise DataError(f"{address}: larger than the memory left for it; crop it, or give more memory.") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{address}: cannot be read ({type(error).__name__}: {reason}); copy it again from its source, or export "
+            "it again."
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,12 +217,12 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
 def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bool = False) -> Volume:
     """Read a scan and bring it to RAS+ axes by swapping and flipping axes, never by resampling.
 
-    The voxels are copied from the file straight to their places: memory holds them once, and some slices more. Formats
-    that SimpleITK reads (NRRD, MetaImage) are held twice until the last voxel is in place.
+    The voxels are copied from the file straight to their places: memory holds them once, and some slices more.
 
     Args:
         path: The scan, as for `read_grid`.
-        label: Whether whole numbers are needed; a float file that holds only whole numbers is cast to integers.
+        label: Whether whole numbers are needed; a float file is cast to integers if no number is off a whole one by
+            more than `LABEL_TOLERANCE`.
         narrow: Whether a label map is kept in the smallest of uint8, int16 and int32 that holds its values, whatever
             its file has.
 
@@ -203,17 +233,18 @@ def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bo
     scan = open_scan(name)
     array: npt.NDArray[Any] | None = None
     start = num_bad = 0
-    for slab in scan.read_slabs():
-        if slab.dtype.kind == "f":
-            num_bad += int(np.count_nonzero(~np.isfinite(slab)))
-        if label and not num_bad:
-            slab = _as_label(slab, name, narrow)
-        if array is None:
-            array = np.empty(scan.grid.ras_shape, dtype=slab.dtype)
-        array = array.astype(np.promote_types(array.dtype, slab.dtype), copy=False)
-        stop = start + slab.shape[2]
-        copy_tiled(scan.grid.from_ras(array)[..., start:stop], slab)
-        start = stop
+    with explained_read(name):
+        for slab in scan.read_slabs():
+            if slab.dtype.kind == "f":
+                num_bad += int(np.count_nonzero(~np.isfinite(slab)))
+            if label and not num_bad:
+                slab = _as_label(slab, name, narrow)
+            if array is None:
+                array = np.empty(scan.grid.ras_shape, dtype=slab.dtype)
+            array = array.astype(np.promote_types(array.dtype, slab.dtype), copy=False)
+            stop = start + slab.shape[2]
+            copy_tiled(scan.grid.from_ras(array)[..., start:stop], slab)
+            start = stop
     assert array is not None
     if num_bad:
         raise DataError(
@@ -224,16 +255,17 @@ def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bo
 
 
 def _as_label(slab: npt.NDArray[Any], path: str, narrow: bool) -> npt.NDArray[Any]:
-    """Voxels as integers, which they must be without rounding, of up to 32 bits."""
-    is_integer = slab.dtype.kind in "iu"
-    if is_integer and not narrow:
-        return slab
-    broken = slab[:0] if is_integer else slab[slab != np.rint(slab)]
+    """Voxels as integers of up to 32 bits, which they must be up to what rescaling and rounding leave."""
+    if slab.dtype.kind in "iu":
+        return _narrowed(slab) if narrow else slab
+    whole = np.rint(slab)
+    broken = slab[np.abs(slab - whole) > LABEL_TOLERANCE]
     if broken.size:
         raise DataError(
-            f"{path}: a label needs whole numbers, but voxels hold values such as {float(broken[0]):g}; "
+            f"{path}: a label needs whole numbers, but voxels hold values such as {broken[0]!s}; "
             "give the label map, not an image or a probability."
         )
+    slab = whole
     kept = _narrowed(slab)
     if kept.dtype.kind == "f":
         low, high = float(slab.min()), float(slab.max())
@@ -304,7 +336,11 @@ def find_scans(folder: str | os.PathLike[str]) -> list[str]:
     scans: list[str] = []
     others: list[str] = []
     for path in walk(root):
-        (scans if suffix_of(path) else others).append(path)
+        if suffix_of(path):
+            scans.append(path)
+        elif os.path.isfile(path):
+            # A pipe or a device is no scan, and looking into it would wait for ever.
+            others.append(path)
     return sorted(scans + find_series(others))
 
 
@@ -316,7 +352,8 @@ def channels_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     name = os.fspath(path)
     form = None if os.path.isdir(name) else format_of_file(name)
-    number = 1 if form is None or form.counter is None else resolve_name(form.counter)(name)
+    with explained_read(name):
+        number = 1 if form is None or form.counter is None else resolve_name(form.counter)(name)
     return (name,) if number == 1 else tuple(f"{name}::channel={channel}" for channel in range(number))
 
 
