@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.core.errors import DataError, Mim3dError
+from mim3d.core.errors import DataError, Mim3dError, first_line
 from mim3d.core.files import atomic_file
 from mim3d.core.types import Spacing
 from mim3d.scans.files import check_file, walk
@@ -171,9 +171,8 @@ def explained_read(address: str) -> Iterator[None]:
     except MemoryError as error:
         raise DataError(f"{address}: larger than the memory left for it; crop it, or give more memory.") from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{address}: cannot be read ({type(error).__name__}: {reason}); copy it again from its source, or export "
+            f"{address}: cannot be read ({type(error).__name__}: {first_line(error)[:200]}); copy it again from its source, or export "
             "it again."
         ) from error
 
