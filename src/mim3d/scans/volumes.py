@@ -171,9 +171,9 @@ def explained_read(address: str) -> Iterator[None]:
     except MemoryError as error:
         raise DataError(f"{address}: larger than the memory left for it; crop it, or give more memory.") from error
     except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
         raise DataError(
-            f"{address}: cannot be read ({type(error).__name__}: {first_line(error)[:200]}); copy it again from its source, or export "
-            "it again."
+            f"{address}: cannot be read ({reason}); copy it again from its source, or export it again."
         ) from error
 
 
