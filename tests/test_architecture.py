@@ -74,7 +74,7 @@ BUDGET = {
     "nn": 575,
     "tracking": 550,
     "metrics": 1325,
-    "datasets": 2175,
+    "datasets": 2350,
     "phantoms": 1400,
     "backbones": 525,
     "reporting": 1250,

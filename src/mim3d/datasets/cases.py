@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,9 @@ from typing import Any
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_csv, read_json
+from mim3d.core.names import is_file_name, joined_name, printable, same_name, unescaped
 from mim3d.core.settings import nearest
+from mim3d.datasets.ids import unique_ids
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
 from mim3d.scans.volumes import SUFFIXES, channels_of, find_scans, patient_of, scan_id, suffix_of
 
@@ -164,7 +167,7 @@ def pair_folders(folder: str) -> tuple[str, str] | None:
 def _read_pairs(image_folder: str, label_folder: str, with_labels: bool) -> list[Case]:
     """Images and labels of the same file name; an image without a label stays unlabelled."""
     images = _group_channels(scans_in(image_folder), image_folder)
-    labels = {scan_id(path): path for path in scans_in(label_folder)} if with_labels else {}
+    labels = _by_id(scans_in(label_folder), label_folder) if with_labels else {}
     orphans = sorted(set(labels) - set(images))
     if orphans:
         raise DataError(
@@ -202,12 +205,7 @@ def _group_channels(paths: Iterable[str], folder: str) -> dict[str, tuple[str, .
     Names count as channels (``case_0000``, ``case_0001``) only where every file ends in four digits and every
     case has the same channels from 0000 on; otherwise each file is a case.
     """
-    named: dict[str, str] = {}
-    for path in paths:
-        name = scan_id(path)
-        if name in named:
-            raise DataError(f"{folder}: {named[name]} and {path} have the same name; rename or move one.")
-        named[name] = path
+    named = _by_id(paths, folder)
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     for name, path in named.items():
         match = _CHANNEL.match(name)
@@ -217,6 +215,20 @@ def _group_channels(paths: Iterable[str], folder: str) -> dict[str, tuple[str, .
     if channels != {expected}:
         return {name: (path,) for name, path in named.items()}
     return {case: tuple(group[channel] for channel in expected) for case, group in groups.items()}
+
+
+def _by_id(paths: Iterable[str], folder: str) -> dict[str, str]:
+    """Scans of a folder by their names.
+
+    Raises:
+        DataError: Two have the same name.
+    """
+    named: dict[str, str] = {}
+    for path in paths:
+        other = named.setdefault(scan_id(path), path)
+        if other != path:
+            raise DataError(f"{folder}: {other} and {path} have the same name; rename or move one.")
+    return named
 
 
 def _is_beside_images(path: str, root: str) -> bool:
@@ -250,13 +262,13 @@ def read_slice_folders(root: str | os.PathLike[str]) -> CaseSet:
         names[:] = sorted((name for name in names if not name.startswith(".")), key=natural)
         if not any(is_slice(name) for name in found):
             continue
-        parts = os.path.relpath(folder, top).split(os.sep)
+        parts = [printable(part) for part in os.path.relpath(folder, top).split(os.sep)]
         if len(parts) < 2:
             raise DataError(
                 f"{folder}: images lie here, but a scan needs a folder of its own in that of its class "
                 "(class/patient/scan/1.png); move them, or give the folder above."
             )
-        cases.append(Case(images=(folder,), class_name=parts[0], patient=parts[1], id=_joined(parts)))
+        cases.append(Case(images=(folder,), class_name=parts[0], patient=parts[1], id=joined_name(parts)))
     if not cases:
         raise DataError(
             f"{top}: no folder of slices; expected images ({', '.join(SLICE_SUFFIXES)}) as class/patient/scan/1.png."
@@ -319,19 +331,21 @@ def _listed_case(row: Mapping[str, Any], where: str, path: str) -> Case:
         value = row.get(column) or ""
         return [str(name).strip() for name in (value if isinstance(value, list) else str(value).split(";"))]
 
-    images, label, split = texts("image"), text("label"), text("split")
-    if not all(images):
+    listed_images = row.get("image")
+    images = tuple(map(str, listed_images)) if isinstance(listed_images, list) else channel_names(text("image"), path)
+    label, split = text("label"), text("split")
+    if not images or not all(name.strip() for name in images):
         raise DataError(f"{where}: no image; every case needs one.")
     if split and split not in SPLITS:
         raise DataError(f"{where}: unknown split {split!r}.{nearest(split, SPLITS)}")
     return Case(
         images=tuple(_beside(path, name) for name in images),
         label=_beside(path, label) if label else None,
-        class_name=text("class") or None,
-        patient=text("patient"),
+        class_name=printable(text("class")) or None,
+        patient=printable(text("patient")),
         split=split or None,
         id=text("id"),
-        labelled=tuple(name for name in texts("labels") if name) or None,
+        labelled=tuple(printable(name) for name in texts("labels") if name) or None,
     )
 
 
@@ -341,10 +355,10 @@ def _checked(cases: Mapping[str, Case], path: str) -> list[Case]:
         raise DataError(f"{path}: lists no cases; add at least one row with an image.")
     first: dict[str, str] = {}
     for where, name in ((where, case.id) for where, case in cases.items() if case.id):
-        if name.startswith(".") or any(mark in name for mark in '/\\:*?"<>|'):
+        if not is_file_name(name):
             raise DataError(f"{where}: the id {name!r} cannot be the name of a file; use letters, digits, _ and -.")
         # Case is ignored, as some file systems do.
-        other = first.setdefault(name.casefold(), where)
+        other = first.setdefault(same_name(name), where)
         if other != where:
             raise DataError(
                 f"{where}: the id {name!r} is that of an earlier row ({cases[other].id}); give every case its own."
@@ -370,7 +384,7 @@ def _read_msd(description: Mapping[str, Any], path: str) -> list[Case]:
         case_id = ""
         channels = _channel_files(images[0])
         if channels:
-            case_id = os.path.basename(images[0]).partition(".")[0]
+            case_id = os.path.basename(images[0]).removesuffix(suffix_of(images[0]))
             images = channels if len(images) == 1 else images
         elif in_one_file and len(images) == 1 and os.path.isfile(images[0]):
             images = channels_of(images[0])
@@ -382,8 +396,9 @@ def _read_msd(description: Mapping[str, Any], path: str) -> list[Case]:
 def _channel_files(path: str) -> tuple[str, ...]:
     """nnU-Net 1 lists ``x.nii.gz`` for the files ``x_0000.nii.gz``, ``x_0001.nii.gz``, ...; else nothing."""
     folder, name = os.path.split(path)
-    stem, dot, suffix = name.partition(".")
-    channels = (os.path.join(folder, f"{stem}_{channel:04d}{dot}{suffix}") for channel in itertools.count())
+    suffix = suffix_of(name)
+    stem = name.removesuffix(suffix)
+    channels = (os.path.join(folder, f"{stem}_{channel:04d}{suffix}") for channel in itertools.count())
     return () if os.path.exists(path) else tuple(itertools.takewhile(os.path.exists, channels))
 
 
@@ -412,14 +427,42 @@ def _read_nnunet(description: Mapping[str, Any], path: str) -> list[Case]:
         if missing:
             raise DataError(f"{image_folder}: case {case_id} lacks {listed(missing)} of {num_channels} channels.")
         images = tuple(os.path.join(image_folder, name) for name in channels)
-        label = os.path.join(os.path.dirname(path), "labelsTr", case_id + ending)
+        label = _beside(path, os.path.join("labelsTr", case_id + ending))
         cases.append(Case(id=case_id, images=images, label=label if os.path.exists(label) else None))
     return cases
 
 
 def _beside(path: str, name: object) -> str:
-    """The absolute path of a file that a list or description names relative to its own folder."""
-    return os.path.abspath(os.path.join(os.path.dirname(path), str(name)))
+    """The absolute path of a file that a list or description names relative to its own folder.
+
+    Letters may be composed otherwise there than on this disk, and control characters written as escapes.
+    """
+    folder, text = os.path.dirname(path), str(name)
+    forms = (text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD")), unescaped(text))
+    places = [os.path.abspath(os.path.join(folder, form)) for form in dict.fromkeys(forms)]
+    return next((place for place in places if is_there(place)), places[0])
+
+
+def channel_names(cell: str, path: str) -> tuple[str, ...]:
+    """The images that a cell of a list names; ``;`` separates channels, unless it belongs to the name of a file.
+
+    Args:
+        cell: Names of images, relative to the folder of the list.
+        path: The list.
+    """
+    parts, names = cell.split(";"), []
+    while parts:
+        wholes = [";".join(parts[:count]).strip() for count in range(1, len(parts) + 1)]
+        there = (count for count, whole in enumerate(wholes, start=1) if whole and is_there(_beside(path, whole)))
+        count = next(there, 1)
+        names.append(wholes[count - 1])
+        parts = parts[count:]
+    return tuple(names)
+
+
+def is_there(address: str) -> bool:
+    """Whether the file or folder of a scan's address exists."""
+    return os.path.exists(address.split("::")[0])
 
 
 def read_labels(declared: Any, path: str) -> dict[int, str]:
@@ -457,7 +500,7 @@ def read_labels(declared: Any, path: str) -> dict[int, str]:
         number, name = (value_of(key), value) if str(key).isdigit() else (value_of(value), key)
         if number in labels:
             raise DataError(f"{path}: label value {number} has two names, {labels[number]!r} and {name!r}.")
-        labels[number] = str(name)
+        labels[number] = printable(str(name))
     labels |= {number: f"label_{number}" for number in regions - set(labels)}
     labels.setdefault(0, "background")
     return dict(sorted(labels.items()))
@@ -490,35 +533,3 @@ def _dicom_patient(path: str) -> str | None:
         return patient_of(path) if "::" in path or os.path.isdir(path) else None
     except DataError:
         return None
-
-
-def unique_ids(cases: Sequence[Case], root: str) -> list[str]:
-    """An id for each case: the declared one, or the file name of the scan without suffixes.
-
-    Scans that share an id (``a/ct.nii.gz``, ``b/ct.nii.gz``) get one from their path below ``root`` instead. Upper and
-    lower case count as equal, as some file systems ignore the difference.
-
-    Raises:
-        DataError: Two cases would still share an id.
-    """
-    ids = [case.id or scan_id(case.images[0]) for case in cases]
-    rows = defaultdict(list)
-    for row, name in enumerate(ids):
-        rows[name.casefold()].append(row)
-    base = root if os.path.isdir(root) else os.path.dirname(root)
-    for row in (row for clashing in rows.values() if len(clashing) > 1 for row in clashing):
-        path = cases[row].images[0]
-        folders = os.path.dirname(os.path.relpath(path, base)).split(os.sep)
-        ids[row] = _joined([*(part for part in folders if part not in ("", ".", "..")), scan_id(path)])
-    first: dict[str, int] = {}
-    for row, name in enumerate(ids):
-        other = first.setdefault(name.casefold(), row)
-        if other != row:
-            one, two = cases[other].images[0], cases[row].images[0]
-            raise DataError(f"{root}: {one} and {two} would both get the id {name!r}; rename one.")
-    return ids
-
-
-def _joined(parts: Sequence[str]) -> str:
-    """The parts of a path as one name that is fit for a file."""
-    return re.sub(r"[^\w.-]+", "-", "_".join(parts))

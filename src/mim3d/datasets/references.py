@@ -3,13 +3,25 @@
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
+from mim3d.core.names import printable
 from mim3d.core.settings import nearest
-from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, read_labels, read_table, scans_in, unique_ids
+from mim3d.datasets.cases import (
+    Case,
+    CaseSet,
+    channel_names,
+    pair_folders,
+    read_cases,
+    read_labels,
+    read_table,
+    scans_in,
+)
+from mim3d.datasets.ids import matched_ids, unique_ids
 from mim3d.scans.volumes import scan_id
 
 #: Name of the table that prediction writes into its folder.
@@ -71,7 +83,9 @@ class Pairs:
 
 
 def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_empty: bool = False) -> Pairs:
-    """Match label maps by id: the file name without suffix, or the id of a list.
+    """Match label maps by their scans where both sides name them, else by id: the file name without suffix.
+
+    Ids may differ in spelling: upper and lower case, composed letters, ``_0000`` at the end.
 
     Args:
         predictions: Folder of label maps; its `predictions.json` is followed where there is one.
@@ -79,13 +93,15 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
         missing_as_empty: Whether references that were not predicted are paired with an empty prediction.
 
     Raises:
-        DataError: A side is missing or empty, two maps share an id, or no id is on both sides.
+        DataError: A side is missing or empty, two maps share an id, no id is on both sides, or an id could
+            belong to several.
     """
     predicted, regions, failed = _predicted(predictions)
     referenced = _referenced(references)
     ours, theirs = ({case.id: case for case in side.cases} for side in (predicted, referenced))
-    shared = _shared_ids(predictions, ours, theirs)
-    unpredicted = sorted(theirs.keys() - ours.keys())
+    matched = _matched(predictions, ours, theirs)
+    predictions_of = {other: ours[name] for name, other in matched.items()}
+    unpredicted = sorted(theirs.keys() - predictions_of.keys())
     as_empty = unpredicted if missing_as_empty else []
     empty = Case(images=())
     found = Pairs(
@@ -93,15 +109,15 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
             Pair(
                 id=name,
                 patient=theirs[name].patient,
-                prediction=ours.get(name, empty).label,
+                prediction=predictions_of.get(name, empty).label,
                 reference=str(theirs[name].label),
-                images=ours.get(name, empty).images or theirs[name].images,
+                images=predictions_of.get(name, empty).images or theirs[name].images,
             )
-            for name in sorted([*shared, *as_empty])
+            for name in sorted([*predictions_of, *as_empty])
         ),
         labels=predicted.labels or referenced.labels,
         regions=regions,
-        without_reference=tuple(sorted(ours.keys() - theirs.keys())),
+        without_reference=tuple(sorted(ours.keys() - matched.keys())),
         without_prediction=() if missing_as_empty else tuple(unpredicted),
         failed=tuple(name for name in failed if name not in as_empty),
         scored_as_empty=tuple(as_empty),
@@ -150,9 +166,12 @@ def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], tuple[
         )
         for case in cases
     )
+    for name, count in Counter(case.id for case in maps).items():
+        if count > 1:
+            raise DataError(f"{listing}: names {count} predictions of the case {name!r}; give each an id of its own.")
     labels = read_labels(content.get("labels"), listing)
     failed = tuple(str(case.get("id")) for case in content.get("failed") or () if isinstance(case, dict))
-    regions = {str(name): list(members) for name, members in regions.items()}
+    regions = {printable(str(name)): list(members) for name, members in regions.items()}
     return CaseSet(root=folder, form="json", cases=maps, labels=labels), regions, failed
 
 
@@ -266,14 +285,15 @@ def read_class_tables(
         if column not in their_columns:
             raise DataError(f"{references}: has no column {column!r}.{nearest(column, their_columns)}")
     rows = []
-    for name in _shared_ids(path, ours, theirs):
-        prediction, reference = ours[name], theirs[name]
+    matched = _shared_ids(path, list(ours), list(theirs))
+    for own_name, name in sorted(matched.items(), key=lambda pair: pair[1]):
+        prediction, reference = ours[own_name], theirs[name]
         if reference[class_column] not in class_names:
             raise DataError(
                 f"{references}: case {name} is of the class {reference[class_column]!r}, for which {path} has no "
                 f"probability; its classes are {listed(class_names)}."
             )
-        probabilities = tuple(_number(prediction[f"{_PROBABILITY}{each}"], path, name) for each in class_names)
+        probabilities = tuple(_number(prediction[f"{_PROBABILITY}{each}"], path, own_name) for each in class_names)
         predicted = prediction.get("predicted") or class_names[probabilities.index(max(probabilities))]
         if predicted not in class_names:
             raise DataError(f"{path}: case {name} is predicted {predicted!r}, which has no column of probabilities.")
@@ -290,8 +310,8 @@ def read_class_tables(
     found = ClassTable(
         rows=tuple(rows),
         class_names=class_names,
-        without_reference=tuple(sorted(ours.keys() - theirs.keys())),
-        without_prediction=tuple(sorted(theirs.keys() - ours.keys())),
+        without_reference=tuple(sorted(ours.keys() - matched.keys())),
+        without_prediction=tuple(sorted(theirs.keys() - set(matched.values()))),
     )
     _warn_of_unmatched(found)
     return found
@@ -310,6 +330,7 @@ def _read_rows(path: str) -> dict[str, Mapping[str, str]]:
             raise DataError(f"{where}: {len(cells)} cells but {len(header)} columns; quote commas.")
         row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
         name = row[key]
+        row = {column: printable(cell) for column, cell in row.items()}
         if not name or name in rows:
             raise DataError(f"{where}: the case {name!r} is there twice or has no name; give each its own.")
         rows[name] = row
@@ -318,7 +339,7 @@ def _read_rows(path: str) -> dict[str, Mapping[str, str]]:
         # Prediction names the images of a list so: channels are separated by ";", paths lie below the list's folder.
         root = os.path.abspath(path)
         folder = os.path.dirname(root)
-        images = [tuple(os.path.join(folder, part.strip()) for part in name.split(";")) for name in rows]
+        images = [tuple(os.path.join(folder, part) for part in channel_names(name, root)) for name in rows]
         names = unique_ids([Case(images=paths) for paths in images], root)
     return dict(zip(names, rows.values(), strict=True))
 
@@ -333,15 +354,33 @@ def _number(text: str, path: str, name: str) -> float:
     return value
 
 
-def _shared_ids(predictions: str, ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[str]:
-    """The sorted ids that both sides have, of which there must be some."""
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
+def _matched(predictions: str, ours: Mapping[str, Case], theirs: Mapping[str, Case]) -> dict[str, str]:
+    """Ids of predictions and of the references that they belong to, of which there must be some."""
+
+    def scans_of(side: Mapping[str, Case]) -> dict[tuple[str, ...], str]:
+        return {tuple(map(os.path.realpath, case.images)): name for name, case in side.items() if case.images}
+
+    left, right = scans_of(ours), scans_of(theirs)
+    of_scans = {left[images]: right[images] for images in left.keys() & right.keys()}
+    others = [name for name in ours if name not in of_scans]
+    taken = set(of_scans.values())
+    return of_scans | _shared_ids(predictions, others, [name for name in theirs if name not in taken], of_scans)
+
+
+def _shared_ids(
+    predictions: str, ours: Sequence[str], theirs: Sequence[str], known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The ids of predictions and those of their references, of which there must be some; a guess is said."""
+    matched = matched_ids(ours, theirs, ("the predictions", "the references"))
+    if not matched and not known:
         raise DataError(
             f"{predictions}: no prediction is named like a reference; the predictions are {listed(sorted(ours))}, the "
             f"references {listed(sorted(theirs))}."
         )
-    return shared
+    differing = [f"{name} with {other}" for name, other in sorted(matched.items()) if name != other]
+    if differing:
+        warnings.warn(f"Paired although their names differ: {listed(differing)}.", stacklevel=4)
+    return matched
 
 
 def _warn_of_unmatched(found: Pairs | ClassTable) -> None:

@@ -5,8 +5,6 @@ describes it, and one line there.
 """
 
 import os
-import re
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError, Mim3dError, first_line
 from mim3d.core.files import atomic_file
+from mim3d.core.names import file_name
 from mim3d.core.types import Spacing
 from mim3d.scans.files import check_file, walk
 from mim3d.scans.grids import Grid, smallest_integer, split_channel
@@ -365,7 +364,7 @@ def scan_id(path: str | os.PathLike[str]) -> str:
     folder, _, series = address.partition("::")
     name = os.path.basename(os.path.abspath(folder))
     stem = name.removesuffix(suffix_of(name))
-    safe = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", stem)).strip("._") or "scan"
+    safe = file_name(stem)
     if channel:
         return f"{safe}_channel_{channel}"
     return f"{safe}_{series}" if series else safe

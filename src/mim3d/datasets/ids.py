@@ -1,0 +1,123 @@
+"""Ids of cases: readable, unique in their set, fit for the name of a file, and the same wherever the set is mounted."""
+
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mim3d.core.errors import DataError, listed
+from mim3d.core.names import file_name, is_file_name, joined_name, name_digest, same_name
+from mim3d.scans.grids import split_channel
+from mim3d.scans.volumes import scan_id, suffix_of
+
+if TYPE_CHECKING:
+    from mim3d.datasets.cases import Case
+
+#: End of the name of the first channel, which many tools keep in the names of what they make of it.
+FIRST_CHANNEL = "_0000"
+
+
+def unique_ids(cases: Sequence["Case"], root: str) -> list[str]:
+    """An id for each case: the declared one, or the file name of the scan without suffixes.
+
+    Scans that share an id (``a/ct.nii.gz``, ``b/ct.nii.gz``) get one from their path below ``root`` instead, or below
+    the folder that they share where they lie elsewhere. Upper and lower case count as equal, as some file systems
+    ignore the difference; what nothing else tells apart gets a digest of its name.
+
+    Args:
+        cases: Cases with at least one image each.
+        root: Folder or list that they come from.
+
+    Raises:
+        DataError: Two cases are files of the same name in one folder.
+    """
+    ids = [_declared(case.id) or scan_id(case.images[0]) for case in cases]
+    places = _places([case.images[0] for case in cases], root if os.path.isdir(root) else os.path.dirname(root))
+    for row in _clashing(ids):
+        *folders, _ = places[row].split(os.sep)
+        ids[row] = joined_name([*(part for part in folders if part), scan_id(cases[row].images[0])])
+    first: dict[tuple[str, str], int] = {}
+    for row in _clashing(ids):
+        name = os.path.basename(places[row])
+        stem = unicodedata.normalize("NFC", name.removesuffix(suffix_of(name)))
+        other = first.setdefault((os.path.dirname(places[row]), stem), row)
+        if other != row and not cases[row].id:
+            one, two = cases[other].images[0], cases[row].images[0]
+            raise DataError(f"{root}: {one} and {two} would both get the id {ids[row]!r}; rename one.")
+        ids[row] = f"{ids[row]}-{name_digest(places[row])}"
+    return ids
+
+
+def _declared(name: str) -> str:
+    """A declared id, which may be the name of a folder or a key of a description."""
+    composed = unicodedata.normalize("NFC", name)
+    return composed if not composed or is_file_name(composed) else file_name(composed)
+
+
+def _clashing(ids: Sequence[str]) -> list[int]:
+    counts = Counter(map(same_name, ids))
+    return [row for row, name in enumerate(ids) if counts[same_name(name)] > 1]
+
+
+def _places(paths: Sequence[str], base: str) -> list[str]:
+    """Paths below a folder, or below the folder that those outside of it share: the same on every machine."""
+    absolute = [os.path.abspath(path) for path in paths]
+    is_below = [path.startswith(os.path.join(base, "")) for path in absolute]
+    outside = [os.path.dirname(path) for path, below in zip(absolute, is_below, strict=True) if not below]
+    shared = os.path.commonpath(outside) if outside else base
+    return [os.path.relpath(path, base if below else shared) for path, below in zip(absolute, is_below, strict=True)]
+
+
+def distinct_names(path: str, name: str, other: str) -> Iterator[str]:
+    """Names for a scan whose own name belongs to another scan, the most readable first.
+
+    Args:
+        path: Address of the scan.
+        name: Its own name.
+        other: Address of the scan that has this name.
+    """
+    mine, theirs = (os.path.dirname(os.path.realpath(split_channel(each)[0])) for each in (path, other))
+    shared = os.path.commonpath([mine, theirs])
+    folders = [part for part in os.path.relpath(mine, shared).split(os.sep) if part != "."]
+    if not folders:
+        yield joined_name([name, suffix_of(split_channel(path)[0]).strip(".")])
+    above = [part for part in shared.split(os.sep) if part] if folders else []
+    for start in range(len(above), -1, -1):
+        yield joined_name([*above[start:], *folders, name])
+    yield f"{name}-{name_digest(os.path.realpath(path))}"
+
+
+def matched_ids(ours: Sequence[str], theirs: Sequence[str], sides: tuple[str, str]) -> dict[str, str]:
+    """Which id of one side belongs to which of another: the same one, or one that differs by its spelling alone.
+
+    Upper and lower case, composed letters, and the end ``_0000`` of a first channel are spelling. An id that is the
+    same on both sides is never given to another.
+
+    Args:
+        ours: Ids of one side, each once.
+        theirs: Ids of the other side, each once.
+        sides: What the sides are, in the plural, for the message.
+
+    Raises:
+        DataError: Several ids of a side could belong to one of the other; the sentence names them.
+    """
+    same = set(ours) & set(theirs)
+    matched = {name: name for name in ours if name in same}
+    left, right = (_by_spelling(name for name in side if name not in same) for side in (ours, theirs))
+    for spelling in left.keys() & right.keys():
+        mine, other = left[spelling], right[spelling]
+        if len(mine) > 1 or len(other) > 1:
+            raise DataError(
+                f"{sides[0]} {listed(mine)} and {sides[1]} {listed(other)}: which belong together is not clear from "
+                "their names; rename them, so that those that belong together have the same name."
+            )
+        matched[mine[0]] = other[0]
+    return matched
+
+
+def _by_spelling(names: Iterator[str]) -> Mapping[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[same_name(name).removesuffix(FIRST_CHANNEL)].append(name)
+    return found
