@@ -93,7 +93,7 @@ BUDGET = {
     "workflows": 3700,
     "commands": 250,
     "cli": 550,
-    "__main__": 10,
+    "__main__": 15,
 }
 
 #: A command checks nothing and computes nothing: it hands its settings on.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mim3d.cli import main
-from mim3d.core.run_folder import read_run
+from mim3d.core.run_folder import Run, read_run
 from mim3d.training.checkpoint import read_checkpoint
 from mim3d.weights import load_encoder, read_card
 
@@ -69,10 +69,10 @@ def test_own_views_on_an_own_backbone_learn_and_the_run_holds_its_settings(views
 def test_a_run_with_views_of_its_own_goes_on_to_the_same_losses(my_lab: Path, views: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = f"--config {views}/config.yaml --out {out} --checkpoint_every 2"
-    run(f"pretrain {config}")
+    run(f"pretrain {config} --method my_lab.views.TwoViews {PLAIN}")
     checkpoints = sorted((out / "checkpoints").glob("step_*.pt"))
     checkpoints[-1].unlink()
-    run(f"pretrain {config} --resume true")
+    run(Run(out, "pretrain").how_to_resume.removeprefix("mim3d "))
     assert losses(out) == losses(views)
 
 

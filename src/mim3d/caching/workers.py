@@ -33,6 +33,7 @@ from mim3d.caching import layout
 from mim3d.caching.case import BuildSettings, CaseResult, build_case
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.left_out import Failure
+from mim3d.core.own_code import leave_out_working_folder
 from mim3d.core.worker_processes import prepare_worker, without_main_module
 from mim3d.datasets.cases import Case
 
@@ -314,6 +315,9 @@ def _sent(shared: _Shared) -> _Shared:
 
 def _work_on_cluster(case: Case, shared: _Shared) -> CaseResult:
     """Runs on a worker, in a thread that is not its main one."""
+    if multiprocessing.parent_process() is not None:
+        # The worker may stand among the scans.
+        leave_out_working_folder()
     host = socket.gethostname()
     for place in (os.path.join(shared.settings.out, layout.CASES), shared.sources):
         if not os.path.isdir(place):

@@ -14,6 +14,7 @@ from mim3d import __version__
 from mim3d.core.errors import ConfigError, Mim3dError
 from mim3d.core.left_out import take_noted
 from mim3d.core.names import printable
+from mim3d.core.own_code import found_in_working_folder, own_code_in, working_folder_left_out
 
 if TYPE_CHECKING:
     from mim3d.cli.arguments import Signature
@@ -71,13 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     is 2 too. Any other error stays a traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    # A user's own method or backbone, named by dotted path, may lie in the folder where they work.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     _show_warnings_in_one_line()
     debug = re.search(r" --debug(?![ =]false\b)", " ".join(["", *words])) is not None
     try:
-        return _run(words)
+        with working_folder_left_out():
+            return _run(words)
     except Mim3dError as error:
         if debug:
             raise
@@ -113,7 +112,9 @@ def _run(words: list[str]) -> int:
         print(help_text(signature))
     else:
         take_noted()
-        signature.function(**command_arguments(split_line(words[1:], signature), signature))
+        arguments = command_arguments(split_line(words[1:], signature), signature)
+        with found_in_working_folder(own_code_in(arguments).values()):
+            signature.function(**arguments)
         sentences = take_noted()
         for sentence in sentences:
             print(printable(sentence), flush=True)

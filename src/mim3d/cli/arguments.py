@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.own_code import own_code_in
 from mim3d.core.settings import coerce, describe, nearest, parse_yaml, read_yaml, update_settings
 
 _FLAG = re.compile(r"--[A-Za-z]")
 _SHORT_FLAG = re.compile(r"-[A-Za-z]+")
 
 #: Flags of the command line itself, with their types.
-_OWN_FLAGS = {"config": tuple[str, ...], "debug": bool, "help": bool}
+_OWN_FLAGS = {"config": tuple[str, ...], "allow_code": bool, "debug": bool, "help": bool}
 
 #: Names that no parameter of a command may have.
 RESERVED = (*_OWN_FLAGS, "command")
@@ -197,7 +198,8 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
         signature: Signature of the command.
 
     Raises:
-        ConfigError: A setting is unknown, missing or of another type, or a file belongs to another command.
+        ConfigError: A setting is unknown, missing or of another type, a file belongs to another command, or it names
+            code that the flags do not.
     """
     files = coerce(flags.get("config", ()), _OWN_FLAGS["config"], "--config")
     layers = []
@@ -224,7 +226,23 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
         raise ConfigError(
             f"mim3d {signature.command} needs {' and '.join(words)}; see mim3d {signature.command} --help."
         )
+    if not coerce(flags.get("allow_code", False), bool, "--allow_code"):
+        _require_typed_code(merged, layers, files)
     return {name: _typed(name, value, signature) for name, value in merged.items()}
+
+
+def _require_typed_code(merged: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], files: Sequence[str]) -> None:
+    """Refuse code of the user's own that a file names and the flags, the last of the layers, do not."""
+    typed = own_code_in(layers[-1])
+    for name, code in own_code_in(merged).items():
+        if typed.get(name) != code:
+            naming = (
+                path for path, layer in zip(files, layers[:-1], strict=True) if own_code_in(layer).get(name) == code
+            )
+            raise ConfigError(
+                f"{next(naming)} names the {name} '{code}', whose code is imported only when you name it; if you trust "
+                f"it, use --{name} {code}, or --allow_code true for whatever the file names."
+            )
 
 
 def _nested(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,10 @@ class FlagHelp:
 #: Flags that no command has as a parameter.
 EVERY_COMMAND = (
     FlagHelp("--config FILE.yaml", "Settings from a file, such as the config.yaml of a run; flags win."),
+    FlagHelp(
+        "--allow_code true|false",
+        "Import code that the files of --config name by a dotted path, such as task my_lab.foo.MyTask (default false).",
+    ),
     FlagHelp("--debug true|false", "Show the traceback of a refusal."),
 )
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import atomic_file, explained_write, try_lock, write_json, write_text
+from mim3d.core.own_code import own_code_in
 from mim3d.core.provenance import environment
 from mim3d.core.settings import read_yaml, to_mapping, write_yaml
 
@@ -47,6 +48,18 @@ def is_first_process() -> bool:
     """Whether no launcher says that this is a further process of a distributed run."""
     ranks = [os.environ.get(name, "0") for name in _RANKS]
     return not any(rank.isdigit() and int(rank) > 0 for rank in ranks)
+
+
+def how_to_resume(command: str, config: Path, out: Path) -> str:
+    """The command line that goes on with what is in a folder.
+
+    Args:
+        command: Name of the command.
+        config: Its settings.
+        out: The folder.
+    """
+    own = " --allow_code true" if config.is_file() and own_code_in(read_yaml(config)) else ""
+    return f"mim3d {command} --config {config} --out {out} --resume true{own}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class Run:
     @property
     def how_to_resume(self) -> str:
         """The command that goes on from the last checkpoint."""
-        return f"mim3d {self.command} --config {self.config_path} --out {self.path} --resume true"
+        return how_to_resume(self.command, self.config_path, self.path)
 
     @classmethod
     def create(

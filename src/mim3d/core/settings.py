@@ -17,6 +17,7 @@ import yaml
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_text
+from mim3d.core.own_code import is_dotted_path
 
 _T = TypeVar("_T")
 
@@ -336,7 +337,7 @@ def find_named(name: str, registry: Mapping[str, Any], kind: str, *, allow_impor
             module, attribute = target.split(":")
             target = getattr(importlib.import_module(module), attribute)
         return target
-    if allow_import and "." in name and all(part.isidentifier() for part in name.split(".")):
+    if allow_import and is_dotted_path(name):
         return imported(name, kind)
     raise ConfigError(f"There is no {kind} '{name}'.{nearest(name, registry)}")
 

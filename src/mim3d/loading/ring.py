@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from mim3d.core.errors import DataError, Mim3dError
+from mim3d.core.own_code import OwnCode, own_code
 from mim3d.kernels.machine import keep_freed_memory
 from mim3d.loading.stored_images import MAX_VOXEL_BYTES, Allocate, Packed
 from mim3d.scans.intensity import NO_RESCALING
@@ -186,12 +187,20 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def read_batches(channel: Connection, trainer: int, read: BatchReader, memory: Tensor, slot_bytes: int) -> None:
+def read_batches(
+    code: tuple[OwnCode, ...],
+    channel: Connection,
+    trainer: int,
+    read: BatchReader,
+    memory: Tensor,
+    slot_bytes: int,
+) -> None:
     """Read, in a process of its own, the batches that the trainer requests, until that closes the channel or is gone.
 
     The process holds nothing that others wait for, and may be killed at any time.
 
     Args:
+        code: What finds the user's own code, which ``read`` may be part of.
         channel: Gives ``(batch number, slot)``, takes ``BatchReady`` or ``BatchFailed``.
         trainer: Process id of the trainer.
         read: Reads the batches.
@@ -307,7 +316,8 @@ class Ring(Iterator[ReadBatch]):
         context: Any = multiprocessing.get_context(method)
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            arguments = (theirs, os.getpid(), read, memory, slot_bytes)
+            # What finds the user's own code comes first: the reader may be of it.
+            arguments = (own_code(), theirs, os.getpid(), read, memory, slot_bytes)
             process = context.Process(target=read_batches, args=arguments, daemon=True)
             with _signals_blocked():
                 process.start()

@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 from typing import Literal
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.own_code import is_dotted_path
 from mim3d.core.settings import imported, nearest
 from mim3d.core.types import Spacing, Triple
 from mim3d.scans.intensity import Intensity
@@ -177,7 +178,7 @@ def find_preset(name: str) -> Preset:
     found = {plain(alias): preset for alias, preset in known.items()}.get(plain(name))
     if found is not None:
         return found
-    if "." in name and all(part.isidentifier() for part in name.split(".")):
+    if is_dotted_path(name):
         own = imported(name, "preset")
         if not isinstance(own, Preset):
             kind = "a class" if isinstance(own, type) else f"a {type(own).__name__}"

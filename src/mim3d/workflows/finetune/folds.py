@@ -11,7 +11,7 @@ from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json
 from mim3d.core.progress import say
-from mim3d.core.run_folder import GO_ON, require_usable
+from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable
 from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.published.folds import declare_fold, read_preset
@@ -80,7 +80,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
             say(line)
         print(f"summary: {out / SUMMARY_NAME}")
     if len(finished) < len(folders):
-        again = f"mim3d finetune --config {config} --out {out} --resume true"
+        again = how_to_resume("finetune", config, out)
         print(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
     else:
         print(f"predict with all of them: mim3d predict --weights {out}/fold_* --input SCANS --out DIR")
