@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 
+#: Most voxels of an input.
+LARGEST_VOXELS = 512**3
+
 # Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, E embedding.
 
 
@@ -150,6 +153,39 @@ def check_multiple(size: Sequence[int], multiple: Triple, what: str = "input siz
             below = voxels // step * step
             fits = f"{below} or {below + step}" if below > 0 else f"{step}"
             raise ConfigError(f"{what} axis {axis} ({voxels}) is not a multiple of stride {step}; use {fits}.")
+
+
+def check_patch(size: Sequence[int], multiple: Triple, what: str = "patch_size") -> None:
+    """Refuse the size of a network's input that is no multiple of what it must be, or too large for any machine.
+
+    Args:
+        size: Voxels along X, Y, Z.
+        multiple: What each of them must be a multiple of.
+        what: Beginning of the sentence of an error.
+
+    Raises:
+        ConfigError: The sentence names the size.
+    """
+    check_multiple(size, multiple, what)
+    if math.prod(size) > LARGEST_VOXELS:
+        raise ConfigError(
+            f"{what} {list(size)} has {math.prod(size):,} voxels; it must have at most {LARGEST_VOXELS:,}, such as 512 "
+            "along every axis."
+        )
+
+
+def check_axes(axes: Sequence[int], what: str) -> None:
+    """Refuse what are no axes, or the same axis twice.
+
+    Args:
+        axes: Axes of a volume, 0 for X, 1 for Y, 2 for Z.
+        what: Beginning of the sentence of an error, such as ``mirror_axes``.
+
+    Raises:
+        ConfigError: The sentence names the axes.
+    """
+    if not set(axes) <= {0, 1, 2} or len(set(axes)) < len(axes):
+        raise ConfigError(f"{what} {list(axes)} must name axes among 0 (X), 1 (Y) and 2 (Z), each of them once.")
 
 
 def round_up(size: Sequence[float], multiple: Triple, largest: int | None = None) -> Triple:

@@ -49,6 +49,17 @@ class Hybrid(Backbone):
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, values, least, most in (
+            ("in_channels", (self.in_channels,), 1, 1024),
+            ("widths", self.widths, 1, 2**16),
+            ("depths", self.depths, 0, 1000),
+            ("num_heads", (self.num_heads,), 1, 2**16),
+        ):
+            if len(values) > 8 or not all(least <= value <= most for value in values):
+                shown = ", ".join(map(str, values[:9]))
+                raise ConfigError(f"backbone {name} {shown} must be at most 8 numbers, each from {least} to {most}.")
+        if not 0 < self.mlp_ratio <= 64:
+            raise ConfigError(f"mlp_ratio is {self.mlp_ratio}; it must be above 0 and at most 64, such as 4.")
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"drop_path is {self.drop_path}; it must lie between 0 and 1 (1 excluded), such as 0.1.")
         if len(self.widths) != len(self.depths) or len(self.widths) < 2:

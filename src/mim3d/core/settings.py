@@ -183,10 +183,12 @@ def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
             return text in _TRUE
     elif hint in (int, float):
         number = _number(value)
-        if number is not None and hint is float:
-            return float(number)
-        if number is not None and float(number).is_integer():
-            return int(number)
+        # Whole numbers may be larger than any floating point number.
+        with suppress(OverflowError):
+            if number is not None and hint is float:
+                return float(number)
+            if number is not None and float(number).is_integer():
+                return int(number)
     elif hint in (None, type(None)):
         if value is None or text in _NONE:
             return None
@@ -200,15 +202,13 @@ def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """A number, also one of NumPy or in a text; None for anything else, such as a truth value."""
+    """A number, also one of NumPy or in a text; None for anything else, such as a truth value or NaN."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, numbers.Real):
-        return value
     for kind in (int, float) if isinstance(value, str) else ():
         with suppress(ValueError):
-            return kind(value)
-    return None
+            value = kind(value)
+    return value if isinstance(value, numbers.Real) and value == value else None
 
 
 def _wrong(value: Any, hint: Any, where: str) -> ConfigError:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mim3d.backbones.contract import check_axes
 from mim3d.caching.foreground import BOX_BLOCK
 from mim3d.caching.preprocessing import CROP_MARGIN, Prepared
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
+
+#: Largest share of a window that its neighbour may see too.
+MAX_OVERLAP = 0.95
 
 #: First and last voxel (excluded) of a box.
 Box = tuple[Triple, Triple]
@@ -40,12 +44,12 @@ class Windows:
     body_only: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise ConfigError(f"overlap is {self.overlap}; it must lie between 0 and 1 (1 excluded), such as 0.5.")
+        # With more, the number of windows grows beyond any use: each voxel is seen by thousands.
+        if not 0 <= self.overlap <= MAX_OVERLAP:
+            raise ConfigError(f"overlap is {self.overlap}; it must lie between 0 and {MAX_OVERLAP}, such as 0.5.")
         if self.batch_size < 1:
             raise ConfigError(f"batch size {self.batch_size} of the windows must be at least 1.")
-        if not set(self.mirror_axes) <= {0, 1, 2}:
-            raise ConfigError(f"mirror_axes {list(self.mirror_axes)} must name axes among 0 (X), 1 (Y) and 2 (Z).")
+        check_axes(self.mirror_axes, "mirror_axes")
 
     def places(self, shape: Triple, box: Box | None = None) -> list[Triple]:
         """Return the first voxel of each window over a box of a scan, in rising order; negative where it is padded.

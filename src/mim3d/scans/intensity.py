@@ -34,7 +34,8 @@ class Intensity:
     window: tuple[float, float] | None = CT_WINDOW_HU
 
     def __post_init__(self) -> None:
-        if self.kind == "window" and (self.window is None or not self.window[0] < self.window[1]):
+        window = (0.0, 1.0) if self.window is None and self.kind == "zscore" else self.window
+        if window is None or not -np.inf < window[0] < window[1] < np.inf:
             raise ConfigError(f"intensity window {self.window} must be two rising numbers, such as [-1000, 1000].")
 
     @property

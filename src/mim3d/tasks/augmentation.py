@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from mim3d.backbones.contract import check_axes
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Spacing
 from mim3d.datasets.published.presets import Preset
@@ -88,8 +89,7 @@ class Augmentation:
                 raise ConfigError(f"{name} {(low, high)} must be two rising numbers above 0, such as {example}.")
         if self.low_resolution_zoom[1] > 1:
             raise ConfigError(f"low_resolution_zoom {self.low_resolution_zoom} must not exceed 1, such as [0.5, 1.0].")
-        if self.flip_axes is not None and not set(self.flip_axes) <= {0, 1, 2}:
-            raise ConfigError(f"flip_axes {list(self.flip_axes)} must name axes among 0 (X), 1 (Y) and 2 (Z).")
+        check_axes(self.flip_axes or (), "flip_axes")
 
     def planned(self, labels: Mapping[int, str], spacing_mm: Spacing) -> "Augmentation":
         """Return these settings with the axes and angles left open filled in.

@@ -1,6 +1,7 @@
 """Trained networks as they come back from disk, whatever their task: weights, settings, and how their input is made."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,21 @@ import torch
 
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.own_code import is_dotted_path
 from mim3d.core.settings import build_settings
 from mim3d.core.types import Named
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task, find_task
-from mim3d.tasks.contract import Task, TrainedNetwork
-from mim3d.weights import load_into, read_card, recipe_of_card, weights_digest
+from mim3d.tasks.contract import TrainedNetwork
+from mim3d.weights import (
+    card_settings,
+    load_into,
+    locate,
+    read_card,
+    recipe_of_card,
+    require_described,
+    weights_digest,
+)
 
 #: Folders of a run that hold a network of one of mim3d's own tasks.
 TASK_NETWORKS = ("segmenter", "classifier")
@@ -47,17 +57,18 @@ def load_trained(
         raise CheckpointError(
             f"{path} holds no {' or '.join(folders)} but an encoder; fine-tune it first (mim3d finetune --weights)."
         )
-    try:
+    located = locate(path, folders)
+    recipe, named = recipe_of_card(card, located, backbone), _task_of_card(card, path, task)
+    with card_settings(located):
         labels = {int(value): str(name) for value, name in card["labels"].items()}
-        recipe = recipe_of_card(card, path, backbone)
         preprocessing = build_settings(Preprocessing, {"spacing_mm": card["spacing_mm"]}, "card")
-        intensity = build_settings(Intensity, card["intensity"], "card intensity")
-        settings = _task_of_card(card, path, task)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the card of {path} is incomplete or damaged ({error!r}); export the run again."
-        ) from None
-    module = settings.build(recipe, labels)
+        intensity = build_settings(Intensity, card["intensity"], "intensity")
+        settings = create_task(named, allow_import=task is not None).checked(recipe)
+        # Raises where settings that training fills in are missing.
+        settings.sampler()
+        if type(recipe).__module__.startswith("mim3d.") and type(settings).__module__.startswith("mim3d."):
+            require_described(partial(settings.build, recipe, labels), located)
+        module = settings.build(recipe, labels)
     report = load_into(module, path, networks=folders)
     if report.missing or report.mismatched:
         first = next(iter(report.mismatched or report.missing))
@@ -77,18 +88,20 @@ def load_trained(
     )
 
 
-def _task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -> Task:
-    """Create the settings of the task that a card names, of the class that the user named where that is given."""
+def _task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -> dict[str, Any]:
+    """What a card says of its task, of the class that the user named where that is given."""
     named = {"name": card["task"]} if isinstance(card["task"], str) else dict(card["task"])
     name = str(named["name"])
     if task is None and name not in TASKS:
+        if not is_dotted_path(name):
+            raise CheckpointError(f"{path} was trained for the task {name!r}, which mim3d does not know.")
         raise ConfigError(
             f"{path} was trained for the task '{name}', which is none of mim3d's own and is imported only when you "
             f"name it; if you trust its code, use --task {name}."
         )
     if task is not None and name in TASKS and not issubclass(find_task(task), find_task(name)):
         raise CheckpointError(f"{path} was trained for another task ({name}) than {task}.")
-    return create_task({**named, "name": task or name}, allow_import=task is not None)
+    return {**named, "name": task or name}
 
 
 def load_ensemble(

@@ -3,6 +3,7 @@
 Wherever weights are asked for, a run, an exported folder, a file or a Hugging Face id will do.
 """
 
+from mim3d.weights.cards import card_settings, read_card, require_described
 from mim3d.weights.folders import (
     CARD_FORMAT,
     CARD_NAME,
@@ -11,7 +12,6 @@ from mim3d.weights.folders import (
     full_path,
     is_hub_id,
     locate,
-    read_card,
     save_network,
     weights_digest,
 )
@@ -37,6 +37,7 @@ __all__ = [
     "CoverageReport",
     "InputLayers",
     "adapt_input",
+    "card_settings",
     "full_path",
     "is_hub_id",
     "load_encoder",
@@ -45,6 +46,7 @@ __all__ = [
     "read_card",
     "read_state",
     "recipe_of_card",
+    "require_described",
     "save_network",
     "to_own_names",
     "weights_digest",

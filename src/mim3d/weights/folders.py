@@ -1,7 +1,6 @@
 """Our own weights: a folder with tensors (safetensors) and a card, written, and found again here or on Hugging Face."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -85,25 +84,6 @@ def weights_digest(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -
     located = locate(path, networks)
     with open(located / WEIGHTS_NAME if located.is_dir() else located, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Any]:
-    """The card beside our own weights; empty for a foreign file.
-
-    Raises:
-        CheckpointError: It cannot be read or is of a newer format.
-    """
-    folder = locate(path, networks)
-    card_path = (folder if folder.is_dir() else folder.parent) / CARD_NAME
-    if not card_path.is_file() or (folder.is_file() and folder.name != WEIGHTS_NAME):
-        return {}
-    try:
-        card = json.loads(card_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{card_path} cannot be read as JSON ({error}); export the weights again.") from None
-    if not isinstance(card, dict) or card.get("format") != CARD_FORMAT:
-        raise CheckpointError(f"{card_path} is not a card of format {CARD_FORMAT}; export again or update mim3d.")
-    return card
 
 
 def is_hub_id(path: str | os.PathLike[str]) -> bool:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
 from mim3d.core.errors import CheckpointError, ConfigError
-from mim3d.core.settings import update_settings
+from mim3d.core.own_code import is_dotted_path
+from mim3d.core.settings import find_named, update_settings
 from mim3d.core.types import Named
-from mim3d.weights.folders import RUN_NETWORKS, read_card
+from mim3d.weights.cards import card_settings, read_card, require_described
+from mim3d.weights.folders import RUN_NETWORKS
 from mim3d.weights.states import read_state, to_own_names
 
 #: Share of an encoder's values that a file must fill before it counts as loaded.
@@ -148,9 +150,11 @@ def load_encoder(path: str | Path, backbone: Named | None = None) -> Encoder:
         ConfigError: The card names a backbone that is not mim3d's own, and none is given.
     """
     card = read_card(path)
-    if not card:
-        card = {"backbone": _hybrid_recipe(to_own_names(read_state(path)), path)}
-    encoder = recipe_of_card(card, path, backbone).build()
+    if card:
+        recipe = recipe_of_card(card, path, backbone)
+    else:
+        recipe = create_recipe(_hybrid_recipe(to_own_names(read_state(path)), path))
+    encoder = recipe.build()
     load_into(encoder, path)
     return encoder.eval()
 
@@ -166,18 +170,29 @@ def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | 
 
     Raises:
         ConfigError: The card names a backbone that is not mim3d's own, and the user named none.
+        CheckpointError: The card holds settings that cannot be, or describes another network than its file holds.
     """
     saved = {"name": card["backbone"]} if isinstance(card["backbone"], str) else dict(card["backbone"])
     changes = {"name": backbone} if isinstance(backbone, str) else dict(backbone or {})
     name = changes.pop("name", None)
     if name is None and saved["name"] not in BACKBONES:
+        if not is_dotted_path(saved["name"]):
+            raise CheckpointError(
+                f"{path} has an encoder of the backbone {saved['name']!r}, which mim3d does not know."
+            )
         raise ConfigError(
             f"{path} has an encoder of the backbone '{saved['name']}', which is none of mim3d's own and is imported "
             f"only when you name it; if you trust its code, use --backbone {saved['name']}."
         )
     if name not in (None, saved["name"]):
         return create_recipe({"name": name, **changes})
-    own = create_recipe(saved, allow_import=name is not None)
+    if name is not None:
+        # Whether it can be imported is the user's matter, what stands in the card is not.
+        find_named(name, BACKBONES, "backbone")
+    with card_settings(path):
+        own = create_recipe(saved, allow_import=name is not None)
+    if saved["name"] in BACKBONES:
+        require_described(own.build, path)
     return update_settings(own, changes, "backbone of the weights")
 
 

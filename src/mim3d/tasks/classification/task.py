@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mim3d.backbones.contract import Backbone, check_multiple
+from mim3d.backbones.contract import Backbone, check_axes, check_patch
 from mim3d.caching.cache import Cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
@@ -36,6 +36,9 @@ CONTEXT_RATIO = 1.5
 
 #: Scores of a validation, by their names in :data:`mim3d.metrics.classification.CONVENTIONS`.
 VALIDATED_SCORES = ("auc", "accuracy", "balanced_accuracy", "f1_macro")
+
+#: Longest edge of a box: that of no scan.
+LARGEST_BOX_MM = 10_000
 
 #: Voxels of all boxes of one call of the network at validation.
 VALIDATED_VOXELS = 2 * 96**3
@@ -96,12 +99,13 @@ class Classification(Task):
         for name in ("shift_ratio", "dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1 (1 excluded).")
-        if self.cube_mm is not None and not all(math.isfinite(edge) and edge > 0 for edge in _three(self.cube_mm)):
-            raise ConfigError(f"cube_mm is {self.cube_mm}; it takes lengths above 0 in millimetres, such as 48.")
+        if self.cube_mm is not None and not all(0 < edge <= LARGEST_BOX_MM for edge in _three(self.cube_mm)):
+            raise ConfigError(
+                f"cube_mm is {self.cube_mm}; it takes millimetres above 0 and at most {LARGEST_BOX_MM:,}, such as 48."
+            )
         if self.fit == "scan" and (self.cube_mm is not None or self.centre == "label"):
             raise ConfigError("fit scan takes the whole scan; leave cube_mm and centre out, or use fit box.")
-        if not set(self.mirror_axes) <= {0, 1, 2}:
-            raise ConfigError(f"mirror_axes {list(self.mirror_axes)} must name axes among 0 (X), 1 (Y) and 2 (Z).")
+        check_axes(self.mirror_axes, "mirror_axes")
         weights = self.class_weights
         if weights != "balanced" and not (min(weights, default=0.0) >= 0 and sum(weights) > 0):
             raise ConfigError(f"class_weights {list(weights)} must be zero or more, and one above zero.")
@@ -117,7 +121,7 @@ class Classification(Task):
 
     def checked(self, backbone: Backbone) -> "Classification":
         if self.size is not None:
-            check_multiple(_whole(self.size), backbone.input_multiple, "size")
+            check_patch(_whole(self.size), backbone.input_multiple, "size")
         return self
 
     def lacks(self, case: Case) -> str | None:

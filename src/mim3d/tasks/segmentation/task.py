@@ -9,11 +9,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from mim3d.backbones.contract import Backbone, check_multiple, round_up
+from mim3d.backbones.contract import Backbone, check_patch, round_up
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.settings import nearest
-from mim3d.core.types import Spacing, Triple
+from mim3d.core.types import LARGEST_LABEL, Spacing, Triple
 from mim3d.datasets.published.presets import Preset
 from mim3d.inference import Windows, padding_values, sliding_logits
 from mim3d.loading.samples import Augment
@@ -33,6 +33,9 @@ from mim3d.tasks.segmentation.targets import (
     dice_by_name,
 )
 from mim3d.training.schedule import Optimisation
+
+#: Most channels of the decoder at full resolution.
+LARGEST_DIM = 4096
 
 #: Edge that a planned patch does not exceed.
 LARGEST_PLANNED_EDGE = 96
@@ -106,6 +109,8 @@ class Segmentation(CropTask):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
+        if self.feature_dim > LARGEST_DIM:
+            raise ConfigError(f"feature_dim is {self.feature_dim}; it must be at most {LARGEST_DIM}, such as 16.")
         check_freezing(self.freeze_encoder, self.unfreeze_ratio)
         weights = (self.dice_weight, self.cross_entropy_weight, self.focal_weight)
         if min(weights) < 0 or sum(weights) == 0:
@@ -137,10 +142,12 @@ class Segmentation(CropTask):
             raise ConfigError("regions must name one region or more, each with its label values, such as [1, 2, 3].")
         if self.region_values is None:
             derived_values(self.regions)
-        elif len(self.region_values) != len(self.regions) or min(self.region_values) < 1:
+        elif len(self.region_values) != len(self.regions) or not all(
+            1 <= value <= LARGEST_LABEL for value in self.region_values
+        ):
             raise ConfigError(
-                f"region_values {list(self.region_values)} must be {len(self.regions)} label values above 0, one for "
-                f"each of {', '.join(self.regions)}."
+                f"region_values {list(self.region_values)} must be {len(self.regions)} label values from 1 to "
+                f"{LARGEST_LABEL}, one for each of {', '.join(self.regions)}."
             )
 
     @property
@@ -162,7 +169,7 @@ class Segmentation(CropTask):
         if self.patch_size is None:
             return self
         multiple = backbone.input_multiple
-        check_multiple(self.patch_size, multiple, "patch_size")
+        check_patch(self.patch_size, multiple)
         if self.patch_size == multiple:
             raise ConfigError(
                 f"patch_size {list(self.patch_size)} is a single token of the encoder; use {2 * multiple[0]} along "
