@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 1875,
+    "core": 2025,
     "kernels": 875,
     "scans": 3400,
     "nn": 575,
@@ -83,7 +83,7 @@ BUDGET = {
     "weights": 725,
     "inference": 775,
     "planning": 925,
-    "loading": 1040,
+    "loading": 1050,
     "distributed": 700,
     "training": 2325,
     "tasks": 3975,
@@ -92,7 +92,7 @@ BUDGET = {
     "exporting": 950,
     "workflows": 3700,
     "commands": 250,
-    "cli": 550,
+    "cli": 575,
     "__main__": 15,
 }
 
