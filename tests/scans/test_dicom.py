@@ -375,6 +375,8 @@ def test_a_series_that_cannot_be_stacked_is_found_and_refused_when_it_is_opened(
 def test_a_scout_in_the_series_itself_is_no_slice(tmp_path):
     folder = write_series(tmp_path / "ct", positions(heights()))
     write_series(folder, positions([100]), first_index=9, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    with pytest.warns(UserWarning, match="1 of the 7 images of DICOM series .* left out, a scout"):
+        assert find_scans(folder) == [str(folder)]
     assert read_grid(folder).shape == (5, 4, 6)
 
 
@@ -502,11 +504,28 @@ def test_a_value_that_no_slice_can_have_is_refused_with_file_and_value(tmp_path,
     assert said in refusal(folder) and "Doe" not in refusal(folder)
 
 
-def test_a_slice_that_alone_has_no_rescaling_is_refused(tmp_path):
+@pytest.mark.parametrize("element", [b"\x28\0\x52\x10DS", b"\x28\0\x53\x10DS", b"\x28\0\x03\x01US"])
+def test_a_slice_that_alone_lacks_what_changes_its_voxels_is_refused(tmp_path, element):
     folder = write_series(tmp_path / "ct", positions(heights()))
-    path = damage(folder, 2, b"\x28\0\x52\x10DS", b"\x29\0\x52\x10DS")
-    path.write_bytes(path.read_bytes().replace(b"\x28\0\x53\x10DS", b"\x29\0\x53\x10DS"))
-    assert refusal(folder).startswith(f"{path}: the DICOM header has no rescaling")
+    path = damage(folder, 2, element, b"\x29" + element[1:])
+    assert refusal(folder).startswith(f"{path}: the DICOM header has no ")
+
+
+def test_a_slice_whose_modality_is_damaged_does_not_take_the_series_away_in_silence(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    path = damage(folder, 0, b"\x08\0\x60\0CS\2\0CT", b"\x08\0\x60\0CS\2\0SR")
+    assert refusal(folder).startswith(f"{path}: no scan (SR) lies among the slices")
+    path = damage(folder, 0, b"\x08\0\x60\0CS\2\0SR", b"\x08\0\x60\0CS\2\0\xff*")
+    assert refusal(folder).startswith(f"{path}: this DICOM file cannot be used: its Modality")
+
+
+def test_an_empty_file_without_suffix_is_told_beside_slices_alone(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "LICENSE").touch()
+    assert find_scans(tmp_path) == [str(folder)] and read_grid(folder).shape == (5, 4, 6)
+    (folder / "IM7").touch()
+    assert "IM7: this DICOM file cannot be read: it is empty" in refusal(folder)
 
 
 def test_a_header_that_claims_more_than_its_compressed_bytes_can_hold_is_refused(tmp_path):

@@ -7,7 +7,8 @@ import re
 import stat
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.uid import (
+    UID,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -27,21 +29,28 @@ _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
 _TAGS = (
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "ImageType",
-    "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames", "GantryDetectorTilt",
+    "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
+    "NumberOfFrames", "GantryDetectorTilt",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate",
 )  # fmt: skip
 
+#: Elements whose loss in one slice would change its voxels without a word.
+_VALUE_TAGS = ("RescaleSlope", "RescaleIntercept", "BitsAllocated", "BitsStored", "PixelRepresentation")
+
 #: Files with these suffixes are taken for DICOM though they lack the mark of a DICOM file (old exports).
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 
-#: First element of a file without the mark: of group 2 or 8, without its type or with a type of two capital letters.
-_FIRST_ELEMENT = re.compile(rb"[\x02\x08]\0.[\0-\x2f](?:[A-Z][A-Z]|..\0\0)", re.DOTALL)
+#: First element of a file without the mark, with or without its type; some sixty bits that other files hardly show.
+_FIRST_ELEMENT = re.compile(rb"(?:\x02\0[\0\x01]|\x08\0[\0\x01\x05\x08\x12-\x18])\0(?:[A-Z][A-Z].\0|..\0\0)", re.DOTALL)
 
 #: Series and modality in the bytes of a header that cannot be parsed: the element, its type and length, its value.
 _SERIES_BYTES = re.compile(rb"\x20\0\x0e\0(?:UI..|..\0\0)([0-9.]{1,64})", re.DOTALL)
 _MODALITY_BYTES = re.compile(rb"\x08\0\x60\0(?:CS..|..\0\0)([A-Z]{2,16})", re.DOTALL)
+
+#: Objects that belong to a series begin so.
+_OF_SERIES = "1.2.840.10008.5.1.4.1.1."
 
 #: Bytes of a damaged file that are searched for its series.
 _SEARCHED_BYTES = 2**18
@@ -82,7 +91,8 @@ class Slice:
         tilt_degrees: Tilt of the gantry.
         slope: Factor of the rescaling.
         intercept: Offset of the rescaling, added after the factor.
-        rescaled: Whether the header has a rescaling.
+        present: Those elements that change voxel values and that the header has.
+        doubtful: Whether the file is no DICOM file at all, unless there are slices beside it.
         fault: Sentence that says why the slice cannot be used; None where it can. Of a file that cannot be parsed the
             path and the reason are known, and the series and the modality where its bytes still show them.
     """
@@ -108,7 +118,8 @@ class Slice:
     tilt_degrees: float
     slope: float
     intercept: float
-    rescaled: bool
+    present: frozenset[str]
+    doubtful: bool = False
     fault: str | None
 
 
@@ -134,6 +145,14 @@ class _BoundedFile(io.BufferedReader):
         return rest
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep pydicom from warning of odd bytes: that is no concern of the user, and may quote the patient."""
+    with disable_value_validation(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def read_header(path: str, *, every: bool = False) -> tuple[Any, int]:
     """The elements of a DICOM file that mim3d looks at, and the byte where its pixels start.
 
@@ -145,9 +164,7 @@ def read_header(path: str, *, every: bool = False) -> tuple[Any, int]:
         DataError: The file is no DICOM file, or damaged.
     """
     try:
-        with _BoundedFile(path) as stream, disable_value_validation(), warnings.catch_warnings():
-            # What is odd in the bytes is no concern of the user where it can be read, and may quote the patient.
-            warnings.simplefilter("ignore")
+        with _BoundedFile(path) as stream, _quiet():
             tags = None if every else list(_TAGS)
             header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
             # Tag, type and length stand before the pixels; implicit syntaxes leave the type out.
@@ -176,7 +193,8 @@ def read_slices(path: str) -> tuple[Slice, ...]:
 def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, ...]:
     named = _is_old_export(path)
     if size_bytes == 0:
-        return (_unreadable(path, "it is empty"),) if named else ()
+        bare = "." not in os.path.basename(path)
+        return (_unreadable(path, "it is empty", doubtful=not named),) if named or bare else ()
     try:
         with open(path, "rb") as stream:
             head = stream.read(132)
@@ -188,28 +206,28 @@ def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, 
         return (_unreadable(path, str(error.strerror)),) if named else ()
     try:
         header, pixel_offset = read_header(path)
-        with disable_value_validation():
-            if header.get("SeriesInstanceUID") and header.get("SOPInstanceUID"):
+        with _quiet():
+            uids = (header.get("SeriesInstanceUID"), header.get("SOPInstanceUID"))
+            if all(uid and re.fullmatch("[!-~]+", str(uid)) for uid in uids):
                 return _slices_of(path, header, pixel_offset)
-            kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-        if kind and not header.get("Rows"):
+            kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
+        if kind.name != kind and not kind.startswith(_OF_SERIES):
             if kind != MediaStorageDirectoryStorage:
-                warnings.warn(f"{path}: left out, its DICOM header names no series.", stacklevel=5)
+                warnings.warn(f"{path}: left out, a DICOM object of no series.", stacklevel=5)
             return ()
-        reason = "its header names no series"
+        reason = "its header names no series or instance"
     except Exception as error:  # Values are converted when they are asked for, and raise anything.
         cause = error.__cause__ if isinstance(error, DataError) else error
         reason = f"its header is damaged ({type(cause).__name__})"
-    if not (named or marked or _SERIES_BYTES.search(head)):
-        return ()
-    return (_unreadable(path, reason, head),)
+    certain = named or marked or _SERIES_BYTES.search(head) is not None
+    return (_unreadable(path, reason, head, doubtful=not certain),)
 
 
 def _is_old_export(path: str) -> bool:
     return path.lower().endswith(_DICOM_SUFFIXES)
 
 
-def _unreadable(path: str, reason: str, head: bytes = b"") -> Slice:
+def _unreadable(path: str, reason: str, head: bytes = b"", *, doubtful: bool = False) -> Slice:
     """What is known of a slice that cannot be read."""
     series, modality = _SERIES_BYTES.search(head), _MODALITY_BYTES.search(head)
     return Slice(
@@ -234,7 +252,8 @@ def _unreadable(path: str, reason: str, head: bytes = b"") -> Slice:
         tilt_degrees=0.0,
         slope=1.0,
         intercept=0.0,
-        rescaled=False,
+        present=frozenset(),
+        doubtful=doubtful,
         fault=f"{path}: this DICOM file cannot be read: {reason}; copy it again from its source.",
     )
 
@@ -254,6 +273,8 @@ def _slice(path: str, header: Any, frame: int | None, groups: Sequence[Any], pix
     values = _Values(places)
     rows, columns = values.whole("Rows", 0, (0, 65535)), values.whole("Columns", 0, (0, 65535))
     num_values, bits = values.whole("SamplesPerPixel", 1, (1, 4)), values.whole("BitsAllocated", 16, (1, 64))
+    for name, limits in (("BitsStored", (1, bits)), ("HighBit", (0, bits - 1)), ("PixelRepresentation", (0, 1))):
+        values.whole(name, limits[1], limits)
     num_frames = values.whole("NumberOfFrames", 1, (0, 2**31)) or 1
     num_described = len(header.get("PerFrameFunctionalGroupsSequence") or [None])
     position, spacing = values.floats("ImagePositionPatient", 3), values.floats("PixelSpacing", 2)
@@ -262,6 +283,10 @@ def _slice(path: str, header: Any, frame: int | None, groups: Sequence[Any], pix
     slope = values.number("RescaleSlope", 1.0, _MAX_RESCALE)
     intercept = values.number("RescaleIntercept", 0.0, _MAX_RESCALE)
     modality = str(header.get("Modality") or "")
+    if not re.fullmatch("[A-Z0-9_]{0,16}", modality):
+        # The text may be anything, and is not shown.
+        modality = ""
+        values.faults.append("its Modality is none")
     if num_frames != num_described:
         values.faults.append(f"it claims {num_frames} frames and describes {num_described}")
     if slope == 0 and modality != "PT":
@@ -292,7 +317,7 @@ def _slice(path: str, header: Any, frame: int | None, groups: Sequence[Any], pix
         tilt_degrees=tilt_degrees,
         slope=slope,
         intercept=intercept,
-        rescaled=any(values.first(name) is not None for name in ("RescaleSlope", "RescaleIntercept")),
+        present=frozenset(name for name in _VALUE_TAGS if values.first(name) is not None),
         fault=f"{path}: this DICOM file cannot be used: {values.faults[0]}; export it again."
         if values.faults
         else None,

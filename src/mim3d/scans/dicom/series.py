@@ -39,7 +39,7 @@ MAX_SIDEWAYS_PIXELS = 0.1
 #: Even a slice of air alone, compressed to next to nothing, is believed to be this large.
 _ALWAYS_PLAUSIBLE_BYTES = 2**27
 
-_REMEDY = "convert it with dcm2niix, which straightens such series, and use that file, or leave it out"
+_REMEDY = "convert it with dcm2niix, which separates and straightens such series, and use that file, or leave it out"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,9 +114,11 @@ def stack(slices: Sequence[Slice], name: str) -> Stack:
     positions = positions[order]
     heights = positions @ normal
     tilt = _tilt(positions, normal, slices[0], float(min(spacing)))
-    complaints = [complaint for complaint in (tilt, _gaps(heights)) if complaint]
+    gaps = _gaps(heights)
+    complaints = [complaint for complaint in (tilt, gaps) if complaint]
     if complaints:
-        raise DataError(f"{name}: the DICOM series cannot be stacked: {' and '.join(complaints)}; {_REMEDY}.")
+        remedy = "copy all of it again from its source" if not tilt and "missing" in str(gaps) else _REMEDY
+        raise DataError(f"{name}: the DICOM series cannot be stacked: {' and '.join(complaints)}; {remedy}.")
     affine = np.eye(4)
     affine[:3, 0] = across * spacing[1]
     affine[:3, 1] = down * spacing[0]
@@ -152,20 +154,23 @@ def _check_each(slices: Sequence[Slice], name: str) -> None:
     if faults:
         more = f" ({len(faults) - 1} more files of the series cannot be used either.)" if len(faults) > 1 else ""
         raise DataError(next(iter(faults.values())) + more)
-    num_rescaled = sum(item.rescaled for item in slices)
-    if 0 < num_rescaled < len(slices):
-        path = next(item.path for item in slices if not item.rescaled)
+    odd = next((item for item in slices if _no_volume(item)), None)
+    if odd is not None:
         raise DataError(
-            f"{path}: the DICOM header has no rescaling, but {num_rescaled} of {len(slices)} slices of the series "
-            f"{name} have; it may be damaged, so export the series again."
+            f"{odd.path}: {_no_volume(odd)} lies among the slices of the DICOM series {name}; take it out, or export "
+            "the series again where the file is damaged."
         )
+    for keyword in sorted(frozenset().union(*(item.present for item in slices))):
+        without = [item.path for item in slices if keyword not in item.present]
+        if without:
+            raise DataError(
+                f"{without[0]}: the DICOM header has no {keyword}, but those of {len(slices) - len(without)} other "
+                f"slices of the series {name} have; it may be damaged, so export the series again."
+            )
 
 
 def _common_size(slices: Sequence[Slice], name: str) -> tuple[int, int]:
     sizes = sorted({(item.rows, item.columns) for item in slices})
-    coloured = next((item.path for item in slices if item.num_values > 1), None)
-    if coloured is not None:
-        raise DataError(f"{coloured}: a colour image lies in the DICOM series {name}; take it out.")
     if len(sizes) > 1:
         shown = ", ".join(times(size) for size in sizes)
         raise DataError(f"{name}: the slices of the DICOM series differ in size ({shown}); separate them first.")
@@ -271,6 +276,12 @@ def find_series(paths: Iterable[str]) -> list[str]:
     kept, left_out = _choose(series)
     for uid, reason in left_out.items():
         warnings.warn(f"{_folder_of(series[uid])}: DICOM series {_short(uid)} left out, {reason}.", stacklevel=3)
+    for uid in kept:
+        num_scouts = sum("LOCALIZER" in item.image_type for item in series[uid])
+        if num_scouts:
+            folder, count = _folder_of(series[uid]), len(series[uid])
+            of = f"{num_scouts} of the {count} images of DICOM series {_short(uid)}"
+            warnings.warn(f"{folder}: {of} left out, a scout or localiser.", stacklevel=3)
     folders = {uid: {os.path.dirname(item.path) for item in slices} for uid, slices in kept.items()}
     num_in_folder = Counter(folder for own in folders.values() for folder in own)
     addresses, surveys, studies = [], {}, {""}
@@ -365,9 +376,11 @@ def _choose(series: Series) -> tuple[Series, dict[str, str]]:
         images = [item for item in slices if "LOCALIZER" not in item.image_type]
         # Of a file that cannot be read, the modality may not be known.
         known = [item for item in images if item.modality or not item.fault]
-        reason = "a scout or localiser" if not images else _no_volume(known[0]) if known else None
-        if reason:
-            left_out[uid] = reason
+        reasons = [_no_volume(item) for item in known]
+        if not images:
+            left_out[uid] = "a scout or localiser"
+        elif reasons and all(reasons):
+            left_out[uid] = str(reasons[0])
         else:
             kept[uid] = images
     studies = {item.study_uid for slices in kept.values() for item in slices if "DERIVED" not in item.image_type}
@@ -382,15 +395,13 @@ def _choose(series: Series) -> tuple[Series, dict[str, str]]:
 
 def _join_unknown(kept: Series) -> None:
     """Give files that cannot be read to the one series in their folder: it may lack them, and must not seem whole."""
+    folders = {uid: {os.path.dirname(item.path) for item in slices} for uid, slices in kept.items()}
     for unknown in [uid for uid, slices in kept.items() if not slices[0].series_uid]:
-        folder = os.path.dirname(kept[unknown][0].path)
-        beside = [
-            uid
-            for uid, slices in kept.items()
-            if uid != unknown and folder in {os.path.dirname(item.path) for item in slices}
-        ]
+        beside = [uid for uid, own in folders.items() if uid != unknown and folders[unknown] <= own]
         if len(beside) == 1:
             kept[beside[0]] = kept[beside[0]] + kept.pop(unknown)
+        elif not beside and all(item.doubtful for item in kept[unknown]):
+            del kept[unknown]
 
 
 def _no_volume(first: Slice) -> str | None:
