@@ -5,18 +5,20 @@ import math
 import os
 import re
 import stat
+import time
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.uid import (
     UID,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -63,6 +65,11 @@ _MAX_RESCALE = 1e12
 
 #: A deflated header and its pixels take at most this much once unpacked.
 _MAX_INFLATED_BYTES = 2**30
+_DEFLATED_SYNTAX = DeflatedExplicitVRLittleEndian.encode()
+
+#: Seconds of work that a header may take, and bytes of its file for which there is one second more.
+_HEADER_S = 4.0
+_HEADER_BYTES_PER_S = 2**21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,26 +130,47 @@ class Slice:
     fault: str | None
 
 
-class _BoundedFile(io.BufferedReader):
-    """A file that is never asked for more than it holds, so that a length in a damaged header takes no memory."""
+class _Bounded:
+    """Bytes that are never asked for more than there are, and not for ever, whatever lengths and sequences claim.
 
-    def __init__(self, path: str) -> None:
-        super().__init__(io.FileIO(path))
-        self._size_bytes = os.fstat(self.fileno()).st_size
+    Args:
+        stream: The bytes.
+    """
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        left = max(0, self._size_bytes - self.tell())
-        if size is not None and size >= 0:
-            return super().read(min(size, left))
-        # The whole rest is read of a deflated file alone, which pydicom then unpacks at once.
-        rest, inflater, inflated = super().read(left), zlib.decompressobj(-zlib.MAX_WBITS), 0
-        block = rest
-        while block and not inflater.eof:
-            inflated += len(inflater.decompress(block, 2**22))
-            block = inflater.unconsumed_tail
-            if inflated > _MAX_INFLATED_BYTES:
-                raise ValueError("more is deflated in the file than a scan can hold")
-        return rest
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+        self._size_bytes = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        # Of this thread, so that a slow disk or a busy machine does not count.
+        self._until_s = time.thread_time() + _HEADER_S + self._size_bytes / _HEADER_BYTES_PER_S
+
+    def read(self, size: int = -1) -> bytes:
+        """Read bytes, fewer where the end comes first."""
+        if time.thread_time() > self._until_s:
+            raise TimeoutError
+        start = self._stream.tell()
+        if size < 0:
+            # The whole rest is read of a deflated file alone.
+            raise _DeflatedError(self._inflated(start))
+        return self._stream.read(max(0, min(size, self._size_bytes - start)))
+
+    def _inflated(self, start: int) -> bytes:
+        """The file as if the part from here on had been stored without compression."""
+        self._stream.seek(0)
+        head = self._stream.read(start).replace(_DEFLATED_SYNTAX, _DEFLATED_SYNTAX[:-3] + bytes(3))
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        rest = inflater.decompress(self._stream.read(), _MAX_INFLATED_BYTES)
+        if inflater.unconsumed_tail:
+            raise ValueError("more is deflated in the file than a scan can hold")
+        return head + rest
+
+
+class _DeflatedError(Exception):
+    """Raised where a file turns out to be deflated; holds it inflated."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
 
 
 @contextmanager
@@ -164,15 +192,24 @@ def read_header(path: str, *, every: bool = False) -> tuple[Any, int]:
         DataError: The file is no DICOM file, or damaged.
     """
     try:
-        with _BoundedFile(path) as stream, _quiet():
-            tags = None if every else list(_TAGS)
-            header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
-            # Tag, type and length stand before the pixels; implicit syntaxes leave the type out.
-            return header, stream.tell() + (8 if header.original_encoding[0] else 12)
+        with open(path, "rb") as stream, _quiet():
+            try:
+                return _parse(_Bounded(stream), every)
+            except _DeflatedError as deflated:
+                header, end = _parse(_Bounded(io.BytesIO(deflated.content)), every)
+                header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+                return header, end
     except Exception as error:  # Damaged bytes make pydicom raise anything.
         # The text of the error is left out: it may quote the patient's name.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise DataError(f"{path}: the DICOM header cannot be read ({reason}); copy the file again.") from error
+
+
+def _parse(stream: _Bounded, every: bool) -> tuple[Any, int]:
+    tags = None if every else list(_TAGS)
+    header = pydicom.dcmread(cast(BinaryIO, stream), stop_before_pixels=True, specific_tags=tags, force=True)
+    # Tag, type and length stand before the pixels; implicit syntaxes leave the type out.
+    return header, stream.tell() + (8 if header.original_encoding[0] else 12)
 
 
 def read_slices(path: str) -> tuple[Slice, ...]:
