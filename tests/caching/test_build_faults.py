@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mim3d.caching import workers as build_workers
 from mim3d.caching.build import build_cache
 from mim3d.caching.cache import open_cache
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core import worker_processes
 from mim3d.core.errors import DataError
 from mim3d.datasets.cases import read_cases
 from tests.caching.hooked_paths import hooked
@@ -94,7 +94,7 @@ def whole(tmp_path_factory):
 
 def test_a_case_that_ends_its_process_once_is_read_again(whole, tmp_path):
     data, cache = whole
-    with pytest.warns(UserWarning, match="a process was killed, most likely out of memory; going on with 2"):
+    with pytest.warns(UserWarning, match="a process was killed; going on with 2"):
         made = built_of(hooked(read_cases(data), 1, tmp_path / "marks", num_ends=1), tmp_path / "cache", num_workers=3)
     assert len(os.listdir(tmp_path / "marks")) == 1
     assert tree(made.path) == tree(cache.path)
@@ -106,7 +106,7 @@ def test_cases_that_end_their_process_every_time_are_left_out_and_the_rest_goes_
     made = built_of(cases, tmp_path / "cache", num_workers=2)
     assert sorted(row["id"] for row in made.failed) == ["c0", "c4"]
     for row in made.failed:
-        assert f"{row['id']}.nii.gz: the process reading it ended without a word twice" in row["reason"]
+        assert f"{row['id']}.nii.gz: the process reading it was killed" in row["reason"]
         assert row["images"].endswith(f"images/{row['id']}.nii.gz")
         assert row["label"].endswith(f"labels/{row['id']}.nii.gz")
     assert [scan.case.id for scan in made] == ["c1", "c2", "c3", "c5"]
@@ -115,11 +115,11 @@ def test_cases_that_end_their_process_every_time_are_left_out_and_the_rest_goes_
 
 
 def test_processes_that_end_at_every_case_end_the_build(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_workers, "MAX_LOST_AT_FIRST", 2)
+    monkeypatch.setattr(worker_processes, "MAX_LOST_AT_FIRST", 2)
     cases = read_cases(whole[0])
     for index in range(6):
         cases = hooked(cases, index, tmp_path / "marks", num_ends=99)
-    with pytest.raises(DataError, match="ended without a word 2 times out of 2, most likely out of memory; run again"):
+    with pytest.raises(DataError, match="2 times out of 2 the process that works was killed"):
         built_of(cases, tmp_path / "cache", num_workers=2)
 
 
@@ -127,7 +127,7 @@ def test_processes_that_cannot_be_started_are_one_sentence(whole, tmp_path, monk
     def refuse(*args):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(build_workers.ProcessPoolExecutor, "submit", refuse)
+    monkeypatch.setattr(worker_processes.Workers, "give", refuse)
     with pytest.raises(DataError, match=r"no process can be started \(Cannot allocate memory\); run again with fewer"):
         built_of(read_cases(whole[0]), tmp_path / "cache", num_workers=2)
 

@@ -25,12 +25,13 @@ from mim3d.caching.layout import (
 )
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import Card
-from mim3d.caching.workers import CASE_TIMEOUT_S, build_in_processes, build_on_cluster, require_scheduler
+from mim3d.caching.workers import build_in_processes, build_on_cluster, require_scheduler
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, remove_partial, write_csv
 from mim3d.core.left_out import write_tracebacks
 from mim3d.core.progress import counted
 from mim3d.core.resources import num_cores
+from mim3d.core.worker_processes import ITEM_TIMEOUT_S
 from mim3d.datasets.cases import CaseSet
 
 #: The memo of digests is written this often, so that a killed build need not hash again what it hashed.
@@ -46,7 +47,7 @@ def build_cache(
     pack_gb: float | None = None,
     scheduler: str | None = None,
     strict: bool = False,
-    timeout_s: float = CASE_TIMEOUT_S,
+    timeout_s: float = ITEM_TIMEOUT_S,
 ) -> Cache:
     """Bring every case of a data set into a cache folder, or bring the folder up to date.
 
@@ -58,8 +59,8 @@ def build_cache(
         cases: The data set.
         out: The folder; made if missing.
         preprocessing: How to prepare and store the scans; all of them are stored in one way.
-        num_workers: Number of processes; 0 or 1 works in this one, None takes one per core. More are spawned; they do
-            not run the caller's script.
+        num_workers: Number of processes; 0 works in this one, None takes one per core. They are spawned, and do not
+            run the caller's script.
         pack_gb: Size in GB of the files that the cases are brought into. With None a cache that is there stays as it
             is, and a new one has a folder for each case.
         scheduler: Address of a running Dask scheduler, ``tcp://host:8786``, on whose workers the cases are made;

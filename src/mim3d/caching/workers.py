@@ -1,16 +1,13 @@
 """Who makes the cases of a cache: this process, processes of its own, or the workers of a Dask cluster.
 
-Whoever does it, the bytes are the same. A worker may be killed, mostly by a system that runs out of memory, and nobody
-says which case it was reading, so every case that is under suspicion is read once more with nothing beside it: one that
-ends its worker again is left out like a bad scan, the others go on.
-
-Processes take cases one by one, and end with the process that started them. Under suspicion are the cases that were in
-work when a process ended.
+Whoever does it, the bytes are the same. A case that ends its process again and again, or takes too long in it, is left
+out like a bad scan; the others go on (``core/worker_processes.py``).
 
 On a cluster, what all cases share (settings, known digests, cases in packs) is a task of its own, on which the others
 depend: it is sent once, workers pass it on to each other, and it is made again if every worker that holds it ends.
 Scattered data would be lost then. Dask gives the cases of a worker that ends to others, a few times over. It then gives
-up all that were waiting on such workers, guilty or not: these are under suspicion.
+up all that were waiting on such workers, guilty or not: these are under suspicion, and are read once more with nothing
+beside them.
 """
 
 import asyncio
@@ -20,12 +17,11 @@ import multiprocessing
 import os
 import socket
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mim3d import __version__
@@ -34,133 +30,38 @@ from mim3d.caching.case import BuildSettings, CaseResult, build_case
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.left_out import Failure
 from mim3d.core.own_code import leave_out_working_folder
-from mim3d.core.worker_processes import prepare_worker, without_main_module
+from mim3d.core.worker_processes import ITEM_TIMEOUT_S, Ended, work_through
 from mim3d.datasets.cases import Case
-
-#: Seconds after which a scan that is still not done is given up.
-CASE_TIMEOUT_S = 3600.0
-
-#: Cases that may end their process before the first is done: beyond that the scans are not to blame.
-MAX_LOST_AT_FIRST = 8
 
 #: Seconds within which a scheduler answers.
 _ANSWER_S = 5
 
-#: What a process needs for every case: sent to it once.
-_shared: BuildSettings | None = None
-
 
 def build_in_processes(
-    cases: Sequence[Case], settings: BuildSettings, num_workers: int, timeout_s: float = CASE_TIMEOUT_S
+    cases: Sequence[Case], settings: BuildSettings, num_workers: int, timeout_s: float = ITEM_TIMEOUT_S
 ) -> Generator[CaseResult, None, None]:
     """Bring cases into a cache; the result of each, in the order in which they are done.
 
     Args:
         cases: Cases, each of them once.
         settings: What they share.
-        num_workers: Number of processes; 0 or 1 works in this one.
+        num_workers: Number of processes; 0 works in this one, where nothing can be ended.
         timeout_s: Seconds that a case may take in a process of its own.
 
     Raises:
         DataError: Processes cannot be started, or are killed at every case.
     """
-    if num_workers <= 1 or len(cases) == 1:
+    if num_workers < 1:
         yield from (build_case(case, settings) for case in cases)
         return
-    waiting, num_lost, num_done = deque(cases), 0, 0
-    while waiting:
-        suspects: list[Case] = []
-        for result in _build_until_killed(min(num_workers, len(waiting)), waiting, settings, suspects):
-            num_done += 1
-            yield result
-        guilty = 0
-        for case in suspects:
-            alone = _build_alone(case, settings)
-            guilty += alone is None
-            yield alone or CaseResult(
-                id=case.id,
-                failure=Failure(
-                    f"{case.images[0]}: the process reading it ended without a word twice, most likely out of memory; "
-                    "crop the scan, or run again where there is more memory."
-                ),
-            )
-        num_lost, num_done = num_lost + guilty, num_done + len(suspects) - guilty
-        if num_done == 0 and num_lost >= MAX_LOST_AT_FIRST:
-            raise DataError(
-                f"{settings.out}: the process reading a scan ended without a word {num_lost} times out of {num_lost}, "
-                "most likely out of memory; run again where there is more of it."
-            )
-        if suspects and not guilty and num_workers > 1:
-            # Each of them fits into memory alone, so they did not fit all at once.
-            num_workers = (num_workers + 1) // 2
-            warnings.warn(
-                f"{settings.out}: a process was killed, most likely out of memory; going on with {num_workers}.",
-                stacklevel=2,
-            )
-
-
-def _build_alone(case: Case, settings: BuildSettings) -> CaseResult | None:
-    """Build a case with nothing beside it; None if that ends the process twice."""
-    for _ in range(2):
-        for result in _build_until_killed(1, deque([case]), settings, []):
-            return result
-    return None
-
-
-def _build_until_killed(
-    num_workers: int,
-    waiting: deque[Case],
-    settings: BuildSettings,
-    suspects: list[Case],
-) -> Generator[CaseResult, None, None]:
-    """Build cases until none is left or a process is killed.
-
-    Args:
-        num_workers: Number of processes; as many cases are in work at a time.
-        waiting: Cases, which are taken from its left.
-        settings: What they share.
-        suspects: Every case that was in work when a process was killed is added here.
-    """
-    # Spawned, not forked: the caller may run threads (torch, progress bars), which a fork would freeze.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker, initargs=(settings,))
-    in_work: dict[Future[CaseResult], Case] = {}
-    broken = False
-    try:
-        while in_work or (waiting and not broken):
-            try:
-                # No more than are read at once, so that few are under suspicion.
-                while waiting and len(in_work) < num_workers and not broken:
-                    with without_main_module():
-                        future = pool.submit(_work, waiting[0])
-                    in_work[future] = waiting.popleft()
-            except BrokenProcessPool:
-                broken = True
-            except OSError as error:
-                raise DataError(
-                    f"{settings.out}: no process can be started ({error.strerror or error}); run again with fewer "
-                    "num_workers: the cases that are finished are kept."
-                ) from error
-            for future in wait(in_work, return_when=FIRST_COMPLETED).done:
-                case = in_work.pop(future)
-                if isinstance(future.exception(), BrokenProcessPool):
-                    broken = True
-                    suspects.append(case)
-                else:
-                    yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(settings: BuildSettings) -> None:
-    global _shared
-    _shared = settings
-    prepare_worker()
-
-
-def _work(case: Case) -> CaseResult:
-    assert _shared is not None
-    return build_case(case, _shared)
+    work = partial(build_case, settings=settings)
+    building = work_through(cases, work, min(num_workers, len(cases)), timeout_s=timeout_s, place=settings.out)
+    with closing(building):
+        for case, answer in building:
+            if isinstance(answer, Ended):
+                reason = f"{case.images[0]}: the process reading it {answer}."
+                answer = CaseResult(id=case.id, failure=Failure(reason))
+            yield answer
 
 
 @dataclass(frozen=True, kw_only=True)

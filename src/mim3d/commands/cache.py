@@ -3,8 +3,8 @@
 from typing import Literal
 
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.caching.workers import CASE_TIMEOUT_S
 from mim3d.core.command import typed
+from mim3d.core.worker_processes import ITEM_TIMEOUT_S
 from mim3d.workflows.cache import cache_data_set
 
 
@@ -22,7 +22,7 @@ def cache(
     pack_gb: float | None = None,
     scheduler: str | None = None,
     strict: bool = False,
-    timeout_s: float = CASE_TIMEOUT_S,
+    timeout_s: float = ITEM_TIMEOUT_S,
 ) -> str:
     """Preprocess a data set into a folder from which training reads single crops.
 

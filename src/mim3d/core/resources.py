@@ -74,6 +74,14 @@ def peak_memory_bytes(root: Path = _ROOT) -> int | None:
     return None if kib is None else kib * 1024
 
 
+def num_oom_kills(root: Path = _ROOT) -> int | None:
+    """How often the system has ended a process for lack of memory, as far as it is known here; None where it is not."""
+    events = [root / mount / group / "memory.events" for mount in _GROUP_FILES for group in _groups(root)]
+    counts = [_fields(path).get("oom_kill") for path in (*events, root / "proc/vmstat")]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
 def _left_in_groups(root: Path) -> Iterator[int]:
     """What each control group around this process leaves: its own and all above it, as every limit holds."""
     for mount, names in _GROUP_FILES.items():
