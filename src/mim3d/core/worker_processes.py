@@ -107,7 +107,7 @@ class Ended:
 
 
 @dataclass
-class _Worker(Generic[Item]):
+class _WorkingProcess(Generic[Item]):
     """A process, and what it works on."""
 
     process: BaseProcess
@@ -128,7 +128,7 @@ class Workers(Generic[Item, Result]):
     def __init__(self, work: Callable[[Item], Result], timeout_s: float) -> None:
         self._work = work
         self._timeout_s = timeout_s
-        self._workers: list[_Worker[Item]] = []
+        self._workers: list[_WorkingProcess[Item]] = []
         self._oom_kills = num_oom_kills()
 
     def __enter__(self) -> "Workers[Item, Result]":
@@ -164,13 +164,13 @@ class Workers(Generic[Item, Result]):
             with without_main_module():
                 process.start()
             theirs.close()
-            worker = _Worker(process, ours)
+            worker = _WorkingProcess(process, ours)
             self._workers.append(worker)
         worker.item = item
         if worker.is_ready:
             self._send(worker)
 
-    def _send(self, worker: _Worker[Item]) -> None:
+    def _send(self, worker: _WorkingProcess[Item]) -> None:
         worker.since = time.monotonic()
         try:
             worker.connection.send(worker.item)
@@ -206,7 +206,7 @@ class Workers(Generic[Item, Result]):
                     self._ended(worker)
                     return item, Ended(None, self._timeout_s)
 
-    def _ended(self, worker: _Worker[Item]) -> Ended:
+    def _ended(self, worker: _WorkingProcess[Item]) -> Ended:
         self._workers.remove(worker)
         worker.connection.close()
         worker.process.join()
