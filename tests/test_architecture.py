@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2150,
+    "core": 2275,
     "kernels": 875,
     "scans": 3475,
     "nn": 575,
