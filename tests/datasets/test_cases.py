@@ -104,7 +104,8 @@ def test_an_nnunet_folder_gives_channels_in_order(tmp_path):
     describe(tmp_path, channel_names={"0": "T1", "1": "T2"}, labels=labels, file_ending=".nii.gz", numTraining=2)
     found = read_cases(tmp_path)
     assert found.form == "nnunet"
-    assert found.labels == {0: "background", 1: "edema", 2: "ignore"}
+    assert found.labels == {0: "background", 1: "edema"}
+    assert (found.ignore_label, found.channels) == (2, ("T1", "T2"))
     assert [[Path(path).name for path in case.images] for case in found.cases] == [
         ["c1_0000.nii.gz", "c1_0001.nii.gz"],
         ["c2_0000.nii.gz", "c2_0001.nii.gz"],

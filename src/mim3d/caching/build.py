@@ -224,7 +224,9 @@ def _build_all(
     except (DataError, ValueError, AttributeError, TypeError, IndexError):
         # Without it every source file is read once more.
         memo = {}
-    settings = BuildSettings(out=out, preprocessing=preprocessing, labels=cases.labels, packed=packed, known=dict(memo))
+    settings = BuildSettings(
+        out=out, preprocessing=preprocessing, labels=cases.label_values, packed=packed, known=dict(memo)
+    )
     if scheduler is None:
         building = build_in_processes(cases.cases, settings, num_workers, timeout_s)
     else:
@@ -280,7 +282,7 @@ def _finish(
             folder = folders[case.id]
             card = cards[folder] | {"size_bytes": size_of(sources[folder])}
             rows.append(row_of(case, card, folder, sources[folder]))
-    write_manifest(out, rows, cases.labels, cases.root)
+    write_manifest(out, rows, cases)
     packs = {os.path.basename(source.path) for source in sources.values() if isinstance(source, PackedCase)}
     unpacked = {folder for folder, source in sources.items() if isinstance(source, str)}
     for part, kept in ((layout.PACKS, packs), (layout.CASES, unpacked)):

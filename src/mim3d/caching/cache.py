@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,11 +20,17 @@ from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan, Card
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, read_csv
-from mim3d.datasets.cases import Case
+from mim3d.datasets.cases import Case, CaseSet, with_ignored
 from mim3d.scans.files import available_memory_bytes
 
 #: Rows of a manifest become Python objects of about this many times their size in the file, unpacked.
 _GROWTH = 8
+
+#: What a data set may declare beside its labels, and what was said of it.
+_DECLARED = ("ignore_label", "regions", "region_values", "channels", "notes")
+
+#: Columns that only the manifests of sets have which declare them.
+_DECLARED_OF_CASES = ("fold", "modality")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,6 +43,11 @@ class Cache(Sequence[CachedScan]):
         labels: Label value -> name with background 0; values found where none were declared; empty without labels.
         preprocessing: How the scans were prepared; its ``intensities`` are never ``auto``.
         failed: Scans that could not be used, by ``id``, ``images``, ``label`` and ``reason``.
+        ignore_label: Declared value of voxels that nothing is known of; it is none of ``labels``.
+        regions: Declared unions of labels, name -> label values, in their order; empty where there are none.
+        region_values: Declared label value that each region gives in predictions, or None.
+        channels: Declared names of the images of every case; empty where nothing is declared.
+        notes: What was said of the data set when it was read.
     """
 
     path: str
@@ -44,6 +55,11 @@ class Cache(Sequence[CachedScan]):
     labels: dict[int, str]
     preprocessing: Preprocessing
     failed: tuple[Mapping[str, str], ...] = ()
+    ignore_label: int | None = None
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    region_values: tuple[int, ...] | None = None
+    channels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> CachedScan: ...
@@ -60,6 +76,11 @@ class Cache(Sequence[CachedScan]):
         return iter(self.scans)
 
     @property
+    def label_values(self) -> dict[int, str]:
+        """Every value that a label map may hold -> name: the labels and the ignored value."""
+        return with_ignored(self.labels, self.ignore_label)
+
+    @property
     def cases(self) -> tuple[Case, ...]:
         """The case behind each scan."""
         return tuple(scan.case for scan in self.scans)
@@ -70,8 +91,19 @@ class Cache(Sequence[CachedScan]):
         rows = []
         for scan in self.scans:
             case = scan.case
-            rows.append([case.id, scan.digest, case.class_name, case.patient, case.split, *(case.labelled or ())])
-        content = {"labels": {str(value): name for value, name in self.labels.items()}, "scans": sorted(rows)}
+            fold = () if case.fold is None else (f"fold {case.fold}",)
+            rows.append(
+                [case.id, scan.digest, case.class_name, case.patient, case.split, *(case.labelled or ()), *fold]
+            )
+        content: dict[str, Any] = {
+            "labels": {str(value): name for value, name in self.labels.items()},
+            "scans": sorted(rows),
+        }
+        # What no other cache has leaves their digests as they were.
+        if self.ignore_label is not None:
+            content["ignore_label"] = self.ignore_label
+        if self.regions:
+            content["regions"] = [list(self.regions.items()), self.region_values]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -143,10 +175,10 @@ def open_cache(path: str | Path) -> Cache:
         preprocessing = Preprocessing(**(row | {"spacing_mm": spacing_mm, "window": tuple(row["window"])}))
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise DataError(f"{root}: its {layout.SETTINGS} is damaged ({error!r}); run `mim3d cache` again.") from error
-    scans, labels = _read_manifest(root)
+    scans, declared = _read_manifest(root)
     found = sorted({value for scan in scans for value in scan.num_voxels} - {0})
-    if found and not labels:
-        labels = {0: "background", **{value: f"label_{value}" for value in found}}
+    if found and not declared["labels"]:
+        declared["labels"] = {0: "background", **{value: f"label_{value}" for value in found}}
     table = os.path.join(root, layout.FAILED)
     try:
         (_, head), *rows = read_csv(table)
@@ -154,7 +186,7 @@ def open_cache(path: str | Path) -> Cache:
         failed = tuple({name: row[name] for name in layout.FAILED_COLUMNS} for row in named)
     except (DataError, ValueError, KeyError) as error:
         raise DataError(f"{table}: missing or damaged ({error!r}); run `mim3d cache` again to rebuild it.") from error
-    return Cache(path=root, scans=scans, labels=labels, preprocessing=preprocessing, failed=failed)
+    return Cache(path=root, scans=scans, preprocessing=preprocessing, failed=failed, **declared)
 
 
 def row_of(case: Case, card: Card, folder: str, source: ByteSource) -> dict[str, Any]:
@@ -172,14 +204,13 @@ def failure_row(case: Case, reason: str) -> dict[str, str]:
     return dict(zip(layout.FAILED_COLUMNS, values, strict=True))
 
 
-def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], labels: Mapping[int, str], data: str) -> None:
+def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], source: CaseSet) -> None:
     """Write the manifest of a cache, whole or not at all.
 
     Args:
         root: The cache folder.
         rows: Rows from ``row_of``.
-        labels: Declared label value -> name.
-        data: Data set that the cases come from.
+        source: Data set that the cases come from, with what it declares.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -187,14 +218,21 @@ def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], labels: Mapping
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    about = {"labels": json.dumps({str(value): name for value, name in labels.items()}), "root": data}
-    table = pa.Table.from_pylist(list(rows), schema=_schema().with_metadata(about))
+    about = {"labels": json.dumps({str(value): name for value, name in source.labels.items()}), "root": source.root}
+    declared = {name: getattr(source, name) for name in _DECLARED if getattr(source, name) not in (None, (), {})}
+    if declared:
+        about["declared"] = json.dumps(declared)
+    schema = _schema()
+    for name in _DECLARED_OF_CASES:
+        if all(row[name] is None for row in rows):
+            schema = schema.remove(schema.get_field_index(name))
+    table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata(about))
     with atomic_file(os.path.join(root, layout.MANIFEST), durable=True, remedy=None) as part:
         pq.write_table(table, part, compression="zstd")
 
 
-def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[int, str]]:
-    """The scans of a cache and its declared labels.
+def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[str, Any]]:
+    """The scans of a cache, and what its data set declares, by the attributes of ``Cache``.
 
     Raises:
         DataError: The manifest is damaged or larger than memory, or a row points outside the cache's folder.
@@ -221,10 +259,20 @@ def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[int, str]]:
 
     try:
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        labels = {int(value): str(name) for value, name in json.loads(about["labels"]).items()}
+        declared: dict[str, Any] = {
+            "labels": {int(value): str(name) for value, name in json.loads(about["labels"]).items()}
+        }
+        more = json.loads(about.get("declared", "{}"))
+        if more.get("ignore_label") is not None:
+            declared["ignore_label"] = int(more["ignore_label"])
+        if more.get("regions"):
+            declared["regions"] = {str(name): tuple(map(int, values)) for name, values in more["regions"].items()}
+        if more.get("region_values"):
+            declared["region_values"] = tuple(map(int, more["region_values"]))
+        declared |= {name: tuple(map(str, more.get(name, ()))) for name in ("channels", "notes")}
         # A few rows at a time: as Python objects they are many times as large.
         scans = tuple(scan_of(row) for rows in table.to_batches(max_chunksize=1024) for row in rows.to_pylist())
-        return scans, labels
+        return scans, declared
     except DataError:
         raise
     except Exception as error:  # Whatever a row of the wrong kind raises.
@@ -251,7 +299,8 @@ def read_columns(root: str, columns: Sequence[str]) -> Any:
                     f"{file.metadata.num_rows} rows); open it where there is more."
                 )
             # Older caches do not say what is labelled, nor what their reduced levels were clipped to.
-            missing = set(columns) - set(file.schema_arrow.names) - {"labelled", "level_windows"}
+            absent = set(columns) - set(file.schema_arrow.names)
+            missing = absent - {"labelled", "level_windows", *_DECLARED_OF_CASES}
             if missing:
                 raise DataError(f"{path}: no column {min(missing)!r}, so it is no manifest of this version of mim3d.")
             # Not in threads: a process that forks must not have some of them waiting for the others.
@@ -272,6 +321,8 @@ def _schema() -> Any:
         "class_name": pa.string(),
         "split": pa.string(),
         "labelled": pa.list_(pa.string()),
+        "fold": pa.int64(),
+        "modality": pa.string(),
         "images": pa.list_(pa.string()),
         "label": pa.string(),
         "digest": pa.string(),

@@ -123,7 +123,7 @@ def read_json(path: str) -> Any:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}).") from error
+        raise DataError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}); correct it there.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
 

@@ -1,25 +1,23 @@
 """What a case is, and every form of DATA read into cases: folders, descriptions, lists that users write, one scan."""
 
-import itertools
 import os
 import re
-import unicodedata
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from mim3d.core.errors import DataError, listed
-from mim3d.core.files import read_csv, read_json
-from mim3d.core.names import is_file_name, joined_name, printable, same_name, unescaped
+from mim3d.core.files import read_json
+from mim3d.core.names import is_file_name, joined_name, printable, same_name
 from mim3d.core.settings import nearest
+from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import unique_ids
+from mim3d.datasets.lists import Entry, beside, channel_names, read_list
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
-from mim3d.scans.volumes import SUFFIXES, channels_of, find_scans, patient_of, scan_id, suffix_of
+from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id, suffix_of
 
-#: Columns of a list, and keys of an entry in JSON.
-COLUMNS = ("image", "label", "class", "patient", "split", "labels", "id")
 SPLITS = ("train", "val", "test")
 
 IMAGE_FOLDERS = ("images", "imagesTr")
@@ -41,6 +39,8 @@ class Case:
         patient: Name of the patient; cases of one patient are never separated by a split. Filled in as the id is.
         split: Declared part, "train", "val" or "test", or None.
         labelled: Labels, by name or value, that the label map has annotations of; None stands for all.
+        fold: Declared number of the fold that holds the case out, or None.
+        modality: What made the images, as a list declares it, such as "CT"; None where nothing says so.
     """
 
     id: str = ""
@@ -50,6 +50,8 @@ class Case:
     patient: str = ""
     split: str | None = None
     labelled: tuple[str, ...] | None = None
+    fold: int | None = None
+    modality: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,11 @@ class CaseSet:
         cases: The cases in the order of the list, or by path for folders.
         labels: Declared label value -> name, with background 0 included; empty where nothing is declared.
         left_out: Cases that are known to be of no use.
+        ignore_label: Declared value of voxels that nothing is known of; it is none of ``labels``.
+        regions: Declared unions of labels, name -> label values, in their order; empty where there are none.
+        region_values: Declared label value that each region gives in predictions, or None.
+        channels: Declared names of the images of every case, such as "CT"; empty where nothing is declared.
+        notes: What was said when the set was read: what was passed over, and what contradicts itself.
     """
 
     root: str
@@ -84,20 +91,38 @@ class CaseSet:
     cases: tuple[Case, ...]
     labels: dict[int, str]
     left_out: tuple[LeftOut, ...] = ()
+    ignore_label: int | None = None
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    region_values: tuple[int, ...] | None = None
+    channels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def unreadable(self) -> tuple[Case, ...]:
         """Cases left out for their files. Splits count them, so that folds stay the same once a file is mended."""
         return tuple(each.case for each in self.left_out if not each.lacking)
 
+    @property
+    def label_values(self) -> dict[int, str]:
+        """Every value that a label map may hold -> name: the labels and the ignored value."""
+        return with_ignored(self.labels, self.ignore_label)
+
+
+def with_ignored(labels: Mapping[int, str], ignore_label: int | None) -> dict[int, str]:
+    """Label value -> name, with that of the ignored value."""
+    return {**labels} if ignore_label is None else {**labels, ignore_label: "ignore"}
+
 
 def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> CaseSet:
     """Read any form of DATA; nothing but names, lists and DICOM headers is opened.
 
+    What a set declares and nothing uses is named in one warning.
+
     Known forms: a folder of scans or DICOM series at any depth; a folder with ``images`` or ``imagesTr`` beside
     ``labels``, ``labelsTr`` or ``masks`` holding files of the same names; a Medical Segmentation Decathlon folder or
-    its ``dataset.json``; an nnU-Net raw folder; a CSV or JSON list with the columns image, label, class, patient,
-    split, labels and id; a single scan.
+    its ``dataset.json``; an nnU-Net raw folder, with the folds of a ``splits_final.json`` in it; a MONAI list with
+    folds; a CSV or JSON list with the columns image, label, class, patient, split, labels, id, fold and modality; a
+    single scan.
 
     Args:
         data: The folder, list or scan.
@@ -109,40 +134,62 @@ def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> Case
     root = os.path.abspath(data)
     if not os.path.exists(root):
         raise DataError(f"{data}: no such file or folder.")
-    form, cases, labels = _read_form(root, not recursive_images_only)
+    found = _read_form(root, not recursive_images_only)
+    cases = found.cases
     if recursive_images_only:
-        cases = [replace(case, label=None, labelled=None) for case in cases]
-    return CaseSet(root=root, form=form, cases=to_cases(cases, root), labels=labels)
+        cases = tuple(replace(case, label=None, labelled=None) for case in cases)
+    found = replace(found, cases=to_cases(cases, root))
+    if found.form in ("msd", "nnunet"):
+        found = _with_folds(found)
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return found
 
 
-def _read_form(path: str, with_labels: bool) -> tuple[str, list[Case], dict[int, str]]:
-    """The form of DATA, its cases as declared, and the names of labels that it declares."""
-    if os.path.isdir(path):
-        description = os.path.join(path, "dataset.json")
-        if not os.path.isfile(description):
-            pair = pair_folders(path)
-            if pair is None:
-                return "folder", _read_tree(path), {}
-            form = "msd" if pair[0].endswith("imagesTr") and pair[1].endswith("labelsTr") else "pairs"
-            return form, _read_pairs(*pair, with_labels), {}
-        path = description
-    suffix = os.path.splitext(path)[1].lower()
+def _read_form(path: str, with_labels: bool) -> CaseSet:
+    """The cases of DATA as they are declared, with what is declared of all of them."""
+
+    def plain(form: str, cases: Iterable[Case], notes: tuple[str, ...] = ()) -> CaseSet:
+        return CaseSet(root=path, form=form, cases=tuple(cases), labels={}, notes=notes)
+
+    description = os.path.join(path, "dataset.json") if os.path.isdir(path) else path
+    if os.path.isdir(path) and not os.path.isfile(description):
+        pair = pair_folders(path)
+        if pair is None:
+            return plain("folder", _read_tree(path))
+        form = "msd" if pair[0].endswith("imagesTr") and pair[1].endswith("labelsTr") else "pairs"
+        return plain(form, _read_pairs(*pair, with_labels))
+    suffix = os.path.splitext(description)[1].lower()
     if suffix == ".csv":
-        return "csv", _read_csv(path), {}
+        entries, notes = read_list(path)
+        return plain("csv", _listed_cases(entries, path), notes)
     if suffix != ".json":
-        return "folder", [Case(images=(path,))], {}
-    content = read_json(path)
-    if isinstance(content, list):
-        return "json", _read_json_list(content, path), {}
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: must be a list of cases or a dataset.json, not a {type(content).__name__}.")
-    labels = read_labels(content.get("labels"), path) if with_labels else {}
-    # Only nnU-Net, from version 2 on, writes these keys.
-    if "channel_names" in content or "file_ending" in content:
-        return "nnunet", _read_nnunet(content, path), labels
-    if isinstance(content.get("cases"), list):
-        return "json", _read_json_list(content["cases"], path), labels
-    return "msd", _read_msd(content, path), labels
+        return plain("folder", [Case(images=(path,))])
+    declared = read_description(read_json(description), description, with_labels=with_labels)
+    return CaseSet(
+        root=path,
+        form=declared.form,
+        cases=tuple(_listed_cases(declared.entries, description, check_ids=declared.form != "nnunet")),
+        labels=declared.labels.names,
+        ignore_label=declared.labels.ignore_label,
+        regions=declared.labels.regions,
+        region_values=declared.labels.region_values,
+        channels=declared.channels,
+        notes=declared.notes,
+    )
+
+
+def _with_folds(found: CaseSet) -> CaseSet:
+    """A data set with the folds of the ``splits_final.json`` beside its description, where it declares none itself."""
+    if any(case.fold is not None or case.split == "val" for case in found.cases):
+        return found
+    description = os.path.join(found.root, "dataset.json") if os.path.isdir(found.root) else found.root
+    folds = read_folds(description, [case.id for case in found.cases])
+    cases = tuple(
+        replace(case, fold=folds.fold.get(case.id), split="test" if case.id in folds.unlisted else case.split)
+        for case in found.cases
+    )
+    return replace(found, cases=cases, notes=(*found.notes, *folds.notes))
 
 
 def pair_folders(folder: str) -> tuple[str, str] | None:
@@ -276,85 +323,13 @@ def read_slice_folders(root: str | os.PathLike[str]) -> CaseSet:
     return CaseSet(root=top, form="slices", cases=to_cases(cases, top), labels={})
 
 
-def read_table(path: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The column names of a CSV file, and its rows, each with its place in words for messages; blank rows are skipped.
-
-    Raises:
-        DataError: The file cannot be read as CSV.
-    """
-    (_, header), *rows = read_csv(path) or [(0, [])]
-    return [name.strip() for name in header], [(f"{path}, line {line}", row) for line, row in rows]
-
-
-def _read_csv(path: str) -> list[Case]:
-    """Cases of a CSV list; paths are relative to the list's folder, ``;`` separates channels."""
-    header, rows = read_table(path)
-    _check_columns(header, path)
-    cases = {}
-    for where, row in rows:
-        if len(row) > len(header):
-            raise DataError(f"{where}: {len(row)} cells but {len(header)} columns; quote cells that hold a comma.")
-        cases[where] = _listed_case(dict(zip(header, row, strict=False)), where, path)
-    return _checked(cases, path)
-
-
-def _read_json_list(items: Sequence[Any], path: str) -> list[Case]:
-    """Cases of a JSON list of objects with the same keys as the CSV columns; ``image`` may be a list."""
-    cases = {}
-    for number, item in enumerate(items, start=1):
-        where = f"{path}, entry {number}"
-        if not isinstance(item, dict):
-            raise DataError(f'{where}: must be an object like {{"image": "scan.nii.gz"}}.')
-        _check_columns(list(item), where)
-        cases[where] = _listed_case(item, where, path)
-    return _checked(cases, path)
-
-
-def _check_columns(names: Sequence[str], where: str) -> None:
-    for name in names:
-        if name not in COLUMNS:
-            raise DataError(f"{where}: unknown column {name!r}.{nearest(name, COLUMNS)}")
-        if names.count(name) > 1:
-            raise DataError(f"{where}: column {name!r} appears twice.")
-    if "image" not in names:
-        raise DataError(f"{where}: no column 'image'; known columns are {', '.join(COLUMNS)}.")
-
-
-def _listed_case(row: Mapping[str, Any], where: str, path: str) -> Case:
-    """One row; lists within a cell are separated by ``;``, in JSON they may be lists."""
-
-    def text(column: str) -> str:
-        value = row.get(column)
-        return "" if value is None else str(value).strip()
-
-    def texts(column: str) -> list[str]:
-        value = row.get(column) or ""
-        return [str(name).strip() for name in (value if isinstance(value, list) else str(value).split(";"))]
-
-    listed_images = row.get("image")
-    images = tuple(map(str, listed_images)) if isinstance(listed_images, list) else channel_names(text("image"), path)
-    label, split = text("label"), text("split")
-    if not images or not all(name.strip() for name in images):
-        raise DataError(f"{where}: no image; every case needs one.")
-    if split and split not in SPLITS:
-        raise DataError(f"{where}: unknown split {split!r}.{nearest(split, SPLITS)}")
-    return Case(
-        images=tuple(_beside(path, name) for name in images),
-        label=_beside(path, label) if label else None,
-        class_name=printable(text("class")) or None,
-        patient=printable(text("patient")),
-        split=split or None,
-        id=text("id"),
-        labelled=tuple(printable(name) for name in texts("labels") if name) or None,
-    )
-
-
-def _checked(cases: Mapping[str, Case], path: str) -> list[Case]:
-    """The cases, of which there must be some, with declared ids that can be names of files of their own."""
-    if not cases:
+def _listed_cases(entries: Mapping[str, Entry], path: str, *, check_ids: bool = True) -> list[Case]:
+    """The cases of a list, of which there must be some; ids that a user chose can be names of files of their own."""
+    if not entries:
         raise DataError(f"{path}: lists no cases; add at least one row with an image.")
+    cases = {where: _listed_case(entry, where, path) for where, entry in entries.items()}
     first: dict[str, str] = {}
-    for where, name in ((where, case.id) for where, case in cases.items() if case.id):
+    for where, name in ((where, case.id) for where, case in cases.items() if case.id and check_ids):
         if not is_file_name(name):
             raise DataError(f"{where}: the id {name!r} cannot be the name of a file; use letters, digits, _ and -.")
         # Case is ignored, as some file systems do.
@@ -366,144 +341,41 @@ def _checked(cases: Mapping[str, Case], path: str) -> list[Case]:
     return list(cases.values())
 
 
-def _read_msd(description: Mapping[str, Any], path: str) -> list[Case]:
-    """The ``training`` entries of a Decathlon dataset.json; files named ``._x`` are skipped."""
-    training = description.get("training")
-    if not isinstance(training, list) or not training:
-        raise DataError(f'{path}: needs a list "training" of entries like {{"image": ..., "label": ...}}.')
-    in_one_file = len(description.get("modality") or ()) > 1
-    cases = []
-    for number, item in enumerate(training, start=1):
-        item = {"image": item} if isinstance(item, str) else item
-        if not isinstance(item, dict) or not item.get("image"):
-            raise DataError(f'{path}: entry {number} of "training" has no "image".')
-        named = item["image"] if isinstance(item["image"], list) else [item["image"]]
-        if any(os.path.basename(str(name)).startswith("._") for name in named):
-            continue
-        images = tuple(_beside(path, name) for name in named)
-        case_id = ""
-        channels = _channel_files(images[0])
-        if channels:
-            case_id = os.path.basename(images[0]).removesuffix(suffix_of(images[0]))
-            images = channels if len(images) == 1 else images
-        elif in_one_file and len(images) == 1 and os.path.isfile(images[0]):
-            images = channels_of(images[0])
-        label = item.get("label")
-        cases.append(Case(id=case_id, images=images, label=_beside(path, label) if label else None))
-    return cases
+def _listed_case(entry: Entry, where: str, path: str) -> Case:
+    """What a list declares of one case."""
 
+    def text(column: str) -> str:
+        value = entry.get(column)
+        if isinstance(value, (list, dict)):
+            raise DataError(f"{where}: {column!r} must be one value, not {value!r}.")
+        return "" if value is None else str(value).strip()
 
-def _channel_files(path: str) -> tuple[str, ...]:
-    """nnU-Net 1 lists ``x.nii.gz`` for the files ``x_0000.nii.gz``, ``x_0001.nii.gz``, ...; else nothing."""
-    folder, name = os.path.split(path)
-    suffix = suffix_of(name)
-    stem = name.removesuffix(suffix)
-    channels = (os.path.join(folder, f"{stem}_{channel:04d}{suffix}") for channel in itertools.count())
-    return () if os.path.exists(path) else tuple(itertools.takewhile(os.path.exists, channels))
+    def texts(column: str) -> list[str]:
+        value = entry.get(column) or ""
+        return [str(name).strip() for name in (value if isinstance(value, list) else str(value).split(";"))]
 
-
-def _read_nnunet(description: Mapping[str, Any], path: str) -> list[Case]:
-    """The cases of an nnU-Net raw folder: ``imagesTr/CASE_0000.nii.gz`` and ``labelsTr/CASE.nii.gz``."""
-    cases = []
-    if isinstance(description.get("dataset"), dict):
-        for case_id, item in description["dataset"].items():
-            if not isinstance(item, dict) or not isinstance(item.get("images"), list) or not item["images"]:
-                raise DataError(f'{path}: case {case_id!r} of "dataset" needs a list "images".')
-            images = tuple(_beside(path, name) for name in item["images"])
-            label = item.get("label")
-            cases.append(Case(id=str(case_id), images=images, label=_beside(path, label) if label else None))
-        return cases
-    ending = str(description.get("file_ending", ".nii.gz"))
-    num_channels = len(description.get("channel_names") or {"0": ""})
-    image_folder = os.path.join(os.path.dirname(path), "imagesTr")
-    names = sorted(os.listdir(image_folder)) if os.path.isdir(image_folder) else []
-    first = f"_0000{ending}"
-    ids = [name.removesuffix(first) for name in names if name.endswith(first) and not name.startswith(".")]
-    if not ids:
-        raise DataError(f"{image_folder}: no image named CASE{first}, as {path} says.")
-    for case_id in ids:
-        channels = [f"{case_id}_{channel:04d}{ending}" for channel in range(num_channels)]
-        missing = sorted(set(channels) - set(names))
-        if missing:
-            raise DataError(f"{image_folder}: case {case_id} lacks {listed(missing)} of {num_channels} channels.")
-        images = tuple(os.path.join(image_folder, name) for name in channels)
-        label = _beside(path, os.path.join("labelsTr", case_id + ending))
-        cases.append(Case(id=case_id, images=images, label=label if os.path.exists(label) else None))
-    return cases
-
-
-def _beside(path: str, name: object) -> str:
-    """The absolute path of a file that a list or description names relative to its own folder.
-
-    Letters may be composed otherwise there than on this disk, and control characters written as escapes.
-    """
-    folder, text = os.path.dirname(path), str(name)
-    forms = (text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD")), unescaped(text))
-    places = [os.path.abspath(os.path.join(folder, form)) for form in dict.fromkeys(forms)]
-    return next((place for place in places if is_there(place)), places[0])
-
-
-def channel_names(cell: str, path: str) -> tuple[str, ...]:
-    """The images that a cell of a list names; ``;`` separates channels, unless it belongs to the name of a file.
-
-    Args:
-        cell: Names of images, relative to the folder of the list.
-        path: The list.
-    """
-    parts, names = cell.split(";"), []
-    while parts:
-        wholes = [";".join(parts[:count]).strip() for count in range(1, len(parts) + 1)]
-        there = (count for count, whole in enumerate(wholes, start=1) if whole and is_there(_beside(path, whole)))
-        count = next(there, 1)
-        names.append(wholes[count - 1])
-        parts = parts[count:]
-    return tuple(names)
-
-
-def is_there(address: str) -> bool:
-    """Whether the file or folder of a scan's address exists."""
-    return os.path.exists(address.split("::")[0])
-
-
-def read_labels(declared: Any, path: str) -> dict[int, str]:
-    """Label value -> name, from ``{"1": "liver"}`` (Decathlon) or ``{"liver": 1}`` (nnU-Net), 0 included.
-
-    A nnU-Net region (``"tumour": [1, 2]``) names no single value; its values are declared as ``label_1`` ...
-
-    Args:
-        declared: The entry "labels" of a dataset.json; None stands for no labels.
-        path: Path of the file, for messages.
-
-    Raises:
-        DataError: The labels have neither form, a value is outside 0 to 65535, or one value has two names.
-    """
-    if declared is None:
-        return {}
-    if not isinstance(declared, dict):
-        raise DataError(f'{path}: "labels" must map values to names, not be a {type(declared).__name__}.')
-
-    def value_of(written: Any) -> int:
-        try:
-            number = int(written)
-        except (TypeError, ValueError):
-            number = -1
-        if not 0 <= number <= 65535:
-            raise DataError(f"{path}: label value {written!r} is not a whole number from 0 to 65535.")
-        return number
-
-    labels: dict[int, str] = {}
-    regions: set[int] = set()
-    for key, value in declared.items():
-        if isinstance(value, list):
-            regions.update(map(value_of, value))
-            continue
-        number, name = (value_of(key), value) if str(key).isdigit() else (value_of(value), key)
-        if number in labels:
-            raise DataError(f"{path}: label value {number} has two names, {labels[number]!r} and {name!r}.")
-        labels[number] = printable(str(name))
-    labels |= {number: f"label_{number}" for number in regions - set(labels)}
-    labels.setdefault(0, "background")
-    return dict(sorted(labels.items()))
+    listed_images = entry.get("image")
+    images = tuple(map(str, listed_images)) if isinstance(listed_images, list) else channel_names(text("image"), path)
+    label, split, fold = text("label"), text("split"), text("fold")
+    if not images or not all(name.strip() for name in images):
+        raise DataError(f"{where}: no image; every case needs one.")
+    if isinstance(entry.get("label"), (int, float)):
+        raise DataError(f'{where}: the label {label} is no file; if it is the class of the scan, call it "class".')
+    if split and split not in SPLITS:
+        raise DataError(f"{where}: unknown split {split!r}.{nearest(split, SPLITS)}")
+    if fold and not re.fullmatch(r"\d{1,6}(\.0)?", fold):
+        raise DataError(f"{where}: the fold {fold!r} is no whole number from 0.")
+    return Case(
+        images=tuple(beside(path, name) for name in images),
+        label=beside(path, label) if label else None,
+        class_name=printable(text("class")) or None,
+        patient=printable(text("patient")),
+        split=split or None,
+        id=text("id"),
+        labelled=tuple(printable(name) for name in texts("labels") if name) or None,
+        fold=int(float(fold)) if fold else None,
+        modality=printable(";".join(name for name in texts("modality") if name)) or None,
+    )
 
 
 def to_cases(declared: Sequence[Case], root: str) -> tuple[Case, ...]:

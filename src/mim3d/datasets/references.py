@@ -11,17 +11,10 @@ from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
 from mim3d.core.names import printable
 from mim3d.core.settings import nearest
-from mim3d.datasets.cases import (
-    Case,
-    CaseSet,
-    channel_names,
-    pair_folders,
-    read_cases,
-    read_labels,
-    read_table,
-    scans_in,
-)
+from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, scans_in
+from mim3d.datasets.descriptions import LabelDeclaration, read_labels
 from mim3d.datasets.ids import matched_ids, unique_ids
+from mim3d.datasets.lists import channel_names, read_table
 from mim3d.scans.volumes import scan_id
 
 #: Name of the table that prediction writes into its folder.
@@ -66,7 +59,9 @@ class Pairs:
     Attributes:
         pairs: Pairs sorted by id.
         labels: Declared label value -> name, background 0 included; empty where nothing is declared.
-        regions: Unions of labels that the predictions' own list declares: name -> label values or names.
+        regions: Unions of labels that the predictions' own list declares, else the references: name -> label values
+            or names.
+        ignore_label: Label value of voxels of a reference that nothing is known of, and that count in no score.
         without_reference: Ids of predictions that no reference belongs to.
         without_prediction: Ids of references that were not predicted and are left out.
         failed: Ids left out whose prediction failed, as the predictions' own list says.
@@ -80,6 +75,7 @@ class Pairs:
     without_prediction: tuple[str, ...]
     failed: tuple[str, ...]
     scored_as_empty: tuple[str, ...]
+    ignore_label: int | None = None
 
 
 def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_empty: bool = False) -> Pairs:
@@ -116,11 +112,12 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
             for name in sorted([*predictions_of, *as_empty])
         ),
         labels=predicted.labels or referenced.labels,
-        regions=regions,
+        regions=regions or {name: [*members] for name, members in referenced.regions.items()},
         without_reference=tuple(sorted(ours.keys() - matched.keys())),
         without_prediction=() if missing_as_empty else tuple(unpredicted),
         failed=tuple(name for name in failed if name not in as_empty),
         scored_as_empty=tuple(as_empty),
+        ignore_label=predicted.ignore_label if referenced.ignore_label is None else referenced.ignore_label,
     )
     _warn_of_unmatched(found)
     differing = differing_names(predicted.labels, referenced.labels)
@@ -172,7 +169,8 @@ def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], tuple[
     labels = read_labels(content.get("labels"), listing)
     failed = tuple(str(case.get("id")) for case in content.get("failed") or () if isinstance(case, dict))
     regions = {printable(str(name)): list(members) for name, members in regions.items()}
-    return CaseSet(root=folder, form="json", cases=maps, labels=labels), regions, failed
+    found = CaseSet(root=folder, form="json", cases=maps, labels=labels.names, ignore_label=labels.ignore_label)
+    return found, regions, failed
 
 
 def _referenced(references: str | Sequence[str]) -> CaseSet:
@@ -204,13 +202,21 @@ def _label_maps(paths: Sequence[str], folder: str) -> CaseSet:
         if name in found:
             raise DataError(f"{path}: has the same name as {found[name].label}; give each label map a name of its own.")
         found[name] = Case(id=name, images=(), label=path, patient=name)
-    labels: dict[int, str] = {}
+    labels = LabelDeclaration()
     places = (os.path.join(place, "dataset.json") for place in (folder, os.path.dirname(os.path.abspath(folder))))
     description = next(filter(os.path.isfile, places), None)
     if description is not None:
         content = read_json(description)
-        labels = read_labels(content.get("labels"), description) if isinstance(content, dict) else {}
-    return CaseSet(root=folder, form="folder", cases=tuple(found.values()), labels=labels)
+        if isinstance(content, dict):
+            labels = read_labels(content.get("labels"), description, content.get("regions_class_order"))
+    return CaseSet(
+        root=folder,
+        form="folder",
+        cases=tuple(found.values()),
+        labels=labels.names,
+        ignore_label=labels.ignore_label,
+        regions=labels.regions,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

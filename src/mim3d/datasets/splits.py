@@ -42,9 +42,10 @@ class Split:
 def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, seed: int = 0) -> Split:
     """Split cases into training and validation, never dividing a patient.
 
-    A declared split has priority: "val" validates, "test" is left out, the rest trains. Where no case is declared
-    "val", the patients of each class are shuffled and distributed evenly over the folds, and one fold validates. The
-    result depends on ids, patients, classes and the seed, not on the order of ``cases``.
+    A declared split has priority: "val" validates, "test" is left out, the rest trains. Declared folds come next: the
+    cases of the chosen one validate, those of none always train. Where neither is declared, the patients of each class
+    are shuffled and distributed evenly over the folds, and one fold validates. The result depends on ids, patients,
+    classes and the seed, not on the order of ``cases``.
 
     Args:
         cases: All cases of the data set.
@@ -53,16 +54,27 @@ def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, see
         seed: Seed of the shuffle.
 
     Raises:
-        ConfigError: ``fold`` is not in ``0 .. num_folds - 1``, or there are fewer than two folds.
+        ConfigError: ``fold`` is not in ``0 .. num_folds - 1`` or not declared, there are fewer than two folds, or more
+            are declared than ``num_folds``.
         DataError: There are fewer patients than folds, or a declared split leaves a part empty.
     """
-    if num_folds < 2 or not 0 <= fold < num_folds:
+    folds = declared_folds(cases)
+    if folds:
+        if len(folds) > num_folds:
+            raise ConfigError(
+                f"The data set declares {len(folds)} folds ({listed(folds)}), but num_folds is {num_folds}; use "
+                f"--num_folds {len(folds)}."
+            )
+        if fold not in folds:
+            raise ConfigError(f"The data set declares the folds {listed(folds, 20)}, so fold cannot be {fold}.")
+    elif num_folds < 2 or not 0 <= fold < num_folds:
         raise ConfigError(f"fold {fold} of {num_folds} does not exist; use num_folds >= 2 and fold 0 to num_folds - 1.")
     usable = [case for case in cases if case.split != "test"]
-    if any(case.split == "val" for case in cases):
+    if folds or any(case.split == "val" for case in cases):
+        held_out_ids = {case.id for case in usable if (case.fold == fold if folds else case.split == "val")}
         split = Split(
-            train=tuple(case for case in usable if case.split != "val"),
-            val=tuple(case for case in usable if case.split == "val"),
+            train=tuple(case for case in usable if case.id not in held_out_ids),
+            val=tuple(case for case in usable if case.id in held_out_ids),
         )
         if not split.train:
             raise DataError('The declared split has no case to train on; mark some cases "train".')
@@ -87,6 +99,13 @@ def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, see
         train=tuple(case for case in usable if case.patient not in held_out),
         val=tuple(case for case in usable if case.patient in held_out),
     )
+
+
+def declared_folds(cases: Sequence[Case]) -> list[int]:
+    """The numbers of the folds that a data set declares, sorted; none where a declared "val" takes their place."""
+    if any(case.split == "val" for case in cases):
+        return []
+    return sorted({case.fold for case in cases if case.fold is not None and case.split != "test"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,9 @@ class Task(ABC):
 
     def lacks(self, case: Case) -> str | None:
         """Say what a case lacks to be learned from; such cases are left out. None where it has everything."""
+        if case.split == "test":
+            # Neither learned from nor validated on.
+            return None
         if self.needs == "label" and case.label is None:
             return f"no label for {case.id}; add its label map, or take the case out"
         if self.needs == "class" and case.class_name is None:
@@ -109,12 +112,14 @@ class Task(ABC):
     def classes_of(self, scans: Cache) -> dict[int, str]:
         """Return value -> name of what the network tells apart: the labels of the scans' maps, background 0 included.
 
+        A value that the data set declares as ignored is among them, so that a task can name it as its ``ignore_label``.
+
         Raises:
             DataError: There is nothing to tell apart.
         """
         if not any(value != 0 for value in scans.labels):
             raise DataError(f"{scans.path}: no label but background in {len(scans)} scans; check the label files.")
-        return scans.labels
+        return scans.label_values
 
     def validation_bytes(self, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> int:
         """Return the bytes a validation holds besides the network: scores of every label for the largest scan."""

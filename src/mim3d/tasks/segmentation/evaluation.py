@@ -58,6 +58,9 @@ NSD_TOLERANCE_MM = 1.0
 #: Scores of a case's lesions that go into the table of cases: all but the lists of single lesions.
 LESION_NAMES = tuple(score.name for score in fields(LesionScore) if not score.name.startswith("reference_"))
 
+#: What becomes of voxels of a reference that nothing is known of.
+IGNORED = "Voxels of this value in a reference count in no score: both maps are background there."
+
 CaseScores = Mapping[str, LabelScore]
 
 
@@ -106,6 +109,7 @@ class LabelEvaluation:
             nsd_tolerance_mm=self.nsd_tolerance_mm,
             lesions=None if settings.lesions is False else self.lesion_settings,
             lesions_of=chosen_lesions(settings.lesions, list(names.regions)),
+            ignore_label=found.ignore_label,
         )
         others = None if settings.compare is None else self._compared(found, settings.compare)
         pairs = [*found.pairs, *(others.pairs if others else ())]
@@ -190,8 +194,10 @@ class LabelEvaluation:
                 "compare": settings.compare and os.path.abspath(settings.compare),
                 **asdict(settings.bootstrap),
             },
+            **({} if found.ignore_label is None else {"ignore_label": found.ignore_label}),
             "conventions": {
                 **CONVENTIONS,
+                **({} if found.ignore_label is None else {"ignore_label": IGNORED}),
                 "missing": (
                     "A reference without a prediction, one whose prediction failed included, is left out of all scores "
                     "and named under not_scored (leave_out), or scored as an empty prediction and named under "

@@ -119,6 +119,7 @@ class CaseScoring:
         nsd_tolerance_mm: Distance in mm up to which two surfaces agree.
         lesions: When lesions match; None leaves them out.
         lesions_of: Names whose lesions are scored; None for all.
+        ignore_label: Value of the reference's voxels that count in no score; both maps are background there.
     """
 
     regions: Mapping[str, tuple[int, ...]]
@@ -126,6 +127,7 @@ class CaseScoring:
     nsd_tolerance_mm: float
     lesions: LesionSettings | None
     lesions_of: frozenset[str] | None
+    ignore_label: int | None = None
 
     def score(self, pair: Pair) -> dict[str, LabelScore]:
         """Score one case, by name.
@@ -142,6 +144,7 @@ class CaseScoring:
             if lowest < 0:
                 raise DataError(f"{volume.grid.path}: holds the label value {lowest}, but labels count from 0.")
             values = set(values_in(volume.array))
+            values.discard(-1 if self.ignore_label is None else self.ignore_label)
             if self.allowed is not None and not values <= self.allowed:
                 raise DataError(
                     f"{volume.grid.path}: holds label values that are not declared "
@@ -149,10 +152,14 @@ class CaseScoring:
                     "the map, or name the labels to score with --labels."
                 )
             held |= values
-        prediction = np.zeros_like(reference.array) if pair.prediction is None else volumes[0].array
+        truth = reference.array
+        prediction = np.zeros_like(truth) if pair.prediction is None else volumes[0].array
+        if self.ignore_label is not None:
+            known = truth != self.ignore_label
+            prediction, truth = prediction * known, truth * known
         return score_regions(
             prediction,
-            reference.array,
+            truth,
             reference.spacing_mm,
             self.regions or {label_name(value): (value,) for value in sorted(held)},
             nsd_tolerance_mm=self.nsd_tolerance_mm,

@@ -12,7 +12,7 @@ from mim3d.datasets.splits import Split
 from mim3d.datasets.usable import usable_cases
 from mim3d.tasks import create_task
 from mim3d.tasks.contract import Task
-from mim3d.workflows.finetune.presets import describe_preset, with_preset
+from mim3d.workflows.finetune.presets import describe_preset, with_declared, with_preset
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import asked_recipe
 from mim3d.workflows.shared.inputs import read_data, unreadable_of
@@ -48,6 +48,8 @@ def read_training_data(settings: FinetuneSettings) -> TrainingData:
     if settings.preset is None:
         task = create_task(settings.task)
         source = read_data(settings.data, lacks=task.lacks, keep_labels=True, strict=bool(settings.strict))
+        settings = with_declared(settings, source)
+        task = create_task(settings.task)
         return TrainingData(settings, task, source, settings.split(source.cases, unreadable_of(source)))
     preset = find_preset(settings.preset)
     multiple = asked_recipe(settings.backbone, settings.weights)[0].input_multiple

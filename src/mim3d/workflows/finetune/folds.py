@@ -13,9 +13,10 @@ from mim3d.core.files import write_json
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable
 from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named, write_yaml
-from mim3d.datasets.cases import CaseSet
+from mim3d.datasets.cases import CaseSet, read_cases
 from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
+from mim3d.datasets.splits import declared_folds
 from mim3d.tasks import TASKS, create_task
 from mim3d.workflows.finetune.planning import PLAN_NAME
 from mim3d.workflows.finetune.presets import with_own_folds
@@ -45,8 +46,9 @@ def finetune_folds(settings: FinetuneSettings) -> str:
     out = Path(settings.out)
     if settings.preset is not None:
         settings = with_own_folds(find_preset(settings.preset), settings)
-    folders = [out / f"fold_{fold}" for fold in range(settings.num_folds)]
-    _check(settings, out, folders)
+    folds = _folds(settings)
+    folders = [out / f"fold_{fold}" for fold in folds]
+    _check(settings, out, dict(zip(folds, folders, strict=True)))
     config = out / CONFIG_NAME
     if not (config.is_file() and read_yaml(config).get("fold") == "all"):
         require_usable(out)
@@ -54,7 +56,8 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         _write_config(out, settings)
     end = None if settings.max_time is None else time.monotonic() + parse_duration(settings.max_time)
     finished: list[FinetuneResult] = []
-    for fold, folder in enumerate(folders):
+    for fold, folder in zip(folds, folders, strict=True):
+        is_first = folder is folders[0]
         max_time = None
         if end is not None:
             seconds = int(end - time.monotonic())
@@ -64,10 +67,10 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         say(f"fold {fold} of {len(folders)}: {folder}")
         plan, cache = folders[0] / PLAN_NAME, settings.cache or str(out / "cache")
         own = replace(settings, fold=fold, out=str(folder), cache=cache, max_time=max_time)
-        if fold and settings.plan is None and plan.is_file():
+        if not is_first and settings.plan is None and plan.is_file():
             own = replace(own, plan=str(plan))
-        run = finetune_once(own, every_fold=fold == 0)
-        if fold == 0:
+        run = finetune_once(own, every_fold=is_first)
+        if is_first:
             # Only now: settings with which no fold can be resumed must not take the place of those that can.
             _write_config(out, settings)
         if not run.finished:
@@ -87,7 +90,29 @@ def finetune_folds(settings: FinetuneSettings) -> str:
     return str(out)
 
 
-def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> None:
+def _folds(settings: FinetuneSettings) -> Sequence[int]:
+    """The numbers of the folds: those that the data set declares, else as many as are asked for.
+
+    Raises:
+        ConfigError: More are declared than are asked for.
+    """
+    if settings.preset is not None:
+        return range(settings.num_folds)
+    with warnings.catch_warnings():
+        # Every fold says itself what there is to say of the data set.
+        warnings.simplefilter("ignore")
+        source: Cache | CaseSet = open_cache(settings.data) if is_cache(settings.data) else read_cases(settings.data)
+    declared = declared_folds(source.cases)
+    if not declared:
+        return range(settings.num_folds)
+    if len(declared) > settings.num_folds:
+        # Refused there in one sentence for one fold and all alike.
+        replace(settings, fold=declared[0]).split(source.cases)
+    print(f"{settings.data} declares {len(declared)} folds: {', '.join(map(str, declared))}")
+    return declared
+
+
+def _check(settings: FinetuneSettings, out: Path, folders: Mapping[int, Path]) -> None:
     """Refuse what would come to an end only after hours."""
     if (settings.devices or 1) * (settings.num_nodes or 1) > 1:
         raise ConfigError(
@@ -98,7 +123,7 @@ def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> No
         raise ConfigError(f"num_folds is {settings.num_folds}, but fold all needs num_folds >= 2, such as 5.")
     if (out / MANIFEST_NAME).exists():
         raise ConfigError(f"{out} holds a single run already; choose another --out for all folds.")
-    begun = [folder for folder in folders if (folder / MANIFEST_NAME).exists()]
+    begun = [folder for folder in folders.values() if (folder / MANIFEST_NAME).exists()]
     if begun and not settings.resume:
         raise ConfigError(f"{begun[0]} holds a run already; go on by --resume true, or choose another --out.")
     data = settings.data
@@ -108,7 +133,7 @@ def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> No
             # Every fold says itself which of its cases are missing.
             warnings.simplefilter("ignore")
             source: Cache | CaseSet = open_cache(data) if is_cache(data) else read_preset(preset, data, None)
-            for fold in range(settings.num_folds):
+            for fold in folders:
                 cases = declare_fold(preset, data, source.cases, fold, strict=settings.strict)
                 replace(settings, fold=fold).split(cases)
         return
@@ -119,7 +144,7 @@ def _check(settings: FinetuneSettings, out: Path, folders: Sequence[Path]) -> No
             f"{data} declares which cases validate, so that all folds would be the same; use --fold 0, or "
             "leave the declared split out."
         )
-    for fold in range(settings.num_folds):
+    for fold in folders:
         replace(settings, fold=fold).split(every.cases, unreadable_of(every))
 
 

@@ -119,7 +119,7 @@ def plan_finetuning(
     if isinstance(source, Cache):
         sources = cached_sources(source.subset(cases), task.ignore_label)
     else:
-        sources = file_sources(cases, source.labels, task.ignore_label)
+        sources = file_sources(cases, source.label_values, task.ignore_label)
     learned = tuple(case.id for case in split.train)
     # No voxel is looked at where no open setting follows from voxels.
     num_scans = 0 if {"intensity", "patch_size"} <= decided.values.keys() else DEFAULT_VOXEL_SCANS
@@ -170,7 +170,7 @@ def _make_plan(
     spacing_mm = decided.values["spacing_mm"] if "spacing_mm" in decided.values else plan_spacing(fingerprint.scans)[0]
     held_out = {case.id for case in split.val}
     shapes = shapes_at([grid for grid in fingerprint.scans if grid.id in held_out], spacing_mm)
-    labels = dict(source.labels)
+    labels = source.label_values
     if not labels:
         # As found in the scans looked into and named in the task.
         found = {facts.value: facts.name for facts in fingerprint.classes} or {1: "1"}

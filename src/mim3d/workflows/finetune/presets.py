@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from mim3d.backbones.contract import round_up, size_text
+from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, listed
-from mim3d.core.settings import to_named
+from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Triple
+from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.published.presets import Preset
 from mim3d.datasets.splits import Split
-from mim3d.tasks import TASKS, find_task
+from mim3d.tasks import TASKS, create_task, find_task
 from mim3d.tasks.augmentation import sided_labels
 from mim3d.tasks.contract import CropTask, Task
 from mim3d.training.schedule import Optimisation
@@ -109,6 +111,40 @@ def describe_preset(preset: Preset, split: Split, task: Task, multiple: Triple) 
             f"a side ({listed(list(sided))}); to keep the sides apart: {remedy}"
         )
     return lines
+
+
+def with_declared(settings: FinetuneSettings, source: CaseSet | Cache) -> FinetuneSettings:
+    """Settings whose task knows what the data set declares of its labels, where the user did not say otherwise.
+
+    That are the ignored value, and the regions with the values that they give in predictions; both are printed. A task
+    without such settings stays as it is.
+
+    Args:
+        settings: Settings as the user gave them.
+        source: The data set or cache.
+    """
+    asked: Any = settings.task
+    task: Any = create_task(asked)
+    given = set(asked) if isinstance(asked, Mapping) else set()
+    if dataclasses.is_dataclass(asked):
+        given = {name for name in ("ignore_label", "regions", "region_values") if getattr(task, name, None) is not None}
+    known = {item.name for item in dataclasses.fields(task)} - given
+    declared: dict[str, Any] = {}
+    if source.ignore_label is not None and "ignore_label" in known:
+        declared["ignore_label"] = source.ignore_label
+        print(f"label value {source.ignore_label} is ignored, as the data set declares it: nothing is learned from it")
+    if source.regions and "regions" in known:
+        declared["regions"] = dict(source.regions)
+        if source.region_values is not None and "region_values" in known:
+            declared["region_values"] = source.region_values
+        members = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in source.regions.items())
+        print(f"regions, as the data set declares them by label values: {members}")
+    if not declared:
+        return settings
+    if dataclasses.is_dataclass(asked):
+        return replace(settings, task=replace(task, **declared))
+    own = {"name": asked} if isinstance(asked, str) else dict(asked or {})
+    return replace(settings, task={**own, **{name: to_mapping(value) for name, value in declared.items()}})
 
 
 def _merged_task(preset: Preset, patch_size: Triple, asked: Any) -> Any:

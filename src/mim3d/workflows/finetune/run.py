@@ -114,7 +114,7 @@ def _initialise(settings: FinetuneSettings, task: Task, source: CaseSet | Cache,
     initial = initialise(settings.backbone, settings.weights, num_channels, settings.input_layers)
     check_channels([*split.train, *split.val], initial.recipe)
     task.checked(initial.recipe)
-    task.check_labels(source.labels)
+    task.check_labels(source.label_values)
     for frozen in ("freeze_encoder", "unfreeze_ratio"):
         if settings.weights is None and getattr(task, frozen, None):
             warnings.warn(

@@ -109,6 +109,8 @@ def open_scans(
         DataError: Nothing can be used; ``strict``, and something cannot; or another machine has other scans.
         Mim3dError: Another process has failed.
     """
+    if source.notes:
+        run.note({"data_notes": source.notes})
     if isinstance(source, Cache):
         scans = given_scans(source, cases, spacing_mm)
         num_cases, failed = len(source) + len(source.failed), source.failed
