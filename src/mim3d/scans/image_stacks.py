@@ -18,10 +18,19 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError
 from mim3d.scans import files
-from mim3d.scans.grids import LPS_TO_RAS, Grid
-from mim3d.scans.itk import simple_itk
+from mim3d.scans.grids import LPS_TO_RAS, Grid, volume_shape
+from mim3d.scans.reading_process import read_apart
 
 SLICE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+#: First bytes of an image -> what SimpleITK decodes it with; the ending of its name may say otherwise.
+_DECODERS = {
+    b"\x89PNG": "PNGImageIO", b"\xff\xd8": "JPEGImageIO", b"BM": "BMPImageIO",
+    b"II": "TIFFImageIO", b"MM": "TIFFImageIO",
+}  # fmt: skip
+
+#: No slice is larger; it bounds the memory and the time that a damaged one may take.
+MAX_SLICE_BYTES = 2**25
 
 #: A grey image saved in colour may differ by so much between its channels, from the rounding of JPEG.
 MAX_COLOUR_DIFFERENCE = 4
@@ -59,22 +68,18 @@ class ImageStack:
 
 
 def open_image_stack(folder: str) -> ImageStack:
-    """Find the slice images of a folder; the size of each slice is that in the header of the first one.
+    """Find the slice images of a folder; the size of each slice is that of the first one.
 
     Raises:
         DataError: There are no images, two have the same number, or the first cannot be read.
     """
     paths = slice_paths(folder)
-    files.check_file(paths[0])
-    reader = simple_itk().ImageFileReader()
-    reader.SetFileName(paths[0])
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise _unreadable(paths[0]) from error
-    columns, rows = (int(size) for size in reader.GetSize()[:2])
+    first = _read_slice(paths[0])
+    rows, columns = first.shape
+    shape = volume_shape((columns, rows, len(paths)), folder)
+    files.check_memory(folder, shape, first.itemsize)
     _warn_of_spacing()
-    grid = Grid(shape=(columns, rows, len(paths)), affine=LPS_TO_RAS.copy(), path=folder)
+    grid = Grid(shape=shape, affine=LPS_TO_RAS.copy(), path=folder)
     return ImageStack(grid=grid, paths=tuple(paths))
 
 
@@ -116,11 +121,15 @@ def natural(name: str) -> list[tuple[int, str]]:
 def _read_slice(path: str) -> npt.NDArray[Any]:
     """One image ``(row, column)``; grey ones saved in colour become grey again."""
     files.check_file(path)
-    sitk = simple_itk()
+    with open(path, "rb") as stream:
+        start = stream.read(4)
+    image_io = next((name for magic, name in _DECODERS.items() if start.startswith(magic)), None)
+    if image_io is None:
+        raise DataError(f"{path}: this is no image (its first bytes say otherwise); copy it again from its source.")
     try:
-        image = np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(path)))
-    except RuntimeError as error:
-        raise _unreadable(path) from error
+        image = read_apart(path, image_io, MAX_SLICE_BYTES)
+    except DataError as error:
+        raise DataError(f"{error} Copy the image again from its source.") from error
     if image.ndim == 2:
         return image
     # Two values are grey and opacity, four are colour and opacity.
@@ -128,10 +137,6 @@ def _read_slice(path: str) -> npt.NDArray[Any]:
     if colours.ndim != 3 or int(np.ptp(colours.astype(np.int64), axis=-1).max()) > MAX_COLOUR_DIFFERENCE:
         raise DataError(f"{path}: holds colours or several images, but a slice is one grey image; convert it.")
     return np.asarray(colours[..., 0])
-
-
-def _unreadable(path: str) -> DataError:
-    return DataError(f"{path}: cannot be read as an image; copy it again from its source.")
 
 
 @functools.cache

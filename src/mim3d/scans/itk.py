@@ -94,6 +94,10 @@ def itk_files(path: str) -> list[str]:
 
 def write_itk(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
     """Write voxels in stored axis order, compressed, as the format that the suffix of `path` names."""
+    import SimpleITK
+
+    # Without types, so that mypy does not check calls into it.
+    sitk: Any = SimpleITK
     geometry = grid.source
     if not isinstance(geometry, ItkGeometry):
         lps = LPS_TO_RAS @ grid.affine
@@ -103,7 +107,6 @@ def write_itk(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
             origin=tuple(float(value) for value in lps[:3, 3]),
             direction=tuple(float(value) for value in (lps[:3, :3] / np.array(spacing)).ravel()),
         )
-    sitk = simple_itk()
     image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
@@ -112,13 +115,6 @@ def write_itk(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
         sitk.WriteImage(image, path, True)
     except RuntimeError as error:
         raise OSError(str(error).strip().splitlines()[-1].strip()) from error
-
-
-def simple_itk() -> Any:
-    """The SimpleITK module, imported where it is needed; it has no types."""
-    import SimpleITK
-
-    return SimpleITK
 
 
 def _read_header(path: str) -> TextHeader:

@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -63,11 +64,14 @@ class _ReadingProcess:
             start += count
         return received
 
-    def end(self) -> None:
-        """End the process, whatever it is doing."""
-        if self.owner == os.getpid():
-            self._process.kill()
-            self._process.communicate()
+    def end(self) -> str:
+        """End the process, whatever it is doing; a phrase of how it ended if it had done so by itself."""
+        if self.owner != os.getpid():
+            return "ended"
+        self._process.kill()
+        self._process.communicate()
+        code = self._process.returncode
+        return f"ended with {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
 
 
 _current: _ReadingProcess | None = None
@@ -99,14 +103,15 @@ def read_apart(path: str, image_io: str, size_bytes: int) -> npt.NDArray[Any]:
             request = {"path": os.path.abspath(path), "image_io": image_io, "max_bytes": 4 * size_bytes}
             answer, voxels = _current.ask(request, deadline_s)
         except BaseException as error:
+            ending = "could not be started"
             if _current is not None:
                 atexit.unregister(_current.end)
-                _current.end()
+                ending = _current.end()
                 _current = None
             if isinstance(error, TimeoutError):
                 raise DataError(f"{path}: the pixels cannot be decoded in {deadline_s:.0f} s.") from error
             if isinstance(error, EOFError | OSError | ValueError):
-                raise DataError(f"{path}: the pixels cannot be decoded (their decoder crashed).") from error
+                raise DataError(f"{path}: the pixels cannot be decoded (SimpleITK {ending} on them).") from error
             raise
     if "error" in answer:
         raise DataError(f"{path}: the pixels cannot be decoded ({answer['error']}).")

@@ -201,7 +201,10 @@ def beside(path: str, name: str) -> str:
         )
     if not os.path.lexists(target):
         raise DataError(f"{path}: its voxels, {target}, are missing; put them there.")
-    files.check_file(target)
+    try:
+        files.check_file(target)
+    except DataError as error:
+        raise DataError(f"{path}: its voxels cannot be read: {error}") from error
     return target
 
 
