@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 
+import nibabel
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -66,6 +68,23 @@ def test_a_whole_read_equals_the_prepared_case(cached):
         np.testing.assert_array_equal(image, prepared.image)
         np.testing.assert_array_equal(scan.read_label((0, 0, 0), scan.shape), prepared.label)
         np.testing.assert_array_equal(scan.affine, prepared.affine)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_a_scan_leaves_open_is_said_once_and_stored_whoever_read_it(tmp_path, num_workers):
+    for index in range(2):
+        # Without a matrix nibabel sets neither orientation code.
+        (tmp_path / "data").mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(noise((9, 8, 7), seed=index), None), tmp_path / "data" / f"c{index}.nii")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = built(tmp_path / "data", tmp_path / "cache", num_workers=num_workers)
+    said = [str(warning.message) for warning in caught if "sform_code" in str(warning.message)]
+    assert sorted(sentence.split(":")[0] for sentence in said) == [case.images[0] for case in (s.case for s in cache)]
+    for scan in cache:
+        with open(f"{scan.source}/card.json") as file:
+            card = json.load(file)
+        assert "sform_code are 0" in card["assumed"][0]
 
 
 corner = st.tuples(*[st.integers(-50, 60)] * 3)

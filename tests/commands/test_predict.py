@@ -117,6 +117,16 @@ def test_a_bad_scan_is_listed_with_its_reason_and_the_others_are_done(segmenter_
     assert listing(out)["failed"] == []
 
 
+@pytest.mark.filterwarnings("ignore:.*sform_code")
+def test_what_was_assumed_of_a_scan_stands_beside_its_prediction(segmenter_run, tmp_path):
+    write_scan(tmp_path / "scans" / "told.nii.gz", ball_scan(50)[0])
+    nibabel.save(nibabel.Nifti1Image(ball_scan(51)[0], None), tmp_path / "scans" / "untold.nii.gz")
+    predict(str(segmenter_run), str(tmp_path / "out"), input=str(tmp_path / "scans"))
+    told, untold = listing(tmp_path / "out")["cases"]
+    assert "assumed" not in told
+    assert "left and right may be the wrong way round" in untold["assumed"][0]
+
+
 def test_label_maps_of_other_settings_are_not_mixed_unless_they_are_to_be_replaced(segmenter_run, scans, tmp_path):
     out = str(tmp_path / "out")
     predict(str(segmenter_run), out, input=str(scans))

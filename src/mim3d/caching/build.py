@@ -33,6 +33,8 @@ from mim3d.core.progress import counted
 from mim3d.core.resources import num_cores
 from mim3d.core.worker_processes import ITEM_TIMEOUT_S
 from mim3d.datasets.cases import CaseSet
+from mim3d.scans.files import warn_of_assumptions
+from mim3d.scans.grids import split_channel
 
 #: The memo of digests is written this often, so that a killed build need not hash again what it hashed.
 _MEMO_EVERY_S = 10.0
@@ -232,12 +234,14 @@ def _build_all(
     else:
         building = build_on_cluster(scheduler, cases.cases, settings)
     results: dict[str, CaseResult] = {}
+    paths = {case.id: split_channel(case.images[0])[0] for case in cases.cases}
     written = time.monotonic()
     # Closed before anything else happens after a failure: no process may write once the lock has fallen.
     with closing(building):
         for result in counted(building, len(cases.cases), "caching"):
             results[result.id] = result
             memo.update(result.digests)
+            warn_of_assumptions(paths[result.id], result.assumed)
             if result.write_error is not None:
                 raise OSError(result.write_error)
             if time.monotonic() - written > _MEMO_EVERY_S:

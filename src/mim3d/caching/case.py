@@ -69,6 +69,7 @@ class CaseResult:
         failure: Why it could not be used.
         write_error: Why the cache could not be written; the build cannot go on then.
         digests: Memo entries of its source files.
+        assumed: What its first image leaves open, with what is assumed, where it was read now.
     """
 
     id: str
@@ -76,6 +77,7 @@ class CaseResult:
     failure: Failure | None = None
     write_error: str | None = None
     digests: DigestMemo = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
 
 def build_case(case: Case, settings: BuildSettings) -> CaseResult:
@@ -96,7 +98,7 @@ def build_case(case: Case, settings: BuildSettings) -> CaseResult:
         if is_stored and isinstance(error, OSError):
             return result(write_error=error.strerror or str(error), digests=entries)
         return result(failure=Failure.of(error, name))
-    return result(folder=folder, digests=entries)
+    return result(folder=folder, digests=entries, assumed=prepared.grid.assumed)
 
 
 def _source_card(case: Case, settings: BuildSettings, entries: DigestMemo) -> Card:
@@ -156,6 +158,8 @@ def _write_case(folder: str, prepared: Prepared, card: Card, settings: BuildSett
         ]
         write_image(os.path.join(scratch, layout.IMAGE), stored, meanings, preprocessing.num_levels, shown)
         card |= card_of(prepared, meanings, stored.dtype, preprocessing.num_levels, windows) | {"num_voxels": []}
+        if prepared.grid.assumed:
+            card["assumed"] = list(prepared.grid.assumed)
         del stored
         if prepared.label is not None:
             write_array(os.path.join(scratch, layout.LABEL), prepared.label)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import multiprocessing
 import os
 import sys
 import warnings
@@ -191,6 +192,11 @@ def require_one_value(num_values: int, path: str) -> None:
 
 
 @functools.cache
-def warn_once(sentence: str) -> None:
-    """Warn of something that a file leaves open, once, however often the file is read."""
-    warnings.warn(sentence, stacklevel=2)
+def warn_of_assumptions(path: str, assumed: tuple[str, ...]) -> None:
+    """Warn of what a file leaves open and what is assumed, once, however often it is read.
+
+    A process of a pool says nothing: its results carry what it found to the process that the user watches.
+    """
+    if multiprocessing.parent_process() is None:
+        for phrase in assumed:
+            warnings.warn(f"{path}: {phrase}.", stacklevel=2)

@@ -44,12 +44,14 @@ class Grid:
         affine: (4, 4) float64, stored index to RAS millimetres.
         path: File or DICOM series that it was read from.
         source: Geometry as its format stores it, so that a file of the same format gets it back bit by bit, or None.
+        assumed: A phrase for each thing of the geometry that the file leaves open or says twice, with what is assumed.
     """
 
     shape: Triple
     affine: npt.NDArray[np.float64]
     path: str
     source: object | None = None
+    assumed: tuple[str, ...] = ()
 
     @property
     def orientation(self) -> npt.NDArray[np.float64]:

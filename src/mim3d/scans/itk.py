@@ -78,9 +78,9 @@ def open_itk(path: str) -> ItkScan:
     affine[:3, 3] = geometry.origin
     affine = LPS_TO_RAS @ affine
     check_affine(affine, path)
-    for phrase in header.assumed:
-        files.warn_once(f"{path}: {phrase}.")
-    return ItkScan(grid=Grid(shape=header.shape, affine=affine, path=path, source=geometry), header=header)
+    files.warn_of_assumptions(path, header.assumed)
+    grid = Grid(shape=header.shape, affine=affine, path=path, source=geometry, assumed=header.assumed)
+    return ItkScan(grid=grid, header=header)
 
 
 def itk_files(path: str) -> list[str]:

@@ -259,34 +259,35 @@ def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
         raise DataError(f"{path}: the header is damaged ({error}); export the scan again.") from error
     affine[:3] *= unit_mm
     check_affine(affine, path)
-    _warn_of_geometry(mended, shape, affine, unit_mm, path)
-    return Grid(shape=shape, affine=affine, path=address, source=header)
+    assumed = _assumed(mended, shape, affine, unit_mm)
+    files.warn_of_assumptions(path, assumed)
+    return Grid(shape=shape, affine=affine, path=address, source=header, assumed=assumed)
 
 
-def _warn_of_geometry(header: Any, shape: Triple, affine: npt.NDArray[np.float64], unit_mm: float, path: str) -> None:
-    """Say what of the geometry was assumed, and where a header says two things."""
+def _assumed(header: Any, shape: Triple, affine: npt.NDArray[np.float64], unit_mm: float) -> tuple[str, ...]:
+    """What of the geometry is left open or said twice, with what is assumed."""
     qform, sform = int(header["qform_code"]), int(header["sform_code"])
     if qform <= 0 and sform <= 0:
-        files.warn_once(
-            f"{path}: the header does not say how the patient lies (qform_code and sform_code are 0); voxels are taken "
-            "to run to the left, the front and the head, so left and right may be the wrong way round."
+        return (
+            "the header does not say how the patient lies (qform_code and sform_code are 0); voxels are taken to run "
+            "to the left, the front and the head, so left and right may be the wrong way round",
         )
-        return
     declared, used = np.array(header["pixdim"][1:4], dtype=np.float64) * unit_mm, np.array(spacing_of(affine))
     if not np.allclose(declared, used, rtol=0.01):
-        files.warn_once(
-            f"{path}: the header has two voxel sizes, {times(np.round(declared, 4).tolist())} mm (pixdim) and "
-            f"{times(np.round(used, 4).tolist())} mm (sform); the sform is used."
+        return (
+            f"the header has two voxel sizes, {times(np.round(declared, 4).tolist())} mm (pixdim) and "
+            f"{times(np.round(used, 4).tolist())} mm (sform); the sform is used",
         )
-    elif qform > 0 and sform > 0:
+    if qform > 0 and sform > 0:
         other = np.array(header.get_qform(), dtype=np.float64)
         other[:3] *= unit_mm
         shift_mm, shift_voxels = largest_shift(affine, other, shape)
         if not shift_voxels <= TOLERANCE_VOXELS:
-            files.warn_once(
-                f"{path}: the header places voxels twice, by qform and sform, up to {shift_mm:.4g} mm or "
-                f"{shift_voxels:.3g} voxels apart; the sform is used, and other programs may use the qform."
+            return (
+                f"the header places voxels twice, by qform and sform, up to {shift_mm:.4g} mm or {shift_voxels:.3g} "
+                "voxels apart; the sform is used, and other programs may use the qform",
             )
+    return ()
 
 
 def rescaled(raw: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:

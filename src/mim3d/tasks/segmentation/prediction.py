@@ -149,6 +149,7 @@ class SegmentationPredictor(Predictor):
     def predict(
         self, cases: Sequence[Case], inputs: Sequence[Any], folder: Path, on_windows: Callable[[int, int], None]
     ) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = []
         for case in cases:
             files = self.files_of(case)
             kept = ProbabilityFile(folder / files["probabilities"]) if "probabilities" in files else None
@@ -169,7 +170,8 @@ class SegmentationPredictor(Predictor):
                 write_dicom_seg(folder / files["prediction"], labels, case.images[0], names, algorithm=algorithm)
             else:
                 write_volume(folder / files["prediction"], labels, grid)
-        return [{} for _ in cases]
+            entries.append({"assumed": list(grid.assumed)} if grid.assumed else {})
+        return entries
 
     def segment(
         self,
