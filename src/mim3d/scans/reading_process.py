@@ -21,9 +21,13 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError
 
-#: Seconds that an image may take, and bytes of it for which there is one second more.
+#: Seconds that an image may take, and bytes of the file and of its voxels for which there is one second more.
 DEADLINE_S = 8.0
-_BYTES_PER_S = 2**22
+_FILE_BYTES_PER_S = 2**20
+_VOXEL_BYTES_PER_S = 2**26
+
+#: Memory that a reader may take, in sizes of the voxels: they lie in several buffers, and as double precision.
+_MAX_COPIES = 8
 
 #: Seconds in which the process must have started, on a slow disk too.
 _START_S = 120.0
@@ -78,13 +82,25 @@ _current: _ReadingProcess | None = None
 _lock = threading.Lock()
 
 
+def _read_through(path: str) -> int:
+    """Bring a file into the memory of the system, so that no deadline runs while a disk is slow; its size in bytes."""
+    size_bytes = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                size_bytes += len(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    return size_bytes
+
+
 def read_apart(path: str, image_io: str, size_bytes: int) -> npt.NDArray[Any]:
     """Read an image with SimpleITK in a process of its own.
 
     Args:
         path: The file; it must be a regular one.
         image_io: Name of the reader in SimpleITK.
-        size_bytes: Size that the header claims; it bounds the time and, four times, the memory that may be taken.
+        size_bytes: Size of the voxels that the header claims; it bounds the time and the memory that may be taken.
 
     Returns:
         The voxels as SimpleITK gives them, slowest axis first.
@@ -93,14 +109,14 @@ def read_apart(path: str, image_io: str, size_bytes: int) -> npt.NDArray[Any]:
         DataError: The image cannot be read, its reader crashed, or it took too long.
     """
     global _current
-    deadline_s = DEADLINE_S + size_bytes / _BYTES_PER_S
+    deadline_s = DEADLINE_S + _read_through(path) / _FILE_BYTES_PER_S + size_bytes / _VOXEL_BYTES_PER_S
     with _lock:
         try:
             # A forked process shares the pipes of its parent, which belong to the parent alone.
             if _current is None or _current.owner != os.getpid():
                 _current = _ReadingProcess()
                 atexit.register(_current.end)
-            request = {"path": os.path.abspath(path), "image_io": image_io, "max_bytes": 4 * size_bytes}
+            request = {"path": os.path.abspath(path), "image_io": image_io, "max_bytes": _MAX_COPIES * size_bytes}
             answer, voxels = _current.ask(request, deadline_s)
         except BaseException as error:
             ending = "could not be started"

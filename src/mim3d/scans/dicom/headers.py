@@ -48,7 +48,7 @@ _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _FIRST_ELEMENT = re.compile(rb"(?:\x02\0[\0\x01]|\x08\0[\0\x01\x05\x08\x12-\x18])\0(?:[A-Z][A-Z].\0|..\0\0)", re.DOTALL)
 
 #: Series and modality in the bytes of a header that cannot be parsed: the element, its type and length, its value.
-_SERIES_BYTES = re.compile(rb"\x20\0\x0e\0(?:UI..|..\0\0)([0-9.]{1,64})", re.DOTALL)
+_SERIES_BYTES = re.compile(rb"\x20\0\x0e\0(?:UI..|..\0\0)([0-9.]{1,64})[\0 ]?[\x20\x28]\0", re.DOTALL)
 _MODALITY_BYTES = re.compile(rb"\x08\0\x60\0(?:CS..|..\0\0)([A-Z]{2,16})", re.DOTALL)
 
 #: Objects that belong to a series begin so.
@@ -320,7 +320,7 @@ def _slice(path: str, header: Any, frame: int | None, groups: Sequence[Any], pix
     slope = values.number("RescaleSlope", 1.0, _MAX_RESCALE)
     intercept = values.number("RescaleIntercept", 0.0, _MAX_RESCALE)
     modality = str(header.get("Modality") or "")
-    if not re.fullmatch("[A-Z0-9_]{0,16}", modality):
+    if not re.fullmatch("[A-Z]{0,16}", modality):
         # The text may be anything, and is not shown.
         modality = ""
         values.faults.append("its Modality is none")

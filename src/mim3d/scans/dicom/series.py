@@ -157,8 +157,8 @@ def _check_each(slices: Sequence[Slice], name: str) -> None:
     odd = next((item for item in slices if _no_volume(item)), None)
     if odd is not None:
         raise DataError(
-            f"{odd.path}: {_no_volume(odd)} lies among the slices of the DICOM series {name}; take it out, or export "
-            "the series again where the file is damaged."
+            f"{odd.path}: among the slices of the DICOM series {name} this one is {_no_volume(odd)}; take it out, or "
+            "export the series again where the file is damaged."
         )
     for keyword in sorted(frozenset().union(*(item.present for item in slices))):
         without = [item.path for item in slices if keyword not in item.present]
