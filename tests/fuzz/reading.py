@@ -17,7 +17,8 @@ import numpy as np
 
 from mim3d.caching.cache import open_cache
 from mim3d.core.errors import Mim3dError
-from mim3d.datasets.cases import check_cases, read_cases
+from mim3d.datasets.cases import read_cases
+from mim3d.datasets.usable import usable_cases
 from mim3d.scans.volumes import channels_of, find_scans, read_grid, read_volume
 from mim3d.tasks.trained import load_trained
 from mim3d.workflows.shared.leakage import read_seen
@@ -66,8 +67,7 @@ def _folder(path: str) -> Iterator[Any]:
 
 
 def _cases(path: str) -> Iterator[Any]:
-    cases = read_cases(path)
-    check_cases(cases, need_labels=False)
+    cases = usable_cases(read_cases(path))
     for case in cases.cases:
         yield repr((case.id, case.patient, case.split, case.class_name, case.labelled))
         yield from (read_volume(image).array for image in case.images)
