@@ -270,7 +270,7 @@ def _json(content: bytes, rng: Rng) -> tuple[bytes, str]:
     elif how == "double" and isinstance(node, list):
         node.insert(key, copy.deepcopy(node[key]))
     elif how == "many" and places:
-        node[key] = [copy.deepcopy(node[key])] * 3000
+        node[key] = [copy.deepcopy(node[key])] * 300
     elif how == "root":
         tree = copy.deepcopy(_pick(VALUES, rng))
     return json.dumps(tree).encode(), f"JSON, {how}"
