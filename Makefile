@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # Two test workers with one thread each: torch threads of several workers would fight for the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help install test test-slow lint format demo bench clean
+.PHONY: help install test test-slow fuzz lint format demo bench clean
 
 help:
 	@echo "make install    a virtual environment in $(VENV) with mim3d and its tools"
 	@echo "make demo       the whole path on synthetic CT, in minutes: data to report"
 	@echo "make test       the test suite (slow and GPU tests left out)"
 	@echo "make test-slow  the slow tests: full-size networks, long runs"
+	@echo "make fuzz       10,000 damaged files of every format; renews the table in docs/concepts/robustness.md"
 	@echo "make lint       ruff and mypy (strict, see pyproject.toml)"
 	@echo "make format     let ruff lay out the code"
 	@echo "make bench      the benchmarks, results beside them"
@@ -31,6 +32,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+fuzz: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -m tests.fuzz --num_files 10000 --page docs/concepts/robustness.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,12 +2,23 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mim3d.core.errors import DataError
-from mim3d.core.files import atomic_file, atomic_folder, remove_partial, try_lock, write_csv, write_json, write_text
+from mim3d.core.files import (
+    atomic_file,
+    atomic_folder,
+    read_csv,
+    read_json,
+    remove_partial,
+    try_lock,
+    write_csv,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -109,3 +120,16 @@ def test_a_lock_is_held_by_one_and_falls_with_its_file(tmp_path: Path) -> None:
         assert not try_lock(second.fileno(), patience_s=0.1)
         first.close()
         assert try_lock(second.fileno(), patience_s=1.0)
+
+
+@pytest.mark.parametrize("read", [read_json, read_csv])
+def test_a_pipe_in_place_of_a_list_is_refused_and_not_waited_for(tmp_path: Path, read: Callable[[str], object]) -> None:
+    os.mkfifo(tmp_path / "cases.json")
+    with pytest.raises(DataError, match=r"cases\.json: cannot be read.*no regular file"):
+        read(str(tmp_path / "cases.json"))
+
+
+def test_json_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(DataError, match=r"a\.json: cannot be read .one thing in another too many times"):
+        read_json(str(tmp_path / "a.json"))

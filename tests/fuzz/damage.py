@@ -283,6 +283,9 @@ def _dicom(content: bytes, rng: Rng) -> tuple[bytes, str]:
         data = pydicom.dcmread(io.BytesIO(content))
         part = data.file_meta if rng.random() < 0.15 else data
         tag = _pick(list(part.keys()), rng)
+        while part[tag].VR == "SQ" and len(part[tag].value) and rng.random() < 0.9:
+            part = _pick(part[tag].value, rng)
+            tag = _pick(list(part.keys()), rng)
         element = part[tag]
         how = str(rng.choice(["drop", "value", "value", "value", "many"]))
         if how == "drop":

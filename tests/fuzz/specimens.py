@@ -12,7 +12,8 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 import torch
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from mim3d.backbones import BACKBONES, create_recipe
@@ -25,6 +26,7 @@ from mim3d.weights import save_network
 
 SHAPE = (11, 10, 9)
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,37 @@ def _dicom(folder: Path) -> Iterator[Specimen]:
                 _lend_pixels(data, packed, folder)
             data.save_as(folder / f"{index:02d}.dcm", enforce_file_format=True)
         yield Specimen("DICOM series", "", _held(folder), "folder", array.nbytes)
-    for packed in ("", "JPEG2000"):
-        data = slice_of(0, np.ascontiguousarray(array[:, :, 4].T))
-        if packed:
-            _lend_pixels(data, packed, folder)
-        data.save_as(folder / "one.dcm", enforce_file_format=True)
-        yield Specimen("DICOM file", "", _held(folder), "folder", array[:, :, 4].nbytes)
+    for packed in (False, True):
+        _frames(array, packed).save_as(folder / "frames.dcm", enforce_file_format=True)
+        yield Specimen("DICOM multi-frame", "", _held(folder), "folder", array.nbytes)
+
+
+def _frames(array: np.ndarray, packed: bool) -> FileDataset:
+    """All slices in one file."""
+    data = slice_of(0, np.ascontiguousarray(array[:, :, 0].T))
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = ENHANCED_CT
+    for name in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept"):
+        delattr(data, name)
+
+    def macro(**fields: object) -> Sequence:
+        item = Dataset()
+        for name, value in fields.items():
+            setattr(item, name, value)
+        return Sequence([item])
+
+    data.NumberOfFrames = SHAPE[2]
+    data.SharedFunctionalGroupsSequence = macro(
+        PixelMeasuresSequence=macro(PixelSpacing=[0.8, 0.7], SliceThickness=2.5),
+        PlaneOrientationSequence=macro(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
+        PixelValueTransformationSequence=macro(RescaleIntercept=-100, RescaleSlope=1, RescaleType="HU"),
+    )
+    places = [[-10.0, 20.0, 30.0 + 2.5 * index] for index in range(SHAPE[2])]
+    frames = [macro(PlanePositionSequence=macro(ImagePositionPatient=place))[0] for place in places]
+    data.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    data.PixelData = np.ascontiguousarray(array.T).tobytes()
+    if packed:
+        data.compress(RLELossless)
+    return data
 
 
 def _lend_pixels(data: FileDataset, compressor: str, folder: Path) -> None:

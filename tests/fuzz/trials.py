@@ -24,8 +24,8 @@ from tests.fuzz.specimens import Specimen
 #: Seconds that a source may take.
 DEADLINE_S = 10.0
 
-#: Memory that any source may take besides four times what it claims.
-CONSTANT_BYTES = 256 * 2**20
+#: Memory that any source may take besides four times what it claims; so much a process that decodes DICOM may take.
+CONSTANT_BYTES = 512 * 2**20
 
 #: Seconds that the imports of a process may take.
 _START_S = 180.0

@@ -86,8 +86,7 @@ def read_json(path: str) -> Any:
         DataError: The file is missing or damaged.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return files.load_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: missing or damaged ({error}); run `mim3d cache` again to rebuild it.") from error
 
@@ -240,7 +239,8 @@ class _OpenFile:
 
     def __init__(self, path: str) -> None:
         self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # A pipe in its place must not be waited for.
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __del__(self) -> None:
         if self.number >= 0:

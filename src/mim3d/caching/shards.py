@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.layout import METADATA, ByteSource, FileRange, forget_open_files, open_bytes
+from mim3d.caching.layout import METADATA, ByteSource, FileRange, PackedCase, forget_open_files, open_bytes
 from mim3d.core.errors import DamagedError
 
 #: Edge of a block along X, Y and Z.
@@ -265,7 +265,7 @@ class ShardedArray:
         try:
             return open_bytes(self.source, f"{self.name}/{name}").path
         except OSError:
-            return f"{self.name}/{name}"
+            return self.source.path if isinstance(self.source, PackedCase) else f"{self.name}/{name}"
 
     def _damage(self, name: str, error: Exception) -> DamagedError:
         # Once the file has been replaced, this process must see the new one.

@@ -5,6 +5,7 @@ leaves at most a scratch folder behind, named ``.*.partial``.
 """
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -113,6 +114,32 @@ def remove_partial(folder: str | os.PathLike[str]) -> None:
             path.unlink()
 
 
+def plain_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
+    """The text of a regular file, its line ends as they are.
+
+    Raises:
+        OSError: The file cannot be read, or is a pipe or a device, which may never end.
+        UnicodeDecodeError: It is not of this encoding.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is no regular file")
+    with open(path, encoding=encoding, newline="") as file:
+        return file.read()
+
+
+def load_json(path: str | os.PathLike[str], encoding: str = "utf-8") -> Any:
+    """The content of a JSON file that anybody may have written.
+
+    Raises:
+        OSError: The file cannot be read, or is no regular file.
+        ValueError: It is not JSON, or one thing lies in another too many times.
+    """
+    try:
+        return json.loads(plain_text(path, encoding))
+    except RecursionError as error:
+        raise ValueError("one thing in another too many times") from error
+
+
 def read_json(path: str) -> Any:
     """Read a JSON file, with or without a byte order mark.
 
@@ -120,11 +147,10 @@ def read_json(path: str) -> Any:
         DataError: The file cannot be read or is not JSON; the sentence names the line.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
+        return load_json(path, "utf-8-sig")
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}); correct it there.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
 
 
@@ -193,10 +219,9 @@ def read_csv(path: str | os.PathLike[str]) -> list[tuple[int, list[str]]]:
         DataError: The file cannot be read as CSV.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            rows = ((reader.line_num, [from_cell(cell) for cell in row]) for row in reader)
-            return [(line, row) for line, row in rows if any(cell.strip() for cell in row)]
+        reader = csv.reader(io.StringIO(plain_text(path, "utf-8-sig"), newline=""), strict=True)
+        rows = ((reader.line_num, [from_cell(cell) for cell in row]) for row in reader)
+        return [(line, row) for line, row in rows if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
 

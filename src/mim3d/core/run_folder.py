@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mim3d.core.errors import ConfigError
-from mim3d.core.files import atomic_file, explained_write, try_lock, write_json, write_text
+from mim3d.core.files import atomic_file, explained_write, load_json, try_lock, write_json, write_text
 from mim3d.core.own_code import own_code_in
 from mim3d.core.provenance import environment
 from mim3d.core.settings import read_yaml, to_mapping, write_yaml
@@ -322,7 +322,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     content = None
     with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     if not isinstance(content, dict) or not {"command", "settings", "inputs"} <= content.keys():
         raise ConfigError(f"{path} is no manifest of a run of mim3d; choose another folder.")
     return content

@@ -4,7 +4,6 @@ A pre-trained network carries ``seen.json``: digest and fingerprint of every sca
 them, neither names nor places.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from mim3d.caching.cache import Cache
 from mim3d.caching.fingerprints import Fingerprint, Leak, ScanIdentity, find_leaks
 from mim3d.core.errors import CheckpointError, DataError, listed
-from mim3d.core.files import write_json
+from mim3d.core.files import load_json, write_json
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON
 from mim3d.weights import WEIGHTS_NAME, locate
@@ -89,7 +88,7 @@ def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
     if path is None:
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
         if content["format"] != SEEN_FORMAT:
             raise CheckpointError(f"{path} is of format {content['format']}, not {SEEN_FORMAT}; update mim3d.")
         scans = tuple(
