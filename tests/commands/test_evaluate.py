@@ -148,11 +148,13 @@ def test_an_undeclared_value_names_the_file_and_the_way_out(folders):
     assert run(folders, labels=["liver"])["mean"]["dice"] == 1.0
 
 
-def test_grids_that_disagree_are_refused_before_any_score(folders):
+def test_a_map_on_another_grid_is_left_out_or_refused_before_any_score(folders):
     write(folders / "pred" / "b.nii.gz", cube(), np.diag([1.0, 1.0, 3.0, 1.0]))
     with pytest.raises(DataError, match=r"b\.nii\.gz.*1 x 1 x 3 mm.*b\.nii\.gz.*1 x 1 x 2 mm"):
-        run(folders)
+        run(folders, strict=True)
     assert not (folders / "s.json").exists()
+    with pytest.warns(UserWarning, match="1 of 2 cases cannot be used and are left out"):
+        assert run(folders)["num_cases"] == 1
 
 
 def test_another_stored_orientation_of_the_same_grid_scores_the_same(folders):
@@ -233,7 +235,7 @@ def test_a_fault_leaves_earlier_scores_alone(folders):
     before = (folders / "s.json").read_bytes()
     write(folders / "pred" / "b.nii.gz", cube(shape=(5, 12, 12)))
     with pytest.raises(DataError):
-        run(folders)
+        run(folders, strict=True)
     assert (folders / "s.json").read_bytes() == before
 
 

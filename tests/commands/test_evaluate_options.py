@@ -288,10 +288,18 @@ def test_processes_give_the_same_scores_in_the_same_order(folders):
     assert run(folders, num_workers=2, lesions=True)["cases"] == run(folders, num_workers=1, lesions=True)["cases"]
 
 
-def test_a_fault_in_a_process_is_the_same_sentence(quick):
+@pytest.mark.parametrize("num_workers", [0, 4])
+def test_bad_maps_are_left_out_with_their_reason_whoever_scores(quick, num_workers):
     write(quick / "pred" / "b.nii.gz", np.full((16, 14, 7), 9))
-    with pytest.raises(DataError, match=r"b\.nii\.gz: holds label values that are not declared \(9;"):
-        run(quick, num_workers=2)
+    (quick / "ref" / "c.nii.gz").write_bytes(b"nonsense")
+    with pytest.warns(UserWarning, match="cannot be used and are left out"):
+        found = run(quick, num_workers=num_workers)
+    assert [case["id"] for case in found["cases"]] == ["a", "d", "e"]
+    reasons = {row["id"]: row["reason"] for row in found["not_scored"]["unusable"]}
+    assert sorted(reasons) == ["b", "c"]
+    assert "b.nii.gz: holds label values that are not declared (9;" in reasons["b"]
+    with pytest.raises(DataError, match=r"1 of 5 cases cannot be used \(strict: .*c\.nii\.gz"):
+        run(quick, num_workers=num_workers, strict=True)
 
 
 def test_a_script_without_a_main_guard_scores_in_processes(quick):
@@ -303,15 +311,14 @@ def test_a_script_without_a_main_guard_scores_in_processes(quick):
     assert done.stdout.count("Scores of 5 cases") == 1
 
 
-def test_a_killed_process_is_survived_with_fewer_of_them(quick, monkeypatch):
+def test_a_process_that_ends_once_is_survived(quick, monkeypatch):
     pairs = find_pairs(str(quick / "pred"), str(quick / "ref")).pairs
     settings = {"allowed": None, "nsd_tolerance_mm": 1.0, "lesions": None, "lesions_of": None}
-    expected = list(score_cases(pairs, CaseScoring(regions={"a": (1,)}, **settings), 1))
-    assert len({case["a"].reference_volume_ml for case in expected}) == 5
+    expected = dict(score_cases(pairs, CaseScoring(regions={"a": (1,)}, **settings), 1))
+    assert len({case["a"].reference_volume_ml for case in expected.values()}) == 5
     killing = KilledOnce(regions={"a": (1,)}, **settings)
     monkeypatch.setenv("KILLED_ONCE", str(quick / "killed"))
-    with pytest.warns(UserWarning, match="killed while scoring.*going on with 1"):
-        assert list(score_cases(pairs, killing, 2)) == expected
+    assert dict(score_cases(pairs, killing, 2)) == expected
 
 
 class KilledOnce(CaseScoring):

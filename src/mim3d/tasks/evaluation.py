@@ -6,6 +6,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.left_out import Failure
 from mim3d.metrics import Bootstrap
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class EvaluationSettings(LabelMapSettings, ClassTableSettings):
         seed: Seed of these draws.
         tables: Write Markdown (.md) and LaTeX (.tex) tables beside the file of scores.
         num_workers: Processes that score cases; if left out one per core, as far as work and memory reach.
+        strict: Refuse cases that cannot be scored instead of leaving them out.
         task: Name or dotted path of your own task, which scores its predictions; its code is imported.
     """
 
@@ -97,6 +99,7 @@ class EvaluationSettings(LabelMapSettings, ClassTableSettings):
     seed: int = 0
     tables: bool = True
     num_workers: int | None = None
+    strict: bool = False
     task: str | None = None
 
     @property
@@ -138,6 +141,7 @@ class Scores:
         csv_tables: Tables that are written beside the file of scores, by the ending of their names.
         printed: Tables that are printed.
         paper_tables: Tables for a paper, written as Markdown and LaTeX.
+        failures: Why cases could not be scored, by id; ``content`` lists the reasons.
     """
 
     content: Mapping[str, Any]
@@ -145,6 +149,7 @@ class Scores:
     csv_tables: Mapping[str, CsvTable] = field(default_factory=dict)
     printed: "Sequence[Table]" = ()
     paper_tables: "Sequence[PaperTable]" = ()
+    failures: Mapping[str, Failure] = field(default_factory=dict)
 
 
 def printed_table(title: str | None, first: str, columns: Sequence[str]) -> "Table":

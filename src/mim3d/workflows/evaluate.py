@@ -2,9 +2,11 @@
 
 import math
 import os
+from pathlib import Path
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_csv, write_json, write_text
+from mim3d.core.left_out import note_left_out, write_tracebacks
 from mim3d.core.progress import say
 from mim3d.datasets.references import is_class_table
 from mim3d.tasks import find_task
@@ -19,8 +21,8 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
 
     Raises:
         ConfigError: ``out`` cannot be written, a setting cannot work, or a preset, label or class is unknown.
-        DataError: Nothing to match, an unreadable file (a DICOM-SEG for one), grids that disagree, or an undeclared
-            label value.
+        DataError: Nothing to match, or no case can be scored: unreadable files (a DICOM-SEG for one), grids that
+            disagree, undeclared label values; with ``strict``, one case cannot be.
     """
     _check_settings(settings)
     scores = _scores(settings)
@@ -39,6 +41,9 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
         write_text(f"{stem}.md", markdown(scores.paper_tables))
         write_text(f"{stem}.tex", latex(scores.paper_tables))
         say(f"Tables: {stem}.md, {stem}.tex")
+    traced = {name: text for name, failure in scores.failures.items() if (text := failure.traceback)}
+    write_tracebacks(Path(f"{stem}.tracebacks.txt"), traced)
+    note_left_out(len(scores.failures), scores.num_cases + len(scores.failures), path)
     say(f"Scores of {scores.num_cases} case{'' if scores.num_cases == 1 else 's'}: {path}")
     return path
 

@@ -2,16 +2,18 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.left_out import Failure, in_words
 from mim3d.core.progress import counted
 from mim3d.datasets.published.presets import find_preset
 from mim3d.datasets.references import Pair, Pairs, differing_names, find_pairs
+from mim3d.datasets.usable import refuse_or_say
 from mim3d.metrics import (
     ABSENT,
     CONVENTIONS,
@@ -112,12 +114,13 @@ class LabelEvaluation:
             ignore_label=found.ignore_label,
         )
         others = None if settings.compare is None else self._compared(found, settings.compare)
-        pairs = [*found.pairs, *(others.pairs if others else ())]
-        for pair in pairs:
-            if pair.prediction is not None:
-                require_same_grid(read_grid(pair.reference), read_grid(pair.prediction))
-        work = score_cases(pairs, scoring, processes_for(pairs, settings.num_workers))
-        scores = list(counted(work, len(pairs), "scoring"))
+        answers = self._score(found, others, scoring)
+        failures = {pair.id: answer for pair in found.pairs if isinstance(answer := answers[id(pair)], Failure)}
+        found = _scorable(found, answers)
+        if others is not None:
+            others = _scorable(others, answers, {pair.id for pair in found.pairs})
+        kept = [*found.pairs, *(others.pairs if others else ())]
+        scores = [answer for pair in kept if not isinstance(answer := answers[id(pair)], Failure)]
         if not names.regions:
             names = _names_held(scores, settings.predictions)
         # A label that a case does not hold is absent.
@@ -125,6 +128,9 @@ class LabelEvaluation:
         completed = [{name: case.get(name, absent) for name in names.regions} for case in scores]
         ours, theirs = completed[: len(found.pairs)], completed[len(found.pairs) :]
         content = self._content(found, ours, names)
+        if failures:
+            unusable = [{"id": name, "reason": failure.reason} for name, failure in failures.items()]
+            content["not_scored"]["unusable"] = unusable
         csv_tables = {".csv": _rows(content["cases"])}
         if others is not None:
             content["conventions"] = {**content["conventions"], **paired.CONVENTIONS}
@@ -136,7 +142,36 @@ class LabelEvaluation:
             csv_tables=csv_tables,
             printed=_printed(content),
             paper_tables=label_tables(content),
+            failures=failures,
         )
+
+    def _score(self, found: Pairs, others: Pairs | None, scoring: CaseScoring) -> dict[int, CaseScores | Failure]:
+        """Score the pairs of both methods; scores, or why there are none, by the identity of the pair.
+
+        Raises:
+            DataError: Nothing can be scored; or with ``strict``, a case cannot be.
+        """
+        pairs = [*found.pairs, *(others.pairs if others else ())]
+        answers: dict[int, CaseScores | Failure] = {}
+
+        def record(answered: Iterable[tuple[Pair, CaseScores | Failure | None]], num_pairs: int) -> None:
+            reasons = []
+            for pair, answer in answered:
+                if answer is not None:
+                    answers[id(pair)] = answer
+                if isinstance(answer, Failure):
+                    reasons.append(answer.reason)
+            if reasons:
+                refuse_or_say(self.settings.predictions, reasons, num_pairs, strict=self.settings.strict)
+
+        # By headers before any score.
+        record(((pair, _fault_of(pair)) for pair in pairs), len(pairs))
+        for side in (found, *([others] if others else ())):
+            _scorable(side, answers)
+        usable = [pair for pair in pairs if id(pair) not in answers]
+        work = score_cases(usable, scoring, processes_for(usable, self.settings.num_workers))
+        record(counted(work, len(usable), "scoring"), len(usable))
+        return answers
 
     def _pairs(self, predictions: str) -> Pairs:
         """Find what is to be scored, under the names of the preset."""
@@ -148,7 +183,6 @@ class LabelEvaluation:
             paths = [references] if isinstance(references, str) else references
             _refuse_dicom_seg([*_files(predictions), *(file for path in paths for file in _files(path))])
             raise
-        _refuse_dicom_seg([path for pair in found.pairs for path in (pair.prediction, pair.reference) if path])
         if self.preset is None:
             return found
         differing = differing_names(self.preset.labels, found.labels)
@@ -240,6 +274,33 @@ class LabelEvaluation:
             "paired": compare_paired(mine, theirs, names, patients, bootstrap),
             "cases": [_record(pair, case) for pair, case in zip(others.pairs, theirs, strict=True)],
         }
+
+
+def _fault_of(pair: Pair) -> Failure | None:
+    """Why a pair cannot be scored, as far as headers tell."""
+    paths = [pair.reference, *([] if pair.prediction is None else [pair.prediction])]
+    try:
+        _refuse_dicom_seg(paths[::-1])
+        reference, *predicted = map(read_grid, paths)
+        for grid in predicted:
+            require_same_grid(reference, grid)
+    except Exception as error:  # Whatever a reader raises, it must not stop the other cases.
+        return Failure.of(error, paths[-1])
+    return None
+
+
+def _scorable(found: Pairs, answers: Mapping[int, CaseScores | Failure], ids: Container[str] | None = None) -> Pairs:
+    """The pairs that have scores, of some ids where these are given.
+
+    Raises:
+        DataError: There is none.
+    """
+    wanted = [pair for pair in found.pairs if ids is None or pair.id in ids]
+    pairs = tuple(pair for pair in wanted if not isinstance(answers.get(id(pair)), Failure))
+    if not pairs:
+        reasons = [answer.reason for pair in found.pairs if isinstance(answer := answers[id(pair)], Failure)]
+        raise DataError(f"none of {len(found.pairs)} cases can be scored: {in_words(reasons)}")
+    return replace(found, pairs=pairs)
 
 
 def _files(path: str) -> list[str]:

@@ -1,18 +1,17 @@
 """Which labels and regions are scored, and the scoring of label maps case by case, in this process or in several."""
 
-import multiprocessing
-import warnings
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
 from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.left_out import Failure
 from mim3d.core.resources import available_memory_bytes, num_cores
 from mim3d.core.settings import nearest
-from mim3d.core.worker_processes import prepare_worker, without_main_module
+from mim3d.core.worker_processes import Ended, work_through
 from mim3d.datasets.references import Pair
 from mim3d.metrics import LabelScore, LesionSettings, score_regions, values_in
 from mim3d.scans.volumes import read_grid, read_volume
@@ -129,6 +128,13 @@ class CaseScoring:
     lesions_of: frozenset[str] | None
     ignore_label: int | None = None
 
+    def attempt(self, pair: Pair) -> dict[str, LabelScore] | Failure:
+        """Score one case, by name; or say why it cannot be, whatever is raised: it must not stop the others."""
+        try:
+            return self.score(pair)
+        except Exception as error:
+            return Failure.of(error, pair.prediction or pair.reference)
+
     def score(self, pair: Pair) -> dict[str, LabelScore]:
         """Score one case, by name.
 
@@ -184,8 +190,10 @@ def processes_for(pairs: Sequence[Pair], num_workers: int | None) -> int:
     return max(1, min(num_cores(), len(pairs), fitting))
 
 
-def score_cases(pairs: Sequence[Pair], scoring: CaseScoring, num_workers: int) -> Iterator[dict[str, LabelScore]]:
-    """Score cases, in their own order whatever the number of processes.
+def score_cases(
+    pairs: Sequence[Pair], scoring: CaseScoring, num_workers: int
+) -> Iterator[tuple[Pair, dict[str, LabelScore] | Failure]]:
+    """Score cases; each with its scores by name, or why it has none, in the order in which they are done.
 
     Args:
         pairs: The cases.
@@ -193,43 +201,13 @@ def score_cases(pairs: Sequence[Pair], scoring: CaseScoring, num_workers: int) -
         num_workers: Number of processes; 1 works in this one.
 
     Raises:
-        DataError: A case cannot be scored, or a process was killed with none beside it.
+        DataError: Processes cannot be started, or end at every case.
     """
     if num_workers <= 1 or len(pairs) <= 1:
-        yield from map(scoring.score, pairs)
+        yield from ((pair, scoring.attempt(pair)) for pair in pairs)
         return
-    done = 0
-    while done < len(pairs):
-        try:
-            for score in _in_processes(pairs[done:], scoring, num_workers):
-                done += 1
-                yield score
-        except BrokenProcessPool as error:
-            if num_workers == 1:
-                raise DataError(
-                    f"{pairs[done].reference}: the process that scored it was killed, most likely out of memory; crop "
-                    "the maps, or run again where there is more memory."
-                ) from error
-            num_workers = num_workers // 2
-            warnings.warn(
-                f"A process was killed while scoring, most likely out of memory; going on with {num_workers}.",
-                stacklevel=2,
-            )
-
-
-def _in_processes(pairs: Sequence[Pair], scoring: CaseScoring, num_workers: int) -> Iterator[dict[str, LabelScore]]:
-    # Spawned, not forked: the caller may run threads (torch, progress bars), which a fork would freeze.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=prepare_worker)
-    try:
-        try:
-            with without_main_module():
-                futures = [pool.submit(scoring.score, pair) for pair in pairs]
-        except OSError as error:
-            raise DataError(
-                f"No process can be started for scoring ({error.strerror or error}); run again with --num_workers 1."
-            ) from error
-        for future in futures:
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with closing(work_through(pairs, scoring.attempt, num_workers, place=os.path.dirname(pairs[0].reference))) as work:
+        for pair, answer in work:
+            if isinstance(answer, Ended):
+                answer = Failure(f"{pair.prediction or pair.reference}: the process that scored it {answer}.")
+            yield pair, answer
