@@ -86,7 +86,7 @@ BUDGET = {
     "loading": 1050,
     "distributed": 700,
     "training": 2325,
-    "tasks": 4025,
+    "tasks": 4050,
     "methods": 925,
     "probing": 850,
     "exporting": 950,
