@@ -28,7 +28,7 @@ image, label, out, intensities, spacing_mm = json.loads(sys.argv[1])
 before = peak_memory_bytes()
 case = Case(id="a", images=(image,), label=label, patient="a")
 prepared = prepare(case, Preprocessing(spacing_mm=spacing_mm and tuple(spacing_mm)))
-stored, lines = to_stored(prepared.image, prepared.statistics, intensities, (-1000.0, 1000.0))
+stored, lines = to_stored(prepared.image, prepared.statistics, intensities, (-1000.0, 1000.0), [True])
 write_image(out + "/image", stored, lines, 3, [Shown(-1000, 1000, -1000)] * len(lines))
 if label:
     write_array(out + "/label", prepared.label)

@@ -15,7 +15,8 @@ WINDOW = (-1000.0, 1000.0)
 def stored_of(image, intensities, window=WINDOW):
     """Stored numbers, what they mean, and their values."""
     statistics = [statistics_of(channel, threshold_of(channel)) for channel in image]
-    stored, lines = to_stored(image, statistics, intensities, window)
+    in_hu = [channel.min() < -200 for channel in image]
+    stored, lines = to_stored(image, statistics, intensities, window, in_hu)
     values = np.stack([part * line.scale + line.offset for part, line in zip(stored.astype(float), lines, strict=True)])
     return stored, lines, values
 

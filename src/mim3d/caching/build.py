@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from mim3d.caching.layout import (
     write_pack,
 )
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.caching.scan import Card
+from mim3d.caching.scan import Card, modalities_of
+from mim3d.caching.set_modality import SetRemark, in_hu, remarks_on, set_in_hu, settled
 from mim3d.caching.workers import build_in_processes, build_on_cluster, require_scheduler
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, remove_partial, write_csv
@@ -32,9 +34,10 @@ from mim3d.core.left_out import write_tracebacks
 from mim3d.core.progress import counted
 from mim3d.core.resources import num_cores
 from mim3d.core.worker_processes import ITEM_TIMEOUT_S
-from mim3d.datasets.cases import CaseSet
+from mim3d.datasets.cases import Case, CaseSet
 from mim3d.scans.files import warn_of_assumptions
 from mim3d.scans.grids import split_channel
+from mim3d.scans.modality import ChannelModality
 
 #: The memo of digests is written this often, so that a killed build need not hash again what it hashed.
 _MEMO_EVERY_S = 10.0
@@ -89,7 +92,16 @@ def build_cache(
         with layout.locked(root):
             pack_gb = _claim(root, cases, preprocessing, pack_gb)
             packed = find_packed(os.path.join(root, layout.PACKS))
-            results = _build_all(root, cases, preprocessing, frozenset(packed), num_workers, scheduler, timeout_s)
+            settings = BuildSettings(
+                out=root,
+                preprocessing=preprocessing,
+                labels=cases.label_values,
+                packed=frozenset(packed),
+                known=_memo(root),
+            )
+            build_all = partial(_build_all, num_workers=num_workers, scheduler=scheduler, timeout_s=timeout_s)
+            results = build_all(cases.cases, settings)
+            modalities = _settle(cases, settings, results, packed, build_all)
             num_failed = _list_failures(root, cases, results)
             if num_failed and strict:
                 raise DataError(
@@ -101,9 +113,15 @@ def build_cache(
                 folder: packed.get(folder) or os.path.join(root, layout.CASES, folder) for folder in folders.values()
             }
             cards = {folder: _read_card(source) for folder, source in sources.items()}
+            for name, folder in folders.items():
+                cards[folder] |= {"modalities": [asdict(channel) for channel in modalities[name]]}
             if pack_gb is not None:
                 sources = _pack(root, sources, cards, pack_gb)
-            _finish(root, cases, folders, sources, cards)
+            used = {name: modalities[name] for name in folders}
+            minima = {
+                name: [stats["minimum"] for stats in cards[folder]["statistics"]] for name, folder in folders.items()
+            }
+            _finish(root, cases, folders, sources, cards, remarks_on(used, minima))
     return open_cache(root)
 
 
@@ -209,36 +227,55 @@ def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: floa
     return pack_gb
 
 
-def _build_all(
-    out: str,
+def _memo(out: str) -> DigestMemo:
+    """What earlier runs knew of source files; without it every one is read once more."""
+    try:
+        rows = layout.read_json(os.path.join(out, layout.DIGESTS)).items()
+        return {path: ((s[0], s[1], s[2], s[3]), digest) for path, (s, digest) in rows}
+    except (DataError, ValueError, AttributeError, TypeError, IndexError):
+        return {}
+
+
+def _settle(
     cases: CaseSet,
-    preprocessing: Preprocessing,
-    packed: frozenset[str],
-    num_workers: int,
-    scheduler: str | None,
-    timeout_s: float,
+    settings: BuildSettings,
+    results: dict[str, CaseResult],
+    packed: Mapping[str, ByteSource],
+    build_all: Callable[[Sequence[Case], BuildSettings], dict[str, CaseResult]],
+) -> dict[str, tuple[ChannelModality, ...]]:
+    """What each scan is, once the whole set is known; those that were made as something else are made again.
+
+    Returns:
+        Case id -> what each channel is, of the cases that could be used.
+    """
+
+    def made_as(folder: str) -> tuple[ChannelModality, ...]:
+        return modalities_of(_read_card(packed.get(folder) or os.path.join(settings.out, layout.CASES, folder)))
+
+    made = {name: made_as(result.folder) for name, result in results.items() if result.folder is not None}
+    found = settled(cases.cases, made)
+    again = [case for case in cases.cases if case.id in made and in_hu(made[case.id]) != in_hu(found[case.id])]
+    if again:
+        known = {path: entry for result in results.values() for path, entry in result.digests.items()}
+        results |= build_all(again, replace(settings, known=known, set_in_hu=set_in_hu(found)))
+    return found
+
+
+def _build_all(
+    cases: Sequence[Case], settings: BuildSettings, *, num_workers: int, scheduler: str | None, timeout_s: float
 ) -> dict[str, CaseResult]:
     """Build every case; the results by the ids of the cases."""
-    memo_path = os.path.join(out, layout.DIGESTS)
-    try:
-        rows = layout.read_json(memo_path).items()
-        memo: DigestMemo = {path: ((s[0], s[1], s[2], s[3]), digest) for path, (s, digest) in rows}
-    except (DataError, ValueError, AttributeError, TypeError, IndexError):
-        # Without it every source file is read once more.
-        memo = {}
-    settings = BuildSettings(
-        out=out, preprocessing=preprocessing, labels=cases.label_values, packed=packed, known=dict(memo)
-    )
+    memo, memo_path = dict(settings.known), os.path.join(settings.out, layout.DIGESTS)
     if scheduler is None:
-        building = build_in_processes(cases.cases, settings, num_workers, timeout_s)
+        building = build_in_processes(cases, settings, num_workers, timeout_s)
     else:
-        building = build_on_cluster(scheduler, cases.cases, settings)
+        building = build_on_cluster(scheduler, cases, settings)
     results: dict[str, CaseResult] = {}
-    paths = {case.id: split_channel(case.images[0])[0] for case in cases.cases}
+    paths = {case.id: split_channel(case.images[0])[0] for case in cases}
     written = time.monotonic()
     # Closed before anything else happens after a failure: no process may write once the lock has fallen.
     with closing(building):
-        for result in counted(building, len(cases.cases), "caching"):
+        for result in counted(building, len(cases), "caching"):
             results[result.id] = result
             memo.update(result.digests)
             warn_of_assumptions(paths[result.id], result.assumed)
@@ -247,7 +284,9 @@ def _build_all(
             if time.monotonic() - written > _MEMO_EVERY_S:
                 layout.write_json(memo_path, memo)
                 written = time.monotonic()
-    current = {path: entry for result in results.values() for path, entry in result.digests.items()}
+    # Where the set has been settled, only some of its cases are made again.
+    current = {} if settings.set_in_hu is None else dict(settings.known)
+    current |= {path: entry for result in results.values() for path, entry in result.digests.items()}
     layout.write_json(memo_path, current)
     return results
 
@@ -278,6 +317,7 @@ def _finish(
     folders: Mapping[str, str],
     sources: Mapping[str, ByteSource],
     cards: Mapping[str, Card],
+    remarks: Sequence[SetRemark],
 ) -> None:
     """Write the manifest, then remove what it does not name."""
     rows = []
@@ -286,7 +326,7 @@ def _finish(
             folder = folders[case.id]
             card = cards[folder] | {"size_bytes": size_of(sources[folder])}
             rows.append(row_of(case, card, folder, sources[folder]))
-    write_manifest(out, rows, cases)
+    write_manifest(out, rows, cases, remarks)
     packs = {os.path.basename(source.path) for source in sources.values() if isinstance(source, PackedCase)}
     unpacked = {folder for folder, source in sources.items() if isinstance(source, str)}
     for part, kept in ((layout.PACKS, packs), (layout.CASES, unpacked)):

@@ -18,6 +18,7 @@ from mim3d.caching.foreground import Statistics
 from mim3d.caching.layout import ByteSource, PackedCase
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan, Card
+from mim3d.caching.set_modality import SetRemark
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, read_csv
 from mim3d.datasets.cases import Case, CaseSet, with_ignored
@@ -31,6 +32,9 @@ _DECLARED = ("ignore_label", "regions", "region_values", "channels", "notes")
 
 #: Columns that only the manifests of sets have which declare them.
 _DECLARED_OF_CASES = ("fold", "modality")
+
+#: Columns that older caches lack: what is labelled, what reduced levels were clipped to, what each channel is.
+_ADDED = {"labelled", "level_windows", "modalities", *_DECLARED_OF_CASES}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,6 +52,7 @@ class Cache(Sequence[CachedScan]):
         region_values: Declared label value that each region gives in predictions, or None.
         channels: Declared names of the images of every case; empty where nothing is declared.
         notes: What was said of the data set when it was read.
+        remarks: What was said of the set when the cache was made: scans of different kinds, and what was guessed.
     """
 
     path: str
@@ -60,6 +65,7 @@ class Cache(Sequence[CachedScan]):
     region_values: tuple[int, ...] | None = None
     channels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    remarks: tuple[SetRemark, ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> CachedScan: ...
@@ -204,13 +210,14 @@ def failure_row(case: Case, reason: str) -> dict[str, str]:
     return dict(zip(layout.FAILED_COLUMNS, values, strict=True))
 
 
-def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], source: CaseSet) -> None:
+def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], source: CaseSet, remarks: Sequence[SetRemark]) -> None:
     """Write the manifest of a cache, whole or not at all.
 
     Args:
         root: The cache folder.
         rows: Rows from ``row_of``.
         source: Data set that the cases come from, with what it declares.
+        remarks: What is to be said of the set.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -222,6 +229,8 @@ def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], source: CaseSet
     declared = {name: getattr(source, name) for name in _DECLARED if getattr(source, name) not in (None, (), {})}
     if declared:
         about["declared"] = json.dumps(declared)
+    if remarks:
+        about["remarks"] = json.dumps([asdict(remark) for remark in remarks])
     schema = _schema()
     for name in _DECLARED_OF_CASES:
         if all(row[name] is None for row in rows):
@@ -232,7 +241,7 @@ def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], source: CaseSet
 
 
 def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[str, Any]]:
-    """The scans of a cache, and what its data set declares, by the attributes of ``Cache``.
+    """The scans of a cache, and what its data set declares and was said of it, by the attributes of ``Cache``.
 
     Raises:
         DataError: The manifest is damaged or larger than memory, or a row points outside the cache's folder.
@@ -272,6 +281,7 @@ def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[str, Any]]:
         declared |= {name: tuple(map(str, more.get(name, ()))) for name in ("channels", "notes")}
         # A few rows at a time: as Python objects they are many times as large.
         scans = tuple(scan_of(row) for rows in table.to_batches(max_chunksize=1024) for row in rows.to_pylist())
+        declared["remarks"] = tuple(SetRemark(**row) for row in json.loads(about.get("remarks", "[]")))
         return scans, declared
     except DataError:
         raise
@@ -298,9 +308,8 @@ def read_columns(root: str, columns: Sequence[str]) -> Any:
                     f"{path}: unpacks to more than the memory available (about {needed_bytes / 2**30:.1f} GiB with its "
                     f"{file.metadata.num_rows} rows); open it where there is more."
                 )
-            # Older caches do not say what is labelled, nor what their reduced levels were clipped to.
-            absent = set(columns) - set(file.schema_arrow.names)
-            missing = absent - {"labelled", "level_windows", *_DECLARED_OF_CASES}
+            # Older caches lack what was added since.
+            missing = set(columns) - set(file.schema_arrow.names) - _ADDED
             if missing:
                 raise DataError(f"{path}: no column {min(missing)!r}, so it is no manifest of this version of mim3d.")
             # Not in threads: a process that forks must not have some of them waiting for the others.
@@ -339,6 +348,9 @@ def _schema() -> Any:
         "has_label": pa.bool_(),
         "statistics": pa.list_(statistics),
         "stored_intensities": pa.list_(pa.struct([("scale", pa.float64()), ("offset", pa.float64())])),
+        "modalities": pa.list_(
+            pa.struct([("name", pa.string()), ("by", pa.string()), ("in_hu", pa.bool_()), ("sign", pa.string())])
+        ),
         "body_box": voxels,
         "num_voxels": pa.list_(pa.struct([("value", pa.int64()), ("count", pa.int64())])),
         "foreground": pa.string(),

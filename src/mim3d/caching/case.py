@@ -5,11 +5,12 @@ known of each file of the same size, times and inode.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -19,6 +20,7 @@ from mim3d.caching import layout
 from mim3d.caching.foreground import class_counts_of, class_locations_of
 from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.scan import Card, card_of
+from mim3d.caching.set_modality import in_hu
 from mim3d.caching.shards import write_array, write_group
 from mim3d.caching.stored_voxels import Shown, level_windows, to_stored, write_image
 from mim3d.core.errors import DataError
@@ -29,6 +31,7 @@ from mim3d.scans.files import check_file
 from mim3d.scans.grids import split_channel
 from mim3d.scans.image_stacks import is_slice_folder, slice_paths
 from mim3d.scans.itk import itk_files
+from mim3d.scans.modality import DARKEST_CT_HU
 
 #: What distinguishes a file from a later one under the same path: size, mtime, ctime (ns) and inode.
 Stamp = tuple[int, int, int, int]
@@ -38,6 +41,9 @@ DigestMemo = dict[str, tuple[Stamp, str]]
 
 #: Names of 255 bytes are common, and some encrypting file systems take 143.
 _MAX_ID_BYTES = 96
+
+#: Channels of a case up to which every form of it is looked for before it is made again.
+_MAX_LOOKED_UP = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,8 @@ class BuildSettings:
         labels: Declared label value -> name; empty allows all.
         packed: Case folders that lie in packs already.
         known: Digests of source files known from earlier runs.
+        set_in_hu: For each channel whether the set is CT, which decides where a scan shows nothing; None before that
+            is known, when any finished form of a case will do.
     """
 
     out: str
@@ -57,6 +65,7 @@ class BuildSettings:
     labels: dict[int, str]
     packed: frozenset[str] = frozenset()
     known: DigestMemo = field(default_factory=dict)
+    set_in_hu: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +94,18 @@ def build_case(case: Case, settings: BuildSettings) -> CaseResult:
     name, result, is_stored = case.images[0], partial(CaseResult, id=case.id), False
     entries: DigestMemo = {}
     try:
-        card = _source_card(case, settings, entries)
-        # An id is cut to what every file system takes as part of a name; the digest behind it keeps names apart.
-        folder = f"{case.id.encode()[:_MAX_ID_BYTES].decode(errors='ignore')}.{card['digest'][:16]}"
-        if folder in settings.packed or os.path.exists(os.path.join(settings.out, layout.CASES, folder, layout.CARD)):
-            return result(folder=folder, digests=entries)
-        prepared = prepare(case, settings.preprocessing, labels=settings.labels)
+        source = _source_card(case, settings, entries)
+        for overruled in _possible(len(case.images)) if settings.set_in_hu is None else ():
+            folder = _folder_name(case, _digested(source, overruled))
+            if folder in settings.packed or os.path.exists(
+                os.path.join(settings.out, layout.CASES, folder, layout.CARD)
+            ):
+                return result(folder=folder, digests=entries)
+        prepared = prepare(case, settings.preprocessing, labels=settings.labels, set_in_hu=settings.set_in_hu or ())
         require_unchanged(entries)
         is_stored = True
+        card = _digested(source, _overruled(prepared))
+        folder = _folder_name(case, card)
         _write_case(folder, prepared, card, settings)
     except Exception as error:  # Readers of foreign formats raise anything, and voxels may be of an unforeseen kind.
         if is_stored and isinstance(error, OSError):
@@ -101,8 +114,36 @@ def build_case(case: Case, settings: BuildSettings) -> CaseResult:
     return result(folder=folder, digests=entries, assumed=prepared.grid.assumed)
 
 
+def _folder_name(case: Case, card: Card) -> str:
+    # An id is cut to what every file system takes as part of a name; the digest behind it keeps names apart.
+    return f"{case.id.encode()[:_MAX_ID_BYTES].decode(errors='ignore')}.{card['digest'][:16]}"
+
+
+def _overruled(prepared: Prepared) -> tuple[int, ...]:
+    """Channels that are not what their darkest voxel alone would make of them, CT or not, as in earlier versions."""
+    channels = enumerate(zip(prepared.modalities, prepared.statistics, strict=True))
+    return tuple(place for place, (found, stats) in channels if found.in_hu != (stats.minimum < DARKEST_CT_HU))
+
+
+def _possible(num_channels: int) -> Iterator[tuple[int, ...]]:
+    """What ``_overruled`` may be, the usual first; of many channels only that."""
+    numbers = range(num_channels + 1 if num_channels <= _MAX_LOOKED_UP else 1)
+    return itertools.chain.from_iterable(itertools.combinations(range(num_channels), number) for number in numbers)
+
+
+def _digested(source: Card, overruled: tuple[int, ...]) -> Card:
+    """The card of a case's source files with the digest of what is stored of them."""
+    # What is usual has the digest that it always had.
+    content = source["decisive"] | ({"overruled": overruled} if overruled else {})
+    kept = {name: value for name, value in source.items() if name != "decisive"}
+    return {"digest": _sha256(json.dumps(content, sort_keys=True)), **kept}
+
+
 def _source_card(case: Case, settings: BuildSettings, entries: DigestMemo) -> Card:
-    """The card of a case as far as its source files decide it; their memo entries are added to ``entries``."""
+    """The card of a case as far as its source files decide it; their memo entries are added to ``entries``.
+
+    It holds as ``decisive`` what its digest is made of, see ``_digested``.
+    """
     addresses = [*case.images, *([] if case.label is None else [case.label])]
     for address in addresses:
         try:
@@ -128,7 +169,7 @@ def _source_card(case: Case, settings: BuildSettings, entries: DigestMemo) -> Ca
         "values": sorted(settings.labels) if labels else [],
     }
     return {
-        "digest": _sha256(json.dumps(decisive, sort_keys=True)),
+        "decisive": decisive,
         # That of a single channel is its own.
         "source_digest": images[0] if len(images) == 1 else _sha256("".join(images)),
         "source_bytes": sum(stamp[0] for stamp, _ in entries.values()),
@@ -147,11 +188,12 @@ def _write_case(folder: str, prepared: Prepared, card: Card, settings: BuildSett
     try:
         preprocessing = settings.preprocessing
         assert preprocessing.intensities != "auto"
+        is_ct = in_hu(prepared.modalities)
         stored, meanings = to_stored(
-            prepared.image, prepared.statistics, preprocessing.intensities, preprocessing.window
+            prepared.image, prepared.statistics, preprocessing.intensities, preprocessing.window, is_ct
         )
         write_group(scratch, {})
-        windows = level_windows(prepared.statistics, preprocessing.window)
+        windows = level_windows(prepared.statistics, preprocessing.window, is_ct)
         shown = [
             Shown.within(window, meaning, stats, stored.dtype)
             for window, meaning, stats in zip(windows, meanings, prepared.statistics, strict=True)

@@ -25,9 +25,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.foreground import HU_BELOW
 from mim3d.core.errors import DataError
 from mim3d.core.types import Spacing
+from mim3d.scans.modality import DARKEST_CT_HU, sign_of
 
 #: Cells along each axis.
 CELLS = 10
@@ -107,20 +107,24 @@ class Fingerprint:
         return cls(cells=cells, extent_mm=place[:3], centre_mm=place[3:])
 
 
-def fingerprint_of(image_XYZ: npt.NDArray[Any], spacing_mm: Spacing, affine: npt.NDArray[np.float64]) -> Fingerprint:
+def fingerprint_of(
+    image_XYZ: npt.NDArray[Any], spacing_mm: Spacing, affine: npt.NDArray[np.float64], in_hu: bool | None = None
+) -> Fingerprint:
     """Fingerprint of one channel of a scan.
 
     Args:
-        image_XYZ: Voxels along RAS+ axes, in any unit; taken for HU where air is among them.
+        image_XYZ: Voxels along RAS+ axes, in any unit.
         spacing_mm: Voxel size along X, Y, Z.
         affine: (4, 4) voxel index to RAS millimetres.
+        in_hu: Whether they are HU; None where the voxels decide.
     """
     shape = image_XYZ.shape
     steps = [max(1, size // MAX_SAMPLES) for size in shape]
     # The middle voxel of each step.
     samples = image_XYZ[tuple(slice((step - 1) // 2, None, step) for step in steps)]
     means = [_cell_means(size, step) for size, step in zip(shape, steps, strict=True)]
-    is_hu = float(samples.min()) < HU_BELOW
+    # A crop of soft tissue has no use for two windows.
+    is_hu = (sign_of(image_XYZ) == "HU" if in_hu is None else in_hu) and float(samples.min()) < DARKEST_CT_HU
     windows: Sequence[tuple[float, float] | None] = (WIDE_HU, NARROW_HU) if is_hu else (None,)
     channels = []
     for window in windows:

@@ -1,9 +1,9 @@
 """What of a scan is body and what is background: intensity statistics, the body's box, locations of each class.
 
-The rule for foreground, chosen to need no knowledge of the modality:
+The rule for foreground:
 
-* A scan whose darkest voxel lies below -200 is taken for CT in Hounsfield units: foreground is above -950 HU, which
-  leaves out air and the padding outside the field of view but keeps lungs.
+* In a scan that is CT in Hounsfield units (:mod:`mim3d.scans.modality`), foreground is above -950 HU, which leaves out
+  air and the padding outside the field of view but keeps lungs.
 * Any other scan (MRI, whose scale differs from file to file) is cut 5 % of the way from its darkest voxel to its 99.5th
   percentile: that leaves out zero background and its noise, and next to nothing of a crop that is all tissue.
 * Where less than one voxel in a thousand is left, all of the scan is foreground.
@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from mim3d.caching.shards import BLOCK
 from mim3d.core.types import Triple
+from mim3d.scans.modality import sign_of
 
-HU_BELOW = -200.0
 CT_FOREGROUND_HU = -950.0
 #: The padding value of CT is never below air, even where the scanner filled its corners with -3024.
 CT_LOWEST_PADDING_HU = -1024.0
@@ -77,15 +77,19 @@ class Foreground:
     shares: npt.NDArray[np.uint8]
 
 
-def threshold_of(channel: npt.NDArray[Any]) -> float:
+def threshold_of(channel: npt.NDArray[Any], in_hu: bool | None = None) -> float:
     """The threshold of an (X, Y, Z) channel's foreground by the rule above; minus infinity where all of it is.
 
     The foreground lies above the threshold.
+
+    Args:
+        channel: Intensities in source units.
+        in_hu: Whether they are HU; None where its voxels decide.
     """
-    minimum = float(channel.min())
-    if minimum < HU_BELOW:
+    if sign_of(channel) == "HU" if in_hu is None else in_hu:
         threshold = CT_FOREGROUND_HU
     else:
+        minimum = float(channel.min())
         values = channel.ravel()
         high = float(np.percentile(values[:: max(1, values.size // MAX_PERCENTILE_VOXELS)], 99.5))
         threshold = minimum + BACKGROUND_RATIO * (high - minimum)
@@ -93,11 +97,17 @@ def threshold_of(channel: npt.NDArray[Any]) -> float:
     return threshold if is_enough else -math.inf
 
 
-def statistics_of(channel: npt.NDArray[Any], threshold: float) -> Statistics:
+def statistics_of(channel: npt.NDArray[Any], threshold: float, in_hu: bool | None = None) -> Statistics:
     """Statistics of one (X, Y, Z) channel whose foreground lies above a threshold.
 
     Sums are in double precision and taken plane by plane: nothing as large as the channel is made.
+
+    Args:
+        channel: Intensities in source units.
+        threshold: What ``threshold_of`` returns for it.
+        in_hu: Whether they are HU; None where its voxels decide.
     """
+    in_hu = sign_of(channel) == "HU" if in_hu is None else in_hu
     minimum, maximum = float(channel.min()), float(channel.max())
     stride = max(1, _num_above(channel, threshold) // MAX_PERCENTILE_VOXELS)
     # Sums of differences from a value of the foreground's own size: their squares cancel nothing.
@@ -123,7 +133,7 @@ def statistics_of(channel: npt.NDArray[Any], threshold: float) -> Statistics:
         percentile_00_5=float(percentiles[1]),
         percentile_99_5=float(percentiles[2]),
         percentile_99_9=float(percentiles[3]),
-        low=max(minimum, CT_LOWEST_PADDING_HU) if minimum < HU_BELOW else minimum,
+        low=max(minimum, CT_LOWEST_PADDING_HU) if in_hu else minimum,
     )
 
 

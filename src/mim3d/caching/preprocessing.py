@@ -15,7 +15,8 @@ from mim3d.core.types import Spacing
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import available_memory_bytes
 from mim3d.scans.grids import Grid, require_same_grid, times
-from mim3d.scans.volumes import read_grid, read_volume
+from mim3d.scans.modality import ChannelModality, decide, modality_of_channels, sign_of
+from mim3d.scans.volumes import modality_of, read_grid, read_volume
 
 #: Resolutions that a cache can hold: the coarsest voxel of eight is 128 voxels a side.
 MAX_LEVELS = 8
@@ -82,6 +83,7 @@ class Prepared:
         affine: (4, 4) float64, voxel index of ``image`` to RAS millimetres.
         spacing_mm: Voxel size along X, Y, Z.
         statistics: Statistics of each channel, after resampling and before cropping.
+        modalities: What each channel is.
         grid: Grid of the first image as stored; a crop does not change it.
         foreground: Foreground of ``image`` as it is here.
     """
@@ -91,12 +93,18 @@ class Prepared:
     affine: npt.NDArray[np.float64]
     spacing_mm: Spacing
     statistics: tuple[Statistics, ...]
+    modalities: tuple[ChannelModality, ...]
     grid: Grid
     foreground: Foreground
 
 
 def prepare(
-    case: Case, preprocessing: Preprocessing, *, with_label: bool = True, labels: Mapping[int, str] | None = None
+    case: Case,
+    preprocessing: Preprocessing,
+    *,
+    with_label: bool = True,
+    labels: Mapping[int, str] | None = None,
+    set_in_hu: Sequence[bool] = (),
 ) -> Prepared:
     """Read a case, check it, and resample it where asked.
 
@@ -116,6 +124,7 @@ def prepare(
         preprocessing: The voxel size wanted, and whether to crop.
         with_label: Whether to read the label too, where the case has one.
         labels: Declared label values; empty or None allows all.
+        set_in_hu: For each channel whether the other scans of its set are CT; it decides where nothing else does.
 
     Raises:
         DataError: A file that cannot be used, grids that disagree, label values that are not declared, or a scan
@@ -136,17 +145,29 @@ def prepare(
     axes = plan_resampling(grid.ras_shape, grid.spacing_mm, shape, spacing_mm)
     image = _read_images(case.images, grid, axes)
     label = _read_label(case.label, grid, axes, labels or {}) if with_label and case.label is not None else None
-    thresholds = [threshold_of(channel) for channel in image]
+    modalities = _modalities(case, image, set_in_hu)
+    in_hu = [channel.in_hu for channel in modalities]
+    thresholds = [threshold_of(channel, is_ct) for channel, is_ct in zip(image, in_hu, strict=True)]
     prepared = Prepared(
         image=image,
         label=label,
         affine=affine,
         spacing_mm=spacing_mm,
-        statistics=tuple(statistics_of(channel, at) for channel, at in zip(image, thresholds, strict=True)),
+        statistics=tuple(map(statistics_of, image, thresholds, in_hu)),
+        modalities=modalities,
         grid=grid,
         foreground=foreground_of(image, thresholds),
     )
     return _cropped(prepared, thresholds) if preprocessing.body_crop else prepared
+
+
+def _modalities(case: Case, image: npt.NDArray[Any], set_in_hu: Sequence[bool]) -> tuple[ChannelModality, ...]:
+    declared = modality_of_channels(case.modality, len(image))
+    others = set_in_hu if len(set_in_hu) == len(image) else [False] * len(image)
+    return tuple(
+        decide(sign_of(channel), declared=name, header=modality_of(path), set_in_hu=is_ct)
+        for channel, path, name, is_ct in zip(image, case.images, declared, others, strict=True)
+    )
 
 
 def _read_images(paths: Sequence[str], grid: Grid, axes: Axes) -> npt.NDArray[Any]:

@@ -23,6 +23,7 @@ from mim3d.caching.stored_voxels import Shown, StoredIntensity, level_shapes
 from mim3d.core.errors import DamagedError, DataError
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case
+from mim3d.scans.modality import DARKEST_CT_HU, ChannelModality
 
 #: What is known of a cached case besides its voxels, as plain values for JSON and Parquet.
 Card = dict[str, Any]
@@ -60,8 +61,30 @@ def card_of(
         "stored_intensities": [asdict(meaning) for meaning in meanings],
         "body_box": [voxel for corner in prepared.foreground.box for voxel in corner],
         "foreground": base64.b64encode(zlib.compress(prepared.foreground.shares.tobytes())).decode("ascii"),
-        "fingerprint": fingerprint_of(prepared.image[0], prepared.spacing_mm, prepared.affine).to_text(),
+        "modalities": [asdict(channel) for channel in prepared.modalities],
+        "fingerprint": fingerprint_of(
+            prepared.image[0], prepared.spacing_mm, prepared.affine, prepared.modalities[0].in_hu
+        ).to_text(),
     }
+
+
+def modalities_of(card: Mapping[str, Any]) -> tuple[ChannelModality, ...]:
+    """What each channel of a case is by its card.
+
+    Earlier versions wrote nothing of it: they took for CT what has one voxel below -200.
+
+    Raises:
+        KeyError, TypeError: The card is damaged.
+    """
+    if card.get("modalities") is not None:
+        return tuple(ChannelModality(**channel) for channel in card["modalities"])
+    dark = [bool(stats["minimum"] < DARKEST_CT_HU) for stats in card["statistics"]]
+    return tuple(
+        ChannelModality(
+            name="CT" if is_ct else None, by="earlier version", in_hu=is_ct, sign="HU" if is_ct else "unlike"
+        )
+        for is_ct in dark
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,6 +114,7 @@ class CachedScan:
         level_windows: Range in source units to which each channel was clipped before its reduced levels were made. None
             in caches made before levels were averages of what is shown: theirs are averages of the stored numbers, and
             at odd edges of those inside the scan alone.
+        modalities: What each channel is.
     """
 
     case: Case
@@ -112,6 +136,7 @@ class CachedScan:
     stored_intensities: tuple[StoredIntensity, ...] = ()
     num_levels: int = 1
     level_windows: tuple[tuple[float, float], ...] | None = None
+    modalities: tuple[ChannelModality, ...] = ()
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any], case: Case, source: ByteSource) -> "CachedScan":
@@ -146,6 +171,7 @@ class CachedScan:
             stored_intensities=tuple(StoredIntensity(**meaning) for meaning in card["stored_intensities"]),
             num_levels=int(card["num_levels"]),
             level_windows=_level_windows(card.get("level_windows")),
+            modalities=modalities_of(card),
         )
 
     def __getstate__(self) -> dict[str, Any]:

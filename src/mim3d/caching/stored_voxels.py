@@ -10,10 +10,11 @@ How intensities in source units become integers:
   of the background become one value, and so does the brightest thousandth. Where whole numbers span at most 256 values,
   as in images made from 8 bits, they are stored exactly.
 
-What is CT and what is foreground is decided in :mod:`mim3d.caching.foreground`. Each further resolution averages 2 x 2
-x 2 voxels of the one before *as a network is shown them*: clipped to the channel's window first, with the padding value
-beyond the scan's edge. A network's window does not commute with an average, so it is settled when the levels are made;
-where a network has another one, coarse crops are averaged from full resolution (:mod:`mim3d.loading.samples`).
+What is CT is decided in :mod:`mim3d.scans.modality`, what is foreground in :mod:`mim3d.caching.foreground`. Each
+further resolution averages 2 x 2 x 2 voxels of the one before *as a network is shown them*: clipped to the channel's
+window first, with the padding value beyond the scan's edge. A network's window does not commute with an average, so it
+is settled when the levels are made; where a network has another one, coarse crops are averaged from full resolution
+(:mod:`mim3d.loading.samples`).
 """
 
 import math
@@ -25,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.foreground import HU_BELOW, Statistics
+from mim3d.caching.foreground import Statistics
 from mim3d.caching.shards import write_array, write_group
 from mim3d.core.types import Triple
 
@@ -86,18 +87,19 @@ class Shown:
         return cls(low, high, min(max(meaning.nearest(stats.low, dtype), low), high))
 
 
-def level_windows(statistics: Sequence[Statistics], window: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+def level_windows(
+    statistics: Sequence[Statistics], window: tuple[float, float], in_hu: Sequence[bool]
+) -> tuple[tuple[float, float], ...]:
     """The range of source units to which each channel is clipped before reduced levels are made.
 
     Args:
         statistics: Statistics of each channel.
         window: Range of a CT, HU. Other modalities are shown by their z-score, which clips nothing.
+        in_hu: Whether each channel is CT in HU.
     """
-    return tuple(window if _is_ct(stats) else (stats.minimum, stats.maximum) for stats in statistics)
-
-
-def _is_ct(stats: Statistics) -> bool:
-    return stats.minimum < HU_BELOW
+    return tuple(
+        window if is_ct else (stats.minimum, stats.maximum) for stats, is_ct in zip(statistics, in_hu, strict=True)
+    )
 
 
 def to_stored(
@@ -105,6 +107,7 @@ def to_stored(
     statistics: Sequence[Statistics],
     intensities: Literal["lossless", "8-bit"],
     window: tuple[float, float],
+    in_hu: Sequence[bool],
 ) -> tuple[npt.NDArray[Any], tuple[StoredIntensity, ...]]:
     """The integers to store of an image, and what they mean in each channel.
 
@@ -113,6 +116,7 @@ def to_stored(
         statistics: Statistics of each channel.
         intensities: The rule, see above.
         window: Range that 8 bits of a CT cover, HU.
+        in_hu: Whether each channel is CT in HU.
     """
     if intensities == "lossless":
         low, high = min(stats.minimum for stats in statistics), max(stats.maximum for stats in statistics)
@@ -123,7 +127,10 @@ def to_stored(
         meanings = [_sixteen_bits(channel, stats) for channel, stats in zip(image_CXYZ, statistics, strict=True)]
     else:
         dtype = np.dtype(np.uint8)
-        meanings = [_eight_bits(channel, stats, window) for channel, stats in zip(image_CXYZ, statistics, strict=True)]
+        meanings = [
+            StoredIntensity.over(window[0], window[1], dtype) if is_ct else _eight_bits(channel, stats)
+            for channel, stats, is_ct in zip(image_CXYZ, statistics, in_hu, strict=True)
+        ]
     stored = np.empty(image_CXYZ.shape, dtype=dtype)
     limits = np.iinfo(dtype)
     for channel, target, meaning in zip(image_CXYZ, stored, meanings, strict=True):
@@ -136,9 +143,7 @@ def to_stored(
     return stored, tuple(meanings)
 
 
-def _eight_bits(channel: npt.NDArray[Any], stats: Statistics, window: tuple[float, float]) -> StoredIntensity:
-    if _is_ct(stats):
-        return StoredIntensity.over(window[0], window[1], np.dtype(np.uint8))
+def _eight_bits(channel: npt.NDArray[Any], stats: Statistics) -> StoredIntensity:
     if stats.maximum - stats.minimum <= 255 and _is_whole(channel):
         return StoredIntensity(1.0, stats.minimum)
     low, high = stats.percentile_00_1, stats.percentile_99_9

@@ -216,7 +216,7 @@ def _intensity_helpers(network: Exported) -> dict[str, str]:
         "values": "$lambda channel: channel.as_tensor().numpy().ravel()",
         "high": "$lambda values: float(numpy.percentile(values[:: max(1, values.size // 1000000)], 99.5))",
         "threshold": (
-            "$lambda values: -950.0 if values.min() < -200 else "
+            "$lambda values: -950.0 if (values < -500).mean() >= 0.005 else "
             "float(values.min()) + 0.05 * (@high(values) - float(values.min()))"
         ),
         "above": "$lambda values: values[values > @threshold(values)]",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.caching.foreground import HU_BELOW, Statistics, class_counts_of
+from mim3d.caching.foreground import Statistics, class_counts_of
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import write_json
@@ -29,6 +29,7 @@ from mim3d.datasets.cases import Case
 from mim3d.scans.components import find_components
 from mim3d.scans.files import available_memory_bytes
 from mim3d.scans.grids import orientations
+from mim3d.scans.modality import ChannelModality, decide, is_ct_set
 from mim3d.scans.volumes import read_grid
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class ScanMeasures:
 
     Attributes:
         statistics: Statistics of each channel.
+        modalities: What each channel is.
         class_voxels: (C, N) float32 intensities of about 10,000 voxels at most, evenly spaced over all that have a
             label above 0; N is 0 without such voxels.
         classes: Label value above 0 -> its measures.
@@ -99,6 +101,7 @@ class ScanMeasures:
     """
 
     statistics: tuple[Statistics, ...]
+    modalities: tuple[ChannelModality, ...]
     class_voxels: npt.NDArray[np.float32]
     classes: dict[int, ClassMeasures]
     foreground_ratio: float
@@ -126,7 +129,7 @@ class ChannelValues:
     """Intensities of one channel, in source units, over the scans whose voxels were looked at.
 
     Attributes:
-        num_ct: Number of scans that are CT by the rule of :mod:`mim3d.caching.foreground`.
+        num_ct: Number of scans that are CT in HU, see :mod:`mim3d.scans.modality`.
         minimum: Median over the scans of their darkest voxels.
         maximum: Median over the scans of their brightest voxels.
         body_mean: Median over the scans of the foreground's mean.
@@ -135,6 +138,7 @@ class ChannelValues:
             any.
         class_median: Median of the same voxels.
         class_percentile_99_5: The 99.5 percentile of the same voxels.
+        decided_by: Who says what the scans are, such as ``voxels``.
     """
 
     num_ct: int
@@ -145,6 +149,7 @@ class ChannelValues:
     class_percentile_00_5: float | None = None
     class_median: float | None = None
     class_percentile_99_5: float | None = None
+    decided_by: str = "voxels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,13 +290,18 @@ def _channel_values(measured: Sequence[ScanMeasures]) -> tuple[ChannelValues, ..
     values = []
     for channel in range(len(measured[0].statistics) if measured else 0):
         statistics = [scan.statistics[channel] for scan in measured]
-        voxels = np.concatenate([scan.class_voxels[channel] for scan in measured])
+        modalities = [scan.modalities[channel] for scan in measured]
+        is_ct = is_ct_set(modalities)
+        modalities = [decide(own.sign, set_in_hu=is_ct) if own.by == "nobody" else own for own in modalities]
+        # Scans of a CT set that are not in HU say nothing of its window.
+        counted_in = [scan for scan, own in zip(measured, modalities, strict=True) if own.in_hu or not is_ct]
+        voxels = np.concatenate([scan.class_voxels[channel] for scan in counted_in])
         low, middle, high = (
             (float(value) for value in np.percentile(voxels, (0.5, 50, 99.5))) if len(voxels) else (None, None, None)
         )
         values.append(
             ChannelValues(
-                num_ct=sum(stats.minimum < HU_BELOW for stats in statistics),
+                num_ct=sum(own.in_hu for own in modalities),
                 minimum=float(np.median([stats.minimum for stats in statistics])),
                 maximum=float(np.median([stats.maximum for stats in statistics])),
                 body_mean=float(np.median([stats.mean for stats in statistics])),
@@ -299,6 +309,7 @@ def _channel_values(measured: Sequence[ScanMeasures]) -> tuple[ChannelValues, ..
                 class_percentile_00_5=low,
                 class_median=middle,
                 class_percentile_99_5=high,
+                decided_by=", ".join(sorted({own.by for own in modalities})),
             )
         )
     return tuple(values)
@@ -348,7 +359,14 @@ def file_sources(cases: Sequence[Case], labels: Mapping[int, str], ignore_label:
 
         def measure() -> ScanMeasures:
             prepared = prepare(case, Preprocessing(), labels=labels)
-            return measure_scan(prepared.image, prepared.label, prepared.spacing_mm, prepared.statistics, ignore_label)
+            return measure_scan(
+                prepared.image,
+                prepared.label,
+                prepared.spacing_mm,
+                prepared.statistics,
+                prepared.modalities,
+                ignore_label,
+            )
 
         paths = (*case.images, *([case.label] if case.label else []))
         return ScanSource(id=case.id, state=tuple(map(_state_of, paths)), grid=read_header, measure=measure)
@@ -381,7 +399,7 @@ def cached_sources(scans: Sequence["CachedScan"], ignore_label: int | None = Non
         def measure() -> ScanMeasures:
             image = scan.to_values(scan.read((0, 0, 0), scan.shape))
             label = scan.read_label((0, 0, 0), scan.shape) if scan.has_label else None
-            return measure_scan(image, label, scan.spacing_mm, scan.statistics, ignore_label)
+            return measure_scan(image, label, scan.spacing_mm, scan.statistics, scan.modalities, ignore_label)
 
         return ScanSource(id=scan.case.id, state=(scan.digest,), grid=read_header, measure=measure)
 
@@ -416,6 +434,7 @@ def measure_scan(
     label_XYZ: npt.NDArray[Any] | None,
     spacing_mm: Spacing,
     statistics: Sequence[Statistics],
+    modalities: Sequence[ChannelModality],
     ignore_label: int | None = None,
 ) -> ScanMeasures:
     """Measure a scan on its RAS+ grid.
@@ -425,11 +444,18 @@ def measure_scan(
         label_XYZ: (X, Y, Z) label values; None for a scan without.
         spacing_mm: Voxel size along X, Y, Z.
         statistics: Statistics of each channel.
+        modalities: What each channel is.
         ignore_label: Value of voxels that belong to no structure.
     """
     if label_XYZ is None:
         nothing = np.empty((len(image_CXYZ), 0), dtype=np.float32)
-        return ScanMeasures(statistics=tuple(statistics), class_voxels=nothing, classes={}, foreground_ratio=0.0)
+        return ScanMeasures(
+            statistics=tuple(statistics),
+            modalities=tuple(modalities),
+            class_voxels=nothing,
+            classes={},
+            foreground_ratio=0.0,
+        )
     if ignore_label is not None:
         label_XYZ = np.where(label_XYZ == ignore_label, 0, label_XYZ)
     from scipy.ndimage import find_objects
@@ -449,6 +475,7 @@ def measure_scan(
     kept = places[:: max(1, len(places) // MAX_CLASS_VOXELS)]
     return ScanMeasures(
         statistics=tuple(statistics),
+        modalities=tuple(modalities),
         class_voxels=np.stack([channel.ravel()[kept] for channel in image_CXYZ]).astype(np.float32),
         classes=classes,
         foreground_ratio=len(places) / label_XYZ.size,

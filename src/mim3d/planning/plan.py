@@ -3,13 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mim3d.backbones.contract import size_text
-from mim3d.caching.foreground import HU_BELOW
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import ConfigError
 from mim3d.core.resources import in_words
@@ -17,6 +15,7 @@ from mim3d.core.types import Spacing, Triple
 from mim3d.planning.fingerprint import DatasetFingerprint, ScanGrid
 from mim3d.scans.grids import times
 from mim3d.scans.intensity import Intensity
+from mim3d.scans.modality import is_ct_set
 
 if TYPE_CHECKING:
     from mim3d.caching.scan import CachedScan
@@ -73,11 +72,20 @@ MIN_STEPS, MAX_STEPS = 1_000, 40_000
 #: Share of a scan that carries labels, and the share of crops centred on them: what is common is met by chance.
 POSITIVE_RATIOS = ((0.05, 0.33), (0.001, 0.5), (0.0, 0.67))
 
+#: Who says what a scan is, in the words of a reason.
+_DECIDERS = {
+    "declared": "declaration",
+    "header": "their headers",
+    "voxels": "their voxels",
+    "set": "the rest of the set",
+    "earlier version": "their darkest voxels",
+}
+
 
 def plan_intensity(scans: Sequence["CachedScan"]) -> Intensity:
-    """CT (air far below zero) gets the Hounsfield window, every other modality the z-score of its foreground."""
-    lowest = median(stats.minimum for scan in scans for stats in scan.statistics)
-    return Intensity() if lowest < HU_BELOW else Intensity(kind="zscore", window=None)
+    """A set of CT in HU gets the Hounsfield window, every other one the z-score of each scan's foreground."""
+    is_ct = all(is_ct_set(channels) for channels in zip(*(scan.modalities for scan in scans), strict=True))
+    return Intensity() if is_ct else Intensity(kind="zscore", window=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,16 +376,18 @@ def _plan_intensity(fingerprint: DatasetFingerprint) -> tuple[Intensity | None, 
         return None, ""
     num_scans = len(fingerprint.voxel_scans)
     num_ct = min(channel.num_ct for channel in fingerprint.channels)
+    deciders = {decider for channel in fingerprint.channels for decider in channel.decided_by.split(", ")}
+    by = " and ".join(_DECIDERS.get(decider, decider) for decider in sorted(deciders))
     if not fingerprint.is_ct:
         darkest = ", ".join(f"{channel.minimum:.4g}" for channel in fingerprint.channels)
-        seen = f"CT in {num_ct} of {num_scans} scans (darkest voxel below {HU_BELOW:g}; its median is {darkest})"
+        seen = f"CT in {num_ct} of {num_scans} scans (by {by}; the median of their darkest voxels is {darkest})"
         return Intensity(kind="zscore", window=None), f"mean and deviation of each scan's body: {seen}"
     known = [
         (channel.class_percentile_00_5, channel.class_percentile_99_5)
         for channel in fingerprint.channels
         if channel.class_percentile_00_5 is not None and channel.class_percentile_99_5 is not None
     ]
-    ct = f"CT in {num_ct} of {num_scans} scans"
+    ct = f"CT in {num_ct} of {num_scans} scans (by {by})"
     if not known:
         return Intensity(), f"{ct}, without a labelled voxel to go by: the window of published pre-training"
     low, high = min(pair[0] for pair in known), max(pair[1] for pair in known)

@@ -370,6 +370,20 @@ def scan_id(path: str | os.PathLike[str]) -> str:
     return f"{safe}_{series}" if series else safe
 
 
+def modality_of(path: str | os.PathLike[str]) -> str | None:
+    """Modality of a DICOM series as its header says (CT, MR, PT); None for other formats, which name none.
+
+    Raises:
+        DataError: As for `read_grid`, where the series cannot be found.
+    """
+    name = os.fspath(path)
+    if format_of(name) is not DICOM:
+        return None
+    from mim3d.scans.dicom.series import open_series
+
+    return open_series(name).slices[0].modality or None
+
+
 def patient_of(path: str | os.PathLike[str]) -> str | None:
     """Salted hash that stands for the patient of a DICOM series; None for other formats, which name none.
 

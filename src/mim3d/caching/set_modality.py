@@ -1,0 +1,152 @@
+"""What the scans of a set are, taken together: who is taken for CT, and who differs from the others."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from mim3d.core.errors import listed
+from mim3d.datasets.cases import Case
+from mim3d.scans.modality import ChannelModality, decide, is_ct_set, modality_name, modality_of_channels
+
+#: Kinds of scans that are not what their set or a declaration says.
+_NOT_IN_HU, _LIKE_CT = "CT not in HU", "like CT"
+
+#: Case id -> what each of its channels is.
+Modalities = Mapping[str, Sequence[ChannelModality]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetRemark:
+    """What is said of a set once, and changes how what comes of it is to be read.
+
+    Attributes:
+        text: The sentence.
+        refused: Whether ``strict`` refuses such a set.
+    """
+
+    text: str
+    refused: bool
+
+
+def in_hu(modalities: Sequence[ChannelModality]) -> list[bool]:
+    """Whether each channel of a scan is taken for HU."""
+    return [channel.in_hu for channel in modalities]
+
+
+def settled(cases: Sequence[Case], found: Modalities) -> dict[str, tuple[ChannelModality, ...]]:
+    """What each scan of a set is, once all are known.
+
+    A scan that nothing is known of is CT where most of the others are.
+
+    Args:
+        cases: The cases with what is declared of them.
+        found: What is known of each by itself; cases that are missing could not be used.
+    """
+    known: dict[str, list[ChannelModality]] = {}
+    for case in cases:
+        if case.id in found:
+            declared = modality_of_channels(case.modality, len(found[case.id]))
+            known[case.id] = [
+                channel if channel.by == "earlier version" and name is None else _by_itself(channel, name)
+                for channel, name in zip(found[case.id], declared, strict=True)
+            ]
+    of_set = set_in_hu(known)
+    return {
+        name: tuple(
+            decide(channel.sign, set_in_hu=is_ct) if channel.by == "nobody" else channel
+            for channel, is_ct in zip(channels, of_set, strict=False)
+        )
+        for name, channels in known.items()
+    }
+
+
+def set_in_hu(modalities: Modalities) -> tuple[bool, ...]:
+    """For each channel of a set whether it is CT in most of those scans that are known by themselves."""
+    return tuple(is_ct_set(channels) for channels in _by_channel(modalities))
+
+
+def _by_itself(channel: ChannelModality, declared: str | None) -> ChannelModality:
+    return decide(channel.sign, declared=declared, header=channel.name if channel.by == "header" else None)
+
+
+def _by_channel(modalities: Modalities) -> list[list[ChannelModality]]:
+    """The scans' modalities for each channel; none where scans have different numbers of channels."""
+    numbers = {len(channels) for channels in modalities.values()}
+    if len(numbers) != 1:
+        return [[] for _ in range(max(numbers, default=0))]
+    return [list(channels) for channels in zip(*modalities.values(), strict=True)]
+
+
+def remarks_on(modalities: Modalities, minima: Mapping[str, Sequence[float]]) -> tuple[SetRemark, ...]:
+    """What is to be said of a set: what was guessed, and which scans differ from the others.
+
+    Args:
+        modalities: What each scan is, see :func:`settled`.
+        minima: Case id -> darkest voxel of each channel.
+    """
+    remarks = []
+    by_channel = _by_channel(modalities)
+    for place, channels in enumerate(by_channel):
+        of_scan = dict(zip(modalities, channels, strict=False))
+        where = f" in channel {place}" if len(by_channel) > 1 else ""
+        followers = [name for name, channel in of_scan.items() if channel.by == "set"]
+        if followers:
+            text = (
+                f"{len(followers)} of {len(of_scan)} scans show no air to tell CT by{where} and are taken for CT like "
+                f"the others: {listed(followers)}."
+            )
+            remarks.append(SetRemark(text=text, refused=False))
+        kinds = _kinds(of_scan)
+        is_odd = {_LIKE_CT, _NOT_IN_HU} & set(kinds.values())
+        if len(set(kinds.values())) > 1 or is_odd:
+            darkest = {name: minima[name][place] for name in of_scan}
+            meant = not is_odd and all(channel.by == "declared" for channel in of_scan.values())
+            remarks.append(SetRemark(text=_on_kinds(kinds, of_scan, darkest, where, meant), refused=not meant))
+    return tuple(remarks)
+
+
+def _kinds(of_scan: Mapping[str, ChannelModality]) -> dict[str, str]:
+    """Case id -> what it is in words, the same for scans that belong together."""
+    most_are_ct = is_ct_set(list(of_scan.values()))
+    names = {name: channel.name or modality_name(name) for name, channel in of_scan.items()}
+    # Names of files tell kinds apart only where all of them do.
+    all_named = all(names.values())
+    kinds = {}
+    for name, channel in of_scan.items():
+        if channel.in_hu:
+            kinds[name] = "CT"
+        elif channel.name == "CT" or (channel.sign == "HU + 1024" and channel.name is None and most_are_ct):
+            kinds[name] = _NOT_IN_HU
+        elif channel.contradicts:
+            kinds[name] = _LIKE_CT
+        else:
+            named = names[name] if all_named else None
+            kinds[name] = "not CT" if named in (None, "CT") else str(named)
+    return kinds
+
+
+def _on_kinds(
+    kinds: Mapping[str, str],
+    of_scan: Mapping[str, ChannelModality],
+    darkest: Mapping[str, float],
+    where: str,
+    meant: bool,
+) -> str:
+    counts = Counter(kinds.values())
+    usual = counts.most_common(1)[0][0]
+    parts = []
+    for kind, _ in counts.most_common():
+        ids = [name for name, own in kinds.items() if own == kind]
+        if kind == _NOT_IN_HU:
+            ct = [darkest[name] for name, own in kinds.items() if own == "CT"]
+            others = f" where the CT have {median(ct):g}" if ct else ""
+            added = ", probably stored with 1024 added" if of_scan[ids[0]].sign == "HU + 1024" else ""
+            parts.append(f"{listed(ids)} (darkest voxel {darkest[ids[0]]:g}{others}: not in HU{added})")
+        elif kind == _LIKE_CT:
+            parts.append(f"{listed(ids)} (declared as {of_scan[ids[0]].name}, with air and tissue as a CT in HU has)")
+        elif kind != usual:
+            parts.append(f"{kind}: {listed(ids)}")
+    found = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    remedy = "" if meant else " Correct them or leave them out; kinds that are meant are declared (modality)."
+    return f"{len(of_scan)} scans of different kinds{where}: {found}; {'; '.join(parts)}.{remedy}"
