@@ -16,6 +16,7 @@ from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import unique_ids
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
+from mim3d.scans.modality import modality_name
 from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id, suffix_of
 
 SPLITS = ("train", "val", "test")
@@ -138,6 +139,9 @@ def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> Case
     cases = found.cases
     if recursive_images_only:
         cases = tuple(replace(case, label=None, labelled=None) for case in cases)
+    if any(map(modality_name, found.channels)):
+        # What a list says of a case itself goes before what its set says.
+        cases = tuple(replace(case, modality=case.modality or ";".join(found.channels)) for case in cases)
     found = replace(found, cases=to_cases(cases, root))
     if found.form in ("msd", "nnunet"):
         found = _with_folds(found)

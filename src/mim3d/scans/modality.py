@@ -128,6 +128,9 @@ def sign_of(channel: npt.NDArray[Any]) -> Sign:
         return "outside"
     first, middle, third = np.percentile(kept, (25, 50, 75))
     has_background = low >= 0 and _share(kept == 0) > MAX_ZEROS
+    if has_background and 200 <= kept.max() <= 255:
+        # A picture of 8 bits.
+        return "outside"
     is_like = middle < HIGHEST_TISSUE_HU and third - first < MAX_MIDDLE_WIDTH_HU and not has_background
     return "unknown" if is_like else "unlike"
 
