@@ -18,7 +18,7 @@ from mim3d.core.run_folder import Run
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split
 from mim3d.scans.volumes import read_volume
-from mim3d.workflows.predict import input_cases
+from mim3d.workflows.predict import alone_in, input_cases
 from mim3d.workflows.shared.held_out import held_out_cases, write_split
 from tests.labelled import ball_scan, write_scan
 
@@ -159,8 +159,92 @@ def test_scans_of_two_folders_with_one_name_are_told_apart(segmenter_run, tmp_pa
         write_scan(tmp_path / folder / "ct.nii.gz", ball_scan(1)[0])
     found = input_cases([str(tmp_path / "first"), str(tmp_path / "second")])
     assert [case.id for case in found] == ["first_ct", "second_ct"]
-    with pytest.raises(DataError, match="would both be written"):
+    with pytest.raises(DataError, match=r"ct\.nii\.gz is named twice"):
         input_cases([str(tmp_path / "first"), str(tmp_path / "first")])
+
+
+def two_patients(tmp_path: Path) -> list[Path]:
+    """Two scans of one name in the folders of two patients."""
+    paths = [tmp_path / patient / "study" / "ct.nii.gz" for patient in "ab"]
+    for seed, path in enumerate(paths):
+        write_scan(path, ball_scan(70 + seed)[0])
+    return paths
+
+
+def test_a_loop_over_patients_into_one_folder_keeps_what_each_of_them_got(segmenter_run, tmp_path, capsys):
+    out, (first, second) = tmp_path / "out", two_patients(tmp_path)
+    predict(str(segmenter_run), str(out), input=str(first))
+    before = (out / "ct.nii.gz").read_bytes()
+    with pytest.warns(UserWarning, match=r"b/study/ct.nii.gz as b_study_ct"):
+        predict(str(segmenter_run), str(out), input=str(second))
+    assert (out / "ct.nii.gz").read_bytes() == before and (out / "b_study_ct.nii.gz").is_file()
+    rows = {case["id"]: case for case in listing(out)["cases"]}
+    assert {name: row["images"] for name, row in rows.items()} == {"ct": [str(first)], "b_study_ct": [str(second)]}
+    assert rows["ct"]["source"]["num_bytes"] == first.stat().st_size and rows["ct"]["source"]["sha256"]
+    # Again, together, by a link, and with --overwrite: each keeps its name.
+    capsys.readouterr()
+    predict(str(segmenter_run), str(out), input=[str(second), str(first)])
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    predict(str(segmenter_run), str(out), input=str(tmp_path / "link" / "study" / "ct.nii.gz"))
+    assert "2 of 2 scans segmented, 2 of them before" in capsys.readouterr().out
+    predict(str(segmenter_run), str(out), input=str(second), overwrite=True)
+    assert (out / "ct.nii.gz").read_bytes() == before
+    assert {case["id"] for case in listing(out)["cases"]} == {"ct", "b_study_ct"}
+
+
+def test_a_scan_that_moved_with_its_folder_is_known_by_its_content(segmenter_run, tmp_path, capsys):
+    out, (first, _) = tmp_path / "out", two_patients(tmp_path)
+    predict(str(segmenter_run), str(out), input=str(first))
+    shutil.move(tmp_path / "a", tmp_path / "moved")
+    predict(str(segmenter_run), str(out), input=str(tmp_path / "moved" / "study" / "ct.nii.gz"))
+    assert "1 of 1 scans segmented, 1 of them before" in capsys.readouterr().out
+    (row,) = listing(out)["cases"]
+    assert row["id"] == "ct" and "moved" in row["images"][0]
+
+
+def test_a_scan_that_changed_is_predicted_again_and_that_is_said(segmenter_run, tmp_path):
+    out, (first, second) = tmp_path / "out", two_patients(tmp_path)
+    predict(str(segmenter_run), str(out), input=str(first))
+    before = (out / "ct.nii.gz").read_bytes()
+    shutil.copyfile(second, first)
+    with pytest.warns(UserWarning, match="Changed since their prediction"):
+        predict(str(segmenter_run), str(out), input=str(first))
+    assert (out / "ct.nii.gz").read_bytes() != before and len(listing(out)["cases"]) == 1
+
+
+def test_a_file_that_the_list_does_not_name_is_not_replaced_either(segmenter_run, tmp_path):
+    out, (first, second) = tmp_path / "out", two_patients(tmp_path)
+    predict(str(segmenter_run), str(out), input=str(first))
+    shutil.move(second, second.with_name("other.nii.gz"))
+    (out / "other.nii.gz").write_bytes(b"by hand")
+    with pytest.raises(ConfigError, match=r"other.nii.gz exists and is no prediction"):
+        predict(str(segmenter_run), str(out), input=str(second.with_name("other.nii.gz")))
+    assert (out / "other.nii.gz").read_bytes() == b"by hand"
+
+
+def test_probabilities_of_one_scan_are_not_the_label_map_of_another(segmenter_run, tmp_path):
+    for seed, name in enumerate(("x", "x_probabilities")):
+        write_scan(tmp_path / "scans" / f"{name}.nii.gz", ball_scan(80 + seed)[0])
+    out = Path(predict(str(segmenter_run), str(tmp_path / "out"), input=str(tmp_path / "scans"), probabilities=True))
+    files = [case[key] for case in listing(out)["cases"] for key in ("prediction", "probabilities")]
+    assert len(set(files)) == 4 and all((out / name).is_file() for name in files)
+
+
+def test_a_failure_of_an_earlier_call_stays_listed(segmenter_run, tmp_path):
+    out, (first, second) = tmp_path / "out", two_patients(tmp_path)
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(DataError, match="1 of 1 scans could not be segmented"):
+        predict(str(segmenter_run), str(out), input=str(first))
+    predict(str(segmenter_run), str(out), input=str(second))
+    content = listing(out)
+    assert [row["images"] for row in content["failed"]] == [[str(first)]]
+    assert [row["images"] for row in content["cases"]] == [[str(second)]]
+
+
+def test_two_processes_do_not_write_one_list(segmenter_run, tmp_path):
+    first, _ = two_patients(tmp_path)
+    with alone_in(tmp_path / "out"), pytest.raises(ConfigError, match="Another process predicts into"):
+        predict(str(segmenter_run), str(tmp_path / "out"), input=str(first))
 
 
 def test_channels_that_do_not_match_are_a_reason(segmenter_run, tmp_path):

@@ -81,7 +81,7 @@ def distinct_names(path: str, name: str, other: str) -> Iterator[str]:
     shared = os.path.commonpath([mine, theirs])
     folders = [part for part in os.path.relpath(mine, shared).split(os.sep) if part != "."]
     if not folders:
-        yield joined_name([name, suffix_of(split_channel(path)[0]).strip(".")])
+        yield joined_name([name, suffix_of(split_channel(path)[0])[1:].partition(".")[0]])
     above = [part for part in shared.split(os.sep) if part] if folders else []
     for start in range(len(above), -1, -1):
         yield joined_name([*above[start:], *folders, name])

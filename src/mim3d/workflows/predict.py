@@ -1,24 +1,33 @@
 """Prediction with trained networks of any task: scans in, a folder that lists what became of each."""
 
 import os
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.files import read_json, write_json
+from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.files import read_json, try_lock, write_json
+from mim3d.core.names import joined_name, same_name
 from mim3d.core.progress import Progress, say
 from mim3d.core.resources import choose_device
 from mim3d.core.types import Named
 from mim3d.datasets.cases import Case, read_cases
+from mim3d.datasets.ids import distinct_names, unique_ids
+from mim3d.datasets.lists import is_there
 from mim3d.scans.grids import split_channel
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
 from mim3d.workflows.shared.held_out import held_out_by_all
+from mim3d.workflows.shared.scan_sources import ScanFiles, resolved
+
+#: File by which one process keeps others out of a folder of predictions.
+LOCK_NAME = ".predict.lock"
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,14 @@ def predict_scans(settings: PredictSettings) -> str:
     else:
         found = input_cases(settings.input, with_labels=predictor.reads_labels)
     cases = predictor.accepted(found)
-    folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
+    with alone_in(settings.out):
+        folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
+        return _predict_all(predictor, folder)
+
+
+def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
+    """Predict what is not finished in a folder, and say what became of all; its path."""
+    cases = folder.cases
     remaining = [case for case in cases if not folder.is_finished(case)]
     step = predictor.scans_per_call
     with Progress("{done:.1f} of {total} scans", len(remaining)) as progress:
@@ -124,21 +140,51 @@ def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFol
     progress.update(num_before + len(chosen), name)
 
 
+@contextmanager
+def alone_in(out: str | Path) -> Iterator[None]:
+    """Hold a folder of predictions for one process, as each writes its whole list.
+
+    Raises:
+        ConfigError: Another process predicts into it, or it cannot be written to.
+    """
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file; choose a folder as --out.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / LOCK_NAME, os.O_CREAT | os.O_WRONLY)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written to ({error.strerror}); choose another --out.") from error
+    try:
+        if not try_lock(descriptor):
+            raise ConfigError(f"Another process predicts into {path}; wait for it to end, or choose another --out.")
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @dataclass
 class PredictionFolder:
     """A folder of predictions in the making; what is finished survives a stop.
+
+    What it holds of a scan belongs to that scan's files, not to its name: another scan of the same name gets a name of
+    its own, and the same scan keeps the name that it got here first.
 
     Attributes:
         path: The folder.
         predictor: What fills it.
         rows: What the list says of finished scans, by id.
         failures: Reasons of the scans that could not be predicted, by id.
+        owners: Images of every scan that has a name here, by id.
+        cases: The scans of this call, under the ids that they have here.
     """
 
     path: Path
     predictor: Predictor
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    owners: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    cases: tuple[Case, ...] = ()
 
     @classmethod
     def open(
@@ -152,22 +198,24 @@ class PredictionFolder:
         """
         folder = cls(Path(out), predictor)
         path = folder.path
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"{path} is a file; choose a folder as --out.")
-        files = [path / name for case in cases for name in predictor.files_of(case).values()]
+        has_list = (path / predictor.list_name).is_file()
+        says_all = folder._resume(overwrite=overwrite) if has_list else True
+        known = set(folder.owners)
+        folder.cases = folder._named(cases, overwrite=overwrite)
         named = [image for case in cases for image in (*case.images, case.label) if image]
         sources = {os.path.realpath(split_channel(image)[0]) for image in named}
-        own = next((file for file in files if os.path.realpath(file) in sources), None)
+        files = [(case, path / name) for case in folder.cases for name in predictor.files_of(case).values()]
+        own = next((file for _, file in files if os.path.realpath(file) in sources), None)
         if own is not None:
             raise ConfigError(
                 f"{own} is one of the scans or labels themselves and would be replaced by a prediction; choose another "
                 "--out."
             )
-        if not overwrite and (path / predictor.list_name).is_file():
-            folder._resume()
-        elif not overwrite:
-            table = [] if predictor.table_name is None else [path / predictor.table_name]
-            taken = next((file for file in (*files, *table) if file.exists()), None)
+        if not overwrite:
+            table = [] if has_list or predictor.table_name is None else [path / predictor.table_name]
+            # What a call was busy with when it was killed is named since lists say what was begun.
+            foreign = [file for case, file in files if says_all and case.id not in known]
+            taken = next((file for file in (*foreign, *table) if file.exists()), None)
             if taken is not None:
                 raise ConfigError(f"{taken} exists and is no prediction of mim3d; choose another --out.")
         try:
@@ -176,30 +224,102 @@ class PredictionFolder:
             raise ConfigError(f"{path} cannot be written to ({error}); choose another --out.") from error
         return folder
 
-    def _resume(self) -> None:
-        """Go on with the scans that an earlier call finished."""
+    def _resume(self, *, overwrite: bool) -> bool:
+        """Go on with what is there unless it is to be replaced; whether its list says all that was begun."""
         path = self.path / self.predictor.list_name
-        content = read_json(str(path))
         try:
+            content = read_json(str(path))
             known = {name: content[name] for name in self.predictor.must_match}
             rows = {str(row["id"]): row for row in content["cases"] if isinstance(row["images"], list)}
-        except (KeyError, TypeError) as error:
+            # Lists of earlier versions name no images of scans that failed, and none that were begun.
+            others = [row for key in ("failed", "begun") for row in content.get(key, ()) if row.get("images")]
+            others = [row for row in others if "reason" not in row or all(map(is_there, row["images"]))]
+            owners = {str(row["id"]): tuple(map(str, row["images"])) for row in (*others, *rows.values())}
+            failures = {str(row["id"]): str(row["reason"]) for row in others if "reason" in row}
+        except (DataError, KeyError, TypeError, AttributeError) as error:
+            if overwrite:
+                return True
             raise ConfigError(f"{path} is no list that mim3d wrote ({error!r}); choose another --out.") from error
         for name, value in known.items():
             if value != self.predictor.identity[name]:
+                if overwrite:
+                    return True
                 what = "other networks" if name.startswith("weights_digest") else f"{name} {value}"
                 raise ConfigError(
                     f"{self.path} holds predictions of {what}; choose another --out, or replace them by "
                     "--overwrite true."
                 )
-        self.rows = rows
+        self.rows, self.failures, self.owners = rows, failures, owners
+        return "begun" in content
+
+    def _named(self, cases: Sequence[Case], *, overwrite: bool) -> tuple[Case, ...]:
+        """The scans of this call under the names that they have here, or get now."""
+        names_of = {resolved(images): name for name, images in self.owners.items()}
+        taken = {key: name for name, images in self.owners.items() for key in self._keys(name, images)}
+        named, renamed, changed = [], [], []
+        for case in cases:
+            source = ScanFiles.of(case.images)
+            own = self.owners.get(case.id)
+            name = case.id if own is not None and resolved(own) == source.paths else names_of.pop(source.paths, None)
+            name = name or self._moved(case, source, taken.get(same_name(case.id)))
+            if name is None:
+                owner = next((taken[key] for key in self._keys(case.id, case.images) if key in taken), None)
+                name = case.id
+                if owner is not None:
+                    others = distinct_names(case.images[0], case.id, self.owners[owner][0])
+                    name = next(each for each in others if not taken.keys() & set(self._keys(each, case.images)))
+                    renamed.append(f"{case.images[0]} as {name}")
+            elif self._is_changed(name, source):
+                changed.append(case.images[0])
+            if overwrite or case.images[0] in changed[-1:]:
+                self.rows.pop(name, None)
+            self.owners[name] = case.images
+            taken |= dict.fromkeys(self._keys(name, case.images), name)
+            self.failures.pop(name, None)
+            named.append(replace(case, id=name))
+        if renamed:
+            warnings.warn(
+                f"Other scans have names of this call's in {self.path}, so these are written under longer ones: "
+                f"{listed(renamed)}.",
+                stacklevel=4,
+            )
+        if changed:
+            warnings.warn(
+                f"Changed since their prediction, which is made again: {listed(changed)}.",
+                stacklevel=4,
+            )
+        return tuple(named)
+
+    def _keys(self, name: str, images: Sequence[str]) -> list[str]:
+        """What a scan of this name occupies: its id and its files, as file systems compare them."""
+        row = self.rows.get(name, {})
+        files = self.predictor.files_of(Case(id=name, images=tuple(images)))
+        return [same_name(each) for each in (name, *files.values(), *(str(row[key]) for key in files if key in row))]
+
+    def _moved(self, case: Case, source: ScanFiles, owner: str | None) -> str | None:
+        """The name of a finished scan that this one is, where that has gone from its place and the content is equal."""
+        old = ScanFiles.read(self.rows.get(owner or "", {}).get("source"))
+        if owner is None or old is None or not old.is_gone or old.num_bytes != source.num_bytes:
+            return None
+        new = ScanFiles.of(case.images, with_content=True)
+        if new.sha256 is None or new.sha256 != old.sha256:
+            return None
+        self.rows[owner] |= {"images": list(case.images), "source": new.entry()}
+        return owner
+
+    def _is_changed(self, name: str, source: ScanFiles) -> bool:
+        """Whether the files of a finished scan hold something else than when it was predicted."""
+        old = ScanFiles.read(self.rows.get(name, {}).get("source"))
+        if old is None or (old.num_bytes, old.modified_ns) == (source.num_bytes, source.modified_ns):
+            return False
+        return ScanFiles.of(self.owners[name], with_content=True).sha256 != old.sha256
 
     def is_finished(self, case: Case) -> bool:
         """Whether all that is asked for of exactly these images is there."""
         row, files = self.rows.get(case.id), self.predictor.files_of(case)
         return (
             row is not None
-            and row["images"] == list(case.images)
+            and resolved(row["images"]) == resolved(case.images)
             and all(row.get(entry) == name and (self.path / name).is_file() for entry, name in files.items())
         )
 
@@ -207,7 +327,8 @@ class PredictionFolder:
         """Record a prediction."""
         self.failures.pop(case.id, None)
         files = self.predictor.files_of(case)
-        self.rows[case.id] = {"id": case.id, "images": list(case.images), **files, **answer}
+        source = ScanFiles.of(case.images, with_content=True).entry()
+        self.rows[case.id] = {"id": case.id, "images": list(case.images), "source": source, **files, **answer}
 
     def write(self) -> None:
         """Write the list and the tables; each appears whole or not at all.
@@ -216,15 +337,19 @@ class PredictionFolder:
             DataError: The disk is full, or the folder cannot be written to.
         """
         self.predictor.write_tables(self.path, self.rows, self.failures)
-        failed = [{"id": name, "reason": reason} for name, reason in self.failures.items()]
-        content = {**self.predictor.identity, "cases": list(self.rows.values()), "failed": failed}
+        failed = [
+            {"id": name, "images": list(self.owners[name]), "reason": reason} for name, reason in self.failures.items()
+        ]
+        open_names = [name for name in self.owners if name not in self.rows and name not in self.failures]
+        begun = [{"id": name, "images": list(self.owners[name])} for name in open_names]
+        content = {**self.predictor.identity, "cases": list(self.rows.values()), "failed": failed, "begun": begun}
         write_json(self.path / self.predictor.list_name, content, indent=1)
 
 
 def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False) -> list[Case]:
     """Find the scans behind files, folders, DICOM trees and lists; labels are left out unless asked for.
 
-    Scans of several inputs that share an id get the name of their input in front.
+    Scans of several inputs that share an id get the name of their input in front, or the folders that tell them apart.
 
     Raises:
         DataError: An input does not exist or holds no scan, or the same scan is named twice.
@@ -233,13 +358,17 @@ def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False) -> li
     if not names:
         raise DataError("--input is empty; name files, folders or lists of scans.")
     found = [(name, case) for name in names for case in read_cases(name, recursive_images_only=not with_labels).cases]
-    counts = Counter(case.id for _, case in found)
+    twice = [images for images, count in Counter(case.images for _, case in found).items() if count > 1]
+    if twice:
+        raise DataError(f"{twice[0][0]} is named twice by --input; name every scan once.")
+    counts = Counter(same_name(case.id) for _, case in found)
     cases = [
-        case if counts[case.id] == 1 else replace(case, id=f"{Path(name).resolve().name.partition('.')[0]}_{case.id}")
+        case
+        if counts[same_name(case.id)] == 1
+        else replace(case, id=joined_name([Path(name).resolve().name.partition(".")[0], case.id]))
         for name, case in found
     ]
-    twice = [name for name, count in Counter(case.id for case in cases).items() if count > 1]
-    if twice:
-        paths = [case.images[0] for case in cases if case.id == twice[0]]
-        raise DataError(f"{paths[0]} and {paths[1]} would both be written as {twice[0]}; give them in separate calls.")
-    return cases
+    counts = Counter(same_name(case.id) for case in cases)
+    cases = [case if counts[same_name(case.id)] == 1 else replace(case, id="") for case in cases]
+    shared = os.path.commonpath([os.path.dirname(case.images[0]) for case in cases])
+    return [replace(case, id=name) for case, name in zip(cases, unique_ids(cases, shared), strict=True)]
