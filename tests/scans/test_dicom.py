@@ -519,6 +519,16 @@ def test_a_slice_whose_modality_is_damaged_does_not_take_the_series_away_in_sile
     assert refusal(folder).startswith(f"{path}: this DICOM file cannot be used: its Modality")
 
 
+@pytest.mark.parametrize("num_bytes", [200, 470, 620])
+def test_a_slice_that_ends_in_its_header_is_told(tmp_path, num_bytes):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    # The last slice in space: without it the series would seem whole.
+    path = folder / "02_1_5.dcm"
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    assert find_scans(tmp_path) == [str(folder)]
+    assert refusal(folder).startswith(f"{path}: this DICOM file cannot be")
+
+
 def test_an_empty_file_without_suffix_is_told_beside_slices_alone(tmp_path):
     folder = write_series(tmp_path / "ct", positions(heights()))
     (tmp_path / "other").mkdir()
@@ -526,12 +536,26 @@ def test_an_empty_file_without_suffix_is_told_beside_slices_alone(tmp_path):
     assert find_scans(tmp_path) == [str(folder)] and read_grid(folder).shape == (5, 4, 6)
     (folder / "IM7").touch()
     assert "IM7: this DICOM file cannot be read: it is empty" in refusal(folder)
+    (folder / "IM7").unlink()
+    (folder / "IM7").symlink_to(folder / "nothing")
+    assert "IM7: this DICOM file cannot be read: No such file" in refusal(folder)
+
+
+def test_a_patient_whose_name_cannot_be_decoded_is_one_all_the_same(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()), PatientID="")
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"Doe^Jane", b"D\xff\x1b^J\xfe\0e"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(patient_of(folder) or "") == 16
 
 
 def test_a_header_that_claims_more_than_its_compressed_bytes_can_hold_is_refused(tmp_path):
     stored = np.zeros((24, 16, 6), np.int16)
     folder = write_series(tmp_path / "ct", positions(heights()), array=stored, packed="RLE", Rows=65535, Columns=65535)
-    assert "compressed bytes cannot hold" in refusal(folder) or "are available" in refusal(folder)
+    assert "compressed bytes cannot hold" in refusal(folder)
+    folder = write_series(tmp_path / "raw", positions(heights()), Rows=65535, Columns=65535)
+    assert "bytes of voxels, but the file holds" in refusal(folder)
 
 
 def test_a_decoder_that_crashes_is_one_error_and_the_next_slice_is_read(tmp_path):

@@ -51,6 +51,9 @@ _FIRST_ELEMENT = re.compile(rb"(?:\x02\0[\0\x01]|\x08\0[\0\x01\x05\x08\x12-\x18]
 _SERIES_BYTES = re.compile(rb"\x20\0\x0e\0(?:UI..|..\0\0)([0-9.]{1,64})[\0 ]?[\x20\x28]\0", re.DOTALL)
 _MODALITY_BYTES = re.compile(rb"\x08\0\x60\0(?:CS..|..\0\0)([A-Z]{2,16})", re.DOTALL)
 
+#: Images of CT, MR and PET, and their forms of many frames.
+_VOLUME_CLASSES = tuple(f"1.2.840.10008.5.1.4.1.1.{kind}" for kind in ("2", "2.1", "2.2", "4", "4.1", "128", "130"))
+
 #: Objects that belong to a series begin so.
 _OF_SERIES = "1.2.840.10008.5.1.4.1.1."
 
@@ -212,6 +215,22 @@ def _parse(stream: _Bounded, every: bool) -> tuple[Any, int]:
     return header, stream.tell() + (8 if header.original_encoding[0] else 12)
 
 
+def read_identity(path: str) -> tuple[str, ...]:
+    """What identifies the patient of a DICOM file, empty where the header has nothing; it must be shown nowhere.
+
+    Raises:
+        DataError: The file is no DICOM file, or damaged.
+    """
+    header, _ = read_header(path)
+    try:
+        with _quiet():
+            number = header.get("PatientID")
+            names = ("PatientID", "IssuerOfPatientID") if number else ("PatientName", "PatientBirthDate")
+            return tuple(str(header.get(name) or "").strip() for name in names)
+    except Exception as error:  # Values are converted when they are asked for, and raise anything.
+        raise DataError(f"{path}: the patient in the DICOM header cannot be read.") from error
+
+
 def read_slices(path: str) -> tuple[Slice, ...]:
     """The slices of a file: one, or one per frame; none for a file that is not DICOM or not of a series.
 
@@ -220,9 +239,9 @@ def read_slices(path: str) -> tuple[Slice, ...]:
     try:
         status = os.stat(path)
     except OSError as error:
-        return (_unreadable(path, str(error.strerror)),) if _is_old_export(path) else ()
+        return _by_name(path, str(error.strerror))
     if not stat.S_ISREG(status.st_mode):
-        return (_unreadable(path, "it is no regular file, so it is not opened"),) if _is_old_export(path) else ()
+        return _by_name(path, "it is no regular file, so it is not opened")
     return _read_slices(path, status.st_mtime_ns, status.st_size)
 
 
@@ -230,24 +249,28 @@ def read_slices(path: str) -> tuple[Slice, ...]:
 def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, ...]:
     named = _is_old_export(path)
     if size_bytes == 0:
-        bare = "." not in os.path.basename(path)
-        return (_unreadable(path, "it is empty", doubtful=not named),) if named or bare else ()
+        return _by_name(path, "it is empty")
     try:
         with open(path, "rb") as stream:
             head = stream.read(132)
             marked = head[128:] == b"DICM"
-            if not (named or marked or _FIRST_ELEMENT.match(head)):
+            known = named or marked or _FIRST_ELEMENT.match(head)
+            if known or _is_bare(path):
+                head += stream.read(_SEARCHED_BYTES)
+            if not (known or _SERIES_BYTES.search(head)):
                 return ()
-            head += stream.read(_SEARCHED_BYTES)
     except OSError as error:
-        return (_unreadable(path, str(error.strerror)),) if named else ()
+        return _by_name(path, str(error.strerror))
     try:
         header, pixel_offset = read_header(path)
         with _quiet():
             uids = (header.get("SeriesInstanceUID"), header.get("SOPInstanceUID"))
+            kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
+            deflated = header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
+            if kind in _VOLUME_CLASSES and (not header.get("Rows") or (pixel_offset > size_bytes and not deflated)):
+                return (_unreadable(path, "its header ends before its image or is damaged", head),)
             if all(uid and re.fullmatch("[!-~]+", str(uid)) for uid in uids):
                 return _slices_of(path, header, pixel_offset)
-            kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
         if kind.name != kind and not kind.startswith(_OF_SERIES):
             if kind != MediaStorageDirectoryStorage:
                 warnings.warn(f"{path}: left out, a DICOM object of no series.", stacklevel=5)
@@ -262,6 +285,16 @@ def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, 
 
 def _is_old_export(path: str) -> bool:
     return path.lower().endswith(_DICOM_SUFFIXES)
+
+
+def _is_bare(path: str) -> bool:
+    return "." not in os.path.basename(path)
+
+
+def _by_name(path: str, reason: str) -> tuple[Slice, ...]:
+    """A file of which nothing can be read: a slice if it is named like one, perhaps one if it has no suffix at all."""
+    named = _is_old_export(path)
+    return (_unreadable(path, reason, doubtful=not named),) if named or _is_bare(path) else ()
 
 
 def _unreadable(path: str, reason: str, head: bytes = b"", *, doubtful: bool = False) -> Slice:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError
 from mim3d.scans import files
-from mim3d.scans.dicom.headers import Slice, read_header, read_slices
+from mim3d.scans.dicom.headers import Slice, read_identity, read_slices
 from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, check_spacing, smallest_integer, times
 from mim3d.scans.reading_process import read_apart
 
@@ -129,12 +129,12 @@ def stack(slices: Sequence[Slice], name: str) -> Stack:
     if slices[0].frame is not None and len({(item.slope, item.intercept) for item in slices}) > 1:
         raise DataError(f"{name}: the frames of the DICOM file are rescaled in different ways; export single slices.")
     grid = Grid(shape=(columns, rows, len(slices)), affine=affine, path=name)
-    files.check_memory(name, grid.shape, max(item.itemsize for item in slices))
     for item in slices:
         if item.native_bytes is not None:
             files.check_raw(item.path, item.pixel_offset, item.native_bytes)
         else:
             _check_packed(item)
+    files.check_memory(name, grid.shape, max(item.itemsize for item in slices))
     return Stack(grid=grid, slices=tuple(slices[index] for index in order))
 
 
@@ -324,16 +324,16 @@ def open_series(address: str) -> Stack:
 
 def patient_key(address: str) -> str | None:
     """Salted hash of the patient's identifiers in a series; None where the header names nobody."""
-    header, _ = read_header(_slices_of(address)[0].path)
-    names = ("PatientID", "IssuerOfPatientID") if header.get("PatientID") else ("PatientName", "PatientBirthDate")
-    identity = "\n".join(str(header.get(name) or "").strip() for name in names)
+    slices = _slices_of(address)
+    sound = next((item for item in slices if not item.fault), slices[0])
+    identity = "\n".join(read_identity(sound.path))
     return _hash_identity(identity) if identity.strip() else None
 
 
 @lru_cache(maxsize=4096)
 def _hash_identity(identity: str) -> str:
     # Slow on purpose: short numeric ids must not be found by trying all of them.
-    return hashlib.pbkdf2_hmac("sha256", identity.encode(), _SALT, 50_000).hex()[:16]
+    return hashlib.pbkdf2_hmac("sha256", identity.encode(errors="surrogateescape"), _SALT, 50_000).hex()[:16]
 
 
 def _short(uid: str) -> str:
