@@ -14,16 +14,16 @@ from mim3d.core.names import is_file_name, joined_name, printable, same_name
 from mim3d.core.settings import nearest
 from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import unique_ids
+from mim3d.datasets.label_maps import sort_tree
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
 from mim3d.scans.modality import modality_name
-from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id, suffix_of
+from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id
 
 SPLITS = ("train", "val", "test")
 
 IMAGE_FOLDERS = ("images", "imagesTr")
 LABEL_FOLDERS = ("labels", "labelsTr", "masks")
-_NEVER_IMAGES = (*LABEL_FOLDERS, "labelsTs", "labelsVal", "segmentations")
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
@@ -115,11 +115,13 @@ def with_ignored(labels: Mapping[int, str], ignore_label: int | None) -> dict[in
 
 
 def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> CaseSet:
-    """Read any form of DATA; nothing but names, lists and DICOM headers is opened.
+    """Read any form of DATA; nothing but names, lists and headers is opened, and what may be a label map among scans.
 
-    What a set declares and nothing uses is named in one warning.
+    What a set declares and nothing uses is named in one warning; so are label maps that lie among scans, which are
+    never taken for scans.
 
-    Known forms: a folder of scans or DICOM series at any depth; a folder with ``images`` or ``imagesTr`` beside
+    Known forms: a folder of scans or DICOM series at any depth, with label maps beside them as KiTS, BraTS or
+    AbdomenAtlas have them; a folder with ``images`` or ``imagesTr`` beside
     ``labels``, ``labelsTr`` or ``masks`` holding files of the same names; a Medical Segmentation Decathlon folder or
     its ``dataset.json``; an nnU-Net raw folder, with the folds of a ``splits_final.json`` in it; a MONAI list with
     folds; a CSV or JSON list with the columns image, label, class, patient, split, labels, id, fold and modality; a
@@ -160,7 +162,7 @@ def _read_form(path: str, with_labels: bool) -> CaseSet:
     if os.path.isdir(path) and not os.path.isfile(description):
         pair = pair_folders(path)
         if pair is None:
-            return plain("folder", _read_tree(path))
+            return _read_tree(path, with_labels)
         form = "msd" if pair[0].endswith("imagesTr") and pair[1].endswith("labelsTr") else "pairs"
         return plain(form, _read_pairs(*pair, with_labels))
     suffix = os.path.splitext(description)[1].lower()
@@ -228,14 +230,22 @@ def _read_pairs(image_folder: str, label_folder: str, with_labels: bool) -> list
     return [Case(id=name, images=paths, label=labels.get(name)) for name, paths in images.items()]
 
 
-def _read_tree(folder: str) -> list[Case]:
-    """Every scan in a tree; label folders beside image folders or scans are left out."""
-    paths = [path for path in scans_in(folder) if not _is_beside_images(path, folder)]
-    if not paths:
-        raise DataError(f"{folder}: only label maps in here; give the folder of the images.")
+def _read_tree(folder: str, with_labels: bool) -> CaseSet:
+    """Every scan in a tree, with the label maps that belong to them; other label maps are left out."""
+    paths = scans_in(folder)
     if re.fullmatch(r"images(Tr|Ts|Val)", os.path.basename(folder)):
-        return [Case(id=name, images=files) for name, files in _group_channels(paths, folder).items()]
-    return [Case(images=(path,)) for path in paths]
+        groups = _group_channels(paths, folder)
+        cases = tuple(Case(id=name, images=files) for name, files in groups.items())
+        return CaseSet(root=folder, form="folder", cases=cases, labels={})
+    found = sort_tree(paths, folder, with_labels=with_labels)
+    return CaseSet(
+        root=folder,
+        form="pairs" if any(case.label for case in found.cases) else "folder",
+        cases=tuple(Case(id=c.name, images=c.images, label=c.label, patient=c.patient) for c in found.cases),
+        labels={},
+        channels=found.channels,
+        notes=found.notes,
+    )
 
 
 def scans_in(folder: str) -> list[str]:
@@ -280,20 +290,6 @@ def _by_id(paths: Iterable[str], folder: str) -> dict[str, str]:
         if other != path:
             raise DataError(f"{folder}: {other} and {path} have the same name; rename or move one.")
     return named
-
-
-def _is_beside_images(path: str, root: str) -> bool:
-    """Whether a folder of labels, with images next to it, lies between the root and this file."""
-    folder = os.path.dirname(path.split("::")[0])
-    while len(folder) > len(root):
-        parent, name = os.path.split(folder)
-        if name in _NEVER_IMAGES and any(
-            other != name and (re.match(r"images($|T[rs]$|Val$)", other) or suffix_of(other))
-            for other in os.listdir(parent)
-        ):
-            return True
-        folder = parent
-    return False
 
 
 def read_slice_folders(root: str | os.PathLike[str]) -> CaseSet:

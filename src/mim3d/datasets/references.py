@@ -14,6 +14,7 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, scans_in
 from mim3d.datasets.descriptions import LabelDeclaration, read_labels
 from mim3d.datasets.ids import matched_ids, unique_ids
+from mim3d.datasets.label_maps import has_pairs
 from mim3d.datasets.lists import channel_names, read_table
 from mim3d.scans.volumes import scan_id
 
@@ -184,7 +185,9 @@ def _referenced(references: str | Sequence[str]) -> CaseSet:
     if os.path.isdir(references):
         # A data set has a description, or images beside its labels; any other folder is one of label maps.
         if not os.path.isfile(os.path.join(references, "dataset.json")) and pair_folders(references) is None:
-            return _label_maps(scans_in(references), references)
+            paths = scans_in(references)
+            if not has_pairs(paths, os.path.abspath(references)):
+                return _label_maps(paths, references)
     elif not references.lower().endswith((".csv", ".json")):
         return _label_maps([references], os.path.dirname(references))
     cases = read_cases(references)

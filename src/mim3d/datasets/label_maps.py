@@ -1,0 +1,352 @@
+"""Label maps in a tree of scans: told by their names, grids and voxels, and paired with the scans they belong to."""
+
+import itertools
+import os
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mim3d.core.errors import DataError, listed
+from mim3d.core.names import joined_name
+from mim3d.scans.grids import Grid, require_same_grid
+from mim3d.scans.volumes import open_scan, read_grid, scan_id, suffix_of
+
+#: Folders of label maps, in lower case, where scans lie beside them.
+LABEL_FOLDERS = frozenset(
+    "label labels labelstr labelsts labelsval labelmaps mask masks seg segs segmentation segmentations annotation "
+    "annotations gt groundtruth ground_truth".split()
+)
+
+#: Words of a file name that stand for a label map, and ends of words that do.
+_LABEL_WORDS = frozenset(
+    "label labels labelmap labelmaps mask masks seg segs segm segmentation segmentations annotation annotations gt "
+    "groundtruth aseg aparc dseg probseg".split()
+)
+_LABEL_ENDS = ("segmentation", "mask", "labelmap", "seg")
+
+#: Words that say what an image is, not whose: without them, names of one case are the same.
+_IMAGE_FOLDERS = frozenset("image images imagestr imagests imagesval img imgs scan scans volume volumes".split())
+_CHANNELS = frozenset("ct cta cbct mr mri pet pt suv t1 t1c t1n t1ce t1gd t1w t2 t2w t2f flair adc dwi pd".split())
+_ROLES = _LABEL_WORDS | _IMAGE_FOLDERS | _CHANNELS | {"imaging", "vol", "combined", "ground", "truth"}
+
+#: Words before the number of a case: ``img0001`` and ``label0001``.
+_NUMBERED = "|".join(sorted(_LABEL_WORDS | _IMAGE_FOLDERS | {"ct", "mr", "mri", "vol", "imaging"}))
+
+#: Files of one kind, such as every ``aorta.nii.gz``, that are looked into; of all kinds together.
+_LOOKS_PER_KIND = 3
+MAX_LOOKS = 100
+
+#: A map of few values is one of labels; of more values where most neighbours are equal, as no image's are.
+_FEW_VALUES = 16
+_MOST_VALUES = 512
+_EQUAL_SHARE = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeCase:
+    """Scans of a tree that belong together.
+
+    Attributes:
+        images: One path per channel.
+        label: Path of the label map, or None.
+        name: What the case is called, or empty where only its files say so.
+        patient: Whose scans they are, or empty.
+    """
+
+    images: tuple[str, ...]
+    label: str | None = None
+    name: str = ""
+    patient: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortedTree:
+    """The scans of a tree, without the label maps among them.
+
+    Attributes:
+        cases: Scans in the order of their paths.
+        channels: What each image of a case is, such as "t1c", where cases have several; else empty.
+        notes: What is to be said of label maps that were found.
+    """
+
+    cases: tuple[TreeCase, ...]
+    channels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool = True) -> SortedTree:
+    """Tell the label maps in a tree from the scans.
+
+    Files are told by their names and folders. Where these do not say, one beside a label map, or on the grid of another
+    kind of file in its folder, is looked into: a label map holds few whole numbers in large pieces.
+
+    Args:
+        paths: Paths of all scans and label maps below the root.
+        root: The folder.
+        with_labels: Whether label maps are paired with their scans, where the layout tells to which; scans that share
+            a label map and its grid are then channels of one case. Otherwise label maps are left out.
+        look: Whether voxels may be looked at.
+
+    Raises:
+        DataError: There are label maps alone.
+    """
+    maps = _named_maps(paths, root)
+    others = [path for path in paths if path not in maps]
+    if look:
+        maps |= _seen_maps(others, maps)
+        others = [path for path in others if path not in maps]
+    if not maps:
+        return SortedTree(cases=tuple(TreeCase(images=(path,)) for path in paths))
+    if not others:
+        raise DataError(
+            f"{root}: only label maps in here; give the folder of the images, or a CSV that lists them as image."
+        )
+    groups = _Groups(others, sorted(maps), root)
+    cases = groups.cases(others, with_labels=with_labels)
+    paired = {case.label for case in cases if case.label is not None}
+    left = [os.path.relpath(path, root) for path in sorted(maps - paired)]
+    said = [f"label maps paired with scans by their names: {len(paired)}"] if paired else []
+    if left:
+        said.append(f"label maps left out, since they are no scans: {len(left)} ({listed(left, 3)})")
+    if groups.channels and with_labels:
+        said.append(f"the images of a case are its channels {', '.join(groups.channels)}")
+    if left and with_labels and any(case.label is None for case in cases):
+        said.append(
+            "to learn from labels, give each scan one label map of all its structures beside it (image and label, or a "
+            "CSV with the columns image,label)"
+        )
+    channels = groups.channels if with_labels else ()
+    return SortedTree(cases=tuple(cases), channels=channels, notes=(f"{root}: {'; '.join(said)}.",))
+
+
+def _named_maps(paths: Iterable[str], root: str) -> set[str]:
+    """Files that are called label maps, or lie in a folder that is, where scans lie beside that folder."""
+    homes: dict[str, str | None] = {}
+    beside: set[str] = set()
+    for path in paths:
+        parts = os.path.relpath(path.split("::")[0], root).split(os.sep)[:-1]
+        first = next((index for index, part in enumerate(parts) if part.lower() in LABEL_FOLDERS), None)
+        homes[path] = None if first is None else os.sep.join(parts[:first])
+        if first is None:
+            beside.update(os.sep.join(parts[:count]) for count in range(len(parts) + 1))
+    return {path for path, home in homes.items() if home in beside or (suffix_of(path) and _is_called_label(path))}
+
+
+def _is_called_label(path: str) -> bool:
+    stem = os.path.basename(path).removesuffix(suffix_of(path))
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]", stem)]
+    letters = [word for word in words if not word.isdigit()]
+    return (
+        not _LABEL_WORDS.isdisjoint(words)
+        or ("ground", "truth") in itertools.pairwise(words)
+        or bool(letters and letters[-1].endswith(_LABEL_ENDS))
+    )
+
+
+def _seen_maps(paths: Sequence[str], maps: Iterable[str]) -> set[str]:
+    """Files whose voxels are labels, of those beside a label map or on the grid of another kind of file beside them."""
+    folders: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        if suffix_of(path):
+            folders[os.path.dirname(path)].append(path)
+    homes = set(map(os.path.dirname, maps))
+    verdicts: dict[str, list[bool]] = defaultdict(list)
+    found: set[str] = set()
+    num_looks = 0
+    for folder, files in folders.items():
+        kinds = {path: re.sub(r"\d+", "#", os.path.basename(path)) for path in files}
+        if len(set(kinds.values())) < 2:
+            continue
+        grids: dict[str, Grid | None] = {}
+        # Twice, as the first round may tell that label maps lie here.
+        for path in (*files, *files):
+            seen = verdicts[kinds[path]]
+            if len(seen) < _LOOKS_PER_KIND and num_looks < MAX_LOOKS and path not in found:
+                grids = grids or {each: _grid(each) for each in files}
+                siblings = (grids[other] for other in files if kinds[other] != kinds[path])
+                if folder in homes or any(_is_same_grid(grids[path], grid) for grid in siblings):
+                    num_looks += 1
+                    seen.append(holds_labels(path))
+            if sum(seen) * 2 > len(seen):
+                found.add(path)
+                homes.add(folder)
+    return found
+
+
+def _grid(path: str) -> Grid | None:
+    """The grid of a scan; None where it cannot be read, which is found out and said when it is used."""
+    try:
+        with warnings.catch_warnings():
+            # What is to be said of a file is said when it is used.
+            warnings.simplefilter("ignore")
+            return read_grid(path)
+    except Exception:  # Whatever a reader raises.
+        return None
+
+
+def _is_same_grid(one: Grid | None, two: Grid | None) -> bool:
+    if one is None or two is None or sorted(one.shape) != sorted(two.shape):
+        return False
+    try:
+        require_same_grid(one, two)
+    except DataError:
+        return False
+    return True
+
+
+def holds_labels(path: str) -> bool:
+    """Whether the voxels of a file are labels: few whole numbers from 0, in pieces in which neighbours are equal.
+
+    It is read up to the first value that no label map holds. A file that cannot be read holds none.
+    """
+    values: set[int] = set()
+    num_pairs = num_equal = 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scan = open_scan(path)
+        for slab in scan.read_slabs():
+            low, high = float(slab.min()), float(slab.max())
+            if not (low >= 0 and high <= 65535) or (slab.dtype.kind == "f" and (slab != np.rint(slab)).any()):
+                return False
+            whole = slab.astype(np.uint16)
+            values.update(np.flatnonzero(np.bincount(whole.ravel(order="K"))).tolist())
+            if len(values) > _MOST_VALUES:
+                return False
+            held = (whole[1:] > 0) | (whole[:-1] > 0)
+            num_pairs += int(held.sum())
+            num_equal += int(((whole[1:] == whole[:-1]) & held).sum())
+    except Exception:  # Whatever a reader raises; it is said when the file is used.
+        return False
+    return len(values) <= _FEW_VALUES or num_equal >= _EQUAL_SHARE * num_pairs
+
+
+class _Groups:
+    """Scans and label maps by the case that their names and folders speak of.
+
+    Args:
+        images: Paths of scans.
+        maps: Paths of label maps.
+        root: The folder.
+    """
+
+    def __init__(self, images: Sequence[str], maps: Sequence[str], root: str) -> None:
+        self.root = root
+        self.images: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for path in images:
+            self.images[self._key(path)].append(path)
+        by_key: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for path in maps:
+            by_key[self._key(path)].append(path)
+        #: Key of a case -> its one label map.
+        self.labels = {key: found[0] for key, found in by_key.items() if len(found) == 1 and key in self.images}
+        self._pair_alone(maps)
+        #: Path -> patient, of all images of a case with a label map: a fold must not divide them.
+        self.patients = {path: joined_name(key) for key in self.labels if key for path in self.images[key]}
+        #: What the images of a case with several are, the same for all such cases.
+        self.channels = self._channels()
+
+    def _key(self, path: str) -> tuple[str, ...]:
+        """The folders and the name of a file, without what says whether it is an image or a label map."""
+        file, _, series = path.partition("::")
+        *folders, name = os.path.relpath(file, self.root).split(os.sep)
+        kept = [part for part in folders if part.lower() not in LABEL_FOLDERS | _IMAGE_FOLDERS | _CHANNELS]
+        stem = name.removesuffix(suffix_of(name))
+        last = _without_roles(stem) if suffix_of(name) else stem
+        # BraTS repeats the name of the folder in that of the file.
+        return tuple(part for part in (*kept, last if last not in kept[-1:] else "", series) if part)
+
+    def _pair_alone(self, maps: Sequence[str]) -> None:
+        """Pair the one scan of a folder of its own with the one label map there, whatever their names."""
+        images, labels = (
+            self._by_folder(paths)
+            for paths in (
+                [path for key, found in self.images.items() if key not in self.labels for path in found],
+                maps,
+            )
+        )
+        alone = {
+            folder: (images[folder][0], found[0])
+            for folder, found in labels.items()
+            if folder and len(found) == 1 and len(images.get(folder, ())) == 1 and suffix_of(images[folder][0])
+        }
+        structures = {_without_roles(scan_id(label)) for _, label in alone.values()}
+        for folder, (image, label) in alone.items():
+            # A map of a structure tells nothing where others are of another structure.
+            structure = _without_roles(scan_id(label))
+            if (not structure or len(structures) == 1) and _is_same_grid(_grid(image), _grid(label)):
+                self.images.pop(self._key(image))
+                self.images[folder], self.labels[folder] = [image], label
+
+    def _by_folder(self, paths: Iterable[str]) -> dict[tuple[str, ...], list[str]]:
+        found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for path in paths:
+            found[self._key(os.path.join(os.path.dirname(path), "image.nii"))].append(path)
+        return found
+
+    def _named(self, images: Sequence[str]) -> dict[str, str]:
+        """What each image of a case is, such as ``t1c`` -> its path; empty where that is not clear."""
+        named: dict[str, str] = {}
+        for path in images:
+            words = re.split(r"[\W_]+", os.path.relpath(path.removesuffix(suffix_of(path)), self.root))
+            roles = [word for word in words if word.lower() in _CHANNELS | {"imaging"}]
+            named["_".join(roles) or "image"] = path
+        return named if len(named) == len(images) else {}
+
+    def _on_grid_of(self, label: str, images: Sequence[str]) -> list[str]:
+        if len(images) == 1:
+            return list(images)
+        grid = _grid(label)
+        return [path for path in images if _is_same_grid(grid, _grid(path))]
+
+    def _channels(self) -> tuple[str, ...]:
+        several = set()
+        for key, label in self.labels.items():
+            self.images[key] = self._on_grid_of(label, self.images[key]) or self.images[key]
+            several.add(tuple(sorted(self._named(self.images[key]))) if len(self.images[key]) > 1 else ("image",))
+        only = several.pop() if len(several) == 1 else ()
+        return only if len(only) > 1 else ()
+
+    def cases(self, paths: Sequence[str], *, with_labels: bool) -> list[TreeCase]:
+        """The cases in the order of the paths; without labels, every image is one."""
+        found: dict[str, TreeCase] = {}
+        for key, images in self.images.items():
+            label, named = self.labels.get(key), self._named(images)
+            is_whole = len(images) == 1 or (bool(self.channels) and tuple(sorted(named)) == self.channels)
+            if not is_whole or (label is None and len(images) == 1):
+                continue
+            patient = joined_name(key) if key else ""
+            name = key[-1] if key and re.search(r"[^\W\d_]", key[-1]) else ""
+            name = "" if name == scan_id(images[0]) else name
+            if with_labels:
+                channels = tuple(images if len(images) == 1 else (named[each] for each in self.channels))
+                found[images[0]] = TreeCase(images=channels, label=label, name=name, patient=patient)
+                found |= dict.fromkeys(images[1:], found[images[0]])
+            else:
+                # Of several images none can have the name of all.
+                name = name if len(images) == 1 else ""
+                found |= {path: TreeCase(images=(path,), name=name, patient=patient) for path in images}
+        single = (TreeCase(images=(path,), patient=self.patients.get(path, "")) for path in paths)
+        return list(dict.fromkeys(found.get(each.images[0], each) for each in single))
+
+
+def _without_roles(stem: str) -> str:
+    """A name without the words that say what a file is: ``BraTS-1-t1c`` and ``BraTS-1-seg`` become ``BraTS-1``."""
+    parts = re.split(r"([\s._-]+)", stem)
+    words = [(parts[index - 1] if index else "", word) for index, word in enumerate(parts) if index % 2 == 0]
+    words = [(mark, re.sub(rf"(?i)^({_NUMBERED})(?=\d+$)", "", word)) for mark, word in words]
+    kept = [(mark, word) for mark, word in words if word and word.lower() not in _ROLES]
+    return "".join(mark * bool(index) + word for index, (mark, word) in enumerate(kept))
+
+
+def has_pairs(paths: Sequence[str], root: str) -> bool:
+    """Whether scans lie among label maps that are called so: then the folder is a data set, not one of label maps."""
+    try:
+        found = sort_tree(paths, root, with_labels=True, look=False)
+    except DataError:
+        return False
+    return any(case.label is not None for case in found.cases)

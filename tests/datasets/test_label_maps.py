@@ -1,0 +1,178 @@
+"""Label maps in trees: never taken for scans, told in one warning, and paired where the layout says to which."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mim3d.core.errors import DataError
+from mim3d.datasets import label_maps
+from mim3d.datasets.cases import CaseSet, read_cases
+from mim3d.datasets.label_maps import holds_labels
+from mim3d.datasets.references import find_pairs
+from tests.nifti import affine_of, noise, write_nifti
+
+SHAPE = (12, 10, 8)
+OTHER_GRID = affine_of((2.0, 2.0, 2.0))
+
+
+def blocks(values=(1, 2), dtype=np.uint8) -> np.ndarray:
+    """A label map of some blocks."""
+    array = np.zeros(SHAPE, dtype)
+    for place, value in enumerate(values):
+        array[2 + 4 * place : 6 + 4 * place, 2:8, 2:6] = value
+    return array
+
+
+def write(root: Path, *names: str) -> None:
+    """Files that hold labels where their names end in !, on another grid where they end in ~; else scans."""
+    for name in names:
+        array = blocks() if "!" in name else noise(SHAPE)
+        write_nifti(root / f"{name.rstrip('!~')}.nii.gz", array, OTHER_GRID if "~" in name else None)
+
+
+def read(root: Path, **settings) -> tuple[CaseSet, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = read_cases(root, **settings)
+    return found, [str(each.message) for each in caught]
+
+
+def pairs(root: Path) -> dict[str, str | None]:
+    """Image -> label of the cases, below the root and without their endings."""
+
+    def short(path: str) -> str:
+        return str(Path(path).relative_to(root)).removesuffix(".nii.gz")
+
+    cases = read(root)[0].cases
+    return {" ".join(map(short, case.images)): case.label and short(case.label) for case in cases}
+
+
+LAYOUTS = {
+    "kits": (["case_1/imaging", "case_1/segmentation!"], {"case_1/imaging": "case_1/segmentation"}, ["case_1"]),
+    "abdomenatlas": (
+        ["BDMAP_1/ct", "BDMAP_1/combined_labels!", "BDMAP_1/segmentations/liver!", "BDMAP_1/segmentations/spleen!"],
+        {"BDMAP_1/ct": "BDMAP_1/combined_labels"},
+        ["BDMAP_1"],
+    ),
+    "structures": (["s1/ct", "s1/segmentations/liver!", "s1/segmentations/spleen!"], {"s1/ct": None}, ["ct"]),
+    "brats": (
+        ["B-1-000/B-1-000-t1c", "B-1-000/B-1-000-t2f", "B-1-000/B-1-000-seg!"],
+        {"B-1-000/B-1-000-t1c B-1-000/B-1-000-t2f": "B-1-000/B-1-000-seg"},
+        ["B-1-000"],
+    ),
+    "lits": (["volume-0", "segmentation-0!"], {"volume-0": "segmentation-0"}, ["volume-0"]),
+    "acdc": (["p1/p1_frame01", "p1/p1_frame01_gt!"], {"p1/p1_frame01": "p1/p1_frame01_gt"}, ["p1_frame01"]),
+    "nested": (["train/images/a", "train/labels/a!"], {"train/images/a": "train/labels/a"}, ["a"]),
+    "btcv": (["x/img/img0001", "x/label/label0001!"], {"x/img/img0001": "x/label/label0001"}, ["img0001"]),
+    "suffixes": (["a_image", "a_mask!", "b_image", "b_mask!"], {"a_image": "a_mask", "b_image": "b_mask"}, ["a", "b"]),
+    "alone": (["p/Smith", "p/Mask!"], {"p/Smith": "p/Mask"}, ["p"]),
+    "other grid": (["p/ct", "p/pet~", "p/seg!"], {"p/ct": "p/seg", "p/pet": None}, ["p", "pet"]),
+    "by voxels": (["p/ct", "p/aorta!", "p/heart!~"], {"p/ct": None}, ["ct"]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_that_people_use_are_read(tmp_path, name):
+    files, expected, ids = LAYOUTS[name]
+    write(tmp_path, *files)
+    assert pairs(tmp_path) == expected
+    found, said = read(tmp_path)
+    assert [case.id for case in found.cases] == ids
+    assert len(said) == 1
+    assert said == list(found.notes)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_images_alone_are_the_same_images_without_any_label_map(tmp_path, name):
+    files, expected, _ = LAYOUTS[name]
+    write(tmp_path, *files)
+    found, said = read(tmp_path, recursive_images_only=True)
+    images = [str(Path(case.images[0]).relative_to(tmp_path)).removesuffix(".nii.gz") for case in found.cases]
+    assert sorted(images) == sorted(image for case in expected for image in case.split())
+    assert all(case.label is None and len(case.images) == 1 for case in found.cases)
+    assert len(said) == 1
+    assert f"label maps left out, since they are no scans: {sum('!' in file for file in files)} (" in said[0]
+    # Folds that are drawn of labelled cases must hold out the same patients here.
+    patients = {image: case.patient for case in read(tmp_path)[0].cases for image in case.images}
+    assert {case.images[0]: case.patient for case in found.cases} == patients
+
+
+def test_masks_of_single_structures_are_counted_and_the_remedy_is_said(tmp_path):
+    write(tmp_path, *LAYOUTS["structures"][0])
+    (note,) = read(tmp_path)[0].notes
+    assert "label maps left out, since they are no scans: 2 (s1/segmentations/liver.nii.gz, " in note
+    assert "one label map of all its structures" in note
+
+
+def test_channels_of_a_case_are_named(tmp_path):
+    write(tmp_path, *LAYOUTS["brats"][0])
+    assert read(tmp_path)[0].channels == ("t1c", "t2f")
+
+
+def test_cases_of_different_channels_are_not_made_one(tmp_path):
+    write(tmp_path, "a/a_t1c", "a/a_t2f", "a/a_seg!", "b/b_t1c", "b/b_flair", "b/b_seg!")
+    found, said = read(tmp_path)
+    assert [len(case.images) for case in found.cases] == [1, 1, 1, 1]
+    assert {case.patient for case in found.cases} == {"a", "b"}
+    assert "label maps left out, since they are no scans: 2 (" in said[0]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["a/t1", "a/t2", "b/t1", "b/t2"],
+        ["scan_1", "scan_2", "unlabelled_3", "masked_4", "segal"],
+        ["Smith", "Jones"],
+    ],
+)
+def test_scans_without_label_maps_are_read_as_ever_without_a_word(tmp_path, files):
+    write(tmp_path, *files)
+    found, said = read(tmp_path)
+    assert ([len(case.images) for case in found.cases], said, found.form) == ([1] * len(files), [], "folder")
+
+
+def test_a_folder_of_label_maps_alone_is_refused(tmp_path):
+    write(tmp_path, "a_seg!", "b_seg!")
+    with pytest.raises(DataError, match="only label maps in here"):
+        read_cases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (blocks(), True),
+        (blocks(dtype=np.float32), True),
+        (blocks((1, 700), np.int16), True),
+        (np.zeros(SHAPE, np.int16), True),
+        (blocks((1, 0.5), np.float32), False),
+        (noise(SHAPE), False),
+        (np.random.default_rng(0).integers(0, 200, SHAPE).astype(np.uint8), False),
+        (np.repeat(np.arange(12), 80).reshape(SHAPE).astype(np.uint8), True),
+    ],
+)
+def test_labels_are_told_from_images_by_their_voxels(tmp_path, array, expected):
+    assert holds_labels(str(write_nifti(tmp_path / "x.nii.gz", array))) == expected
+
+
+def test_a_file_that_cannot_be_read_stays_a_scan_whose_fault_is_found_when_it_is_used(tmp_path):
+    write(tmp_path, "p/ct")
+    (tmp_path / "p" / "broken.nii.gz").write_bytes(b"no gzip")
+    assert len(read(tmp_path)[0].cases) == 2
+    assert not holds_labels(str(tmp_path / "p" / "broken.nii.gz"))
+
+
+def test_few_files_of_each_kind_are_looked_into(tmp_path, monkeypatch):
+    write(tmp_path, *(f"p{number}/{name}" for number in range(9) for name in ("ct", "aorta!")))
+    looked = []
+    monkeypatch.setattr(label_maps, "holds_labels", lambda path: looked.append(path) or holds_labels(path))
+    assert len(read(tmp_path)[0].cases) == 9
+    assert len(looked) == 6
+
+
+def test_the_label_maps_of_a_tree_are_references(tmp_path):
+    write(tmp_path / "set", "case_1/imaging", "case_1/segmentation!")
+    write(tmp_path / "pred", "case_1!")
+    found = find_pairs(str(tmp_path / "pred"), str(tmp_path / "set"))
+    assert [(pair.id, Path(pair.reference).name) for pair in found.pairs] == [("case_1", "segmentation.nii.gz")]
