@@ -135,6 +135,11 @@ def test_geometry_is_that_of_simple_itk_bit_by_bit(tmp_path, name, fields, monke
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
+        (
+            "scan.mha",
+            {"ElementType": "MET_UCHAR"},
+            "24 bytes follow the 4 x 3 x 2 voxels of uint8 that the header claims",
+        ),
         ("scan.mha", {"ElementSpacing": None}, "does not say how large a voxel is, and 1 x 1 x 1 mm is assumed"),
         ("scan.nrrd", {"space": None, "space_directions": None, "space_origin": None}, "1 x 1 x 1 mm is assumed"),
         ("scan.nrrd", {"space": "scanner-xyz"}, "'scanner-xyz', and its axes are taken for left, posterior, superior"),
@@ -218,9 +223,11 @@ LIST, PATTERN = "LIST\npart1.raw\npart2.raw", "part%d.raw 1 2 1"
 
 
 @FORMS
-@pytest.mark.parametrize("name", ["voxels.raw", "./voxels.raw", "below/voxels.raw", "link.raw", LIST, PATTERN])
+@pytest.mark.parametrize(
+    "name", ["voxels.raw", "./voxels.raw", "below/voxels.raw", "link.raw", "{}/voxels.raw", LIST, PATTERN]
+)
 def test_voxels_beside_or_below_their_header_are_read(home, form, name):
-    path = detached(home, form, name)
+    path = detached(home, form, name.format(home))
     assert np.array_equal(stored(path), VOXELS)
     assert len(itk_files(str(path))) == (3 if name in (LIST, PATTERN) else 2)
 
@@ -236,7 +243,7 @@ def test_packed_parts_are_joined(home):
 def test_voxels_elsewhere_are_refused_before_they_are_opened(home, form, name, monkeypatch):
     path = detached(home, form, name.format(home.parent))
     for read in (read_volume, itk_files):
-        with pytest.raises(DataError, match="leads out of the header's folder"):
+        with pytest.raises(DataError, match="leads out of its folder"):
             read(str(path))
 
 

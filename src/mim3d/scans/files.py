@@ -8,10 +8,16 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
+
+from isal import isal_zlib as _isal_zlib
 
 from mim3d.core import resources
 from mim3d.core.errors import DataError
 from mim3d.scans.grids import times
+
+# Without types, so that mypy does not check calls into it.
+isal_zlib: Any = _isal_zlib
 
 #: Bytes that may follow the last voxel in a compressed stream, at least: nobody unpacks a bomb to its end.
 MAX_SURPLUS_BYTES = 2**28
@@ -149,9 +155,11 @@ def unpacked(path: str, offset: int, size_bytes: int) -> Iterator[bytes]:
             block = stream.read(2**20)
             while True:
                 # Window bits of 32 + 15 take a gzip or a zlib stream; its first bytes say which.
-                packed = zlib.decompressobj(32 + zlib.MAX_WBITS)
+                packed = isal_zlib.decompressobj(32 + zlib.MAX_WBITS)
                 while block and not packed.eof:
                     plain = packed.decompress(block, 2**22)
+                    if not plain and len(packed.unconsumed_tail) == len(block):
+                        raise EOFError("it cannot be unpacked further")
                     left -= len(plain)
                     require_bounded(path, left)
                     yield plain
@@ -160,7 +168,7 @@ def unpacked(path: str, offset: int, size_bytes: int) -> Iterator[bytes]:
                     raise EOFError("it ends too early")
                 if not block.startswith(b"\x1f\x8b"):
                     break
-    except (EOFError, zlib.error) as error:
+    except (EOFError, isal_zlib.error) as error:
         raise DataError(
             f"{path}: the compressed stream is truncated or damaged ({error}); copy it again from its source."
         ) from error

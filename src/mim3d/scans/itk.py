@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError
 from mim3d.scans import files
-from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, spacing_of
+from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, spacing_of, times
 from mim3d.scans.metaimage import read_meta_header
 from mim3d.scans.nrrd import read_nrrd_header
 from mim3d.scans.text_headers import ItkGeometry, TextHeader, VoxelFile
@@ -72,14 +72,15 @@ def open_itk(path: str) -> ItkScan:
     header = _read_header(path)
     for part in header.parts:
         _check_part(part, header)
+    assumed = header.assumed + _surplus(header)
     geometry = header.geometry
     affine = np.eye(4)
     affine[:3, :3] = np.array(geometry.direction).reshape(3, 3) * np.array(geometry.spacing)
     affine[:3, 3] = geometry.origin
     affine = LPS_TO_RAS @ affine
     check_affine(affine, path)
-    files.warn_of_assumptions(path, header.assumed)
-    grid = Grid(shape=header.shape, affine=affine, path=path, source=geometry, assumed=header.assumed)
+    files.warn_of_assumptions(path, assumed)
+    grid = Grid(shape=header.shape, affine=affine, path=path, source=geometry, assumed=assumed)
     return ItkScan(grid=grid, header=header)
 
 
@@ -142,6 +143,20 @@ def _check_part(part: VoxelFile, header: TextHeader) -> None:
             f"{part.path}: the header claims {part.packed_bytes} compressed bytes, but the file holds {held}; it is "
             "truncated, so copy it again from its source."
         )
+
+
+def _surplus(header: TextHeader) -> tuple[str, ...]:
+    """A phrase where uncompressed files hold a slice or more beyond what the header claims: it may be wrong."""
+    if header.encoding != "raw" or header.parts[0].skip == -1:
+        return ()
+    held = sum(os.path.getsize(part.path) - part.offset - part.skip - part.size_bytes for part in header.parts)
+    columns, rows, _ = header.shape
+    if held < columns * rows * header.dtype.itemsize:
+        return ()
+    return (
+        f"{held} bytes follow the {times(header.shape)} voxels of {header.dtype.name} that the header claims; "
+        "it may name a wrong size or type, and the first voxels are taken",
+    )
 
 
 def _blocks(part: VoxelFile, encoding: str, dtype: np.dtype[Any]) -> Iterator[bytes]:

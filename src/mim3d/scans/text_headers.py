@@ -194,13 +194,13 @@ def beside(path: str, name: str) -> str:
     target = os.path.join(os.path.dirname(path), name)
     homes = {os.path.realpath(os.path.dirname(path) or "."), os.path.dirname(os.path.realpath(path))}
     real = os.path.realpath(target)
-    if os.path.isabs(name) or not any(os.path.commonpath([home, real]) == home for home in homes):
+    if not any(os.path.commonpath([home, real]) == home for home in homes):
         raise DataError(
-            f"{path}: its header names '{name}' as the file of its voxels, which leads out of the header's folder; put "
-            "the file beside its header, and name it there without a path."
+            f"{path}: its header names '{name[:200]}' as the file of its voxels, which leads out of its folder; "
+            "put the file beside its header, and name it there without a path."
         )
     if not os.path.lexists(target):
-        raise DataError(f"{path}: its voxels, {target}, are missing; put them there.")
+        raise DataError(f"{path}: its voxels, {target[:500]}, are missing; put them there.")
     try:
         files.check_file(target)
     except DataError as error:
