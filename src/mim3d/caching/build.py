@@ -9,10 +9,12 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from mim3d.caching import layout
 from mim3d.caching.cache import Cache, failure_row, open_cache, read_columns, row_of, write_manifest
+from mim3d.caching.card_checks import check_card
 from mim3d.caching.case import BuildSettings, CaseResult, DigestMemo
 from mim3d.caching.layout import (
     ByteSource,
@@ -147,8 +149,9 @@ def _read_card(source: ByteSource) -> Card:
     try:
         file = open_bytes(source, layout.CARD)
         card: Card = json.loads(file.pread(0, file.size))
+        check_card(card)
         return card
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{source}: its {layout.CARD} is missing or damaged ({error}); delete it and run `mim3d cache` again."
         ) from error
@@ -212,6 +215,9 @@ def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: floa
     settings_path, manifest = os.path.join(out, layout.SETTINGS), os.path.join(out, layout.MANIFEST)
     if pack_gb is None and os.path.exists(settings_path):
         pack_gb = layout.read_json(settings_path).get("pack_gb")
+        if pack_gb is not None and not (isinstance(pack_gb, (int, float)) and 0 < pack_gb <= 1e6):
+            shown = shorten(repr(pack_gb), 60, placeholder=" ...")
+            raise DataError(f"{settings_path}: pack_gb is {shown}, but it must be a number of GB; give --pack_gb.")
     if os.path.exists(manifest):
         held = set(read_columns(out, ["id"])["id"].to_pylist())
         if held and held.isdisjoint(case.id for case in cases.cases):
@@ -232,7 +238,7 @@ def _memo(out: str) -> DigestMemo:
     try:
         rows = layout.read_json(os.path.join(out, layout.DIGESTS)).items()
         return {path: ((s[0], s[1], s[2], s[3]), digest) for path, (s, digest) in rows}
-    except (DataError, ValueError, AttributeError, TypeError, IndexError):
+    except (DataError, ValueError, AttributeError, TypeError, LookupError):
         return {}
 
 

@@ -6,14 +6,18 @@ below ``cases/``, or ranges of bytes in a file below ``packs/``.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, overload
 
 from mim3d.caching import layout
+from mim3d.caching.card_checks import check_row
+from mim3d.caching.fingerprints import Fingerprint
 from mim3d.caching.foreground import Statistics
 from mim3d.caching.layout import ByteSource, PackedCase
 from mim3d.caching.preprocessing import Preprocessing
@@ -21,11 +25,15 @@ from mim3d.caching.scan import CachedScan, Card
 from mim3d.caching.set_modality import SetRemark
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, read_csv
+from mim3d.core.settings import build_settings
+from mim3d.core.types import LARGEST_LABEL
 from mim3d.datasets.cases import Case, CaseSet, with_ignored
 from mim3d.scans.files import available_memory_bytes
 
 #: Rows of a manifest become Python objects of about this many times their size in the file, unpacked.
 _GROWTH = 8
+#: A scan as an object takes at least this.
+_LEAST_ROW_BYTES = 2000
 
 #: What a data set may declare beside its labels, and what was said of it.
 _DECLARED = ("ignore_label", "regions", "region_values", "channels", "notes")
@@ -129,7 +137,14 @@ class Cache(Sequence[CachedScan]):
             DataError: The manifest is missing or damaged.
         """
         table = read_columns(self.path, ["id", "fingerprint"])
-        return dict(zip(table["id"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
+        texts = dict(zip(table["id"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
+        for case_id, text in texts.items():
+            try:
+                Fingerprint.from_text(text)
+            except DataError as error:
+                path = os.path.join(self.path, layout.MANIFEST)
+                raise DataError(f"{path}: the row of case {case_id!r} cannot be used ({error})") from None
+        return texts
 
     def subset(self, cases: Iterable[Case]) -> "Cache":
         """The scans with the ids of ``cases``; ids that are not in the cache (bad scans) are passed over.
@@ -176,11 +191,10 @@ def open_cache(path: str | Path) -> Cache:
     if not os.path.exists(os.path.join(root, layout.MANIFEST)):
         raise DataError(f"{path}: this cache is not finished; run the same `mim3d cache` command again to go on.")
     try:
-        row = settings["preprocessing"]
-        spacing_mm = None if row["spacing_mm"] is None else tuple(row["spacing_mm"])
-        preprocessing = Preprocessing(**(row | {"spacing_mm": spacing_mm, "window": tuple(row["window"])}))
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        raise DataError(f"{root}: its {layout.SETTINGS} is damaged ({error!r}); run `mim3d cache` again.") from error
+        preprocessing = build_settings(Preprocessing, settings["preprocessing"], "preprocessing")
+    except (KeyError, ConfigError) as error:
+        said = shorten(str(error), 200, placeholder=" ...")
+        raise DataError(f"{root}: its {layout.SETTINGS} is damaged ({said}); run `mim3d cache` again.") from error
     scans, declared = _read_manifest(root)
     found = sorted({value for scan in scans for value in scan.num_voxels} - {0})
     if found and not declared["labels"]:
@@ -251,20 +265,26 @@ def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[str, Any]]:
     path = os.path.join(root, layout.MANIFEST)
 
     def scan_of(row: Mapping[str, Any]) -> CachedScan:
-        known: dict[str, Any] = {item.name: row.get(item.name) for item in fields(Case)}
-        labelled = known["labelled"]
-        known |= {"images": tuple(known["images"]), "labelled": None if labelled is None else tuple(labelled)}
-        part, name = (layout.CASES, row["folder"]) if row["pack"] is None else (layout.PACKS, row["pack"])
-        if os.path.basename(name) != name or name in ("", ".", ".."):
+        try:
+            check_row(row)
+            part, name = (layout.CASES, row["folder"]) if row["pack"] is None else (layout.PACKS, row["pack"])
+            if os.path.basename(name) != name or name in ("", ".", ".."):
+                raise ValueError(f"it points at {name!r}, outside the cache's folder, so it was tampered with")
+            known: dict[str, Any] = {item.name: row.get(item.name) for item in fields(Case)}
+            labelled = known["labelled"]
+            known |= {"images": tuple(known["images"]), "labelled": None if labelled is None else tuple(labelled)}
+            place = os.path.join(root, part, name)
+            if row["pack"] is None:
+                return CachedScan.from_card(row, Case(**known), place)
+            members = {str(item["name"]): (int(item["offset"]), int(item["length"])) for item in row["members"]}
+            return CachedScan.from_card(row, Case(**known), PackedCase(place, members))
+        except Exception as error:  # Whatever a row of the wrong kind raises.
+            shown = shorten(repr(row.get("id")), 60, placeholder=" ...")
+            reason = shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
             raise DataError(
-                f"{path}: points at {name!r}, outside the cache's folder; it was tampered with, so take the cache from "
-                "its source again."
-            )
-        place = os.path.join(root, part, name)
-        if row["pack"] is None:
-            return CachedScan.from_card(row, Case(**known), place)
-        members = {str(item["name"]): (int(item["offset"]), int(item["length"])) for item in row["members"]}
-        return CachedScan.from_card(row, Case(**known), PackedCase(place, members))
+                f"{path}: the row of case {shown} cannot be used ({reason}); run `mim3d cache` again, or take the "
+                "cache from its source again."
+            ) from error
 
     try:
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
@@ -279,14 +299,20 @@ def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[str, Any]]:
         if more.get("region_values"):
             declared["region_values"] = tuple(map(int, more["region_values"]))
         declared |= {name: tuple(map(str, more.get(name, ()))) for name in ("channels", "notes")}
+        values = [*declared["labels"], *declared.get("region_values", ()), declared.get("ignore_label", 0)]
+        values += itertools.chain(*declared.get("regions", {}).values())
+        if not all(0 <= value <= LARGEST_LABEL for value in values):
+            raise ValueError(f"label values {shorten(str(sorted(values)), 60)}")
         # A few rows at a time: as Python objects they are many times as large.
         scans = tuple(scan_of(row) for rows in table.to_batches(max_chunksize=1024) for row in rows.to_pylist())
-        declared["remarks"] = tuple(SetRemark(**row) for row in json.loads(about.get("remarks", "[]")))
+        if len({scan.case.id for scan in scans}) < len(scans):
+            raise ValueError("two rows have one id")
+        remarks = [(row["text"], row["refused"]) for row in json.loads(about.get("remarks", "[]"))]
+        declared["remarks"] = tuple(SetRemark(text=str(text), refused=bool(refused)) for text, refused in remarks)
         return scans, declared
-    except DataError:
-        raise
-    except Exception as error:  # Whatever a row of the wrong kind raises.
-        raise DataError(f"{path}: damaged ({error!r}); run `mim3d cache` again.") from error
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        said = shorten(repr(error), 200, placeholder=" ...")
+        raise DataError(f"{path}: damaged ({said}); run `mim3d cache` again.") from error
 
 
 def read_columns(root: str, columns: Sequence[str]) -> Any:
@@ -303,6 +329,8 @@ def read_columns(root: str, columns: Sequence[str]) -> Any:
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             needed_bytes = _GROWTH * sum(group.total_byte_size for group in groups)
+            # Many equal rows take next to nothing in the file.
+            needed_bytes = max(needed_bytes, _LEAST_ROW_BYTES * file.metadata.num_rows)
             if needed_bytes > available_memory_bytes():
                 raise DataError(
                     f"{path}: unpacks to more than the memory available (about {needed_bytes / 2**30:.1f} GiB with its "

@@ -58,6 +58,8 @@ PACK_SUFFIX = ".zip"
 
 #: Largest number of files that a process keeps open.
 MAX_OPEN_FILES = 128
+#: Bytes that no file reaches: systems refuse to read there.
+_LARGEST_PLACE = 2**60
 #: The earliest time that ZIP knows.
 _PACK_TIME = (1980, 1, 1, 0, 0, 0)
 #: Signature, nine fields that the directory holds too, and the lengths of name and extra field.
@@ -165,15 +167,15 @@ class PackedCase(Mapping[str, FileRange]):
         places: Name of each file -> its first byte and number of bytes in the pack.
 
     Raises:
-        ValueError: A place is negative.
+        ValueError: A place is negative, or lies where no file reaches.
     """
 
     path: str
     places: Mapping[str, tuple[int, int]]
 
     def __post_init__(self) -> None:
-        if any(offset < 0 or length < 0 for offset, length in self.places.values()):
-            raise ValueError(f"negative places in {self.path}")
+        if not all(0 <= number <= _LARGEST_PLACE for place in self.places.values() for number in place):
+            raise ValueError(f"negative or too large places in {self.path}")
 
     def __getitem__(self, name: str) -> FileRange:
         """The bytes of a file."""

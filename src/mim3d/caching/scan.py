@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from mim3d.caching import layout
 from mim3d.caching.fingerprints import fingerprint_of
-from mim3d.caching.foreground import Statistics
+from mim3d.caching.foreground import MAX_LOCATIONS, Statistics
 from mim3d.caching.layout import ByteSource, open_bytes
 from mim3d.caching.preprocessing import Prepared
 from mim3d.caching.shards import BLOCK, ShardedArray
 from mim3d.caching.stored_voxels import Shown, StoredIntensity, level_shapes
 from mim3d.core.errors import DamagedError, DataError
-from mim3d.core.types import Spacing, Triple
+from mim3d.core.types import LARGEST_LABEL, Spacing, Triple
 from mim3d.datasets.cases import Case
 from mim3d.scans.modality import DARKEST_CT_HU, ChannelModality
 
@@ -184,15 +184,33 @@ class CachedScan:
         if not self.has_label:
             return {}
         try:
-            stored = open_bytes(self.source, layout.LOCATIONS)
-            with np.load(io.BytesIO(stored.pread(0, stored.size)), allow_pickle=False) as file:
-                rows = file["rows"].T
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            rows = self._location_rows()
+        except (OSError, ValueError, LookupError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise DamagedError(
                 f"{self.case.id}: its {layout.LOCATIONS} is missing or damaged ({error}); delete {self.source} and run "
                 "`mim3d cache` again."
             ) from error
         return {int(value): np.ascontiguousarray(rows[rows[:, 0] == value, 1:]) for value in np.unique(rows[:, 0])}
+
+    def _location_rows(self) -> npt.NDArray[np.int32]:
+        """Label value and voxel (N, 4) of each place, unpacked into no more memory than so many labels can take."""
+        stored = open_bytes(self.source, layout.LOCATIONS)
+        most_bytes = 4096 + 4 * 8 * MAX_LOCATIONS * len(self.num_voxels)
+        if stored.size > most_bytes:
+            raise ValueError(f"{stored.size} bytes")
+        content = io.BytesIO(stored.pread(0, stored.size))
+        with zipfile.ZipFile(content) as members:
+            if any(member.file_size > most_bytes for member in members.infolist()):
+                raise ValueError("it unpacks to more than places of each label")
+        content.seek(0)
+        with np.load(content, allow_pickle=False) as file:
+            rows = file["rows"].T
+        limits = (LARGEST_LABEL + 1, *self.shape)
+        if rows.dtype.kind not in "iu" or rows.ndim != 2 or rows.shape[1] != len(limits):
+            raise ValueError(f"{rows.dtype} {rows.shape}")
+        if (rows < 0).any() or (rows >= limits).any():
+            raise ValueError("places outside the scan")
+        return rows
 
     @property
     def level_shapes(self) -> tuple[Triple, ...]:

@@ -4,7 +4,6 @@ What a card says of its backbone and task is checked by their own settings, see 
 the tensors of the file, see :func:`require_described`.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.files import load_json
 from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import LARGEST_LABEL
 from mim3d.scans.intensity import Intensity
@@ -124,8 +124,8 @@ def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dic
     try:
         if file.stat().st_size > _LARGEST_BYTES:
             raise ValueError(f"{file.stat().st_size:,} bytes, more than any card has")
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        card = load_json(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON ({error}); export the weights again.") from None
     if not isinstance(card, dict) or type(card.get("format")) is not int or card["format"] != CARD_FORMAT:
         raise CheckpointError(f"{file} is not a card of format {CARD_FORMAT}; export again or update mim3d.")
