@@ -3,6 +3,7 @@
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import Tag
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
 
 from mim3d.core.errors import DataError
+from mim3d.scans.dicom.headers import read_kind
 from mim3d.scans.volumes import find_scans, patient_of, read_grid, read_volume, scan_id, write_volume
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
@@ -469,6 +471,8 @@ def test_a_pipe_or_a_dead_link_with_a_dicom_name_is_told_and_not_opened(tmp_path
         else:
             (folder / "x.dcm").symlink_to(folder / "nothing")
     assert "x.dcm: this DICOM file cannot be read: it is no regular file" in refusal(tmp_path / "pipe")
+    with pytest.raises(DataError, match="it is no regular file"):
+        read_kind(str(tmp_path / "pipe" / "x.dcm"))
     assert "x.dcm: this DICOM file cannot be read: No such file" in refusal(tmp_path / "link")
 
 
@@ -517,6 +521,21 @@ def test_a_slice_whose_modality_is_damaged_does_not_take_the_series_away_in_sile
     assert f"{path}: among the slices" in refusal(folder) and "this one is no scan (SR)" in refusal(folder)
     path = damage(folder, 0, b"\x08\0\x60\0CS\2\0SR", b"\x08\0\x60\0CS\2\0\xff*")
     assert refusal(folder).startswith(f"{path}: this DICOM file cannot be used: its Modality")
+
+
+def test_a_deflated_series_is_read_and_a_bomb_of_zeros_refused(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    for path in folder.iterdir():
+        data = pydicom.dcmread(path)
+        data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        data.save_as(path)
+    assert np.array_equal(read_volume(folder).array, voxels()[::-1, ::-1])
+    raw = path.read_bytes()
+    start = raw.index(b"1.2.840.10008.1.2.1.99") + 22
+    packed = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    bomb = b"".join([*(packed.compress(bytes(2**24)) for _ in range(17)), packed.flush()])
+    path.write_bytes(raw[:start] + bomb)
+    assert refusal(folder).startswith(f"{path}: this DICOM file cannot be read")
 
 
 @pytest.mark.parametrize("num_bytes", [200, 470, 620])

@@ -1,5 +1,6 @@
 """DICOM headers: what mim3d needs of each slice or frame, without the pixels and without the patient."""
 
+import errno
 import io
 import math
 import os
@@ -67,7 +68,7 @@ _MAX_GEOMETRY = 1e6
 _MAX_RESCALE = 1e12
 
 #: A deflated header and its pixels take at most this much once unpacked.
-_MAX_INFLATED_BYTES = 2**30
+_MAX_INFLATED_BYTES = 2**28
 _DEFLATED_SYNTAX = DeflatedExplicitVRLittleEndian.encode()
 
 #: Seconds of work that a header may take, and bytes of its file for which there is one second more.
@@ -188,13 +189,15 @@ def read_header(path: str, *, every: bool = False) -> tuple[Any, int]:
     """The elements of a DICOM file that mim3d looks at, and the byte where its pixels start.
 
     Args:
-        path: A regular file.
+        path: The file.
         every: Whether all elements before the pixels are read.
 
     Raises:
         DataError: The file is no DICOM file, or damaged.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file, so it is not opened")
         with open(path, "rb") as stream, _quiet():
             try:
                 return _parse(_Bounded(stream), every)
@@ -213,6 +216,20 @@ def _parse(stream: _Bounded, every: bool) -> tuple[Any, int]:
     header = pydicom.dcmread(cast(BinaryIO, stream), stop_before_pixels=True, specific_tags=tags, force=True)
     # Tag, type and length stand before the pixels; implicit syntaxes leave the type out.
     return header, stream.tell() + (8 if header.original_encoding[0] else 12)
+
+
+def read_kind(path: str) -> str:
+    """The SOP class UID of a DICOM file, which says what kind of object it is; empty where the header has none.
+
+    Raises:
+        DataError: The file is no DICOM file, or damaged.
+    """
+    header, _ = read_header(path)
+    try:
+        with _quiet():
+            return str(header.get("SOPClassUID") or "")
+    except Exception as error:  # Values are converted when they are asked for, and raise anything.
+        raise DataError(f"{path}: the kind of the DICOM object cannot be read.") from error
 
 
 def read_identity(path: str) -> tuple[str, ...]:

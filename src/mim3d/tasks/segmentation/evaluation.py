@@ -315,13 +315,13 @@ def _refuse_dicom_seg(paths: Sequence[str]) -> None:
     for path in paths:
         if not path.lower().endswith(".dcm"):
             continue
-        from mim3d.scans.dicom.headers import read_header
+        from mim3d.scans.dicom.headers import read_kind
 
         try:
-            header, _ = read_header(path)
+            kind = read_kind(path)
         except DataError:
             continue
-        if header.get("SOPClassUID") in _DICOM_SEG:
+        if kind in _DICOM_SEG:
             raise DataError(
                 f"{path}: is a DICOM-SEG, which cannot be scored; run mim3d predict with --format nii.gz, or convert "
                 "it to NIfTI."
