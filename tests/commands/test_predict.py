@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 
+from mim3d.cli import main
 from mim3d.commands.predict import predict
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import Run
@@ -118,6 +119,32 @@ def test_a_bad_scan_is_listed_with_its_reason_and_the_others_are_done(segmenter_
 
 
 @pytest.mark.filterwarnings("ignore:.*sform_code")
+def test_whatever_is_raised_for_one_scan_the_others_are_done(segmenter_run, scans, tmp_path, monkeypatch, capsys):
+    from mim3d.tasks.segmentation.prediction import SegmentationPredictor
+
+    segment = SegmentationPredictor.segment
+
+    def odd(self, case, **options):
+        if case.id == "new_1":
+            raise ValueError("cannot unpack")
+        return segment(self, case, **options)
+
+    monkeypatch.setattr(SegmentationPredictor, "segment", odd)
+    inputs = [str(path) for path in sorted(scans.iterdir())]
+    arguments = ["--weights", str(segmenter_run), "--out", str(tmp_path / "out")]
+    assert main(["predict", *arguments, "--input", *inputs, str(scans / "nowhere.nii.gz")]) == 2
+    content = listing(tmp_path / "out")
+    assert [case["id"] for case in content["cases"]] == ["new_0", "new_2"]
+    reasons = {row["id"]: row["reason"] for row in content["failed"]}
+    assert reasons["new_1"].endswith("new_1.nii.gz: unexpected ValueError: cannot unpack; please report it.")
+    assert "nowhere.nii.gz: no such file" in reasons["nowhere"]
+    assert "cannot unpack" in (tmp_path / "out" / "failed_tracebacks.txt").read_text()
+    assert "2 of 4 scans could not be segmented" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(DataError, match=r"1 of 4 cases cannot be used \(strict: .*nowhere\.nii\.gz: no such file"):
+        predict(str(segmenter_run), str(tmp_path / "new"), [*inputs, str(scans / "nowhere.nii.gz")], strict=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_was_assumed_of_a_scan_stands_beside_its_prediction(segmenter_run, tmp_path):
     write_scan(tmp_path / "scans" / "told.nii.gz", ball_scan(50)[0])
     nibabel.save(nibabel.Nifti1Image(ball_scan(51)[0], None), tmp_path / "scans" / "untold.nii.gz")

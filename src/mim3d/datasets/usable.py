@@ -32,7 +32,7 @@ def usable_cases(cases: CaseSet, *, lacks: Lacks | None = None, strict: bool = F
     usable, left_out = [], list(cases.left_out)
     for case in cases.cases:
         lacking = lacks(case) if lacks else None
-        reason = f"{case.images[0]}: {lacking}." if lacking else _fault_of(case)
+        reason = f"{case.images[0]}: {lacking}." if lacking else fault_of(case)
         if reason is None:
             usable.append(case)
         else:
@@ -64,9 +64,16 @@ def refuse_or_say(root: str, reasons: list[str], num_cases: int, *, strict: bool
     warnings.warn(f"{root}: {counts} cannot be used and are left out: {in_words(reasons)}", stacklevel=3)
 
 
-def _fault_of(case: Case) -> str | None:
-    """Why the files of a case cannot be used, as far as headers tell."""
+def fault_of(case: Case, check: Callable[[Case], None] | None = None) -> str | None:
+    """Why the files of a case cannot be used, as far as headers tell.
+
+    Args:
+        case: The case.
+        check: A further check, which raises where the case cannot be used.
+    """
     try:
+        if check is not None:
+            check(case)
         first, *others = (*case.images, *([case.label] if case.label else []))
         grid = read_grid(first)
         for path in others:

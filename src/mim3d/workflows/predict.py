@@ -13,6 +13,7 @@ import torch
 
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import read_json, try_lock, write_json
+from mim3d.core.left_out import Failure, write_tracebacks
 from mim3d.core.names import joined_name, same_name
 from mim3d.core.progress import Progress, say
 from mim3d.core.resources import choose_device
@@ -20,7 +21,9 @@ from mim3d.core.types import Named
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.ids import distinct_names, unique_ids
 from mim3d.datasets.lists import is_there
+from mim3d.datasets.usable import fault_of, refuse_or_say
 from mim3d.scans.grids import split_channel
+from mim3d.scans.volumes import scan_id
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
 from mim3d.workflows.shared.held_out import held_out_by_all
@@ -28,6 +31,9 @@ from mim3d.workflows.shared.scan_sources import ScanFiles, resolved
 
 #: File by which one process keeps others out of a folder of predictions.
 LOCK_NAME = ".predict.lock"
+
+#: File of a folder of predictions that holds where errors were raised that nobody foresaw.
+TRACEBACKS_NAME = "failed_tracebacks.txt"
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class PredictSettings(PredictionSettings):
         backbone: Encoder, where the card names a class that is not mim3d's own.
         accelerator: Kind of device: auto, cpu, cuda or mps.
         overwrite: Do scans again that are finished, and replace predictions of other networks.
+        strict: Refuse all scans where the header of one shows that it cannot be used, before any is predicted.
     """
 
     weights: str | list[str]
@@ -54,6 +61,7 @@ class PredictSettings(PredictionSettings):
     backbone: Named | None = None
     accelerator: str = "auto"
     overwrite: bool = False
+    strict: bool = False
 
 
 def predict_scans(settings: PredictSettings) -> str:
@@ -66,7 +74,8 @@ def predict_scans(settings: PredictSettings) -> str:
         ConfigError: Settings that cannot work, networks that do not belong together, or a folder with other
             predictions, before any work begins.
         CheckpointError: There is no network of a task in the weights.
-        DataError: There is no scan; or, once all others are done, scans could not be predicted.
+        DataError: There is no scan; with ``strict``, one cannot be used; or, once all others are done, scans could not
+            be predicted.
     """
     weights = [settings.weights] if isinstance(settings.weights, str) else settings.weights
     device = choose_device(settings.accelerator)
@@ -77,6 +86,11 @@ def predict_scans(settings: PredictSettings) -> str:
     else:
         found = input_cases(settings.input, with_labels=predictor.reads_labels)
     cases = predictor.accepted(found)
+    if settings.strict:
+        reasons = [fault for case in cases if (fault := fault_of(case, networks[0].check_channels)) is not None]
+        if reasons:
+            where = settings.input if isinstance(settings.input, str) else "--input"
+            refuse_or_say(where, reasons, len(cases), strict=True)
     with alone_in(settings.out):
         folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
         return _predict_all(predictor, folder)
@@ -106,38 +120,44 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
 def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFolder", progress: Progress) -> None:
     """Predict the scans of one call of the networks; what keeps one from being predicted is recorded."""
 
-    def fail(case: Case, error: BaseException) -> None:
-        short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        reason = f"{case.images[0]}: not enough memory; {predictor.memory_remedy}." if short else str(error)
-        folder.rows.pop(case.id, None)
-        folder.failures[case.id] = reason
-        progress.say(f"not {predictor.done}: {reason}")
+    def fail(case: Case, error: Exception) -> None:
+        failure = Failure.of(error, case.images[0])
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            failure = Failure(f"{case.images[0]}: not enough memory; {predictor.memory_remedy}.")
+        folder.fail(case, failure)
+        progress.say(f"not {predictor.done}: {failure.reason}")
 
     read: list[tuple[Case, Any]] = []
     for case in cases:
         progress.update(progress.done, case.id)
         try:
             read.append((case, predictor.read(case)))
-        except (DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # Whatever a reader raises, it must not stop the other scans.
             fail(case, error)
             progress.update(progress.done + 1, case.id)
     if not read:
         return
-    chosen = [case for case, _ in read]
-    num_before, name = progress.done, chosen[-1].id
 
-    def watch(done: int, total: int) -> None:
-        progress.update(num_before + done / max(total, done, 1), name)
+    def attempt(part: Sequence[tuple[Case, Any]]) -> None:
+        num_before, chosen = progress.done, [case for case, _ in part]
 
-    try:
-        answers = predictor.predict(chosen, [inputs for _, inputs in read], folder.path, watch)
-    except (DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        for case in chosen:
-            fail(case, error)
-    else:
-        for case, answer in zip(chosen, answers, strict=True):
-            folder.add(case, answer)
-    progress.update(num_before + len(chosen), name)
+        def watch(done: int, total: int) -> None:
+            progress.update(num_before + done / max(total, done, 1), chosen[-1].id)
+
+        try:
+            answers = predictor.predict(chosen, [inputs for _, inputs in part], folder.path, watch)
+            for case, answer in zip(chosen, answers, strict=True):
+                folder.add(case, answer)
+        except Exception as error:
+            if len(part) > 1:
+                # One of them is to blame, or they do not fit into memory together.
+                for each in part:
+                    attempt([each])
+                return
+            fail(chosen[0], error)
+        progress.update(num_before + len(chosen), chosen[-1].id)
+
+    attempt(read)
 
 
 @contextmanager
@@ -175,6 +195,7 @@ class PredictionFolder:
         predictor: What fills it.
         rows: What the list says of finished scans, by id.
         failures: Reasons of the scans that could not be predicted, by id.
+        tracebacks: Where errors that nobody foresaw were raised, by id.
         owners: Images of every scan that has a name here, by id.
         cases: The scans of this call, under the ids that they have here.
     """
@@ -183,6 +204,7 @@ class PredictionFolder:
     predictor: Predictor
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    tracebacks: dict[str, str] = field(default_factory=dict)
     owners: dict[str, tuple[str, ...]] = field(default_factory=dict)
     cases: tuple[Case, ...] = ()
 
@@ -330,6 +352,13 @@ class PredictionFolder:
         source = ScanFiles.of(case.images, with_content=True).entry()
         self.rows[case.id] = {"id": case.id, "images": list(case.images), "source": source, **files, **answer}
 
+    def fail(self, case: Case, failure: Failure) -> None:
+        """Record that a scan could not be predicted."""
+        self.rows.pop(case.id, None)
+        self.failures[case.id] = failure.reason
+        if failure.traceback is not None:
+            self.tracebacks[case.id] = failure.traceback
+
     def write(self) -> None:
         """Write the list and the tables; each appears whole or not at all.
 
@@ -344,6 +373,7 @@ class PredictionFolder:
         begun = [{"id": name, "images": list(self.owners[name])} for name in open_names]
         content = {**self.predictor.identity, "cases": list(self.rows.values()), "failed": failed, "begun": begun}
         write_json(self.path / self.predictor.list_name, content, indent=1)
+        write_tracebacks(self.path / TRACEBACKS_NAME, self.tracebacks)
 
 
 def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False) -> list[Case]:
@@ -352,12 +382,18 @@ def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False) -> li
     Scans of several inputs that share an id get the name of their input in front, or the folders that tell them apart.
 
     Raises:
-        DataError: An input does not exist or holds no scan, or the same scan is named twice.
+        DataError: The only input does not exist, an input holds no scan, or the same scan is named twice.
     """
     names = [inputs] if isinstance(inputs, str) else list(inputs)
     if not names:
         raise DataError("--input is empty; name files, folders or lists of scans.")
-    found = [(name, case) for name in names for case in read_cases(name, recursive_images_only=not with_labels).cases]
+    found: list[tuple[str, Case]] = []
+    for name in names:
+        if len(names) > 1 and not os.path.exists(name):
+            # It fails when its turn comes: one that is missing must not stop the others.
+            found.append((name, Case(id=scan_id(name), images=(os.path.abspath(name),), patient=scan_id(name))))
+        else:
+            found += [(name, case) for case in read_cases(name, recursive_images_only=not with_labels).cases]
     twice = [images for images, count in Counter(case.images for _, case in found).items() if count > 1]
     if twice:
         raise DataError(f"{twice[0][0]} is named twice by --input; name every scan once.")
