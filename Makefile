@@ -14,7 +14,7 @@ help:
 	@echo "make demo       the whole path on synthetic CT, in minutes: data to report"
 	@echo "make test       the test suite (slow and GPU tests left out)"
 	@echo "make test-slow  the slow tests: full-size networks, long runs"
-	@echo "make fuzz       10,000 damaged files of every format; renews the table in docs/concepts/robustness.md"
+	@echo "make fuzz       10,000 damaged files, and a set of 10,000 scans, one in 50 bad; renews docs/concepts/robustness.md"
 	@echo "make lint       ruff and mypy (strict, see pyproject.toml)"
 	@echo "make format     let ruff lay out the code"
 	@echo "make bench      the benchmarks, results beside them"
@@ -34,7 +34,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 fuzz: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m tests.fuzz --num_files 10000 --page docs/concepts/robustness.md
+	$(ONE_THREAD) $(BIN)/python -m tests.fuzz --num_files 10000 --num_scans 10000 --page docs/concepts/robustness.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

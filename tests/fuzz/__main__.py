@@ -2,10 +2,12 @@
 
 import argparse
 import collections
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+from tests.fuzz.one_set import try_set
 from tests.fuzz.specimens import specimens
 from tests.fuzz.trials import CONSTANT_BYTES, DEADLINE_S, Trial, described, run
 
@@ -43,6 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--num_files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_scans", type=int, default=0, help="scans of one set, one in fifty bad, that is cached")
     parser.add_argument("--formats", default="", help="only formats whose name holds this")
     parser.add_argument("--only", type=int, help="one trial alone, whose files are kept and named")
     parser.add_argument("--page", type=Path, help="page whose table is replaced")
@@ -60,14 +63,22 @@ def main() -> int:
             print(described(trial))
     if keep:
         print(trials[0].outcome.text, f"\nfiles: {scratch}")
+    at_fault = any(trial.fault for trial in trials)
     text = table(trials, asked.seed)
     print(text)
+    if asked.num_scans:
+        tried = try_set(known, asked.num_scans, asked.num_scans // 50, seed=asked.seed, scratch=scratch / "set")
+        text = f"{text}\n\n{tried}"
+        print(tried, *tried.faults, sep="\n")
+        at_fault |= bool(tried.faults)
+    if not keep:
+        shutil.rmtree(scratch, ignore_errors=True)
     if asked.page is not None:
         before, _, rest = asked.page.read_text(encoding="utf-8").partition(BEGIN)
         page = f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
         asked.page.write_text(page, encoding="utf-8")
     print(f"bounds: {DEADLINE_S:g} s; 4 times the voxels and {CONSTANT_BYTES // 2**20} MiB")
-    return int(any(trial.fault for trial in trials))
+    return int(at_fault)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.fuzz.damage import damaged
+from tests.fuzz.one_set import try_set
 from tests.fuzz.reading import Outcome
 from tests.fuzz.specimens import Specimen, specimens
 from tests.fuzz.trials import Reader, described, run
@@ -54,6 +55,12 @@ def test_damaged_files_are_read_or_refused_by_name(good: list[Specimen], tmp_pat
     assert len(trials) == 340
     at_fault = [described(trial) for trial in trials if trial.fault not in ("", "slow")]
     assert not at_fault, "\n".join(at_fault)
+
+
+def test_bad_scans_in_a_set_are_listed_and_the_others_are_cached(good: list[Specimen], tmp_path: Path) -> None:
+    tried = try_set(good, num_scans=60, num_bad=12, seed=SEED, scratch=tmp_path)
+    assert tried.num_ways == 12
+    assert not tried.faults, "\n".join(tried.faults)
 
 
 def test_a_reader_that_crashes_or_hangs_is_told_and_another_one_goes_on(tmp_path: Path) -> None:

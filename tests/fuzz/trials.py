@@ -175,6 +175,9 @@ def _fault(outcome: Outcome, good: Outcome, specimen: Specimen, source: Damaged,
     """What is wrong with an outcome; empty where nothing is."""
     if outcome.result in ("crashed", "hung", "foreign"):
         return outcome.result
+    # What a boundary around all readers says of an error that nobody foresaw.
+    if "please report it" in outcome.text:
+        return "foreign"
     if outcome.time_s > DEADLINE_S:
         return "slow"
     if outcome.memory_bytes > 4 * specimen.claimed_bytes + CONSTANT_BYTES:
