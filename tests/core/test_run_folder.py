@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mim3d.core.errors import ConfigError, Mim3dError
-from mim3d.core.run_folder import Run, read_run
+from mim3d.core.run_folder import Run, read_lines, read_run
 from mim3d.core.settings import read_yaml
 
 SETTINGS = {"data": "scans", "max_steps": 10, "optim": {"learning_rate": 1e-3, "betas": (0.9, 0.95)}, "seed": 3}
@@ -222,3 +222,9 @@ def test_what_is_no_run_cannot_be_read_as_one(tmp_path: Path) -> None:
             read_run(tmp_path)
         with pytest.raises(ConfigError, match=r"manifest.json is no manifest of a run"):
             make(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"[" * 100_000, b"5", b'{"step": '])
+def test_metrics_are_read_up_to_the_first_line_that_is_none(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]

@@ -276,6 +276,14 @@ def _json(content: bytes, rng: Rng) -> tuple[bytes, str]:
     return json.dumps(tree).encode(), f"JSON, {how}"
 
 
+def _yaml(content: bytes, rng: Rng) -> tuple[bytes, str]:
+    """A hostile line, or names for things that grow tenfold each time."""
+    if rng.random() < 0.9:
+        return _text(content, rng)
+    lines = ["a0: &a0 [1, 2]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))]
+    return content + "\n".join([*lines, "spacing_mm: *a11", "command: *a11"]).encode(), "aliases of aliases"
+
+
 def _dicom(content: bytes, rng: Rng) -> tuple[bytes, str]:
     """An element of the header taken away, with another value, or of another kind."""
     with warnings.catch_warnings():
@@ -382,7 +390,8 @@ def _png(content: bytes, rng: Rng) -> tuple[bytes, str]:
 
 _SPECIAL: dict[str, Callable[[bytes, Rng], tuple[bytes, str]]] = {
     ".nii": _nifti, ".hdr": _nifti, ".mha": _text, ".mhd": _text, ".nrrd": _text, ".nhdr": _text, ".csv": _text,
-    ".json": _json, ".dcm": _dicom, ".parquet": _parquet, ".safetensors": _safetensors, ".png": _png,
+    ".json": _json, ".jsonl": _text, ".yaml": _yaml, ".dcm": _dicom, ".parquet": _parquet, ".png": _png,
+    ".safetensors": _safetensors,
 }  # fmt: skip
 
 

@@ -17,10 +17,13 @@ import numpy as np
 
 from mim3d.caching.cache import open_cache
 from mim3d.core.errors import Mim3dError
+from mim3d.core.run_folder import read_run
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.usable import usable_cases
 from mim3d.scans.volumes import channels_of, find_scans, read_grid, read_volume
 from mim3d.tasks.trained import load_trained
+from mim3d.weights import read_state, to_own_names
+from mim3d.workflows.finetune.planning import read_plan
 from mim3d.workflows.shared.leakage import read_seen
 
 #: Address space that the process may take beyond what it has after its imports.
@@ -83,6 +86,21 @@ def _network(path: str) -> Iterator[Any]:
     yield from (value.numpy() for value in network.module.state_dict().values())
 
 
+def _state(path: str) -> Iterator[Any]:
+    state = to_own_names(read_state(path))
+    for name in sorted(state):
+        yield repr((name, tuple(state[name].shape), state[name].dtype))
+
+
+def _plan(path: str) -> Iterator[Any]:
+    yield repr(read_plan(path))
+
+
+def _run(path: str) -> Iterator[Any]:
+    record = read_run(path)
+    yield repr((record.config, record.metrics, record.manifest))
+
+
 def _cache(path: str) -> Iterator[Any]:
     cache = open_cache(path)
     assert isinstance(cache.digest, str)
@@ -103,6 +121,9 @@ READERS: dict[str, Callable[[str], Iterator[Any]]] = {
     "folder": _folder,
     "cases": _cases,
     "network": _network,
+    "state": _state,
+    "plan": _plan,
+    "run": _run,
     "cache": _cache,
 }
 

@@ -19,8 +19,10 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.caching.build import build_cache
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.core.settings import to_named
+from mim3d.core.settings import to_mapping, to_named, write_yaml
 from mim3d.datasets.cases import read_cases
+from mim3d.planning.plan import Plan
+from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task
 from mim3d.weights import save_network
 
@@ -269,6 +271,24 @@ def _weights(folder: Path) -> Iterator[Specimen]:
     yield Specimen("card.json + safetensors", "segmenter", held, "network", len(held["segmenter/model.safetensors"]))
 
 
+def _others(folder: Path) -> Iterator[Specimen]:
+    torch.manual_seed(0)
+    state = {f"encoder.{name}": torch.randn(4, 3, 2) for name in ("weight", "bias")}
+    for legacy in (False, True):
+        content = {"model": state, "epoch": 3}
+        torch.save(content, folder / "published.pt", _use_new_zipfile_serialization=not legacy)
+        yield Specimen("torch checkpoint", "published.pt", _held(folder), "state", 192)
+    plan = Plan(spacing_mm=(1.0, 1.0, 2.5), intensity=Intensity(), patch_size=(64, 64, 32), reasons={"patch_size": "x"})
+    write_yaml(folder / "plan.yaml", to_mapping(plan))
+    yield Specimen("plan.yaml", "plan.yaml", _held(folder), "plan", 10_000)
+    manifest = {"command": "pretrain", "settings": {"seed": 1, "data": "d"}, "inputs": {}, "derived": {"memory": 1.5}}
+    (folder / "run").mkdir()
+    (folder / "run" / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n')
+    write_yaml(folder / "run" / "config.yaml", {"command": "pretrain", "method": {"name": "MiM"}, "seed": 1})
+    yield Specimen("run folder", "run", _held(folder), "run", 10_000)
+
+
 def _cache(folder: Path) -> Iterator[Specimen]:
     for packed in (None, 1.0):
         data = folder / "data"
@@ -283,4 +303,6 @@ def _cache(folder: Path) -> Iterator[Specimen]:
         yield Specimen("cache", "cache", held, "cache", 3 * (ct().nbytes + label().nbytes))
 
 
-_MAKERS: tuple[Callable[[Path], Iterator[Specimen]], ...] = (_nifti, _itk, _dicom, _stacks, _lists, _weights, _cache)
+_MAKERS: tuple[Callable[[Path], Iterator[Specimen]], ...] = (
+    _nifti, _itk, _dicom, _stacks, _lists, _weights, _others, _cache,
+)  # fmt: skip

@@ -15,6 +15,7 @@ from mim3d.core.settings import to_named
 from mim3d.nn.decoder import TokenDecoder
 from mim3d.nn.tokens import sincos_positions
 from mim3d.weights import InputLayers, load_encoder, load_into, read_card, save_network
+from mim3d.weights.states import read_state
 
 SMALL = {
     "widths": (6, 12, 24),
@@ -212,3 +213,8 @@ def test_a_file_of_something_else_altogether_is_refused(tmp_path: Path) -> None:
         load_encoder(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"fills only 0.0% of the encoder"):
         load_into(of_channels(1), tmp_path / "other.safetensors")
+
+
+def test_tensors_without_names_are_passed_over(tmp_path: Path) -> None:
+    torch.save({0: torch.zeros(2), "module.a": torch.ones(3)}, tmp_path / "mixed.pt")
+    assert list(read_state(tmp_path / "mixed.pt")) == ["a"]

@@ -329,14 +329,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file; a last one that a kill cut short is left out."""
+    """Read the lines of a metrics file up to the first that is none: a kill may have cut the last one short."""
     lines: list[dict[str, Any]] = []
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(values, dict):
+            break
+        lines.append(values)
     return lines
 
 

@@ -1,8 +1,6 @@
 """Tensors by name out of weights files, our own and foreign ones; nothing in a file can run code."""
 
 import argparse
-import pickle
-import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,19 +19,6 @@ WRAPPERS = ("model", "state_dict", "network_weights", "net", "teacher", "student
 
 #: Prefixes that wrappers of training frameworks leave on every key.
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
-
-#: What reading a file that is damaged or no torch file raises; on bytes that are no pickle it depends on the bytes.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
 
 
 def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Tensor]:
@@ -56,7 +41,7 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Files of before torch 1.6 are no zip archives, which alone can be mapped into memory.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except _UNREADABLE as error:
+    except Exception as error:  # On bytes that are no pickle it depends on the bytes what torch raises.
         # Before its own reason torch advises to let the file run code.
         said = str(error).rpartition("WeightsUnpickler error:")[2]
         lines = [line.strip() for line in said.splitlines() if line.strip() and "weights_only" not in line]
@@ -70,7 +55,7 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
             content = content[wrapper]
             break
     items = content.items() if isinstance(content, dict) else ()
-    state = {key: value for key, value in items if isinstance(value, Tensor)}
+    state = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(f"{file} holds no tensors by name, at the top or under {', '.join(WRAPPERS)}.")
     for prefix in PREFIXES:
