@@ -37,14 +37,15 @@ def test_slices_are_stacked_by_number_with_columns_to_the_left_rows_to_the_back_
     np.testing.assert_allclose(read.affine[:3, :3], np.eye(3))
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])
 @pytest.mark.filterwarnings("ignore:slices saved as images")
-def test_a_damaged_picture_is_refused_and_its_decoder_takes_nothing_along(tmp_path):
-    folder = write_slices(tmp_path / "scan", stack(3))
-    data = (folder / "2.png").read_bytes()
-    (folder / "2.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"2\.png: .*Copy the image again"):
+def test_a_truncated_picture_is_refused_and_its_decoder_takes_nothing_along(tmp_path, suffix):
+    folder = write_slices(tmp_path / "scan", stack(3), [f"{index}.{suffix}" for index in (1, 2, 3)])
+    data = (folder / f"2.{suffix}").read_bytes()
+    (folder / f"2.{suffix}").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"2\.\w+: .*[Cc]opy (it|the image) again"):
         read_volume(folder)
-    (folder / "2.png").write_bytes(data)
+    (folder / f"2.{suffix}").write_bytes(data)
     assert read_volume(folder).array.shape == (8, 6, 3)
 
 

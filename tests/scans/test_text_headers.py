@@ -142,13 +142,26 @@ def test_geometry_is_that_of_simple_itk_bit_by_bit(tmp_path, name, fields, monke
         ),
         ("scan.mha", {"ElementSpacing": None}, "does not say how large a voxel is, and 1 x 1 x 1 mm is assumed"),
         ("scan.nrrd", {"space": None, "space_directions": None, "space_origin": None}, "1 x 1 x 1 mm is assumed"),
+        ("scan.nrrd", {"space": None, "space_directions": None, "space_origin": None, "spacings": "1 2 3"},
+            "does not say how the patient lies"),
+        ("scan.mha", {"ElementToIntensityFunctionSlope": "2"}, "rescaling by 2 and 0 is not applied"),
+        ("scan.mha", {"DistanceUnits": "ell"}, "in 'ell', which is no known unit, and are taken for millimetres"),
+        ("scan.nrrd", {"space_units": '"mm" "mm" "s"'}, "in 'mm and s', which is no known unit"),
         ("scan.nrrd", {"space": "scanner-xyz"}, "'scanner-xyz', and its axes are taken for left, posterior, superior"),
     ],
-)
+)  # fmt: skip
 def test_what_a_header_leaves_open_is_told_with_what_is_assumed(tmp_path, name, fields, words):
     path = (nrrd if name.endswith("nrrd") else meta)(tmp_path / name, **fields)
     with pytest.warns(UserWarning, match=words):
         read_grid(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("scan.mha", {"DistanceUnits": "cm"}), ("scan.nrrd", {"space_units": '"cm" "cm" "cm"'})]
+)
+def test_centimetres_become_millimetres(tmp_path, name, fields):
+    path = (nrrd if name.endswith("nrrd") else meta)(tmp_path / name, **fields)
+    assert read_grid(path).spacing_mm == (10, 20, 30)
 
 
 BAD_HEADERS = {

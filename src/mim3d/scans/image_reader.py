@@ -6,6 +6,7 @@ object in four bytes, the object, and the bytes of the voxels.
 
 import json
 import os
+import re
 import resource
 import sys
 from typing import Any
@@ -40,7 +41,8 @@ def _read(sitk: Any, request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         voxels = sitk.GetArrayFromImage(reader.Execute())
     except Exception as error:  # Whatever the library raises is the answer.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return {"error": lines[-1] if lines else type(error).__name__}, b""
+        # Without the addresses of objects in memory, which say nothing.
+        return {"error": re.sub(r"\(0x[0-9a-f]+\)", "", lines[-1]) if lines else type(error).__name__}, b""
     return {"dtype": voxels.dtype.str, "shape": voxels.shape, "num_bytes": voxels.nbytes}, voxels.data
 
 

@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import re
+import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ def _read_slice(path: str) -> npt.NDArray[Any]:
     image_io = next((name for magic, name in _DECODERS.items() if start.startswith(magic)), None)
     if image_io is None:
         raise DataError(f"{path}: this is no image (its first bytes say otherwise); copy it again from its source.")
+    _require_whole(path, image_io)
     try:
         image = read_apart(path, image_io, MAX_SLICE_BYTES)
     except DataError as error:
@@ -137,6 +139,29 @@ def _read_slice(path: str) -> npt.NDArray[Any]:
     if colours.ndim != 3 or int(np.ptp(colours.astype(np.int64), axis=-1).max()) > MAX_COLOUR_DIFFERENCE:
         raise DataError(f"{path}: holds colours or several images, but a slice is one grey image; convert it.")
     return np.asarray(colours[..., 0])
+
+
+def _require_whole(path: str, image_io: str) -> None:
+    """Refuse a truncated image of the formats whose decoders fill what is missing with grey, or with anything.
+
+    Raises:
+        DataError: The image ends too early.
+    """
+    held = os.path.getsize(path)
+    with open(path, "rb") as stream:
+        if image_io == "JPEGImageIO":
+            stream.seek(max(0, held - 4096))
+            is_whole = b"\xff\xd9" in stream.read()
+        elif image_io == "BMPImageIO":
+            header = stream.read(38).ljust(38, b"\0")
+            offset, _, width, height = struct.unpack("<IIii", header[10:26])
+            bits, compression = struct.unpack("<HI", header[28:34])
+            packed_bytes = int.from_bytes(header[34:38], "little") if compression else 0
+            is_whole = held >= offset + (packed_bytes or (width * bits + 31) // 32 * 4 * abs(height))
+        else:
+            is_whole = True
+    if not is_whole:
+        raise DataError(f"{path}: the image ends before its last pixel; copy it again from its source.")
 
 
 @functools.cache

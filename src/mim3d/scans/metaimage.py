@@ -9,12 +9,14 @@ from mim3d.core.errors import DataError
 from mim3d.scans import files
 from mim3d.scans.grids import check_spacing, volume_shape
 from mim3d.scans.text_headers import (
+    NO_SPACING,
     ItkGeometry,
     TextHeader,
     VoxelFile,
     add_field,
     axis_count,
     header_lines,
+    in_millimetres,
     integers,
     numbers,
     parts_of,
@@ -32,8 +34,13 @@ _TYPES = {
 _FIELDS = frozenset(
     "ndims dimsize elementtype elementdatafile elementspacing elementsize elementnumberofchannels headersize "
     "binarydata binarydatabyteordermsb elementbyteordermsb compresseddata compresseddatasize "
-    "offset position origin transformmatrix rotation orientation".split()
+    "offset position origin transformmatrix rotation orientation distanceunits "
+    "elementtointensityfunctionslope elementtointensityfunctionoffset".split()
 )
+
+
+#: Fields of a rescaling, by the ends of their names, with what they are by default.
+_RESCALING = {"slope": "1", "offset": "0"}
 
 
 def read_meta_header(path: str) -> TextHeader:
@@ -118,17 +125,19 @@ def _geometry(fields: dict[str, str], num_axes: int, path: str) -> tuple[ItkGeom
     """Where the voxels lie, and what is assumed of it."""
     assumed: tuple[str, ...] = ()
     said = fields.get("elementspacing", fields.get("elementsize"))
+    spacing = (1.0,) * num_axes if said is None else numbers(said, path, "ElementSpacing", num_axes)
+    check_spacing(spacing, path)
     if said is None:
-        spacing: tuple[float, ...] = (1.0,) * num_axes
-        assumed = ("it does not say how large a voxel is, and 1 x 1 x 1 mm is assumed",)
-    else:
-        spacing = numbers(said, path, "ElementSpacing", num_axes)
-        check_spacing(spacing, path)
+        assumed = (NO_SPACING,)
+    rescaling = [fields.get(f"elementtointensityfunction{name}", default) for name, default in _RESCALING.items()]
+    if [numbers(text, path, "ElementToIntensityFunction", 1)[0] for text in rescaling] != [1.0, 0.0]:
+        assumed += (f"its rescaling by {rescaling[0]} and {rescaling[1]} is not applied: voxels are taken as stored",)
     origin = _one_of(fields, ("offset", "position", "origin"), num_axes, path) or (0.0,) * num_axes
     turn = _one_of(fields, ("transformmatrix", "rotation", "orientation"), num_axes**2, path)
     matrix = np.eye(num_axes) if turn is None else np.array(turn).reshape(num_axes, num_axes)
     geometry = ItkGeometry(spacing=spacing[:3], origin=origin[:3], direction=tuple(matrix.T[:3, :3].ravel().tolist()))
-    return geometry, assumed
+    geometry, unknown = in_millimetres(geometry, fields.get("distanceunits", ""))
+    return geometry, assumed + unknown
 
 
 def _one_of(fields: dict[str, str], names: tuple[str, ...], count: int, path: str) -> tuple[float, ...] | None:

@@ -12,12 +12,14 @@ from mim3d.core.types import Triple
 from mim3d.scans import files
 from mim3d.scans.grids import check_spacing, volume_shape
 from mim3d.scans.text_headers import (
+    NO_SPACING,
     ItkGeometry,
     TextHeader,
     VoxelFile,
     add_field,
     axis_count,
     header_lines,
+    in_millimetres,
     integers,
     numbers,
     parts_of,
@@ -177,7 +179,9 @@ def _geometry(
         spacing = np.array([found[axis] for axis in along])
         check_spacing(spacing.tolist(), path)
     else:
-        assumed.append("it does not say how large a voxel is, and 1 x 1 x 1 mm is assumed")
+        assumed.append(NO_SPACING)
+    if not stated:
+        assumed.append("it does not say how the patient lies; its axes are taken for left, posterior, superior")
     if "spaceorigin" in fields:
         origin = np.array(_vector(fields["spaceorigin"], path)) * signs
     elif "axismins" in fields and not stated:
@@ -185,7 +189,10 @@ def _geometry(
     geometry = ItkGeometry(
         spacing=tuple(spacing.tolist()), origin=tuple(origin.tolist()), direction=tuple(direction.ravel().tolist())
     )
-    return geometry, tuple(assumed)
+    # Each axis of the space has a unit in quotes.
+    units = set(re.findall(r'"([^"]*)"', fields.get("spaceunits", "")))
+    geometry, unknown = in_millimetres(geometry, " and ".join(sorted(units)))
+    return geometry, (*assumed, *unknown)
 
 
 def _vector(text: str, path: str) -> tuple[float, ...]:

@@ -23,6 +23,13 @@ _MAX_FILES = 2**16
 #: A pattern of file names with the one number that C would print, and its range: ``slice%03d.raw 1 20 1``.
 _PATTERN = re.compile(r"(?P<before>[^%]*)%(?P<form>0?\d{0,2})[dui](?P<after>[^%\s]*)(?P<numbers>(\s+[-+]?\d+){2,4})")
 
+#: Millimetres per unit of length.
+_UNITS_MM = {
+    "": 1.0, "???": 1.0, "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "cm": 10.0, "centimeter": 10.0,
+    "m": 1000.0, "meter": 1000.0, "um": 0.001, "\u00b5m": 0.001, "\u03bcm": 0.001, "micrometer": 0.001,
+    "micron": 0.001, "microns": 0.001,
+}  # fmt: skip
+
 #: Characters that no line of text holds.
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -80,6 +87,21 @@ class TextHeader:
     parts: tuple[VoxelFile, ...]
     geometry: ItkGeometry
     assumed: tuple[str, ...] = ()
+
+
+#: What is assumed without a voxel size.
+NO_SPACING = "it does not say how large a voxel is, and 1 x 1 x 1 mm is assumed"
+
+
+def in_millimetres(geometry: ItkGeometry, unit: str) -> tuple[ItkGeometry, tuple[str, ...]]:
+    """A geometry in a unit of length as one in millimetres, and what is assumed where the unit is not known."""
+    factor = _UNITS_MM.get(unit.strip('" \t').lower())
+    if factor is None:
+        return geometry, (f"lengths are in '{unit[:40]}', which is no known unit, and are taken for millimetres",)
+    if factor == 1.0:
+        return geometry, ()
+    spacing, origin = (tuple(factor * value for value in values) for values in (geometry.spacing, geometry.origin))
+    return ItkGeometry(spacing=spacing, origin=origin, direction=geometry.direction), ()
 
 
 def header_lines(stream: BinaryIO, path: str) -> Iterator[str]:
