@@ -40,6 +40,9 @@ _NUMBERED = "|".join(sorted(_LABEL_WORDS | _IMAGE_FOLDERS | {"ct", "mr", "mri", 
 _LOOKS_PER_KIND = 3
 MAX_LOOKS = 100
 
+#: Different kinds of files in one folder beyond which they are scans of as many names, not maps of as many structures.
+MAX_KINDS = 200
+
 #: A map of few values is one of labels; of more values where most neighbours are equal, as no image's are.
 _FEW_VALUES = 16
 _MOST_VALUES = 512
@@ -159,7 +162,7 @@ def _seen_maps(paths: Sequence[str], maps: Iterable[str]) -> set[str]:
     num_looks = 0
     for folder, files in folders.items():
         kinds = {path: re.sub(r"\d+", "#", os.path.basename(path)) for path in files}
-        if len(set(kinds.values())) < 2:
+        if not 2 <= len(set(kinds.values())) <= MAX_KINDS:
             continue
         grids: dict[str, Grid | None] = {}
         # Twice, as the first round may tell that label maps lie here.
@@ -297,18 +300,23 @@ class _Groups:
             named["_".join(roles) or "image"] = path
         return named if len(named) == len(images) else {}
 
-    def _on_grid_of(self, label: str, images: Sequence[str]) -> list[str]:
-        if len(images) == 1:
-            return list(images)
-        grid = _grid(label)
-        return [path for path in images if _is_same_grid(grid, _grid(path))]
-
     def _channels(self) -> tuple[str, ...]:
-        several = set()
+        """Find what the images of a case are, and put those aside that do not share the grid of the label map."""
+        named = {key: self._named(self.images[key]) for key in self.labels}
+        verdicts: dict[str, list[bool]] = defaultdict(list)
         for key, label in self.labels.items():
-            self.images[key] = self._on_grid_of(label, self.images[key]) or self.images[key]
-            several.add(tuple(sorted(self._named(self.images[key]))) if len(self.images[key]) > 1 else ("image",))
-        only = several.pop() if len(several) == 1 else ()
+            for channel, path in named[key].items() if len(named[key]) > 1 else ():
+                # A case that differs from the others is found when headers are checked.
+                if len(verdicts[channel]) < _LOOKS_PER_KIND:
+                    verdicts[channel].append(_is_same_grid(_grid(label), _grid(path)))
+        apart = {channel for channel, seen in verdicts.items() if not any(seen)}
+        if apart < verdicts.keys():
+            for key, paths in named.items():
+                if len(paths) > 1:
+                    self.images[key] = [path for channel, path in paths.items() if channel not in apart]
+                    named[key] = {channel: path for channel, path in paths.items() if channel not in apart}
+        sets = {tuple(sorted(paths)) if len(self.images[key]) > 1 else ("image",) for key, paths in named.items()}
+        only = sets.pop() if len(sets) == 1 else ()
         return only if len(only) > 1 else ()
 
     def cases(self, paths: Sequence[str], *, with_labels: bool) -> list[TreeCase]:
