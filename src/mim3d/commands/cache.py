@@ -22,6 +22,8 @@ def cache(
     pack_gb: float | None = None,
     scheduler: str | None = None,
     strict: bool = False,
+    modality: str | None = None,
+    patient_pattern: str | None = None,
     timeout_s: float = ITEM_TIMEOUT_S,
 ) -> str:
     """Preprocess a data set into a folder from which training reads single crops.
@@ -44,7 +46,11 @@ def cache(
             given a cache that is there keeps its form, and a new one has a folder for each case.
         scheduler: Address of a running Dask scheduler, such as tcp://host:8786; its workers take the place of
             processes here (num_workers is ignored), and must see DATA and OUT under the same paths.
-        strict: Refuse a data set of which a scan cannot be used; headers are checked before any work.
+        strict: Refuse a data set of which a scan cannot be used, with headers checked before any work, or whose scans
+            are of several kinds that nothing declares.
+        modality: What made the scans, such as CT or MR, where neither the data set nor a header says it; one for each
+            channel separated by ";".
+        patient_pattern: Regular expression that finds the patient in the name of a case, such as "STS_[0-9]+".
         timeout_s: Seconds after which a scan that is still not done is given up and left out.
 
     Returns:
@@ -65,5 +71,7 @@ def cache(
         pack_gb=pack_gb,
         scheduler=scheduler,
         strict=strict,
+        modality=modality,
+        patient_pattern=patient_pattern,
         timeout_s=timeout_s,
     )

@@ -16,6 +16,7 @@ from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import unique_ids
 from mim3d.datasets.label_maps import sort_tree
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list
+from mim3d.datasets.patients import described, patients_by_pattern, patients_of_names
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
 from mim3d.scans.modality import modality_name
 from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id
@@ -114,7 +115,13 @@ def with_ignored(labels: Mapping[int, str], ignore_label: int | None) -> dict[in
     return {**labels} if ignore_label is None else {**labels, ignore_label: "ignore"}
 
 
-def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> CaseSet:
+def read_cases(
+    data: str | Path,
+    *,
+    recursive_images_only: bool = False,
+    modality: str | None = None,
+    patient_pattern: str | None = None,
+) -> CaseSet:
     """Read any form of DATA; nothing but names, lists and headers is opened, and what may be a label map among scans.
 
     What a set declares and nothing uses is named in one warning; so are label maps that lie among scans, which are
@@ -130,9 +137,13 @@ def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> Case
     Args:
         data: The folder, list or scan.
         recursive_images_only: Leave out all labels (and never take a label map for a scan).
+        modality: What made all images, such as CT; one for each channel separated by ``;``. It goes before what the
+            set declares.
+        patient_pattern: Regular expression that finds the patient in the name of a case.
 
     Raises:
-        DataError: Nothing is there, nothing in it is readable, or a list contradicts itself.
+        ConfigError: The pattern is no regular expression.
+        DataError: Nothing is there, nothing in it is readable, a list contradicts itself, or the pattern finds nothing.
     """
     root = os.path.abspath(data)
     if not os.path.exists(root):
@@ -141,15 +152,24 @@ def read_cases(data: str | Path, *, recursive_images_only: bool = False) -> Case
     cases = found.cases
     if recursive_images_only:
         cases = tuple(replace(case, label=None, labelled=None) for case in cases)
-    if any(map(modality_name, found.channels)):
-        # What a list says of a case itself goes before what its set says.
-        cases = tuple(replace(case, modality=case.modality or ";".join(found.channels)) for case in cases)
-    found = replace(found, cases=to_cases(cases, root))
+    # What a list says of a case itself goes before what its set says.
+    channels = ";".join(found.channels) if any(map(modality_name, found.channels)) else None
+    cases = tuple(replace(case, modality=modality or case.modality or channels) for case in cases)
+    found = _with_patients(replace(found, cases=to_cases(cases, root)), patient_pattern)
     if found.form in ("msd", "nnunet"):
         found = _with_folds(found)
     for note in found.notes:
         warnings.warn(note, stacklevel=2)
     return found
+
+
+def _with_patients(found: CaseSet, pattern: str | None) -> CaseSet:
+    """The cases with the patients that a pattern or the regularity of their names gives to those that name none."""
+    names = [case.id for case in found.cases if pattern is not None or case.patient == case.id]
+    patients = patients_of_names(names) if pattern is None else patients_by_pattern(names, pattern)
+    cases = tuple(replace(case, patient=patients.get(case.id, case.patient)) for case in found.cases)
+    notes = (f"{found.root}: {described(patients)}",) if patients and pattern is None else ()
+    return replace(found, cases=cases, notes=(*found.notes, *notes))
 
 
 def _read_form(path: str, with_labels: bool) -> CaseSet:

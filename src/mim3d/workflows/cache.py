@@ -23,6 +23,8 @@ def cache_data_set(
     pack_gb: float | None,
     scheduler: str | None,
     strict: bool,
+    modality: str | None,
+    patient_pattern: str | None,
     timeout_s: float,
 ) -> str:
     """Preprocess a data set into a cache, print what came of it, and return the path of the cache.
@@ -35,12 +37,14 @@ def cache_data_set(
         pack_gb: Size of packs in GB; None keeps the form of a cache that is there.
         scheduler: Address of a running Dask scheduler; None for processes of this machine.
         strict: Refuse a data set of which a scan cannot be used, by headers before any work.
+        modality: What made all images, where the user says it.
+        patient_pattern: Regular expression that finds the patient in the name of a case.
         timeout_s: Seconds that a scan may take in a process of its own.
     Raises:
         DataError: The data set, the folder or the cluster cannot be used.
         ConfigError: A setting cannot work, or the folder holds a cache of other settings.
     """
-    cases = read_cases(data)
+    cases = read_cases(data, modality=modality, patient_pattern=patient_pattern)
     if strict:
         cases = usable_cases(cases, strict=True)
     made = build_cache(

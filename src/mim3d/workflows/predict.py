@@ -48,6 +48,7 @@ class PredictSettings(PredictionSettings):
             those that all of several runs held out.
         task: Name or dotted path of the task, where the card names one that is not mim3d's own; its code is imported.
         backbone: Encoder, where the card names a class that is not mim3d's own.
+        modality: What made the scans, such as CT or MR, where neither a list nor a header says it.
         accelerator: Kind of device: auto, cpu, cuda or mps.
         overwrite: Do scans again that are finished, and replace predictions of other networks.
         strict: Refuse all scans where the header of one shows that it cannot be used, before any is predicted.
@@ -59,6 +60,7 @@ class PredictSettings(PredictionSettings):
     _: KW_ONLY
     task: str | None = None
     backbone: Named | None = None
+    modality: str | None = None
     accelerator: str = "auto"
     overwrite: bool = False
     strict: bool = False
@@ -84,7 +86,7 @@ def predict_scans(settings: PredictSettings) -> str:
     if settings.input is None:
         found = held_out_by_all(weights)
     else:
-        found = input_cases(settings.input, with_labels=predictor.reads_labels)
+        found = input_cases(settings.input, with_labels=predictor.reads_labels, modality=settings.modality)
     cases = predictor.accepted(found)
     if settings.strict:
         reasons = [fault for case in cases if (fault := fault_of(case, networks[0].check_channels)) is not None]
@@ -376,7 +378,7 @@ class PredictionFolder:
         write_tracebacks(self.path / TRACEBACKS_NAME, self.tracebacks)
 
 
-def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False) -> list[Case]:
+def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False, modality: str | None = None) -> list[Case]:
     """Find the scans behind files, folders, DICOM trees and lists; labels are left out unless asked for.
 
     Scans of several inputs that share an id get the name of their input in front, or the folders that tell them apart.
@@ -393,7 +395,8 @@ def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False) -> li
             # It fails when its turn comes: one that is missing must not stop the others.
             found.append((name, Case(id=scan_id(name), images=(os.path.abspath(name),), patient=scan_id(name))))
         else:
-            found += [(name, case) for case in read_cases(name, recursive_images_only=not with_labels).cases]
+            read = read_cases(name, recursive_images_only=not with_labels, modality=modality)
+            found += [(name, case) for case in read.cases]
     twice = [images for images, count in Counter(case.images for _, case in found).items() if count > 1]
     if twice:
         raise DataError(f"{twice[0][0]} is named twice by --input; name every scan once.")

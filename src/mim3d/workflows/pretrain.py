@@ -174,7 +174,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
 def _source(settings: PretrainSettings) -> CaseSet | Cache:
     """The data set, or the scans of a published list that are there."""
     if settings.preset is None:
-        return read_data(settings.data, strict=settings.strict)
+        return read_data(settings.data, strict=settings.strict, **settings.declared)
     if settings.fold is not None:
         raise ConfigError(
             f"fold {settings.fold} of preset {settings.preset}: a list of scans to pre-train on has no folds; leave "
@@ -188,7 +188,7 @@ def _training_cases(source: CaseSet | Cache, settings: PretrainSettings) -> Sequ
     kept = [case for case in source.cases if case.split in (None, "train")]
     if settings.fold is not None:
         # Cases that belong to no task must not shift its folds here.
-        every = source.cases if isinstance(source, Cache) else read_cases(settings.data).cases
+        every = source.cases if isinstance(source, Cache) else read_cases(settings.data, **settings.declared).cases
         held_out = settings.folds.held_out_patients(cases_by_task(every) or [list(every)])
         kept = [case for case in kept if case.patient not in held_out]
     if not kept:

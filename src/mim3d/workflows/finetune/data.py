@@ -47,7 +47,9 @@ def read_training_data(settings: FinetuneSettings) -> TrainingData:
     """
     if settings.preset is None:
         task = create_task(settings.task)
-        source = read_data(settings.data, lacks=task.lacks, keep_labels=True, strict=bool(settings.strict))
+        source = read_data(
+            settings.data, lacks=task.lacks, keep_labels=True, strict=bool(settings.strict), **settings.declared
+        )
         settings = with_declared(settings, source)
         task = create_task(settings.task)
         return TrainingData(settings, task, source, settings.split(source.cases, unreadable_of(source)))

@@ -101,7 +101,9 @@ def _folds(settings: FinetuneSettings) -> Sequence[int]:
     with warnings.catch_warnings():
         # Every fold says itself what there is to say of the data set.
         warnings.simplefilter("ignore")
-        source: Cache | CaseSet = open_cache(settings.data) if is_cache(settings.data) else read_cases(settings.data)
+        source: Cache | CaseSet = (
+            open_cache(settings.data) if is_cache(settings.data) else read_cases(settings.data, **settings.declared)
+        )
     declared = declared_folds(source.cases)
     if not declared:
         return range(settings.num_folds)
@@ -138,7 +140,7 @@ def _check(settings: FinetuneSettings, out: Path, folders: Mapping[int, Path]) -
                 replace(settings, fold=fold).split(cases)
         return
     lacks = create_task(settings.task).lacks
-    every = read_data(data, lacks=lacks, keep_labels=True, strict=bool(settings.strict))
+    every = read_data(data, lacks=lacks, keep_labels=True, strict=bool(settings.strict), **settings.declared)
     if any(case.split == "val" for case in every.cases):
         raise ConfigError(
             f"{data} declares which cases validate, so that all folds would be the same; use --fold 0, or "

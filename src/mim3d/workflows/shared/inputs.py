@@ -36,7 +36,13 @@ SHARED_DISK_PATIENCE_S = 90.0
 
 
 def read_data(
-    data: str, *, lacks: Lacks | None = None, keep_labels: bool = False, strict: bool = False
+    data: str,
+    *,
+    lacks: Lacks | None = None,
+    keep_labels: bool = False,
+    strict: bool = False,
+    modality: str | None = None,
+    patient_pattern: str | None = None,
 ) -> CaseSet | Cache:
     """Open a cache, or read a data set and check what headers can tell; no voxel is read.
 
@@ -45,14 +51,23 @@ def read_data(
         lacks: What a case lacks to be used, in words; cases that lack something are left out.
         keep_labels: Take label maps where there are some; without, they are left out altogether.
         strict: Refuse a data set of which a case cannot be used.
+        modality: What made all images, where the user says it.
+        patient_pattern: Regular expression that finds the patient in the name of a case.
     Raises:
+        ConfigError: What only a data set can be told is said of a cache.
         DataError: No case can be used, or a list cannot be read; or with ``strict``, a case cannot be used.
     """
     if is_cache(data):
+        if modality is not None or patient_pattern is not None:
+            raise ConfigError(
+                f"{data} is a cache, whose scans and patients are settled; give modality and patient_pattern when it "
+                "is made (mim3d cache), or give the data set itself."
+            )
         cache = open_cache(data)
         # What the cache itself left out was said when it was made.
         return replace(cache, failed=()) if lacks is None else with_what_is_needed(cache, lacks, strict=strict)
-    return usable_cases(read_cases(data, recursive_images_only=not keep_labels), lacks=lacks, strict=strict)
+    found = read_cases(data, recursive_images_only=not keep_labels, modality=modality, patient_pattern=patient_pattern)
+    return usable_cases(found, lacks=lacks, strict=strict)
 
 
 def with_what_is_needed(cache: Cache, lacks: Lacks, *, strict: bool) -> Cache:

@@ -11,6 +11,7 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.resources import num_cores
 from mim3d.core.settings import parse_duration
+from mim3d.datasets.patients import UserStatements
 from mim3d.distributed.processes import Processes, choose_processes, join_processes
 from mim3d.distributed.stopping import requeued_when_stopped
 from mim3d.loading.loader import Loader
@@ -39,6 +40,9 @@ class TrainingSettings(LoopOptions):
         memory_limit: GiB that training may use (on a GPU: of each); what is free if not given, 0 for no check.
         tracking: TensorBoard, Weights & Biases or MLflow beside metrics.jsonl.
         strict: Refuse scans that cannot be used or were learned from, instead of warning.
+        modality: What made the scans, such as CT or MR, where neither the data set nor a header says it; one for each
+            channel separated by ";".
+        patient_pattern: Regular expression that finds the patient in the name of a case, such as "STS_[0-9]+".
         resume: Go on with the run in OUT, or start it.
     Raises:
         ConfigError: For a value that cannot work.
@@ -57,6 +61,8 @@ class TrainingSettings(LoopOptions):
     pictures_every: int | None = 500
     tracking: Tracking = Tracking()
     strict: bool | None = None
+    modality: str | None = None
+    patient_pattern: str | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +91,11 @@ class TrainingSettings(LoopOptions):
         """
         devices, num_nodes = choose_processes(self.devices, self.num_nodes)
         return replace(self, devices=devices, num_nodes=num_nodes)
+
+    @property
+    def declared(self) -> UserStatements:
+        """What the user says of the data set, as arguments of ``read_cases``."""
+        return {"modality": self.modality, "patient_pattern": self.patient_pattern}
 
     def check_machine(self) -> None:
         """Refuse what this machine cannot train, before data are read or a cache is built.
