@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
 
 from mim3d.core.errors import DataError
+from mim3d.scans.dicom import headers
 from mim3d.scans.dicom.headers import read_kind
 from mim3d.scans.volumes import find_scans, patient_of, read_grid, read_volume, scan_id, write_volume
 
@@ -536,6 +538,21 @@ def test_a_deflated_series_is_read_and_a_bomb_of_zeros_refused(tmp_path):
     bomb = b"".join([*(packed.compress(bytes(2**24)) for _ in range(17)), packed.flush()])
     path.write_bytes(raw[:start] + bomb)
     assert refusal(folder).startswith(f"{path}: this DICOM file cannot be read")
+
+
+@pytest.mark.parametrize("length", [b"\xff\xff\xff\xff", (8 * 2**16).to_bytes(4, "little")])
+def test_sequences_without_an_end_are_given_up(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(headers, "_HEADER_S", 0.1)
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    path = sorted(folder.iterdir())[3]
+    raw = path.read_bytes()
+    pixels = raw.index(b"\xe0\x7f\x10\0")
+    # Items of no known length in one another, in the sequence of the frames.
+    nested = b"\0\x52\x30\x92SQ\0\0" + length + b"\xfe\xff\0\xe0\xff\xff\xff\xff" * 2**16
+    path.write_bytes(raw[:pixels] + nested + raw[pixels:])
+    start = time.thread_time()
+    assert refusal(folder).startswith(f"{path}: this DICOM file cannot be read")
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.parametrize("num_bytes", [200, 470, 620])

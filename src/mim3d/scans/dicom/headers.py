@@ -16,7 +16,10 @@ from functools import lru_cache
 from typing import Any, BinaryIO, cast
 
 import pydicom
+from pydicom.charset import default_encoding
 from pydicom.config import disable_value_validation
+from pydicom.dataelem import RawDataElement
+from pydicom.filereader import read_sequence
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -41,6 +44,11 @@ _TAGS = (
 
 #: Elements whose loss in one slice would change its voxels without a word.
 _VALUE_TAGS = ("RescaleSlope", "RescaleIntercept", "BitsAllocated", "BitsStored", "PixelRepresentation")
+
+#: What of a functional group is read.
+_FRAME_SEQUENCES = (
+    "PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "PixelValueTransformationSequence",
+)  # fmt: skip
 
 #: Files with these suffixes are taken for DICOM though they lack the mark of a DICOM file (old exports).
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -72,7 +80,7 @@ _MAX_INFLATED_BYTES = 2**28
 _DEFLATED_SYNTAX = DeflatedExplicitVRLittleEndian.encode()
 
 #: Seconds of work that a header may take, and bytes of its file for which there is one second more.
-_HEADER_S = 4.0
+_HEADER_S = 1.0
 _HEADER_BYTES_PER_S = 2**21
 
 
@@ -139,15 +147,14 @@ class _Bounded:
 
     Args:
         stream: The bytes.
+        until_s: Time of this thread at which reading is given up, see ``_deadline_s``.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: BinaryIO, until_s: float) -> None:
+        self._stream, self._until_s = stream, until_s
         self.seek, self.tell = stream.seek, stream.tell
         self._size_bytes = stream.seek(0, os.SEEK_END)
         stream.seek(0)
-        # Of this thread, so that a slow disk or a busy machine does not count.
-        self._until_s = time.thread_time() + _HEADER_S + self._size_bytes / _HEADER_BYTES_PER_S
 
     def read(self, size: int = -1) -> bytes:
         """Read bytes, fewer where the end comes first."""
@@ -168,6 +175,11 @@ class _Bounded:
         if inflater.unconsumed_tail:
             raise ValueError("more is deflated in the file than a scan can hold")
         return head + rest
+
+
+def _deadline_s(size_bytes: int) -> float:
+    # Of this thread, so that a slow disk or a busy machine does not count.
+    return time.thread_time() + _HEADER_S + size_bytes / _HEADER_BYTES_PER_S
 
 
 class _DeflatedError(Exception):
@@ -200,9 +212,10 @@ def read_header(path: str, *, every: bool = False) -> tuple[Any, int]:
             raise OSError(errno.EINVAL, "it is no regular file, so it is not opened")
         with open(path, "rb") as stream, _quiet():
             try:
-                return _parse(_Bounded(stream), every)
+                return _parse(_Bounded(stream, _deadline_s(os.path.getsize(path))), every)
             except _DeflatedError as deflated:
-                header, end = _parse(_Bounded(io.BytesIO(deflated.content)), every)
+                content = deflated.content
+                header, end = _parse(_Bounded(io.BytesIO(content), _deadline_s(len(content))), every)
                 header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
                 return header, end
     except Exception as error:  # Damaged bytes make pydicom raise anything.
@@ -346,24 +359,41 @@ def _unreadable(path: str, reason: str, head: bytes = b"", *, doubtful: bool = F
 
 
 def _slices_of(path: str, header: Any, pixel_offset: int) -> tuple[Slice, ...]:
-    frames = header.get("PerFrameFunctionalGroupsSequence")
+    until_s = _deadline_s(os.path.getsize(path))
+    frames = _items(header, "PerFrameFunctionalGroupsSequence", until_s)
     if not frames:
-        return (_slice(path, header, None, [], pixel_offset),)
-    shared = list(header.get("SharedFunctionalGroupsSequence") or [])
-    return tuple(_slice(path, header, index, [frame, *shared], pixel_offset) for index, frame in enumerate(frames))
+        return (_slice(path, header, None, 1, [header], pixel_offset),)
+
+    def places(group: Any) -> list[Any]:
+        """The items that hold geometry and rescaling, in the one-item sequences of a functional group."""
+        return [item for name in _FRAME_SEQUENCES for item in _items(group, name, until_s)[:1]]
+
+    shared = [place for group in _items(header, "SharedFunctionalGroupsSequence", until_s) for place in places(group)]
+    return tuple(
+        _slice(path, header, index, len(frames), [*places(frame), *shared, header], pixel_offset)
+        for index, frame in enumerate(frames)
+    )
 
 
-def _slice(path: str, header: Any, frame: int | None, groups: Sequence[Any], pixel_offset: int) -> Slice:
-    # A multi-frame file keeps geometry and rescaling in the one-item sequences of its functional groups.
-    places = [element.value[0] for group in groups for element in group if element.VR == "SQ" and element.value]
-    places.append(header)
+def _items(dataset: Any, name: str, until_s: float) -> list[Any]:
+    """The items of a sequence; those of a known length are parsed here, for pydicom would do so without any bounds."""
+    element = dataset.get_item(name) if name in dataset else None
+    if isinstance(element, RawDataElement) and isinstance(element.value, bytes):
+        stream = cast(BinaryIO, _Bounded(io.BytesIO(element.value), until_s))
+        implicit, little = element.is_implicit_VR, element.is_little_endian
+        return list(read_sequence(stream, implicit, little, len(element.value), [default_encoding]))
+    return list(getattr(element, "value", None) or [])
+
+
+def _slice(
+    path: str, header: Any, frame: int | None, num_described: int, places: Sequence[Any], pixel_offset: int
+) -> Slice:
     values = _Values(places)
     rows, columns = values.whole("Rows", 0, (0, 65535)), values.whole("Columns", 0, (0, 65535))
     num_values, bits = values.whole("SamplesPerPixel", 1, (1, 4)), values.whole("BitsAllocated", 16, (1, 64))
     for name, limits in (("BitsStored", (1, bits)), ("HighBit", (0, bits - 1)), ("PixelRepresentation", (0, 1))):
         values.whole(name, limits[1], limits)
     num_frames = values.whole("NumberOfFrames", 1, (0, 2**31)) or 1
-    num_described = len(header.get("PerFrameFunctionalGroupsSequence") or [None])
     position, spacing = values.floats("ImagePositionPatient", 3), values.floats("PixelSpacing", 2)
     orientation = values.floats("ImageOrientationPatient", 6)
     tilt_degrees = values.number("GantryDetectorTilt", 0.0)
