@@ -78,7 +78,7 @@ BUDGET = {
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1250,
-    "caching": 4025,
+    "caching": 4150,
     "objective": 150,
     "weights": 725,
     "inference": 775,

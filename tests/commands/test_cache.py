@@ -1,5 +1,6 @@
 """The cache command says where the cache is, how large it is, and what was left out."""
 
+import json
 import subprocess
 import sys
 
@@ -36,7 +37,31 @@ def test_scans_that_are_there_twice_are_told_with_the_number_of_further_pairs(tm
     cache(str(tmp_path / "data"), str(tmp_path / "out"), num_workers=1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2 scans have the same content: a, c (+ 2 more pairs)"
-    assert len(lines) == 2
+
+
+def test_the_closing_lines_and_a_file_say_what_was_understood(tmp_path, capsys):
+    for number, shape in enumerate([(20, 20, 12), (24, 22, 14), (20, 24, 12)]):
+        write_nifti(tmp_path / "data" / "images" / f"c{number}.nii.gz", noise(shape, seed=number))
+        label = np.zeros(shape, np.uint8)
+        label[:2, 0, 0] = 1
+        label[0, 1, 0] = 2 if number else 0
+        write_nifti(tmp_path / "data" / "labels" / f"c{number}.nii.gz", label)
+    write_nifti(tmp_path / "data" / "images" / "bad.nii.gz", np.full((6, 6, 6), np.nan, np.float32))
+    arguments = [str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--num_workers", "0"]
+    assert main(["cache", *arguments]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("understood: "))
+    assert lines[start:-2] == [
+        "understood: 3 scans of 3 patients, modality CT, 2 labels, 1 left out",
+        "  voxels of 1 x 1 x 1 mm, 20 x 20 x 12 to 24 x 24 x 14 voxels",
+        "  labels: 1 label_1 in 3, 2 label_2 in 2 of 3 scans",
+    ]
+    assert lines[-1] == (
+        f"1 of 4 cases was left out, the others are done; the reasons are in {tmp_path}/out/failed.csv."
+    )
+    told = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert told["num_cases"] == 3 and told["num_left_out"] == 1
+    assert told["labels"][1] == {"value": 2, "name": "label_2", "num_cases": 2, "num_voxels": 2}
 
 
 def test_scans_can_be_cropped_to_the_body_and_packed(tmp_path, capsys):

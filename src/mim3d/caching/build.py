@@ -29,6 +29,7 @@ from mim3d.caching.layout import (
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import Card, modalities_of
 from mim3d.caching.set_modality import SetRemark, in_hu, remarks_on, set_in_hu, settled
+from mim3d.caching.summary import CacheSummary
 from mim3d.caching.workers import build_in_processes, build_on_cluster, require_scheduler
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, remove_partial, write_csv
@@ -124,7 +125,9 @@ def build_cache(
                 name: [stats["minimum"] for stats in cards[folder]["statistics"]] for name, folder in folders.items()
             }
             _finish(root, cases, folders, sources, cards, remarks_on(used, minima))
-    return open_cache(root)
+            cache = open_cache(root)
+            layout.write_json(os.path.join(root, layout.SUMMARY), asdict(CacheSummary.of(cache)))
+    return cache
 
 
 def _list_failures(root: str, cases: CaseSet, results: Mapping[str, CaseResult]) -> int:

@@ -6,6 +6,7 @@
     manifest.parquet  every cached case with its card and its place, written last; a cache without it is unfinished
     failed.csv        scans that could not be used, each with the reason
     failed_tracebacks.txt   where errors that nobody foresaw were raised; only if there are some
+    summary.json      what all of it was understood to be, for people and other programs
     digests.json      SHA-256 of source files by size and times, so that a second run need not read them
     cases/ID.KEY/     one folder per case, KEY being the digest of its sources and settings: a zarr group of
                       image/0, image/1, ... (each resolution) and label, with locations.npz and card.json
@@ -41,6 +42,7 @@ VERSION = 3
 SETTINGS = "cache.json"
 MANIFEST = "manifest.parquet"
 FAILED = "failed.csv"
+SUMMARY = "summary.json"
 TRACEBACKS = "failed_tracebacks.txt"
 FAILED_COLUMNS = ("id", "images", "label", "reason")
 DIGESTS = "digests.json"

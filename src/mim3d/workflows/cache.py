@@ -6,6 +6,7 @@ from pathlib import Path
 from mim3d.caching.build import build_cache
 from mim3d.caching.layout import FAILED
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.summary import CacheSummary
 from mim3d.core.left_out import MAX_REASONS, note_left_out
 from mim3d.core.progress import say
 from mim3d.core.resources import in_words
@@ -73,6 +74,8 @@ def cache_data_set(
         others = len(copies) - 1
         more = f" (+ {others} more pair{'s' * (others > 1)})" if others else ""
         say(f"2 scans have the same content: {', '.join(copies[0])}{more}")
+    for line in CacheSummary.of(made).lines():
+        say(line)
     ratio = made.size_bytes / max(made.source_bytes, 1)
     say(f"{made.path}: {len(made)} scans, {in_words(made.size_bytes)}, {ratio:.2f} of the size of the sources")
     return made.path

@@ -15,9 +15,11 @@ from mim3d.caching.cache import Cache, failure_row, is_cache, open_cache
 from mim3d.caching.layout import FAILED_COLUMNS
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.resampling import target_grid
+from mim3d.caching.summary import CacheSummary
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import write_csv
 from mim3d.core.left_out import in_words, note_left_out
+from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, Run
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Spacing, Triple
@@ -136,6 +138,7 @@ def open_scans(
         place = cache_dir or run.path / "cache"
         if processes.is_first:
             cache = build_cache(wanted, place, preprocessing, num_workers=num_workers)
+            say(f"cache: {CacheSummary.of(cache).short()}")
             processes.announce("cache", cache.digest)
         else:
             cache = _seen_here(place, processes.wait_for("cache"))
