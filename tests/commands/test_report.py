@@ -3,6 +3,7 @@
 import json
 import re
 
+import matplotlib
 import nibabel as nib
 import numpy as np
 import pytest
@@ -49,6 +50,13 @@ def write_report(folder, *runs, **settings):
     out = folder / "report.html"
     report([str(run) for run in runs], str(out), **settings)
     return out.read_text(encoding="utf-8")
+
+
+def test_a_file_of_settings_of_matplotlib_decides_nothing(tmp_path):
+    make_run(tmp_path / "run")
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "nonsense", "figure.dpi": 1e9}):
+        assert "<img" in write_report(tmp_path, tmp_path / "run")
+        assert matplotlib.rcParams["text.usetex"]
 
 
 def images_of(step_noise=0.0):

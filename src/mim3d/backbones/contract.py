@@ -11,7 +11,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 
 #: Most voxels of an input.
-LARGEST_VOXELS = 512**3
+LARGEST_VOXELS = 2**25
 
 # Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, E embedding.
 
@@ -169,7 +169,7 @@ def check_patch(size: Sequence[int], multiple: Triple, what: str = "patch_size")
     check_multiple(size, multiple, what)
     if math.prod(size) > LARGEST_VOXELS:
         raise ConfigError(
-            f"{what} {list(size)} has {math.prod(size):,} voxels; it must have at most {LARGEST_VOXELS:,}, such as 512 "
+            f"{what} {list(size)} has {math.prod(size):,} voxels; it must have at most {LARGEST_VOXELS:,}, such as 320 "
             "along every axis."
         )
 

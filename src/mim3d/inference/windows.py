@@ -15,7 +15,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 
 #: Largest share of a window that its neighbour may see too.
-MAX_OVERLAP = 0.95
+MAX_OVERLAP = 0.9
 
 #: First and last voxel (excluded) of a box.
 Box = tuple[Triple, Triple]
@@ -44,7 +44,7 @@ class Windows:
     body_only: bool = True
 
     def __post_init__(self) -> None:
-        # With more, the number of windows grows beyond any use: each voxel is seen by thousands.
+        # With more, the number of windows grows beyond any use: each voxel is seen by a thousand and more.
         if not 0 <= self.overlap <= MAX_OVERLAP:
             raise ConfigError(f"overlap is {self.overlap}; it must lie between 0 and {MAX_OVERLAP}, such as 0.5.")
         if self.batch_size < 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 import yaml
 
@@ -52,6 +53,8 @@ class ScoreCell:
     verdict: str = ""
 
 
+# A matplotlibrc, which may lie in the folder where the user stands, decides nothing: it could run LaTeX.
+@matplotlib.style.context("default")
 def write_report(runs: Sequence[str], out: str, scores: Sequence[str]) -> str:
     """Write a report to a file, print its path, and return it.
 
