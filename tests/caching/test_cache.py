@@ -287,6 +287,22 @@ def test_the_cache_of_other_scans_is_refused_and_kept(tmp_path):
     assert len(open_cache(tmp_path / "cache")) == 1
 
 
+def test_the_cache_of_other_scans_of_the_same_names_is_refused_and_kept(tmp_path):
+    for patient in "ab":
+        write_nifti(tmp_path / patient / "ct.nii.gz", noise(seed=ord(patient)))
+    before = built(tmp_path / "a", tmp_path / "cache", intensities="lossless").digest
+    with pytest.raises(DataError, match=r"of the same names \(ct is .*a/ct.nii.gz there, .*b/ct.nii.gz here"):
+        built(tmp_path / "b", tmp_path / "cache", intensities="lossless")
+    assert open_cache(tmp_path / "cache").digest == before
+    # A copy elsewhere is the same scan, and so is what moved or changed in its place.
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    assert built(tmp_path / "copy", tmp_path / "cache", intensities="lossless").digest == before
+    shutil.move(tmp_path / "copy", tmp_path / "moved")
+    assert built(tmp_path / "moved", tmp_path / "cache", intensities="lossless").digest == before
+    write_nifti(tmp_path / "moved" / "ct.nii.gz", noise(seed=3))
+    assert built(tmp_path / "moved", tmp_path / "cache", intensities="lossless").digest != before
+
+
 def test_bad_scans_are_left_out_with_their_reason(tmp_path):
     data = make_set(tmp_path / "data")
     broken = data / "images" / "c1.nii.gz"

@@ -248,3 +248,26 @@ def test_hippocampus_labels_score_perfectly_against_themselves(shared_data, tmp_
     assert found["mean"]["dice"] == 1.0
     assert found["mean"]["hd95_mm"] == 0.0
     assert found["mean"]["nsd"] == 1.0
+
+
+def test_scores_of_other_predictions_are_kept_unless_they_are_to_be_replaced(folders):
+    run(folders)
+    before = (folders / "s.json").read_bytes()
+    run(folders)
+    with pytest.raises(ConfigError, match=r"s\.json holds the scores of .*pred; .*--overwrite true"):
+        run(folders, predictions=folders / "ref")
+    assert (folders / "s.json").read_bytes() == before
+    assert run(folders, predictions=folders / "ref", overwrite=True)["mean"]["dice"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["pred/predictions.json", "dataset.json", "table.json", "list.json"])
+def test_what_is_no_file_of_scores_is_never_replaced(folders, name):
+    rows = [{"id": case, "images": [], "prediction": f"{case}.nii.gz"} for case in "ab"]
+    (folders / "pred/predictions.json").write_text(json.dumps({"cases": rows}))
+    (folders / "dataset.json").write_text('{"labels": {}}')
+    (folders / "table.csv").write_text("mine")
+    (folders / "list.json").write_text("[]")
+    before = {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"would be replaced|is no file of scores"):
+        run(folders, out=folders / name)
+    assert {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()} == before

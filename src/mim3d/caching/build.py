@@ -15,7 +15,7 @@ from typing import Any
 from mim3d.caching import layout
 from mim3d.caching.cache import Cache, failure_row, open_cache, read_columns, row_of, write_manifest
 from mim3d.caching.card_checks import check_card
-from mim3d.caching.case import BuildSettings, CaseResult, DigestMemo
+from mim3d.caching.case import BuildSettings, CaseResult, DigestMemo, content_digest
 from mim3d.caching.layout import (
     ByteSource,
     PackedCase,
@@ -38,12 +38,16 @@ from mim3d.core.progress import counted
 from mim3d.core.resources import num_cores
 from mim3d.core.worker_processes import ITEM_TIMEOUT_S
 from mim3d.datasets.cases import Case, CaseSet
+from mim3d.datasets.lists import is_there
 from mim3d.scans.files import warn_of_assumptions
 from mim3d.scans.grids import split_channel
 from mim3d.scans.modality import ChannelModality
 
 #: The memo of digests is written this often, so that a killed build need not hash again what it hashed.
 _MEMO_EVERY_S = 10.0
+
+#: Scans of a cache whose content is compared with those of the same names elsewhere.
+_NUM_COMPARED = 3
 
 
 def build_cache(
@@ -222,18 +226,43 @@ def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: floa
             shown = shorten(repr(pack_gb), 60, placeholder=" ...")
             raise DataError(f"{settings_path}: pack_gb is {shown}, but it must be a number of GB; give --pack_gb.")
     if os.path.exists(manifest):
-        held = set(read_columns(out, ["id"])["id"].to_pylist())
-        if held and held.isdisjoint(case.id for case in cases.cases):
-            raise DataError(
-                f"{out}: holds a cache of other scans ({len(held)}, none of them in {cases.root}); choose another "
-                "folder, or delete this one."
-            )
+        _require_same_scans(out, cases)
         os.remove(manifest)
     remove_partial(out)
     shutil.rmtree(os.path.join(out, layout.UNFINISHED), ignore_errors=True)
     identity = {"format": layout.FORMAT, "version": layout.VERSION}
     layout.write_json(settings_path, identity | {"preprocessing": _described(preprocessing), "pack_gb": pack_gb})
     return pack_gb
+
+
+def _require_same_scans(out: str, cases: CaseSet) -> None:
+    """Refuse a cache of which nothing would be left: ids alone do not make it one of the same scans.
+
+    Raises:
+        DataError: No scan is the same, by its place or, for a few of them, by its content.
+    """
+    columns = read_columns(out, ["id", "images", "source_digest"]).to_pydict()
+    held = dict(zip(columns["id"], zip(columns["images"], columns["source_digest"], strict=True), strict=True))
+    shared = [(case, *held[case.id]) for case in cases.cases if case.id in held]
+    if held and not shared:
+        raise DataError(
+            f"{out}: holds a cache of other scans ({len(held)}, none of them in {cases.root}); choose another "
+            "folder, or delete this one."
+        )
+    if not shared or any(os.path.realpath(case.images[0]) == os.path.realpath(old[0]) for case, old, _ in shared):
+        return
+    for case, old, digest in shared[:_NUM_COMPARED]:
+        try:
+            # What has gone from its old place may have moved here, and changed since.
+            if not is_there(old[0]) or content_digest(case.images) == digest:
+                return
+        except (DataError, OSError):
+            continue
+    case, old, _ = shared[0]
+    raise DataError(
+        f"{out}: holds a cache of other scans of the same names ({case.id} is {old[0]} there, {case.images[0]} here); "
+        "choose another folder, or delete this one."
+    )
 
 
 def _memo(out: str) -> DigestMemo:

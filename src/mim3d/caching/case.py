@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -158,8 +158,7 @@ def _source_card(case: Case, settings: BuildSettings, entries: DigestMemo) -> Ca
         # Channels of one file have digests of their own, though the file is read but once.
         digest, found = digest_files(files, entries if all(path in entries for path in files) else settings.known)
         entries.update(found)
-        channel = split_channel(address)[1]
-        digests.append(digest if channel is None else _sha256(f"{digest}::channel={channel}"))
+        digests.append(_channel_digest(address, digest))
     images, labels = digests[: len(case.images)], digests[len(case.images) :]
     decisive = {
         "version": layout.VERSION,
@@ -170,10 +169,30 @@ def _source_card(case: Case, settings: BuildSettings, entries: DigestMemo) -> Ca
     }
     return {
         "decisive": decisive,
-        # That of a single channel is its own.
-        "source_digest": images[0] if len(images) == 1 else _sha256("".join(images)),
+        "source_digest": _joined_digest(images),
         "source_bytes": sum(stamp[0] for stamp, _ in entries.values()),
     }
+
+
+def content_digest(images: Sequence[str]) -> str:
+    """SHA-256 of what the images of a case hold, as the manifest has it.
+
+    Raises:
+        DataError: A file or series is missing.
+        OSError: A file cannot be read.
+    """
+    digests = {address: digest_files(source_files(address), {})[0] for address in images}
+    return _joined_digest([_channel_digest(address, digest) for address, digest in digests.items()])
+
+
+def _channel_digest(address: str, digest: str) -> str:
+    channel = split_channel(address)[1]
+    return digest if channel is None else _sha256(f"{digest}::channel={channel}")
+
+
+def _joined_digest(digests: Sequence[str]) -> str:
+    # That of a single channel is its own.
+    return digests[0] if len(digests) == 1 else _sha256("".join(digests))
 
 
 def _sha256(text: str) -> str:

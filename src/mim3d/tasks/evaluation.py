@@ -88,6 +88,7 @@ class EvaluationSettings(LabelMapSettings, ClassTableSettings):
         num_workers: Processes that score cases; if left out one per core, as far as work and memory reach.
         strict: Refuse cases that cannot be scored instead of leaving them out.
         task: Name or dotted path of your own task, which scores its predictions; its code is imported.
+        overwrite: Replace the scores of other predictions.
     """
 
     predictions: str
@@ -101,6 +102,7 @@ class EvaluationSettings(LabelMapSettings, ClassTableSettings):
     num_workers: int | None = None
     strict: bool = False
     task: str | None = None
+    overwrite: bool = False
 
     @property
     def bootstrap(self) -> Bootstrap:

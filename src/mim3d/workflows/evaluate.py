@@ -4,11 +4,11 @@ import math
 import os
 from pathlib import Path
 
-from mim3d.core.errors import ConfigError
-from mim3d.core.files import write_csv, write_json, write_text
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import read_json, write_csv, write_json, write_text
 from mim3d.core.left_out import note_left_out, write_tracebacks
 from mim3d.core.progress import say
-from mim3d.datasets.references import is_class_table
+from mim3d.datasets.references import TABLE_NAME, is_class_table
 from mim3d.tasks import find_task
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
 
@@ -48,6 +48,37 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
     return path
 
 
+def _check_outputs(settings: EvaluationSettings) -> None:
+    """Refuse to replace what is scored, and, unless asked to, scores of other predictions or files of other origin."""
+    stem = os.path.splitext(settings.out)[0]
+    files = [settings.out, *(f"{stem}{ending}" for ending in (".csv", ".reliability.csv", ".md", ".tex"))]
+    references = [settings.references] if isinstance(settings.references, str) else settings.references
+    inputs = {os.path.realpath(path) for path in (settings.predictions, *references, settings.compare) if path}
+    lists = {os.path.realpath(os.path.join(settings.predictions, name)) for name in (TABLE_NAME, "predictions.json")}
+    there = [file for file in files if os.path.exists(file)]
+    own = next((file for file in there if os.path.realpath(file) in inputs | lists), None)
+    if own is not None:
+        raise ConfigError(f"out is {settings.out}, but {own} is an input and would be replaced; choose another --out.")
+    if settings.overwrite or not there:
+        return
+    if there[0] != settings.out:
+        raise ConfigError(f"{there[0]} exists and would be replaced; choose another --out, or use --overwrite true.")
+    try:
+        content = read_json(settings.out)
+        predictions = str(content["settings"]["predictions"])
+    except (DataError, KeyError, TypeError) as error:
+        # A task of one's own decides what it writes.
+        if settings.task is not None:
+            return
+        raise ConfigError(f"{settings.out} exists and is no file of scores; choose another --out.") from error
+    # A table may be named by its folder.
+    theirs, ours = (os.path.realpath(each).removesuffix(TABLE_NAME) for each in (predictions, settings.predictions))
+    if os.path.join(theirs, "") != os.path.join(ours, ""):
+        raise ConfigError(
+            f"{settings.out} holds the scores of {predictions}; choose another --out, or use --overwrite true."
+        )
+
+
 def _scores(settings: EvaluationSettings) -> Scores:
     """Score predictions by a task that is named, or by the form that predictions of any tool have."""
     if settings.task is not None:
@@ -67,6 +98,7 @@ def _check_settings(settings: EvaluationSettings) -> None:
         raise ConfigError(f"out is {out}, but a file of scores ends in .json; use {out.rstrip('/')}.json.")
     if os.path.isdir(out):
         raise ConfigError(f"out is {out}, which is a folder; give the name of a file.")
+    _check_outputs(settings)
     folder = os.path.dirname(os.path.abspath(out))
     try:
         os.makedirs(folder, exist_ok=True)
