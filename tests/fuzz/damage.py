@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gzip
 import io
 import json
@@ -95,6 +96,8 @@ def _interest(name: str, specimen: Specimen) -> float:
 def _damaged_file(name: str, content: bytes, rng: Rng) -> tuple[bytes, str]:
     """Damage of the kind that a file's format allows, or of its bytes."""
     if name.endswith(".gz") and rng.random() < 0.65:
+        if rng.random() < 0.04:
+            return content + _zeros(), "followed by 256 MiB of zeros in 260 KiB"
         with contextlib.suppress(OSError, EOFError, zlib.error):
             inner, how = _damaged_file(name[:-3], gzip.decompress(content), rng)
             return gzip.compress(inner, 1, mtime=0), f"unpacked, {how}"
@@ -106,6 +109,13 @@ def _damaged_file(name: str, content: bytes, rng: Rng) -> tuple[bytes, str]:
             # What pydicom or pyarrow will not write is left to the bytes.
             return _bytes(content, rng)[0], f"bytes, after {type(error).__name__}"
     return _bytes(content, rng)
+
+
+@functools.cache
+def _zeros() -> bytes:
+    """A gzip stream that grows a thousandfold."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join(packer.compress(bytes(2**20)) for _ in range(256)) + packer.flush()
 
 
 def _pick(items: Sequence[Any], rng: Rng) -> Any:
