@@ -237,7 +237,7 @@ def _lists(folder: Path) -> Iterator[Specimen]:
         ("CSV list", "cases.csv", "\n".join(table) + "\n"),
         ("JSON list", "cases.json", json.dumps(listed)),
         ("JSON list", "cases.json", json.dumps({"labels": labels, "cases": listed})),
-        ("JSON list", "cases.json", json.dumps({"training": entries, "validation": entries[:1]})),
+        ("JSON list", "cases.json", json.dumps({"training": entries[:1], "validation": entries[1:]})),
     ):
         _write_pairs(folder)
         (folder / name).write_text(content, encoding="utf-8")

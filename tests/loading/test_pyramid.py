@@ -64,7 +64,7 @@ def ct(fractions=False):
     """A noisy CT with a metal screw, dense bone, and air that the scanner filled with -3024."""
     rng = np.random.default_rng(0)
     array = rng.normal(40, 200, SHAPE)
-    array[20:23, 15:19] = 12000
+    array[20:22, 15:18] = 12000
     array[30:34, 20:24, 5:20] = rng.normal(1400, 500, (4, 4, 15))
     array[:3] = -3024
     array[-2:, -3:] = 3000
