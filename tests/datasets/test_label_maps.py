@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from mim3d.datasets import label_maps
 from mim3d.datasets.cases import CaseSet, read_cases
 from mim3d.datasets.label_maps import holds_labels
 from mim3d.datasets.references import find_pairs
+from mim3d.scans.volumes import read_grid
 from tests.nifti import affine_of, noise, write_nifti
 
 SHAPE = (12, 10, 8)
@@ -146,6 +148,7 @@ def test_a_folder_of_label_maps_alone_is_refused(tmp_path):
         (blocks(dtype=np.float32), True),
         (blocks((1, 700), np.int16), True),
         (np.zeros(SHAPE, np.int16), True),
+        (np.full(SHAPE, 7, np.int16), False),
         (blocks((1, 0.5), np.float32), False),
         (noise(SHAPE), False),
         (np.random.default_rng(0).integers(0, 200, SHAPE).astype(np.uint8), False),
@@ -161,6 +164,16 @@ def test_a_file_that_cannot_be_read_stays_a_scan_whose_fault_is_found_when_it_is
     (tmp_path / "p" / "broken.nii.gz").write_bytes(b"no gzip")
     assert len(read(tmp_path)[0].cases) == 2
     assert not holds_labels(str(tmp_path / "p" / "broken.nii.gz"))
+
+
+def test_what_a_file_leaves_open_is_said_when_it_is_used_not_when_it_is_looked_into(tmp_path):
+    for name in ("scan_1.nii", "other.nii"):
+        nibabel.save(nibabel.Nifti1Image(noise(SHAPE), None), tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_cases(tmp_path).cases) == 2
+    with pytest.warns(UserWarning, match=r"other\.nii: .*sform_code are 0"):
+        read_grid(tmp_path / "other.nii")
 
 
 def test_few_files_of_each_kind_are_looked_into(tmp_path, monkeypatch):

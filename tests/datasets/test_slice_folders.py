@@ -10,6 +10,7 @@ import SimpleITK as sitk
 from mim3d.caching.case import source_files
 from mim3d.core.errors import DataError
 from mim3d.datasets.cases import read_slice_folders
+from mim3d.scans import files
 from mim3d.scans.image_stacks import is_slice_folder
 from mim3d.scans.volumes import read_grid, read_volume
 
@@ -60,11 +61,12 @@ def test_pictures_are_known_by_their_bytes_and_read_as_simple_itk_does(tmp_path,
     np.testing.assert_array_equal(read_volume(folder).array, expected.transpose(2, 1, 0)[::-1, ::-1])
 
 
-def test_the_unknown_voxel_size_is_told_once(tmp_path):
-    from mim3d.scans import image_stacks
-
+def test_the_unknown_voxel_size_is_told_once(tmp_path, monkeypatch):
     folder = write_slices(tmp_path / "scan", stack(2))
-    image_stacks._warn_of_spacing.cache_clear()
+    monkeypatch.setattr(files, "_said", set())
+    with warnings.catch_warnings(), files.nothing_said():
+        warnings.simplefilter("error")
+        read_grid(folder)
     with pytest.warns(UserWarning, match="1 x 1 x 1 mm is assumed"):
         read_grid(folder)
     with warnings.catch_warnings():

@@ -3,7 +3,6 @@
 import itertools
 import os
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.names import joined_name
+from mim3d.scans.files import nothing_said
 from mim3d.scans.grids import Grid, require_same_grid
 from mim3d.scans.volumes import open_scan, read_grid, scan_id, suffix_of
 
@@ -183,9 +183,7 @@ def _seen_maps(paths: Sequence[str], maps: Iterable[str]) -> set[str]:
 def _grid(path: str) -> Grid | None:
     """The grid of a scan; None where it cannot be read, which is found out and said when it is used."""
     try:
-        with warnings.catch_warnings():
-            # What is to be said of a file is said when it is used.
-            warnings.simplefilter("ignore")
+        with nothing_said():
             return read_grid(path)
     except Exception:  # Whatever a reader raises.
         return None
@@ -209,8 +207,7 @@ def holds_labels(path: str) -> bool:
     values: set[int] = set()
     num_pairs = num_equal = 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with nothing_said():
             scan = open_scan(path)
         for slab in scan.read_slabs():
             low, high = float(slab.min()), float(slab.max())
@@ -225,7 +222,9 @@ def holds_labels(path: str) -> bool:
             num_equal += int(((whole[1:] == whole[:-1]) & held).sum())
     except Exception:  # Whatever a reader raises; it is said when the file is used.
         return False
-    return len(values) <= _FEW_VALUES or num_equal >= _EQUAL_SHARE * num_pairs
+    # A constant other than the background is a scan of nothing.
+    has_pieces = len(values) <= _FEW_VALUES or num_equal >= _EQUAL_SHARE * num_pairs
+    return has_pieces and (len(values) > 1 or 0 in values)
 
 
 class _Groups:

@@ -1,6 +1,5 @@
 """Checks of scan files before their voxels are read: the file is complete, and its voxels fit into memory."""
 
-import functools
 import math
 import multiprocessing
 import os
@@ -8,6 +7,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from isal import isal_zlib as _isal_zlib
@@ -21,6 +21,10 @@ isal_zlib: Any = _isal_zlib
 
 #: Bytes that may follow the last voxel in a compressed stream, at least: nobody unpacks a bomb to its end.
 MAX_SURPLUS_BYTES = 2**28
+
+#: Sentences that were said.
+_said: set[str] = set()
+_is_silent = False
 
 #: DEFLATE cannot shrink data further than this, so a smaller file cannot hold what its header claims.
 MAX_DEFLATE_RATIO = 1032
@@ -199,12 +203,28 @@ def require_one_value(num_values: int, path: str) -> None:
         )
 
 
-@functools.cache
-def warn_of_assumptions(path: str, assumed: tuple[str, ...]) -> None:
-    """Warn of what a file leaves open and what is assumed, once, however often it is read.
+@contextmanager
+def nothing_said() -> Iterator[None]:
+    """Look into files without a warning: what is to be said of a file is said when it is used."""
+    global _is_silent
+    before, _is_silent = _is_silent, True
+    try:
+        yield
+    finally:
+        _is_silent = before
+
+
+def warn_of_assumptions(path: str, assumed: Sequence[str]) -> None:
+    """Warn of what a file leaves open and what is assumed, once, however often it is read."""
+    for phrase in assumed:
+        warn_once(f"{path}: {phrase}.")
+
+
+def warn_once(sentence: str) -> None:
+    """Warn of something once, however often it comes up.
 
     A process of a pool says nothing: its results carry what it found to the process that the user watches.
     """
-    if multiprocessing.parent_process() is None:
-        for phrase in assumed:
-            warnings.warn(f"{path}: {phrase}.", stacklevel=2)
+    if sentence not in _said and not _is_silent and multiprocessing.parent_process() is None:
+        _said.add(sentence)
+        warnings.warn(sentence, stacklevel=2)

@@ -4,12 +4,10 @@ Nothing in such files says how large a voxel is or how the patient lay: voxels c
 patient's left, rows to the back and slices to the head, as radiologists look at axial slices.
 """
 
-import functools
 import itertools
 import os
 import re
 import struct
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +27,11 @@ _DECODERS = {
     b"\x89PNG": "PNGImageIO", b"\xff\xd8": "JPEGImageIO", b"BM": "BMPImageIO",
     b"II": "TIFFImageIO", b"MM": "TIFFImageIO",
 }  # fmt: skip
+
+_NO_SPACING = (
+    "slices saved as images do not say how large a voxel is: 1 x 1 x 1 mm is assumed, so lengths and volumes mean "
+    "nothing."
+)
 
 #: No slice is larger; it bounds the memory and the time that a damaged one may take.
 MAX_SLICE_BYTES = 2**25
@@ -79,7 +82,8 @@ def open_image_stack(folder: str) -> ImageStack:
     rows, columns = first.shape
     shape = volume_shape((columns, rows, len(paths)), folder)
     files.check_memory(folder, shape, first.itemsize)
-    _warn_of_spacing()
+    # What is not known of one folder of images is known of none.
+    files.warn_once(_NO_SPACING)
     grid = Grid(shape=shape, affine=LPS_TO_RAS.copy(), path=folder)
     return ImageStack(grid=grid, paths=tuple(paths))
 
@@ -162,13 +166,3 @@ def _require_whole(path: str, image_io: str) -> None:
             is_whole = True
     if not is_whole:
         raise DataError(f"{path}: the image ends before its last pixel; copy it again from its source.")
-
-
-@functools.cache
-def _warn_of_spacing() -> None:
-    """Once per process: what is not known of one folder of images is known of none."""
-    warnings.warn(
-        "slices saved as images do not say how large a voxel is: 1 x 1 x 1 mm is assumed, so lengths and volumes mean "
-        "nothing.",
-        stacklevel=3,
-    )
