@@ -90,6 +90,26 @@ def test_every_value_of_a_manifest_may_be_anything(cache: Path, every: int) -> N
     assert not wrong, f"{len(wrong)}:\n" + "\n".join(wrong)
 
 
+@pytest.mark.parametrize("name", ["labels", "declared", "remarks"])
+def test_what_a_manifest_says_of_its_set_may_be_anything(
+    sound: tuple[Path, Path, Path], tmp_path: Path, name: str
+) -> None:
+    cache = Path(shutil.copytree(sound[1], tmp_path / "cache"))
+    (row,) = pq.read_table(cache / "manifest.parquet").to_pylist()
+    declared = {"ignore_label": 3, "regions": {"all": [1, 2]}, "region_values": [1], "channels": ["CT"], "notes": ["a"]}
+    good = {"labels": {"1": "a", "2": "b"}, "declared": declared, "remarks": [{"text": "a", "refused": False}]}
+    assert rewritten(cache, row, **good)
+    use(cache)
+    wrong = []
+    for number, place in enumerate(places({name: good[name]})):
+        for value in values_at(number, 6):
+            assert rewritten(cache, row, **with_value(good, place, value))
+            found = outcome(lambda: open_cache(cache), names="manifest.parquet")
+            if found is not None:
+                wrong.append(f"{'.'.join(map(str, place))} = {str(value)[:60]}: {found}")
+    assert not wrong, f"{len(wrong)}:\n" + "\n".join(wrong)
+
+
 @pytest.mark.parametrize("name", ["cache.json", "card.json", "digests.json"])
 @pytest.mark.parametrize("every", [19, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_value_of_the_other_files_may_be_anything(

@@ -187,9 +187,10 @@ def _check_place(out: str, preprocessing: Preprocessing) -> None:
         if not isinstance(settings, dict) or settings.get("format") != layout.FORMAT:
             raise DataError(f"{settings_path}: not the settings of a mim3d cache; choose another folder.")
         if settings.get("version") != layout.VERSION:
+            version = shorten(str(settings.get("version")), 30)
             raise DataError(
-                f"{out}: holds a cache of version {settings.get('version')}, but this mim3d makes version "
-                f"{layout.VERSION}; delete it and run again to make it anew from the scans, or choose another folder."
+                f"{out}: holds a cache of version {version}, but this mim3d makes version {layout.VERSION}; delete it "
+                "and run again to make it anew from the scans, or choose another folder."
             )
         found, wanted = settings.get("preprocessing"), _described(preprocessing)
         if found != wanted:

@@ -184,8 +184,9 @@ def open_cache(path: str | Path) -> Cache:
     if settings is None:
         raise DataError(f"{path}: not a mim3d cache; make one with `mim3d cache DATA --out {path}`.")
     if settings.get("version") != layout.VERSION:
+        version = shorten(str(settings.get("version")), 30)
         raise DataError(
-            f"{path}: a cache of version {settings.get('version')}, but this mim3d reads version {layout.VERSION}; "
+            f"{path}: a cache of version {version}, but this mim3d reads version {layout.VERSION}; "
             "build it again in a new folder."
         )
     if not os.path.exists(os.path.join(root, layout.MANIFEST)):
