@@ -198,3 +198,11 @@ def test_names_for_a_scan_whose_own_name_is_taken_begin_with_what_tells_it_apart
     assert first == "p2_CT_scan"
     same_folder = next(distinct_names(str(tmp_path / "p/scan.nrrd"), "scan", str(tmp_path / "p/scan.nii.gz")))
     assert same_folder == "scan_nrrd"
+
+
+def test_a_list_of_predictions_names_files_of_its_folder_alone(tmp_path):
+    touch(tmp_path, "p/x.nii.gz", "ref/x.nii.gz", "elsewhere.nii.gz")
+    for name in ("../elsewhere.nii.gz", str(tmp_path / "elsewhere.nii.gz")):
+        (tmp_path / "p/predictions.json").write_text(json.dumps({"cases": [{"id": "x", "prediction": name}]}))
+        with pytest.raises(DataError, match="lies outside its folder"):
+            find_pairs(str(tmp_path / "p"), str(tmp_path / "ref"))

@@ -156,6 +156,10 @@ def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], tuple[
         for members in regions.values()
     ):
         raise DataError(f'{listing}: "regions" needs entries like {{"tumour core": [2, 3]}}, label values or names.')
+    base = os.path.join(os.path.abspath(folder), "")
+    for case in cases:
+        if not os.path.abspath(os.path.join(folder, case["prediction"])).startswith(base):
+            raise DataError(f"{listing}: the prediction {case['prediction']!r} lies outside its folder; copy it there.")
     maps = tuple(
         Case(
             id=case["id"],

@@ -110,7 +110,7 @@ def _folds(settings: FinetuneSettings) -> Sequence[int]:
     if len(declared) > settings.num_folds:
         # Refused there in one sentence for one fold and all alike.
         replace(settings, fold=declared[0]).split(source.cases)
-    print(f"{settings.data} declares {len(declared)} folds: {', '.join(map(str, declared))}")
+    say(f"{settings.data} declares {len(declared)} folds: {', '.join(map(str, declared))}")
     return declared
 
 
