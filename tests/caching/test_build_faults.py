@@ -305,7 +305,10 @@ def test_names_as_long_as_names_can_be_are_kept_apart(tmp_path, content):
         write_nifti(tmp_path / "data" / "labels" / name, np.ones((6, 7, 8), np.uint8))
     for num_workers, pack_gb in ((0, None), (2, None), (0, TWO_CASES)):
         cache = built(tmp_path / "data", tmp_path / f"{num_workers}{pack_gb}", num_workers=num_workers, pack_gb=pack_gb)
-        assert [scan.case.id for scan in cache] == [f"{stem}0", f"{stem}1"]
+        assert [os.path.basename(scan.case.images[0]) for scan in cache] == [
+            f"{stem}{index}.nii.gz" for index in (0, 1)
+        ]
+        assert len({scan.case.id for scan in cache}) == 2
         assert len({scan.digest for scan in cache}) == 1 + (content == "different")
         for index, scan in enumerate(cache):
             expected = noise(seed=index * (content == "different"))

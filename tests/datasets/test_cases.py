@@ -8,6 +8,7 @@ import pytest
 
 from mim3d.core.errors import DataError
 from mim3d.datasets.cases import read_cases
+from mim3d.datasets.usable import fault_of
 from tests.nifti import noise, write_nifti
 
 
@@ -116,7 +117,21 @@ def test_an_nnunet_folder_gives_channels_in_order(tmp_path):
 def test_an_nnunet_case_without_a_channel_is_named(tmp_path):
     touch(tmp_path, "imagesTr/c1_0000.nii.gz", "imagesTr/c1_0001.nii.gz", "imagesTr/c2_0000.nii.gz")
     describe(tmp_path, channel_names={"0": "T1", "1": "T2"}, labels={}, file_ending=".nii.gz")
-    with pytest.raises(DataError, match=r"case c2 lacks c2_0001\.nii\.gz"):
+    found = read_cases(tmp_path)
+    assert [case.id for case in found.cases] == ["c1", "c2"]
+    fault = fault_of(found.cases[1])
+    assert fault is not None and "c2_000" in fault
+
+
+def test_a_label_without_an_image_is_a_case_that_cannot_be_used(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
+    found = read_cases(tmp_path)
+    assert [case.id for case in found.cases] == ["a", "b"]
+    assert fault_of(found.cases[1]).endswith(
+        "images/b.nii.gz: no such file; check the path and that the disk is mounted."
+    )
+    (tmp_path / "labels" / "a.nii.gz").unlink()
+    with pytest.raises(DataError, match="a label must be named like its image"):
         read_cases(tmp_path)
 
 

@@ -238,16 +238,20 @@ def pair_folders(folder: str) -> tuple[str, str] | None:
 
 
 def _read_pairs(image_folder: str, label_folder: str, with_labels: bool) -> list[Case]:
-    """Images and labels of the same file name; an image without a label stays unlabelled."""
+    """Images and labels of the same file name; an image without a label stays unlabelled.
+
+    A label without an image is a case whose image is missing: it is left out when headers are read.
+    """
     images = _group_channels(scans_in(image_folder), image_folder)
     labels = _by_id(scans_in(label_folder), label_folder) if with_labels else {}
     orphans = sorted(set(labels) - set(images))
-    if orphans:
+    if orphans and len(orphans) == len(labels):
         raise DataError(
             f"{label_folder}: no image of the same name in {image_folder} for {listed(orphans)}; a label must be "
             "named like its image."
         )
-    return [Case(id=name, images=paths, label=labels.get(name)) for name, paths in images.items()]
+    missing = {name: (os.path.join(image_folder, os.path.basename(labels[name])),) for name in orphans}
+    return [Case(id=name, images=paths, label=labels.get(name)) for name, paths in (images | missing).items()]
 
 
 def _read_tree(folder: str, with_labels: bool) -> CaseSet:

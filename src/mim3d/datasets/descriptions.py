@@ -243,10 +243,8 @@ def _read_nnunet(
         raise DataError(f"{image_folder}: no image named CASE{first}, as {path} says{there}.")
     entries: dict[str, Entry] = {}
     for case_id in ids:
+        # A case that lacks one of them is left out when its headers are read, and does not stop the others.
         channels = [f"{case_id}_{channel:04d}{ending}" for channel in range(num_channels)]
-        missing = sorted(set(channels) - set(names))
-        if missing:
-            raise DataError(f"{image_folder}: case {case_id} lacks {listed(missing)} of {num_channels} channels.")
         label = beside(path, os.path.join("labelsTr", case_id + ending))
         entries[f"{path}, case {case_id}"] = {
             "id": case_id,
