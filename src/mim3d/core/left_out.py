@@ -79,7 +79,8 @@ def note_left_out(num_left_out: int, num_cases: int, listed_in: Path | str) -> N
         cases = "case" if num_cases == 1 else "cases"
         were = "was" if num_left_out == 1 else "were"
         _noted[str(listed_in)] = (
-            f"{num_left_out} of {num_cases} {cases} {were} left out, the others are done; the reasons are in {listed_in}."
+            f"{num_left_out} of {num_cases} {cases} {were} left out, the others are done; "
+            f"the reasons are in {listed_in}."
         )
 
 
