@@ -540,6 +540,35 @@ def test_a_deflated_series_is_read_and_a_bomb_of_zeros_refused(tmp_path):
     assert refusal(folder).startswith(f"{path}: this DICOM file cannot be read")
 
 
+def test_a_slice_that_left_its_series_is_told_from_a_scout(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    damage(folder, 0, b"\x20\0\x0e\0UI\x08\0" + b"1.2.3.1\0", b"\x20\0\x0e\0UI\x08\0" + b"1.2.3.7\0")
+    lost = [address for address in find_scans(folder) if "one slice" in str(_error_of(address))]
+    assert len(lost) == 1
+
+
+def _error_of(address: str) -> DataError | None:
+    try:
+        read_grid(address)
+    except DataError as error:
+        return error
+    return None
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder, closed, scandir = write_series(tmp_path / "ct", positions(heights())), tmp_path / "closed", os.scandir
+    closed.mkdir()
+
+    def guarded(path):
+        if path == str(closed):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.warns(UserWarning, match="closed: this folder cannot be read"):
+        assert find_scans(tmp_path) == [str(folder)]
+
+
 @pytest.mark.parametrize("length", [b"\xff\xff\xff\xff", (8 * 2**16).to_bytes(4, "little")])
 def test_sequences_without_an_end_are_given_up(tmp_path, monkeypatch, length):
     monkeypatch.setattr(headers, "_HEADER_S", 0.1)

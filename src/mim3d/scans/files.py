@@ -49,9 +49,18 @@ def check_file(path: str) -> None:
 
 
 def walk(root: str) -> Iterator[str]:
-    """Every file below a folder in a fixed order; links are followed, hidden files and folders are not."""
+    """Every file below a folder in a fixed order; links are followed, hidden files and folders are not.
+
+    One warning each names the folders that cannot be read.
+    """
+
+    def tell(error: OSError) -> None:
+        warnings.warn(
+            f"{error.filename}: this folder cannot be read ({error.strerror}); what is in it is left out.", stacklevel=3
+        )
+
     seen: set[str] = set()
-    for folder, names, found in os.walk(root, followlinks=True):
+    for folder, names, found in os.walk(root, followlinks=True, onerror=tell):
         real = os.path.realpath(folder)
         if real in seen:
             names.clear()

@@ -284,24 +284,35 @@ def find_series(paths: Iterable[str]) -> list[str]:
             warnings.warn(f"{folder}: {of} left out, a scout or localiser.", stacklevel=3)
     folders = {uid: {os.path.dirname(item.path) for item in slices} for uid, slices in kept.items()}
     num_in_folder = Counter(folder for own in folders.values() for folder in own)
-    addresses, surveys, studies = [], {}, {""}
+    addresses: list[str] = []
+    surveys: dict[str, tuple[Slice, str]] = {}
+    volumes: set[tuple[object, ...]] = set()
     for uid, slices in kept.items():
         alone = len(folders[uid]) == 1 and all(num_in_folder[folder] == 1 for folder in folders[uid])
         address = _folder_of(slices) if alone else _address(uid, slices)
         try:
             stack(slices, address)
-            studies.update(item.study_uid for item in slices)
+            volumes.update(map(_look, slices))
         except DataError as error:
             if _is_survey(slices):
-                surveys[address] = slices[0].study_uid, str(error)
+                surveys[address] = slices[0], str(error)
                 continue
         addresses.append(address)
-    for address, (study, reason) in surveys.items():
-        if study in studies - {""}:
+    studies = {look[0] for look in volumes} - {""}
+    for address, (first, reason) in surveys.items():
+        # A slice that looks like those beside it is rather one that they lost.
+        if first.study_uid in studies and _look(first) not in volumes:
             warnings.warn(f"{reason} (Left out.)", stacklevel=3)
         else:
             addresses.append(address)
     return addresses
+
+
+def _look(item: Slice) -> tuple[object, ...]:
+    """What the slices of a volume share: study, folder, size and plane."""
+    return (
+        item.study_uid, os.path.dirname(item.path), item.rows, item.columns, item.pixel_spacing, item.orientation,
+    )  # fmt: skip
 
 
 def _is_survey(slices: Sequence[Slice]) -> bool:
