@@ -70,6 +70,17 @@ LAYOUTS = {
     "btcv": (["x/img/img0001", "x/label/label0001!"], {"x/img/img0001": "x/label/label0001"}, ["img0001"]),
     "suffixes": (["a_image", "a_mask!", "b_image", "b_mask!"], {"a_image": "a_mask", "b_image": "b_mask"}, ["a", "b"]),
     "alone": (["p/Smith", "p/Mask!"], {"p/Smith": "p/Mask"}, ["p"]),
+    "structure": (
+        ["1/1_CT", "1/1_GTV!", "2/2_CT", "2/2_GTV!"],
+        {"1/1_CT": "1/1_GTV", "2/2_CT": "2/2_GTV"},
+        ["1_CT", "2_CT"],
+    ),
+    "trees": (
+        ["studies/CT-1/study_5", "masks/study_5_mask!"],
+        {"studies/CT-1/study_5": "masks/study_5_mask"},
+        ["study_5"],
+    ),
+    "segthor": (["P_1/P_1", "P_1/GT!"], {"P_1/P_1": "P_1/GT"}, ["P_1"]),
     "other grid": (["p/ct", "p/pet~", "p/seg!"], {"p/ct": "p/seg", "p/pet": None}, ["p", "pet"]),
     "by voxels": (["p/ct", "p/aorta!", "p/heart!~"], {"p/ct": None}, ["ct"]),
 }

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ LABEL_FOLDERS = frozenset(
 
 #: Words of a file name that stand for a label map, and ends of words that do.
 _LABEL_WORDS = frozenset(
-    "label labels labelmap labelmaps mask masks seg segs segm segmentation segmentations annotation annotations gt "
+    "label labels labelmap labelmaps mask masks msk seg segs segm segmentation segmentations annotation annotations gt "
     "groundtruth aseg aparc dseg probseg".split()
 )
 _LABEL_ENDS = ("segmentation", "mask", "labelmap", "seg")
@@ -247,6 +247,7 @@ class _Groups:
         #: Key of a case -> its one label map.
         self.labels = {key: found[0] for key, found in by_key.items() if len(found) == 1 and key in self.images}
         self._pair_alone(maps)
+        self._pair_same_names(by_key)
         #: Path -> patient, of all images of a case with a label map: a fold must not divide them.
         self.patients = {path: joined_name(key) for key in self.labels if key for path in self.images[key]}
         #: What the images of a case with several are, the same for all such cases.
@@ -276,13 +277,38 @@ class _Groups:
             for folder, found in labels.items()
             if folder and len(found) == 1 and len(images.get(folder, ())) == 1 and suffix_of(images[folder][0])
         }
-        structures = {_without_roles(scan_id(label)) for _, label in alone.values()}
+        structures = {folder: self._structure(image, label) for folder, (image, label) in alone.items()}
         for folder, (image, label) in alone.items():
             # A map of a structure tells nothing where others are of another structure.
-            structure = _without_roles(scan_id(label))
-            if (not structure or len(structures) == 1) and _is_same_grid(_grid(image), _grid(label)):
+            is_whole = not structures[folder] or len(set(structures.values())) == 1
+            if is_whole and _is_same_grid(_grid(image), _grid(label)):
                 self.images.pop(self._key(image))
                 self.images[folder], self.labels[folder] = [image], label
+
+    @staticmethod
+    def _structure(image: str, label: str) -> str:
+        """What the name of a label map says beside what it is and whose: ``liver`` of ``p1_liver_mask``."""
+        return _without_roles(scan_id(label)).replace(_without_roles(scan_id(image)) or " ", "").strip("_-. ")
+
+    def _pair_same_names(self, by_key: Mapping[tuple[str, ...], Sequence[str]]) -> None:
+        """Pair a scan and a label map in different trees whose names, with a number in them, nothing else has."""
+        images, labels = (
+            self._by_name(keys)
+            for keys in (self.images.keys() - self.labels.keys(), by_key.keys() - self.labels.keys())
+        )
+        for name, key in images.items():
+            label = labels.get(name)
+            if key and label and len(self.images[key]) == len(by_key[label]) == 1 and re.search(r"\d", name):
+                self.labels[key] = by_key[label][0]
+
+    @staticmethod
+    def _by_name(keys: Iterable[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        """The last part of each key -> the key; empty where several have it."""
+        found: dict[str, tuple[str, ...]] = {}
+        for key in keys:
+            if key:
+                found[key[-1]] = () if key[-1] in found else key
+        return found
 
     def _by_folder(self, paths: Iterable[str]) -> dict[tuple[str, ...], list[str]]:
         found: dict[tuple[str, ...], list[str]] = defaultdict(list)
