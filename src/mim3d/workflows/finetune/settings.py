@@ -30,7 +30,7 @@ class FinetuneSettings(TrainingSettings):
         spacing_mm: Voxel size along X, Y, Z in millimetres; that of the weights if not given, else planned.
         intensity: Mapping of intensities to network input; that of the weights if not given, else planned.
         fold: Which of the folds is held out, from 0; all for each in turn; null trains on all cases.
-        num_folds: Number of folds that the patients are split into; a declared split wins over folds.
+        num_folds: Number of folds that patients are split into; a split or folds that the data set declares win.
         split_seed: Seed by which patients are split into folds.
         train_fraction: Share of the training patients that is used; smaller shares are part of larger ones.
         train_cases: Number of training patients instead of a share.
