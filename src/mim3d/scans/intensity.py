@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from torch import Tensor
 
 from mim3d.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mim3d.caching.foreground import Statistics
     from mim3d.caching.stored_voxels import StoredIntensity
 
@@ -91,7 +92,7 @@ class Intensity:
         return stats.mean, max(stats.std, 1e-6)
 
 
-def apply_rescaling(image: Tensor, rescaling: np.ndarray) -> None:
+def apply_rescaling(image: "Tensor", rescaling: np.ndarray) -> None:
     """Make network input of stored numbers, channel by channel, in place: ``clip(number * factor + offset)``.
 
     Args:
