@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mim3d.caching.foreground import Statistics
-from mim3d.caching.preprocessing import Preprocessing, prepare
+from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.resampling import AxisResampling, plan_resampling
 from mim3d.core.errors import DataError
 from mim3d.core.types import Triple
@@ -44,6 +44,8 @@ def predict_scan(
     device: torch.device,
     probability_target: ProbabilityTarget | None = None,
     on_windows: Callable[[int, int], None] | None = None,
+    in_hu: Sequence[bool] = (),
+    on_prepared: Callable[[Prepared], None] | None = None,
 ) -> tuple[npt.NDArray[np.integer], Grid]:
     """Segment a scan from its files.
 
@@ -65,6 +67,8 @@ def predict_scan(
         device: Device that computes windows.
         probability_target: Gives the array that probabilities are written to; None for none.
         on_windows: Called with the number of windows that are done and their number in all.
+        in_hu: For each channel whether training was on CT in HU; it decides for scans that show nothing.
+        on_prepared: Called with the scan as it was read.
 
     Returns:
         Label values ``(X, Y, Z)`` uint8 or int32 on the RAS+ form of the scan's own grid, and that grid.
@@ -72,7 +76,9 @@ def predict_scan(
     Raises:
         DataError: The scan cannot be used, or its scores do not fit into memory.
     """
-    prepared = prepare(case, preprocessing, with_label=False)
+    prepared = prepare(case, preprocessing, with_label=False, set_in_hu=in_hu)
+    if on_prepared is not None:
+        on_prepared(prepared)
     grid, (x, y, z) = prepared.grid, prepared.image.shape[1:]
     shape = (x, y, z)
     places = body_windows(prepared, windows) if windows.body_only else windows.places(shape)

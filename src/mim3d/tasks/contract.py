@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mim3d.backbones.contract import Backbone
 from mim3d.caching.cache import Cache
-from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.preprocessing import Prepared, Preprocessing
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.types import Triple
@@ -24,6 +24,7 @@ from mim3d.datasets.cases import Case
 from mim3d.datasets.published.presets import Preset
 from mim3d.datasets.splits import Split
 from mim3d.inference import scores_bytes
+from mim3d.inference.input_range import InputRange
 from mim3d.loading.samples import Augment, Sampler
 from mim3d.objective import Objective
 from mim3d.scans.intensity import Intensity
@@ -240,6 +241,7 @@ class TrainedNetwork:
         intensity: How intensities are mapped to network input, as in training.
         digest: SHA-256 of its weights.
         device: Where it computes.
+        input_range: What it learned from, in ranges; None where its card does not say, as those of earlier versions.
     """
 
     path: str
@@ -252,6 +254,16 @@ class TrainedNetwork:
     intensity: Intensity
     digest: str
     device: torch.device
+    input_range: InputRange | None = None
+
+    @property
+    def in_hu(self) -> tuple[bool, ...]:
+        """For each channel whether it learned from CT in HU; empty where its card does not say."""
+        return () if self.input_range is None else tuple(channel.in_hu for channel in self.input_range.channels)
+
+    def warnings_on(self, prepared: Prepared) -> list[str]:
+        """Sentences on what of a scan lies far outside of what it learned from."""
+        return [] if self.input_range is None else self.input_range.warnings_on(prepared)
 
     def check_channels(self, case: Case) -> None:
         """Refuse a scan of another number of images than the network was trained on.

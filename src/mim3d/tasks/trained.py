@@ -12,6 +12,7 @@ from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.own_code import is_dotted_path
 from mim3d.core.settings import build_settings
 from mim3d.core.types import Named
+from mim3d.inference.input_range import InputRange
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import TASKS, create_task, find_task
 from mim3d.tasks.contract import TrainedNetwork
@@ -63,6 +64,8 @@ def load_trained(
         labels = {int(value): str(name) for value, name in card["labels"].items()}
         preprocessing = build_settings(Preprocessing, {"spacing_mm": card["spacing_mm"]}, "card")
         intensity = build_settings(Intensity, card["intensity"], "intensity")
+        known = card.get("input_range")
+        input_range = None if known is None else build_settings(InputRange, known, "input_range")
         settings = create_task(named, allow_import=task is not None).checked(recipe)
         # Raises where settings that training fills in are missing.
         settings.sampler()
@@ -85,6 +88,7 @@ def load_trained(
         intensity=intensity,
         digest=weights_digest(path, folders),
         device=where,
+        input_range=input_range,
     )
 
 

@@ -93,6 +93,8 @@ def predict_scans(settings: PredictSettings) -> str:
         if reasons:
             where = settings.input if isinstance(settings.input, str) else "--input"
             refuse_or_say(where, reasons, len(cases), strict=True)
+    if networks[0].input_range is None:
+        say(f"{weights[0]} does not say what scans it learned from: none is compared with them.")
     with alone_in(settings.out):
         folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
         return _predict_all(predictor, folder)
@@ -150,6 +152,8 @@ def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFol
             answers = predictor.predict(chosen, [inputs for _, inputs in part], folder.path, watch)
             for case, answer in zip(chosen, answers, strict=True):
                 folder.add(case, answer)
+                for text in answer.get("warnings", ()):
+                    progress.say(f"warning: {case.images[0]}: {text}")
         except Exception as error:
             if len(part) > 1:
                 # One of them is to blame, or they do not fit into memory together.

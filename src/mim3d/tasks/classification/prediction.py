@@ -52,6 +52,7 @@ class ClassificationPredictor(Predictor):
             networks, lambda network: {"classes": ", ".join(classes_of(network)), "channels": network.num_channels}
         )
         self.classes = classes_of(networks[0])
+        self._said: dict[str, list[str]] = {}
 
     @property
     def scans_per_call(self) -> int:
@@ -80,6 +81,7 @@ class ClassificationPredictor(Predictor):
             if key not in prepared:
                 prepared[key] = prepare_scan(network, case)
             boxes.append(box_of_scan(network, prepared[key]))
+        self._said[case.id] = self.networks[0].warnings_on(next(iter(prepared.values())))
         return boxes
 
     def predict(
@@ -91,10 +93,11 @@ class ClassificationPredictor(Predictor):
             images = torch.from_numpy(np.stack([boxes[index] for boxes in inputs])).to(network.device)
             probabilities = network.module.probabilities(images, network.task.mirror_axes)
             every.append(probabilities.cpu().double().numpy())
-        return [
-            {"patient": case.patient, "probabilities": [float(value) for value in row]}
-            for case, row in zip(cases, np.mean(every, axis=0), strict=True)
-        ]
+        answers = []
+        for case, row in zip(cases, np.mean(every, axis=0), strict=True):
+            answer = {"patient": case.patient, "probabilities": [float(value) for value in row]}
+            answers.append(answer | ({"warnings": said} if (said := self._said.get(case.id)) else {}))
+        return answers
 
     def write_tables(self, folder: Path, rows: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str]) -> None:
         """Write the table of probabilities, and that of failures."""
@@ -126,7 +129,7 @@ def prepare_scan(network: TrainedNetwork, case: Case) -> Prepared:
             f"{case.images[0]}: no label, but the network looks at boxes around labelled structures; give a list "
             "with the columns image and label."
         )
-    return prepare(case, network.preprocessing, with_label=needs_label)
+    return prepare(case, network.preprocessing, with_label=needs_label, set_in_hu=network.in_hu)
 
 
 def box_of_scan(network: TrainedNetwork, prepared: Prepared) -> Box:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mim3d.caching.preprocessing import Prepared
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case
@@ -154,8 +156,12 @@ class SegmentationPredictor(Predictor):
             files = self.files_of(case)
             kept = ProbabilityFile(folder / files["probabilities"]) if "probabilities" in files else None
             with kept or nullcontext():
+                said: list[str] = []
                 labels, grid = self.segment(
-                    case, probability_target=None if kept is None else kept.target, on_windows=on_windows
+                    case,
+                    probability_target=None if kept is None else kept.target,
+                    on_windows=on_windows,
+                    on_prepared=partial(_note_unusual, said, self.first),
                 )
                 if kept is not None:
                     kept.save()
@@ -170,7 +176,8 @@ class SegmentationPredictor(Predictor):
                 write_dicom_seg(folder / files["prediction"], labels, case.images[0], names, algorithm=algorithm)
             else:
                 write_volume(folder / files["prediction"], labels, grid)
-            entries.append({"assumed": list(grid.assumed)} if grid.assumed else {})
+            entry: dict[str, Any] = {"assumed": list(grid.assumed)} if grid.assumed else {}
+            entries.append(entry | ({"warnings": said} if said else {}))
         return entries
 
     def segment(
@@ -179,6 +186,7 @@ class SegmentationPredictor(Predictor):
         *,
         probability_target: ProbabilityTarget | None = None,
         on_windows: Callable[[int, int], None] | None = None,
+        on_prepared: Callable[[Prepared], None] | None = None,
     ) -> tuple[npt.NDArray[np.integer], Grid]:
         """Return label values ``(X, Y, Z)`` of a scan on the RAS+ form of its own grid, and that grid.
 
@@ -186,6 +194,7 @@ class SegmentationPredictor(Predictor):
             case: The scan's files.
             probability_target: Gives the array that probabilities are written to; None for none.
             on_windows: Called with the number of windows that are done and their number in all.
+            on_prepared: Called with the scan as it was read.
 
         Raises:
             DataError: The scan cannot be used, or has another number of channels.
@@ -201,6 +210,8 @@ class SegmentationPredictor(Predictor):
             device=self.first.device,
             probability_target=probability_target,
             on_windows=on_windows,
+            in_hu=self.first.in_hu,
+            on_prepared=on_prepared,
         )
 
 
@@ -215,6 +226,10 @@ def readout_of(targets: Targets) -> Readout:
         decide=lambda probabilities: targets.labels_of(probabilities).to(dtype),
         order_is_enough=False,
     )
+
+
+def _note_unusual(said: list[str], network: TrainedNetwork, prepared: Prepared) -> None:
+    said += network.warnings_on(prepared)
 
 
 def is_dicom(case: Case) -> bool:

@@ -26,6 +26,7 @@ from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet, read_cases
 from mim3d.datasets.usable import Lacks, refuse_or_say, usable_cases
 from mim3d.distributed.processes import Processes
+from mim3d.inference.input_range import InputRange
 from mim3d.scans.intensity import Intensity
 from mim3d.scans.volumes import read_grid
 from mim3d.weights import weights_digest
@@ -259,5 +260,6 @@ def encoder_card(recipe: Backbone, intensity: Intensity, scans: Cache) -> dict[s
         "spacing_mm": to_mapping(scans.preprocessing.spacing_mm),
         "intensity": to_mapping(intensity),
         "data_digest": scans.digest,
+        "input_range": to_mapping(InputRange.of(scans)),
         "mim3d_version": mim3d.__version__,
     }
