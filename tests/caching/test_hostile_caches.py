@@ -111,7 +111,7 @@ def test_what_a_manifest_says_of_its_set_may_be_anything(
 
 
 @pytest.mark.parametrize("name", ["cache.json", "card.json", "digests.json"])
-@pytest.mark.parametrize("every", [19, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [38, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_value_of_the_other_files_may_be_anything(
     sound: tuple[Path, Path, Path], tmp_path: Path, name: str, every: int
 ) -> None:
