@@ -1,6 +1,7 @@
 """A Dask cluster builds the same cache, whatever happens to its workers."""
 
 import os
+from pathlib import Path
 import signal
 import socket
 import sys
@@ -58,6 +59,8 @@ def cluster():
     import dask
 
     options = {"dashboard_address": ":0", "host": "127.0.0.1", "silence_logs": 50}
+    # Workers drop the folder where they stand; the cases of these tests come from modules in it, so it is named.
+    options["env"] = {"PYTHONPATH": str(Path(__file__).parents[2])}
     with (
         # Seconds for which a worker that has ended is called again and again.
         dask.config.set({"distributed.comm.timeouts.connect": "3s"}),
@@ -172,7 +175,7 @@ def test_a_case_is_built_the_same_in_a_thread(whole, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert {result.write_error or result.reason for result in results} == {None}
+    assert {result.write_error or result.failure for result in results} == {None}
     for result in results:
         assert tree(tmp_path / "cases" / result.folder) == tree(f"{whole[1].path}/cases/{result.folder}")
     assert os.listdir(tmp_path / "unfinished") == []
@@ -210,6 +213,8 @@ def test_a_cluster_that_ends_half_way_is_one_sentence(whole, tmp_path):
     distributed = pytest.importorskip("distributed")
     cases = slow(read_cases(whole[0]), tmp_path, 0.2)
     options = {"dashboard_address": ":0", "host": "127.0.0.1", "silence_logs": 50}
+    # Workers drop the folder where they stand; the cases of these tests come from modules in it, so it is named.
+    options["env"] = {"PYTHONPATH": str(Path(__file__).parents[2])}
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, **options) as cluster:
         when_finished(1, tmp_path / "cache", cluster.close)
         with pytest.raises(DataError, match=r"the Dask cluster cannot go on .* the cases that are finished are kept"):
