@@ -1,12 +1,12 @@
 """A Dask cluster builds the same cache, whatever happens to its workers."""
 
 import os
-from pathlib import Path
 import signal
 import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
