@@ -78,7 +78,7 @@ BUDGET = {
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1250,
-    "caching": 4200,
+    "caching": 4225,
     "objective": 150,
     "weights": 725,
     "inference": 900,

@@ -9,6 +9,7 @@ import pytest
 from mim3d.core.errors import DataError
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.usable import fault_of
+from mim3d.scans.volumes import read_grid
 from tests.nifti import noise, write_nifti
 
 
@@ -59,10 +60,12 @@ def test_images_beside_labels_are_paired_by_name(tmp_path, labels):
     assert [Path(case.label).name for case in cases] == ["a.nii.gz", "b.nii"]
 
 
-def test_a_label_without_its_image_is_named(tmp_path):
+def test_a_label_without_its_image_is_a_case_whose_missing_image_is_named(tmp_path):
     touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/lonely.nii.gz")
-    with pytest.raises(DataError, match="lonely"):
-        read_cases(tmp_path)
+    lonely = read_cases(tmp_path).cases[1]
+    assert lonely.id == "lonely" and lonely.label is not None
+    with pytest.raises(DataError, match=r"images/lonely\.nii\.gz"):
+        read_grid(lonely.images[0])
 
 
 def test_a_decathlon_folder_gives_its_training_cases_and_label_names(tmp_path):

@@ -250,7 +250,11 @@ def _require_same_scans(out: str, cases: CaseSet) -> None:
             f"{out}: holds a cache of other scans ({len(held)}, none of them in {cases.root}); choose another "
             "folder, or delete this one."
         )
-    if not shared or any(os.path.realpath(case.images[0]) == os.path.realpath(old[0]) for case, old, _ in shared):
+    # Another channel of a file is still that file.
+    places = [
+        [os.path.realpath(split_channel(path)[0]) for path in (case.images[0], old[0])] for case, old, _ in shared
+    ]
+    if not shared or any(here == before for here, before in places):
         return
     for case, old, digest in shared[:_NUM_COMPARED]:
         try:
