@@ -124,3 +124,13 @@ def test_label_maps_and_classes_are_scored_without_torch():
     print(*sorted({name.split(".")[0] for name in sys.modules}))
     """
     assert not {"torch", "monai"} & set(run(code).split())
+
+
+def test_scans_are_cached_without_torch():
+    code = """
+    import sys
+    import mim3d.commands.cache
+    import mim3d.caching.case
+    print(*sorted({name.split(".")[0] for name in sys.modules}))
+    """
+    assert not {"torch", "monai"} & set(run(code).split())

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -145,6 +146,17 @@ class Cache(Sequence[CachedScan]):
                 path = os.path.join(self.path, layout.MANIFEST)
                 raise DataError(f"{path}: the row of case {case_id!r} cannot be used ({error})") from None
         return texts
+
+    def say_remarks(self, *, strict: bool) -> None:
+        """Warn of what was remarked of the set when its cache was made, such as scans of different kinds.
+
+        Raises:
+            DataError: ``strict``, and the set holds what it should not.
+        """
+        for remark in self.remarks:
+            if strict and remark.refused:
+                raise DataError(f"{self.path}: {remark.text} (strict: such a set is refused)")
+            warnings.warn(f"{self.path}: {remark.text}", stacklevel=2)
 
     def subset(self, cases: Iterable[Case]) -> "Cache":
         """The scans with the ids of ``cases``; ids that are not in the cache (bad scans) are passed over.

@@ -12,7 +12,6 @@ from mim3d.core.progress import say
 from mim3d.core.resources import in_words
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.usable import usable_cases
-from mim3d.workflows.shared.inputs import say_remarks
 
 
 def cache_data_set(
@@ -64,7 +63,7 @@ def cache_data_set(
         for row in made.failed[:MAX_REASONS]:
             say(f"  {row['reason']}")
         note_left_out(len(made.failed), num_cases, Path(made.path, FAILED))
-    say_remarks(made, strict=strict)
+    made.say_remarks(strict=strict)
     alike: dict[str, list[str]] = defaultdict(list)
     for scan in made:
         alike[scan.source_digest].append(scan.case.id)

@@ -21,7 +21,7 @@ from mim3d.probing.items import ProbeSet, class_set, label_set
 from mim3d.probing.settings import Probing
 from mim3d.scans.intensity import Intensity
 from mim3d.workflows.shared.held_out import choose_split
-from mim3d.workflows.shared.inputs import given_scans, read_data, require_all, say_remarks, unreadable_of
+from mim3d.workflows.shared.inputs import given_scans, read_data, require_all, unreadable_of
 
 #: What stands for a set of phantoms in place of DATA.
 PHANTOM = "phantom"
@@ -75,7 +75,7 @@ class ProbeCases:
         wanted = replace(self.source, cases=tuple(self.cases))
         scans = build_cache(wanted, folder, Preprocessing(spacing_mm=spacing_mm), num_workers=num_workers)
         require_all(scans.failed, strict=strict)
-        say_remarks(scans, strict=strict)
+        scans.say_remarks(strict=strict)
         return scans
 
     def items(

@@ -145,7 +145,7 @@ def open_scans(
             cache = _seen_here(place, processes.wait_for("cache"))
         scans, failed, num_cases = cache.subset(cases), cache.failed, len(cache) + len(cache.failed)
         require_all(failed, strict=strict)
-    say_remarks(scans, strict=strict)
+    scans.say_remarks(strict=strict)
     if failed and run.writes:
         place = run.path / LEFT_OUT_NAME
         write_csv(place, FAILED_COLUMNS, [list(row.values()) for row in failed], remedy=GO_ON)
@@ -188,18 +188,6 @@ def require_all(failed: Sequence[Mapping[str, str]], *, strict: bool) -> None:
         raise DataError(f"{len(reasons)} scans cannot be used (strict: nothing is left out): {in_words(reasons)}")
     if reasons:
         warnings.warn(f"left out: {in_words(reasons)}", stacklevel=3)
-
-
-def say_remarks(scans: Cache, *, strict: bool) -> None:
-    """Warn of what was remarked of the set when its cache was made, such as scans of different kinds.
-
-    Raises:
-        DataError: ``strict``, and the set holds what it should not.
-    """
-    for remark in scans.remarks:
-        if strict and remark.refused:
-            raise DataError(f"{scans.path}: {remark.text} (strict: such a set is refused)")
-        warnings.warn(f"{scans.path}: {remark.text}", stacklevel=2)
 
 
 def _seen_here(place: str | Path, digest: str | None) -> Cache:
