@@ -70,7 +70,7 @@ FACTS = ("datasets.published.sets.",)
 BUDGET = {
     "core": 2300,
     "kernels": 875,
-    "scans": 3925,
+    "scans": 3950,
     "nn": 575,
     "tracking": 550,
     "metrics": 1325,
@@ -90,7 +90,7 @@ BUDGET = {
     "methods": 925,
     "probing": 850,
     "exporting": 950,
-    "workflows": 4125,
+    "workflows": 4100,
     "commands": 250,
     "cli": 575,
     "__main__": 15,

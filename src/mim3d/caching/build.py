@@ -38,9 +38,8 @@ from mim3d.core.progress import counted
 from mim3d.core.resources import num_cores
 from mim3d.core.worker_processes import ITEM_TIMEOUT_S
 from mim3d.datasets.cases import Case, CaseSet
-from mim3d.datasets.lists import is_there
 from mim3d.scans.files import warn_of_assumptions
-from mim3d.scans.grids import split_channel
+from mim3d.scans.grids import is_there, split_channel
 from mim3d.scans.modality import ChannelModality
 
 #: The memo of digests is written this often, so that a killed build need not hash again what it hashed.

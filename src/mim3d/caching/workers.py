@@ -32,6 +32,7 @@ from mim3d.core.left_out import Failure
 from mim3d.core.own_code import leave_out_working_folder
 from mim3d.core.worker_processes import ITEM_TIMEOUT_S, Ended, work_through
 from mim3d.datasets.cases import Case
+from mim3d.scans.grids import file_of
 
 #: Seconds within which a scheduler answers.
 _ANSWER_S = 5
@@ -88,7 +89,7 @@ def build_on_cluster(
         DataError: The scheduler does not answer, the cluster ended, or its workers do not see the same files.
     """
     # The folder that holds all scans; the one above it where there is none.
-    sources = os.path.commonpath([os.path.dirname(path.split("::")[0]) for case in cases for path in case.images])
+    sources = os.path.commonpath([os.path.dirname(file_of(path)) for case in cases for path in case.images])
     while not os.path.isdir(sources):
         sources = os.path.dirname(sources)
     shared = _Shared(settings=settings, sources=sources)

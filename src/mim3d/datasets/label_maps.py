@@ -12,7 +12,7 @@ import numpy as np
 from mim3d.core.errors import DataError, listed
 from mim3d.core.names import joined_name
 from mim3d.scans.files import nothing_said
-from mim3d.scans.grids import Grid, require_same_grid
+from mim3d.scans.grids import Grid, file_of, require_same_grid
 from mim3d.scans.volumes import open_scan, read_grid, scan_id, suffix_of
 
 #: Folders of label maps, in lower case, where scans lie beside them.
@@ -131,7 +131,7 @@ def _named_maps(paths: Iterable[str], root: str) -> set[str]:
     homes: dict[str, str | None] = {}
     beside: set[str] = set()
     for path in paths:
-        parts = os.path.relpath(path.split("::")[0], root).split(os.sep)[:-1]
+        parts = os.path.relpath(file_of(path), root).split(os.sep)[:-1]
         first = next((index for index, part in enumerate(parts) if part.lower() in LABEL_FOLDERS), None)
         homes[path] = None if first is None else os.sep.join(parts[:first])
         if first is None:

@@ -11,6 +11,7 @@ from mim3d.core.errors import DataError
 from mim3d.core.files import read_csv
 from mim3d.core.names import printable, unescaped
 from mim3d.core.settings import nearest
+from mim3d.scans.grids import is_there
 
 #: Columns of a list, and keys of an entry in JSON.
 COLUMNS = ("image", "label", "class", "patient", "split", "labels", "id", "fold", "modality")
@@ -115,8 +116,3 @@ def channel_names(cell: str, path: str) -> tuple[str, ...]:
         names.append(wholes[count - 1])
         parts = parts[count:]
     return tuple(names)
-
-
-def is_there(address: str) -> bool:
-    """Whether the file or folder of a scan's address exists."""
-    return os.path.exists(address.split("::")[0])

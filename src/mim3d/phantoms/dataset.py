@@ -10,7 +10,7 @@ import numpy as np
 from nibabel import orientations as _orientations
 
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.files import remove_partial, write_json
+from mim3d.core.files import load_json, remove_partial, write_json
 from mim3d.core.progress import counted
 from mim3d.core.types import Triple
 from mim3d.phantoms.body import MIN_SIZE, make_phantom
@@ -106,7 +106,7 @@ def make_set(out: str | Path, settings: PhantomSettings) -> tuple[int, int]:
     path = folder / SETTINGS_FILE
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = load_json(path)
         except (OSError, ValueError):
             found = None
         if not isinstance(found, dict):

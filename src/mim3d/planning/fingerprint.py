@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -21,14 +20,14 @@ import numpy.typing as npt
 from mim3d.caching.foreground import Statistics, class_counts_of
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.files import write_json
+from mim3d.core.files import load_json, write_json
 from mim3d.core.progress import counted
 from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case
 from mim3d.scans.components import find_components
 from mim3d.scans.files import available_memory_bytes
-from mim3d.scans.grids import orientations
+from mim3d.scans.grids import file_of, orientations
 from mim3d.scans.modality import ChannelModality, decide, is_ct_set
 from mim3d.scans.volumes import read_grid
 
@@ -206,7 +205,7 @@ class DatasetFingerprint:
     def load(cls, path: str | os.PathLike[str], key: str) -> "DatasetFingerprint | None":
         """A fingerprint saved earlier; None when there is none, or it is of other files or of another version."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = load_json(path)
             if content.pop("version") != VERSION or content["key"] != key:
                 return None
             return build_settings(cls, content, str(path))
@@ -377,7 +376,7 @@ def file_sources(cases: Sequence[Case], labels: Mapping[int, str], ignore_label:
 def _state_of(path: str) -> str:
     """Path, size and time of change of a file (of the folder of a DICOM series)."""
     try:
-        state = os.stat(path.split("::")[0])
+        state = os.stat(file_of(path))
     except OSError:
         return path
     return f"{path} {state.st_size} {state.st_mtime_ns}"

@@ -23,6 +23,7 @@ from mim3d.reporting.charts import curve_names, curves_chart, dice_chart, reliab
 from mim3d.reporting.paper_tables import CLASS_COLUMNS, Column
 from mim3d.reporting.rendering import interval, label_colour, number, render
 from mim3d.reporting.sources import NamedRun, ScoreSet, read_sources
+from mim3d.scans.grids import is_there
 
 #: Most labels whose Dice a caption names.
 _NAMED_LABELS = 4
@@ -244,7 +245,7 @@ def _case(
         return f"{case_id} was not predicted and is scored as an empty prediction.", []
     cases = [each.cases[case_id] for each in held]
     images = [path for case in cases for path in (case.get("images") or ())]
-    image = images[0] if images and os.path.exists(images[0].partition("::")[0]) else None
+    image = images[0] if images and is_there(images[0]) else None
     remark = ""
     if image is None:
         remark = f"The scan of {case_id} is not known or no longer there, so its labels are shown on black."

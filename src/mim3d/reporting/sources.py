@@ -1,6 +1,5 @@
 """What a report is made of: runs and files of scores, each with a short name and a colour of its own."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.files import load_json
 from mim3d.core.run_folder import RunRecord, read_run
 from mim3d.reporting.rendering import run_colour
 
@@ -133,7 +133,7 @@ def is_number(value: object) -> bool:
 
 def _read_scores(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: these scores cannot be read ({error}).") from error
     if not isinstance(content, dict) or not _can_be_shown(content):

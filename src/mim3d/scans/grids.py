@@ -1,6 +1,7 @@
 """The grid of a scan: where its voxels lie, as the file stores it and as RAS+ arrays see it."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,16 @@ def split_channel(address: str) -> tuple[str, int | None]:
     """``scan.nii.gz::channel=2`` as the file and the channel, counted from 0; None for any other address."""
     match = _CHANNEL.fullmatch(address)
     return (match["file"], int(match["channel"])) if match else (address, None)
+
+
+def file_of(address: str) -> str:
+    """The file or folder that the address of a scan leads to, without the channel or series in it."""
+    return address.partition("::")[0]
+
+
+def is_there(address: str) -> bool:
+    """Whether the file or folder of a scan's address exists."""
+    return os.path.exists(file_of(address))
 
 
 def times(shape: Sequence[int]) -> str:

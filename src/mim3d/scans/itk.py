@@ -115,7 +115,7 @@ def write_itk(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
     try:
         sitk.WriteImage(image, path, True)
     except RuntimeError as error:
-        raise OSError(str(error).strip().splitlines()[-1].strip()) from error
+        raise OSError((str(error).strip() or type(error).__name__).splitlines()[-1].strip()) from error
 
 
 def _read_header(path: str) -> TextHeader:

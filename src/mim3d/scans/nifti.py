@@ -144,7 +144,10 @@ def open_nifti(address: str) -> NiftiScan:
     shape = volume_shape(stored[:3] if number > 1 else stored, path)
     slope, intercept = _rescaling(header, dtype, path)
     grid = _grid_of(header, shape, path, address)
-    size_bytes = files.check_memory(path, shape, dtype.itemsize)
+    size_bytes = math.prod(shape) * dtype.itemsize
+    if number > 1:
+        # A single volume was held against the memory with its extent.
+        files.check_memory(path, shape, dtype.itemsize)
     return NiftiScan(
         grid=grid,
         file=path,

@@ -1,6 +1,5 @@
 """A run folder whose metrics and images go to trackers too."""
 
-import json
 import math
 import re
 import warnings
@@ -12,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from mim3d.core.files import write_json
+from mim3d.core.files import load_json, write_json
 from mim3d.core.run_folder import GO_ON, Run
 from mim3d.core.settings import flat, read_yaml
 from mim3d.tracking.slices import middle_slices
@@ -82,7 +81,7 @@ class TrackedRun(Run):
 
     def _start(self, tracker: Tracker, step: int) -> None:
         try:
-            ids = json.loads((self.path / IDS_NAME).read_text(encoding="utf-8"))
+            ids = load_json(self.path / IDS_NAME)
         except (OSError, ValueError):
             ids = {}
         # A damaged file of ids costs no more than a new run at the tracker.

@@ -20,9 +20,8 @@ from mim3d.core.resources import choose_device
 from mim3d.core.types import Named
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.ids import distinct_names, unique_ids
-from mim3d.datasets.lists import is_there
 from mim3d.datasets.usable import fault_of, refuse_or_say
-from mim3d.scans.grids import split_channel
+from mim3d.scans.grids import is_there, split_channel
 from mim3d.scans.volumes import scan_id
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble

@@ -8,7 +8,7 @@ from typing import Any
 
 from mim3d.caching.case import digest_files, source_files
 from mim3d.core.errors import DataError
-from mim3d.scans.grids import split_channel
+from mim3d.scans.grids import file_of, is_there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class ScanFiles:
     @property
     def is_gone(self) -> bool:
         """Whether nothing lies at its addresses any more."""
-        return not any(os.path.exists(_file_of(path)) for path in self.paths)
+        return not any(is_there(path) for path in self.paths)
 
     @classmethod
     def read(cls, entry: Any) -> "ScanFiles | None":
@@ -66,16 +66,12 @@ class ScanFiles:
 
 def resolved(images: Sequence[str]) -> tuple[str, ...]:
     """Addresses of channels with links resolved: the same for one scan, however it is reached."""
-    return tuple(f"{os.path.realpath(file)}{image[len(file) :]}" for image in images if (file := _file_of(image)))
-
-
-def _file_of(image: str) -> str:
-    return split_channel(image)[0].partition("::")[0]
+    return tuple(f"{os.path.realpath(file)}{image[len(file) :]}" for image in images if (file := file_of(image)))
 
 
 def _stamps(image: str) -> list[tuple[int, int]]:
     """Size and time of change of each file of a channel."""
-    place = Path(_file_of(image))
+    place = Path(file_of(image))
     try:
         statuses = [each.stat() for each in ([*place.iterdir()] if place.is_dir() else [place])]
     except OSError:
