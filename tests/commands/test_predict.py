@@ -16,7 +16,7 @@ from mim3d.cli import main
 from mim3d.commands.predict import predict
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import Run
-from mim3d.datasets.cases import Case
+from mim3d.datasets.cases import Case, read_cases, scans_in
 from mim3d.datasets.splits import Split
 from mim3d.scans.volumes import read_volume
 from mim3d.workflows.predict import alone_in, input_cases
@@ -179,6 +179,16 @@ def test_predictions_cannot_be_written_over_the_scans_they_come_from(segmenter_r
     with pytest.raises(ConfigError, match="choose another --out"):
         predict(str(segmenter_run), str(scans), input=str(scans), overwrite=True)
     assert (scans / "new_0.nii.gz").read_bytes() == before
+
+
+def test_predictions_among_the_scans_are_no_scans(segmenter_run, scans, tmp_path, capsys):
+    out = scans / "predicted"
+    for probabilities in (False, False, True):
+        predict(str(segmenter_run), str(out), input=str(scans), probabilities=probabilities)
+    assert "3 of 3 scans segmented, 3 of them before" in capsys.readouterr().out
+    assert [Path(case.images[0]).parent for case in read_cases(scans).cases] == [scans] * 3
+    # Where predictions are scored, folders of them below another are those of folds.
+    assert {path.parent.name for path in map(Path, scans_in(str(scans), with_predictions=True))} == {"scans", "predicted"}
 
 
 def test_scans_of_two_folders_with_one_name_are_told_apart(segmenter_run, tmp_path):

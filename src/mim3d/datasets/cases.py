@@ -272,13 +272,18 @@ def _read_tree(folder: str, with_labels: bool) -> CaseSet:
     )
 
 
-def scans_in(folder: str) -> list[str]:
+def scans_in(folder: str, *, with_predictions: bool = False) -> list[str]:
     """Sorted scans below a folder, without hidden files (``._x.nii.gz``).
+
+    Args:
+        folder: The folder.
+        with_predictions: Whether those in folders of predictions below it are among them.
 
     Raises:
         DataError: There is none.
     """
-    paths = [path for path in find_scans(folder) if not os.path.basename(path).startswith(".")]
+    found = find_scans(folder, with_predictions=with_predictions)
+    paths = [path for path in found if not os.path.basename(path).startswith(".")]
     if not paths:
         raise DataError(f"{folder}: no scan in here; expected {', '.join(SUFFIXES)} or DICOM series.")
     return paths

@@ -142,7 +142,7 @@ def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], tuple[
         raise DataError(f"{folder}: no such folder of predictions; give what `mim3d predict` wrote as --out.")
     listing = os.path.join(folder, "predictions.json")
     if not os.path.isfile(listing):
-        return _label_maps(scans_in(folder), folder), {}, ()
+        return _label_maps(scans_in(folder, with_predictions=True), folder), {}, ()
     content = read_json(listing)
     cases = content.get("cases") if isinstance(content, dict) else None
     if not isinstance(cases, list) or not all(

@@ -22,6 +22,9 @@ isal_zlib: Any = _isal_zlib
 #: Bytes that may follow the last voxel in a compressed stream, at least: nobody unpacks a bomb to its end.
 MAX_SURPLUS_BYTES = 2**28
 
+#: File that `mim3d predict` lays into a folder before it writes anything there.
+PREDICTIONS_MARK = ".predict.lock"
+
 #: Sentences that were said.
 _said: set[str] = set()
 _is_silent = False
@@ -48,10 +51,15 @@ def check_file(path: str) -> None:
         raise DataError(f"{path}: the file is empty; copy it again from its source.")
 
 
-def walk(root: str) -> Iterator[str]:
+def walk(root: str, *, with_predictions: bool = False) -> Iterator[str]:
     """Every file below a folder in a fixed order; links are followed, hidden files and folders are not.
 
     One warning each names the folders that cannot be read.
+
+    Args:
+        root: The folder.
+        with_predictions: Whether folders of predictions below it are entered: what is made of scans and lies among them
+            is no scan.
     """
 
     def tell(error: OSError) -> None:
@@ -62,7 +70,8 @@ def walk(root: str) -> Iterator[str]:
     seen: set[str] = set()
     for folder, names, found in os.walk(root, followlinks=True, onerror=tell):
         real = os.path.realpath(folder)
-        if real in seen:
+        is_left_out = PREDICTIONS_MARK in found and folder != root and not with_predictions
+        if real in seen or is_left_out:
             names.clear()
             continue
         seen.add(real)

@@ -316,12 +316,16 @@ def write_volume(path: str | os.PathLike[str], array: npt.NDArray[Any], grid: Gr
         write(str(part), stored, grid)
 
 
-def find_scans(folder: str | os.PathLike[str]) -> list[str]:
+def find_scans(folder: str | os.PathLike[str], *, with_predictions: bool = False) -> list[str]:
     """Find every image below a folder: files by suffix, and one entry per DICOM image series, sorted.
 
     A series is named by its folder where the folder holds one image series, else by `folder::hash`. Scouts,
     derived series and structure sets are left out with one warning each; files of other kinds are passed over. A scan
     that cannot be read is found too, and refused when it is opened. Hidden files and folders are not entered.
+
+    Args:
+        folder: The folder.
+        with_predictions: Whether folders that `mim3d predict` filled are entered, too. The given folder always is.
 
     Raises:
         DataError: There is no such folder.
@@ -333,7 +337,7 @@ def find_scans(folder: str | os.PathLike[str]) -> list[str]:
 
     scans: list[str] = []
     others: list[str] = []
-    for path in walk(root):
+    for path in walk(root, with_predictions=with_predictions):
         if suffix_of(path):
             scans.append(path)
         elif os.path.isfile(path):

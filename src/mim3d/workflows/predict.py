@@ -21,15 +21,13 @@ from mim3d.core.types import Named
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.ids import distinct_names, unique_ids
 from mim3d.datasets.usable import fault_of, refuse_or_say
+from mim3d.scans.files import PREDICTIONS_MARK
 from mim3d.scans.grids import is_there, split_channel
 from mim3d.scans.volumes import scan_id
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
 from mim3d.workflows.shared.held_out import held_out_by_all
 from mim3d.workflows.shared.scan_sources import ScanFiles, resolved
-
-#: File by which one process keeps others out of a folder of predictions.
-LOCK_NAME = ".predict.lock"
 
 #: File of a folder of predictions that holds where errors were raised that nobody foresaw.
 TRACEBACKS_NAME = "failed_tracebacks.txt"
@@ -177,7 +175,7 @@ def alone_in(out: str | Path) -> Iterator[None]:
         raise ConfigError(f"{path} is a file; choose a folder as --out.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / LOCK_NAME, os.O_CREAT | os.O_WRONLY)
+        descriptor = os.open(path / PREDICTIONS_MARK, os.O_CREAT | os.O_WRONLY)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written to ({error.strerror}); choose another --out.") from error
     try:
