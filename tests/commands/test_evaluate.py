@@ -195,10 +195,10 @@ def test_nothing_in_common_names_both_sides(folders):
         run(folders)
 
 
-def test_two_references_of_one_name_are_refused(folders):
-    write(folders / "ref" / "more" / "a.nrrd.nii", cube())
+def test_two_references_of_one_name_in_one_folder_are_refused(folders):
     write(folders / "ref" / "more" / "a.nii", cube())
-    with pytest.raises(DataError, match="same name"):
+    write(folders / "ref" / "more" / "a.nii.gz", cube())
+    with pytest.raises(DataError, match="would both get the id"):
         run(folders)
 
 

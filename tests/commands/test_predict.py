@@ -188,7 +188,10 @@ def test_predictions_among_the_scans_are_no_scans(segmenter_run, scans, tmp_path
     assert "3 of 3 scans segmented, 3 of them before" in capsys.readouterr().out
     assert [Path(case.images[0]).parent for case in read_cases(scans).cases] == [scans] * 3
     # Where predictions are scored, folders of them below another are those of folds.
-    assert {path.parent.name for path in map(Path, scans_in(str(scans), with_predictions=True))} == {"scans", "predicted"}
+    assert {path.parent.name for path in map(Path, scans_in(str(scans), with_predictions=True))} == {
+        "scans",
+        "predicted",
+    }
 
 
 def test_scans_of_two_folders_with_one_name_are_told_apart(segmenter_run, tmp_path):

@@ -153,6 +153,40 @@ def test_the_same_name_comes_before_a_similar_one(tmp_path):
         assert pairs(tmp_path, ["case", "case_0000"], ["case"]) == [("case", "case.nii.gz", "case.nii.gz")]
 
 
+@pytest.mark.filterwarnings("ignore:Paired although:UserWarning", "ignore:Not scored:UserWarning")
+def test_words_for_what_a_file_is_do_not_part_a_prediction_from_its_reference(tmp_path):
+    for ours, theirs in [("{}", "{}_seg"), ("{}_ct", "{}-label"), ("{}_pred", "{}"), ("img00{}", "label00{}")]:
+        found = pairs(tmp_path, [ours.format(k) for k in "12"], [theirs.format(k) for k in "213"])
+        assert [name for name, _, _ in found] == [theirs.format(k) for k in "12"]
+    # One patient's CT and another's MRI may share a number; and of two candidates none is taken.
+    assert [name for name, _, _ in pairs(tmp_path, ["x", "ct_1"], ["x", "mr_1"])] == ["x"]
+    assert [name for name, _, _ in pairs(tmp_path, ["x", "p1_ct", "p1_pet"], ["x", "p1_seg"])] == ["x"]
+    assert [name for name, _, _ in pairs(tmp_path, ["x", "p1"], ["x", "p1_seg", "p1_gt"])] == ["x"]
+
+
+def test_references_in_folders_of_their_own_are_named_after_these(tmp_path):
+    found = pairs(tmp_path, ["p1", "p2"], ["p1/seg", "p2/seg"])
+    assert [(name, prediction) for name, prediction, _ in found] == [("p1_seg", "p1.nii.gz"), ("p2_seg", "p2.nii.gz")]
+    assert len(pairs(tmp_path, ["a b", "a;b", "+1", "-1"], ["-1", "+1", "a b", "a;b"])) == 4
+    touch(tmp_path, "set/imagesTs/c_0000.nii.gz", "set/labelsTs/c.nii.gz", "p/c_0000.nii.gz")
+    (pair,) = find_pairs(str(tmp_path / "p"), str(tmp_path / "set")).pairs
+    assert Path(pair.reference).parent.name == "labelsTs"
+
+
+def test_a_prediction_is_known_by_what_its_scan_is_called_among_the_others(tmp_path):
+    cases = [
+        {"id": "ct", "images": [str(tmp_path / "a/ct.nii.gz")], "prediction": "ct.nii.gz"},
+        {"id": "b_ct", "images": [str(tmp_path / "b/ct.nii.gz")], "prediction": "b_ct.nii.gz"},
+    ]
+    touch(tmp_path, "p/ct.nii.gz", "p/b_ct.nii.gz", "ref/a/seg.nii.gz", "ref/b/seg.nii.gz")
+    (tmp_path / "p/predictions.json").write_text(json.dumps({"cases": cases}))
+    found = find_pairs(str(tmp_path / "p"), str(tmp_path / "ref")).pairs
+    assert [(each.id, Path(each.prediction).name) for each in found] == [
+        ("a_seg", "ct.nii.gz"),
+        ("b_seg", "b_ct.nii.gz"),
+    ]
+
+
 def test_two_candidates_are_refused_with_their_names(tmp_path):
     with pytest.raises(DataError, match=r"CASE, case_0000 and the references case: which"):
         pairs(tmp_path, ["CASE", "case_0000"], ["case"])

@@ -3,11 +3,12 @@
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.names import file_name, is_file_name, joined_name, name_digest, same_name
+from mim3d.datasets.label_maps import case_of_name
 from mim3d.scans.grids import split_channel
 from mim3d.scans.volumes import scan_id, suffix_of
 
@@ -89,10 +90,11 @@ def distinct_names(path: str, name: str, other: str) -> Iterator[str]:
 
 
 def matched_ids(ours: Sequence[str], theirs: Sequence[str], sides: tuple[str, str]) -> dict[str, str]:
-    """Which id of one side belongs to which of another: the same one, or one that differs by its spelling alone.
+    """Which id of one side belongs to which of another: the same one, or the one that differs least.
 
-    Upper and lower case, composed letters, and the end ``_0000`` of a first channel are spelling. An id that is the
-    same on both sides is never given to another.
+    Upper and lower case, composed letters, and the end ``_0000`` of a first channel are spelling. Of what is left,
+    those belong together that differ in words for what a file is (``p1_ct``, ``p1_seg``) and that no other could
+    belong to.
 
     Args:
         ours: Ids of one side, each once.
@@ -100,24 +102,40 @@ def matched_ids(ours: Sequence[str], theirs: Sequence[str], sides: tuple[str, st
         sides: What the sides are, in the plural, for the message.
 
     Raises:
-        DataError: Several ids of a side could belong to one of the other; the sentence names them.
+        DataError: Several ids of a side are one of the other but for their spelling; the sentence names them.
     """
-    same = set(ours) & set(theirs)
-    matched = {name: name for name in ours if name in same}
-    left, right = (_by_spelling(name for name in side if name not in same) for side in (ours, theirs))
-    for spelling in left.keys() & right.keys():
-        mine, other = left[spelling], right[spelling]
+    matched = {name: name for name in set(ours) & set(theirs)}
+    for mine, other in _groups(_spelling, ours, theirs, matched):
         if len(mine) > 1 or len(other) > 1:
             raise DataError(
                 f"{sides[0]} {listed(mine)} and {sides[1]} {listed(other)}: which belong together is not clear from "
                 "their names; rename them, so that those that belong together have the same name."
             )
         matched[mine[0]] = other[0]
+    for mine, other in _groups(_whose, ours, theirs, matched):
+        kinds = [case_of_name(names[0])[1] for names in (mine, other)]
+        if len(mine) == len(other) == 1 and (kinds[0] == kinds[1] or not all(kinds)):
+            matched[mine[0]] = other[0]
     return matched
 
 
-def _by_spelling(names: Iterator[str]) -> Mapping[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        found[same_name(name).removesuffix(FIRST_CHANNEL)].append(name)
-    return found
+def _spelling(name: str) -> str:
+    return same_name(name).removesuffix(FIRST_CHANNEL)
+
+
+def _whose(name: str) -> str:
+    return _spelling(case_of_name(name)[0])
+
+
+def _groups(
+    key: Callable[[str], str], ours: Sequence[str], theirs: Sequence[str], matched: Mapping[str, str]
+) -> list[tuple[list[str], list[str]]]:
+    """The ids of both sides that are not matched and that a key makes the same."""
+    sides: list[dict[str, list[str]]] = []
+    for names, done in ((ours, set(matched)), (theirs, set(matched.values()))):
+        sides.append(defaultdict(list))
+        for name in names:
+            if name not in done:
+                sides[-1][key(name)].append(name)
+    mine, other = sides
+    return [(mine[each], other[each]) for each in mine if each and each in other]

@@ -33,6 +33,9 @@ _IMAGE_FOLDERS = frozenset("image images imagestr imagests imagesval img imgs sc
 _CHANNELS = frozenset("ct cta cbct mr mri pet pt suv t1 t1c t1n t1ce t1gd t1w t2 t2w t2f flair adc dwi pd".split())
 _ROLES = _LABEL_WORDS | _IMAGE_FOLDERS | _CHANNELS | {"imaging", "vol", "combined", "ground", "truth"}
 
+#: Words that tools add to the names of what they predict.
+_PREDICTED = frozenset("pred preds predicted prediction predictions output".split())
+
 #: Words before the number of a case: ``img0001`` and ``label0001``.
 _NUMBERED = "|".join(sorted(_LABEL_WORDS | _IMAGE_FOLDERS | {"ct", "mr", "mri", "vol", "imaging"}))
 
@@ -126,8 +129,14 @@ def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool 
     return SortedTree(cases=tuple(cases), channels=channels, notes=(f"{root}: {'; '.join(said)}.",))
 
 
-def _named_maps(paths: Iterable[str], root: str) -> set[str]:
+def _named_maps(paths: Sequence[str], root: str) -> set[str]:
     """Files that are called label maps, or lie in a folder that is, where scans lie beside that folder."""
+    called = (path for path in paths if suffix_of(path) and _is_called_label(path))
+    return {*in_label_folders(paths, root), *called}
+
+
+def in_label_folders(paths: Iterable[str], root: str) -> list[str]:
+    """Files in a folder that is called one of label maps, where scans lie beside that folder."""
     homes: dict[str, str | None] = {}
     beside: set[str] = set()
     for path in paths:
@@ -136,7 +145,7 @@ def _named_maps(paths: Iterable[str], root: str) -> set[str]:
         homes[path] = None if first is None else os.sep.join(parts[:first])
         if first is None:
             beside.update(os.sep.join(parts[:count]) for count in range(len(parts) + 1))
-    return {path for path, home in homes.items() if home in beside or (suffix_of(path) and _is_called_label(path))}
+    return [path for path, home in homes.items() if home in beside]
 
 
 def _is_called_label(path: str) -> bool:
@@ -367,12 +376,18 @@ class _Groups:
         return list(dict.fromkeys(found.get(each.images[0], each) for each in single))
 
 
-def _without_roles(stem: str) -> str:
+def case_of_name(name: str) -> tuple[str, frozenset[str]]:
+    """Whose an image or a label map is, as its name says, and what kind of image it speaks of, such as ``ct``."""
+    words = (re.sub(r"\d+$", "", word) if word not in _CHANNELS else word for word in re.split(r"[\W_]+", name.lower()))
+    return _without_roles(name, _PREDICTED), frozenset(words) & _CHANNELS
+
+
+def _without_roles(stem: str, also: frozenset[str] = frozenset()) -> str:
     """A name without the words that say what a file is: ``BraTS-1-t1c`` and ``BraTS-1-seg`` become ``BraTS-1``."""
     parts = re.split(r"([\s._-]+)", stem)
     words = [(parts[index - 1] if index else "", word) for index, word in enumerate(parts) if index % 2 == 0]
     words = [(mark, re.sub(rf"(?i)^({_NUMBERED})(?=\d+$)", "", word)) for mark, word in words]
-    kept = [(mark, word) for mark, word in words if word and word.lower() not in _ROLES]
+    kept = [(mark, word) for mark, word in words if word and word.lower() not in _ROLES | also]
     return "".join(mark * bool(index) + word for index, (mark, word) in enumerate(kept))
 
 

@@ -14,9 +14,9 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, scans_in
 from mim3d.datasets.descriptions import LabelDeclaration, read_labels
 from mim3d.datasets.ids import matched_ids, unique_ids
-from mim3d.datasets.label_maps import has_pairs
+from mim3d.datasets.label_maps import has_pairs, in_label_folders
 from mim3d.datasets.lists import channel_names, read_table
-from mim3d.scans.volumes import scan_id
+from mim3d.scans.grids import file_of, resolved
 
 #: Name of the table that prediction writes into its folder.
 TABLE_NAME = "predictions.csv"
@@ -82,7 +82,8 @@ class Pairs:
 def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_empty: bool = False) -> Pairs:
     """Match label maps by their scans where both sides name them, else by id: the file name without suffix.
 
-    Ids may differ in spelling: upper and lower case, composed letters, ``_0000`` at the end.
+    Ids may differ in spelling: upper and lower case, composed letters, ``_0000`` at the end; and in words for what a
+    file is (``p1_ct``, ``p1_seg``).
 
     Args:
         predictions: Folder of label maps; its `predictions.json` is followed where there is one.
@@ -191,7 +192,7 @@ def _referenced(references: str | Sequence[str]) -> CaseSet:
         if not os.path.isfile(os.path.join(references, "dataset.json")) and pair_folders(references) is None:
             paths = scans_in(references)
             if not has_pairs(paths, os.path.abspath(references)):
-                return _label_maps(paths, references)
+                return _label_maps(in_label_folders(paths, references) or paths, references)
     elif not references.lower().endswith((".csv", ".json")):
         return _label_maps([references], os.path.dirname(references))
     cases = read_cases(references)
@@ -202,13 +203,13 @@ def _referenced(references: str | Sequence[str]) -> CaseSet:
 
 
 def _label_maps(paths: Sequence[str], folder: str) -> CaseSet:
-    """Label files as cases named like them, with the labels that a dataset.json in or above a folder declares."""
-    found: dict[str, Case] = {}
-    for path in map(os.path.abspath, paths):
-        name = scan_id(path)
-        if name in found:
-            raise DataError(f"{path}: has the same name as {found[name].label}; give each label map a name of its own.")
-        found[name] = Case(id=name, images=(), label=path, patient=name)
+    """Label files as cases, with the labels that a dataset.json in or above their folder declares.
+
+    They are named like their files, and where these have one name, after their folders.
+    """
+    files = [os.path.abspath(path) for path in paths]
+    names = unique_ids([Case(images=(path,)) for path in files], os.path.abspath(folder))
+    cases = tuple(Case(id=name, images=(), label=path, patient=name) for name, path in zip(names, files, strict=True))
     labels = LabelDeclaration()
     places = (os.path.join(place, "dataset.json") for place in (folder, os.path.dirname(os.path.abspath(folder))))
     description = next(filter(os.path.isfile, places), None)
@@ -219,7 +220,7 @@ def _label_maps(paths: Sequence[str], folder: str) -> CaseSet:
     return CaseSet(
         root=folder,
         form="folder",
-        cases=tuple(found.values()),
+        cases=cases,
         labels=labels.names,
         ignore_label=labels.ignore_label,
         regions=labels.regions,
@@ -298,7 +299,7 @@ def read_class_tables(
         if column not in their_columns:
             raise DataError(f"{references}: has no column {column!r}.{nearest(column, their_columns)}")
     rows = []
-    matched = _shared_ids(path, list(ours), list(theirs))
+    matched = _paired(path, [{name: name for name in ours}], list(theirs), {})
     for own_name, name in sorted(matched.items(), key=lambda pair: pair[1]):
         prediction, reference = ours[own_name], theirs[name]
         if reference[class_column] not in class_names:
@@ -371,26 +372,40 @@ def _matched(predictions: str, ours: Mapping[str, Case], theirs: Mapping[str, Ca
     """Ids of predictions and of the references that they belong to, of which there must be some."""
 
     def scans_of(side: Mapping[str, Case]) -> dict[tuple[str, ...], str]:
-        return {tuple(map(os.path.realpath, case.images)): name for name, case in side.items() if case.images}
+        return {resolved(case.images): name for name, case in side.items() if case.images}
 
     left, right = scans_of(ours), scans_of(theirs)
-    of_scans = {left[images]: right[images] for images in left.keys() & right.keys()}
-    others = [name for name in ours if name not in of_scans]
-    taken = set(of_scans.values())
-    return of_scans | _shared_ids(predictions, others, [name for name in theirs if name not in taken], of_scans)
+    matched = {left[images]: right[images] for images in left.keys() & right.keys()}
+    # A prediction may be called as its scan is among those of this folder, or as it was when its turn came.
+    named = [name for name, case in ours.items() if case.images]
+    folder = os.path.commonpath([os.path.dirname(file_of(ours[name].images[0])) for name in named]) if named else ""
+    among = dict(zip(unique_ids([Case(images=ours[name].images) for name in named], folder), named, strict=True))
+    return _paired(predictions, ({name: name for name in ours}, among), list(theirs), matched)
 
 
-def _shared_ids(
-    predictions: str, ours: Sequence[str], theirs: Sequence[str], known: Mapping[str, str] | None = None
+def _paired(
+    predictions: str, ours: Sequence[Mapping[str, str]], theirs: Sequence[str], known: Mapping[str, str]
 ) -> dict[str, str]:
-    """The ids of predictions and those of their references, of which there must be some; a guess is said."""
-    matched = matched_ids(ours, theirs, ("the predictions", "the references"))
-    if not matched and not known:
+    """The ids of predictions and those of their references, of which there must be some; a guess is said.
+
+    Args:
+        predictions: Where the predictions are, for the message.
+        ours: What predictions are called -> their ids; what is not found by a name of the first is sought by the next.
+        theirs: Ids of references.
+        known: Those that are known to belong together.
+    """
+    matched = dict(known)
+    for names in ours:
+        taken = set(matched.values())
+        mine, others = ([name for name in names if names[name] not in matched], [n for n in theirs if n not in taken])
+        found = matched_ids(mine, others, ("the predictions", "the references"))
+        matched |= {names[name]: other for name, other in found.items()}
+    if not matched:
         raise DataError(
-            f"{predictions}: no prediction is named like a reference; the predictions are {listed(sorted(ours))}, the "
-            f"references {listed(sorted(theirs))}."
+            f"{predictions}: no prediction is named like a reference; the predictions are {listed(sorted(ours[0]))}, "
+            f"the references {listed(sorted(theirs))}."
         )
-    differing = [f"{name} with {other}" for name, other in sorted(matched.items()) if name != other]
+    differing = [f"{name} with {other}" for name, other in sorted(matched.items()) if known.get(name, name) != other]
     if differing:
         warnings.warn(f"Paired although their names differ: {listed(differing)}.", stacklevel=4)
     return matched

@@ -121,6 +121,11 @@ def file_of(address: str) -> str:
     return address.partition("::")[0]
 
 
+def resolved(images: Sequence[str]) -> tuple[str, ...]:
+    """Addresses of channels with links resolved: the same for one scan, however it is reached."""
+    return tuple(f"{os.path.realpath(file)}{image[len(file) :]}" for image in images if (file := file_of(image)))
+
+
 def is_there(address: str) -> bool:
     """Whether the file or folder of a scan's address exists."""
     return os.path.exists(file_of(address))

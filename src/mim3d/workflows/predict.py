@@ -22,12 +22,12 @@ from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.ids import distinct_names, unique_ids
 from mim3d.datasets.usable import fault_of, refuse_or_say
 from mim3d.scans.files import PREDICTIONS_MARK
-from mim3d.scans.grids import is_there, split_channel
+from mim3d.scans.grids import is_there, resolved, split_channel
 from mim3d.scans.volumes import scan_id
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
 from mim3d.workflows.shared.held_out import held_out_by_all
-from mim3d.workflows.shared.scan_sources import ScanFiles, resolved
+from mim3d.workflows.shared.scan_sources import ScanFiles
 
 #: File of a folder of predictions that holds where errors were raised that nobody foresaw.
 TRACEBACKS_NAME = "failed_tracebacks.txt"

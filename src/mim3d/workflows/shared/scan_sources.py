@@ -1,6 +1,5 @@
 """What a scan is told by besides its name: where it lies, its size and time of change, and its content."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from mim3d.caching.case import digest_files, source_files
 from mim3d.core.errors import DataError
-from mim3d.scans.grids import file_of, is_there
+from mim3d.scans.grids import file_of, is_there, resolved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +61,6 @@ class ScanFiles:
         except (KeyError, TypeError, ValueError):
             return None
         return cls(paths=paths, num_bytes=size, modified_ns=time, sha256=digest if isinstance(digest, str) else None)
-
-
-def resolved(images: Sequence[str]) -> tuple[str, ...]:
-    """Addresses of channels with links resolved: the same for one scan, however it is reached."""
-    return tuple(f"{os.path.realpath(file)}{image[len(file) :]}" for image in images if (file := file_of(image)))
 
 
 def _stamps(image: str) -> list[tuple[int, int]]:
