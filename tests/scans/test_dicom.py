@@ -23,7 +23,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, 
 from mim3d.core.errors import DataError
 from mim3d.scans.dicom import headers
 from mim3d.scans.dicom.headers import read_kind
-from mim3d.scans.volumes import find_scans, patient_of, read_grid, read_volume, scan_id, write_volume
+from mim3d.scans.volumes import find_scans, modality_of, patient_of, read_grid, read_volume, scan_id, write_volume
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -62,7 +62,10 @@ def header(series: str, index: int, position: Sequence[float] | None, fields: di
         data.ImagePositionPatient = [float(value) for value in position]
     data.RescaleSlope, data.RescaleIntercept, data.InstanceNumber = 1, 0, index + 1
     for name, value in fields.items():
-        setattr(data, name, value)
+        if value is None:
+            delattr(data, name)
+        else:
+            setattr(data, name, value)
     return data
 
 
@@ -285,7 +288,7 @@ def test_rounded_positions_are_no_fault(tmp_path):
 
 
 def test_a_series_without_geometry_or_with_mixed_slices_is_refused(tmp_path):
-    assert "lacks the slice's position" in refusal(write_series(tmp_path / "a", [None] * 6))
+    assert "has no ImagePositionPatient, so" in refusal(write_series(tmp_path / "a", [None] * 6))
     assert "one slice" in refusal(write_series(tmp_path / "b", positions([0])))
     mixed = write_series(tmp_path / "c", positions(heights()))
     write_series(mixed, positions([20]), first_index=9, Rows=2, Columns=2)
@@ -483,10 +486,14 @@ HOSTILE = [
     ("ImagePositionPatient", ["0", "0", "1e300"], "ImagePositionPatient is (0, 0, 1e+300)"),
     ("ImagePositionPatient", ["0", "0"], "ImagePositionPatient is (0, 0), where 3 plausible numbers"),
     ("ImagePositionPatient", "Doe", "ImagePositionPatient is no list of 3 numbers"),
-    ("ImagePositionPatient", "", "lacks the slice's position"),
+    ("ImagePositionPatient", "", "has no ImagePositionPatient, so"),
     ("ImageOrientationPatient", ["1", "0", "inf", "0", "1", "0"], "ImageOrientationPatient is (1, 0, inf"),
     ("PixelSpacing", ["nan", "1"], "PixelSpacing is (nan, 1)"),
+    ("ImageOrientationPatient", ["0"] * 6, "ImageOrientationPatient is (0, 0, 0, 0, 0, 0), no two perpendicular"),
+    ("ImageOrientationPatient", ["1", "0", "0", "1", "0", "0"], "is (1, 0, 0, 1, 0, 0), no two perpendicular"),
     ("PixelSpacing", ["-0.8", "0.7"], "(-0.8, 0.7) mm"),
+    ("PixelSpacing", ["1e-9", "0.7"], "(1e-09, 0.7) mm, which no scan has"),
+    ("PixelSpacing", ["0,8", "0,7"], "PixelSpacing is '0,8\\0,7', no list of 2 numbers"),
     ("RescaleSlope", "nan", "RescaleSlope is (nan)"),
     ("RescaleSlope", "0", "RescaleSlope is 0"),
     ("RescaleSlope", "1e300", "RescaleSlope is (1e+300)"),
@@ -604,6 +611,98 @@ def test_an_empty_file_without_suffix_is_told_beside_slices_alone(tmp_path):
     (folder / "IM7").unlink()
     (folder / "IM7").symlink_to(folder / "nothing")
     assert "IM7: this DICOM file cannot be read: No such file" in refusal(folder)
+
+
+@pytest.mark.parametrize("ending", ["", ".{}", ".dcm"])
+@pytest.mark.parametrize("content", [b"", b"\0", b"\0" * 128, b"\0" * 2000, b"damaged bytes" * 100])
+def test_what_is_left_of_a_slice_is_told_by_its_name(tmp_path, ending, content):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"MR{number:04d}{ending.format(number)}")
+    # The last slice in space: without it the series would seem whole.
+    last = max(folder.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
+    last.write_bytes(content)
+    assert find_scans(tmp_path) == [str(folder)]
+    assert refusal(folder).startswith(f"{last}: this DICOM file cannot be read")
+
+
+@pytest.mark.parametrize("name", ["LOCKFILE", "README", "notes.txt", "Thumbs.db", "pipe"])
+def test_files_that_are_named_like_no_slice_are_none(tmp_path, name):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    if name == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).touch()
+    assert find_scans(tmp_path) == [str(folder)] and read_grid(folder).shape == (5, 4, 6)
+
+
+def test_a_damaged_file_among_several_series_belongs_to_the_one_that_it_is_named_like(tmp_path):
+    folder = write_series(tmp_path / "mixed", positions(heights()))
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"a{path.name}")
+    write_series(folder, positions(heights()), series="2")
+    (folder / "02_2_5.dcm").write_bytes(b"")
+    reasons = [_error_of(address) for address in find_scans(folder)]
+    assert [str(each).partition(":")[0] for each in reasons if each] == [f"{folder}/02_2_5.dcm"] and len(reasons) == 2
+
+
+def test_slices_that_begin_with_their_second_element_are_read(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    for number, path in enumerate(sorted(folder.iterdir())):
+        raw = path.read_bytes()
+        path.unlink()
+        (folder / f"IM{number}").write_bytes(raw[raw.index(b"\x02\0\x02\0UI") :])
+    assert np.array_equal(read_volume(folder).array, voxels()[::-1, ::-1])
+
+
+@pytest.mark.parametrize("packed", ["", "JPEG"])
+@pytest.mark.parametrize(("is_signed", "bits"), [(1, 16), (0, 16), (0, 12)])
+def test_values_stored_for_black_on_white_are_not_inverted(tmp_path, is_signed, bits, packed):
+    stored = voxels() + 50
+    fields = {"PixelRepresentation": is_signed, "BitsStored": bits, "HighBit": bits - 1, "RescaleIntercept": -1024}
+    folder = write_series(
+        tmp_path, positions(heights()), array=stored, packed=packed, PhotometricInterpretation="MONOCHROME1", **fields
+    )
+    assert np.array_equal(read_volume(folder).array, stored[::-1, ::-1] - 1024)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "a colour image \\(PALETTE COLOR\\)"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]}, "a mosaic"),
+    ],
+)
+def test_pixels_that_are_no_slice_are_left_out(tmp_path, fields, said):
+    write_series(tmp_path, positions(heights()), **fields)
+    with pytest.warns(UserWarning, match=said):
+        assert find_scans(tmp_path) == []
+
+
+def test_a_ct_without_rescaling_says_what_is_assumed(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()), RescaleSlope=None, RescaleIntercept=None)
+    with pytest.warns(UserWarning, match="stored values count as HU"):
+        assert read_grid(folder).assumed
+    assert not read_grid(write_series(tmp_path / "mr", positions(heights()), Modality="MR", RescaleSlope=None)).assumed
+
+
+@pytest.mark.parametrize("modality", ["ct", ""])
+def test_a_modality_in_small_letters_or_left_to_the_class_is_known(tmp_path, modality):
+    with disable_value_validation():
+        folder = write_series(tmp_path / "ct", positions(heights()), Modality=modality)
+    assert modality_of(folder) == "CT"
+
+
+def test_a_rescaling_by_a_table_is_refused(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType, table.LUTData = [2, 0, 16], "HU", b"\0\0\1\0"
+    fields = {"ModalityLUTSequence": [table], "RescaleSlope": None, "RescaleIntercept": None}
+    assert "rescaled by a table" in refusal(write_series(tmp_path / "ct", positions(heights()), **fields))
+
+
+def test_two_stacks_in_one_series_lack_no_slices(tmp_path):
+    folder = write_series(tmp_path / "ct", positions([*heights(), *(200 + place for place in heights())]))
+    assert "unevenly spaced" in refusal(folder) and "missing" not in refusal(folder)
 
 
 def test_a_patient_whose_name_cannot_be_decoded_is_one_all_the_same(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import io
 import math
+import operator
 import os
 import re
 import stat
@@ -20,6 +21,7 @@ from pydicom.charset import default_encoding
 from pydicom.config import disable_value_validation
 from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_sequence
+from pydicom.multival import MultiValue
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -36,7 +38,7 @@ _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _TAGS = (
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "ImageType",
     "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
-    "NumberOfFrames", "GantryDetectorTilt",
+    "NumberOfFrames", "GantryDetectorTilt", "PhotometricInterpretation", "ModalityLUTSequence",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate",
@@ -54,20 +56,32 @@ _FRAME_SEQUENCES = (
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 
 #: First element of a file without the mark, with or without its type; some sixty bits that other files hardly show.
-_FIRST_ELEMENT = re.compile(rb"(?:\x02\0[\0\x01]|\x08\0[\0\x01\x05\x08\x12-\x18])\0(?:[A-Z][A-Z].\0|..\0\0)", re.DOTALL)
+_FIRST_ELEMENT = re.compile(
+    rb"(?:\x02\0[\0\x01]|\x08\0[\0\x01\x05\x08\x12-\x18])\0(?:[A-Z][A-Z].\0|..\0\0)|\x02\0[\x02-\x18]\0UI.\0", re.DOTALL
+)
 
 #: Series and modality in the bytes of a header that cannot be parsed: the element, its type and length, its value.
 _SERIES_BYTES = re.compile(rb"\x20\0\x0e\0(?:UI..|..\0\0)([0-9.]{1,64})[\0 ]?[\x20\x28]\0", re.DOTALL)
 _MODALITY_BYTES = re.compile(rb"\x08\0\x60\0(?:CS..|..\0\0)([A-Z]{2,16})", re.DOTALL)
 
-#: Images of CT, MR and PET, and their forms of many frames.
-_VOLUME_CLASSES = tuple(f"1.2.840.10008.5.1.4.1.1.{kind}" for kind in ("2", "2.1", "2.2", "4", "4.1", "128", "130"))
+#: Classes of images of CT, MR and PET, and of their forms of many frames -> modality.
+_VOLUME_CLASSES = {
+    f"1.2.840.10008.5.1.4.1.1.{number}": modality
+    for modality, numbers in {"CT": ("2", "2.1", "2.2"), "MR": ("4", "4.1"), "PT": ("128", "130")}.items()
+    for number in numbers
+}
 
 #: Objects that belong to a series begin so.
 _OF_SERIES = "1.2.840.10008.5.1.4.1.1."
 
 #: Bytes of a damaged file that are searched for its series.
 _SEARCHED_BYTES = 2**18
+
+#: No pixel is smaller or larger, in millimetres.
+_PIXEL_MM = (1e-4, 1e3)
+
+#: What may be shown of a text that should be numbers: it cannot be a name.
+_NUMBER_TEXT = re.compile(r"[-+0-9.,;eE\\ ]{1,64}")
 
 #: No position or spacing in millimetres, no angle and no element of a unit vector is larger.
 _MAX_GEOMETRY = 1e6
@@ -100,6 +114,9 @@ class Slice:
         rows: Number of rows.
         columns: Number of columns.
         num_values: Values per pixel; 3 for colours.
+        colours: What pixels mean, MONOCHROME2 where the header does not say.
+        inverted_from: Sum of a stored value and of what a decoder makes of it that turns white on black into black on
+            white; None where values are as they are stored.
         itemsize: Bytes per value once unpacked, at least 2.
         num_frames: Number of frames in the file.
         pixel_offset: Byte of the file where the pixels start.
@@ -127,6 +144,8 @@ class Slice:
     rows: int
     columns: int
     num_values: int
+    colours: str
+    inverted_from: int | None
     itemsize: int
     num_frames: int
     pixel_offset: int
@@ -318,11 +337,36 @@ def _is_old_export(path: str) -> bool:
 
 
 def _is_bare(path: str) -> bool:
-    return "." not in os.path.basename(path)
+    """Whether a file is named by a number without a suffix, as archives name slices."""
+    return re.fullmatch(r"[^.]*[0-9][^.]*", os.path.basename(path)) is not None
+
+
+def name_form(path: str) -> str:
+    """The name of a file with its folder, and without the numbers that tell slices apart."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, re.sub("[0-9A-F]+", "#", name))
+
+
+def read_stray(path: str) -> Slice | None:
+    """A file that is not recognised as DICOM, as the damaged slice that its name says it is.
+
+    None stands for a sound DICOM object of no series.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return _unreadable(path, "it is no regular file, so it is not opened", doubtful=True)
+        with open(path, "rb") as stream:
+            head = stream.read(132)
+    except OSError as error:
+        return _unreadable(path, str(error.strerror), doubtful=True)
+    if head[128:] == b"DICM":
+        return None
+    reason = "it does not begin as a DICOM file" if len(head) > 131 else "it ends before its header"
+    return _unreadable(path, reason if head else "it is empty", doubtful=True)
 
 
 def _by_name(path: str, reason: str) -> tuple[Slice, ...]:
-    """A file of which nothing can be read: a slice if it is named like one, perhaps one if it has no suffix at all."""
+    """A file of which nothing can be read: a slice if it is named like one, perhaps one if it is just a number."""
     named = _is_old_export(path)
     return (_unreadable(path, reason, doubtful=not named),) if named or _is_bare(path) else ()
 
@@ -342,6 +386,8 @@ def _unreadable(path: str, reason: str, head: bytes = b"", *, doubtful: bool = F
         rows=0,
         columns=0,
         num_values=1,
+        colours="MONOCHROME2",
+        inverted_from=None,
         itemsize=2,
         num_frames=1,
         pixel_offset=0,
@@ -391,27 +437,31 @@ def _slice(
     values = _Values(places)
     rows, columns = values.whole("Rows", 0, (0, 65535)), values.whole("Columns", 0, (0, 65535))
     num_values, bits = values.whole("SamplesPerPixel", 1, (1, 4)), values.whole("BitsAllocated", 16, (1, 64))
-    for name, limits in (("BitsStored", (1, bits)), ("HighBit", (0, bits - 1)), ("PixelRepresentation", (0, 1))):
-        values.whole(name, limits[1], limits)
+    bits_stored, is_signed = values.whole("BitsStored", bits, (1, bits)), values.whole("PixelRepresentation", 1, (0, 1))
+    values.whole("HighBit", bits - 1, (0, bits - 1))
     num_frames = values.whole("NumberOfFrames", 1, (0, 2**31)) or 1
     position, spacing = values.floats("ImagePositionPatient", 3), values.floats("PixelSpacing", 2)
     orientation = values.floats("ImageOrientationPatient", 6)
+    values.check_plane(orientation, spacing)
     tilt_degrees = values.number("GantryDetectorTilt", 0.0)
     slope = values.number("RescaleSlope", 1.0, _MAX_RESCALE)
     intercept = values.number("RescaleIntercept", 0.0, _MAX_RESCALE)
-    modality = str(header.get("Modality") or "")
+    modality = str(header.get("Modality") or _VOLUME_CLASSES.get(str(header.get("SOPClassUID")), "")).strip().upper()
     if not re.fullmatch("[A-Z]{0,16}", modality):
         # The text may be anything, and is not shown.
         modality = ""
-        values.faults.append("its Modality is none")
+        values.faults.append("its Modality is no code such as CT")
     if num_frames != num_described:
         values.faults.append(f"it claims {num_frames} frames and describes {num_described}")
     if slope == 0 and modality != "PT":
         # Slices of PET without any count are stored so.
         values.faults.append("its RescaleSlope is 0, which gives every voxel the same value")
+    if values.first("ModalityLUTSequence") is not None and values.first("RescaleSlope") is None:
+        values.faults.append("its values are rescaled by a table (ModalityLUTSequence), which is not read")
     syntax = header.file_meta.get("TransferSyntaxUID")
     native = syntax in (None, ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
     kinds = header.get("ImageType") or ()
+    colours = str(header.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper()
     return Slice(
         path=path,
         frame=frame,
@@ -424,6 +474,8 @@ def _slice(
         rows=rows,
         columns=columns,
         num_values=num_values,
+        colours=colours if re.fullmatch("[A-Z0-9_ ]{1,16}", colours) else "unknown",
+        inverted_from=(-1 if is_signed else 2**bits_stored - 1) if colours == "MONOCHROME1" else None,
         itemsize=max(2, bits // 8),
         num_frames=num_frames,
         pixel_offset=pixel_offset,
@@ -459,6 +511,7 @@ class _Values:
 
     def floats(self, name: str, count: int, most: float = _MAX_GEOMETRY) -> tuple[float, ...] | None:
         """That many numbers of at most some size; None where the header has no value, or another one."""
+        value: Any = None
         try:
             value = self.first(name)
             if value is None:
@@ -466,7 +519,10 @@ class _Values:
             single = isinstance(value, str | bytes | int | float)
             numbers = tuple(float(number) for number in ([value] if single else value))
         except Exception:  # Conversion to numbers by pydicom; the text may be the patient's name in a wrong place.
-            self.faults.append(f"its {name} is no {'number' if count == 1 else f'list of {count} numbers'}")
+            texts = [value] if isinstance(value, str) else value if isinstance(value, MultiValue) else ()
+            text = "\\".join(map(str, texts))
+            shown = f"'{text}', " if _NUMBER_TEXT.fullmatch(text) else ""
+            self.faults.append(f"its {name} is {shown}no {'number' if count == 1 else f'list of {count} numbers'}")
             return None
         if len(numbers) == count and all(math.isfinite(number) and abs(number) <= most for number in numbers):
             return numbers
@@ -474,6 +530,17 @@ class _Values:
         need = "a plausible number" if count == 1 else f"{count} plausible numbers"
         self.faults.append(f"its {name} is ({shown}), where {need} {'is' if count == 1 else 'are'} needed")
         return None
+
+    def check_plane(self, orientation: tuple[float, ...] | None, spacing: tuple[float, ...] | None) -> None:
+        """Refuse pixels of no size, and rows and columns in no directions of the room."""
+        if spacing is not None and not all(_PIXEL_MM[0] <= size <= _PIXEL_MM[1] for size in spacing):
+            self.faults.append(f"its PixelSpacing is ({spacing[0]:g}, {spacing[1]:g}) mm, which no scan has")
+        if orientation is not None:
+            across, down = orientation[:3], orientation[3:]
+            lengths = math.hypot(*across), math.hypot(*down)
+            if min(lengths) < 0.99 or max(lengths) > 1.01 or abs(sum(map(operator.mul, across, down))) > 1e-3:
+                shown = ", ".join(f"{value:g}" for value in orientation)
+                self.faults.append(f"its ImageOrientationPatient is ({shown}), no two perpendicular unit vectors")
 
     def number(self, name: str, default: float, most: float = _MAX_GEOMETRY) -> float:
         """One number, or the default where the header has none."""

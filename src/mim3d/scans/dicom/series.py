@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError
 from mim3d.scans import files
-from mim3d.scans.dicom.headers import Slice, read_identity, read_slices
-from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, check_spacing, smallest_integer, times
+from mim3d.scans.dicom.headers import Slice, name_form, read_identity, read_slices, read_stray
+from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, smallest_integer, times
 from mim3d.scans.reading_process import read_apart
 
 #: Modalities whose series are scans of the body's inside in parallel slices.
@@ -73,6 +73,9 @@ class Stack:
             for place, item in enumerate(self.slices[slab]):
                 if item.path != loaded:
                     frames, loaded = _decode(item), item.path
+                    if item.inverted_from is not None:
+                        # The decoder shows black as white; what is measured is as it is stored.
+                        frames = item.slope * item.inverted_from + 2 * item.intercept - frames
                 if whole:
                     needed = smallest_integer(int(frames.min()), int(frames.max()))
                     buffer = buffer.astype(np.promote_types(buffer.dtype, needed), copy=False)
@@ -126,9 +129,13 @@ def stack(slices: Sequence[Slice], name: str) -> Stack:
     affine[:3, 3] = positions[0]
     affine = LPS_TO_RAS @ affine
     check_affine(affine, name)
+    assumed: tuple[str, ...] = ()
+    if slices[0].modality == "CT" and not any("Rescale" in keyword for item in slices for keyword in item.present):
+        assumed = ("its headers have no RescaleSlope and no RescaleIntercept, so stored values count as HU",)
+        files.warn_of_assumptions(name, assumed)
     if slices[0].frame is not None and len({(item.slope, item.intercept) for item in slices}) > 1:
         raise DataError(f"{name}: the frames of the DICOM file are rescaled in different ways; export single slices.")
-    grid = Grid(shape=(columns, rows, len(slices)), affine=affine, path=name)
+    grid = Grid(shape=(columns, rows, len(slices)), affine=affine, path=name, assumed=assumed)
     for item in slices:
         if item.native_bytes is not None:
             files.check_raw(item.path, item.pixel_offset, item.native_bytes)
@@ -152,7 +159,7 @@ def _check_each(slices: Sequence[Slice], name: str) -> None:
     """Refuse a series with a slice that cannot be used by itself."""
     faults = {item.path: item.fault for item in slices if item.fault}
     if faults:
-        more = f" ({len(faults) - 1} more files of the series cannot be used either.)" if len(faults) > 1 else ""
+        more = f" {len(faults) - 1} more files of the series cannot be used either." if len(faults) > 1 else ""
         raise DataError(next(iter(faults.values())) + more)
     odd = next((item for item in slices if _no_volume(item)), None)
     if odd is not None:
@@ -177,10 +184,15 @@ def _common_size(slices: Sequence[Slice], name: str) -> tuple[int, int]:
     if len(slices) < 2:
         raise DataError(f"{name}: the DICOM series has one slice, and a volume needs two or more; copy all of it.")
     for item in slices:
-        if item.position is None or item.orientation is None or item.pixel_spacing is None:
+        geometry = {
+            "ImagePositionPatient": item.position,
+            "ImageOrientationPatient": item.orientation,
+            "PixelSpacing": item.pixel_spacing,
+        }
+        if lacking := [keyword for keyword, value in geometry.items() if value is None]:
             raise DataError(
-                f"{item.path}: the DICOM header lacks the slice's position, orientation or pixel spacing, so "
-                "the series cannot be stacked; export the original series."
+                f"{item.path}: the DICOM header has no {' and no '.join(lacking)}, so the series cannot be stacked; "
+                "export the original series."
             )
     return sizes[0]
 
@@ -191,8 +203,6 @@ def _common_plane(
     """Unit vectors along a row and down a column, and the pixel spacing, that all slices share."""
     planes = np.array([item.orientation for item in slices], dtype=np.float64)
     spacings = np.array([item.pixel_spacing for item in slices], dtype=np.float64)
-    for pair in spacings.tolist():
-        check_spacing(pair, name)
     if np.abs(planes - planes[0]).max() > 1e-3:
         num_planes = len({tuple(plane) for plane in planes.round(2).tolist()})
         raise DataError(
@@ -201,14 +211,7 @@ def _common_plane(
         )
     if np.abs(spacings - spacings[0]).max() > 1e-3 * spacings[0].min():
         raise DataError(f"{name}: the slices of the DICOM series differ in pixel spacing; split them first.")
-    across, down = planes[0, :3], planes[0, 3:]
-    lengths = np.linalg.norm(across), np.linalg.norm(down)
-    if min(lengths) < 0.99 or max(lengths) > 1.01 or abs(across @ down) > 1e-3:
-        raise DataError(
-            f"{name}: the orientation in the DICOM header is not two perpendicular unit vectors; "
-            "export the original series."
-        )
-    across = across / lengths[0]
+    across, down = planes[0, :3] / np.linalg.norm(planes[0, :3]), planes[0, 3:]
     down = down - across * (across @ down)
     return across, down / np.linalg.norm(down), spacings[0]
 
@@ -247,7 +250,8 @@ def _gaps(heights: npt.NDArray[np.float64]) -> str | None:
         return None
     ratios = gaps / typical
     missing = int(np.rint(ratios).sum()) - len(gaps)
-    if missing > 0 and np.abs(ratios - np.rint(ratios)).max() < 0.1:
+    # More than there are were rather never made: two stacks in one series.
+    if 0 < missing <= len(gaps) and np.abs(ratios - np.rint(ratios)).max() < 0.1:
         after = ", ".join(str(index + 1) for index in np.flatnonzero(np.rint(ratios) > 1)[:5])
         return (
             f"{missing} slice{'s are' if missing > 1 else ' is'} missing (gaps up to {gaps.max():.2f} mm, "
@@ -367,15 +371,25 @@ def _group(paths: Iterable[str]) -> Series:
     series: Series = defaultdict(list)
     seen: dict[tuple[object, ...], str] = {}
     copies: dict[tuple[str, str], int] = defaultdict(int)
+    unknown = []
     for path in paths:
-        for item in read_slices(path):
+        slices = read_slices(path)
+        if not slices:
+            unknown.append(path)
+        for item in slices:
             first = seen.setdefault((item.series_uid, item.slice_uid, item.frame, item.position), path)
             if first == path:
                 series[item.series_uid or os.path.realpath(os.path.dirname(path))].append(item)
             else:
                 copies[os.path.dirname(path), os.path.dirname(first)] += 1
     for (folder, original), count in copies.items():
-        warnings.warn(f"{folder}: {count} DICOM slices left out, copies of those in {original}.", stacklevel=4)
+        what = "slice left out, a copy of one" if count == 1 else "slices left out, copies of those"
+        files.warn_once(f"{folder}: {count} DICOM {what} in {original}.")
+    # What is named as slices beside it are is one, whatever is left of it: without it a series would seem whole.
+    forms = {name_form(item.path) for slices in series.values() for item in slices} if unknown else set()
+    for path in unknown:
+        if name_form(path) in forms and (stray := read_stray(path)) is not None:
+            series[os.path.realpath(os.path.dirname(path))].append(stray)
     return series
 
 
@@ -405,14 +419,26 @@ def _choose(series: Series) -> tuple[Series, dict[str, str]]:
 
 
 def _join_unknown(kept: Series) -> None:
-    """Give files that cannot be read to the one series in their folder: it may lack them, and must not seem whole."""
+    """Give files that cannot be read to the series that they are named like, else to the one series in their folder.
+
+    It may lack them, and must not seem whole.
+    """
+    unknown = {uid: kept.pop(uid) for uid in list(kept) if not kept[uid][0].series_uid}
+    if not unknown:
+        return
     folders = {uid: {os.path.dirname(item.path) for item in slices} for uid, slices in kept.items()}
-    for unknown in [uid for uid, slices in kept.items() if not slices[0].series_uid]:
-        beside = [uid for uid, own in folders.items() if uid != unknown and folders[unknown] <= own]
-        if len(beside) == 1:
-            kept[beside[0]] = kept[beside[0]] + kept.pop(unknown)
-        elif not beside and all(item.doubtful for item in kept[unknown]):
-            del kept[unknown]
+    forms = {uid: {name_form(item.path) for item in slices} for uid, slices in kept.items()}
+    for key, lost in unknown.items():
+        left = []
+        for item in lost:
+            beside = [uid for uid, own in folders.items() if os.path.dirname(item.path) in own]
+            alike = [uid for uid in beside if name_form(item.path) in forms[uid]] or beside
+            if len(alike) == 1:
+                kept[alike[0]].append(item)
+            elif beside or not item.doubtful:
+                left.append(item)
+        if left:
+            kept[key] = left
 
 
 def _no_volume(first: Slice) -> str | None:
@@ -422,6 +448,10 @@ def _no_volume(first: Slice) -> str | None:
         return "a secondary capture"
     if not first.fault and (first.rows == 0 or first.columns == 0):
         return "no image"
+    if "MOSAIC" in first.image_type:
+        return "a mosaic, all slices of a volume as tiles of one image"
+    if not first.colours.startswith("MONOCHROME") and first.num_values == 1:
+        return f"a colour image ({first.colours})"
     return f"a colour image ({first.num_values} values per pixel)" if first.num_values != 1 else None
 
 
