@@ -90,7 +90,7 @@ BUDGET = {
     "methods": 925,
     "probing": 850,
     "exporting": 950,
-    "workflows": 4100,
+    "workflows": 4125,
     "commands": 250,
     "cli": 575,
     "__main__": 15,

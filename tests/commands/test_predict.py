@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import nibabel
 import numpy as np
@@ -15,11 +16,13 @@ from scipy import ndimage
 from mim3d.cli import main
 from mim3d.commands.predict import predict
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.files import write_json
 from mim3d.core.run_folder import Run
 from mim3d.datasets.cases import Case, read_cases, scans_in
 from mim3d.datasets.splits import Split
 from mim3d.scans.volumes import read_volume
-from mim3d.workflows.predict import alone_in, input_cases
+from mim3d.tasks.contract import PredictionSettings, Predictor
+from mim3d.workflows.predict import PredictionFolder, _predict_all, alone_in, input_cases
 from mim3d.workflows.shared.held_out import held_out_cases, write_split
 from tests.labelled import ball_scan, write_scan
 
@@ -279,6 +282,49 @@ def test_a_failure_of_an_earlier_call_stays_listed(segmenter_run, tmp_path):
     content = listing(out)
     assert [row["images"] for row in content["failed"]] == [[str(first)]]
     assert [row["images"] for row in content["cases"]] == [[str(second)]]
+
+
+class InstantPredictor(Predictor):
+    """Writes a byte for each scan; after some scans somebody stops it."""
+
+    identity: ClassVar = {"weights_digests": ["x"]}
+    stops_after: int | None = None
+
+    def files_of(self, case):
+        return {"prediction": f"{case.id}.nii.gz"}
+
+    def predict(self, cases, inputs, folder, on_windows):
+        if self.stops_after == len(list(folder.glob("*.nii.gz"))):
+            raise KeyboardInterrupt
+        for case in cases:
+            (folder / f"{case.id}.nii.gz").write_bytes(b"x")
+        return [{} for _ in cases]
+
+
+def test_a_list_of_many_scans_is_not_written_for_each_of_them_and_a_stop_loses_none(tmp_path, monkeypatch):
+    for index in range(60):
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        (tmp_path / "scans" / f"s{index}.nii.gz").write_bytes(b"%d" % index)
+    clock, written = [0.0], []
+
+    def write(path, content, **settings):
+        # A list takes as long as ten of the scans that it is about.
+        clock[0] += len(content["cases"])
+        written.append(len(content["cases"]))
+        write_json(path, content, **settings)
+
+    monkeypatch.setattr("mim3d.workflows.predict.write_json", write)
+    monkeypatch.setattr(
+        "mim3d.workflows.predict.time.monotonic", lambda: clock.__setitem__(0, clock[0] + 0.1) or clock[0]
+    )
+    predictor, cases = InstantPredictor([], PredictionSettings()), input_cases(str(tmp_path / "scans"))
+    predictor.stops_after = 50
+    with pytest.raises(KeyboardInterrupt):
+        _predict_all(predictor, PredictionFolder.open(tmp_path / "out", predictor, cases, overwrite=False))
+    assert len(listing(tmp_path / "out")["cases"]) == 50 and len(written) < 12
+    predictor.stops_after = None
+    _predict_all(predictor, PredictionFolder.open(tmp_path / "out", predictor, cases, overwrite=False))
+    assert len(listing(tmp_path / "out")["cases"]) == 60 and listing(tmp_path / "out")["begun"] == []
 
 
 def test_two_processes_do_not_write_one_list(segmenter_run, tmp_path):

@@ -1,6 +1,7 @@
 """Prediction with trained networks of any task: scans in, a folder that lists what became of each."""
 
 import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,10 @@ from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
 from mim3d.workflows.shared.held_out import held_out_by_all
 from mim3d.workflows.shared.scan_sources import ScanFiles
+
+#: A list of all scans is written again once this many times its own time has gone since: one for each of ten thousand
+#: scans would take longer than the networks do. What a kill loses is predicted again.
+WRITE_EVERY = 20
 
 #: File of a folder of predictions that holds where errors were raised that nobody foresaw.
 TRACEBACKS_NAME = "failed_tracebacks.txt"
@@ -102,9 +107,13 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
     cases = folder.cases
     remaining = [case for case in cases if not folder.is_finished(case)]
     step = predictor.scans_per_call
-    with Progress("{done:.1f} of {total} scans", len(remaining)) as progress:
-        for start in range(0, len(remaining), step):
-            _predict(remaining[start : start + step], predictor, folder, progress)
+    try:
+        with Progress("{done:.1f} of {total} scans", len(remaining)) as progress:
+            for start in range(0, len(remaining), step):
+                _predict(remaining[start : start + step], predictor, folder, progress)
+                folder.write_if_due()
+    finally:
+        if remaining:
             folder.write()
     num_before = len(cases) - len(remaining)
     before = f", {num_before} of them before" if num_before else ""
@@ -210,6 +219,7 @@ class PredictionFolder:
     tracebacks: dict[str, str] = field(default_factory=dict)
     owners: dict[str, tuple[str, ...]] = field(default_factory=dict)
     cases: tuple[Case, ...] = ()
+    _due_s: float = 0.0
 
     @classmethod
     def open(
@@ -362,12 +372,22 @@ class PredictionFolder:
         if failure.traceback is not None:
             self.tracebacks[case.id] = failure.traceback
 
+    def write_if_due(self) -> None:
+        """Write the list where that takes a small share of the time since it was written.
+
+        Raises:
+            DataError: As for :meth:`write`.
+        """
+        if time.monotonic() >= self._due_s:
+            self.write()
+
     def write(self) -> None:
         """Write the list and the tables; each appears whole or not at all.
 
         Raises:
             DataError: The disk is full, or the folder cannot be written to.
         """
+        start_s = time.monotonic()
         self.predictor.write_tables(self.path, self.rows, self.failures)
         failed = [
             {"id": name, "images": list(self.owners[name]), "reason": reason} for name, reason in self.failures.items()
@@ -377,6 +397,8 @@ class PredictionFolder:
         content = {**self.predictor.identity, "cases": list(self.rows.values()), "failed": failed, "begun": begun}
         write_json(self.path / self.predictor.list_name, content, indent=1)
         write_tracebacks(self.path / TRACEBACKS_NAME, self.tracebacks)
+        end_s = time.monotonic()
+        self._due_s = end_s + WRITE_EVERY * (end_s - start_s)
 
 
 def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False, modality: str | None = None) -> list[Case]:
