@@ -362,7 +362,7 @@ def make_singular(path: Path) -> None:
 
 def make_with_pixdim(value: float):
     def make(path: Path) -> None:
-        edit_header(write_nifti(path, voxels()), pixdim=[1, 1, value, 1, 1, 1, 1, 1])
+        edit_header(write_nifti(path, voxels()), pixdim=[1, 1, value, 1, 1, 1, 1, 1], sform_code=0)
 
     return make
 
@@ -392,11 +392,19 @@ BAD_FILES = {
     "complex.nii": (lambda path: write_nifti(path, voxels().astype(np.complex64)), "not real numbers"),
     "flat.nii.gz": (lambda path: write_nifti(path, voxels((5, 6))), r"2-D \(5 x 6\)"),
     "time.nii.gz": (lambda path: write_nifti(path, voxels((5, 6, 7, 2))), r"4 axes \(5 x 6 x 7 x 2\)"),
-    "nan.nii.gz": (make_nan, "2 of 210 voxels are NaN or infinite"),
+    "nan.nii.gz": (make_nan, "2 of 210 voxels are NaN, infinite or beyond"),
     "giant.nii": (make_giant, "32000 x 32000 x 32000 voxels .* GiB"),
     "giant.nii.gz": (make_giant_gzip, "64000352 bytes of voxels"),
     "zero_spacing.nii": (make_with_pixdim(0), r"voxel spacing is \(1, 0, 1\) mm"),
-    "negative_spacing.nii": (make_with_pixdim(-2), r"voxel spacing is \(1, -2, 1\) mm"),
+    "tiny_spacing.nii": (make_with_pixdim(1e-20), r"voxel spacing is \(1, 1e-20, 1\) mm"),
+    "huge_slope.nii": (make_rescaled(1e30, 0), r"beyond 1e\+30"),
+    "no_type.nii": (lambda path: edit_header(write_nifti(path, voxels()), datatype=1), "voxels of the type 1"),
+    "pointer.nii.gz": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "page.nrrd": (lambda path: path.write_text("<!DOCTYPE html><html>Log in"), "web page"),
+    "archive.mha": (lambda path: path.write_bytes(b"PK\3\4" + bytes(99)), "ZIP archive"),
+    "twice.nii.gz": (lambda path: path.write_bytes(gzip.compress(gzip.compress(bytes(999)))), "packed by gzip"),
+    "slice.mha": (lambda path: path.write_bytes(bytes(128) + b"DICM" + bytes(9)), "a DICOM file"),
+    "link.nii.gz": (lambda path: path.symlink_to("gone.nii.gz"), "this is a link to gone.nii.gz, which is not there"),
     "nan_spacing.nii": (make_with_pixdim(np.nan), r"voxel spacing is \(1, nan, 1\) mm"),
     "sheared.nii": (make_sheared, "71.50 degrees instead of 90"),
     "singular.nii": (make_singular, "sheared or singular"),
@@ -456,7 +464,7 @@ def test_a_bad_file_is_refused_in_one_sentence_that_names_it(tmp_path, name):
 
 
 def test_header_faults_are_found_without_reading_voxels(tmp_path):
-    only_in_voxels = {"nan.nii.gz", "corrupt.nii.gz", "corrupt.nrrd", "corrupt.mha", "zipped.mha"}
+    only_in_voxels = {"nan.nii.gz", "huge_slope.nii", "corrupt.nii.gz", "corrupt.nrrd", "corrupt.mha", "zipped.mha"}
     for name, (make, words) in BAD_FILES.items():
         make(tmp_path / name)
         if name not in only_in_voxels:

@@ -17,6 +17,7 @@ from mim3d.caching.stored_voxels import INTEGER_TYPES
 from mim3d.core.errors import DataError
 from mim3d.core.types import LARGEST_LABEL
 from mim3d.datasets.cases import SPLITS
+from mim3d.scans.grids import MAX_SPACING_MM, MIN_SPACING_MM
 from mim3d.scans.modality import Decider, Sign
 
 #: Most voxels along an axis, and of a scan.
@@ -145,7 +146,7 @@ _Rules = Mapping[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]]
 _CARD: _Rules = {
     "shape": (_shape, f"three whole numbers from 1 to {_LONGEST}, {_MOST_VOXELS:,} voxels at most"),
     "spacing_mm": (
-        lambda value, card: _numbers(value, 3) and all(1e-6 <= edge <= 1e6 for edge in value),
+        lambda value, card: _numbers(value, 3) and all(MIN_SPACING_MM <= edge <= MAX_SPACING_MM for edge in value),
         "three numbers of millimetres above 0",
     ),
     "affine": (_affine, "16 numbers whose axes are as long as spacing_mm says and meet at right angles"),

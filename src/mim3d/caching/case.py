@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 
 from mim3d.caching import layout
+from mim3d.caching.card_checks import check_card
 from mim3d.caching.foreground import class_counts_of, class_locations_of
 from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.scan import Card, card_of
@@ -229,8 +230,14 @@ def _write_case(folder: str, prepared: Prepared, card: Card, settings: BuildSett
             np.savez_compressed(os.path.join(scratch, layout.LOCATIONS), rows=places.T.copy())
             totals = enumerate(counts.sum(axis=0).tolist())
             card["num_voxels"] = [{"value": value, "count": count} for value, count in totals if count]
+        try:
+            # A cache with a card that cannot be is refused as a whole.
+            text = layout.json_text(card)
+            check_card(json.loads(text))
+        except ValueError as error:
+            raise DataError(f"{prepared.grid.path}: a cache cannot hold it ({error}); leave it out.") from error
         with open(os.path.join(scratch, layout.CARD), "w", encoding="utf-8") as file:
-            file.write(layout.json_text(card))
+            file.write(text)
         sync_tree(scratch)
         os.chmod(scratch, 0o755)
         target = os.path.join(settings.out, layout.CASES, folder)

@@ -29,6 +29,23 @@ PREDICTIONS_MARK = ".predict.lock"
 _said: set[str] = set()
 _is_silent = False
 
+#: First bytes of files that are often found where a scan belongs -> what they are, and what to do.
+_OTHERS = (
+    (b"version https://git-lfs", "a pointer of Git LFS and not the scan itself; fetch it with `git lfs pull`"),
+    (b"/annex/objects", "a pointer of git-annex and not the scan itself; fetch it with `datalad get`"),
+    (b"<", "a web page or XML and not a scan; download the file again, logged in where that is needed"),
+    (b"PK\3\4", "a ZIP archive; unpack it"),
+    (b"BZh", "packed by bzip2; unpack it"),
+    (b"\xfd7zXZ", "packed by xz; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd; unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it"),
+    (b"\x1f\x8b", "packed by gzip, once more or against its name; unpack it"),
+    (b"\x89HDF", "an HDF5 file (MINC or MATLAB); convert it to NIfTI"),
+    (b"NRRD0", "an NRRD file; let its name end in .nrrd"),
+    (b"\x89PNG", "a PNG image; give the scan it was drawn from"),
+    (b"\xff\xd8\xff", "a JPEG image; give the scan it was drawn from"),
+)
+
 #: DEFLATE cannot shrink data further than this, so a smaller file cannot hold what its header claims.
 MAX_DEFLATE_RATIO = 1032
 
@@ -42,6 +59,11 @@ def check_file(path: str) -> None:
     if os.path.isdir(path):
         raise DataError(f"{path}: a folder where an image file is needed; name a file inside it.")
     if not os.path.exists(path):
+        if os.path.islink(path):
+            raise DataError(
+                f"{path}: no such file: this is a link to {os.readlink(path)}, which is not there; fetch it (from "
+                "DataLad by `datalad get`), or correct the link."
+            )
         raise DataError(f"{path}: no such file; check the path and that the disk is mounted.")
     if not os.path.isfile(path):
         raise DataError(f"{path}: a device, pipe or socket where an image file is needed; name a regular file.")
@@ -49,6 +71,19 @@ def check_file(path: str) -> None:
         raise DataError(f"{path}: this file may not be read by you; change its permissions.")
     if os.path.getsize(path) == 0:
         raise DataError(f"{path}: the file is empty; copy it again from its source.")
+
+
+def require_no_other_kind(path: str, start: bytes) -> None:
+    """Refuse a file whose first bytes are those of something else that is known.
+
+    Raises:
+        DataError: They are; the sentence says what it is, and what to do.
+    """
+    if start[128:132] == b"DICM":
+        raise DataError(f"{path}: a DICOM file; give the folder of its series, or let its name end in .dcm.")
+    for magic, what in _OTHERS:
+        if start.lstrip().startswith(magic):
+            raise DataError(f"{path}: this is {what}.")
 
 
 def walk(root: str, *, with_predictions: bool = False) -> Iterator[str]:

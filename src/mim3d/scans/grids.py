@@ -23,8 +23,12 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 #: How one channel of a file with several is addressed.
 _CHANNEL = re.compile(r"(?P<file>.+)::channel=(?P<channel>\d+)", re.DOTALL)
 
-#: Axes count as perpendicular up to this cosine (0.06 degrees): headers in single precision stay far below.
+#: Axes count as perpendicular up to this cosine (0.06 degrees): headers in single precision stay far below. Beyond it
+#: they do while no voxel lies further than ``TOLERANCE_VOXELS`` from a rectangular grid: headers of few digits.
 MAX_SHEAR_COSINE = 1e-3
+
+#: Voxel sizes that a scan can have, from a cell to a field.
+MIN_SPACING_MM, MAX_SPACING_MM = 1e-6, 1e6
 
 #: Voxels of two grids may lie apart by this share of a voxel anywhere, from rounding in their headers.
 TOLERANCE_VOXELS = 0.1
@@ -171,17 +175,17 @@ def check_spacing(spacing_mm: Sequence[float], path: str) -> None:
     """Refuse a voxel size that no scan can have.
 
     Raises:
-        DataError: A value is zero, negative, NaN or infinite.
+        DataError: A value is zero, negative, NaN, infinite, or of no plausible size.
     """
-    if not all(np.isfinite(value) and value > 0 for value in spacing_mm):
+    if not all(MIN_SPACING_MM <= value <= MAX_SPACING_MM for value in spacing_mm):
         shown = ", ".join(f"{value:g}" for value in spacing_mm)
         raise DataError(
-            f"{path}: the voxel spacing is ({shown}) mm, but every value must be a positive number; "
-            "correct the header or export the scan again."
+            f"{path}: the voxel spacing is ({shown}) mm, but every value must be a positive number from "
+            f"{MIN_SPACING_MM:g} to {MAX_SPACING_MM:g}; correct the header or export the scan again."
         )
 
 
-def check_affine(affine: npt.NDArray[np.float64], path: str) -> None:
+def check_affine(affine: npt.NDArray[np.float64], shape: Triple, path: str) -> None:
     """Refuse a grid that permutation and flips cannot bring to RAS+.
 
     Raises:
@@ -192,11 +196,20 @@ def check_affine(affine: npt.NDArray[np.float64], path: str) -> None:
     check_spacing(spacing_of(affine), path)
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosine = float(np.max(np.abs(axes.T @ axes - np.eye(3))))
-    if cosine > MAX_SHEAR_COSINE:
+    if cosine <= MAX_SHEAR_COSINE:
+        return
+    # The nearest grid with axes at right angles, about the same middle.
+    left, _, right = np.linalg.svd(axes)
+    square = affine.copy()
+    square[:3, :3] = left @ right * np.linalg.norm(affine[:3, :3], axis=0)
+    square[:3, 3] += (affine - square)[:3, :3] @ ((np.array(shape) - 1) / 2)
+    shift_mm, shift_voxels = largest_shift(square, affine, shape)
+    if shift_voxels > TOLERANCE_VOXELS:
         angle = np.degrees(np.arccos(min(cosine, 1.0)))
         raise DataError(
-            f"{path}: the axes of the grid meet at {angle:.2f} degrees instead of 90 (sheared or singular); "
-            "resample the scan to a rectangular grid first."
+            f"{path}: the axes of the grid meet at {angle:.2f} degrees instead of 90 (sheared or singular), and voxels "
+            f"lie up to {shift_mm:.3g} mm or {shift_voxels:.3g} voxels off a rectangular grid; resample the scan to "
+            "one first."
         )
 
 

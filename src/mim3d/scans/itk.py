@@ -78,7 +78,7 @@ def open_itk(path: str) -> ItkScan:
     affine[:3, :3] = np.array(geometry.direction).reshape(3, 3) * np.array(geometry.spacing)
     affine[:3, 3] = geometry.origin
     affine = LPS_TO_RAS @ affine
-    check_affine(affine, path)
+    check_affine(affine, header.shape, path)
     files.warn_of_assumptions(path, assumed)
     grid = Grid(shape=header.shape, affine=affine, path=path, source=geometry, assumed=assumed)
     return ItkScan(grid=grid, header=header)
@@ -120,7 +120,11 @@ def write_itk(path: str, array: npt.NDArray[Any], grid: Grid) -> None:
 
 def _read_header(path: str) -> TextHeader:
     files.check_file(path)
+    with open(path, "rb") as stream:
+        start = stream.read(132)
     is_nrrd = path.lower().endswith((".nrrd", ".nhdr"))
+    if not is_nrrd or not start.startswith(b"NRRD"):
+        files.require_no_other_kind(path, start)
     return read_nrrd_header(path) if is_nrrd else read_meta_header(path)
 
 

@@ -228,6 +228,7 @@ def _read_header(path: str) -> tuple[Any, bool]:
             header = header_class(block[: header_class.sizeof_hdr], check=False)
             if int(header["sizeof_hdr"]) == header_class.sizeof_hdr:
                 return header, is_zipped
+    files.require_no_other_kind(path, block)
     raise DataError(f"{path}: this is no NIfTI file (its first bytes say otherwise), or it is damaged.")
 
 
@@ -243,6 +244,8 @@ def _dtype_of(header: Any, path: str) -> np.dtype[Any]:
             f"{path}: this is a colour image ({'/'.join(dtype.names)} in every voxel), but one value per "
             "voxel is needed; give the scan it was drawn from."
         )
+    if dtype.itemsize == 0:
+        raise DataError(f"{path}: voxels of the type {int(header['datatype'])} are not read; save them as integers.")
     if dtype.kind not in "iuf":
         raise DataError(f"{path}: the voxels are of type {dtype}, not real numbers; save the magnitude.")
     return dtype
@@ -250,8 +253,9 @@ def _dtype_of(header: Any, path: str) -> np.dtype[Any]:
 
 def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
     """The grid of one volume, with the header whose fields hold it."""
-    spacing = np.array(header["pixdim"][1:4], dtype=np.float64)
-    check_spacing(spacing.tolist(), path)
+    if int(header["sform_code"]) <= 0:
+        # Their signs mean nothing. With an sform they are not used at all.
+        check_spacing(np.abs(header["pixdim"][1:4]).tolist(), path)
     unit_mm = UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
     try:
         # A copy, because the check mends small faults (a qfac of 0) that are to be written back as they were.
@@ -261,28 +265,36 @@ def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
     except (nib.spatialimages.HeaderDataError, ValueError) as error:
         raise DataError(f"{path}: the header is damaged ({error}); export the scan again.") from error
     affine[:3] *= unit_mm
-    check_affine(affine, path)
-    assumed = _assumed(mended, shape, affine, unit_mm)
+    check_affine(affine, shape, path)
+    assumed = _assumed(header, mended, shape, affine, unit_mm)
     files.warn_of_assumptions(path, assumed)
     return Grid(shape=shape, affine=affine, path=address, source=header, assumed=assumed)
 
 
-def _assumed(header: Any, shape: Triple, affine: npt.NDArray[np.float64], unit_mm: float) -> tuple[str, ...]:
+def _assumed(
+    header: Any, mended: Any, shape: Triple, affine: npt.NDArray[np.float64], unit_mm: float
+) -> tuple[str, ...]:
     """What of the geometry is left open or said twice, with what is assumed."""
-    qform, sform = int(header["qform_code"]), int(header["sform_code"])
+    qform, sform = int(mended["qform_code"]), int(mended["sform_code"])
     if qform <= 0 and sform <= 0:
         return (
-            "the header does not say how the patient lies (qform_code and sform_code are 0); voxels are taken to run "
-            "to the left, the front and the head, so left and right may be the wrong way round",
+            f"the header does not say how the patient lies (qform_code and sform_code are {int(header['qform_code'])} "
+            f"and {int(header['sform_code'])}); voxels are taken to run to the left, the front and the head, so left "
+            "and right may be the wrong way round",
         )
     declared, used = np.array(header["pixdim"][1:4], dtype=np.float64) * unit_mm, np.array(spacing_of(affine))
     if not np.allclose(declared, used, rtol=0.01):
         return (
             f"the header has two voxel sizes, {times(np.round(declared, 4).tolist())} mm (pixdim) and "
-            f"{times(np.round(used, 4).tolist())} mm (sform); the sform is used",
+            f"{times(np.round(used, 4).tolist())} mm ({'sform' if sform > 0 else 'without signs'}); the latter is used",
         )
     if qform > 0 and sform > 0:
-        other = np.array(header.get_qform(), dtype=np.float64)
+        try:
+            other = np.array(mended.get_qform(), dtype=np.float64)
+        except (nib.spatialimages.HeaderDataError, ValueError):
+            other = np.full((4, 4), np.nan)
+        if not np.isfinite(other).all():
+            return ("the header places voxels by an sform, and by a qform that is no rotation; the sform is used",)
         other[:3] *= unit_mm
         shift_mm, shift_voxels = largest_shift(affine, other, shape)
         if not shift_voxels <= TOLERANCE_VOXELS:
@@ -295,11 +307,11 @@ def _assumed(header: Any, shape: Triple, affine: npt.NDArray[np.float64], unit_m
 
 def rescaled(raw: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
     """`raw * slope + intercept`: whole numbers stay integers that hold them, all else becomes float32."""
-    whole = raw.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer()
     dtype: np.dtype[Any] = np.dtype(np.float32)
-    if whole:
+    if whole := raw.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer():
         ends = [int(end) * int(slope) + int(intercept) for end in (raw.min(), raw.max())]
-        dtype = smallest_integer(min(ends), max(ends))
+        if whole := min(ends) >= -(2**63) and max(ends) < 2**63:
+            dtype = smallest_integer(min(ends), max(ends))
     out = np.empty_like(raw, dtype=dtype)
     for index in range(raw.shape[-1]):
         slab = raw[..., index].astype(np.int64 if whole else np.float64)

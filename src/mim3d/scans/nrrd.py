@@ -74,9 +74,10 @@ def read_nrrd_header(path: str) -> TextHeader:
         for line in lines:
             if not line.strip():
                 break
-            name, found, value = line.partition(":")
-            if line.startswith("#") or value.startswith("="):
+            # A key of somebody's own, whose name may hold colons too, stands before ":=".
+            if line.startswith("#") or ":=" in line.partition(": ")[0]:
                 continue
+            name, found, value = line.partition(":")
             key = name.lower().replace(" ", "")
             if not found or key not in _FIELDS:
                 raise DataError(
@@ -155,7 +156,8 @@ def _geometry(
     """Where the voxels lie, and what is assumed of it. NRRD states directions in a space, or spacings alone."""
     signs = np.ones(3)
     assumed: list[str] = []
-    space = fields.get("space", "").lower()
+    # A space of four axes differs in the last one alone, which is time.
+    space = fields.get("space", "").lower().removesuffix("-time")
     if space in _SPACES:
         signs = np.array(_SPACES[space])
     elif space or "spacedirections" in fields:
@@ -171,7 +173,7 @@ def _geometry(
         if "spacings" in fields or len(stated) != 3:
             raise DataError(f"{path}: its header has directions for some axes, or spacings beside them; correct it.")
         columns = np.array([_vector(vector, path) for vector in stated]).T * signs[:, None]
-        spacing = np.array([math.sqrt(x * x + y * y + z * z) for x, y, z in columns.T])
+        spacing = np.array([math.sqrt(x * x + y * y + z * z) for x, y, z in columns.T.tolist()])
         check_spacing(spacing.tolist(), path)
         direction = columns * (1.0 / spacing)
     elif "spacings" in fields:

@@ -26,6 +26,9 @@ from mim3d.scans.image_stacks import is_slice_folder
 #: Numbers in a label map may be off a whole number by this much: half a thousandth of the step between two labels.
 LABEL_TOLERANCE = 5e-4
 
+#: No scan holds larger numbers; what is computed from them stays within single precision.
+_LARGEST = 1e30
+
 #: Voxels copied at a time along each axis: what is read and what is written of them stays in the processor's cache.
 _TILE = (128, 8, 64)
 
@@ -225,7 +228,8 @@ def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bo
             its file has.
 
     Raises:
-        DataError: As for `read_grid`; or voxels cannot be unpacked, are NaN or infinite, or a label map has fractions.
+        DataError: As for `read_grid`; or voxels cannot be unpacked, are NaN, infinite or
+            beyond all measure, or a label map has fractions.
     """
     name = os.fspath(path)
     scan = open_scan(name)
@@ -234,7 +238,7 @@ def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bo
     with explained_read(name):
         for slab in scan.read_slabs():
             if slab.dtype.kind == "f":
-                num_bad += int(np.count_nonzero(~np.isfinite(slab)))
+                num_bad += slab.size - int(np.count_nonzero(np.abs(slab) <= _LARGEST))
             if label and not num_bad:
                 slab = _as_label(slab, name, narrow)
             if array is None:
@@ -246,8 +250,8 @@ def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bo
     assert array is not None
     if num_bad:
         raise DataError(
-            f"{name}: {num_bad} of {array.size} voxels are NaN or infinite; replace them (for CT by -1000) "
-            "and save the scan again."
+            f"{name}: {num_bad} of {array.size} voxels are NaN, infinite or beyond {_LARGEST:g}; replace "
+            "them (for CT by -1000) and save the scan again."
         )
     return Volume(array=array, grid=scan.grid)
 

@@ -128,7 +128,7 @@ def stack(slices: Sequence[Slice], name: str) -> Stack:
     affine[:3, 2] = normal * (heights[-1] - heights[0]) / (len(slices) - 1)
     affine[:3, 3] = positions[0]
     affine = LPS_TO_RAS @ affine
-    check_affine(affine, name)
+    check_affine(affine, (columns, rows, len(slices)), name)
     assumed: tuple[str, ...] = ()
     if slices[0].modality == "CT" and not any("Rescale" in keyword for item in slices for keyword in item.present):
         assumed = ("its headers have no RescaleSlope and no RescaleIntercept, so stored values count as HU",)
