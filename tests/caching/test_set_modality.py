@@ -52,9 +52,22 @@ def padded(value):
     return array
 
 
+def with_metal(share):
+    array = ct()
+    array.ravel()[: int(share * array.size)] = 20000
+    return array
+
+
+def resampled_padding():
+    """A CT in a field of view of its own, as linear and cubic resampling leave its edge."""
+    array = ct().astype(np.float32)
+    array[:4], array[4], array[5] = -3024.0, -2900.0, np.linspace(-2400, -1200, 32)
+    return array
+
+
 def cached(folder, scans, intensities="8-bit", **declared):
     """The cache of a set of scans, by name."""
-    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data").mkdir(exist_ok=True, parents=True)
     for name, array in scans.items():
         nib.save(nib.Nifti1Image(array, np.eye(4)), folder / "data" / f"{name}.nii.gz")
     found = read_cases(folder / "data")
@@ -81,6 +94,13 @@ def modality_of(cache, name):
         ((ct().clip(-175, 250) + 175) / 425, "outside"),
         (np.zeros(SHAPE), "outside"),
         (np.full(SHAPE, -1000), "HU"),
+        (with_metal(0.02), "HU"),
+        (with_metal(0.2), "outside"),
+        (resampled_padding(), "HU"),
+        (np.where(padded(-2000) == -2000, -2000, ct() + 1024), "HU + 1024"),
+        (np.rint((body(-900, 40, 1100).clip(-1000, 1000) + 1000) / 2000 * 255), "outside"),
+        (body(0, 700, 1300, 300.0), "unlike"),
+        (crop() * 4.0 - 150, "unknown"),
     ],
 )
 def test_voxels_are_judged_by_shares_never_by_the_darkest(array, sign):
@@ -89,7 +109,16 @@ def test_voxels_are_judged_by_shares_never_by_the_darkest(array, sign):
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("CT", "CT"), ("0: MRI", "MR"), ("T1w", "MR"), ("PET_images_STS_003", "PT"), ("liver", None), ("PET-CT", None)],
+    [
+        ("CT", "CT"),
+        ("0: MRI", "MR"),
+        ("computed tomography", "CT"),
+        ("Magnetic Resonance", "MR"),
+        ("T1w", "MR"),
+        ("PET_images_STS_003", "PT"),
+        ("liver", None),
+        ("PET-CT", None),
+    ],
 )
 def test_words_name_modalities(text, name):
     assert modality_name(text) == name
@@ -103,8 +132,9 @@ def test_one_declaration_serves_all_channels_or_each_its_own():
 
 def test_declarations_win_over_voxels_but_for_what_cannot_be_hu():
     assert decide("unlike", declared="CT").in_hu
-    assert not decide("HU", declared="MR").in_hu and decide("HU", declared="MR").contradicts
-    assert not decide("outside", declared="CT").in_hu and decide("HU + 1024", header="CT").contradicts
+    assert decide("unlike", declared="CT").is_unlike_ct and not decide("unknown", declared="CT").is_unlike_ct
+    assert not decide("HU", declared="MR").in_hu and decide("HU", declared="MR").is_like_ct
+    assert not decide("outside", declared="CT").in_hu and not decide("HU + 1024", header="CT").in_hu
     assert decide("unlike", header="MR").by == "header"
 
 
@@ -149,6 +179,23 @@ def test_a_ct_with_1024_added_is_named(tmp_path):
     (remark,) = cache.remarks
     assert remark.refused and "odd (darkest voxel 0 where the CT have -1024: not in HU" in remark.text
     assert not modality_of(cache, "odd").in_hu
+
+
+def test_a_whole_set_with_1024_added_is_named(tmp_path):
+    cache = cached(tmp_path, {f"ct{place}": (ct(place) + 1024).astype(np.uint16) for place in range(3)})
+    (remark,) = cache.remarks
+    assert remark.refused and remark.text.startswith("3 scans: 3 CT not in HU; ct0, ct1, ct2 (darkest voxel 0: not")
+    assert plan_intensity(cache).kind == "zscore"
+
+
+def test_an_mri_declared_as_ct_is_named_and_taken_as_declared(tmp_path):
+    cache = cached(tmp_path, {"a": ct(), "b": ct(1), "c": mri(), "d": crop()}, **dict.fromkeys("abcd", "CT"))
+    (remark,) = cache.remarks
+    assert remark.refused and "1 of 4 scans are declared as CT but show neither air nor" in remark.text
+    assert "HU has: c (darkest voxel 0)" in remark.text and modality_of(cache, "c").in_hu
+    # All of them may be what lies within a mask.
+    (remark,) = cached(tmp_path / "all", {"a": mri()}, a="CT").remarks
+    assert not remark.refused
 
 
 def test_mixed_kinds_are_counted_and_refused_unless_declared(tmp_path):

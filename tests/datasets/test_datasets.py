@@ -297,6 +297,7 @@ def test_the_channels_of_brats_are_read_from_one_file_in_their_order(folders):
     _, split = read("BraTS", folders("BraTS"))
     case = split.val[0]
     assert [image.rpartition("::")[2] for image in case.images] == [f"channel={channel}" for channel in range(4)]
+    assert case.modality == ";".join(find_preset("BraTS").channels) and "T1" in case.modality
     means = [read_volume(image).array.mean() for image in case.images]
     assert means == sorted(means) and case.id == "BRATS_001"
 

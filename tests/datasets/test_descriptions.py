@@ -160,6 +160,12 @@ def test_channels_are_kept_in_their_order(tmp_path, declared, channels):
     assert read(tmp_path, modality=declared, training=ENTRIES)[0].channels == channels
 
 
+def test_a_mapping_of_intensities_that_is_not_there_is_named(tmp_path):
+    (note,) = read(tmp_path, modality={"0": "noNorm"}, training=ENTRIES)[0].notes
+    assert "noNorm as the name of a channel asks for a mapping of intensities that mim3d does not have" in note
+    assert read(tmp_path, modality={"0": "zscore"}, training=ENTRIES)[0].notes == ()
+
+
 def test_channels_that_do_not_count_from_0_are_refused(tmp_path):
     with pytest.raises(DataError, match='"modality" must number its channels from 0, not 0, 2'):
         read(tmp_path, modality={"0": "CT", "2": "PET"}, training=ENTRIES)

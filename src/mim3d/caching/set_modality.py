@@ -97,6 +97,15 @@ def remarks_on(modalities: Modalities, minima: Mapping[str, Sequence[float]]) ->
                 f"the others: {listed(followers)}."
             )
             remarks.append(SetRemark(text=text, refused=False))
+        doubtful = [name for name, channel in of_scan.items() if channel.is_unlike_ct]
+        if doubtful:
+            text = (
+                f"{len(doubtful)} of {len(of_scan)} scans{where} are declared as CT but show neither air nor tissue as "
+                f"a CT in HU has: {listed(doubtful)} (darkest voxel {minima[doubtful[0]][place]:g}). They are taken "
+                "for HU as declared; correct what is declared if they are something else."
+            )
+            # A whole set may hold crops of bones or what lies within a mask; few of many are likely an error.
+            remarks.append(SetRemark(text=text, refused=2 * len(doubtful) < len(of_scan)))
         kinds = _kinds(of_scan)
         is_odd = {_LIKE_CT, _NOT_IN_HU} & set(kinds.values())
         if len(set(kinds.values())) > 1 or is_odd:
@@ -108,7 +117,8 @@ def remarks_on(modalities: Modalities, minima: Mapping[str, Sequence[float]]) ->
 
 def _kinds(of_scan: Mapping[str, ChannelModality]) -> dict[str, str]:
     """Case id -> what it is in words, the same for scans that belong together."""
-    most_are_ct = is_ct_set(list(of_scan.values()))
+    channels = list(of_scan.values())
+    most_are_ct = is_ct_set(channels) or 2 * sum(each.sign == "HU + 1024" for each in channels) > len(channels)
     names = {name: channel.name or modality_name(name) for name, channel in of_scan.items()}
     # Names of files tell kinds apart only where all of them do.
     all_named = all(names.values())
@@ -118,7 +128,7 @@ def _kinds(of_scan: Mapping[str, ChannelModality]) -> dict[str, str]:
             kinds[name] = "CT"
         elif channel.name == "CT" or (channel.sign == "HU + 1024" and channel.name is None and most_are_ct):
             kinds[name] = _NOT_IN_HU
-        elif channel.contradicts:
+        elif channel.is_like_ct:
             kinds[name] = _LIKE_CT
         else:
             named = names[name] if all_named else None
@@ -149,4 +159,5 @@ def _on_kinds(
             parts.append(f"{kind}: {listed(ids)}")
     found = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     remedy = "" if meant else " Correct them or leave them out; kinds that are meant are declared (modality)."
-    return f"{len(of_scan)} scans of different kinds{where}: {found}; {'; '.join(parts)}.{remedy}"
+    different = " of different kinds" if len(counts) > 1 else ""
+    return f"{len(of_scan)} scans{different}{where}: {found}; {'; '.join(parts)}.{remedy}"

@@ -18,7 +18,7 @@ from mim3d.datasets.label_maps import sort_tree
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list
 from mim3d.datasets.patients import described, patients_by_pattern, patients_of_names
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
-from mim3d.scans.modality import modality_name
+from mim3d.scans.modality import declared_modality
 from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id
 
 SPLITS = ("train", "val", "test")
@@ -153,7 +153,7 @@ def read_cases(
     if recursive_images_only:
         cases = tuple(replace(case, label=None, labelled=None) for case in cases)
     # What a list says of a case itself goes before what its set says.
-    channels = ";".join(found.channels) if any(map(modality_name, found.channels)) else None
+    channels = declared_modality(found.channels)
     cases = tuple(replace(case, modality=modality or case.modality or channels) for case in cases)
     found = _with_patients(replace(found, cases=to_cases(cases, root)), patient_pattern)
     if found.form in ("msd", "nnunet"):

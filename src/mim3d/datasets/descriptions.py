@@ -37,6 +37,9 @@ _IRRELEVANT = set(
     "image_reader_writer".split()
 )
 
+#: Names of channels by which nnU-Net chooses a mapping of intensities that mim3d has not.
+_OTHER_MAPPINGS = {"nonorm", "rescale_to_0_1", "rescale_0_1", "rgb_to_0_1"}
+
 #: The label of voxels that nothing is known of, as nnU-Net names it.
 _IGNORE = "ignore"
 
@@ -120,6 +123,12 @@ def read_description(content: Any, path: str, *, with_labels: bool = True) -> De
         labels = read_labels(content.get("labels"), path, content.get("regions_class_order"))
     if with_labels and not labels.regions and content.get("regions_class_order") is not None:
         unused.append("regions_class_order")
+    mappings = [name for name in channels if name.lower() in _OTHER_MAPPINGS]
+    if mappings:
+        notes.append(
+            f"{path}: {listed(mappings)} as the name of a channel asks for a mapping of intensities that mim3d does "
+            "not have: CT in HU is clipped to a window, other scans get their z-score."
+        )
     notes = [*labels.notes, *notes, *_unused(path, unused)]
     return Description(form=form, entries=entries, labels=labels, channels=channels, notes=tuple(notes))
 

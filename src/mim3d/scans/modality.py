@@ -26,8 +26,10 @@ MAX_VOXELS = 250_000
 #: Between these lies a CT but for its padding, noise and some metal.
 RANGE_HU = (-1500.0, 4000.0)
 LOWEST_PADDING_HU = -3100.0
-#: Besides two values of padding at most this share lies below the range: where padding was interpolated.
-MAX_BELOW_RANGE = 0.03
+#: Besides two values of padding, and what interpolation makes of them so near, at most this share lies below the range.
+MAX_BELOW_RANGE, NEAR_PADDING_HU = 0.03, 150.0
+#: Share of voxels above the range that implants of metal may fill where a scan shows air.
+MAX_METAL = 0.05
 #: Share of voxels below -500 HU that is enough for air; below -200 HU, where air was clipped, it must be larger.
 LEAST_AIR, LEAST_DARK = 0.005, 0.1
 #: Tissue, which is all that is not air, has its median below this, bones and contrast agent included ...
@@ -36,10 +38,13 @@ HIGHEST_TISSUE_HU = 600.0
 LEAST_TISSUE = 0.05
 #: Width of the middle half of a crop without air, and the least width of all of it, HU.
 MAX_MIDDLE_WIDTH_HU, LEAST_WIDTH_HU = 300.0, 10.0
+#: Fat of a CT, by which it is told from MRI where neither shows air.
+FAT_HU = -100.0
 #: A background of zeros, which masks and MRI have, fills more than this share of a scan.
 MAX_ZEROS = 0.1
-#: What is added where CT is stored without negative numbers.
-ADDED_HU = 1024.0
+#: What is added where CT is stored without negative numbers; the share of what is not air that is soft tissue then, and
+#: the share of all but padding, where there is some.
+ADDED_HU, LEAST_SOFT_TISSUE, LEAST_BESIDE_PADDING = 1024.0, 0.5, 0.25
 
 #: What the voxels of a channel show. ``HU``: air and soft tissue where a CT has them. ``unknown``: no air, but all in a
 #: range that soft tissue has in HU. ``unlike``: in the range of a CT, but not distributed like one. ``outside``: never
@@ -48,12 +53,12 @@ Sign = Literal["HU", "unknown", "unlike", "outside", "HU + 1024"]
 Decider = Literal["declared", "header", "voxels", "set", "earlier version", "nobody"]
 
 _WORDS: Mapping[str, frozenset[str]] = {
-    "CT": frozenset({"ct", "cta", "cect", "ncct", "ldct", "cbct", "hrct", "tomodensitometry"}),
+    "CT": frozenset({"ct", "cta", "cect", "ncct", "ldct", "cbct", "hrct", "computed", "tomodensitometry"}),
     "MR": frozenset(
         "mr mri mrt mra t1 t1w t1c t1ce t1gd t1post t1wce t2 t2w t2f t2star flair adc dwi swi dce lge cine bssfp pd "
-        "pdw dixon gre mprage".split()
+        "pdw dixon gre mprage stir haste vibe tof mp2rage qsm magnetic".split()
     ),
-    "PT": frozenset({"pt", "pet", "suv", "fdg", "psma"}),
+    "PT": frozenset({"pt", "pet", "suv", "fdg", "psma", "positron"}),
     "NM": frozenset({"nm", "spect"}),
     "US": frozenset({"ultrasound"}),
 }
@@ -77,11 +82,14 @@ class ChannelModality:
     sign: Sign = "unknown"
 
     @property
-    def contradicts(self) -> bool:
-        """Whether its voxels are not what it is declared as: CT that is not in HU, or other scans that look like CT."""
-        if self.by not in ("declared", "header"):
-            return False
-        return not self.in_hu if self.name == "CT" else self.sign == "HU" and self.name in ("MR", "PT")
+    def is_like_ct(self) -> bool:
+        """Whether it is declared as another modality, and its voxels are those of a CT."""
+        return self.by in ("declared", "header") and self.name in ("MR", "PT") and self.sign == "HU"
+
+    @property
+    def is_unlike_ct(self) -> bool:
+        """Whether it is taken for CT as declared, and its voxels speak against it."""
+        return self.by in ("declared", "header") and self.in_hu and self.sign == "unlike"
 
 
 def modality_name(text: str | None) -> str | None:
@@ -93,6 +101,11 @@ def modality_name(text: str | None) -> str | None:
     words = set(re.split(r"[^a-z0-9]+", text.lower())) if text else set()
     found = [name for name, known in _WORDS.items() if words & known]
     return found[0] if len(found) == 1 else None
+
+
+def declared_modality(channels: Sequence[str]) -> str | None:
+    """What names of channels declare, in the form of :func:`modality_of_channels`; None where none is a modality."""
+    return ";".join(channels) if any(map(modality_name, channels)) else None
 
 
 def modality_of_channels(modality: str | None, num_channels: int) -> list[str | None]:
@@ -116,23 +129,27 @@ def sign_of(channel: npt.NDArray[Any]) -> Sign:
         return "outside"
     if not kept.size:
         return "unknown"
-    low, high = np.percentile(kept, (0.5, 99.5))
-    if high > RANGE_HU[1]:
+    if _share(kept > RANGE_HU[1]) > MAX_METAL:
         return "outside"
     dark = _share(kept < DARKEST_CT_HU)
+    least_tissue = LEAST_BESIDE_PADDING if has_padding or dark >= LEAST_AIR else LEAST_TISSUE
+    if dark < 0.5 and _is_ct_with_peaks(kept[kept >= DARKEST_CT_HU] - ADDED_HU, least_tissue):
+        return "HU + 1024"
     if has_padding or _share(kept < -500) >= LEAST_AIR or dark >= LEAST_DARK:
         return "HU" if dark > 1 - LEAST_TISSUE or _median_tissue(kept) < HIGHEST_TISSUE_HU else "unknown"
-    if low > -ADDED_HU / 20 and _is_ct_with_peaks(kept - ADDED_HU):
-        return "HU + 1024"
+    low, high = np.percentile(kept, (0.5, 99.5))
+    if high > RANGE_HU[1]:
+        return "unlike"
     if high - low < LEAST_WIDTH_HU:
         return "outside"
     first, middle, third = np.percentile(kept, (25, 50, 75))
     has_background = low >= 0 and _share(kept == 0) > MAX_ZEROS
-    if has_background and 200 <= kept.max() <= 255:
+    brightest = channel.max()
+    if low >= 0 and (brightest == 255 or (has_background and 200 <= brightest < 255)):
         # A picture of 8 bits.
         return "outside"
-    is_like = middle < HIGHEST_TISSUE_HU and third - first < MAX_MIDDLE_WIDTH_HU and not has_background
-    return "unknown" if is_like else "unlike"
+    is_narrow = third - first < MAX_MIDDLE_WIDTH_HU or low <= FAT_HU
+    return "unknown" if middle < HIGHEST_TISSUE_HU and is_narrow and not has_background else "unlike"
 
 
 def _without_padding(values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64] | None, bool]:
@@ -140,11 +157,13 @@ def _without_padding(values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.fl
     is_below = values < RANGE_HU[0]
     if not is_below.any():
         return values, False
-    numbers, counts = np.unique(values[is_below], return_counts=True)
-    common = np.argsort(counts)[::-1][:2]
-    if counts.sum() - counts[common].sum() > MAX_BELOW_RANGE * values.size:
+    below = values[is_below]
+    numbers, counts = np.unique(below, return_counts=True)
+    common = numbers[np.argsort(counts)[-2:]]
+    distances = np.abs(below - common[:, None])
+    if np.count_nonzero(distances.min(axis=0) > NEAR_PADDING_HU) > MAX_BELOW_RANGE * values.size:
         return None, False
-    padding = counts[common][numbers[common] >= LOWEST_PADDING_HU].sum()
+    padding = np.count_nonzero(below >= LOWEST_PADDING_HU)
     return values[~is_below], bool(padding >= LEAST_AIR * values.size)
 
 
@@ -153,11 +172,12 @@ def _median_tissue(values: npt.NDArray[np.float64]) -> float:
     return float(np.median(tissue)) if tissue.size else 0.0
 
 
-def _is_ct_with_peaks(values: npt.NDArray[np.float64]) -> bool:
+def _is_ct_with_peaks(values: npt.NDArray[np.float64], least_tissue: float) -> bool:
     """Whether air and soft tissue are two peaks with less between them, as in a CT and hardly ever by chance."""
     air, tissue = _share(values < -500), _share(np.abs(values) < -DARKEST_CT_HU)
     between = _share((values >= -500) & (values <= DARKEST_CT_HU))
-    return air >= LEAST_DARK and tissue >= LEAST_TISSUE and between < max(air, tissue) / 2
+    is_soft = tissue >= LEAST_SOFT_TISSUE * (1 - air)
+    return air >= LEAST_DARK and tissue >= least_tissue and between < max(air, tissue) / 2 and is_soft
 
 
 def _share(mask: npt.NDArray[np.bool_]) -> float:

@@ -13,6 +13,7 @@ from mim3d.datasets.published.presets import FileNames, Preset
 from mim3d.datasets.splits import split_cases
 from mim3d.scans.files import walk
 from mim3d.scans.grids import split_channel
+from mim3d.scans.modality import declared_modality
 from mim3d.scans.volumes import channels_of
 
 
@@ -143,6 +144,7 @@ def _read_files(preset: Preset, files: FileNames, root: str) -> tuple[Case, ...]
     paths = list(walk(root))
     images, labels = (_by_number(preset, pattern, paths) for pattern in (files.image, files.label))
     entries = []
+    modality = declared_modality(preset.channels)
     for number in sorted(images.keys() & labels.keys(), key=_place):
         channels = channels_of(images[number]) if len(preset.channels) > 1 else (images[number],)
         if len(channels) != len(preset.channels):
@@ -152,7 +154,7 @@ def _read_files(preset: Preset, files: FileNames, root: str) -> tuple[Case, ...]
             )
         # What follows "_" in a number separates several scans of one patient.
         patient = f"{preset.name} {number.partition('_')[0]}"
-        entries.append(Case(images=channels, label=labels[number], patient=patient))
+        entries.append(Case(images=channels, label=labels[number], patient=patient, modality=modality))
     return to_cases(entries, root)
 
 
