@@ -227,6 +227,27 @@ def test_class_tables_pair_by_the_same_rules(tmp_path):
     assert table.class_names == ("=a", "b")
 
 
+def test_class_tables_pair_by_the_scans_that_the_list_beside_them_names(tmp_path):
+    for folder in "ab":
+        touch(tmp_path, f"{folder}/ct.nii.gz")
+    (tmp_path / "b/ct.nii.gz").write_text("another")
+    head, probabilities = ["id", "predicted", "probability_x", "probability_y"], ["x", "0.9", "0.1"]
+    write_csv(tmp_path / "p/predictions.csv", head, [["ct", *probabilities], ["b_ct", *probabilities]])
+    cases = [
+        {"id": name, "images": [str(tmp_path / folder / "ct.nii.gz")]} for name, folder in (("ct", "a"), ("b_ct", "b"))
+    ]
+    (tmp_path / "p/classification.json").write_text(json.dumps({"cases": cases}))
+    for folder, class_name in (("a", "x"), ("b", "y")):
+        write_csv(tmp_path / folder / "list.csv", ["image", "class"], [["ct.nii.gz", class_name]])
+    with pytest.warns(UserWarning, match="predicted without a reference: ct"):
+        table = read_class_tables(str(tmp_path / "p"), str(tmp_path / "b/list.csv"))
+    assert [(row.id, row.true_class) for row in table.rows] == [("ct", "y")]
+    # Where the scan itself was not predicted, one of its name is, and that is said.
+    write_csv(tmp_path / "p/predictions.csv", head, [["ct", *probabilities]])
+    with pytest.warns(UserWarning, match="a/ct.nii.gz and .*b/ct.nii.gz; check that these are the same patients"):
+        read_class_tables(str(tmp_path / "p"), str(tmp_path / "b/list.csv"))
+
+
 def test_names_for_a_scan_whose_own_name_is_taken_begin_with_what_tells_it_apart(tmp_path):
     first = next(distinct_names(str(tmp_path / "p2/CT/scan.nii.gz"), "scan", str(tmp_path / "p1/CT/scan.nii.gz")))
     assert first == "p2_CT_scan"

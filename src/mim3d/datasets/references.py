@@ -15,11 +15,15 @@ from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, scans_
 from mim3d.datasets.descriptions import LabelDeclaration, read_labels
 from mim3d.datasets.ids import matched_ids, unique_ids
 from mim3d.datasets.label_maps import has_pairs, in_label_folders
-from mim3d.datasets.lists import channel_names, read_table
+from mim3d.datasets.lists import beside, channel_names, read_table
 from mim3d.scans.grids import file_of, resolved
+from mim3d.scans.volumes import scan_id
 
 #: Name of the table that prediction writes into its folder.
 TABLE_NAME = "predictions.csv"
+
+#: Name of the list beside it.
+CLASS_LIST_NAME = "classification.json"
 
 #: Columns that may name a case; the first that is there counts. An image is named as cases of a list are.
 ID_COLUMNS = ("id", "case", "image")
@@ -97,7 +101,8 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
     predicted, regions, failed = _predicted(predictions)
     referenced = _referenced(references)
     ours, theirs = ({case.id: case for case in side.cases} for side in (predicted, referenced))
-    matched = _matched(predictions, ours, theirs)
+    images_of = [{name: case.images for name, case in side.items()} for side in (ours, theirs)]
+    matched = _matched(predictions, *images_of)
     predictions_of = {other: ours[name] for name, other in matched.items()}
     unpredicted = sorted(theirs.keys() - predictions_of.keys())
     as_empty = unpredicted if missing_as_empty else []
@@ -289,7 +294,7 @@ def read_class_tables(
             or no case is in both.
     """
     path = os.path.join(predictions, TABLE_NAME) if os.path.isdir(predictions) else predictions
-    ours, theirs = _read_rows(path), _read_rows(references)
+    (ours, our_images), (theirs, their_images) = _read_rows(path), _read_rows(references)
     columns = next(iter(ours.values()))
     class_names = tuple(name.removeprefix(_PROBABILITY) for name in columns if name.startswith(_PROBABILITY))
     if len(class_names) < 2:
@@ -299,7 +304,13 @@ def read_class_tables(
         if column not in their_columns:
             raise DataError(f"{references}: has no column {column!r}.{nearest(column, their_columns)}")
     rows = []
-    matched = _paired(path, [{name: name for name in ours}], list(theirs), {})
+    # The table of predictions names no scans, but the list beside it does.
+    listing = os.path.join(os.path.dirname(path), CLASS_LIST_NAME)
+    entries = read_json(listing) if os.path.isfile(listing) else {}
+    for case in entries.get("cases", ()) if isinstance(entries, dict) else ():
+        if isinstance(case, dict) and case.get("id") in ours and isinstance(case.get("images"), list):
+            our_images[case["id"]] = tuple(map(str, case["images"]))
+    matched = _matched(path, our_images, their_images)
     for own_name, name in sorted(matched.items(), key=lambda pair: pair[1]):
         prediction, reference = ours[own_name], theirs[name]
         if reference[class_column] not in class_names:
@@ -331,31 +342,28 @@ def read_class_tables(
     return found
 
 
-def _read_rows(path: str) -> dict[str, Mapping[str, str]]:
-    """Rows of a table by the id of their case; every row has all columns."""
+def _read_rows(path: str) -> tuple[dict[str, Mapping[str, str]], dict[str, tuple[str, ...]]]:
+    """Rows of a table by the id of their case, and the images that each names; every row has all columns."""
     header, lines = read_table(path)
     key = next((name for name in ID_COLUMNS if name in header), None)
     if key is None or not lines:
         what = "holds no rows" if key else f"has no column {', '.join(ID_COLUMNS[:-1])} or {ID_COLUMNS[-1]}"
         raise DataError(f"{path}: {what}; a table of classes has a header and a row per case.")
     rows: dict[str, dict[str, str]] = {}
+    images: list[tuple[str, ...]] = []
     for where, cells in lines:
         if len(cells) != len(header):
             raise DataError(f"{where}: {len(cells)} cells but {len(header)} columns; quote commas.")
         row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-        name = row[key]
-        row = {column: printable(cell) for column, cell in row.items()}
+        name, root = row[key], os.path.abspath(path)
         if not name or name in rows:
             raise DataError(f"{where}: the case {name!r} is there twice or has no name; give each its own.")
-        rows[name] = row
-    names = list(rows)
-    if key == "image":
-        # Prediction names the images of a list so: channels are separated by ";", paths lie below the list's folder.
-        root = os.path.abspath(path)
-        folder = os.path.dirname(root)
-        images = [tuple(os.path.join(folder, part) for part in channel_names(name, root)) for name in rows]
-        names = unique_ids([Case(images=paths) for paths in images], root)
-    return dict(zip(names, rows.values(), strict=True))
+        # Channels are separated by ";", and paths lie below the folder of the table.
+        images.append(tuple(beside(root, part) for part in channel_names(row.get("image", ""), root) if part))
+        rows[name] = {column: printable(cell) for column, cell in row.items()}
+    # Prediction names the images of a list so.
+    names = unique_ids([Case(images=paths) for paths in images], os.path.abspath(path)) if key == "image" else [*rows]
+    return dict(zip(names, rows.values(), strict=True)), dict(zip(names, images, strict=True))
 
 
 def _number(text: str, path: str, name: str) -> float:
@@ -368,19 +376,42 @@ def _number(text: str, path: str, name: str) -> float:
     return value
 
 
-def _matched(predictions: str, ours: Mapping[str, Case], theirs: Mapping[str, Case]) -> dict[str, str]:
-    """Ids of predictions and of the references that they belong to, of which there must be some."""
+def _matched(
+    predictions: str, ours: Mapping[str, tuple[str, ...]], theirs: Mapping[str, tuple[str, ...]]
+) -> dict[str, str]:
+    """Ids of predictions and of the references that they belong to, of which there must be some.
 
-    def scans_of(side: Mapping[str, Case]) -> dict[tuple[str, ...], str]:
-        return {resolved(case.images): name for name, case in side.items() if case.images}
-
-    left, right = scans_of(ours), scans_of(theirs)
+    Args:
+        predictions: Where the predictions are, for the message.
+        ours: Id of each prediction -> images of its scan, as far as they are known.
+        theirs: The same of the references.
+    """
+    left, right = ({resolved(images): name for name, images in side.items() if images} for side in (ours, theirs))
     matched = {left[images]: right[images] for images in left.keys() & right.keys()}
     # A prediction may be called as its scan is among those of this folder, or as it was when its turn came.
-    named = [name for name, case in ours.items() if case.images]
-    folder = os.path.commonpath([os.path.dirname(file_of(ours[name].images[0])) for name in named]) if named else ""
-    among = dict(zip(unique_ids([Case(images=ours[name].images) for name in named], folder), named, strict=True))
-    return _paired(predictions, ({name: name for name in ours}, among), list(theirs), matched)
+    scans = {name: os.path.abspath(images[0]) for name, images in ours.items() if images}
+    folder = os.path.commonpath([os.path.dirname(file_of(path)) for path in scans.values()]) if scans else ""
+    names = unique_ids([Case(id=scan_id(path), images=(path,)) for path in scans.values()], folder)
+    among = dict(zip(names, scans, strict=True))
+    found = _paired(predictions, ({name: name for name in ours}, among), list(theirs), matched)
+    doubtful = []
+    for name, other in found.items():
+        sizes = _num_bytes(ours[name]), _num_bytes(theirs[other])
+        if name not in matched and None not in sizes and sizes[0] != sizes[1]:
+            doubtful.append(f"{scans[name]} and {theirs[other][0]}")
+    if doubtful:
+        warnings.warn(
+            "Paired by their names, although the files that both sides name as their scans differ: "
+            f"{listed(sorted(doubtful))}; check that these are the same patients.",
+            stacklevel=3,
+        )
+    return found
+
+
+def _num_bytes(images: Sequence[str]) -> int | None:
+    """Bytes of a scan's files; None where there is none, or one is a folder or gone."""
+    files = {file_of(image) for image in images}
+    return sum(map(os.path.getsize, files)) if files and all(map(os.path.isfile, files)) else None
 
 
 def _paired(

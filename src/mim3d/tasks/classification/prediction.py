@@ -13,6 +13,7 @@ from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import write_csv
 from mim3d.datasets.cases import Case
+from mim3d.datasets.references import CLASS_LIST_NAME, TABLE_NAME
 from mim3d.inference import padding_values
 from mim3d.tasks.classification.cubes import centre_of_label, centre_of_scan, cut_from
 from mim3d.tasks.contract import PredictionSettings, Predictor, TrainedNetwork
@@ -38,9 +39,9 @@ class ClassificationPredictor(Predictor):
     """
 
     done = "classified"
-    list_name = "classification.json"
+    list_name = CLASS_LIST_NAME
     failures_name = "failed.csv"
-    table_name = "predictions.csv"
+    table_name = TABLE_NAME
     must_match = ("weights_digests", "classes")
     reads_labels = True
 
@@ -107,7 +108,7 @@ class ClassificationPredictor(Predictor):
             probabilities = row["probabilities"]
             predicted = self.classes[probabilities.index(max(probabilities))]
             cells.append([row["id"], row["patient"], predicted, *(f"{value:.6f}" for value in probabilities)])
-        write_csv(folder / "predictions.csv", head, cells)
+        write_csv(folder / TABLE_NAME, head, cells)
         write_csv(folder / self.failures_name, ["id", "reason"], list(failures.items()))
 
 
