@@ -20,6 +20,7 @@ from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
 
+from mim3d.caching.case import source_files
 from mim3d.core.errors import DataError
 from mim3d.scans.dicom import headers
 from mim3d.scans.dicom.headers import read_kind
@@ -229,6 +230,27 @@ def test_a_multi_frame_file_is_a_series(tmp_path):
     volume = read_volume(write_frames(tmp_path / "ct", [2] * 6))
     assert volume.spacing_mm == pytest.approx((0.7, 0.8, 2.5))
     assert np.array_equal(volume.array[::-1, ::-1], voxels() * 2 - 100)
+
+
+def test_a_file_of_many_frames_is_a_scan_by_itself(tmp_path):
+    written = write_frames(tmp_path / "ct", [1] * 6) / "frames.dcm"
+    for name in ("case.dcm", "IM0001"):
+        path = written.rename(tmp_path / name)
+        assert np.array_equal(read_volume(path).array, voxels()[::-1, ::-1] - 100)
+        assert scan_id(path) == name.removesuffix(".dcm") and modality_of(path) == "CT" and patient_of(path)
+        written = path
+        assert source_files(str(path)) == [str(path)]
+
+
+def test_one_slice_or_another_object_given_as_a_scan_is_told_apart(tmp_path):
+    one = next(write_series(tmp_path / "ct", positions(heights())).iterdir())
+    assert refusal(one) == (
+        f"{one}: this DICOM file is one slice of a series, and a volume needs all of them; give the folder of a series."
+    )
+    report = next(write_series(tmp_path / "sr", positions([0]), Modality="SR").iterdir())
+    assert "this DICOM file is no scan (SR)" in refusal(report)
+    (tmp_path / "text").write_text("no image")
+    assert "no image format is known by this name" in refusal(tmp_path / "text")
 
 
 def test_frames_rescaled_in_different_ways_are_refused(tmp_path):

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from pydicom.config import disable_value_validation
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.scans.dicom.segmentation import require_highdicom, write_dicom_seg
+from mim3d.scans.dicom.segmentation import require_highdicom, require_source, write_dicom_seg
 from mim3d.scans.volumes import read_grid, read_volume
 
 highdicom = pytest.importorskip("highdicom")
@@ -159,6 +160,48 @@ def test_elements_that_anonymising_took_away_are_left_empty(tmp_path):
     written = pydicom.dcmread(tmp_path / "seg.dcm")
     assert not written.PatientID and not written.StudyDate
     assert written.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == 2.5
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("StudyDate", "yesterday"), ("StudyTime", "9999"), ("PatientBirthDate", "1970"), ("PatientSex", "Q")],
+)
+def test_what_a_header_holds_wrongly_and_may_lack_is_left_empty(tmp_path, keyword, value):
+    with disable_value_validation():
+        series = write_series(tmp_path / "ct", **{keyword: value})
+        with pytest.warns(UserWarning, match=f"no proper {keyword}, so") as said:
+            write_dicom_seg(
+                tmp_path / "seg.dcm", label_map(read_grid(series).ras_shape), str(series), NAMES, algorithm="a"
+            )
+    assert not any(value in str(each.message) for each in said)
+    assert not pydicom.dcmread(tmp_path / "seg.dcm")[keyword].value
+
+
+@pytest.mark.parametrize(
+    ("character_set", "name"),
+    [
+        ("ISO_IR 6", "Doe"),
+        ("KLINGON", "Doe"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+        ("ISO_IR 192", "Müller"),
+    ],
+)
+def test_names_in_any_character_set_come_through(tmp_path, character_set, name):
+    with disable_value_validation(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        series = write_series(tmp_path / "ct", SpecificCharacterSet=character_set, PatientName=name)
+    write_dicom_seg(tmp_path / "seg.dcm", label_map(read_grid(series).ras_shape), str(series), NAMES, algorithm="a")
+    assert str(pydicom.dcmread(tmp_path / "seg.dcm").PatientName) == name
+
+
+def test_slices_of_several_frames_of_reference_are_refused_for_what_they_are(tmp_path):
+    series = write_series(tmp_path / "ct")
+    path = next(iter(sorted(series.iterdir())))
+    data = pydicom.dcmread(path)
+    data.FrameOfReferenceUID = "1.2.3.99"
+    data.save_as(path)
+    with pytest.raises(DataError, match="slices differ in FrameOfReferenceUID"):
+        require_source(str(series))
 
 
 def test_a_map_of_another_grid_is_refused(tmp_path):

@@ -429,8 +429,8 @@ def to_cases(declared: Sequence[Case], root: str) -> tuple[Case, ...]:
 
 
 def _dicom_patient(path: str) -> str | None:
-    """The hashed patient of a DICOM series; other files hold no patient worth opening them for."""
+    """The hashed patient of a DICOM series; other formats are known by their names, and not opened."""
     try:
-        return patient_of(path) if "::" in path or os.path.isdir(path) else None
+        return patient_of(path)
     except DataError:
         return None

@@ -5,6 +5,7 @@ describes it, and one line there.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,10 @@ def format_of(address: str) -> Format:
     if is_folder or "::" in address:
         return DICOM
     check_file(address)
+    from mim3d.scans.dicom.headers import read_slices
+
+    if read_slices(address):
+        return DICOM
     raise DataError(
         f"{address}: no image format is known by this name; give a file that ends in one of {', '.join(SUFFIXES)}, or "
         "the folder of a DICOM series."
@@ -372,6 +377,8 @@ def scan_id(path: str | os.PathLike[str]) -> str:
     folder, _, series = address.partition("::")
     name = os.path.basename(os.path.abspath(folder))
     stem = name.removesuffix(suffix_of(name))
+    if stem == name and os.path.isfile(folder):
+        stem = re.sub(r"\.(dcm|dicom|ima)$", "", name, flags=re.IGNORECASE)
     safe = file_name(stem)
     if channel:
         return f"{safe}_channel_{channel}"

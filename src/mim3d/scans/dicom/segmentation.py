@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydicom.valuerep import DA, TM
 
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file
 from mim3d.scans.dicom.headers import read_header
 from mim3d.scans.dicom.series import Stack, open_series
-from mim3d.scans.grids import spacing_of, split_channel
+from mim3d.scans.files import warn_once
+from mim3d.scans.grids import spacing_of
+from mim3d.scans.volumes import DICOM, format_of
 
 #: What is said of another scan, after its name.
 NO_SERIES = " is no DICOM series, and a DICOM-SEG refers to the slices of one; use --format auto."
@@ -112,8 +115,8 @@ def require_source(series: str) -> None:
     Raises:
         DataError: There is no DICOM series, it cannot be stacked, or lacks what a Segmentation takes over from it.
     """
-    if os.path.isfile(split_channel(series)[0]):
-        raise DataError(f"{series} is no DICOM series, and a DICOM-SEG refers to the slices of one; use --format auto.")
+    if format_of(series) is not DICOM:
+        raise DataError(f"{series}{NO_SERIES}")
     _sources_of(series)
 
 
@@ -126,33 +129,64 @@ def _sources_of(series: str) -> tuple[Stack, list[Any]]:
             f"{stack.grid.path}: the series mixes files of one and of several slices, which no DICOM-SEG can refer "
             "to; use --format nii.gz."
         )
-    headers = []
+    headers, odd = [], list[str]()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for path in paths:
                 header, _ = read_header(path, every=True)
-                if not header.get("FrameOfReferenceUID"):
-                    raise AttributeError("no frame of reference", name="FrameOfReferenceUID")
-                for keyword in _MAY_BE_EMPTY:
-                    if keyword not in header:
-                        setattr(header, keyword, "")
-                if not header.get("SliceThickness"):
-                    header.SliceThickness = f"{spacing_of(stack.grid.affine)[2]:.6g}"
+                odd += _tidy(header, spacing_of(stack.grid.affine)[2])
                 headers.append(header)
     except DataError:
         raise
     except Exception as error:
         raise _unfit(series, error) from None
+    for name in ("FrameOfReferenceUID", "StudyInstanceUID"):
+        if len({header.get(name) for header in headers}) > 1:
+            raise DataError(
+                f"{series}: the slices differ in {name}, so no DICOM-SEG can refer to all; use --format nii.gz."
+            )
+    if odd:
+        names = " and ".join(sorted(set(odd)))
+        warn_once(f"{series}: the headers hold no proper {names}, so the DICOM-SEG has none.")
     return stack, headers
+
+
+def _tidy(header: Any, thickness_mm: float) -> list[str]:
+    """Fill in what a header lacks and empty what it may lack but holds wrongly; the names of what was emptied."""
+    from highdicom.enum import PatientSexValues, SpecificCharacterSetValues
+
+    for keyword in ("FrameOfReferenceUID", "StudyInstanceUID"):
+        if not header.get(keyword):
+            raise AttributeError(keyword, name=keyword)
+    checks = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM, "PatientSex": PatientSexValues}
+    odd = []
+    for keyword in _MAY_BE_EMPTY:
+        value = header.get(keyword)
+        try:
+            if value and keyword in checks:
+                checks[keyword](value)
+        except ValueError:
+            odd.append(keyword)
+            value = None
+        if value is None:
+            setattr(header, keyword, "")
+    sets = header.get("SpecificCharacterSet") or []
+    known = {each.value for each in SpecificCharacterSetValues}
+    if not known.issuperset([sets] if isinstance(sets, str) else sets):
+        # The library knows no sets that begin with the default one, as in Japan; any text can be written in Unicode.
+        header.SpecificCharacterSet = "ISO_IR 192"
+    if not header.get("SliceThickness"):
+        header.SliceThickness = f"{thickness_mm:.6g}"
+    return odd
 
 
 def _unfit(series: str, error: Exception) -> DataError:
     # The text of the error is left out: it may quote the patient.
     missing = f" (element {error.name} is missing)" if isinstance(error, AttributeError) and error.name else ""
     return DataError(
-        f"{series}: the headers of the DICOM series lack what a DICOM-SEG takes over from them{missing}; "
-        "use --format nii.gz."
+        f"{series}: the headers of the DICOM series lack what a DICOM-SEG takes over from them, or differ in it"
+        f"{missing}; use --format nii.gz."
     )
 
 

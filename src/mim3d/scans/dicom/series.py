@@ -329,12 +329,20 @@ def open_series(address: str) -> Stack:
     """The slices of one series in order, with their grid; only headers are read.
 
     Args:
-        address: A folder with one image series (in it, or else below it), or `folder::hash`.
+        address: A folder with one image series (in it, or else below it), `folder::hash`, or a file of many frames.
 
     Raises:
         DataError: There is no such folder, no image series or several, or the series cannot be stacked.
     """
-    return stack(_slices_of(address), address)
+    slices = _slices_of(address)
+    first = slices[0]
+    if first.path == address:
+        reason = _no_volume(first) if first.modality or not first.fault else None
+        if reason is None and len(slices) == 1 and not first.fault:
+            reason = "one slice of a series, and a volume needs all of them"
+        if reason:
+            raise DataError(f"{address}: this DICOM file is {reason}; give the folder of a series.")
+    return stack(slices, address)
 
 
 def patient_key(address: str) -> str | None:
@@ -458,6 +466,8 @@ def _no_volume(first: Slice) -> str | None:
 def _slices_of(address: str) -> list[Slice]:
     """The slices of the one image series that an address names."""
     folder, _, wanted = address.partition("::")
+    if os.path.isfile(address):
+        return list(read_slices(address))
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; check the path and that the disk is mounted.")
     if wanted:

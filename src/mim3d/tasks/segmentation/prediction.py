@@ -21,7 +21,7 @@ from mim3d.inference import ProbabilityTarget, Readout, classes_readout, predict
 from mim3d.scans.components import remove_components
 from mim3d.scans.grids import Grid, split_channel
 from mim3d.scans.nifti import ProbabilityFile
-from mim3d.scans.volumes import channels_of, write_volume
+from mim3d.scans.volumes import channels_of, format_of_file, write_volume
 from mim3d.tasks.contract import PredictionSettings, Predictor, TrainedNetwork
 from mim3d.tasks.segmentation.targets import Targets
 from mim3d.tasks.trained import require_alike
@@ -233,8 +233,9 @@ def _note_unusual(said: list[str], network: TrainedNetwork, prepared: Prepared) 
 
 
 def is_dicom(case: Case) -> bool:
-    """Whether a scan is a DICOM series: named by a folder, not by a file."""
-    return not os.path.isfile(split_channel(case.images[0])[0])
+    """Whether a scan may be a DICOM series, by its name: a folder, or a file of no other format."""
+    file = split_channel(case.images[0])[0]
+    return os.path.isdir(file) or format_of_file(file) is None
 
 
 def _with_channels_apart(case: Case) -> Case:
