@@ -10,7 +10,7 @@ import pytest
 from mim3d.core.errors import DataError
 from mim3d.datasets import label_maps
 from mim3d.datasets.cases import CaseSet, read_cases
-from mim3d.datasets.label_maps import holds_labels
+from mim3d.datasets.label_voxels import Voxels, voxels_of
 from mim3d.datasets.references import find_pairs
 from mim3d.scans.volumes import read_grid
 from tests.nifti import affine_of, noise, write_nifti
@@ -82,6 +82,20 @@ LAYOUTS = {
     ),
     "segthor": (["P_1/P_1", "P_1/GT!"], {"P_1/P_1": "P_1/GT"}, ["P_1"]),
     "other grid": (["p/ct", "p/pet~", "p/seg!"], {"p/ct": "p/seg", "p/pet": None}, ["p", "pet"]),
+    "other folders": (
+        ["TrainingImg/t_1", "TrainingMask/t_1!"],
+        {"TrainingImg/t_1": "TrainingMask/t_1"},
+        ["t_1"],
+    ),
+    "words in folders": (["subset0/1.3", "seg-lungs-X/1.3!"], {"subset0/1.3": "seg-lungs-X/1.3"}, ["1.3"]),
+    "two trees of maps": (["CT-Seg_20/c_1", "Infection_Mask/c_1!", "Lung_Mask/c_1!"], {"CT-Seg_20/c_1": None}, ["c_1"]),
+    "predictions": (["p1", "p2", "pred/p1!", "pred/p2!"], {"p1": "pred/p1", "p2": "pred/p2"}, ["p1", "p2"]),
+    "above": (["U/1/pre/FLAIR", "U/1/wmh!"], {"U/1/pre/FLAIR": None}, ["FLAIR"]),
+    "derivatives": (
+        ["sub-1/anat/sub-1_T1w", "derivatives/labels/sub-1/anat/sub-1_T1w_lesion-manual!"],
+        {"sub-1/anat/sub-1_T1w": "derivatives/labels/sub-1/anat/sub-1_T1w_lesion-manual"},
+        ["sub-1"],
+    ),
     "by voxels": (["p/ct", "p/aorta!", "p/heart!~"], {"p/ct": None}, ["ct"]),
 }
 
@@ -147,35 +161,85 @@ def test_scans_without_label_maps_are_read_as_ever_without_a_word_of_any(tmp_pat
     assert not any("label map" in each for each in said)
 
 
-def test_a_folder_of_label_maps_alone_is_refused(tmp_path):
-    write(tmp_path, "a_seg!", "b_seg!")
-    with pytest.raises(DataError, match="only label maps in here"):
-        read_cases(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("array", "expected"),
     [
-        (blocks(), True),
-        (blocks(dtype=np.float32), True),
-        (blocks((1, 700), np.int16), True),
-        (np.zeros(SHAPE, np.int16), True),
-        (np.full(SHAPE, 7, np.int16), False),
-        (blocks((1, 0.5), np.float32), False),
-        (noise(SHAPE), False),
-        (np.random.default_rng(0).integers(0, 200, SHAPE).astype(np.uint8), False),
-        (np.repeat(np.arange(12), 80).reshape(SHAPE).astype(np.uint8), True),
+        (blocks(), Voxels.SMALL_LABELS),
+        (blocks((255,)), Voxels.SMALL_LABELS),
+        (blocks(dtype=np.float32), Voxels.SMALL_LABELS),
+        (blocks((1, 700), np.int16), Voxels.LABELS),
+        (np.zeros(SHAPE, np.int16), Voxels.LABELS),
+        (np.repeat(np.arange(12), 80).reshape(SHAPE).astype(np.uint8), Voxels.SMALL_LABELS),
+        (np.tile(np.arange(40, dtype=np.uint8)[None, :, None], (9, 1, 5)), Voxels.LABELS),
+        (np.full(SHAPE, 7, np.int16), Voxels.UNCLEAR),
+        (blocks((1, 0.5), np.float32), Voxels.SHARES),
+        (noise(SHAPE), Voxels.IMAGE),
+        (np.random.default_rng(0).integers(0, 200, SHAPE).astype(np.uint8), Voxels.IMAGE),
+        (blocks((300, 1000), np.int16) - np.int16(1000), Voxels.UNCLEAR),
     ],
 )
 def test_labels_are_told_from_images_by_their_voxels(tmp_path, array, expected):
-    assert holds_labels(str(write_nifti(tmp_path / "x.nii.gz", array))) == expected
+    assert voxels_of(str(write_nifti(tmp_path / "x.nii.gz", array))) is expected
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["mask_wearing_patient", "segment_03_ct"],
+        ["labels_study/p1", "labels_study/p2", "other_study/p1"],
+        ["Label/p1", "p1"],
+        ["GT_001", "GT_002"],
+        ["GT_001/ct", "AB_001/ct"],
+        ["Lesion/roi_1", "Lesion/roi_2", "Kidney/roi_1"],
+    ],
+)
+def test_scans_that_are_called_label_maps_are_scans(tmp_path, files):
+    write(tmp_path, *files)
+    for settings in ({}, {"recursive_images_only": True}):
+        found, said = read(tmp_path, **settings)
+        assert len(found.cases) == len(files)
+        assert not any("label map" in each for each in said)
+
+
+@pytest.mark.parametrize("values", [(300, 1000), (100, 200)])
+def test_a_phantom_of_few_large_values_is_a_scan(tmp_path, values):
+    for number in range(3):
+        write_nifti(tmp_path / f"phantom_{number}.nii.gz", blocks(values, np.int16))
+    assert len(read(tmp_path)[0].cases) == 3
+
+
+def test_a_broken_label_map_among_good_ones_is_no_scan(tmp_path):
+    write(tmp_path, "1/ct", "1/seg!", "2/ct", "2/seg!", "3/ct", "3/seg")
+    assert pairs(tmp_path) == {f"{number}/ct": f"{number}/seg" for number in (1, 2, 3)}
+
+
+def test_probabilities_are_neither_scans_nor_labels(tmp_path):
+    write(tmp_path, "p1", "p2")
+    for number in (1, 2):
+        write_nifti(tmp_path / f"p{number}_prob.nii.gz", blocks((0.2, 0.7), np.float32))
+    found, said = read(tmp_path)
+    assert [(case.id, case.label) for case in found.cases] == [("p1", None), ("p2", None)]
+    assert "left out, since they are no scans: 2 (p1_prob" in said[0]
+
+
+def test_what_is_told_by_voxels_alone_can_be_put_right(tmp_path):
+    write(tmp_path, "p1/ct", "p1/aorta!", "p1/heart!")
+    assert "if those are scans, list them as image in a CSV" in read(tmp_path)[1][0]
+
+
+@pytest.mark.parametrize("files", [["a_seg!", "b_seg!"], ["labelsTr/a!", "labelsTr/b!"], ["tumour_1!", "tumour_2!"]])
+def test_label_maps_alone_are_refused_whatever_they_are_called(tmp_path, files):
+    write(tmp_path, *files)
+    for settings in ({}, {"recursive_images_only": True}):
+        with pytest.raises(DataError, match="only label maps in here, such as"):
+            read_cases(tmp_path, **settings)
 
 
 def test_a_file_that_cannot_be_read_stays_a_scan_whose_fault_is_found_when_it_is_used(tmp_path):
     write(tmp_path, "p/ct")
     (tmp_path / "p" / "broken.nii.gz").write_bytes(b"no gzip")
     assert len(read(tmp_path)[0].cases) == 2
-    assert not holds_labels(str(tmp_path / "p" / "broken.nii.gz"))
+    assert voxels_of(str(tmp_path / "p" / "broken.nii.gz")) is Voxels.UNCLEAR
 
 
 def test_what_a_file_leaves_open_is_said_when_it_is_used_not_when_it_is_looked_into(tmp_path):
@@ -191,9 +255,9 @@ def test_what_a_file_leaves_open_is_said_when_it_is_used_not_when_it_is_looked_i
 def test_few_files_of_each_kind_are_looked_into(tmp_path, monkeypatch):
     write(tmp_path, *(f"p{number}/{name}" for number in range(9) for name in ("ct", "aorta!")))
     looked = []
-    monkeypatch.setattr(label_maps, "holds_labels", lambda path: looked.append(path) or holds_labels(path))
+    monkeypatch.setattr(label_maps, "voxels_of", lambda path: looked.append(path) or voxels_of(path))
     assert len(read(tmp_path)[0].cases) == 9
-    assert len(looked) == 6
+    assert len(looked) == 4
 
 
 def test_the_label_maps_of_a_tree_are_references(tmp_path):

@@ -3,17 +3,16 @@
 import itertools
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from mim3d.core.errors import DataError, listed
 from mim3d.core.names import joined_name
+from mim3d.datasets.label_voxels import Voxels, voxels_of
 from mim3d.scans.files import nothing_said
 from mim3d.scans.grids import Grid, file_of, require_same_grid
-from mim3d.scans.volumes import open_scan, read_grid, scan_id, suffix_of
+from mim3d.scans.volumes import read_grid, scan_id, suffix_of
 
 #: Folders of label maps, in lower case, where scans lie beside them.
 LABEL_FOLDERS = frozenset(
@@ -24,9 +23,10 @@ LABEL_FOLDERS = frozenset(
 #: Words of a file name that stand for a label map, and ends of words that do.
 _LABEL_WORDS = frozenset(
     "label labels labelmap labelmaps mask masks msk seg segs segm segmentation segmentations annotation annotations gt "
-    "groundtruth aseg aparc dseg probseg".split()
+    "groundtruth aseg aparc dseg probseg manual prob probs probability probabilities softmax maske lesion lesions roi "
+    "rois contour contours".split()
 )
-_LABEL_ENDS = ("segmentation", "mask", "labelmap", "seg")
+_LABEL_ENDS = ("segmentation", "mask", "masks", "labelmap", "seg")
 
 #: Words that say what an image is, not whose: without them, names of one case are the same.
 _IMAGE_FOLDERS = frozenset("image images imagestr imagests imagesval img imgs scan scans volume volumes".split())
@@ -45,11 +45,6 @@ MAX_LOOKS = 100
 
 #: Different kinds of files in one folder beyond which they are scans of as many names, not maps of as many structures.
 MAX_KINDS = 200
-
-#: A map of few values is one of labels; of more values where most neighbours are equal, as no image's are.
-_FEW_VALUES = 16
-_MOST_VALUES = 512
-_EQUAL_SHARE = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +82,8 @@ class SortedTree:
 def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool = True) -> SortedTree:
     """Tell the label maps in a tree from the scans.
 
-    Files are told by their names and folders. Where these do not say, one beside a label map, or on the grid of another
-    kind of file in its folder, is looked into: a label map holds few whole numbers in large pieces.
+    Files are told by their names and folders, and a few of each kind are looked into: what is called a label map may be
+    an image all the same, and what is not may hold labels, which are few whole numbers in large pieces.
 
     Args:
         paths: Paths of all scans and label maps below the root.
@@ -100,24 +95,36 @@ def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool 
     Raises:
         DataError: There are label maps alone.
     """
-    maps = _named_maps(paths, root)
+    called = _named_maps(paths, root)
+    maps, shares = set(called), set[str]()
     others = [path for path in paths if path not in maps]
     if look:
-        maps |= _seen_maps(others, maps)
+        looks = _Looks()
+        maps, shares = _checked_maps(called, looks)
+        others = [path for path in paths if path not in maps]
+        maps |= _seen_maps(others, maps, looks)
         others = [path for path in others if path not in maps]
     if not maps:
         return SortedTree(cases=tuple(TreeCase(images=(path,)) for path in paths))
     if not others:
         raise DataError(
-            f"{root}: only label maps in here; give the folder of the images, or a CSV that lists them as image."
+            f"{root}: only label maps in here, such as {os.path.relpath(min(maps), root)}; give the folder of the "
+            "images, or a CSV that lists them as image."
         )
-    groups = _Groups(others, sorted(maps), root)
+    groups = _Groups(others, sorted(maps - shares), root)
     cases = groups.cases(others, with_labels=with_labels)
     paired = {case.label for case in cases if case.label is not None}
-    left = [os.path.relpath(path, root) for path in sorted(maps - paired)]
-    said = [f"label maps paired with scans by their names: {len(paired)}"] if paired else []
+    left_paths = maps - paired
+    left = [os.path.relpath(path, root) for path in sorted(left_paths)]
+    said = []
+    if paired:
+        first = next(case for case in cases if case.label is not None)
+        one, other = (os.path.relpath(path, root) for path in (first.images[0], str(first.label)))
+        said.append(f"label maps paired with scans by their names: {len(paired)} (such as {other} with {one})")
     if left:
         said.append(f"label maps left out, since they are no scans: {len(left)} ({listed(left, 3)})")
+    if left_paths - called.keys():
+        said.append("some are told by their voxels alone: if those are scans, list them as image in a CSV")
     if groups.channels and with_labels:
         said.append(f"the images of a case are its channels {', '.join(groups.channels)}")
     if left and with_labels and any(case.label is None for case in cases):
@@ -129,63 +136,127 @@ def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool 
     return SortedTree(cases=tuple(cases), channels=channels, notes=(f"{root}: {'; '.join(said)}.",))
 
 
-def _named_maps(paths: Sequence[str], root: str) -> set[str]:
-    """Files that are called label maps, or lie in a folder that is, where scans lie beside that folder."""
-    called = (path for path in paths if suffix_of(path) and _is_called_label(path))
-    return {*in_label_folders(paths, root), *called}
+def _named_maps(paths: Sequence[str], root: str) -> dict[str, str]:
+    """Files that are called label maps, or lie in a folder that is, beside scans -> what their kind is called."""
+    names = {path: os.path.basename(path) for path in paths if suffix_of(path)}
+    called = {path: _pattern(name) for path, name in names.items() if _is_called_label(name.removesuffix(suffix_of(name)))}
+    return called | in_label_folders(paths, root)
 
 
-def in_label_folders(paths: Iterable[str], root: str) -> list[str]:
-    """Files in a folder that is called one of label maps, where scans lie beside that folder."""
-    homes: dict[str, str | None] = {}
+def in_label_folders(paths: Iterable[str], root: str) -> dict[str, str]:
+    """Files in a folder that is called one of label maps, beside scans -> that folder, without its numbers."""
+    homes: dict[str, str] = {}
     beside: set[str] = set()
     for path in paths:
         parts = os.path.relpath(file_of(path), root).split(os.sep)[:-1]
-        first = next((index for index, part in enumerate(parts) if part.lower() in LABEL_FOLDERS), None)
-        homes[path] = None if first is None else os.sep.join(parts[:first])
+        first = next((index for index, part in enumerate(parts) if _is_called_label(part)), None)
         if first is None:
             beside.update(os.sep.join(parts[:count]) for count in range(len(parts) + 1))
-    return [path for path, home in homes.items() if home in beside]
+        else:
+            homes[path] = os.sep.join(parts[: first + 1])
+    return {path: _pattern(home + os.sep) for path, home in homes.items() if os.path.dirname(home) in beside}
 
 
-def _is_called_label(path: str) -> bool:
-    stem = os.path.basename(path).removesuffix(suffix_of(path))
-    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]", stem)]
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _is_called_label(name: str) -> bool:
+    """Whether the name of a folder, or of a file without its ending, is that of label maps."""
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]", name)]
     letters = [word for word in words if not word.isdigit()]
     return (
-        not _LABEL_WORDS.isdisjoint(words)
+        name.lower() in LABEL_FOLDERS
+        or not _LABEL_WORDS.isdisjoint(words)
         or ("ground", "truth") in itertools.pairwise(words)
         or bool(letters and letters[-1].endswith(_LABEL_ENDS))
     )
 
 
-def _seen_maps(paths: Sequence[str], maps: Iterable[str]) -> set[str]:
-    """Files whose voxels are labels, of those beside a label map or on the grid of another kind of file beside them."""
+class _Looks:
+    """What the voxels of a few files of each kind are; a kind is every file whose name differs by its numbers alone."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Voxels] = {}
+        self.num_looks = 0
+
+    def of(self, paths: Sequence[str]) -> list[Voxels]:
+        """What the first files of a kind hold, as far as there are looks left."""
+        found: list[Voxels] = []
+        for path in paths[:_LOOKS_PER_KIND]:
+            if path not in self.seen:
+                if self.num_looks >= MAX_LOOKS:
+                    break
+                self.num_looks += 1
+                self.seen[path] = voxels_of(path)
+            found.append(self.seen[path])
+            if found[-1] is not Voxels.UNCLEAR and found.count(found[-1]) * 2 > _LOOKS_PER_KIND:
+                break
+        return found
+
+
+def _checked_maps(called: Mapping[str, str], looks: _Looks) -> tuple[set[str], set[str]]:
+    """Files that are called label maps, without the kinds that are images; and those of them that hold probabilities.
+
+    Args:
+        called: Path -> what its kind is called.
+        looks: Where voxels are looked at.
+    """
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for path, kind in called.items():
+        kinds[kind].append(path)
+    maps, shares = set[str](), set[str]()
+    for files in kinds.values():
+        seen = looks.of(files)
+        if not _most(Voxels.IMAGE, seen):
+            maps.update(files)
+        if _most(Voxels.SHARES, seen):
+            shares.update(files)
+    return maps, shares
+
+
+def _most(what: Voxels, seen: Sequence[Voxels]) -> bool:
+    return sum(each is what for each in seen) * 2 > len(seen)
+
+
+def _seen_maps(paths: Sequence[str], maps: Iterable[str], looks: _Looks) -> set[str]:
+    """Files whose voxels are labels, although their names do not say so.
+
+    Small numbers in pieces are labels wherever they lie. Others are where they lie beside a label map, or on the grid
+    of another kind of file of the same folder or name.
+    """
     folders: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        if suffix_of(path):
-            folders[os.path.dirname(path)].append(path)
-    homes = set(map(os.path.dirname, maps))
-    verdicts: dict[str, list[bool]] = defaultdict(list)
-    found: set[str] = set()
-    num_looks = 0
+    names: dict[str, list[str]] = defaultdict(list)
+    for path in filter(suffix_of, paths):
+        folders[os.path.dirname(path)].append(path)
+        names[os.path.basename(path)].append(path)
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for folder, files in folders.items():
-        kinds = {path: re.sub(r"\d+", "#", os.path.basename(path)) for path in files}
-        if not 2 <= len(set(kinds.values())) <= MAX_KINDS:
-            continue
-        grids: dict[str, Grid | None] = {}
-        # Twice, as the first round may tell that label maps lie here.
-        for path in (*files, *files):
-            seen = verdicts[kinds[path]]
-            if len(seen) < _LOOKS_PER_KIND and num_looks < MAX_LOOKS and path not in found:
-                grids = grids or {each: _grid(each) for each in files}
-                siblings = (grids[other] for other in files if kinds[other] != kinds[path])
-                if folder in homes or any(_is_same_grid(grids[path], grid) for grid in siblings):
-                    num_looks += 1
-                    seen.append(holds_labels(path))
-            if sum(seen) * 2 > len(seen):
-                found.add(path)
-                homes.add(folder)
+        patterns = Counter(_pattern(os.path.basename(path)) for path in files)
+        for path in files if len(patterns) <= MAX_KINDS else ():
+            name = _pattern(os.path.basename(path))
+            # Where each folder holds one file of a name, the folders are those of patients.
+            kinds[_pattern(folder) if patterns[name] > 1 else "", name].append(path)
+    homes = set(map(os.path.dirname, maps))
+
+    def is_map(path: str, kind: Sequence[str]) -> bool:
+        if looks.seen[path] is not Voxels.LABELS:
+            return looks.seen[path] is Voxels.SMALL_LABELS
+        beside = {*folders[os.path.dirname(path)], *names[os.path.basename(path)]} - {path}
+        others = [other for other in beside if other not in kind or os.path.dirname(other) != os.path.dirname(path)]
+        grid = _grid(path)
+        return os.path.dirname(path) in homes or any(_is_same_grid(grid, _grid(other)) for other in others)
+
+    found: set[str] = set()
+    for files in kinds.values():
+        looks.of(files)
+    # Twice, as the first round may tell that label maps lie here.
+    for files in (*kinds.values(), *kinds.values()):
+        verdicts = {path: is_map(path, files) for path in files[:_LOOKS_PER_KIND] if path in looks.seen}
+        others = sum(verdicts.values()) * 2 > len(verdicts)
+        kind = {path for path in files if verdicts.get(path, others)}
+        found |= kind
+        homes.update(map(os.path.dirname, kind))
     return found
 
 
@@ -206,34 +277,6 @@ def _is_same_grid(one: Grid | None, two: Grid | None) -> bool:
     except DataError:
         return False
     return True
-
-
-def holds_labels(path: str) -> bool:
-    """Whether the voxels of a file are labels: few whole numbers from 0, in pieces in which neighbours are equal.
-
-    It is read up to the first value that no label map holds. A file that cannot be read holds none.
-    """
-    values: set[int] = set()
-    num_pairs = num_equal = 0
-    try:
-        with nothing_said():
-            scan = open_scan(path)
-        for slab in scan.read_slabs():
-            low, high = float(slab.min()), float(slab.max())
-            if not (low >= 0 and high <= 65535) or (slab.dtype.kind == "f" and (slab != np.rint(slab)).any()):
-                return False
-            whole = slab.astype(np.uint16)
-            values.update(np.flatnonzero(np.bincount(whole.ravel(order="K"))).tolist())
-            if len(values) > _MOST_VALUES:
-                return False
-            held = (whole[1:] > 0) | (whole[:-1] > 0)
-            num_pairs += int(held.sum())
-            num_equal += int(((whole[1:] == whole[:-1]) & held).sum())
-    except Exception:  # Whatever a reader raises; it is said when the file is used.
-        return False
-    # A constant other than the background is a scan of nothing.
-    has_pieces = len(values) <= _FEW_VALUES or num_equal >= _EQUAL_SHARE * num_pairs
-    return has_pieces and (len(values) > 1 or 0 in values)
 
 
 class _Groups:

@@ -197,7 +197,7 @@ def _referenced(references: str | Sequence[str]) -> CaseSet:
         if not os.path.isfile(os.path.join(references, "dataset.json")) and pair_folders(references) is None:
             paths = scans_in(references)
             if not has_pairs(paths, os.path.abspath(references)):
-                return _label_maps(in_label_folders(paths, references) or paths, references)
+                return _label_maps(list(in_label_folders(paths, references)) or paths, references)
     elif not references.lower().endswith((".csv", ".json")):
         return _label_maps([references], os.path.dirname(references))
     cases = read_cases(references)
