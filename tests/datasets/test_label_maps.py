@@ -96,6 +96,33 @@ LAYOUTS = {
         {"sub-1/anat/sub-1_T1w": "derivatives/labels/sub-1/anat/sub-1_T1w_lesion-manual"},
         ["sub-1"],
     ),
+    "channel numbers": (
+        ["A/images/x_1_0000", "A/labels/x_1!", "A/images/x_2_0000", "B/x_3_0000"],
+        {"A/images/x_1_0000": "A/labels/x_1", "A/images/x_2_0000": None, "B/x_3_0000": None},
+        ["x_1_0000", "x_2_0000", "x_3_0000"],
+    ),
+    "unlike names": (["imagesTr/C-1__CT", "labelsTr/C-1!"], {"imagesTr/C-1__CT": "labelsTr/C-1"}, ["C-1"]),
+    "sequences": (
+        ["images/1/1_1_t2w", "images/1/1_1_adc~", "labels/human/1_1!"],
+        {"images/1/1_1_adc": None, "images/1/1_1_t2w": "labels/human/1_1"},
+        ["1_1_adc", "1_1_t2w"],
+    ),
+    "verse": (
+        ["rawdata/sub-v1/sub-v1_ct", "derivatives/sub-v1/sub-v1_seg-vert_msk!"],
+        {"rawdata/sub-v1/sub-v1_ct": "derivatives/sub-v1/sub-v1_seg-vert_msk"},
+        ["sub-v1"],
+    ),
+    "bids": (
+        ["sub-1/dwi/sub-1_dwi", "sub-1/dwi/sub-1_adc", "sub-1/anat/sub-1_FLAIR~", "derivatives/sub-1/sub-1_msk!"],
+        {"sub-1/anat/sub-1_FLAIR": None, "sub-1/dwi/sub-1_adc sub-1/dwi/sub-1_dwi": "derivatives/sub-1/sub-1_msk"},
+        ["sub-1_FLAIR", "sub-1"],
+    ),
+    "skull": (
+        ["s/T1", "s/T1_brain", "s/T1_brain_mask!"],
+        {"s/T1": None, "s/T1_brain": "s/T1_brain_mask"},
+        ["T1", "brain"],
+    ),
+    "sliver": (["liver-orig1", "liver-seg1!"], {"liver-orig1": "liver-seg1"}, ["liver-1"]),
     "by voxels": (["p/ct", "p/aorta!", "p/heart!~"], {"p/ct": None}, ["ct"]),
 }
 
@@ -265,3 +292,35 @@ def test_the_label_maps_of_a_tree_are_references(tmp_path):
     write(tmp_path / "pred", "case_1!")
     found = find_pairs(str(tmp_path / "pred"), str(tmp_path / "set"))
     assert [(pair.id, Path(pair.reference).name) for pair in found.pairs] == [("case_1", "segmentation.nii.gz")]
+
+
+def test_folders_of_validation_beside_those_that_are_read_are_named(tmp_path):
+    write(
+        tmp_path,
+        *(
+            f"{kind}{part}/{part}{end}"
+            for part in ("Tr", "Va", "Ts")
+            for kind, end in (("images", ""), ("labels", "!"))
+        ),
+    )
+    found, said = read(tmp_path)
+    assert [case.id for case in found.cases] == ["Tr"]
+    assert len(said) == 1
+    assert "imagesVa, labelsVa not read beside imagesTr, labelsTr" in said[0]
+
+
+def test_labels_that_nothing_pairs_are_refused(tmp_path):
+    write(tmp_path, "images/a", "labels/x!", "labels/y!")
+    with pytest.raises(
+        DataError, match=r"no image of the same name in .* for x, y; a label must be named like its image"
+    ):
+        read_cases(tmp_path)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_scans_in_the_folder_of_one_patient_are_that_patients(tmp_path, labelled):
+    for number, frames in ((1, ("01", "12")), (2, ("01", "09"))):
+        for frame in frames:
+            name = f"patient{number}/patient{number}_frame{frame}"
+            write(tmp_path, name, *([f"{name}_gt!"] if labelled else []))
+    assert [case.patient for case in read(tmp_path)[0].cases] == ["patient1"] * 2 + ["patient2"] * 2

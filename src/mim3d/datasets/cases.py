@@ -16,10 +16,10 @@ from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import unique_ids
 from mim3d.datasets.label_maps import sort_tree
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list
-from mim3d.datasets.patients import described, patients_by_pattern, patients_of_names
+from mim3d.datasets.patients import described, patients_by_pattern, patients_of_folders, patients_of_names
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
 from mim3d.scans.modality import declared_modality
-from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id
+from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id, suffix_of
 
 SPLITS = ("train", "val", "test")
 
@@ -183,8 +183,11 @@ def _read_form(path: str, with_labels: bool) -> CaseSet:
         pair = pair_folders(path)
         if pair is None:
             return _read_tree(path, with_labels)
+        cases = _read_pairs(*pair, with_labels)
+        if not cases:
+            return _read_unlike_pairs(path, *pair, with_labels=with_labels)
         form = "msd" if pair[0].endswith("imagesTr") and pair[1].endswith("labelsTr") else "pairs"
-        return plain(form, _read_pairs(*pair, with_labels))
+        return plain(form, cases, _folders_not_read(path, pair))
     suffix = os.path.splitext(description)[1].lower()
     if suffix == ".csv":
         entries, notes = read_list(path)
@@ -240,18 +243,52 @@ def pair_folders(folder: str) -> tuple[str, str] | None:
 def _read_pairs(image_folder: str, label_folder: str, with_labels: bool) -> list[Case]:
     """Images and labels of the same file name; an image without a label stays unlabelled.
 
-    A label without an image is a case whose image is missing: it is left out when headers are read.
+    A label without an image is a case whose image is missing: it is left out when headers are read. There are no cases
+    where no label is named like an image.
     """
     images = _group_channels(scans_in(image_folder), image_folder)
     labels = _by_id(scans_in(label_folder), label_folder) if with_labels else {}
     orphans = sorted(set(labels) - set(images))
-    if orphans and len(orphans) == len(labels):
-        raise DataError(
-            f"{label_folder}: no image of the same name in {image_folder} for {listed(orphans)}; a label must be "
-            "named like its image."
-        )
+    # Without labels the names of files are enough.
+    names = labels.keys() or {
+        scan_id(name) for _, _, files in os.walk(label_folder) for name in files if suffix_of(name)
+    }
+    if names and names.isdisjoint(images):
+        return []
     missing = {name: (os.path.join(image_folder, os.path.basename(labels[name])),) for name in orphans}
     return [Case(id=name, images=paths, label=labels.get(name)) for name, paths in (images | missing).items()]
+
+
+def _read_unlike_pairs(folder: str, image_folder: str, label_folder: str, *, with_labels: bool) -> CaseSet:
+    """Images and labels of different names, such as ``P1__CT`` and ``P1``.
+
+    Raises:
+        DataError: Nothing tells which belong together.
+    """
+    found = _read_tree(folder, with_labels)
+    if with_labels and not any(case.label for case in found.cases):
+        raise DataError(
+            f"{label_folder}: no image of the same name in {image_folder} for "
+            f"{listed(sorted(map(scan_id, scans_in(label_folder))))}; a label must be named like its image."
+        )
+    return found
+
+
+def _folders_not_read(folder: str, pair: tuple[str, str]) -> tuple[str, ...]:
+    """What is said of images and labels beside the folders that are read; scans to test on stay out without a word."""
+    read = [os.path.basename(each) for each in pair]
+    others = [
+        name
+        for name in sorted(os.listdir(folder))
+        if re.fullmatch(r"(?i)(images|labels|masks)[_-]?(va|val|valid|validation|un|unlabell?ed)", name)
+        and os.path.isdir(os.path.join(folder, name))
+    ]
+    if not others:
+        return ()
+    return (
+        f"{folder}: {listed(others)} not read beside {listed(read)}; to hold them out or learn from them, list all "
+        "cases in a CSV with the columns image,label,split.",
+    )
 
 
 def _read_tree(folder: str, with_labels: bool) -> CaseSet:
@@ -262,10 +299,14 @@ def _read_tree(folder: str, with_labels: bool) -> CaseSet:
         cases = tuple(Case(id=name, images=files) for name, files in groups.items())
         return CaseSet(root=folder, form="folder", cases=cases, labels={})
     found = sort_tree(paths, folder, with_labels=with_labels)
+    patients = patients_of_folders([case.images[0] for case in found.cases], folder)
     return CaseSet(
         root=folder,
         form="pairs" if any(case.label for case in found.cases) else "folder",
-        cases=tuple(Case(id=c.name, images=c.images, label=c.label, patient=c.patient) for c in found.cases),
+        cases=tuple(
+            Case(id=c.name, images=c.images, label=c.label, patient=patients.get(c.images[0], c.patient))
+            for c in found.cases
+        ),
         labels={},
         channels=found.channels,
         notes=found.notes,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.names import joined_name
+from mim3d.datasets.ids import FIRST_CHANNEL
 from mim3d.datasets.label_voxels import Voxels, voxels_of
 from mim3d.scans.files import nothing_said
 from mim3d.scans.grids import Grid, file_of, require_same_grid
@@ -29,15 +30,17 @@ _LABEL_WORDS = frozenset(
 _LABEL_ENDS = ("segmentation", "mask", "masks", "labelmap", "seg")
 
 #: Words that say what an image is, not whose: without them, names of one case are the same.
-_IMAGE_FOLDERS = frozenset("image images imagestr imagests imagesval img imgs scan scans volume volumes".split())
-_CHANNELS = frozenset("ct cta cbct mr mri pet pt suv t1 t1c t1n t1ce t1gd t1w t2 t2w t2f flair adc dwi pd".split())
+_IMAGE_FOLDERS = frozenset("image images imagestr imagests imagesval img imgs scan scans volume volumes anat".split())
+_CHANNELS = frozenset(
+    "ct ctres cta cbct mr mri pet pt suv t1 t1c t1n t1ce t1gd t1w t2 t2w t2f flair adc dwi pd".split()
+)
 _ROLES = _LABEL_WORDS | _IMAGE_FOLDERS | _CHANNELS | {"imaging", "vol", "combined", "ground", "truth"}
 
 #: Words that tools add to the names of what they predict.
 _PREDICTED = frozenset("pred preds predicted prediction predictions output".split())
 
 #: Words before the number of a case: ``img0001`` and ``label0001``.
-_NUMBERED = "|".join(sorted(_LABEL_WORDS | _IMAGE_FOLDERS | {"ct", "mr", "mri", "vol", "imaging"}))
+_NUMBERED = "|".join(sorted(_LABEL_WORDS | _IMAGE_FOLDERS | {"ct", "mr", "mri", "vol", "imaging", "orig"}))
 
 #: Files of one kind, such as every ``aorta.nii.gz``, that are looked into; of all kinds together.
 _LOOKS_PER_KIND = 3
@@ -321,7 +324,7 @@ class _Groups:
             self._by_folder(paths)
             for paths in (
                 [path for key, found in self.images.items() if key not in self.labels for path in found],
-                maps,
+                [path for path in maps if path not in self.labels.values()],
             )
         )
         alone = {
@@ -349,8 +352,9 @@ class _Groups:
             for keys in (self.images.keys() - self.labels.keys(), by_key.keys() - self.labels.keys())
         )
         for name, key in images.items():
-            label = labels.get(name)
-            if key and label and len(self.images[key]) == len(by_key[label]) == 1 and re.search(r"\d", name):
+            # nnU-Net numbers the channels of images.
+            label = labels.get(name) or labels.get(name.removesuffix(FIRST_CHANNEL))
+            if key and label and len(by_key[label]) == 1 and re.search(r"\d", name):
                 self.labels[key] = by_key[label][0]
 
     @staticmethod
@@ -427,6 +431,9 @@ def case_of_name(name: str) -> tuple[str, frozenset[str]]:
 
 def _without_roles(stem: str, also: frozenset[str] = frozenset()) -> str:
     """A name without the words that say what a file is: ``BraTS-1-t1c`` and ``BraTS-1-seg`` become ``BraTS-1``."""
+    if stem.startswith("sub-"):
+        # Parts of names in BIDS that say what a label map is of.
+        stem = re.sub(r"_(label|desc|seg|space|res)-[^_]*", "", stem)
     parts = re.split(r"([\s._-]+)", stem)
     words = [(parts[index - 1] if index else "", word) for index, word in enumerate(parts) if index % 2 == 0]
     words = [(mark, re.sub(rf"(?i)^({_NUMBERED})(?=\d+$)", "", word)) for mark, word in words]

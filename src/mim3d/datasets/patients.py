@@ -5,12 +5,14 @@ part of the names that takes few values, which most patients share, is no part o
 a regularity are left as they are: every case is a patient of its own then.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.names import joined_name
 from mim3d.scans.modality import modality_name
 
 #: Values that a part of the names may take, and the share of patients that each of them must have.
@@ -39,6 +41,9 @@ _SETS |= {"abnormal", "healthy", "control", "positive", "negative", "pos", "neg"
 #: Values that name a time.
 _TIMES = {"pre", "post", "baseline", "followup", "before", "after", "inspiration", "expiration", "insp", "exp"}
 
+#: Folders that are those of one patient, as BIDS and many others name them.
+_PATIENT_FOLDER = re.compile(r"(?i)(sub|subj|subject|pat|patient|case|person)[-_ ]?\w*\d\w*")
+
 _Parts = tuple[str, ...]
 
 
@@ -52,6 +57,22 @@ class UserStatements(TypedDict):
 
     modality: str | None
     patient_pattern: str | None
+
+
+def patients_of_folders(paths: Sequence[str], root: str) -> dict[str, str]:
+    """Path -> patient, for scans that share a folder named like one of a patient: ``sub-01/ses-2/...``, ``patient001``.
+
+    Args:
+        paths: Paths of scans.
+        root: The folder that they lie below.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        folders = os.path.relpath(path, root).split(os.sep)[:-1]
+        place = next((index for index, name in enumerate(folders) if _PATIENT_FOLDER.fullmatch(name)), None)
+        if place is not None:
+            found[joined_name(folders[: place + 1])].append(path)
+    return {path: patient for patient, shared in found.items() if len(shared) > 1 for path in shared}
 
 
 def patients_of_names(names: Sequence[str]) -> dict[str, str]:
