@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.names import file_name, is_file_name, joined_name, name_digest, same_name
-from mim3d.datasets.label_maps import case_of_name
+from mim3d.datasets.label_maps import FIRST_CHANNEL, case_of_name
 from mim3d.scans.grids import split_channel
 from mim3d.scans.volumes import scan_id, suffix_of
 
 if TYPE_CHECKING:
     from mim3d.datasets.cases import Case
-
-#: End of the name of the first channel, which many tools keep in the names of what they make of it.
-FIRST_CHANNEL = "_0000"
 
 
 def unique_ids(cases: Sequence["Case"], root: str) -> list[str]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.names import joined_name
-from mim3d.datasets.ids import FIRST_CHANNEL
 from mim3d.datasets.label_voxels import Voxels, voxels_of
 from mim3d.scans.files import nothing_said
 from mim3d.scans.grids import Grid, file_of, require_same_grid
@@ -38,6 +37,9 @@ _ROLES = _LABEL_WORDS | _IMAGE_FOLDERS | _CHANNELS | {"imaging", "vol", "combine
 
 #: Words that tools add to the names of what they predict.
 _PREDICTED = frozenset("pred preds predicted prediction predictions output".split())
+
+#: End of the name of the first channel, which many tools keep in the names of what they make of it.
+FIRST_CHANNEL = "_0000"
 
 #: Words before the number of a case: ``img0001`` and ``label0001``.
 _NUMBERED = "|".join(sorted(_LABEL_WORDS | _IMAGE_FOLDERS | {"ct", "mr", "mri", "vol", "imaging", "orig"}))
@@ -142,7 +144,9 @@ def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool 
 def _named_maps(paths: Sequence[str], root: str) -> dict[str, str]:
     """Files that are called label maps, or lie in a folder that is, beside scans -> what their kind is called."""
     names = {path: os.path.basename(path) for path in paths if suffix_of(path)}
-    called = {path: _pattern(name) for path, name in names.items() if _is_called_label(name.removesuffix(suffix_of(name)))}
+    called = {
+        path: _pattern(name) for path, name in names.items() if _is_called_label(name.removesuffix(suffix_of(name)))
+    }
     return called | in_label_folders(paths, root)
 
 
