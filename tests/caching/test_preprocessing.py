@@ -87,7 +87,7 @@ def test_undeclared_label_values_name_file_values_and_declaration(tmp_path):
 
 def test_label_values_beyond_16_bits_are_refused(tmp_path):
     case = case_of(tmp_path, noise(), label=np.full((6, 7, 8), -3, np.int16))
-    with pytest.raises(DataError, match="must lie between 0 and 65535"):
+    with pytest.raises(DataError, match="label values lie between 0 and 65535"):
         prepare(case, Preprocessing())
     many = case_of(tmp_path / "many", noise(), label=np.full((6, 7, 8), 300, np.int16))
     assert prepare(many, Preprocessing()).label.dtype == np.uint16
@@ -117,7 +117,7 @@ def test_channels_take_one_type_that_holds_all_of_them(tmp_path):
 def test_values_beyond_single_precision_are_refused_on_either_grid(tmp_path):
     case = case_of(tmp_path, noise(dtype=np.float64) * 1e300)
     for spacing_mm in (None, (0.7, 0.7, 0.7)):
-        with pytest.raises(DataError, match=r"i0\.nii\.gz: holds values beyond 3\.4e38"):
+        with pytest.raises(DataError, match=r"i0\.nii\.gz: .* beyond 1e\+30"):
             prepare(case, Preprocessing(spacing_mm=spacing_mm))
 
 

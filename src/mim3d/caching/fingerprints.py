@@ -134,8 +134,8 @@ def fingerprint_of(
         for axis, mean in enumerate(means):
             cells = np.moveaxis(np.tensordot(mean, cells, axes=(1, axis)), 0, axis)
         low, high = float(cells.min()), float(cells.max())
-        # Rounding alone must not be taken for contrast.
-        range_ = high - low if high - low > 1e-5 * max(abs(low), abs(high)) else np.inf
+        # Rounding alone must not be taken for contrast; the inverse of a smaller range is beyond single precision.
+        range_ = high - low if high - low > max(1e-5 * max(abs(low), abs(high)), 1e-30) else np.inf
         channels.append(np.rint((cells - low) * (255 / range_)).astype(np.uint8))
     middle = affine[:3, :3] @ ((np.array(shape) - 1) / 2) + affine[:3, 3]
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from mim3d.core.errors import DataError, Mim3dError, first_line
 from mim3d.core.files import atomic_file
 from mim3d.core.names import file_name
-from mim3d.core.types import Spacing
+from mim3d.core.types import LARGEST_LABEL, Spacing
 from mim3d.scans.files import check_file, walk
 from mim3d.scans.grids import Grid, smallest_integer, split_channel
 from mim3d.scans.image_stacks import is_slice_folder
@@ -234,7 +234,8 @@ def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bo
 
     Raises:
         DataError: As for `read_grid`; or voxels cannot be unpacked, are NaN, infinite or
-            beyond all measure, or a label map has fractions.
+            beyond all measure, or a label map has fractions or a value beyond those
+            of labels.
     """
     name = os.fspath(path)
     scan = open_scan(name)
@@ -256,28 +257,30 @@ def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bo
     if num_bad:
         raise DataError(
             f"{name}: {num_bad} of {array.size} voxels are NaN, infinite or beyond {_LARGEST:g}; replace "
-            "them (for CT by -1000) and save the scan again."
+            f"them ({'by 0, the background' if label else 'for CT by -1000'}) and save the file again."
         )
     return Volume(array=array, grid=scan.grid)
 
 
 def _as_label(slab: npt.NDArray[Any], path: str, narrow: bool) -> npt.NDArray[Any]:
-    """Voxels as integers of up to 32 bits, which they must be up to what rescaling and rounding leave."""
-    if slab.dtype.kind in "iu":
-        return _narrowed(slab) if narrow else slab
-    whole = np.rint(slab)
-    broken = slab[np.abs(slab - whole) > LABEL_TOLERANCE]
-    if broken.size:
+    """Voxels as integers, which they must be up to what rescaling and rounding leave, in the range of label values."""
+    is_float = slab.dtype.kind == "f"
+    if is_float:
+        whole = np.rint(slab)
+        broken = slab[np.abs(slab - whole) > LABEL_TOLERANCE]
+        if broken.size:
+            raise DataError(
+                f"{path}: a label needs whole numbers, but voxels hold values such as {broken[0]!s}; "
+                "give the label map, not an image or a probability."
+            )
+        slab = whole
+    low, high = int(slab.min()), int(slab.max())
+    if low < 0 or high > LARGEST_LABEL:
         raise DataError(
-            f"{path}: a label needs whole numbers, but voxels hold values such as {broken[0]!s}; "
-            "give the label map, not an image or a probability."
+            f"{path}: holds the label value {low if low < 0 else high}, but label values lie between 0 and "
+            f"{LARGEST_LABEL}; correct the map, or give the label map where this is an image."
         )
-    slab = whole
-    kept = _narrowed(slab)
-    if kept.dtype.kind == "f":
-        low, high = float(slab.min()), float(slab.max())
-        raise DataError(f"{path}: label values from {low:g} to {high:g} are not plausible; give the label map.")
-    return kept
+    return _narrowed(slab) if narrow or is_float else slab
 
 
 def _narrowed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -146,9 +146,6 @@ class CaseScoring:
         volumes.append(reference)
         held = set[int]()
         for volume in volumes:
-            lowest = int(volume.array.min())
-            if lowest < 0:
-                raise DataError(f"{volume.grid.path}: holds the label value {lowest}, but labels count from 0.")
             values = set(values_in(volume.array))
             values.discard(-1 if self.ignore_label is None else self.ignore_label)
             if self.allowed is not None and not values <= self.allowed:
