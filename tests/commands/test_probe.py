@@ -69,6 +69,18 @@ def test_every_set_of_features_is_scored_with_intervals_and_held_against_random_
     assert raw["linear"]["balanced_accuracy"] > 0.8
 
 
+def test_scores_of_other_weights_and_other_files_are_not_replaced(ball_set, watched, tmp_path):
+    out = tmp_path / "probe.json"
+    for content, message in [
+        ({"kind": "probe", "settings": {"weights": "other", "data": str(ball_set)}}, "holds scores of other on"),
+        ({"kind": "segmentation", "settings": {}}, "holds no scores of a probe"),
+        ([1], "holds no scores of a probe"),
+    ]:
+        out.write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match=message):
+            probe(str(watched), str(ball_set), str(out), **SMALL)
+
+
 def test_the_same_probe_gives_the_same_numbers(ball_set, watched):
     one, other = (probe(str(watched), str(ball_set), **SMALL) for _ in range(2))
     assert one == other

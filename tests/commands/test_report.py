@@ -52,6 +52,21 @@ def write_report(folder, *runs, **settings):
     return out.read_text(encoding="utf-8")
 
 
+def test_a_report_replaces_neither_other_files_nor_reports_on_other_runs(tmp_path):
+    for name in "ab":
+        make_run(tmp_path / name)
+    page = write_report(tmp_path, tmp_path / "a")
+    write_report(tmp_path, tmp_path / "a", tmp_path / "b")
+    write_report(tmp_path, tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"report\.html is a report on other runs"):
+        write_report(tmp_path, tmp_path / "b")
+    assert str(tmp_path / "a") not in page.partition("</head>")[0]
+    write_report(tmp_path, tmp_path / "b", overwrite=True)
+    (tmp_path / "report.html").write_text("<p>mine</p>")
+    with pytest.raises(ConfigError, match="is no report of mim3d"):
+        write_report(tmp_path, tmp_path / "b", overwrite=True)
+
+
 def test_a_file_of_settings_of_matplotlib_decides_nothing(tmp_path):
     make_run(tmp_path / "run")
     with matplotlib.rc_context({"text.usetex": True, "font.family": "nonsense", "figure.dpi": 1e9}):

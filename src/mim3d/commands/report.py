@@ -5,7 +5,7 @@ from mim3d.reporting.page import write_report
 
 
 @typed
-def report(runs: list[str], out: str, *, scores: list[str] | None = None) -> str:
+def report(runs: list[str], out: str, *, scores: list[str] | None = None, overwrite: bool = False) -> str:
     """Write one self-contained HTML page: scores, segmentations, curves, reconstructions and settings.
 
     Several runs are shown side by side. The page loads nothing from elsewhere, so it can be sent as it is.
@@ -14,6 +14,7 @@ def report(runs: list[str], out: str, *, scores: list[str] | None = None) -> str
         runs: Folders of runs, such as a pre-training and the fine-tunings to compare; the first is compared with.
         out: The page to write, ending in .html.
         scores: Files of scores by `mim3d evaluate`, beside the RUN/scores.json that are found.
+        overwrite: Replace a report on other runs.
 
     Returns:
         Path of the page.
@@ -21,4 +22,4 @@ def report(runs: list[str], out: str, *, scores: list[str] | None = None) -> str
     Raises:
         ConfigError: A path is no run or no file of scores, or `out` cannot be written.
     """
-    return write_report(runs, out, scores or [])
+    return write_report(runs, out, scores or [], overwrite=overwrite)

@@ -4,6 +4,7 @@ The templates say how it is shown, one for each section. The page is one HTML fi
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +16,8 @@ import yaml
 
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError, Mim3dError
-from mim3d.core.files import write_text
+from mim3d.core.files import plain_text, write_text
+from mim3d.core.names import name_digest
 from mim3d.core.progress import say
 from mim3d.core.settings import flat
 from mim3d.reporting import scan_images
@@ -56,15 +58,16 @@ class ScoreCell:
 
 # A matplotlibrc, which may lie in the folder where the user stands, decides nothing: it could run LaTeX.
 @matplotlib.style.context("default")
-def write_report(runs: Sequence[str], out: str, scores: Sequence[str]) -> str:
+def write_report(runs: Sequence[str], out: str, scores: Sequence[str], *, overwrite: bool = False) -> str:
     """Write a report to a file, print its path, and return it.
 
     Args:
         runs: Folders of runs.
         out: File of the page, ending in .html.
         scores: Files of scores besides those of the runs.
+        overwrite: Whether a report on other runs is replaced.
     Raises:
-        ConfigError: A path is no run or no file of scores, or ``out`` cannot be written.
+        ConfigError: A path is no run or no file of scores, or ``out`` cannot be written or holds something else.
     """
     if not runs:
         raise ConfigError("runs is empty; name at least one run folder.")
@@ -73,6 +76,8 @@ def write_report(runs: Sequence[str], out: str, scores: Sequence[str]) -> str:
     if os.path.isdir(out):
         raise ConfigError(f"out is {out}, which is a folder; give the name of a file.")
     path = os.path.abspath(out)
+    marks = [name_digest(os.path.realpath(run)) for run in runs]
+    _require_own(out, marks, overwrite=overwrite)
     shown_runs, shown_scores = read_sources(runs, scores)
     maps = [each for each in shown_scores if not each.is_of_classes]
     classes = [each for each in shown_scores if each.is_of_classes]
@@ -88,6 +93,7 @@ def write_report(runs: Sequence[str], out: str, scores: Sequence[str]) -> str:
     names = [run.name for run in shown_runs]
     page = render(
         "report.html",
+        runs=" ".join(marks),
         title=" · ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more runs",
         lead=f"{len(names)} {'run' if len(names) == 1 else 'runs'}, {datetime.now():%d %B %Y, %H:%M}",
         sections=[(anchor, title, render(f"{anchor}.html", **shown)) for anchor, (title, shown) in sections.items()],
@@ -96,6 +102,21 @@ def write_report(runs: Sequence[str], out: str, scores: Sequence[str]) -> str:
     write_text(path, page)
     say(f"Report: {path}")
     return path
+
+
+def _require_own(out: str, marks: Sequence[str], *, overwrite: bool) -> None:
+    """Refuse to replace a file that is no report, and unless asked to, a report that shares no run with these."""
+    if not os.path.exists(out):
+        return
+    try:
+        page = plain_text(out)
+    except (OSError, UnicodeDecodeError):
+        page = ""
+    if "Written by mim3d " not in page:
+        raise ConfigError(f"{out} exists and is no report of mim3d; choose another --out.")
+    found = re.search(r'<meta name="mim3d-runs" content="([0-9a-f ]*)">', page)
+    if found and not overwrite and not set(marks) & set(found[1].split()):
+        raise ConfigError(f"{out} is a report on other runs; choose another --out, or use --overwrite true.")
 
 
 def _run_row(run: NamedRun) -> list[str]:

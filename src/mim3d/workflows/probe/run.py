@@ -14,8 +14,8 @@ from rich.text import Text
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
 from mim3d.caching.layout import FAILED
-from mim3d.core.errors import ConfigError
-from mim3d.core.files import write_json
+from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.files import read_json, write_json
 from mim3d.core.left_out import note_left_out
 from mim3d.core.names import printable
 from mim3d.core.progress import counted, say
@@ -68,6 +68,7 @@ class ProbeSettings:
         seed: Seed of the choice of tokens, of the random encoder, and of layers that the weights do not fill.
         strict: Refuse what is otherwise a warning: scans that cannot be used, and held-out scans that were learned
             from.
+        overwrite: Replace the scores of other weights or data.
     Raises:
         ConfigError: For a value that cannot work.
     """
@@ -91,6 +92,7 @@ class ProbeSettings:
     num_workers: int | None = None
     seed: int = 0
     strict: bool = False
+    overwrite: bool = False
 
     @property
     def paths(self) -> list[str]:
@@ -142,7 +144,7 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
                 say(f"left out: {row['reason']}")
         note_left_out(len(failed), len(scans) + len(failed), place)
     written = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    about = {name: value for name, value in written.items() if name not in ("out", "cache", "num_workers")}
+    about = {name: value for name, value in written.items() if name not in ("out", "cache", "num_workers", "overwrite")}
     content = content_of(rows, to_mapping(about), bootstrap)
     if failed:
         content["cases_left_out"] = [{"id": row["id"], "reason": row["reason"]} for row in failed]
@@ -172,6 +174,26 @@ def _check(settings: ProbeSettings) -> None:
     folder = os.path.dirname(os.path.abspath(out))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ConfigError(f"out is {out}, but {folder} is no folder that can be written to; choose another.")
+    _require_own(out, settings)
+
+
+def _require_own(out: str, settings: ProbeSettings) -> None:
+    """Refuse to replace a file that holds no scores of a probe, or those of other weights or data unless asked to."""
+    if not os.path.exists(out):
+        return
+    try:
+        content = read_json(out)
+        found = {key: content["settings"][key] for key in ("weights", "data")}
+        is_probe = content["kind"] == "probe"
+    except (DataError, KeyError, TypeError):
+        is_probe = False
+    if not is_probe:
+        raise ConfigError(f"{out} exists and holds no scores of a probe; choose another --out.")
+    if not settings.overwrite and found != {"weights": to_mapping(settings.weights), "data": settings.data}:
+        raise ConfigError(
+            f"{out} holds scores of {found['weights']} on {found['data']}; choose another --out, or use "
+            "--overwrite true."
+        )
 
 
 @dataclass(frozen=True)
