@@ -331,6 +331,18 @@ def test_a_truncated_slice_is_refused_from_its_header(tmp_path):
     assert "40 bytes of voxels, but the file holds 30" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("syntax", "name"), [("1.2.840.10008.1.2.4.201", "High-Throughput JPEG 2000"), ("1.2.3.4", "1.2.3.4")]
+)
+def test_pixels_that_no_decoder_knows_are_refused_by_their_header(tmp_path, syntax, name):
+    folder = write_series(tmp_path / "ct", positions(heights()), packed="RLE")
+    for path in folder.iterdir():
+        data = pydicom.dcmread(path)
+        data.file_meta.TransferSyntaxUID = syntax
+        data.save_as(path, implicit_vr=False, little_endian=True)
+    assert f"its pixels are packed as {name}" in refusal(folder)
+
+
 def test_an_undecodable_slice_is_refused(tmp_path):
     stored = np.random.default_rng(0).integers(-1000, 2000, (24, 16, 6)).astype(np.int16)
     folder = write_series(tmp_path / "ct", positions(heights()), array=stored, packed="JPEG2000")
@@ -426,6 +438,13 @@ def test_a_copied_series_counts_once(tmp_path):
     shutil.copytree(first, tmp_path / "b")
     with pytest.warns(UserWarning, match="6 DICOM slices left out, copies of those in"):
         assert find_scans(tmp_path) == [str(first)]
+
+
+def test_what_has_the_uids_of_another_series_but_other_pixels_is_no_copy(tmp_path):
+    folder = write_series(tmp_path / "ct", positions(heights()))
+    write_series(tmp_path / "smoothed", positions(heights()), array=voxels() // 2)
+    with pytest.warns(UserWarning, match="smoothed: 6 DICOM slices left out: by their UIDs .* but their pixels differ"):
+        assert find_scans(tmp_path) == [str(folder)]
 
 
 # --- Damage

@@ -93,6 +93,15 @@ _MAX_RESCALE = 1e12
 _MAX_INFLATED_BYTES = 2**28
 _DEFLATED_SYNTAX = DeflatedExplicitVRLittleEndian.encode()
 
+#: Ways of packing pixels that SimpleITK reads: deflated, RLE, JPEG, JPEG-LS and JPEG 2000.
+_DECODED_SYNTAXES = (
+    DeflatedExplicitVRLittleEndian,
+    *(
+        f"1.2.840.10008.1.2.{number}"
+        for number in ("5", "4.50", "4.51", "4.57", "4.70", "4.80", "4.81", "4.90", "4.91")
+    ),
+)
+
 #: Seconds of work that a header may take, and bytes of its file for which there is one second more.
 _HEADER_S = 1.0
 _HEADER_BYTES_PER_S = 2**21
@@ -460,6 +469,9 @@ def _slice(
         values.faults.append("its values are rescaled by a table (ModalityLUTSequence), which is not read")
     syntax = header.file_meta.get("TransferSyntaxUID")
     native = syntax in (None, ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+    if not native and syntax not in _DECODED_SYNTAXES:
+        shown = syntax.name if re.fullmatch("[0-9.]{1,64}", str(syntax)) else "none"
+        values.faults.append(f"its pixels are packed as {shown}, which is not read here, as unpacked ones are")
     kinds = header.get("ImageType") or ()
     colours = str(header.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper()
     return Slice(

@@ -377,28 +377,51 @@ def _group(paths: Iterable[str]) -> Series:
     Files whose series is not known, as they cannot be read, are grouped by their folder.
     """
     series: Series = defaultdict(list)
-    seen: dict[tuple[object, ...], str] = {}
-    copies: dict[tuple[str, str], int] = defaultdict(int)
+    seen: dict[tuple[object, ...], Slice] = {}
+    copies: dict[tuple[str, str], list[tuple[Slice, Slice]]] = defaultdict(list)
     unknown = []
     for path in paths:
         slices = read_slices(path)
         if not slices:
             unknown.append(path)
         for item in slices:
-            first = seen.setdefault((item.series_uid, item.slice_uid, item.frame, item.position), path)
-            if first == path:
+            first = seen.setdefault((item.series_uid, item.slice_uid, item.frame, item.position), item)
+            if first.path == path:
                 series[item.series_uid or os.path.realpath(os.path.dirname(path))].append(item)
             else:
-                copies[os.path.dirname(path), os.path.dirname(first)] += 1
-    for (folder, original), count in copies.items():
-        what = "slice left out, a copy of one" if count == 1 else "slices left out, copies of those"
-        files.warn_once(f"{folder}: {count} DICOM {what} in {original}.")
+                copies[os.path.dirname(path), os.path.dirname(first.path)].append((item, first))
+    for (folder, original), pairs in copies.items():
+        num = f"{len(pairs)} DICOM slice{'s' if len(pairs) > 1 else ''} left out"
+        if any(_differ(*pair) for pair in (pairs[0], pairs[len(pairs) // 2])):
+            files.warn_once(
+                f"{folder}: {num}: by their UIDs they are those in {original}, but their pixels differ; give them UIDs "
+                "of their own, or take away those that are not meant."
+            )
+        else:
+            files.warn_once(
+                f"{folder}: {num}, {'copies of those' if len(pairs) > 1 else 'a copy of one'} in {original}."
+            )
     # What is named as slices beside it are is one, whatever is left of it: without it a series would seem whole.
     forms = {name_form(item.path) for slices in series.values() for item in slices} if unknown else set()
     for path in unknown:
         if name_form(path) in forms and (stray := read_stray(path)) is not None:
             series[os.path.realpath(os.path.dirname(path))].append(stray)
     return series
+
+
+def _differ(one: Slice, other: Slice) -> bool:
+    """Whether the pixels of two slices differ for certain; packed ones may differ in their packing alone."""
+    if one.native_bytes is None or one.native_bytes != other.native_bytes or one.fault or other.fault:
+        return False
+    pixels = []
+    for item in (one, other):
+        try:
+            with open(item.path, "rb") as stream:
+                stream.seek(item.pixel_offset)
+                pixels.append(stream.read(item.native_bytes or 0))
+        except OSError:
+            return False
+    return pixels[0] != pixels[1]
 
 
 def _choose(series: Series) -> tuple[Series, dict[str, str]]:
