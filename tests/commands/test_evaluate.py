@@ -195,6 +195,22 @@ def test_nothing_in_common_names_both_sides(folders):
         run(folders)
 
 
+def test_what_is_said_while_scoring_stays_in_the_file_of_scores(folders):
+    assert "remarks" not in run(folders)
+    for path in folders.glob("*/b.nii.gz"):
+        untold = nib.load(path)
+        untold = nib.Nifti1Image(np.asarray(untold.dataobj), None, untold.header)
+        untold.set_sform(None, code=0)
+        untold.set_qform(None, code=0)
+        nib.save(untold, path)
+    (folders / "ref" / "a.nii.gz").rename(folders / "ref" / "a_seg.nii.gz")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="a with a_seg"):
+            remarks = run(folders)["remarks"]
+        assert sum("left and right may be the wrong way round" in each for each in remarks) == 2
+        assert any("a with a_seg" in each for each in remarks)
+
+
 def test_two_references_of_one_name_in_one_folder_are_refused(folders):
     write(folders / "ref" / "more" / "a.nii", cube())
     write(folders / "ref" / "more" / "a.nii.gz", cube())

@@ -52,6 +52,14 @@ def write_report(folder, *runs, **settings):
     return out.read_text(encoding="utf-8")
 
 
+def test_what_was_said_when_cases_were_scored_is_shown(tmp_path):
+    make_run(tmp_path / "run")
+    path = make_scores(tmp_path, tmp_path / "run" / "scores.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "remarks": ["a with <b>a_seg</b>\x1b[2J"]}))
+    assert "<li>a with &lt;b&gt;a_seg&lt;/b&gt;\\x1b[2J</li>" in write_report(tmp_path, tmp_path / "run")
+
+
 def test_a_report_replaces_neither_other_files_nor_reports_on_other_runs(tmp_path):
     for name in "ab":
         make_run(tmp_path / name)

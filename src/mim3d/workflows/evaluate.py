@@ -2,7 +2,11 @@
 
 import math
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import read_json, write_csv, write_json, write_text
@@ -25,10 +29,13 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
             disagree, undeclared label values; with ``strict``, one case cannot be.
     """
     _check_settings(settings)
-    scores = _scores(settings)
+    with _warnings_kept() as said:
+        scores = _scores(settings)
+    remarks = list(dict.fromkeys([*scores.content.get("remarks", ()), *said]))
+    content = {**scores.content, "remarks": remarks} if remarks else scores.content
     path = os.path.abspath(settings.out)
     stem = os.path.splitext(path)[0]
-    write_json(path, scores.content, indent=1, allow_nan=False)
+    write_json(path, content, indent=1, allow_nan=False)
     for ending, (head, rows) in scores.csv_tables.items():
         write_csv(f"{stem}{ending}", head, rows)
     if scores.printed:
@@ -46,6 +53,22 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
     note_left_out(len(scores.failures), scores.num_cases + len(scores.failures), path)
     say(f"Scores of {scores.num_cases} case{'' if scores.num_cases == 1 else 's'}: {path}")
     return path
+
+
+@contextmanager
+def _warnings_kept() -> Iterator[list[str]]:
+    """Collect the sentences of warnings, which are shown as ever: who reads the scores later must know them, too."""
+    said: list[str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def keep(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+            if issubclass(category, UserWarning):
+                said.append(str(message))
+            show(message, category, *rest, **named)
+
+        warnings.showwarning = keep
+        yield said
 
 
 def _check_outputs(settings: EvaluationSettings) -> None:

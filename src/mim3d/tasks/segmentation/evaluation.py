@@ -114,7 +114,8 @@ class LabelEvaluation:
             ignore_label=found.ignore_label,
         )
         others = None if settings.compare is None else self._compared(found, settings.compare)
-        answers = self._score(found, others, scoring)
+        assumed: list[str] = []
+        answers = self._score(found, others, scoring, assumed)
         failures = {pair.id: answer for pair in found.pairs if isinstance(answer := answers[id(pair)], Failure)}
         found = _scorable(found, answers)
         if others is not None:
@@ -131,6 +132,8 @@ class LabelEvaluation:
         if failures:
             unusable = [{"id": name, "reason": failure.reason} for name, failure in failures.items()]
             content["not_scored"]["unusable"] = unusable
+        if assumed:
+            content["remarks"] = list(dict.fromkeys(assumed))
         csv_tables = {".csv": _rows(content["cases"])}
         if others is not None:
             content["conventions"] = {**content["conventions"], **paired.CONVENTIONS}
@@ -145,8 +148,12 @@ class LabelEvaluation:
             failures=failures,
         )
 
-    def _score(self, found: Pairs, others: Pairs | None, scoring: CaseScoring) -> dict[int, CaseScores | Failure]:
+    def _score(
+        self, found: Pairs, others: Pairs | None, scoring: CaseScoring, assumed: list[str]
+    ) -> dict[int, CaseScores | Failure]:
         """Score the pairs of both methods; scores, or why there are none, by the identity of the pair.
+
+        What headers leave open, and what is assumed of it, is added to ``assumed`` in sentences.
 
         Raises:
             DataError: Nothing can be scored; or with ``strict``, a case cannot be.
@@ -165,7 +172,7 @@ class LabelEvaluation:
                 refuse_or_say(self.settings.predictions, reasons, num_pairs, strict=self.settings.strict)
 
         # By headers before any score.
-        record(((pair, _fault_of(pair)) for pair in pairs), len(pairs))
+        record(((pair, _fault_of(pair, assumed)) for pair in pairs), len(pairs))
         for side in (found, *([others] if others else ())):
             _scorable(side, answers)
         usable = [pair for pair in pairs if id(pair) not in answers]
@@ -276,13 +283,14 @@ class LabelEvaluation:
         }
 
 
-def _fault_of(pair: Pair) -> Failure | None:
-    """Why a pair cannot be scored, as far as headers tell."""
+def _fault_of(pair: Pair, assumed: list[str]) -> Failure | None:
+    """Why a pair cannot be scored, as far as headers tell; what is assumed of its grids is added to ``assumed``."""
     paths = [pair.reference, *([] if pair.prediction is None else [pair.prediction])]
     try:
         _refuse_dicom_seg(paths[::-1])
         reference, *predicted = map(read_grid, paths)
-        for grid in predicted:
+        for grid in (reference, *predicted):
+            assumed.extend(f"{grid.path}: {phrase}." for phrase in grid.assumed)
             require_same_grid(reference, grid)
     except Exception as error:  # Whatever a reader raises, it must not stop the other cases.
         return Failure.of(error, paths[-1])
