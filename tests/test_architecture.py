@@ -68,13 +68,13 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2300,
+    "core": 2325,
     "kernels": 875,
     "scans": 4240,
     "nn": 575,
     "tracking": 550,
     "metrics": 1325,
-    "datasets": 3650,
+    "datasets": 3750,
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1275,

@@ -1,6 +1,8 @@
 """CSV and JSON lists."""
 
 import json
+import os
+import warnings
 
 import pytest
 
@@ -81,7 +83,7 @@ def test_a_list_with_a_fault_is_refused_in_one_sentence(tmp_path, text, message)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [([1], "entry 1: must be an object"), ([{"img": "x"}], "entry 1: unknown column 'img'"), ("x", "must be a list")],
+    [([1], "entry 1: must be an object"), ([{"imge": "x"}], "entry 1: unknown column 'imge'"), ("x", "must be a list")],
 )
 def test_a_json_list_with_a_fault_is_refused_in_one_sentence(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
@@ -93,3 +95,77 @@ def test_a_binary_file_named_csv_is_refused(tmp_path):
     path.write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(DataError, match="cannot be read as CSV"):
         read_cases(path)
+
+
+def said_of(tmp_path, text, name="list.csv"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = read(tmp_path, text, name)
+    return found, [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "l.csv"), ("\t", "l.csv"), ("\t", "l.tsv"), (",", "l.CSV")])
+def test_columns_may_be_separated_as_spreadsheets_do(tmp_path, mark, name):
+    found, said = said_of(tmp_path, f"Image{mark}LABEL{mark}Fold\nx.nii{mark}y.nii{mark}1\n", name)
+    (case,) = found.cases
+    assert ([os.path.basename(path) for path in (*case.images, case.label)], case.fold) == (["x.nii", "y.nii"], 1)
+    assert not said
+
+
+def test_columns_of_other_names_are_read_and_that_is_said(tmp_path):
+    found, said = said_of(tmp_path, "img,mask,Patient_ID,notes\nx.nii,y.nii,p7,n\n")
+    (case,) = found.cases
+    assert (os.path.basename(case.label), case.patient) == ("y.nii", "p7")
+    assert "img as image, mask as label, Patient_ID as patient;" in said[0]
+    assert "the column notes is not used" in said[1]
+
+
+def test_a_column_goes_before_another_name_of_it(tmp_path):
+    found, said = said_of(tmp_path, "image,label,mask,Label\nx.nii,y.nii,z.nii,w.nii\n")
+    assert os.path.basename(found.cases[0].label) == "y.nii"
+    assert "the columns mask, Label are not used" in said[0]
+
+
+def test_a_text_file_lists_an_image_in_each_line(tmp_path):
+    found, said = said_of(tmp_path, "a/x.nii.gz\n\nb,c.nii\n", "list.txt")
+    assert [os.path.relpath(case.images[0], tmp_path) for case in found.cases] == ["a/x.nii.gz", "b,c.nii"]
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes"),
+    [
+        ([0, 1, 1], {}, ["0", "1", "1"]),
+        ([0, 1, 1], {"0": "benign", "1": "malign"}, ["benign", "malign", "malign"]),
+    ],
+)
+def test_labels_that_are_numbers_are_classes(tmp_path, labels, names, classes):
+    entries = [{"image": f"{row}.nii", "label": label} for row, label in enumerate(labels)]
+    found, said = said_of(tmp_path, json.dumps({"labels": names, "training": entries}), "dataset.json")
+    assert [case.class_name for case in found.cases] == classes
+    assert (found.labels, len(said)) == ({}, 1)
+    assert "are taken for classes of the scans" in said[0]
+
+
+def test_labels_that_are_few_words_are_classes_but_missing_files_are_not(tmp_path):
+    found, _ = said_of(tmp_path, "image,label\na.nii,ill\nb.nii,well\nc.nii,ill\n")
+    assert [case.class_name for case in found.cases] == ["ill", "well", "ill"]
+    found, said = said_of(tmp_path, "image,label\na.nii,x.nii\nb.nii,y.nii\n")
+    assert [os.path.basename(case.label) for case in found.cases] == ["x.nii", "y.nii"]
+    assert not said
+
+
+def test_a_label_in_a_list_of_its_own_is_that_label(tmp_path):
+    found = read(tmp_path, json.dumps([{"image": "x.nii", "label": ["y.nii"]}, "z.nii"]), "list.json")
+    assert [case.label and os.path.basename(case.label) for case in found.cases] == ["y.nii", None]
+
+
+def test_parts_have_the_names_that_people_give_them(tmp_path):
+    found = read(tmp_path, "image,split\na.nii,Training\nb.nii,validation\nc.nii,TEST\n")
+    assert [case.split for case in found.cases] == ["train", "val", "test"]
+
+
+def test_folders_may_be_written_as_windows_does(tmp_path):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "x.nii").touch()
+    assert read(tmp_path, "image\nscans\\x.nii\n").cases[0].images == (str(tmp_path / "scans" / "x.nii"),)

@@ -190,7 +190,7 @@ def test_label_declarations_that_contradict_themselves_are_refused(tmp_path, lab
         (lambda folder: folder / "absent", "no such file or folder"),
         (lambda folder: folder, "no scan in here"),
         (lambda folder: describe(folder, training=[]), 'needs a list "training"'),
-        (lambda folder: describe(folder, training=[{"label": "x"}]), 'has no "image"'),
+        (lambda folder: describe(folder, training=[{"label": "x"}]), "no column 'image'"),
     ],
 )
 def test_data_without_cases_is_one_clear_sentence(tmp_path, make, message):

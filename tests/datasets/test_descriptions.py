@@ -217,7 +217,7 @@ def test_entries_of_a_description_hold_what_lists_hold(tmp_path):
     assert (case.class_name, case.patient, case.modality) == ("1", "P", "MR")
     assert "spacing is not used" in said[0]
     with pytest.raises(DataError, match='the label 1 is no file; if it is the class of the scan, call it "class"'):
-        read(tmp_path, training=[{"image": "a.nii", "label": 1}])
+        read(tmp_path, training=[{"image": "a.nii", "label": 1}, {"image": "b.nii", "label": "b_seg.nii"}])
 
 
 def test_names_with_dots_find_their_channels(tmp_path):
@@ -287,10 +287,9 @@ def test_columns_that_nothing_uses_are_named_in_one_warning(tmp_path):
     ("header", "meant"),
     [
         ("image,lable", "label"),
-        ("image,Patient_ID", "patient"),
         ("imge,label", "image"),
         ("image,spilt", "split"),
-        ("Image", "image"),
+        ("image_id", "image"),
     ],
 )
 def test_a_misspelt_column_is_refused_with_the_one_that_is_meant(tmp_path, header, meant):
@@ -304,7 +303,8 @@ def test_a_misspelt_column_is_refused_with_the_one_that_is_meant(tmp_path, heade
     ("text", "why"),
     [
         ("image,fold\na.nii,one\n", "the fold 'one' is no whole number"),
-        ("image;label\na;b\n", "not separated by commas"),
+        ("a.nii.gz,b.nii.gz\n", "no column 'image'; there are a.nii.gz, b.nii.gz;"),
+        ("image;label\na;b;c\n", "line 2: 3 cells but 2 columns; quote cells that hold a separator"),
     ],
 )
 def test_a_list_of_another_form_is_refused_in_one_sentence(tmp_path, text, why):
@@ -312,3 +312,23 @@ def test_a_list_of_another_form_is_refused_in_one_sentence(tmp_path, text, why):
     path.write_text(text)
     with pytest.raises(DataError, match=why):
         read_cases(path)
+
+
+def test_folds_may_name_files(tmp_path):
+    one, other = ["a.nii.gz", "b.nii.gz"], ["c.nii.gz"]
+    parts = [{"train": one, "val": other}, {"train": other, "val": one}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(parts))
+    found, said = nnunet(tmp_path, {"liver": 1})
+    assert ([case.fold for case in found.cases], said) == ([1, 1, 0], [])
+
+
+@pytest.mark.parametrize("parts", [[], [{"train": ["x"], "val": ["y"]}]])
+def test_folds_of_other_cases_are_not_used_and_that_is_said(tmp_path, parts):
+    (tmp_path / "splits_final.json").write_text(json.dumps(parts))
+    found, said = nnunet(tmp_path, {"liver": 1})
+    assert [(case.fold, case.split) for case in found.cases] == [(None, None)] * 3
+    assert len(said) == 1 and "splits_final.json: not used, since it names" in said[0]
+
+
+def test_no_labels_are_as_none_declared(tmp_path):
+    assert nnunet(tmp_path, {})[0].labels == {}

@@ -215,15 +215,20 @@ def write_csv(
 def read_csv(path: str | os.PathLike[str]) -> list[tuple[int, list[str]]]:
     """The rows of a CSV file that are not blank, as ``write_csv`` got them, each with the number of its last line.
 
+    Columns are separated by commas; by ``;`` or tabs where the first line has those alone, as spreadsheets write them.
+
     Raises:
         DataError: The file cannot be read as CSV.
     """
     try:
-        reader = csv.reader(io.StringIO(plain_text(path, "utf-8-sig"), newline=""), strict=True)
+        text = plain_text(path, "utf-8-sig")
+        first, *_ = text.lstrip().splitlines() or [""]
+        mark = next((mark for mark in ",;\t" if mark in first), ",")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=mark)
         rows = ((reader.line_num, [from_cell(cell) for cell in row]) for row in reader)
         return [(line, row) for line, row in rows if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
+        raise DataError(f"{path}: cannot be read as CSV in UTF-8 ({error}).") from error
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -15,13 +15,16 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import unique_ids
 from mim3d.datasets.label_maps import sort_tree
-from mim3d.datasets.lists import Entry, beside, channel_names, read_list
+from mim3d.datasets.lists import Entry, beside, channel_names, read_list, told_classes
 from mim3d.datasets.patients import described, patients_by_pattern, patients_of_folders, patients_of_names
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
 from mim3d.scans.modality import declared_modality
 from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id, suffix_of
 
 SPLITS = ("train", "val", "test")
+
+#: Other names of the parts of a data set, in lists.
+_OTHER_SPLITS = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
 
 IMAGE_FOLDERS = ("images", "imagesTr")
 LABEL_FOLDERS = ("labels", "labelsTr", "masks")
@@ -131,8 +134,8 @@ def read_cases(
     AbdomenAtlas have them; a folder with ``images`` or ``imagesTr`` beside
     ``labels``, ``labelsTr`` or ``masks`` holding files of the same names; a Medical Segmentation Decathlon folder or
     its ``dataset.json``; an nnU-Net raw folder, with the folds of a ``splits_final.json`` in it; a MONAI list with
-    folds; a CSV or JSON list with the columns image, label, class, patient, split, labels, id, fold and modality; a
-    single scan.
+    folds; a CSV (separated by commas, ``;`` or tabs) or JSON list with the columns image, label, class, patient, split,
+    labels, id, fold and modality; a ``.txt`` with an image in each line; a single scan.
 
     Args:
         data: The folder, list or scan.
@@ -189,22 +192,24 @@ def _read_form(path: str, with_labels: bool) -> CaseSet:
         form = "msd" if pair[0].endswith("imagesTr") and pair[1].endswith("labelsTr") else "pairs"
         return plain(form, cases, _folders_not_read(path, pair))
     suffix = os.path.splitext(description)[1].lower()
-    if suffix == ".csv":
+    if suffix in (".csv", ".tsv", ".txt"):
         entries, notes = read_list(path)
-        return plain("csv", _listed_cases(entries, path), notes)
+        entries, said = told_classes(entries, path)
+        return plain("csv", _listed_cases(entries, path), (*notes, *said))
     if suffix != ".json":
         return plain("folder", [Case(images=(path,))])
     declared = read_description(read_json(description), description, with_labels=with_labels)
+    entries, said = told_classes(declared.entries, description, declared.labels.names)
     return CaseSet(
         root=path,
         form=declared.form,
-        cases=tuple(_listed_cases(declared.entries, description, check_ids=declared.form != "nnunet")),
-        labels=declared.labels.names,
+        cases=tuple(_listed_cases(entries, description, check_ids=declared.form != "nnunet")),
+        labels={} if said else declared.labels.names,
         ignore_label=declared.labels.ignore_label,
         regions=declared.labels.regions,
         region_values=declared.labels.region_values,
         channels=declared.channels,
-        notes=declared.notes,
+        notes=(*(note for note in declared.notes if not said or note not in declared.labels.notes), *said),
     )
 
 
@@ -426,7 +431,8 @@ def _listed_case(entry: Entry, where: str, path: str) -> Case:
 
     listed_images = entry.get("image")
     images = tuple(map(str, listed_images)) if isinstance(listed_images, list) else channel_names(text("image"), path)
-    label, split, fold = text("label"), text("split"), text("fold")
+    label, split, fold = text("label"), text("split").lower(), text("fold")
+    split = _OTHER_SPLITS.get(split, split)
     if not images or not all(name.strip() for name in images):
         raise DataError(f"{where}: no image; every case needs one.")
     if isinstance(entry.get("label"), (int, float)):

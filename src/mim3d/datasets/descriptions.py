@@ -9,7 +9,7 @@ from typing import Any
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
 from mim3d.core.names import printable
-from mim3d.datasets.lists import Entry, beside, check_columns
+from mim3d.datasets.lists import Entry, beside, read_columns, said_of_guesses
 from mim3d.scans.volumes import channels_of, scan_id, suffix_of
 
 #: Keys that lists of cases stand under, and the part of the data set that each declares.
@@ -33,8 +33,8 @@ _READ = {
 #: Keys that say nothing about how the cases are to be used; ``relase`` is how the Decathlon spells it.
 _IRRELEVANT = set(
     "name dataset_name description reference references licence license release relase version date author authors "
-    "citation url contact converted_by tensorImageSize numTest overwrite_image_reader_writer "
-    "image_reader_writer".split()
+    "citation url contact converted_by tensorimagesize numtest numvalidation quantitative "
+    "overwrite_image_reader_writer image_reader_writer".split()
 )
 
 #: Names of channels by which nnU-Net chooses a mapping of intensities that mim3d has not.
@@ -98,22 +98,26 @@ def read_description(content: Any, path: str, *, with_labels: bool = True) -> De
         DataError: The content is no description, or contradicts itself.
     """
     if isinstance(content, list):
-        entries, unused = _json_entries(content, path, "entry")
-        return Description(form="json", entries=entries, labels=LabelDeclaration(), notes=_unused(path, unused))
+        keys = _Keys()
+        entries = _json_entries(content, path, keys)
+        return Description(form="json", entries=entries, labels=LabelDeclaration(), notes=keys.notes(path))
     if not isinstance(content, dict):
         raise DataError(f"{path}: must be a list of cases or a dataset.json, not a {type(content).__name__}.")
     channels = _read_channels(content, path)
+    keys = _Keys()
     # Only nnU-Net, from version 2 on, writes these keys.
     if "channel_names" in content or "file_ending" in content:
         form = "nnunet"
-        entries, unused, notes = _read_nnunet(content, path, len(channels))
+        entries, notes = _read_nnunet(content, path, len(channels), keys)
     elif isinstance(content.get("cases"), list):
         form, notes = "json", []
-        entries, unused = _json_entries(content["cases"], path, "entry")
+        entries = _json_entries(content["cases"], path, keys)
     else:
         form, notes = "msd", []
-        entries, unused = _read_msd(content, path, len(channels))
-    unused = [*(printable(str(key)) for key in content if key not in _READ[form] | _IRRELEVANT), *unused]
+        entries = _read_msd(content, path, len(channels), keys)
+    keys.unused[:0] = [
+        printable(str(key)) for key in content if key not in _READ[form] and str(key).lower() not in _IRRELEVANT
+    ]
     number = sum(entry.get("split") is None for entry in entries.values())
     declared = content.get("numTraining")
     if isinstance(declared, int) and declared != number:
@@ -122,23 +126,50 @@ def read_description(content: Any, path: str, *, with_labels: bool = True) -> De
     if with_labels:
         labels = read_labels(content.get("labels"), path, content.get("regions_class_order"))
     if with_labels and not labels.regions and content.get("regions_class_order") is not None:
-        unused.append("regions_class_order")
+        keys.unused.append("regions_class_order")
     mappings = [name for name in channels if name.lower() in _OTHER_MAPPINGS]
     if mappings:
         notes.append(
             f"{path}: {listed(mappings)} as the name of a channel asks for a mapping of intensities that mim3d does "
             "not have: CT in HU is clipped to a window, other scans get their z-score."
         )
-    notes = [*labels.notes, *notes, *_unused(path, unused)]
+    notes = [*labels.notes, *notes, *keys.notes(path)]
     return Description(form=form, entries=entries, labels=labels, channels=channels, notes=tuple(notes))
 
 
-def _unused(path: str, names: Sequence[str]) -> tuple[str, ...]:
-    """The one sentence that names all keys that nothing uses."""
-    different = list(dict.fromkeys(names))
-    if not different:
-        return ()
-    return (f"{path}: {listed(different, 12)} {'is' if len(different) == 1 else 'are'} not used by mim3d.",)
+@dataclass
+class _Keys:
+    """The keys that a description names and that are not read, or read as another.
+
+    Attributes:
+        unused: Keys that nothing uses.
+        guessed: Other names of keys -> the key.
+    """
+
+    unused: list[str] = field(default_factory=list)
+    guessed: dict[str, str] = field(default_factory=dict)
+
+    def entry(self, item: Any, where: str) -> Entry:
+        """An item of a list by the columns of a list; the name of a file alone is that of an image.
+
+        Raises:
+            DataError: It is something else, or lacks an image.
+        """
+        item = {"image": item} if isinstance(item, str) else item
+        if not isinstance(item, dict):
+            raise DataError(f'{where}: must be an object like {{"image": "scan.nii.gz"}}.')
+        found = read_columns(list(item), where)
+        self.unused += found.unused
+        self.guessed |= found.guessed
+        return {found.columns[str(key)]: value for key, value in item.items() if str(key) in found.columns}
+
+    def notes(self, path: str) -> tuple[str, ...]:
+        """The one sentence that names all keys that nothing uses, and one on those that are read by another name."""
+        different = list(dict.fromkeys(self.unused))
+        said = [said_of_guesses(path, self.guessed)] if self.guessed else []
+        if different:
+            said.append(f"{path}: {listed(different, 12)} {'is' if len(different) == 1 else 'are'} not used by mim3d.")
+        return tuple(said)
 
 
 def _read_channels(content: Mapping[str, Any], path: str) -> tuple[str, ...]:
@@ -160,25 +191,17 @@ def _read_channels(content: Mapping[str, Any], path: str) -> tuple[str, ...]:
     return tuple(printable(str(name)) for name in declared)
 
 
-def _json_entries(items: Sequence[Any], path: str, called: str) -> tuple[dict[str, Entry], list[str]]:
-    """The entries of a list by their places, and the keys that nothing uses."""
-    entries: dict[str, Entry] = {}
-    unused: list[str] = []
-    for number, item in enumerate(items, start=1):
-        where = f"{path}, {called} {number}"
-        if not isinstance(item, dict):
-            raise DataError(f'{where}: must be an object like {{"image": "scan.nii.gz"}}.')
-        unused += check_columns(list(item), where)
-        entries[where] = item
-    return entries, unused
+def _json_entries(items: Sequence[Any], path: str, keys: _Keys) -> dict[str, Entry]:
+    """The entries of a list by their places."""
+    places = {f"{path}, entry {number}": item for number, item in enumerate(items, start=1)}
+    return {where: keys.entry(item, where) for where, item in places.items()}
 
 
-def _read_msd(content: Mapping[str, Any], path: str, num_channels: int) -> tuple[dict[str, Entry], list[str]]:
+def _read_msd(content: Mapping[str, Any], path: str, num_channels: int, keys: _Keys) -> dict[str, Entry]:
     """The cases of Decathlon and MONAI lists; files named ``._x`` and scans to test on that are mere names are left."""
     if not any(isinstance(content.get(key), list) and content[key] for key in ("training", "train")):
         raise DataError(f'{path}: needs a list "training" of entries like {{"image": ..., "label": ...}}.')
     entries: dict[str, Entry] = {}
-    unused: list[str] = []
     for key, split in LISTS.items():
         items = content.get(key) or ()
         if not isinstance(items, (list, tuple)):
@@ -187,18 +210,17 @@ def _read_msd(content: Mapping[str, Any], path: str, num_channels: int) -> tuple
             if isinstance(item, str) and split == "test":
                 # The Decathlon names the scans of its challenge so; they have no labels.
                 continue
-            entry = {"image": item} if isinstance(item, str) else item
-            where = f'{path}, entry {number} of "{key}"'
-            if not isinstance(entry, dict) or not entry.get("image"):
-                raise DataError(f'{path}: entry {number} of "{key}" has no "image".')
-            unused += check_columns(list(entry), where)
+            entry = keys.entry(item, f'{path}, entry {number} of "{key}"')
             image = entry["image"]
+            if not image:
+                raise DataError(f'{path}: entry {number} of "{key}" has no "image".')
             named = image if isinstance(image, list) else [image]
             if any(os.path.basename(str(name)).startswith("._") for name in named):
                 continue
             declared = {} if split is None else {"split": split}
+            where = f'{path}, entry {number} of "{key}"'
             entries[where] = {**entry, **declared, **_with_channels(named, path, num_channels)}
-    return entries, unused
+    return entries
 
 
 def _with_channels(named: Sequence[Any], path: str, num_channels: int) -> Entry:
@@ -232,11 +254,11 @@ def _stem(path: str) -> tuple[str, str]:
 
 
 def _read_nnunet(
-    content: Mapping[str, Any], path: str, num_channels: int
-) -> tuple[dict[str, Entry], list[str], list[str]]:
-    """The cases of an nnU-Net raw folder, ``imagesTr/CASE_0000.nii.gz`` and ``labelsTr/CASE.nii.gz``; unused; notes."""
+    content: Mapping[str, Any], path: str, num_channels: int, keys: _Keys
+) -> tuple[dict[str, Entry], list[str]]:
+    """The cases of an nnU-Net raw folder, ``imagesTr/CASE_0000.nii.gz`` and ``labelsTr/CASE.nii.gz``, and notes."""
     if isinstance(content.get("dataset"), dict):
-        return *_nnunet_mapping(content["dataset"], path, num_channels), []
+        return _nnunet_mapping(content["dataset"], path, num_channels, keys), []
     ending = str(content.get("file_ending", ".nii.gz"))
     ending = ending if ending.startswith(".") else f".{ending}"
     num_channels = num_channels or 1
@@ -270,13 +292,12 @@ def _read_nnunet(
         if others:
             said = f"{num_channels} channel{'s' * (num_channels > 1)} and {ending}"
             notes.append(f"{folder}: {listed(others, 3)} not read, since {path} declares {said}.")
-    return entries, [], notes
+    return entries, notes
 
 
-def _nnunet_mapping(cases: Mapping[str, Any], path: str, num_channels: int) -> tuple[dict[str, Entry], list[str]]:
-    """The cases under the key ``dataset``, and the keys of theirs that nothing uses."""
+def _nnunet_mapping(cases: Mapping[str, Any], path: str, num_channels: int, keys: _Keys) -> dict[str, Entry]:
+    """The cases under the key ``dataset``; of theirs that is read what nnU-Net reads."""
     entries: dict[str, Entry] = {}
-    unused: list[str] = []
     for case_id, item in cases.items():
         if not isinstance(item, dict) or not isinstance(item.get("images"), list) or not item["images"]:
             raise DataError(f'{path}: case {case_id!r} of "dataset" needs a list "images".')
@@ -285,9 +306,9 @@ def _nnunet_mapping(cases: Mapping[str, Any], path: str, num_channels: int) -> t
                 f'{path}: case {case_id!r} of "dataset" has {len(item["images"])} images, but "channel_names" '
                 f"{num_channels}."
             )
-        unused += [str(key) for key in item if key not in ("images", "label")]
+        keys.unused += [printable(str(key)) for key in item if key not in ("images", "label")]
         entries[f"{path}, case {case_id}"] = {"id": case_id, "image": item["images"], "label": item.get("label")}
-    return entries, unused
+    return entries
 
 
 def read_labels(declared: Any, path: str, region_values: Any = None) -> LabelDeclaration:
@@ -304,7 +325,7 @@ def read_labels(declared: Any, path: str, region_values: Any = None) -> LabelDec
     Raises:
         DataError: The labels have neither form, a value is outside 0 to 65535, or one value has two names.
     """
-    if declared is None:
+    if declared is None or declared == {}:
         return LabelDeclaration()
     if isinstance(declared, list) and declared and str(declared[0]).lower() == "background":
         declared = dict(zip(map(str, range(len(declared))), declared, strict=True))
@@ -415,8 +436,12 @@ def read_folds(description: str, ids: Sequence[str]) -> DeclaredFolds:
         isinstance(part, dict) and all(isinstance(part.get(key), list) for key in ("train", "val")) for part in content
     ):
         raise DataError(f'{path}: must be a list of folds like {{"train": [...], "val": [...]}}.')
-    parts = [({str(name) for name in part["train"]}, {str(name) for name in part["val"]}) for part in content]
+    # Some write the names of files.
+    parts = [[set(map(_case_name, part[key])) for key in ("train", "val")] for part in content]
     every = {name for train, val in parts for name in train | val}
+    if every.isdisjoint(ids):
+        there = listed(sorted(every)) if every else "nothing"
+        return DeclaredFolds(notes=(f"{path}: not used, since it names {there} and no case here.",))
     fold: dict[str, int] = {}
     for number, (train, val) in enumerate(parts):
         twice = sorted((val & fold.keys()) | (val & train))
@@ -431,3 +456,8 @@ def read_folds(description: str, ids: Sequence[str]) -> DeclaredFolds:
     if unlisted:
         notes.append(f"{path}: does not name {listed(unlisted)}, which are neither trained on nor held out.")
     return DeclaredFolds(fold=fold, unlisted=unlisted, notes=tuple(notes))
+
+
+def _case_name(name: object) -> str:
+    base = os.path.basename(str(name))
+    return base.removesuffix(suffix_of(base))
