@@ -4,8 +4,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from mim3d.caching.case import source_files
 from mim3d.core.errors import DataError
-from mim3d.scans.volumes import read_grid, read_volume
+from mim3d.scans.volumes import find_scans, read_grid, read_volume
 from tests.scans.test_volumes import edit_header, nrrd, oblique_affine, voxels, write_nifti
 
 
@@ -63,3 +64,44 @@ def test_keys_of_somebodys_own_may_hold_colons(tmp_path):
     path = nrrd(tmp_path / "scan.nrrd")
     path.write_bytes(path.read_bytes().replace(b"encoding:", b"a:b:=c: d\nencoding:"))
     assert read_grid(path).shape == (4, 3, 2)
+
+
+@pytest.mark.parametrize(("name", "voxel_name"), [("scan.hdr", "scan.img"), ("scan.hdr.gz", "scan.img.gz")])
+@pytest.mark.parametrize("version", [nib.Nifti1Pair, nib.Nifti2Pair])
+def test_a_pair_of_files_is_one_scan(tmp_path, name, voxel_name, version):
+    image = version(voxels(), oblique_affine())
+    image.header["vox_offset"] = 16
+    nib.save(image, tmp_path / voxel_name)
+    assert find_scans(tmp_path) == [str(tmp_path / name)]
+    volume, known = read_volume(tmp_path / name), nib.load(tmp_path / voxel_name)
+    assert np.array_equal(volume.grid.from_ras(volume.array), np.asarray(known.dataobj))
+    assert np.allclose(volume.grid.affine, known.affine)
+    assert source_files(str(tmp_path / name)) == [str(tmp_path / name), str(tmp_path / voxel_name)]
+
+
+def test_a_header_without_its_voxels_or_of_analyze_is_refused(tmp_path):
+    nib.save(nib.Nifti1Pair(voxels(), oblique_affine()), tmp_path / "scan.img")
+    (tmp_path / "scan.img").rename(tmp_path / "other.img")
+    with pytest.raises(DataError, match=r"scan\.hdr: its voxels, scan\.img, are missing"):
+        read_grid(tmp_path / "scan.hdr")
+    nib.save(nib.AnalyzeImage(voxels(), np.eye(4)), tmp_path / "old.img")
+    with pytest.raises(DataError, match=r"old\.hdr: an Analyze header, which does not say where left and right are"):
+        read_grid(tmp_path / "old.hdr")
+
+
+def test_what_follows_a_whole_gzip_stream_is_passed_over(tmp_path):
+    path = write_nifti(tmp_path / "scan.nii.gz", voxels())
+    path.write_bytes(path.read_bytes() + b"left over")
+    assert np.array_equal(read_volume(path).array, voxels())
+
+
+def test_each_channel_of_a_packed_file_is_read_to_the_end_of_the_stream(tmp_path):
+    array = voxels((5, 6, 7, 3))
+    path = write_nifti(tmp_path / "scan.nii.gz", array)
+    for channel in range(3):
+        assert np.array_equal(read_volume(f"{path}::channel={channel}").array, array[..., channel])
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"scan\.nii\.gz: the compressed stream is truncated or damaged .*checksum"):
+        read_volume(f"{path}::channel=0")

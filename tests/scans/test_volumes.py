@@ -382,7 +382,7 @@ BAD_FILES = {
     "unknown.png": (lambda path: path.write_bytes(b"x"), "no image format is known"),
     "truncated.nii.gz": (make_truncated_gzip, "stream is truncated"),
     "cut_in_header.nii.gz": (make_cut_in_header, "gzip stream is truncated"),
-    "corrupt.nii.gz": (make_corrupt_gzip, "cannot be read"),
+    "corrupt.nii.gz": (make_corrupt_gzip, "stream is truncated or damaged"),
     "corrupt.nrrd": (make_corrupt_itk, "stream is truncated or damaged"),
     "corrupt.mha": (make_corrupt_itk, "stream is truncated or damaged"),
     "cut.mha": (make_cut_itk, "compressed bytes, but the file holds"),

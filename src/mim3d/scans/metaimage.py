@@ -12,7 +12,6 @@ from mim3d.scans.text_headers import (
     NO_SPACING,
     ItkGeometry,
     TextHeader,
-    VoxelFile,
     add_field,
     axis_count,
     header_lines,
@@ -22,6 +21,7 @@ from mim3d.scans.text_headers import (
     parts_of,
     voxel_file_names,
 )
+from mim3d.scans.voxel_files import VoxelFile
 
 #: Voxel types, whose sizes are MetaIO's own: its long has 4 bytes on every machine.
 _TYPES = {

@@ -11,12 +11,10 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import isal.igzip
-import isal.isal_zlib
 import nibabel
 import numpy as np
 import numpy.typing as npt
@@ -37,17 +35,20 @@ from mim3d.scans.grids import (
     times,
     volume_shape,
 )
+from mim3d.scans.voxel_files import VoxelFile, read_slabs
 
 # Without types, so that mypy does not check calls into them.
 nib: Any = nibabel
-igzip: Any = isal.igzip
-IsalError: Any = isal.isal_zlib.IsalError
 
 #: nibabel writes of small faults without the name of the file; what matters of them is said here.
 _SILENT = logging.Logger("nibabel", level=logging.CRITICAL + 1)
 
 #: Millimetres per unit of length, by the lowest three bits of xyzt_units; 0 (unknown) counts as mm.
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+
+#: First bytes of the mark of a header before its voxels in one file, and of a header of a pair of files.
+_SINGLE, _PAIR = (b"n+1", b"n+2"), (b"ni1", b"ni2")
+_PAIR_SUFFIXES = (".hdr", ".hdr.gz")
 
 #: Fields of a header that hold the geometry; they are written back as they were read.
 _GEOMETRY = (
@@ -62,21 +63,17 @@ class NiftiScan:
 
     Attributes:
         grid: Grid of the volume; its path is the address that was asked for.
-        file: Path of the file.
-        is_zipped: Whether the file is a gzip stream, whatever its name.
+        voxels: The file of its voxels.
+        is_zipped: Whether that is a gzip stream, whatever its name.
         dtype: Type of the voxels as stored.
-        voxel_offset: Number of bytes before the first voxel of this volume, those of earlier channels included.
-        end_offset: Number of bytes up to the end of the last voxel of the last channel.
         slope: Factor of the rescaling.
         intercept: Offset of the rescaling, added after the factor.
     """
 
     grid: Grid
-    file: str
+    voxels: VoxelFile
     is_zipped: bool
     dtype: np.dtype[Any]
-    voxel_offset: int
-    end_offset: int
     slope: float
     intercept: float
 
@@ -88,32 +85,9 @@ class NiftiScan:
         Raises:
             DataError: The voxels cannot be unpacked, or their checksum is wrong.
         """
-        columns, rows, _ = self.grid.shape
-        slabs = list(self.grid.slabs())
-        buffer = np.empty(columns * rows * slabs[0].stop, dtype=self.dtype)
-        try:
-            with igzip.open(self.file, "rb") if self.is_zipped else open(self.file, "rb", buffering=0) as stream:
-                stream.seek(self.voxel_offset)
-                for slab in slabs:
-                    flat = buffer[: columns * rows * (slab.stop - slab.start)]
-                    plain_bytes: Any = flat.view(np.uint8)
-                    rest = memoryview(plain_bytes)
-                    while rest:
-                        num_bytes = stream.readinto(rest[: 2**24])
-                        if not num_bytes:
-                            raise EOFError("the stream ends before the last voxel")
-                        rest = rest[num_bytes:]
-                    raw = flat.reshape((columns, rows, -1), order="F")
-                    native = raw.astype(raw.dtype.newbyteorder("="), copy=False)
-                    is_scaled = (self.slope, self.intercept) != (1.0, 0.0)
-                    yield rescaled(native, self.slope, self.intercept) if is_scaled else native
-                # The checksum is compared where a compressed stream ends, so it has to be read to its end.
-                left = 2 * self.end_offset + files.MAX_SURPLUS_BYTES - self.voxel_offset
-                while self.is_zipped and (block := stream.read(2**20)):
-                    left -= len(block)
-                    files.require_bounded(self.file, left)
-        except (OSError, EOFError, ValueError, IsalError) as error:
-            raise DataError(f"{self.file}: the voxels cannot be read ({error}); copy the file again.") from error
+        is_scaled = (self.slope, self.intercept) != (1.0, 0.0)
+        for raw in read_slabs(self.grid, (self.voxels,), "gzip" if self.is_zipped else "raw", self.dtype):
+            yield rescaled(raw, self.slope, self.intercept) if is_scaled else raw
 
 
 def open_nifti(address: str) -> NiftiScan:
@@ -130,7 +104,7 @@ def open_nifti(address: str) -> NiftiScan:
     path, channel = split_channel(address)
     header, is_zipped = _read_header(path)
     dtype = _dtype_of(header, path)
-    stored, voxel_offset, end_offset = _extent(header, is_zipped, dtype, path)
+    stored, whole, is_zipped = _extent(header, is_zipped, dtype, path)
     number = math.prod(stored[3:])
     if channel is None and number > 1:
         raise DataError(
@@ -144,20 +118,19 @@ def open_nifti(address: str) -> NiftiScan:
     shape = volume_shape(stored[:3] if number > 1 else stored, path)
     slope, intercept = _rescaling(header, dtype, path)
     grid = _grid_of(header, shape, path, address)
-    size_bytes = math.prod(shape) * dtype.itemsize
+    size_bytes = whole.size_bytes // number
     if number > 1:
         # A single volume was held against the memory with its extent.
         files.check_memory(path, shape, dtype.itemsize)
-    return NiftiScan(
-        grid=grid,
-        file=path,
-        is_zipped=is_zipped,
-        dtype=dtype,
-        voxel_offset=voxel_offset + (channel or 0) * size_bytes,
-        end_offset=end_offset,
-        slope=slope,
-        intercept=intercept,
+    before_bytes = (channel or 0) * size_bytes
+    voxels = replace(
+        whole,
+        offset=whole.offset + (0 if is_zipped else before_bytes),
+        skip=whole.skip + before_bytes if is_zipped else 0,
+        size_bytes=size_bytes,
+        behind_bytes=whole.size_bytes - before_bytes - size_bytes,
     )
+    return NiftiScan(grid=grid, voxels=voxels, is_zipped=is_zipped, dtype=dtype, slope=slope, intercept=intercept)
 
 
 def num_channels(path: str) -> int:
@@ -171,26 +144,50 @@ def num_channels(path: str) -> int:
     return math.prod(stored[3:])
 
 
-def _extent(header: Any, is_zipped: bool, dtype: np.dtype[Any], path: str) -> tuple[tuple[int, ...], int, int]:
-    """Sizes of all axes, and the bytes where the voxels start and end, which the file must hold."""
+def _extent(header: Any, is_zipped: bool, dtype: np.dtype[Any], path: str) -> tuple[tuple[int, ...], VoxelFile, bool]:
+    """Sizes of all axes, the file with the voxels of all channels, which it must hold, and whether it is packed."""
     dims = [int(size) for size in header["dim"]]
     if not 1 <= dims[0] <= 7:
         raise DataError(f"{path}: the header claims {dims[0]} axes, but NIfTI has 1 to 7; it is damaged.")
     stored = tuple(dims[1 : dims[0] + 1])
     if any(size < 1 for size in stored):
         volume_shape(stored, path)
+    is_single = bytes(header["magic"])[:3] in _SINGLE
     offset = float(header["vox_offset"])
-    if not 0 <= offset < 2**62 or 0 < offset < header.sizeof_hdr:
+    if not 0 <= offset < 2**62 or (is_single and 0 < offset < header.sizeof_hdr):
         raise DataError(f"{path}: the header puts the voxels at byte {offset:g}; it is damaged.")
-    start = int(offset) or header.single_vox_offset
+    start = int(offset) or (header.single_vox_offset if is_single else 0)
     size_bytes = math.prod(stored) * dtype.itemsize
     if math.prod(stored[3:]) == 1:
         files.check_memory(path, stored[:3], dtype.itemsize)
-    if is_zipped:
-        files.check_gzip(path, 0, start + size_bytes)
-    else:
-        files.check_raw(path, start, size_bytes)
-    return stored, start, start + size_bytes
+    file = path
+    if not is_single:
+        file = pair_files(path)[1]
+        files.check_file(file)
+        is_zipped = _is_gzip(file)
+    voxels = VoxelFile(
+        path=file, offset=0 if is_zipped else start, skip=start if is_zipped else 0, size_bytes=size_bytes
+    )
+    voxels.check("gzip" if is_zipped else "raw", dtype)
+    return stored, voxels, is_zipped
+
+
+def pair_files(path: str) -> list[str]:
+    """The header of a NIfTI pair and the file beside it that holds its voxels: ``scan.hdr`` and ``scan.img``.
+
+    Raises:
+        DataError: There is no such file.
+    """
+    stem = path[: path.lower().rindex(".hdr")]
+    for suffix in (".img", ".img.gz", ".IMG"):
+        if os.path.lexists(stem + suffix):
+            return [path, stem + suffix]
+    raise DataError(f"{path}: its voxels, {os.path.basename(stem)}.img, are missing; put them beside it.")
+
+
+def _is_gzip(path: str) -> bool:
+    with open(path, "rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
 
 
 def _rescaling(header: Any, dtype: np.dtype[Any], path: str) -> tuple[float, float]:
@@ -212,8 +209,7 @@ def _rescaling(header: Any, dtype: np.dtype[Any], path: str) -> tuple[float, flo
 def _read_header(path: str) -> tuple[Any, bool]:
     """The header, and whether the file is a gzip stream: its first bytes say so, not its name."""
     files.check_file(path)
-    with open(path, "rb") as stream:
-        is_zipped = stream.read(2) == b"\x1f\x8b"
+    is_zipped = _is_gzip(path)
     try:
         with gzip.open(path, "rb") if is_zipped else open(path, "rb") as stream:
             block = stream.read(540)
@@ -221,13 +217,19 @@ def _read_header(path: str) -> tuple[Any, bool]:
         raise DataError(
             f"{path}: the gzip stream is truncated or damaged ({error}); copy it again from its source."
         ) from error
-    if b"ni1" in (block[344:347], block[4:7]) or b"ni2" in (block[344:347], block[4:7]):
-        raise DataError(f"{path}: one half of a NIfTI pair, header and voxels apart; save both as one .nii.gz file.")
+    allowed = _PAIR if path.lower().endswith(_PAIR_SUFFIXES) else _SINGLE
     for header_class, magic in ((nib.Nifti1Header, 344), (nib.Nifti2Header, 4)):
-        if block[magic : magic + 3] in (b"n+1", b"n+2") and len(block) >= header_class.sizeof_hdr:
+        if block[magic : magic + 3] in allowed and len(block) >= header_class.sizeof_hdr:
             header = header_class(block[: header_class.sizeof_hdr], check=False)
             if int(header["sizeof_hdr"]) == header_class.sizeof_hdr:
                 return header, is_zipped
+    if allowed is _SINGLE and (block[344:347] in _PAIR or block[4:7] in _PAIR):
+        raise DataError(f"{path}: one half of a NIfTI pair; name the header .hdr and its voxels .img, side by side.")
+    if allowed is _PAIR and 348 in (int.from_bytes(block[:4], order) for order in ("little", "big")):
+        raise DataError(
+            f"{path}: an Analyze header, which does not say where left and right are; convert it to NIfTI with a "
+            "program that knows how it was written."
+        )
     files.require_no_other_kind(path, block)
     raise DataError(f"{path}: this is no NIfTI file (its first bytes say otherwise), or it is damaged.")
 

@@ -15,7 +15,6 @@ from mim3d.scans.text_headers import (
     NO_SPACING,
     ItkGeometry,
     TextHeader,
-    VoxelFile,
     add_field,
     axis_count,
     header_lines,
@@ -25,6 +24,7 @@ from mim3d.scans.text_headers import (
     parts_of,
     voxel_file_names,
 )
+from mim3d.scans.voxel_files import Encoding, VoxelFile
 
 #: Names of voxel types, without "signed" in front and "int" at the end where they have both.
 _TYPES = {
@@ -39,7 +39,9 @@ _TYPES = {
     "float": "f4", "double": "f8",
 }  # fmt: skip
 
-_ENCODINGS = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "ascii": "text", "text": "text", "txt": "text", "hex": "hex"}
+_ENCODINGS: dict[str, Encoding] = {
+    "raw": "raw", "gzip": "gzip", "gz": "gzip", "ascii": "text", "text": "text", "txt": "text", "hex": "hex",
+}  # fmt: skip
 
 #: Signs that turn a space's axes into LPS.
 _SPACES = {

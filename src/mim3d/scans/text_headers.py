@@ -13,6 +13,7 @@ import numpy as np
 
 from mim3d.core.errors import DataError
 from mim3d.scans import files
+from mim3d.scans.voxel_files import Encoding, VoxelFile
 
 #: A text header longer than this is no header.
 _MAX_HEADER_BYTES = 2**20
@@ -50,32 +51,13 @@ class ItkGeometry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VoxelFile:
-    """A file, or the part of one, that holds voxels.
-
-    Attributes:
-        path: Path of the file.
-        offset: Byte of the file where the voxels, or what they are packed in, start.
-        skip: Bytes before the first voxel in what is unpacked; -1 where the voxels are the last bytes of it.
-        size_bytes: Number of bytes of its voxels, unpacked.
-        packed_bytes: Number of bytes that they are packed in, where the header says so, else 0.
-    """
-
-    path: str
-    offset: int = 0
-    skip: int = 0
-    size_bytes: int
-    packed_bytes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class TextHeader:
     """What the text in front of the voxels, or in a file beside them, says.
 
     Attributes:
         shape: Number of voxels along each of the three axes.
         dtype: Type of the voxels as stored.
-        encoding: One of raw, gzip, zlib, text and hex.
+        encoding: How the files hold the voxels.
         parts: Files of the voxels in their order.
         geometry: Where the voxels lie.
         assumed: A phrase for each thing that the header leaves open, with what is assumed.
@@ -83,7 +65,7 @@ class TextHeader:
 
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
-    encoding: str
+    encoding: Encoding
     parts: tuple[VoxelFile, ...]
     geometry: ItkGeometry
     assumed: tuple[str, ...] = ()

@@ -80,7 +80,7 @@ DICOM = Format(name="DICOM", reader="mim3d.scans.dicom.series:open_series")
 FORMATS = (
     Format(
         name="NIfTI",
-        suffixes=(".nii", ".nii.gz"),
+        suffixes=(".nii", ".nii.gz", ".hdr", ".hdr.gz"),
         reader="mim3d.scans.nifti:open_nifti",
         writer="mim3d.scans.nifti:write_nifti",
         counter="mim3d.scans.nifti:num_channels",
