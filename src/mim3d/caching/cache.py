@@ -26,6 +26,7 @@ from mim3d.caching.scan import CachedScan, Card
 from mim3d.caching.set_modality import SetRemark
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file, read_csv
+from mim3d.core.left_out import in_words
 from mim3d.core.settings import build_settings
 from mim3d.core.types import LARGEST_LABEL
 from mim3d.datasets.cases import Case, CaseSet, with_ignored
@@ -167,6 +168,9 @@ class Cache(Sequence[CachedScan]):
         wanted = {case.id for case in cases}
         kept = tuple(scan for scan in self.scans if scan.case.id in wanted)
         if wanted and not kept:
+            reasons = [row["reason"] for row in self.failed if row["id"] in wanted]
+            if reasons:
+                raise DataError(f"{self.path}: none of {len(wanted)} cases asked for can be used: {in_words(reasons)}")
             raise DataError(f"{self.path}: none of the {len(wanted)} cases asked for is in this cache; build it again.")
         return replace(self, scans=kept)
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mim3d.core import files
+from mim3d.core import files, left_out
 from mim3d.core.errors import DataError
 
 FORMAT = "mim3d-cache"
@@ -44,7 +44,7 @@ MANIFEST = "manifest.parquet"
 FAILED = "failed.csv"
 SUMMARY = "summary.json"
 TRACEBACKS = "failed_tracebacks.txt"
-FAILED_COLUMNS = ("id", "images", "label", "reason")
+FAILED_COLUMNS = left_out.COLUMNS
 DIGESTS = "digests.json"
 CASES = "cases"
 PACKS = "packs"

@@ -260,6 +260,19 @@ class CachedScan:
         x, y, z = inside
         return float(x @ (self.foreground @ z @ y)) / (255 * math.prod(size))
 
+    @property
+    def damage(self) -> str | None:
+        """What is wrong with what is stored of the scan, found by reading all of it; None where it is sound."""
+        try:
+            for level, shape in enumerate(self.level_shapes):
+                self.read((0, 0, 0), shape, level)
+            if self.has_label:
+                self.read_label((0, 0, 0), self.shape)
+            _ = self.class_locations
+        except DamagedError as error:
+            return str(error)
+        return None
+
     def read(self, origin: Triple, size: Triple, level: int = 0) -> npt.NDArray[Any]:
         """Read a crop of the image.
 

@@ -1,15 +1,20 @@
 """Cases that a command leaves out while it does the rest: why, where that is listed, and what it says last."""
 
+import csv
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mim3d.core.errors import Mim3dError
-from mim3d.core.files import REMEDY, write_text
+from mim3d.core.errors import DataError, Mim3dError
+from mim3d.core.files import REMEDY, explained_write, read_csv, write_csv, write_text
+from mim3d.core.names import as_cell
 
 #: Reasons that a sentence holds; a file has them all.
 MAX_REASONS = 3
+
+#: Columns of a list of cases that were left out.
+COLUMNS = ("id", "images", "label", "reason")
 
 #: What the command that runs has left out: file of the reasons -> sentence.
 _noted: dict[str, str] = {}
@@ -47,6 +52,63 @@ class Failure:
             f"{name}: unexpected {type(error).__name__}: {said[:300]}; please report it.",
             "".join(traceback.format_exception(error)),
         )
+
+
+@dataclass(frozen=True)
+class LeftOutList:
+    """The file that lists the cases which a run leaves out, each with its reason; every process of it may add some.
+
+    Attributes:
+        path: The file.
+        num_cases: Number of all cases of the run's data set.
+        remedy: End of the sentence about a write that failed.
+    """
+
+    path: Path
+    num_cases: int
+    remedy: str = REMEDY
+
+    def begin(self, rows: Sequence[Mapping[str, str]], others: Container[str]) -> None:
+        """Write what is known before the work; of other cases what earlier sessions of the run added is kept.
+
+        Args:
+            rows: Rows of ``COLUMNS``.
+            others: Ids of the cases that the run uses.
+
+        Raises:
+            DataError: The folder cannot be written to.
+        """
+        every = [*rows, *(row for row in read_left_out(self.path) if row["id"] in others)]
+        if every:
+            write_csv(self.path, COLUMNS, [list(row.values()) for row in every], remedy=self.remedy)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def add(self, row: Mapping[str, str]) -> None:
+        """Add a case that proved bad during the work, unless it is listed.
+
+        Raises:
+            DataError: The folder cannot be written to.
+        """
+        if row["id"] in {each["id"] for each in read_left_out(self.path)}:
+            return
+        with explained_write(self.path, self.remedy), open(self.path, "a", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            if not file.tell():
+                table.writerow(COLUMNS)
+            table.writerow([as_cell(row[name]) for name in COLUMNS])
+
+    def note(self) -> None:
+        """Let the command line end with what is listed."""
+        note_left_out(len(read_left_out(self.path)), self.num_cases, self.path)
+
+
+def read_left_out(path: Path) -> list[dict[str, str]]:
+    """The rows of a list of cases that were left out; none where there is no list, or one that a kill cut short."""
+    try:
+        return [dict(zip(COLUMNS, row, strict=True)) for _, row in read_csv(path)[1:]] if path.is_file() else []
+    except (DataError, ValueError):
+        return []
 
 
 def in_words(reasons: Sequence[str]) -> str:

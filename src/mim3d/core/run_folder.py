@@ -35,6 +35,9 @@ SPLIT_OF_A_STEP = ("batch_size", "accumulation", "devices", "num_nodes")
 #: Settings of a method's decoder, which stood among those of the backbone before they belonged to the method.
 DECODER_SETTINGS = ("decoder_dim", "decoder_depth", "decoder_num_heads")
 
+#: File of a run that lists the cases it left out, each with the reason.
+LEFT_OUT_NAME = "left_out.csv"
+
 #: End of the sentence about a write that failed while a run was training.
 GO_ON = "what is there is kept. Free some space, or repair the disk, and go on with --resume true."
 

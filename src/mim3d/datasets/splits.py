@@ -12,6 +12,10 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case
 
 
+class EmptyPartError(DataError):
+    """None of the cases of one part of a split can be used."""
+
+
 @dataclass(frozen=True)
 class Split:
     """The two parts of a data set in one fold.
@@ -28,14 +32,14 @@ class Split:
         """The same split without some cases.
 
         Raises:
-            DataError: A part that had cases has none left.
+            EmptyPartError: A part that had cases has none left.
         """
         ids = {case.id for case in cases}
         parts = {name: tuple(c for c in part if c.id not in ids) for name, part in vars(self).items()}
         for name, part in vars(self).items():
             if part and not parts[name]:
                 what, names = "train" if name == "train" else "validate", listed([case.id for case in part])
-                raise DataError(f"None of the {len(part)} cases to {what} on can be used ({names}); mend one.")
+                raise EmptyPartError(f"None of the {len(part)} cases to {what} on can be used ({names}); mend one.")
         return Split(**parts)
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,7 @@ class Loader:
         augment: Changes one finished sample, given an integer seed.
         strict: Whether to raise where a scan is damaged, instead of leaving it out with a warning.
         timeout_s: Seconds to wait for a batch of a reading process; None waits for ever.
+        on_damage: Is told of each scan that proves damaged in this process, once: its case, and what is wrong.
 
     Raises:
         DataError: There is no scan.
@@ -80,6 +81,7 @@ class Loader:
         augment: Augment | None = None,
         strict: bool = False,
         timeout_s: float | None = None,
+        on_damage: Callable[[str, str], None] | None = None,
     ) -> None:
         if not scans:
             raise DataError("There is no scan to train on; check the data folder and the split.")
@@ -87,6 +89,7 @@ class Loader:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.timeout_s = timeout_s
+        self._on_damage = on_damage
         self._named: set[str] = set()
 
     @property
@@ -156,4 +159,6 @@ class Loader:
             if case not in self._named:
                 self._named.add(case)
                 warnings.warn(f"{case} is damaged, other scans stand in for it: {sentence}", stacklevel=3)
+                if self._on_damage is not None:
+                    self._on_damage(case, f"damaged, other scans stood in for it: {sentence}")
         return {key: packed.unpacked() for key, packed in batch.arrays.items()}

@@ -25,6 +25,7 @@ from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
 from mim3d.weights import load_into
 from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, ProbePlan
+from mim3d.workflows.shared.damage import adding_to
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
 from mim3d.workflows.shared.leakage import check_leakage, identities_of, seen_from, write_seen
@@ -129,7 +130,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         )
         run.note(memory)
         # Those held out are cached too: only their voxels tell whether one is among the others under another name.
-        every = open_scans(
+        every, left_out = open_scans(
             source,
             source.cases,
             run,
@@ -147,7 +148,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         objective = method.build(recipe)
         if settings.weights is not None:
             say(f"{settings.weights}: {load_into(objective.encoder, settings.weights)}")
-        loader = settings.loader(scans, method.sampler(recipe), mapping)
+        loader = settings.loader(scans, method.sampler(recipe), mapping, on_damage=adding_to(left_out, scans))
         if run.writes and (slow := loader.slow_levels):
             print(f"note: {slow}")
         card = encoder_card(recipe, mapping, scans)
@@ -168,6 +169,8 @@ def run_pretraining(settings: PretrainSettings) -> str:
                 best_by=None if probe is None else BEST_BY,
                 on_checkpoint=keeper.save,
             )
+        if run.writes:
+            left_out.note()
         return _close(run, method, result, keeper)
 
 

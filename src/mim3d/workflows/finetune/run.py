@@ -11,7 +11,8 @@ import torch
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
-from mim3d.core.errors import ConfigError
+from mim3d.core.errors import ConfigError, DamagedError
+from mim3d.core.left_out import LeftOutList
 from mim3d.core.progress import say
 from mim3d.core.run_folder import Run
 from mim3d.core.settings import to_mapping, to_named
@@ -30,6 +31,7 @@ from mim3d.weights import save_network
 from mim3d.workflows.finetune.data import read_training_data
 from mim3d.workflows.finetune.planning import PlannedRun, plan_finetuning, save_plan
 from mim3d.workflows.finetune.settings import FinetuneSettings
+from mim3d.workflows.shared.damage import adding_to, damaged_rows, on_sound_scans
 from mim3d.workflows.shared.held_out import write_split
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, weights_input
@@ -94,7 +96,10 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
             # They take the plan that it saves; here they learn when it fails before.
             processes.wait_for("plan")
         planned = plan_finetuning(source, split, initial, settings, task)
-        run, scans = _prepare(planned, initial, source, split, processes)
+        run, scans, left_out = _prepare(planned, initial, source, split, processes)
+        cached = {scan.case.id for scan in scans}
+        split = split.without([case for case in (*split.train, *split.val) if case.id not in cached])
+        write_split(run, split)
         learned, strict = scans.subset(split.train), bool(settings.strict)
         if split.val:
             held_out = identities_of(scans.subset(split.val))
@@ -104,7 +109,7 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
             check_leakage(identities_of(learned), held_out, strict=strict)
         if run.writes:
             write_seen(run.path, seen_from(identities_of(learned), settings.weights))
-        return _train(run, planned, initial, split, scans, started_at)
+        return _train(run, planned, initial, split, scans, left_out, started_at)
 
 
 def _initialise(settings: FinetuneSettings, task: Task, source: CaseSet | Cache, split: Split) -> Initialisation:
@@ -127,8 +132,8 @@ def _initialise(settings: FinetuneSettings, task: Task, source: CaseSet | Cache,
 
 def _prepare(
     planned: PlannedRun, initial: Initialisation, source: CaseSet | Cache, split: Split, processes: Processes
-) -> tuple[Run, Cache]:
-    """The folder of the run and the scans in their cache."""
+) -> tuple[Run, Cache, LeftOutList]:
+    """The folder of the run, the scans in their cache, and the list of those that are left out."""
     settings = planned.settings
     spacing_mm = initial.spacing_mm(settings.spacing_mm, source)
     run = Run.create(
@@ -141,7 +146,7 @@ def _prepare(
     save_plan(run, planned)
     if processes.is_first:
         processes.announce("plan", "saved")
-    scans = open_scans(
+    scans, left_out = open_scans(
         source,
         [*split.train, *split.val],
         run,
@@ -154,24 +159,32 @@ def _prepare(
     if planned.task.needs == "label":
         # A held-out case, too, must not turn out to name a label that there is not once it is validated on.
         are_partial(scans.cases, scans.labels)
-    write_split(run, split)
-    return run, scans
+    return run, scans, left_out
 
 
 def _train(
-    run: Run, planned: PlannedRun, initial: Initialisation, split: Split, scans: Cache, started_at: float
+    run: Run,
+    planned: PlannedRun,
+    initial: Initialisation,
+    split: Split,
+    scans: Cache,
+    left_out: LeftOutList,
+    started_at: float,
 ) -> FinetuneResult:
     """Everything after the scans lie in a cache: the task's plan, the network, its training, and the export."""
     settings, recipe = planned.settings, initial.recipe
     training_scans = scans.subset(split.train)
-    held_out = tuple(scans.subset(split.val)) if split.val else ()
+    held_out = list(scans.subset(split.val)) if split.val else []
+    if settings.strict and (damaged := damaged_rows(held_out)):
+        raise DamagedError(damaged[0]["reason"])
     labels = planned.task.classes_of(training_scans)
     task = planned.task.planned(recipe, training_scans, labels)
     for line in task.summary():
         say(line)
     run.note({"task": to_named(task, TASKS), "labels": to_mapping(labels), "num_scans": len(training_scans)})
     mapping = initial.intensity(settings.intensity, training_scans)
-    loader = settings.loader(training_scans, task.sampler(), mapping, task.augment())
+    on_damage = adding_to(left_out, training_scans)
+    loader = settings.loader(training_scans, task.sampler(), mapping, task.augment(), on_damage)
     optim = settings.optim.filled_from(task.optimisation)
     memory = require_memory(
         settings,
@@ -196,6 +209,11 @@ def _train(
             "smaller one, or a smaller --validate_every.",
             stacklevel=2,
         )
+
+    def validate(trained: Objective) -> dict[str, float]:
+        listed = None if settings.strict else left_out
+        return on_sound_scans(held_out, lambda sound: task.validate(trained, sound, mapping, labels), listed)
+
     with TrackedRun.of(run, settings.tracking) as tracked:
         result = train(
             objective,
@@ -203,9 +221,11 @@ def _train(
             run=tracked,
             loop=settings.loop(num_steps, started_at=started_at, validate_every=every),
             optim=optim,
-            validate=(lambda trained: task.validate(trained, held_out, mapping, labels)) if held_out else None,
+            validate=validate if held_out else None,
             best_by=task.best_by if held_out else None,
         )
+    if run.writes:
+        left_out.note()
     named = {str(value): name for value, name in labels.items()}
     card = {**encoder_card(recipe, mapping, training_scans), "task": to_named(task, TASKS), "labels": named}
     return _close(run, objective, result, task.network, card)

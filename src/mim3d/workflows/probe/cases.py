@@ -20,6 +20,7 @@ from mim3d.phantoms.dataset import PhantomSettings, make_set
 from mim3d.probing.items import ProbeSet, class_set, label_set
 from mim3d.probing.settings import Probing
 from mim3d.scans.intensity import Intensity
+from mim3d.workflows.shared.damage import damaged_rows
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.inputs import given_scans, read_data, require_all, unreadable_of
 
@@ -68,15 +69,19 @@ class ProbeCases:
 
         Raises:
             ConfigError: A cache of another spacing, or a folder that holds another cache.
-            DataError: Scans that cannot be used: all of one part, or with ``strict`` any.
+            DataError: Scans that cannot be used, or damaged ones: all of one part, or with ``strict`` any.
         """
         if isinstance(self.source, Cache):
-            return given_scans(self.source, self.cases, spacing_mm)
-        wanted = replace(self.source, cases=tuple(self.cases))
-        scans = build_cache(wanted, folder, Preprocessing(spacing_mm=spacing_mm), num_workers=num_workers)
-        require_all(scans.failed, strict=strict)
-        scans.say_remarks(strict=strict)
-        return scans
+            scans = given_scans(self.source, self.cases, spacing_mm)
+        else:
+            wanted = replace(self.source, cases=tuple(self.cases))
+            scans = build_cache(wanted, folder, Preprocessing(spacing_mm=spacing_mm), num_workers=num_workers)
+            scans.say_remarks(strict=strict)
+        failed = (*scans.failed, *damaged_rows(scans.scans))
+        require_all(failed, strict=strict)
+        unusable = {row["id"] for row in failed}
+        self.split.without([case for case in self.cases if case.id in unusable])
+        return replace(scans, scans=tuple(s for s in scans if s.case.id not in unusable), failed=failed)
 
     def items(
         self,

@@ -11,12 +11,11 @@ import torch
 
 from mim3d.backbones import Backbone, Encoder
 from mim3d.caching.cache import Cache
-from mim3d.caching.layout import FAILED
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.left_out import note_left_out
+from mim3d.core.left_out import LeftOutList
 from mim3d.core.progress import say
 from mim3d.core.resources import choose_accelerator
-from mim3d.core.run_folder import Run
+from mim3d.core.run_folder import GO_ON, LEFT_OUT_NAME, Run
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case, CaseSet
 from mim3d.datasets.splits import Split, split_cases
@@ -175,8 +174,11 @@ class ProbePlan:
             num_workers=training.num_workers,
             strict=bool(training.strict),
         )
-        note_left_out(len(scans.failed), len(scans) + len(scans.failed), folder / "cache" / FAILED)
         run.bind_input("probe", scans.digest)
+        left_out = LeftOutList(folder / LEFT_OUT_NAME, len(scans) + len(scans.failed), remedy=GO_ON)
+        folder.mkdir(exist_ok=True)
+        left_out.begin(scans.failed, ())
+        left_out.note()
         mapping = initial.intensity(None, scans.subset(cases.split.train))
         items = cases.items(scans, encoder, mapping, PROBING, seed=self.seed, largest=self.largest).in_memory()
         random = random_encoder(encoder, self.seed).to(choose_accelerator(training.accelerator))

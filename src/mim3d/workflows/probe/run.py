@@ -13,7 +13,6 @@ from rich.text import Text
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
-from mim3d.caching.layout import FAILED
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import read_json, write_json
 from mim3d.core.left_out import note_left_out
@@ -137,12 +136,11 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
         for path in encoders:
             check_pretraining(path, held_out, strict=strict)
         rows = _rows(encoders, cases, scans, settings)
-        failed, place = scans.failed, settings.out or os.path.join(folder, FAILED)
-        if settings.out is None and settings.cache is None:
-            place = "the lines above"
+        failed = scans.failed
+        if settings.out is None:
             for row in failed:
                 say(f"left out: {row['reason']}")
-        note_left_out(len(failed), len(scans) + len(failed), place)
+        note_left_out(len(failed), len(scans) + len(failed), settings.out or "the lines above")
     written = {f.name: getattr(settings, f.name) for f in fields(settings)}
     about = {name: value for name, value in written.items() if name not in ("out", "cache", "num_workers", "overwrite")}
     content = content_of(rows, to_mapping(about), bootstrap)

@@ -12,15 +12,13 @@ import mim3d
 from mim3d.backbones import BACKBONES, Backbone
 from mim3d.caching.build import build_cache
 from mim3d.caching.cache import Cache, failure_row, is_cache, open_cache
-from mim3d.caching.layout import FAILED_COLUMNS
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.resampling import target_grid
 from mim3d.caching.summary import CacheSummary
 from mim3d.core.errors import ConfigError, DataError, listed
-from mim3d.core.files import write_csv
-from mim3d.core.left_out import in_words, note_left_out
+from mim3d.core.left_out import LeftOutList, in_words
 from mim3d.core.progress import say
-from mim3d.core.run_folder import GO_ON, Run
+from mim3d.core.run_folder import GO_ON, LEFT_OUT_NAME, Run
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet, read_cases
@@ -30,9 +28,6 @@ from mim3d.inference.input_range import InputRange
 from mim3d.scans.intensity import Intensity
 from mim3d.scans.volumes import read_grid
 from mim3d.weights import weights_digest
-
-#: File of a run that lists the cases it left out, each with the reason.
-LEFT_OUT_NAME = "left_out.csv"
 
 #: Longest time after which a network disk shows a file that another machine has written, with a margin.
 SHARED_DISK_PATIENCE_S = 90.0
@@ -107,8 +102,10 @@ def open_scans(
     spacing_mm: Spacing | None,
     num_workers: int | None,
     strict: bool = False,
-) -> Cache:
+) -> tuple[Cache, LeftOutList]:
     """The cached scans of ``cases``: built or brought up to date from a data set, or those of the cache given.
+
+    With them comes the list of the cases that the run leaves out, to be added to and said at the end of the work.
 
     The run is bound to what they hold: it cannot be resumed on other data. The first process builds; the others wait,
     and must find the same on their own machine.
@@ -144,13 +141,13 @@ def open_scans(
         else:
             cache = _seen_here(place, processes.wait_for("cache"))
         scans, failed, num_cases = cache.subset(cases), cache.failed, len(cache) + len(cache.failed)
-        require_all(failed, strict=strict)
+        said = {each.case.id for each in source.left_out}
+        require_all([row for row in failed if row["id"] not in said], strict=strict)
     scans.say_remarks(strict=strict)
-    if failed and run.writes:
-        place = run.path / LEFT_OUT_NAME
-        write_csv(place, FAILED_COLUMNS, [list(row.values()) for row in failed], remedy=GO_ON)
-        note_left_out(len(failed), num_cases, place)
     run.bind_input("data", scans.digest)
+    left_out = LeftOutList(run.path / LEFT_OUT_NAME, num_cases, remedy=GO_ON)
+    if run.writes:
+        left_out.begin(failed, {scan.case.id for scan in scans})
     if processes.is_first:
         processes.announce("scans", scans.digest)
     elif processes.wait_for("scans") not in (None, scans.digest):
@@ -159,7 +156,7 @@ def open_scans(
             "the same cache to every machine, or use one in a folder that all of them share."
         )
     processes.barrier()
-    return scans
+    return scans, left_out
 
 
 def given_scans(cache: Cache, cases: Sequence[Case], spacing_mm: Spacing | None) -> Cache:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -133,6 +133,7 @@ class TrainingSettings(LoopOptions):
         sampler: Sampler,
         intensity: Intensity,
         augment: Augment | None = None,
+        on_damage: Callable[[str, str], None] | None = None,
     ) -> Loader:
         """The source of batches. Unless they are given, no processes read beside a CPU, whose cores train."""
         num_workers = self.num_workers
@@ -151,6 +152,7 @@ class TrainingSettings(LoopOptions):
             augment=augment,
             strict=bool(self.strict),
             timeout_s=60 * self.read_timeout or None,
+            on_damage=on_damage,
         )
 
 
