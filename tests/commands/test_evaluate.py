@@ -100,13 +100,19 @@ def test_a_label_absent_everywhere_is_null_and_blank(folders):
 def test_predictions_json_is_followed_for_ids_names_and_images(folders):
     (folders / "pred" / "a.nii.gz").rename(folders / "pred" / "strange.nii.gz")
     cases = [{"id": "a", "images": ["/scans/a.nii.gz"], "prediction": "strange.nii.gz"}]
-    content = {"labels": {"0": "background", "1": "liver", "2": "spleen"}, "cases": cases, "failed": [{"id": "b"}]}
+    failed = [{"id": "b", "reason": "b.nii.gz: too dark."}]
+    content = {"labels": {"0": "background", "1": "liver", "2": "spleen"}, "cases": cases, "failed": failed}
     (folders / "pred" / "predictions.json").write_text(json.dumps(content))
     with pytest.warns(UserWarning) as caught:
         found = run(folders)
     assert found["labels"] == {"1": "liver", "2": "spleen"}
     assert [(case["id"], case["images"]) for case in found["cases"]] == [("a", ["/scans/a.nii.gz"])]
-    assert found["not_scored"] == {"failed": ["b"], "without_reference": [], "without_prediction": ["b"]}
+    assert found["not_scored"] == {
+        "failed": ["b"],
+        "without_reference": [],
+        "without_prediction": ["b"],
+        "unusable": [{"id": "b", "reason": "b: its prediction failed: b.nii.gz: too dark."}],
+    }
     assert [str(warning.message) for warning in caught] == [
         "Not scored, failed to be predicted: b.",
         "Not scored, with a reference but no prediction: b.",

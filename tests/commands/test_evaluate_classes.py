@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from mim3d.cli import main
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.report import report
 from mim3d.core.errors import ConfigError, DataError
@@ -195,3 +196,20 @@ def test_the_diameter_of_a_nodule_alone_tells_most_of_them_apart(shared_data, tm
     assert found["baseline"]["baseline"]["auc"] == pytest.approx(0.92, abs=0.01)
     assert found["mean"]["auc"] == 0.5
     assert found["num_patients"] < found["num_cases"] == 700
+
+
+def test_cases_without_a_class_or_probabilities_are_left_out(tables, capsys):
+    text = (tables / "labels.csv").read_text()
+    (tables / "labels.csv").write_text(text.replace("n1,Benign", "n1,"))
+    text = (tables / "pred" / "predictions.csv").read_text()
+    (tables / "pred" / "predictions.csv").write_text(text.replace("0.9,0.1", "nan,nan"))
+    flags = ["--predictions", str(tables / "pred"), "--references", str(tables / "labels.csv")]
+    flags += ["--out", str(tables / "s.json"), "--class_column", "diagnosis", "--num_bootstrap", "0"]
+    assert main(["evaluate", *flags]) == 2
+    found = json.loads((tables / "s.json").read_text())
+    assert found["num_cases"] == 6
+    assert [row["id"] for row in found["not_scored"]["unusable"]] == ["n0", "n1"]
+    assert "Classification, 6 of 8 cases" in (tables / "s.md").read_text()
+    assert "2 of 8 cases were left out, the others are done" in capsys.readouterr().out
+    assert main(["evaluate", *flags, "--strict", "true"]) == 2
+    assert "nothing is left out" in capsys.readouterr().err

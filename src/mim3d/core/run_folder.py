@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import atomic_file, explained_write, load_json, try_lock, write_json, write_text
+from mim3d.core.left_out import read_left_out
 from mim3d.core.own_code import own_code_in
 from mim3d.core.provenance import environment
 from mim3d.core.settings import read_yaml, to_mapping, write_yaml
@@ -290,6 +291,7 @@ class RunRecord:
         metrics: Lines in the order of their steps.
         manifest: Content of ``manifest.json``.
         pictures: File of pictures of each step.
+        left_out: Rows of the lists of cases that it left out, those of its probe last.
     """
 
     path: Path
@@ -297,6 +299,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     manifest: dict[str, Any]
     pictures: dict[int, Path]
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
 
 def read_run(path: str | os.PathLike[str]) -> RunRecord:
@@ -314,6 +317,7 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         metrics=read_lines(run.metrics_path),
         manifest=read_manifest(run.manifest_path),
         pictures=picture_files(run.path),
+        left_out=[*read_left_out(run.path / LEFT_OUT_NAME), *read_left_out(run.path / "probe" / LEFT_OUT_NAME)],
     )
 
 

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
@@ -14,9 +14,15 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, scans_in
 from mim3d.datasets.descriptions import LabelDeclaration, read_labels
 from mim3d.datasets.ids import matched_ids, unique_ids
+<<<<<<< HEAD
 from mim3d.datasets.label_maps import has_pairs, in_label_folders
 from mim3d.datasets.lists import beside, channel_names, read_table
 from mim3d.scans.grids import file_of, resolved
+=======
+from mim3d.datasets.label_maps import has_pairs
+from mim3d.datasets.lists import channel_names, read_table
+from mim3d.datasets.usable import refuse_or_say
+>>>>>>> 796c2af (A damaged scan stops neither validation nor a probe; left_out.csv grows while a run works, and reports show what was left out)
 from mim3d.scans.volumes import scan_id
 
 #: Name of the table that prediction writes into its folder.
@@ -69,7 +75,7 @@ class Pairs:
         ignore_label: Label value of voxels of a reference that nothing is known of, and that count in no score.
         without_reference: Ids of predictions that no reference belongs to.
         without_prediction: Ids of references that were not predicted and are left out.
-        failed: Ids left out whose prediction failed, as the predictions' own list says.
+        failed: Ids left out whose prediction failed, as the predictions' own list says, and why.
         scored_as_empty: Ids of references that were not predicted and are scored as empty predictions.
     """
 
@@ -78,7 +84,7 @@ class Pairs:
     regions: dict[str, list[int | str]]
     without_reference: tuple[str, ...]
     without_prediction: tuple[str, ...]
-    failed: tuple[str, ...]
+    failed: Mapping[str, str]
     scored_as_empty: tuple[str, ...]
     ignore_label: int | None = None
 
@@ -122,7 +128,7 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
         regions=regions or {name: [*members] for name, members in referenced.regions.items()},
         without_reference=tuple(sorted(ours.keys() - matched.keys())),
         without_prediction=() if missing_as_empty else tuple(unpredicted),
-        failed=tuple(name for name in failed if name not in as_empty),
+        failed={name: reason for name, reason in failed.items() if name not in as_empty},
         scored_as_empty=tuple(as_empty),
         ignore_label=predicted.ignore_label if referenced.ignore_label is None else referenced.ignore_label,
     )
@@ -142,13 +148,17 @@ def differing_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[
     return [f"{key} is {ours[key]!r} and {theirs[key]!r}" for key in both if ours[key] != theirs[key]]
 
 
-def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], tuple[str, ...]]:
+def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], dict[str, str]]:
     """The label maps that a folder holds, or that its own list names; and the regions and failures in that list."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder of predictions; give what `mim3d predict` wrote as --out.")
     listing = os.path.join(folder, "predictions.json")
     if not os.path.isfile(listing):
+<<<<<<< HEAD
         return _label_maps(scans_in(folder, with_predictions=True), folder), {}, ()
+=======
+        return _label_maps(scans_in(folder), folder), {}, {}
+>>>>>>> 796c2af (A damaged scan stops neither validation nor a probe; left_out.csv grows while a run works, and reports show what was left out)
     content = read_json(listing)
     cases = content.get("cases") if isinstance(content, dict) else None
     if not isinstance(cases, list) or not all(
@@ -178,7 +188,8 @@ def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], tuple[
         if count > 1:
             raise DataError(f"{listing}: names {count} predictions of the case {name!r}; give each an id of its own.")
     labels = read_labels(content.get("labels"), listing)
-    failed = tuple(str(case.get("id")) for case in content.get("failed") or () if isinstance(case, dict))
+    rows = [case for case in content.get("failed") or () if isinstance(case, dict)]
+    failed = {str(case.get("id")): printable(str(case.get("reason") or "its list does not say why.")) for case in rows}
     regions = {printable(str(name)): list(members) for name, members in regions.items()}
     found = CaseSet(root=folder, form="json", cases=maps, labels=labels.names, ignore_label=labels.ignore_label)
     return found, regions, failed
@@ -262,12 +273,14 @@ class ClassTable:
         class_names: Names of the classes, in the order of the predictions' columns.
         without_reference: Ids of predictions that no reference belongs to.
         without_prediction: Ids of references that were not predicted.
+        unusable: Ids of cases of both tables that lack a class or probabilities, and why they cannot be scored.
     """
 
     rows: tuple[ClassRow, ...]
     class_names: tuple[str, ...]
     without_reference: tuple[str, ...]
     without_prediction: tuple[str, ...]
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_class_table(predictions: str) -> bool:
@@ -279,19 +292,25 @@ def is_class_table(predictions: str) -> bool:
 
 
 def read_class_tables(
-    predictions: str, references: str, *, class_column: str = "class", baseline_column: str | None = None
+    predictions: str,
+    references: str,
+    *,
+    class_column: str = "class",
+    baseline_column: str | None = None,
+    strict: bool = False,
 ) -> ClassTable:
-    """Match two tables by the ids of their cases.
+    """Match two tables by the ids of their cases; cases without a class or probabilities are left out with a warning.
 
     Args:
         predictions: Table with the columns id, predicted and a probability_CLASS for each class, or its folder.
         references: Table with a column id, case or image (whose id is that of a case of a list), and a class.
         class_column: Column of the references that holds the class.
         baseline_column: Column of the references that holds a number to compare with.
+        strict: Refuse tables of which a case cannot be scored.
 
     Raises:
-        DataError: A table cannot be read, lacks a column or a value, or names a case twice; a class was not predicted;
-            or no case is in both.
+        DataError: A table cannot be read, lacks a column, or names a case twice; a class was not predicted; or no case
+            of both can be scored, or with ``strict`` one cannot.
     """
     path = os.path.join(predictions, TABLE_NAME) if os.path.isdir(predictions) else predictions
     (ours, our_images), (theirs, their_images) = _read_rows(path), _read_rows(references)
@@ -304,6 +323,7 @@ def read_class_tables(
         if column not in their_columns:
             raise DataError(f"{references}: has no column {column!r}.{nearest(column, their_columns)}")
     rows = []
+<<<<<<< HEAD
     # The table of predictions names no scans, but the list beside it does.
     listing = os.path.join(os.path.dirname(path), CLASS_LIST_NAME)
     entries = read_json(listing) if os.path.isfile(listing) else {}
@@ -311,14 +331,24 @@ def read_class_tables(
         if isinstance(case, dict) and case.get("id") in ours and isinstance(case.get("images"), list):
             our_images[case["id"]] = tuple(map(str, case["images"]))
     matched = _matched(path, our_images, their_images)
+=======
+    unusable: dict[str, str] = {}
+    matched = _shared_ids(path, list(ours), list(theirs))
+>>>>>>> 796c2af (A damaged scan stops neither validation nor a probe; left_out.csv grows while a run works, and reports show what was left out)
     for own_name, name in sorted(matched.items(), key=lambda pair: pair[1]):
         prediction, reference = ours[own_name], theirs[name]
-        if reference[class_column] not in class_names:
+        if reference[class_column] and reference[class_column] not in class_names:
             raise DataError(
                 f"{references}: case {name} is of the class {reference[class_column]!r}, for which {path} has no "
                 f"probability; its classes are {listed(class_names)}."
             )
-        probabilities = tuple(_number(prediction[f"{_PROBABILITY}{each}"], path, own_name) for each in class_names)
+        try:
+            if not reference[class_column]:
+                raise DataError(f"{references}: case {name} has no class; add it or take the row out.")
+            probabilities = tuple(_number(prediction[f"{_PROBABILITY}{each}"], path, own_name) for each in class_names)
+        except DataError as error:
+            unusable[name] = str(error)
+            continue
         predicted = prediction.get("predicted") or class_names[probabilities.index(max(probabilities))]
         if predicted not in class_names:
             raise DataError(f"{path}: case {name} is predicted {predicted!r}, which has no column of probabilities.")
@@ -337,8 +367,11 @@ def read_class_tables(
         class_names=class_names,
         without_reference=tuple(sorted(ours.keys() - matched.keys())),
         without_prediction=tuple(sorted(theirs.keys() - set(matched.values()))),
+        unusable=unusable,
     )
     _warn_of_unmatched(found)
+    if unusable:
+        refuse_or_say(path, list(unusable.values()), len(matched), strict=strict)
     return found
 
 
@@ -444,6 +477,6 @@ def _paired(
 
 def _warn_of_unmatched(found: Pairs | ClassTable) -> None:
     for attribute, fault in _UNMATCHED.items():
-        names = getattr(found, attribute, ())
+        names = list(getattr(found, attribute, ()))
         if names:
             warnings.warn(f"{fault}: {listed(names)}.", stacklevel=3)

@@ -83,7 +83,13 @@ def write_report(runs: Sequence[str], out: str, scores: Sequence[str], *, overwr
     classes = [each for each in shown_scores if each.is_of_classes]
     images = [shown for run in shown_runs if (shown := _training_images(run))]
     sections = {
-        "runs": ("Runs", {"rows": [_run_row(run) for run in shown_runs]}),
+        "runs": (
+            "Runs",
+            {
+                "rows": [_run_row(run) for run in shown_runs],
+                "left_out": [(run.name, run.record.left_out) for run in shown_runs if run.record.left_out],
+            },
+        ),
         "scores": ("Scores", _scores(maps, classes)),
         "segmentations": ("Segmentations", {"has_classes": bool(classes), **_segmentations(maps)}),
         "curves": ("Learning curves", {"kinds": _curves(shown_runs)}),

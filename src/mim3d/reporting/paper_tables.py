@@ -125,7 +125,9 @@ def label_tables(content: Mapping[str, Any]) -> list[PaperTable]:
 
 def _counted(what: str, content: Mapping[str, Any]) -> str:
     cases, patients = content["num_cases"], content["num_patients"]
-    return f"{what}, {cases} cases" + (f" of {patients} patients" if patients != cases else "")
+    every = cases + len(content["not_scored"].get("unusable", ()))
+    of_all = f" of {every}" if every > cases else ""
+    return f"{what}, {cases}{of_all} cases" + (f" of {patients} patients" if patients != cases else "")
 
 
 def _interval_words(num_bootstrap: int) -> str:

@@ -80,6 +80,13 @@ class ScoreSet:
         """Cases by id."""
         return {str(case["id"]): case for case in self.content["cases"]}
 
+    @property
+    def unusable(self) -> list[Mapping[str, Any]]:
+        """Cases that could not be scored, each with its ``id`` and ``reason``."""
+        not_scored = self.content.get("not_scored")
+        rows = not_scored.get("unusable") if isinstance(not_scored, Mapping) else None
+        return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+
     def total(self, key: str) -> int:
         """Sum of a count over labels, such as ``num_missed``."""
         return sum(row.get(key, 0) for row in self.content["per_label"].values())

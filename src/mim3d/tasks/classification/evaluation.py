@@ -9,6 +9,7 @@ import numpy as np
 from rich.text import Text
 
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.left_out import Failure
 from mim3d.core.settings import nearest
 from mim3d.datasets.references import ClassRow, ClassTable, is_class_table, read_class_tables
 from mim3d.metrics import ClassifiedCases, classification, compare_classes, score_classes
@@ -83,6 +84,9 @@ class ClassEvaluation:
             **score_classes(cases, self.settings.num_bins, bootstrap),
             "cases": [asdict(row) for row in found.rows],
         }
+        if found.unusable:
+            unusable = [{"id": name, "reason": reason} for name, reason in found.unusable.items()]
+            content["not_scored"]["unusable"] = unusable
         if settings.compare is not None:
             content["comparison"] = self._comparison(found, settings.compare)
         bins = content["reliability"]
@@ -95,6 +99,7 @@ class ClassEvaluation:
             },
             printed=[_printed(content)],
             paper_tables=class_tables(content),
+            failures={name: Failure(reason) for name, reason in found.unusable.items()},
         )
 
     def _read(self, predictions: str) -> ClassTable:
@@ -103,6 +108,7 @@ class ClassEvaluation:
             self.references,
             class_column=self.settings.class_column,
             baseline_column=self.settings.baseline_column,
+            strict=self.settings.strict,
         )
 
     def _cases(self, rows: Sequence[ClassRow], class_names: tuple[str, ...]) -> ClassifiedCases:

@@ -116,7 +116,15 @@ class LabelEvaluation:
         others = None if settings.compare is None else self._compared(found, settings.compare)
         assumed: list[str] = []
         answers = self._score(found, others, scoring, assumed)
-        failures = {pair.id: answer for pair in found.pairs if isinstance(answer := answers[id(pair)], Failure)}
+        failures = {
+            name: Failure(f"{name}: its prediction failed: {reason}")
+            for name, reason in found.failed.items()
+            if name in found.without_prediction
+        }
+        if failures and settings.strict:
+            reasons = [failure.reason for failure in failures.values()]
+            refuse_or_say(settings.predictions, reasons, len(found.pairs) + len(failures), strict=True)
+        failures |= {pair.id: answer for pair in found.pairs if isinstance(answer := answers[id(pair)], Failure)}
         found = _scorable(found, answers)
         if others is not None:
             others = _scorable(others, answers, {pair.id for pair in found.pairs})
@@ -249,7 +257,7 @@ class LabelEvaluation:
             "num_cases": len(scores),
             "num_patients": len(set(patients)),
             "not_scored": {
-                "failed": found.failed,
+                "failed": list(found.failed),
                 "without_reference": found.without_reference,
                 "without_prediction": found.without_prediction,
             },
@@ -380,7 +388,9 @@ def _printed(content: Mapping[str, Any]) -> "list[Table]":
         table.add_row(Text(name), counts[0], *(number_cell(row[key], key) for key in keys), *counts[1:])
     table.add_section()
     mean, ends = content["mean"], content["mean_ci95"]
-    table.add_row("mean", str(content["num_cases"]), *(number_cell(mean[key], key) for key in keys), "", "")
+    num_unusable = len(content["not_scored"].get("unusable", ()))
+    of_all = f" of {content['num_cases'] + num_unusable}" if num_unusable else ""
+    table.add_row("mean", f"{content['num_cases']}{of_all}", *(number_cell(mean[key], key) for key in keys), "", "")
     if ends["dice"] is not None:
         in_two_lines = [interval_cell(ends[key], key).replace(" to ", " to\n") for key in keys]
         table.add_row("95 % interval", "", *in_two_lines, "", "")

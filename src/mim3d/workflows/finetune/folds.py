@@ -16,7 +16,7 @@ from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named,
 from mim3d.datasets.cases import CaseSet, read_cases
 from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
-from mim3d.datasets.splits import declared_folds
+from mim3d.datasets.splits import EmptyPartError, declared_folds
 from mim3d.tasks import TASKS, create_task
 from mim3d.workflows.finetune.planning import PLAN_NAME
 from mim3d.workflows.finetune.presets import with_own_folds
@@ -56,8 +56,8 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         _write_config(out, settings)
     end = None if settings.max_time is None else time.monotonic() + parse_duration(settings.max_time)
     finished: list[FinetuneResult] = []
+    num_skipped = 0
     for fold, folder in zip(folds, folders, strict=True):
-        is_first = folder is folders[0]
         max_time = None
         if end is not None:
             seconds = int(end - time.monotonic())
@@ -65,12 +65,20 @@ def finetune_folds(settings: FinetuneSettings) -> str:
                 break
             max_time = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         say(f"fold {fold} of {len(folders)}: {folder}")
-        plan, cache = folders[0] / PLAN_NAME, settings.cache or str(out / "cache")
-        own = replace(settings, fold=fold, out=str(folder), cache=cache, max_time=max_time)
-        if not is_first and settings.plan is None and plan.is_file():
+        own = replace(settings, fold=fold, out=str(folder), cache=settings.cache or str(out / "cache"))
+        own = replace(own, max_time=max_time)
+        if finished and settings.plan is None and (plan := finished[0].path / PLAN_NAME).is_file():
             own = replace(own, plan=str(plan))
-        run = finetune_once(own, every_fold=is_first)
-        if is_first:
+        try:
+            run = finetune_once(own, every_fold=not finished)
+        except EmptyPartError as error:
+            # The others have cases to train and to validate on.
+            num_skipped += 1
+            if settings.strict or num_skipped == len(folders):
+                raise
+            warnings.warn(f"fold {fold} is left out: {error}", stacklevel=2)
+            continue
+        if not finished:
             # Only now: settings with which no fold can be resumed must not take the place of those that can.
             _write_config(out, settings)
         if not run.finished:
@@ -82,11 +90,12 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         for line in table(finished, by_name):
             say(line)
         print(f"summary: {out / SUMMARY_NAME}")
-    if len(finished) < len(folders):
+    if len(finished) + num_skipped < len(folders):
         again = how_to_resume("finetune", config, out)
         print(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
     else:
-        print(f"predict with all of them: mim3d predict --weights {out}/fold_* --input SCANS --out DIR")
+        weights = " ".join(str(run.path) for run in finished) if num_skipped else f"{out}/fold_*"
+        print(f"predict with all of them: mim3d predict --weights {weights} --input SCANS --out DIR")
     return str(out)
 
 
@@ -146,8 +155,15 @@ def _check(settings: FinetuneSettings, out: Path, folders: Mapping[int, Path]) -
             f"{data} declares which cases validate, so that all folds would be the same; use --fold 0, or "
             "leave the declared split out."
         )
+    empty = []
     for fold in folders:
-        replace(settings, fold=fold).split(every.cases, unreadable_of(every))
+        try:
+            replace(settings, fold=fold).split(every.cases, unreadable_of(every))
+        except EmptyPartError as error:
+            empty.append(error)
+    # One such fold is left out when its turn comes.
+    if empty and (settings.strict or len(empty) == len(folders)):
+        raise empty[0]
 
 
 def _write_config(out: Path, settings: FinetuneSettings) -> None:
@@ -168,8 +184,13 @@ def _write_summary(out: Path, runs: Sequence[FinetuneResult], *, num_folds: int)
     summary = {
         "num_folds": num_folds,
         "folds": [
-            {"fold": fold, "path": run.path.name, "step": run.step, "scores": dict(run.scores)}
-            for fold, run in enumerate(runs)
+            {
+                "fold": int(run.path.name.removeprefix("fold_")),
+                "path": run.path.name,
+                "step": run.step,
+                "scores": dict(run.scores),
+            }
+            for run in runs
         ],
         "mean": {name: fmean(values) for name, values in by_name.items()},
         "standard_deviation": {name: stdev(values) if len(values) > 1 else None for name, values in by_name.items()},
