@@ -14,15 +14,10 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, scans_in
 from mim3d.datasets.descriptions import LabelDeclaration, read_labels
 from mim3d.datasets.ids import matched_ids, unique_ids
-<<<<<<< HEAD
 from mim3d.datasets.label_maps import has_pairs, in_label_folders
 from mim3d.datasets.lists import beside, channel_names, read_table
-from mim3d.scans.grids import file_of, resolved
-=======
-from mim3d.datasets.label_maps import has_pairs
-from mim3d.datasets.lists import channel_names, read_table
 from mim3d.datasets.usable import refuse_or_say
->>>>>>> 796c2af (A damaged scan stops neither validation nor a probe; left_out.csv grows while a run works, and reports show what was left out)
+from mim3d.scans.grids import file_of, resolved
 from mim3d.scans.volumes import scan_id
 
 #: Name of the table that prediction writes into its folder.
@@ -154,11 +149,7 @@ def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], dict[s
         raise DataError(f"{folder}: no such folder of predictions; give what `mim3d predict` wrote as --out.")
     listing = os.path.join(folder, "predictions.json")
     if not os.path.isfile(listing):
-<<<<<<< HEAD
-        return _label_maps(scans_in(folder, with_predictions=True), folder), {}, ()
-=======
-        return _label_maps(scans_in(folder), folder), {}, {}
->>>>>>> 796c2af (A damaged scan stops neither validation nor a probe; left_out.csv grows while a run works, and reports show what was left out)
+        return _label_maps(scans_in(folder, with_predictions=True), folder), {}, {}
     content = read_json(listing)
     cases = content.get("cases") if isinstance(content, dict) else None
     if not isinstance(cases, list) or not all(
@@ -323,7 +314,7 @@ def read_class_tables(
         if column not in their_columns:
             raise DataError(f"{references}: has no column {column!r}.{nearest(column, their_columns)}")
     rows = []
-<<<<<<< HEAD
+    unusable: dict[str, str] = {}
     # The table of predictions names no scans, but the list beside it does.
     listing = os.path.join(os.path.dirname(path), CLASS_LIST_NAME)
     entries = read_json(listing) if os.path.isfile(listing) else {}
@@ -331,10 +322,6 @@ def read_class_tables(
         if isinstance(case, dict) and case.get("id") in ours and isinstance(case.get("images"), list):
             our_images[case["id"]] = tuple(map(str, case["images"]))
     matched = _matched(path, our_images, their_images)
-=======
-    unusable: dict[str, str] = {}
-    matched = _shared_ids(path, list(ours), list(theirs))
->>>>>>> 796c2af (A damaged scan stops neither validation nor a probe; left_out.csv grows while a run works, and reports show what was left out)
     for own_name, name in sorted(matched.items(), key=lambda pair: pair[1]):
         prediction, reference = ours[own_name], theirs[name]
         if reference[class_column] and reference[class_column] not in class_names:
