@@ -313,7 +313,7 @@ def test_a_series_without_geometry_or_with_mixed_slices_is_refused(tmp_path):
     assert "has no ImagePositionPatient, so" in refusal(write_series(tmp_path / "a", [None] * 6))
     assert "one slice" in refusal(write_series(tmp_path / "b", positions([0])))
     mixed = write_series(tmp_path / "c", positions(heights()))
-    write_series(mixed, positions([20]), first_index=9, Rows=2, Columns=2)
+    write_series(mixed, positions([20]), first_index=9, array=voxels()[:2, :2])
     assert "differ in size (2 x 2, 4 x 5)" in refusal(mixed)
     turned = write_series(tmp_path / "d", positions(heights()))
     write_series(turned, positions([20]), first_index=9, ImageOrientationPatient=[0, 1, 0, 0, 0, -1])
@@ -438,6 +438,14 @@ def test_a_copied_series_counts_once(tmp_path):
     shutil.copytree(first, tmp_path / "b")
     with pytest.warns(UserWarning, match="6 DICOM slices left out, copies of those in"):
         assert find_scans(tmp_path) == [str(first)]
+
+
+@pytest.mark.parametrize("wrong", [{"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, {"Rows": 2}])
+def test_a_header_that_claims_half_of_the_pixels_is_refused(tmp_path, wrong):
+    fields = {"PixelRepresentation": 0, **wrong}
+    assert "but its Rows, Columns, BitsAllocated and NumberOfFrames" in refusal(
+        write_series(tmp_path / "ct", positions(heights()), **fields)
+    )
 
 
 def test_what_has_the_uids_of_another_series_but_other_pixels_is_no_copy(tmp_path):
@@ -654,12 +662,12 @@ def test_an_empty_file_without_suffix_is_told_beside_slices_alone(tmp_path):
     assert "IM7: this DICOM file cannot be read: No such file" in refusal(folder)
 
 
-@pytest.mark.parametrize("ending", ["", ".{}", ".dcm"])
+@pytest.mark.parametrize("ending", ["", ".{}", ".dcm", "-{:032x}"])
 @pytest.mark.parametrize("content", [b"", b"\0", b"\0" * 128, b"\0" * 2000, b"damaged bytes" * 100])
 def test_what_is_left_of_a_slice_is_told_by_its_name(tmp_path, ending, content):
     folder = write_series(tmp_path / "ct", positions(heights()))
     for number, path in enumerate(sorted(folder.iterdir())):
-        path.rename(folder / f"MR{number:04d}{ending.format(number)}")
+        path.rename(folder / f"MR{number:04d}{ending.format(7**40 * (number + 1) % 2**128)}")
     # The last slice in space: without it the series would seem whole.
     last = max(folder.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
     last.write_bytes(content)
@@ -680,7 +688,7 @@ def test_files_that_are_named_like_no_slice_are_none(tmp_path, name):
 def test_a_damaged_file_among_several_series_belongs_to_the_one_that_it_is_named_like(tmp_path):
     folder = write_series(tmp_path / "mixed", positions(heights()))
     for path in list(folder.iterdir()):
-        path.rename(folder / f"a{path.name}")
+        path.rename(folder / f"s{path.name}")
     write_series(folder, positions(heights()), series="2")
     (folder / "02_2_5.dcm").write_bytes(b"")
     reasons = [_error_of(address) for address in find_scans(folder)]

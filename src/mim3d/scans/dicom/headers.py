@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import pydicom
 from pydicom.charset import default_encoding
@@ -101,6 +101,9 @@ _DECODED_SYNTAXES = (
         for number in ("5", "4.50", "4.51", "4.57", "4.70", "4.80", "4.81", "4.90", "4.91")
     ),
 )
+
+#: Length of pixels that are packed, whatever the header says.
+_UNKNOWN_BYTES = 2**32 - 1
 
 #: Seconds of work that a header may take, and bytes of its file for which there is one second more.
 _HEADER_S = 1.0
@@ -225,8 +228,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def read_header(path: str, *, every: bool = False) -> tuple[Any, int]:
-    """The elements of a DICOM file that mim3d looks at, and the byte where its pixels start.
+def read_header(path: str, *, every: bool = False) -> tuple[Any, int, int]:
+    """The elements of a DICOM file that mim3d looks at, the byte where its pixels start, and how many bytes they take.
 
     Args:
         path: The file.
@@ -243,20 +246,24 @@ def read_header(path: str, *, every: bool = False) -> tuple[Any, int]:
                 return _parse(_Bounded(stream, _deadline_s(os.path.getsize(path))), every)
             except _DeflatedError as deflated:
                 content = deflated.content
-                header, end = _parse(_Bounded(io.BytesIO(content), _deadline_s(len(content))), every)
+                header, start, size_bytes = _parse(_Bounded(io.BytesIO(content), _deadline_s(len(content))), every)
                 header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-                return header, end
+                return header, start, size_bytes
     except Exception as error:  # Damaged bytes make pydicom raise anything.
         # The text of the error is left out: it may quote the patient's name.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise DataError(f"{path}: the DICOM header cannot be read ({reason}); copy the file again.") from error
 
 
-def _parse(stream: _Bounded, every: bool) -> tuple[Any, int]:
+def _parse(stream: _Bounded, every: bool) -> tuple[Any, int, int]:
     tags = None if every else list(_TAGS)
     header = pydicom.dcmread(cast(BinaryIO, stream), stop_before_pixels=True, specific_tags=tags, force=True)
-    # Tag, type and length stand before the pixels; implicit syntaxes leave the type out.
-    return header, stream.tell() + (8 if header.original_encoding[0] else 12)
+    # Tag, type and length stand before the pixels; implicit syntaxes leave the type out, whatever the file says it is.
+    start = stream.tell()
+    head = stream.read(12)
+    num_bytes = 12 if head[4:6] in (b"OW", b"OB", b"OF", b"OD", b"UN") else 8
+    order: Literal["little", "big"] = "little" if header.original_encoding[1] else "big"
+    return header, start + num_bytes, int.from_bytes(head[num_bytes - 4 : num_bytes], order)
 
 
 def read_kind(path: str) -> str:
@@ -265,7 +272,7 @@ def read_kind(path: str) -> str:
     Raises:
         DataError: The file is no DICOM file, or damaged.
     """
-    header, _ = read_header(path)
+    header, *_ = read_header(path)
     try:
         with _quiet():
             return str(header.get("SOPClassUID") or "")
@@ -279,7 +286,7 @@ def read_identity(path: str) -> tuple[str, ...]:
     Raises:
         DataError: The file is no DICOM file, or damaged.
     """
-    header, _ = read_header(path)
+    header, *_ = read_header(path)
     try:
         with _quiet():
             number = header.get("PatientID")
@@ -320,7 +327,7 @@ def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, 
     except OSError as error:
         return _by_name(path, str(error.strerror))
     try:
-        header, pixel_offset = read_header(path)
+        header, pixel_offset, pixel_bytes = read_header(path)
         with _quiet():
             uids = (header.get("SeriesInstanceUID"), header.get("SOPInstanceUID"))
             kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
@@ -328,7 +335,7 @@ def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, 
             if kind in _VOLUME_CLASSES and (not header.get("Rows") or (pixel_offset > size_bytes and not deflated)):
                 return (_unreadable(path, "its header ends before its image or is damaged", head),)
             if all(uid and re.fullmatch("[!-~]+", str(uid)) for uid in uids):
-                return _slices_of(path, header, pixel_offset)
+                return _slices_of(path, header, pixel_offset, pixel_bytes)
         if kind.name != kind and not kind.startswith(_OF_SERIES):
             if kind != MediaStorageDirectoryStorage:
                 warnings.warn(f"{path}: left out, a DICOM object of no series.", stacklevel=5)
@@ -353,7 +360,7 @@ def _is_bare(path: str) -> bool:
 def name_form(path: str) -> str:
     """The name of a file with its folder, and without the numbers that tell slices apart."""
     folder, name = os.path.split(path)
-    return os.path.join(folder, re.sub("[0-9A-F]+", "#", name))
+    return os.path.join(folder, re.sub("[A-Fa-f]*[0-9][0-9A-Fa-f]*", "#", name))
 
 
 def read_stray(path: str) -> Slice | None:
@@ -413,11 +420,11 @@ def _unreadable(path: str, reason: str, head: bytes = b"", *, doubtful: bool = F
     )
 
 
-def _slices_of(path: str, header: Any, pixel_offset: int) -> tuple[Slice, ...]:
+def _slices_of(path: str, header: Any, pixel_offset: int, pixel_bytes: int) -> tuple[Slice, ...]:
     until_s = _deadline_s(os.path.getsize(path))
     frames = _items(header, "PerFrameFunctionalGroupsSequence", until_s)
     if not frames:
-        return (_slice(path, header, None, 1, [header], pixel_offset),)
+        return (_slice(path, header, None, 1, [header], pixel_offset, pixel_bytes),)
 
     def places(group: Any) -> list[Any]:
         """The items that hold geometry and rescaling, in the one-item sequences of a functional group."""
@@ -425,7 +432,7 @@ def _slices_of(path: str, header: Any, pixel_offset: int) -> tuple[Slice, ...]:
 
     shared = [place for group in _items(header, "SharedFunctionalGroupsSequence", until_s) for place in places(group)]
     return tuple(
-        _slice(path, header, index, len(frames), [*places(frame), *shared, header], pixel_offset)
+        _slice(path, header, index, len(frames), [*places(frame), *shared, header], pixel_offset, pixel_bytes)
         for index, frame in enumerate(frames)
     )
 
@@ -441,7 +448,13 @@ def _items(dataset: Any, name: str, until_s: float) -> list[Any]:
 
 
 def _slice(
-    path: str, header: Any, frame: int | None, num_described: int, places: Sequence[Any], pixel_offset: int
+    path: str,
+    header: Any,
+    frame: int | None,
+    num_described: int,
+    places: Sequence[Any],
+    pixel_offset: int,
+    pixel_bytes: int,
 ) -> Slice:
     values = _Values(places)
     rows, columns = values.whole("Rows", 0, (0, 65535)), values.whole("Columns", 0, (0, 65535))
@@ -472,6 +485,12 @@ def _slice(
     if not native and syntax not in _DECODED_SYNTAXES:
         shown = syntax.name if re.fullmatch("[0-9.]{1,64}", str(syntax)) else "none"
         values.faults.append(f"its pixels are packed as {shown}, which is not read here, as unpacked ones are")
+    native_bytes = rows * columns * num_values * num_frames * bits // 8
+    if native and 0 < 2 * native_bytes <= pixel_bytes < _UNKNOWN_BYTES:
+        values.faults.append(
+            f"it holds {pixel_bytes} bytes of pixels, but its Rows, Columns, BitsAllocated and NumberOfFrames "
+            f"({rows}, {columns}, {bits}, {num_frames}) claim {native_bytes}"
+        )
     kinds = header.get("ImageType") or ()
     colours = str(header.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper()
     return Slice(
@@ -491,7 +510,7 @@ def _slice(
         itemsize=max(2, bits // 8),
         num_frames=num_frames,
         pixel_offset=pixel_offset,
-        native_bytes=rows * columns * num_values * num_frames * bits // 8 if native else None,
+        native_bytes=native_bytes if native else None,
         position=position,
         orientation=orientation,
         pixel_spacing=spacing,

@@ -134,7 +134,7 @@ def _sources_of(series: str) -> tuple[Stack, list[Any]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for path in paths:
-                header, _ = read_header(path, every=True)
+                header, *_ = read_header(path, every=True)
                 odd += _tidy(header, spacing_of(stack.grid.affine)[2])
                 headers.append(header)
     except DataError:
