@@ -262,3 +262,11 @@ def test_settings_that_are_no_json_make_no_cache(sound: tuple[Path, Path, Path],
         open_cache(cache)
     with pytest.raises(DataError, match=r"cache\.json"):
         build_cache(read_cases(sound[0]), cache, Preprocessing(), num_workers=0)
+
+
+@pytest.mark.parametrize("name", ["cache.json", "manifest.parquet", "failed.csv"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(cache: Path, name: str) -> None:
+    (cache / name).unlink()
+    os.mkfifo(cache / name)
+    with pytest.raises(DataError, match=str(cache)):
+        open_cache(cache)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -77,3 +78,26 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/outside", "..", ""])
+def test_no_list_of_a_run_or_of_predictions_leads_out_of_the_folder(segmenter_run, ball_set, tmp_path, capfd, name):
+    """Ids become names of files: a run or a folder of predictions from elsewhere chooses them."""
+    run, out = tmp_path / "run", tmp_path / "a" / "b" / "predictions"
+    shutil.copytree(segmenter_run, run, ignore=shutil.ignore_patterns("cache", "checkpoints"))
+    split = json.loads((run / "split.json").read_text())
+    words = ["predict", "--weights", str(run), "--out", str(out)]
+    for change in ({"id": name}, {"label": 5}, {"images": []}, {"images": [7]}):
+        changed = {**split, "val": [{**split["val"][0], **change}]}
+        (run / "split.json").write_text(json.dumps(changed))
+        assert main(words) == 2
+        assert "split.json is no split that mim3d wrote" in capfd.readouterr().err
+    (run / "split.json").write_text(json.dumps(split))
+    assert main(words) == 0
+    listing = json.loads((out / "predictions.json").read_text())
+    listing["begun"] = [{**listing["cases"].pop(), "id": name}]
+    (out / "predictions.json").write_text(json.dumps(listing))
+    capfd.readouterr()
+    assert main(words) == 2
+    assert "an id that leads out of the folder" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*outside*")) and not list((tmp_path / "a").glob("*outside*"))

@@ -235,6 +235,82 @@ def test_a_file_that_is_no_scores_is_refused(tmp_path, content):
         write_report(tmp_path, tmp_path / "run", scores=[str(tmp_path / "s.json")])
 
 
+def _with(content, path, value):
+    """Scores with another value at a path of keys; ``...`` takes the key away."""
+    content = json.loads(json.dumps(content))
+    held = content
+    for key in path[:-1]:
+        held = held[key]
+    held[path[-1]] = value
+    if value is ...:
+        del held[path[-1]]
+    return content
+
+
+#: Places in scores whose values a report reads.
+PLACES = [
+    ("settings",),
+    ("settings", "nsd_tolerance_mm"),
+    ("not_scored",),
+    ("not_scored", "failed"),
+    ("labels",),
+    ("mean", "dice"),
+    ("mean_ci95",),
+    ("mean_ci95", "dice"),
+    ("per_label", "liver"),
+    ("per_label", "liver", "std"),
+    ("per_label", "liver", "ci95", "dice"),
+    ("per_label", "liver", "ci95", "dice", 1),
+    ("per_label", "liver", "num_cases"),
+    ("per_label", "liver", "num_missed"),
+    ("cases", 0),
+    ("cases", 0, "id"),
+    ("cases", 0, "images"),
+    ("cases", 0, "reference"),
+    ("cases", 0, "prediction"),
+    ("cases", 0, "labels", "liver"),
+    ("cases", 0, "labels", "liver", "dice"),
+]
+
+
+def test_every_value_of_scores_may_be_anything(tmp_path, monkeypatch):
+    for chart in ("dice_chart", "curves_chart", "scan_images.overlay_image"):
+        monkeypatch.setattr(f"mim3d.reporting.page.{chart}", lambda *given: "")
+    make_run(tmp_path / "run")
+    row = {"dice": 0.5, "hd95_mm": 3.0, "nsd": None}
+    content = {
+        "labels": {"1": "liver"},
+        "settings": {"nsd_tolerance_mm": 1.0},
+        "not_scored": {"failed": []},
+        "mean": row,
+        "mean_ci95": {"dice": [0.4, 0.6], "hd95_mm": None},
+        "per_label": {"liver": {**row, "std": row, "ci95": {"dice": [0.4, 0.6]}, "num_cases": 2, "num_missed": 0}},
+        "cases": [{"id": "a", "images": ["a.nii"], "reference": "r", "prediction": "p", "labels": {"liver": row}}],
+    }
+    scores = tmp_path / "s.json"
+    scores.write_text(json.dumps(content))
+    write_report(tmp_path, tmp_path / "run", scores=[str(scores)])
+    num_refused = 0
+    for path in PLACES:
+        for value in ("x", [], [[]], {}, {"a": 1}, True, 10**400, None, ...):
+            scores.write_text(json.dumps(_with(content, path, value)))
+            try:
+                write_report(tmp_path, tmp_path / "run", scores=[str(scores)])
+            except ConfigError as error:
+                num_refused += 1
+                assert str(scores) in str(error) and len(str(error)) < 700
+    assert num_refused > 100
+
+
+@pytest.mark.parametrize("step", ["1", None, -1, 1.5, [1], 10**400])
+def test_a_line_of_metrics_without_a_step_ends_them(tmp_path, step):
+    run = make_run(tmp_path / "run")
+    with open(run.metrics_path, "a") as file:
+        file.write(json.dumps({"step": step, "loss": 1.0}) + "\n")
+        file.write(json.dumps({"step": 77, "loss": 10**400}) + "\n")
+    assert "77" not in section(write_report(tmp_path, tmp_path / "run"), "runs")
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no run folder"):
         write_report(tmp_path, tmp_path)

@@ -195,6 +195,12 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
     }
 
 
+#: A few hundred bytes that stand for a thousand million values.
+LAUGHS = "a: &a [1]\n" + "".join(
+    f"{n}: &{n} [{', '.join([f'*{p}'] * 8)}]\n" for p, n in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -205,6 +211,14 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
         ("? [1, 2]\n: 3\n", "a key must be a name"),
         ("a: !!python/object/apply:os.system ['true']\n", "is no valid YAML"),
         ("a: " + "[" * 5000, "nested too deeply|is no valid YAML"),
+        ("a: " + "1" * 5000, "is no valid YAML: Exceeds the limit"),
+        ("a: !!int abc\n", "is no valid YAML: invalid literal"),
+        ("a: !!bool maybe\n", "is no valid YAML"),
+        ("a: !!timestamp foo\n", "the tag 'timestamp' is none that settings have there"),
+        ("? !!set {a}\n: 1\n", "the tag 'set' is none"),
+        ("a: !!map [b]\n", "the tag 'map' is none"),
+        ("a: &a [*a]\n", "values are repeated too often"),
+        (LAUGHS, "values are repeated too often"),
     ],
 )
 def test_read_yaml_refuses_in_one_sentence_with_the_file(tmp_path, text, sentence):
@@ -213,6 +227,22 @@ def test_read_yaml_refuses_in_one_sentence_with_the_file(tmp_path, text, sentenc
     with pytest.raises(ConfigError, match=sentence) as refused:
         read_yaml(path)
     assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_values_that_are_repeated_by_name_are_read(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: &size [1, 2]\nb: *size\n")
+    assert read_yaml(tmp_path / "x.yaml") == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_a_value_of_a_hundred_thousand_letters_makes_no_sentence_of_them():
+    for build in (
+        lambda: build_settings(Plan, {"num_steps": "a" * 100_000}, "plan"),
+        lambda: build_settings(Plan, {"a" * 100_000: 1}, "plan"),
+        lambda: resolve("a" * 100_000, REGISTRY, "plan"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            build()
+        assert len(str(refused.value)) < 1000 and "aaaa" in str(refused.value)
 
 
 def test_read_yaml_refuses_what_is_no_text_file(tmp_path):

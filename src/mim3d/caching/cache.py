@@ -343,6 +343,8 @@ def read_columns(root: str, columns: Sequence[str]) -> Any:
 
     path = os.path.join(root, layout.MANIFEST)
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is no regular file")
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             needed_bytes = _GROWTH * sum(group.total_byte_size for group in groups)

@@ -15,6 +15,7 @@ from mim3d.caching.foreground import Statistics
 from mim3d.caching.preprocessing import MAX_LEVELS
 from mim3d.caching.stored_voxels import INTEGER_TYPES
 from mim3d.core.errors import DataError
+from mim3d.core.names import is_entry_name
 from mim3d.core.types import LARGEST_LABEL
 from mim3d.datasets.cases import SPLITS
 from mim3d.scans.grids import MAX_SPACING_MM, MIN_SPACING_MM
@@ -175,7 +176,7 @@ _OPTIONAL = ("modalities", "level_windows", "fingerprint", "labelled", "fold", "
 
 
 def _id(value: Any, row: Mapping[str, Any]) -> bool:
-    return _text(value) and value not in ("", ".", "..") and not set(value) & set("/\\\0") and len(value) <= 255
+    return _text(value) and is_entry_name(value)
 
 
 _ROW: _Rules = {

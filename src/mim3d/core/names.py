@@ -40,6 +40,11 @@ def joined_name(parts: Sequence[str]) -> str:
     return file_name(re.sub(r"[^\w.-]+", "-", "_".join(parts)))
 
 
+def cut(text: str, length: int = 200) -> str:
+    """Text for a sentence, where somebody else may have made it very long."""
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
 def is_file_name(text: str) -> bool:
     """Whether text can be the name of a file as it is, on every system and without harm to a terminal."""
     return (
@@ -51,6 +56,11 @@ def is_file_name(text: str) -> bool:
         and not _DEVICE.match(text)
         and len(text.encode(errors="replace")) <= MAX_NAME_BYTES
     )
+
+
+def is_entry_name(text: str) -> bool:
+    """Whether text names something in a folder, and nothing outside of it; any version of mim3d may have made it."""
+    return text not in ("", ".", "..") and not set(text) & set("/\\\0") and len(text) <= 255
 
 
 def name_digest(text: str) -> str:

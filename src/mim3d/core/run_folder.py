@@ -42,7 +42,11 @@ LEFT_OUT_NAME = "left_out.csv"
 #: End of the sentence about a write that failed while a run was training.
 GO_ON = "what is there is kept. Free some space, or repair the disk, and go on with --resume true."
 
+#: Entries of a manifest; only those of a run that was noted or resumed have the last two.
+_ENTRIES = {"command": str, "settings": dict, "inputs": dict, "derived": dict, "resumed": list}
+
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+_LAST_STEP = 2**53
 _LEAST_FREE_BYTES = 50 * 2**20
 #: The readers of a trainer that was killed end a moment after it, and hold its lock until then.
 _LOCK_PATIENCE_S = 3.0
@@ -327,12 +331,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file cannot be read, or was written by something else.
     """
-    content = None
+    content: Any = None
     with suppress(OSError, ValueError):
         content = load_json(path)
-    if not isinstance(content, dict) or not {"command", "settings", "inputs"} <= content.keys():
+    filled = {"resumed": [], "derived": {}, **content} if isinstance(content, dict) else {}
+    if not all(isinstance(filled.get(name), kind) for name, kind in _ENTRIES.items()):
         raise ConfigError(f"{path} is no manifest of a run of mim3d; choose another folder.")
-    return content
+    return dict(content)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -344,7 +349,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             values = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or type(step := values.get("step")) is not int or not 0 <= step <= _LAST_STEP:
             break
         lines.append(values)
     return lines

@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import importlib
+import itertools
+import math
 import numbers
 import os
 import re
@@ -15,8 +17,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from mim3d.core.errors import ConfigError
+from mim3d.core.errors import ConfigError, first_line
 from mim3d.core.files import write_text
+from mim3d.core.names import cut
 from mim3d.core.own_code import is_dotted_path
 
 _T = TypeVar("_T")
@@ -58,12 +61,12 @@ def build_settings(cls: type[_T], values: Mapping[str, Any], where: str, kept: M
         ConfigError: A key is unknown or missing, or a value is of another type. Key, value and remedy are named.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} is {values!r}, but it takes a mapping of settings.")
+        raise _wrong(values, Mapping, where)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where} has no setting '{key}'.{nearest(str(key), fields)}")
+            raise ConfigError(f"{where} has no setting '{cut(str(key))}'.{nearest(str(key), fields)}")
     typed = {**(kept or {}), **{key: coerce(value, hints[key], f"{where}.{key}") for key, value in values.items()}}
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -117,7 +120,7 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         exact = [choice for choice in arguments if type(choice) is type(value) and choice == value]
         spelled = [choice for choice in arguments if isinstance(value, str) and str(choice) == value]
         if not exact and not spelled:
-            raise ConfigError(f"{where} is {value!r}.{nearest(str(value), map(str, arguments))}")
+            raise ConfigError(f"{where} is {cut(repr(value))}.{nearest(str(value), map(str, arguments))}")
         return (exact + spelled)[0]
     if kind is tuple or _is_list(kind):
         return _coerce_items(value, hint, where)
@@ -142,7 +145,7 @@ def _coerce_items(value: Any, hint: Any, where: str) -> list[Any] | tuple[Any, .
     if not isinstance(items, (list, tuple)):
         raise _wrong(value, hint, where)
     if is_fixed and len(items) != len(arguments):
-        raise ConfigError(f"{where} has {len(items)} values ({value!r}), but it takes {len(arguments)}.")
+        raise ConfigError(f"{where} has {len(items)} values ({cut(repr(value))}), but it takes {len(arguments)}.")
     hints = arguments if is_fixed else [(arguments or (Any,))[0]] * len(items)
     typed = [coerce(item, h, f"{where}[{i}]") for i, (item, h) in enumerate(zip(items, hints, strict=True))]
     return tuple(typed) if kind is tuple else typed
@@ -212,7 +215,7 @@ def _number(value: Any) -> Any:
 
 
 def _wrong(value: Any, hint: Any, where: str) -> ConfigError:
-    return ConfigError(f"{where} is {value!r}, but it takes {describe(hint)}.")
+    return ConfigError(f"{where} is {cut(repr(value))}, but it takes {describe(hint)}.")
 
 
 def describe(hint: Any) -> str:
@@ -310,7 +313,7 @@ def resolve(
         return named
     values = {"name": named} if isinstance(named, str) else named
     if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
-        raise ConfigError(f"{kind} is {named!r}, but it takes a name, or a mapping with a name and settings.")
+        raise ConfigError(f"{kind} is {cut(repr(named))}, but it takes a name, or a mapping with a name and settings.")
     target = find_named(values["name"], registry, kind, allow_import=allow_import)
     settings = {key: value for key, value in values.items() if key != "name"}
     if isinstance(target, type):
@@ -339,7 +342,7 @@ def find_named(name: str, registry: Mapping[str, Any], kind: str, *, allow_impor
         return target
     if allow_import and is_dotted_path(name):
         return imported(name, kind)
-    raise ConfigError(f"There is no {kind} '{name}'.{nearest(name, registry)}")
+    raise ConfigError(f"There is no {kind} '{cut(name)}'.{nearest(name, registry)}")
 
 
 def imported(path: str, kind: str) -> Any:
@@ -363,10 +366,37 @@ def imported(path: str, kind: str) -> Any:
     return target
 
 
+#: What a value in a file of settings can be, and how many of them a file can have.
+_PLAIN = {"map": yaml.MappingNode, "seq": yaml.SequenceNode} | dict.fromkeys(
+    ("str", "int", "float", "bool", "null"), yaml.ScalarNode
+)
+_MOST_VALUES = 1_000_000
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in the 1.2 sense: 1e-3 is a number, and 12:30, no and 2024-01-01 stay text."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (PyYAML's own attribute)
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and self._num_values(node, {}) > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "values are repeated too often", node.start_mark)
+        return node
+
+    def _num_values(self, node: Any, known: dict[int, float]) -> float:
+        """Number of values in a node, those behind an alias counted each time; without end where it holds itself."""
+        if id(node) not in known:
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            if not isinstance(node, _PLAIN.get(kind, ())):
+                problem = f"the tag '{cut(kind, 40)}' is none that settings have there"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            known[id(node)] = math.inf
+            held: Iterable[Any] = node.value if isinstance(node, yaml.SequenceNode) else ()
+            if isinstance(node, yaml.MappingNode):
+                held = itertools.chain.from_iterable(node.value)
+            known[id(node)] = 1 + sum(self._num_values(part, known) for part in held)
+        return known[id(node)]
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         mapping: dict[Any, Any] = {}
@@ -448,6 +478,9 @@ def parse_yaml(text: str, where: str) -> Any:
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where} is no valid YAML: {problem}{place}.") from error
+    except (ValueError, KeyError) as error:
+        # PyYAML's own of what a tag calls a number or a truth value, and of numbers of thousands of digits.
+        raise ConfigError(f"{where} is no valid YAML: {cut(first_line(error))}.") from error
 
 
 def write_yaml(path: str | os.PathLike[str], mapping: Mapping[str, Any]) -> None:

@@ -185,7 +185,7 @@ def _cells(column: Column, rows: Sequence[Mapping[str, Any]]) -> list[ScoreCell]
     first = rows[0].get(column.key)
     for row in rows:
         value, deviation, ends = (found.get(column.key) for found in (row, row.get("std") or {}, row.get("ci95") or {}))
-        if len(rows) > 2 or row.get("num_cases", 0) < 2:
+        if len(rows) > 2 or (row.get("num_cases") or 0) < 2:
             deviation = None
         difference, verdict = "", ""
         if cells and value is not None and first is not None:

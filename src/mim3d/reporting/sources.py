@@ -1,6 +1,5 @@
 """What a report is made of: runs and files of scores, each with a short name and a colour of its own."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,52 @@ import numpy.typing as npt
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import load_json
+from mim3d.core.names import cut
 from mim3d.core.run_folder import RunRecord, read_run
+from mim3d.core.settings import coerce
 from mim3d.reporting.rendering import run_colour
+
+#: A score, which may not be defined, and its interval.
+Score = float | None
+Interval = tuple[Score, Score] | None
+
+#: What a report reads of scores of label maps and of classes: entry -> type, of the whole and of its parts.
+_SCORES: Mapping[str, Any] = dict.fromkeys(("dice", "hd95_mm", "nsd"), Score)
+_COUNTS: Mapping[str, Any] = dict.fromkeys(("num_cases", "num_missed", "num_invented"), int | None)
+_ROW: Mapping[str, Any] = {**_SCORES, **_COUNTS, "std": dict[str, Score] | None, "ci95": dict[str, Interval] | None}
+_CASE: Mapping[str, Any] = {
+    "id": str | int,
+    "labels": dict[str, Any],
+    "prediction": str | None,
+    "images": list[str] | None,
+}
+_LABEL_MAPS: Mapping[str, Any] = {
+    "labels": dict[str, Any],
+    "settings": dict[str, Any],
+    "not_scored": dict[str, Any],
+    "mean": dict[str, Any],
+    "mean_ci95": dict[str, Interval] | None,
+    "per_label": dict[str, Any],
+    "cases": list[dict[str, Any]],
+}
+_BIN: Mapping[str, Any] = {"mean_probability": Score, "frequency": Score}
+_BASELINE: Mapping[str, Any] = {"auc": Score, "ci95": Interval}
+_CLASSES: Mapping[str, Any] = {
+    "settings": dict[str, Any],
+    "mean": dict[str, Score],
+    "mean_ci95": dict[str, Interval],
+    "confusion": list[list[int]],
+    "per_class": dict[str, Any],
+    "reliability": list[dict[str, Any]],
+    "cases": list[Any],
+    "baseline": dict[str, Any] | None,
+}
+
+#: Digits of the largest label value.
+_LABEL_DIGITS = 9
+
+#: Beyond it a value is no number that can be drawn.
+_LARGEST_NUMBER = 1e300
 
 
 @dataclass(frozen=True)
@@ -68,7 +111,7 @@ class ScoreSet:
     @property
     def is_of_classes(self) -> bool:
         """Whether these are scores of a classifier and not of label maps."""
-        return self.content.get("kind") == "classification"
+        return _is_of_classes(self.content)
 
     @property
     def labels(self) -> dict[int, str]:
@@ -89,7 +132,7 @@ class ScoreSet:
 
     def total(self, key: str) -> int:
         """Sum of a count over labels, such as ``num_missed``."""
-        return sum(row.get(key, 0) for row in self.content["per_label"].values())
+        return sum(row.get(key) or 0 for row in self.content["per_label"].values())
 
 
 def read_sources(runs: Sequence[str], scores: Sequence[str]) -> tuple[list[NamedRun], list[ScoreSet]]:
@@ -135,7 +178,7 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 def is_number(value: object) -> bool:
     """Whether a value of a metrics line or a score is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
 
 
 def _read_scores(path: Path) -> dict[str, Any]:
@@ -143,32 +186,54 @@ def _read_scores(path: Path) -> dict[str, Any]:
         content = load_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: these scores cannot be read ({error}).") from error
-    if not isinstance(content, dict) or not _can_be_shown(content):
-        raise ConfigError(f"{path} is no file of scores; give the .json that `mim3d evaluate` wrote.")
-    return content
+    try:
+        return _typed_classes(content) if _is_of_classes(content) else _typed_label_maps(content)
+    except ConfigError as error:
+        said = f"{path} is no file of scores ({error}); give the .json that `mim3d evaluate` wrote."
+        raise ConfigError(said) from error
 
 
-def _can_be_shown(content: Mapping[str, Any]) -> bool:
-    """Whether scores of either kind hold what a report reads of them."""
-    kinds = {"mean": dict, "mean_ci95": dict, "confusion": list, "reliability": list, "per_class": dict, "cases": list}
-    is_of_classes = content.get("kind") == "classification"
-    if not is_of_classes:
-        kinds = {"labels": dict, "mean": dict, "per_label": dict, "cases": list}
-    if any(not isinstance(content.get(key), kind) for key, kind in kinds.items()):
-        return False
-    if is_of_classes:
-        rows = content["reliability"]
-        if not all(isinstance(row, dict) and {"mean_probability", "frequency"} <= row.keys() for row in rows):
-            return False
-        cells = [cell for row in content["confusion"] if isinstance(row, list) for cell in row]
-        values = [*content["mean"].values(), *cells]
-    else:
-        cases = content["cases"]
-        if not all(isinstance(case, dict) and "id" in case and isinstance(case.get("labels"), dict) for case in cases):
-            return False
-        of_cases = [row for case in cases for row in case["labels"].values()]
-        rows = [content["mean"], *content["per_label"].values(), *of_cases]
-        if not all(isinstance(row, dict) for row in rows) or not all(value.isdigit() for value in content["labels"]):
-            return False
-        values = [row.get(key) for row in rows for key in ("dice", "hd95_mm", "nsd")]
-    return all(isinstance(value, int | float | None) for value in values)
+def _is_of_classes(content: Any) -> bool:
+    return isinstance(content, dict) and content.get("kind") == "classification"
+
+
+def _typed(content: Any, entries: Mapping[str, Any], where: str = "it") -> dict[str, Any]:
+    """A mapping with those of its entries typed that a report reads; somebody else may have written it.
+
+    Raises:
+        ConfigError: An entry is of another type. It and its value are named.
+    """
+    found: dict[str, Any] = coerce(content, dict[str, Any], where)
+    return found | {name: coerce(found.get(name), hint, f"{where}.{name}") for name, hint in entries.items()}
+
+
+def _typed_label_maps(content: Any) -> dict[str, Any]:
+    found = _typed({"settings": {}, "not_scored": {}, **content} if isinstance(content, dict) else content, _LABEL_MAPS)
+    found |= {
+        "settings": _typed(found["settings"], {"nsd_tolerance_mm": Score}, "settings"),
+        "not_scored": _typed({"failed": [], **found["not_scored"]}, {"failed": list[Any]}, "not_scored"),
+        "mean": _typed(found["mean"], _SCORES, "mean"),
+        "per_label": {name: _typed(row, _ROW, f"per_label.{cut(name)}") for name, row in found["per_label"].items()},
+        "cases": [_typed(case, _CASE, f"cases[{number}]") for number, case in enumerate(found["cases"])],
+    }
+    for number, case in enumerate(found["cases"]):
+        if case["prediction"] is not None:
+            coerce(case.get("reference"), str, f"cases[{number}].reference")
+        case["labels"] = {
+            name: _typed(row, _SCORES, f"cases[{number}].{cut(name)}") for name, row in case["labels"].items()
+        }
+    for value in found["labels"]:
+        if not (value.isascii() and value.isdigit() and len(value) <= _LABEL_DIGITS):
+            raise ConfigError(f"labels has {cut(value)!r}, but label values are whole numbers")
+    return found
+
+
+def _typed_classes(content: Any) -> dict[str, Any]:
+    found = _typed({"settings": {}, **content}, _CLASSES)
+    found["reliability"] = [_typed(row, _BIN, "reliability") for row in found["reliability"]]
+    if found["baseline"] is not None:
+        parts = _typed(found["baseline"], {"baseline": dict[str, Any], "difference": dict[str, Any]}, "baseline")
+        found["baseline"] = {name: _typed(part, _BASELINE, f"baseline.{name}") for name, part in parts.items()}
+    if len(found["confusion"]) != len(found["per_class"]):
+        raise ConfigError(f"confusion has {len(found['confusion'])} rows for {len(found['per_class'])} classes")
+    return found

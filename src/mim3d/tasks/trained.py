@@ -9,6 +9,7 @@ import torch
 
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.names import cut
 from mim3d.core.own_code import is_dotted_path
 from mim3d.core.settings import build_settings
 from mim3d.core.types import Named
@@ -98,7 +99,7 @@ def _task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -
     name = str(named["name"])
     if task is None and name not in TASKS:
         if not is_dotted_path(name):
-            raise CheckpointError(f"{path} was trained for the task {name!r}, which mim3d does not know.")
+            raise CheckpointError(f"{path} was trained for the task {cut(repr(name))}, which mim3d does not know.")
         raise ConfigError(
             f"{path} was trained for the task '{name}', which is none of mim3d's own and is imported only when you "
             f"name it; if you trust its code, use --task {name}."

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
 from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.names import cut
 from mim3d.core.own_code import is_dotted_path
 from mim3d.core.settings import find_named, update_settings
 from mim3d.core.types import Named
@@ -178,7 +179,7 @@ def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | 
     if name is None and saved["name"] not in BACKBONES:
         if not is_dotted_path(saved["name"]):
             raise CheckpointError(
-                f"{path} has an encoder of the backbone {saved['name']!r}, which mim3d does not know."
+                f"{path} has an encoder of the backbone {cut(repr(saved['name']))}, which mim3d does not know."
             )
         raise ConfigError(
             f"{path} has an encoder of the backbone '{saved['name']}', which is none of mim3d's own and is imported "

@@ -15,7 +15,7 @@ import torch
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import read_json, try_lock, write_json
 from mim3d.core.left_out import Failure, write_tracebacks
-from mim3d.core.names import joined_name, same_name
+from mim3d.core.names import is_entry_name, joined_name, same_name
 from mim3d.core.progress import Progress, say
 from mim3d.core.resources import choose_device
 from mim3d.core.types import Named
@@ -271,6 +271,8 @@ class PredictionFolder:
             others = [row for row in others if "reason" not in row or all(map(is_there, row["images"]))]
             owners = {str(row["id"]): tuple(map(str, row["images"])) for row in (*others, *rows.values())}
             failures = {str(row["id"]): str(row["reason"]) for row in others if "reason" in row}
+            if not all(map(is_entry_name, owners)) or not all(owners.values()):
+                raise DataError("a case has no images, or an id that leads out of the folder")
         except (DataError, KeyError, TypeError, AttributeError) as error:
             if overwrite:
                 return True

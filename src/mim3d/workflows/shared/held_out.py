@@ -6,7 +6,9 @@ from pathlib import Path
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import read_json, write_csv, write_json
+from mim3d.core.names import cut, is_entry_name
 from mim3d.core.run_folder import GO_ON, Run
+from mim3d.core.settings import coerce
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split, TrainPart, split_cases
 
@@ -123,14 +125,17 @@ def held_out_cases(run: Path) -> list[Case]:
     try:
         cases = [
             Case(
-                id=str(row["id"]),
-                images=tuple(str(image) for image in row["images"]),
-                label=row["label"],
-                patient=str(row["patient"]),
+                id=coerce(row["id"], str, "id"),
+                images=coerce(row["images"], tuple[str, ...], "images"),
+                label=coerce(row["label"], str | None, "label"),
+                patient=coerce(row["patient"], str, "patient"),
             )
             for row in read_json(str(path))["val"]
         ]
-    except (KeyError, TypeError) as error:
+        outside = next((case.id for case in cases if not is_entry_name(case.id)), None)
+        if outside is not None or not all(case.images for case in cases):
+            raise ValueError("a case without images" if outside is None else f"the id {cut(outside)!r}")
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise DataError(f"{path} is no split that mim3d wrote ({error!r}); name the scans with --input.") from error
     if not cases:
         raise DataError(f"{run} held no case out; name the scans with --input.")

@@ -58,7 +58,7 @@ class ScanFiles:
         try:
             paths = tuple(map(str, entry["paths"]))
             size, time, digest = int(entry["num_bytes"]), int(entry["modified_ns"]), entry["sha256"]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
         return cls(paths=paths, num_bytes=size, modified_ns=time, sha256=digest if isinstance(digest, str) else None)
 
