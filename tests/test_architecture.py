@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2375,
+    "core": 2425,
     "kernels": 875,
     "scans": 4330,
     "nn": 575,
@@ -77,8 +77,8 @@ BUDGET = {
     "datasets": 3760,
     "phantoms": 1400,
     "backbones": 575,
-    "reporting": 1280,
-    "caching": 4250,
+    "reporting": 1350,
+    "caching": 4275,
     "objective": 150,
     "weights": 725,
     "inference": 900,
@@ -90,7 +90,7 @@ BUDGET = {
     "methods": 925,
     "probing": 850,
     "exporting": 950,
-    "workflows": 4255,
+    "workflows": 4285,
     "commands": 250,
     "cli": 575,
     "__main__": 15,
