@@ -9,6 +9,8 @@ import pytest
 
 from mim3d.caching.build import build_cache
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.set_modality import require_one_kind
+from mim3d.core.errors import DataError
 from mim3d.datasets.cases import read_cases
 from mim3d.planning.plan import plan_intensity
 from mim3d.scans.modality import decide, modality_name, modality_of_channels, sign_of
@@ -206,6 +208,23 @@ def test_mixed_kinds_are_counted_and_refused_unless_declared(tmp_path):
     (remark,) = declared.remarks
     assert not remark.refused and "2 CT, 2 MR, 1 PT" in remark.text
     assert modality_of(declared, "MR_2").name == "MR" and modality_of(declared, "MR_2").by == "declared"
+
+
+def test_strict_refuses_a_mixed_set_before_any_work(tmp_path):
+    scans = {f"a{place:02d}": ct(place) for place in range(20)} | {"b": mri(), "c": mri(1)}
+    for name, array in scans.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "data" / f"{name}.nii.gz")
+    found = read_cases(tmp_path / "data")
+    with pytest.raises(DataError, match=r"different kinds: 10 CT, 1 not CT.* 11 of 22 scans were looked at, and noth"):
+        require_one_kind(found)
+    kinds = ["CT" if case.id.startswith("a") else "MR" for case in found.cases]
+    declared = [replace(case, modality=kind) for case, kind in zip(found.cases, kinds, strict=True)]
+    require_one_kind(replace(found, cases=tuple(declared)))
+    # One that is declared otherwise is looked at wherever it lies.
+    odd = [replace(case, modality="MR" if case.id == "a01" else "CT") for case in found.cases]
+    with pytest.raises(DataError, match="like CT; a01"):
+        require_one_kind(replace(found, cases=tuple(odd[:20])))
 
 
 def test_a_declaration_made_later_makes_the_scan_again(tmp_path):

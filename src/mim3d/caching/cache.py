@@ -156,7 +156,7 @@ class Cache(Sequence[CachedScan]):
         """
         for remark in self.remarks:
             if strict and remark.refused:
-                raise DataError(f"{self.path}: {remark.text} (strict: such a set is refused)")
+                raise DataError(f"{self.path}: {remark.text} (strict: such a set is refused; its cache is kept)")
             warnings.warn(f"{self.path}: {remark.text}", stacklevel=2)
 
     def subset(self, cases: Iterable[Case]) -> "Cache":

@@ -5,12 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from mim3d.core.errors import listed
-from mim3d.datasets.cases import Case
-from mim3d.scans.modality import ChannelModality, decide, is_ct_set, modality_name, modality_of_channels
+from mim3d.core.errors import DataError, listed
+from mim3d.core.progress import counted
+from mim3d.datasets.cases import Case, CaseSet
+from mim3d.scans.modality import ChannelModality, decide, is_ct_set, modality_name, modality_of_channels, sign_of
+from mim3d.scans.volumes import modality_of, read_volume
 
 #: Kinds of scans that are not what their set or a declaration says.
 _NOT_IN_HU, _LIKE_CT = "CT not in HU", "like CT"
+
+#: Scans whose voxels are looked at before a set is worked on.
+NUM_SAMPLED = 16
 
 #: Case id -> what each of its channels is.
 Modalities = Mapping[str, Sequence[ChannelModality]]
@@ -113,6 +118,44 @@ def remarks_on(modalities: Modalities, minima: Mapping[str, Sequence[float]]) ->
             meant = not is_odd and all(channel.by == "declared" for channel in of_scan.values())
             remarks.append(SetRemark(text=_on_kinds(kinds, of_scan, darkest, where, meant), refused=not meant))
     return tuple(remarks)
+
+
+def require_one_kind(cases: CaseSet) -> None:
+    """Refuse a set before any work where some of its scans show already that it would be refused once all are known.
+
+    Looked at are scans evenly spaced in the set, and one of each modality that is declared or said by a header.
+
+    Args:
+        cases: The data set; scans that cannot be read are passed over.
+
+    Raises:
+        DataError: The scans are of several kinds that nothing declares, or not what they are declared as.
+    """
+    step = -(-len(cases.cases) // NUM_SAMPLED)
+    chosen = {case.id: case for case in cases.cases[::step]}
+    seen = set()
+    for case in cases.cases:
+        said = case.modality, tuple(map(modality_of, case.images))
+        if said not in seen:
+            chosen.setdefault(case.id, case)
+        seen.add(said)
+    found, minima = {}, {}
+    for case in counted(chosen.values(), len(chosen), "looking at"):
+        try:
+            channels = [read_volume(path).array for path in case.images]
+        except DataError:
+            continue
+        found[case.id] = [
+            decide(sign_of(channel), header=modality_of(path))
+            for path, channel in zip(case.images, channels, strict=True)
+        ]
+        minima[case.id] = [float(channel.min()) for channel in channels]
+    refused = [each.text for each in remarks_on(settled(tuple(chosen.values()), found), minima) if each.refused]
+    if refused:
+        raise DataError(
+            f"{cases.root}: {' '.join(refused)} (strict: such a set is refused; {len(found)} of {len(cases.cases)} "
+            "scans were looked at, and nothing was made)"
+        )
 
 
 def _kinds(of_scan: Mapping[str, ChannelModality]) -> dict[str, str]:

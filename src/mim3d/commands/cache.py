@@ -47,7 +47,7 @@ def cache(
         scheduler: Address of a running Dask scheduler, such as tcp://host:8786; its workers take the place of
             processes here (num_workers is ignored), and must see DATA and OUT under the same paths.
         strict: Refuse a data set of which a scan cannot be used, with headers checked before any work, or whose scans
-            are of several kinds that nothing declares.
+            are of several kinds that nothing declares, with a sample of them looked at before any work.
         modality: What made the scans, such as CT or MR, where neither the data set nor a header says it; one for each
             channel separated by ";".
         patient_pattern: Regular expression that finds the patient in the name of a case, such as "STS_[0-9]+".

@@ -6,6 +6,7 @@ from pathlib import Path
 from mim3d.caching.build import build_cache
 from mim3d.caching.layout import FAILED
 from mim3d.caching.preprocessing import Preprocessing
+from mim3d.caching.set_modality import require_one_kind
 from mim3d.caching.summary import CacheSummary
 from mim3d.core.left_out import MAX_REASONS, note_left_out
 from mim3d.core.progress import say
@@ -36,7 +37,8 @@ def cache_data_set(
         num_workers: Number of processes; None for one per core.
         pack_gb: Size of packs in GB; None keeps the form of a cache that is there.
         scheduler: Address of a running Dask scheduler; None for processes of this machine.
-        strict: Refuse a data set of which a scan cannot be used, by headers before any work.
+        strict: Refuse a data set of which a scan cannot be used, by headers before any work, or whose scans are of
+            several kinds, by those of a sample before any work.
         modality: What made all images, where the user says it.
         patient_pattern: Regular expression that finds the patient in the name of a case.
         timeout_s: Seconds that a scan may take in a process of its own.
@@ -47,6 +49,7 @@ def cache_data_set(
     cases = read_cases(data, modality=modality, patient_pattern=patient_pattern)
     if strict:
         cases = usable_cases(cases, strict=True)
+        require_one_kind(cases)
     made = build_cache(
         cases,
         out,

@@ -14,6 +14,7 @@ from mim3d.caching.build import build_cache
 from mim3d.caching.cache import Cache, failure_row, is_cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.resampling import target_grid
+from mim3d.caching.set_modality import require_one_kind
 from mim3d.caching.summary import CacheSummary
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.left_out import LeftOutList, in_words
@@ -135,6 +136,8 @@ def open_scans(
         preprocessing = Preprocessing(spacing_mm=spacing_mm)
         place = cache_dir or run.path / "cache"
         if processes.is_first:
+            if strict:
+                require_one_kind(wanted)
             cache = build_cache(wanted, place, preprocessing, num_workers=num_workers)
             say(f"cache: {CacheSummary.of(cache).short()}")
             processes.announce("cache", cache.digest)
