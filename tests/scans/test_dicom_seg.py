@@ -194,6 +194,21 @@ def test_names_in_any_character_set_come_through(tmp_path, character_set, name):
     assert str(pydicom.dcmread(tmp_path / "seg.dcm").PatientName) == name
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("肝臓", "肝臓"), ("läsion", "läsion"), ("left\\right", "left/right"), (" ", "label 1"), ("a\nb", "a/nb")],
+)
+def test_labels_of_any_name_come_through(tmp_path, name, label):
+    series = write_series(
+        tmp_path / "ct", SpecificCharacterSet="ISO_IR 100", PatientName="Müller", ReferringPhysicianName="Bär"
+    )
+    shape = read_grid(series).ras_shape
+    write_dicom_seg(tmp_path / "seg.dcm", label_map(shape, (0, 2)), str(series), {2: name}, algorithm="a")
+    found = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert [segment.SegmentLabel for segment in found.SegmentSequence] == [label]
+    assert str(found.PatientName) == "Müller" and str(found.ReferringPhysicianName) == "Bär"
+
+
 def test_slices_of_several_frames_of_reference_are_refused_for_what_they_are(tmp_path):
     series = write_series(tmp_path / "ct")
     path = next(iter(sorted(series.iterdir())))

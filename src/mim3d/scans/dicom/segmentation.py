@@ -18,6 +18,7 @@ from pydicom.valuerep import DA, TM
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file
+from mim3d.core.names import printable
 from mim3d.scans.dicom.headers import read_header
 from mim3d.scans.dicom.series import Stack, open_series
 from mim3d.scans.files import warn_once
@@ -83,6 +84,8 @@ def write_dicom_seg(
     pixels = np.ascontiguousarray(numbers[stack.grid.from_ras(labels)].T)
     segments = [_segment(number, names[value], algorithm) for number, value in enumerate(values, start=1)]
     try:
+        if not all(name.isascii() for name in names.values()):
+            _write_in_unicode(sources[0])
         with warnings.catch_warnings(), atomic_file(path) as part:
             # Libraries quote what they find odd in a header, a patient's name for one; that belongs into no log.
             warnings.simplefilter("ignore")
@@ -174,11 +177,17 @@ def _tidy(header: Any, thickness_mm: float) -> list[str]:
     sets = header.get("SpecificCharacterSet") or []
     known = {each.value for each in SpecificCharacterSetValues}
     if not known.issuperset([sets] if isinstance(sets, str) else sets):
-        # The library knows no sets that begin with the default one, as in Japan; any text can be written in Unicode.
-        header.SpecificCharacterSet = "ISO_IR 192"
+        # The library knows no sets that begin with the default one, as in Japan.
+        _write_in_unicode(header)
     if not header.get("SliceThickness"):
         header.SliceThickness = f"{thickness_mm:.6g}"
     return odd
+
+
+def _write_in_unicode(header: Any) -> None:
+    """Let the texts of a header be written in Unicode, which holds those of every other set."""
+    header.decode()
+    header.SpecificCharacterSet = "ISO_IR 192"
 
 
 def _unfit(series: str, error: Exception) -> DataError:
@@ -196,14 +205,16 @@ def _segment(number: int, name: str, algorithm: str) -> Any:
     from highdicom.sr.coding import CodedConcept
     from pydicom.sr.codedict import codes
 
+    # A backslash separates values; a label without any letter is not allowed.
+    name = printable(name).replace("\\", "/").strip()[:_MAX_LABEL] or f"label {number}"
     altered = _ALTERED.search(name.lower())
     category = codes.SCT.MorphologicallyAbnormalStructure if altered else codes.SCT.AnatomicalStructure
     # Names of labels are the user's own; a scheme that begins with 99 is private (PS3.16 8.1).
-    kind = CodedConcept(f"label{number}", "99MIM3D", name[:_MAX_LABEL])
+    kind = CodedConcept(f"label{number}", "99MIM3D", name)
     algorithms = AlgorithmIdentificationSequence(algorithm[:_MAX_LABEL], codes.DCM.ArtificialIntelligence, __version__)
     return SegmentDescription(
         segment_number=number,
-        segment_label=name[:_MAX_LABEL],
+        segment_label=name,
         segmented_property_category=category,
         segmented_property_type=kind,
         algorithm_type="AUTOMATIC",

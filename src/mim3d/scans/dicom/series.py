@@ -177,9 +177,9 @@ def _check_each(slices: Sequence[Slice], name: str) -> None:
 
 
 def _common_size(slices: Sequence[Slice], name: str) -> tuple[int, int]:
-    sizes = sorted({(item.rows, item.columns) for item in slices})
+    sizes = {(item.rows, item.columns): os.path.basename(item.path) for item in reversed(slices)}
     if len(sizes) > 1:
-        shown = ", ".join(times(size) for size in sizes)
+        shown = ", ".join(f"{times(size)} in {file}" for size, file in sorted(sizes.items()))
         raise DataError(f"{name}: the slices of the DICOM series differ in size ({shown}); separate them first.")
     if len(slices) < 2:
         raise DataError(f"{name}: the DICOM series has one slice, and a volume needs two or more; copy all of it.")
@@ -194,7 +194,7 @@ def _common_size(slices: Sequence[Slice], name: str) -> tuple[int, int]:
                 f"{item.path}: the DICOM header has no {' and no '.join(lacking)}, so the series cannot be stacked; "
                 "export the original series."
             )
-    return sizes[0]
+    return slices[0].rows, slices[0].columns
 
 
 def _common_plane(
@@ -203,17 +203,30 @@ def _common_plane(
     """Unit vectors along a row and down a column, and the pixel spacing, that all slices share."""
     planes = np.array([item.orientation for item in slices], dtype=np.float64)
     spacings = np.array([item.pixel_spacing for item in slices], dtype=np.float64)
-    if np.abs(planes - planes[0]).max() > 1e-3:
-        num_planes = len({tuple(plane) for plane in planes.round(2).tolist()})
+    turned, stretched = np.abs(planes - planes[0]).max(axis=1), np.abs(spacings - spacings[0]).max(axis=1)
+    if turned.max() > 1e-3:
+        num_planes = max(2, len({tuple(plane) for plane in planes.round(2).tolist()}))
         raise DataError(
-            f"{name}: the slices of the DICOM series lie in {num_planes} orientations, as in a localiser; "
-            "give a series of parallel slices."
+            f"{name}: the slices of the DICOM series lie in {num_planes} orientations, as in a localiser "
+            f"({_unlike(slices, turned, planes)}); give a series of parallel slices."
         )
-    if np.abs(spacings - spacings[0]).max() > 1e-3 * spacings[0].min():
-        raise DataError(f"{name}: the slices of the DICOM series differ in pixel spacing; split them first.")
+    if stretched.max() > 1e-3 * spacings[0].min():
+        raise DataError(
+            f"{name}: the slices of the DICOM series differ in pixel spacing "
+            f"({_unlike(slices, stretched, spacings)}); split them first."
+        )
     across, down = planes[0, :3] / np.linalg.norm(planes[0, :3]), planes[0, 3:]
     down = down - across * (across @ down)
     return across, down / np.linalg.norm(down), spacings[0]
+
+
+def _unlike(slices: Sequence[Slice], distances: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> str:
+    """The values of the slice that is furthest from the first one, and of the first one, with their files."""
+    shown = (
+        f"{', '.join(f'{value:.6g}' for value in values[index])} in {os.path.basename(slices[index].path)}"
+        for index in (int(distances.argmax()), 0)
+    )
+    return " and ".join(shown)
 
 
 def _tilt(
