@@ -1,6 +1,7 @@
 """Prediction as a command: on the scan's own grid, resumable, one bad scan never stops the others."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -24,6 +25,7 @@ from mim3d.scans.volumes import read_volume
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.workflows.predict import PredictionFolder, _predict_all, alone_in, input_cases
 from mim3d.workflows.shared.held_out import held_out_cases, write_split
+from mim3d.workflows.shared.scan_sources import ScanFiles
 from tests.labelled import ball_scan, write_scan
 
 
@@ -253,6 +255,17 @@ def test_a_scan_that_changed_is_predicted_again_and_that_is_said(segmenter_run, 
     with pytest.warns(UserWarning, match="Changed since their prediction"):
         predict(str(segmenter_run), str(out), input=str(first))
     assert (out / "ct.nii.gz").read_bytes() != before and len(listing(out)["cases"]) == 1
+
+
+@pytest.mark.parametrize(("header", "voxels"), [("ct.mhd", "ct.raw"), ("ct.hdr", "ct.img")])
+def test_voxels_beside_a_header_are_part_of_what_a_scan_is_told_by(tmp_path, header, voxels):
+    image = SimpleITK.GetImageFromArray(np.zeros((4, 5, 6), np.int16))
+    SimpleITK.WriteImage(image, str(tmp_path / voxels.replace("raw", "mhd")))
+    before = ScanFiles.of([str(tmp_path / header)])
+    os.utime(tmp_path / voxels, ns=(0, before.modified_ns + 10**9))
+    after = ScanFiles.of([str(tmp_path / header)])
+    assert before.num_bytes == after.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert after.modified_ns == before.modified_ns + 10**9
 
 
 def test_a_file_that_the_list_does_not_name_is_not_replaced_either(segmenter_run, tmp_path):

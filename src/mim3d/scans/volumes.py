@@ -271,7 +271,7 @@ def _as_label(slab: npt.NDArray[Any], path: str, narrow: bool) -> npt.NDArray[An
         if broken.size:
             raise DataError(
                 f"{path}: a label needs whole numbers, but voxels hold values such as {broken[0]!s}; "
-                "give the label map, not an image or a probability."
+                "give the label map, not an image or a probability, or save it as integers without rescaling."
             )
         slab = whole
     low, high = int(slab.min()), int(slab.max())

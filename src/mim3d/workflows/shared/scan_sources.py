@@ -64,10 +64,14 @@ class ScanFiles:
 
 
 def _stamps(image: str) -> list[tuple[int, int]]:
-    """Size and time of change of each file of a channel."""
+    """Size and time of change of each file of a channel, voxels beside a header included."""
     place = Path(file_of(image))
     try:
-        statuses = [each.stat() for each in ([*place.iterdir()] if place.is_dir() else [place])]
+        try:
+            found = [*place.iterdir()] if place.is_dir() else [Path(file) for file in source_files(image)]
+        except DataError:
+            found = [place]
+        statuses = [each.stat() for each in found]
     except OSError:
         return []
     return [(status.st_size, status.st_mtime_ns) for status in statuses]
