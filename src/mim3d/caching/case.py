@@ -31,10 +31,8 @@ from mim3d.datasets.cases import Case
 from mim3d.scans.files import check_file
 from mim3d.scans.grids import split_channel
 from mim3d.scans.image_stacks import is_slice_folder, slice_paths
-from mim3d.scans.itk import itk_files
 from mim3d.scans.modality import DARKEST_CT_HU
-from mim3d.scans.nifti import pair_files
-from mim3d.scans.volumes import explained_read
+from mim3d.scans.volumes import files_of
 
 #: What distinguishes a file from a later one under the same path: size, mtime, ctime (ns) and inode.
 Stamp = tuple[int, int, int, int]
@@ -270,10 +268,7 @@ def source_files(path: str) -> list[str]:
 
         return sorted({item.path for item in open_series(path).slices})
     check_file(path)
-    with explained_read(path):
-        if path.lower().endswith((".hdr", ".hdr.gz")):
-            return pair_files(path)
-        return itk_files(path) if path.lower().endswith((".nhdr", ".mhd", ".nrrd", ".mha")) else [path]
+    return files_of(path)
 
 
 def stamp_of(path: str) -> Stamp:

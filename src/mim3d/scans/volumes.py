@@ -64,6 +64,7 @@ class Format:
             where the format is not written.
         counter: Function that counts the volumes in a file, named as ``file::channel=2``, in the same notation; None
             where a file holds one.
+        parts: Function that names every file that a scan is read from, in the same notation; None where it is one.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Format:
     reader: str
     writer: str | None = None
     counter: str | None = None
+    parts: str | None = None
 
 
 IMAGE_STACK = Format(name="slice images", reader="mim3d.scans.image_stacks:open_image_stack")
@@ -80,22 +82,31 @@ DICOM = Format(name="DICOM", reader="mim3d.scans.dicom.series:open_series")
 FORMATS = (
     Format(
         name="NIfTI",
-        suffixes=(".nii", ".nii.gz", ".hdr", ".hdr.gz"),
+        suffixes=(".nii", ".nii.gz"),
         reader="mim3d.scans.nifti:open_nifti",
         writer="mim3d.scans.nifti:write_nifti",
         counter="mim3d.scans.nifti:num_channels",
+    ),
+    Format(
+        name="NIfTI pair",
+        suffixes=(".hdr", ".hdr.gz"),
+        reader="mim3d.scans.nifti:open_nifti",
+        counter="mim3d.scans.nifti:num_channels",
+        parts="mim3d.scans.nifti:pair_files",
     ),
     Format(
         name="NRRD",
         suffixes=(".nrrd", ".nhdr"),
         reader="mim3d.scans.itk:open_itk",
         writer="mim3d.scans.itk:write_itk",
+        parts="mim3d.scans.itk:itk_files",
     ),
     Format(
         name="MetaImage",
         suffixes=(".mha", ".mhd"),
         reader="mim3d.scans.itk:open_itk",
         writer="mim3d.scans.itk:write_itk",
+        parts="mim3d.scans.itk:itk_files",
     ),
     IMAGE_STACK,
     DICOM,
@@ -356,6 +367,17 @@ def find_scans(folder: str | os.PathLike[str], *, with_predictions: bool = False
             # A pipe or a device is no scan, and looking into it would wait for ever.
             others.append(path)
     return sorted(scans + find_series(others))
+
+
+def files_of(path: str) -> list[str]:
+    """Every file that a scan file is read from: itself, and those of its voxels beside it.
+
+    Raises:
+        DataError: Its header cannot be read, or names files that may not be read.
+    """
+    form = format_of_file(path)
+    with explained_read(path):
+        return [path] if form is None or form.parts is None else list(resolve_name(form.parts)(path))
 
 
 def channels_of(path: str | os.PathLike[str]) -> tuple[str, ...]:

@@ -67,11 +67,8 @@ def _stamps(image: str) -> list[tuple[int, int]]:
     """Size and time of change of each file of a channel, voxels beside a header included."""
     place = Path(file_of(image))
     try:
-        try:
-            found = [*place.iterdir()] if place.is_dir() else [Path(file) for file in source_files(image)]
-        except DataError:
-            found = [place]
+        found = [*place.iterdir()] if place.is_dir() else [Path(file) for file in source_files(image)]
         statuses = [each.stat() for each in found]
-    except OSError:
+    except (DataError, OSError):
         return []
     return [(status.st_size, status.st_mtime_ns) for status in statuses]
