@@ -24,6 +24,14 @@ def names(pattern, *values):
         (names("patient{}_{}", range(4), ("pre", "post")), 4),
         (names("sub-{:02d}_ses-{}_{}", range(5), (1, 2), ("T1w", "FLAIR")), 5),
         (names("p{}_{}", range(4), "LR")[:-1], 4),
+        # Patients with different numbers of scans, where names say alike which part is theirs.
+        (["sub-01_T1w", "sub-01_ses-2_acq-high_T2w", "sub-02_T1w"], 2),
+        (["T1w_sub-01", "T1w_sub-02", "T2w_sub-01", "T2w_sub-02"], 2),
+        (["patient001_frame01", "patient001_frame12", "patient002_frame09"], 2),
+        (["TCGA-06-0119_1999.01.02_T1", "TCGA-06-0119", "TCGA-08-0119"], 2),
+        (["LIDC-IDRI-0001_nodule3", "LIDC-IDRI-0001_nodule10", "LIDC-IDRI-0010_nodule3"], 2),
+        (["LUNG-0001_0", "LUNG-0001_1", "LUNG-0001_2", "LUNG-0002_0"], 2),
+        (["p1_20010203", "p1_20020203", "p12_20010203"], 2),
     ],
 )
 def test_regular_names_are_patients_under_several_names(cases, num_patients):
@@ -41,6 +49,12 @@ def test_regular_names_are_patients_under_several_names(cases, num_patients):
         names("{}_{}", "ab", "xy"),
         ["s1_T1", "s2_T2", "s3_T1", "s4_T2"],
         ["ct0", "ct1"],
+        ["case_1", "case_10", "case_100"],
+        ["siteA_sub-01_T1w", "siteA_sub-02_T1w", "siteB_sub-01_T1w"],
+        names("TCGA-{}-{:04d}", ("06", "08"), range(119, 123)),
+        ["2019_1", "2019_2", "2020_1"],
+        ["x001_2", "x002_2", "x002_4"],
+        names("cohort_{}_{:02d}", "AB", range(9)),
         ["a"],
     ],
 )

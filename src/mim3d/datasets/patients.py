@@ -1,8 +1,10 @@
 """Whose scans are whose, where names alone say it: one patient often comes under several names.
 
 ``CT_images_STS_003`` and ``PET_images_STS_003``, ``s01_T1`` and ``s01_T2``, ``patient3_pre`` and ``patient3_post``. A
-part of the names that takes few values, which most patients share, is no part of the patient's name. Names without such
-a regularity are left as they are: every case is a patient of its own then.
+part of the names that takes few values, which most patients share, is no part of the patient's name. Where all names
+say where the patient's ends (``sub-01_ses-2_T1w``, ``TCGA-06-0119_2001``), or count or date scans behind a patient's
+number (``LUNG-0001_0``, ``12_20200131``), patients may have different numbers of scans. Names without such a
+regularity are left as they are: every case is a patient of its own then.
 """
 
 import os
@@ -44,6 +46,20 @@ _TIMES = {"pre", "post", "baseline", "followup", "before", "after", "inspiration
 #: Folders that are those of one patient, as BIDS and many others name them.
 _PATIENT_FOLDER = re.compile(r"(?i)(sub|subj|subject|pat|patient|case|person)[-_ ]?\w*\d\w*")
 
+#: Up to where a name is the patient's, by words for a patient and by the forms of archives.
+_SUBJECT = re.compile(
+    r".*?(?<![a-z0-9])(?:(?:sub|subj|subject|pat|patient|participant)[_\-. ]?(?=[a-z]*\d)[a-z0-9]+|tcga-\w\w-\w{4}"
+    r"|oas[12]_\d{4}|oas3\d{4}|\d{3}_s_\d{4}|lidc-idri-\d{4}|brats-[a-z]+-\d{5})(?![a-z0-9])",
+    re.IGNORECASE,
+)
+
+#: A patient with the date or the number of a scan behind.
+_DATED = re.compile(r"(.*\d.*?)[_\-. ]+(?:19|20)\d\d[\-._]?[01]\d[\-._]?[0-3]\d")
+_COUNTED = re.compile(r"(.*\d{3,})[_\-. ]+0*(\d)")
+
+#: Words in front of what names a set of patients of its own.
+_SET_WORDS = {"cohort", "batch", "group", "center", "centre", "hospital", "site", "part", "set", "fold"}
+
 _Parts = tuple[str, ...]
 
 
@@ -81,6 +97,33 @@ def patients_of_names(names: Sequence[str]) -> dict[str, str]:
     Args:
         names: Names of cases, each once.
     """
+    stems = _stems(names)
+    regular = _by_regularity(list(dict.fromkeys(stems.values())))
+    patients = {name: regular.get(stem, stem) for name, stem in stems.items()}
+    return patients if len(set(patients.values())) < len(names) else {}
+
+
+def _stems(names: Sequence[str]) -> dict[str, str]:
+    """Name -> the part of it that is the patient's, where all names say so alike; else the name itself."""
+    if all(matches := [_SUBJECT.match(name) for name in names]):
+        return {name: match[0] for name, match in zip(names, matches, strict=True) if match}
+    if all(matches := [_DATED.fullmatch(name) for name in names]):
+        return {name: match[1] for name, match in zip(names, matches, strict=True) if match}
+    numbers: dict[str, set[int]] = defaultdict(set)
+    if all(matches := [_COUNTED.fullmatch(name) for name in names]):
+        for match in matches:
+            if match:
+                numbers[match[1]].add(int(match[2]))
+    first = min((number for own in numbers.values() for number in own), default=0)
+    # Every patient's scans are counted from the same number on; years count patients.
+    is_counted = first < 2 and all(own == set(range(first, first + len(own))) for own in numbers.values())
+    if numbers and is_counted and not all(re.search(r"(?<!\d)(19|20)\d\d$", stem) for stem in numbers):
+        return {name: match[1] for name, match in zip(names, matches, strict=True) if match}
+    return {name: name for name in names}
+
+
+def _by_regularity(names: Sequence[str]) -> dict[str, str]:
+    """Name -> patient where a part of the names takes few values, which most patients share; empty without."""
     parts = {name: tuple(re.split(r"[_\-. ]+", name)) for name in names}
     if len({len(own) for own in parts.values()}) != 1:
         return {}
@@ -111,7 +154,7 @@ def _varying_part(parts: Mapping[str, _Parts], kept: tuple[int, ...]) -> int | N
         # Few values of many patients; as many of both could be either. Data sets in front count patients of their own.
         too_many = not known and (len(values) >= len(groups) or place == 0)
         shared = min(sum(value in group for group in groups.values()) for value in values)
-        if is_number or too_many or shared < LEAST_SHARE * len(groups):
+        if before & _SET_WORDS or is_number or too_many or shared < LEAST_SHARE * len(groups):
             continue
         if best is None or len(values) < best[0]:
             best = len(values), place
