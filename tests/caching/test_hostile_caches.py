@@ -42,7 +42,7 @@ def cache(sound: tuple[Path, Path, Path], tmp_path: Path, request: pytest.Fixtur
 def rewritten(cache: Path, row: dict, **labels: object) -> bool:
     """Write a manifest of one row, whatever types its values have; False where Parquet cannot hold them."""
     path = cache / "manifest.parquet"
-    metadata = {**pq.read_schema(path).metadata, **{name: json.dumps(value) for name, value in labels.items()}}
+    metadata = {**pq.read_schema(path).metadata, **{name.encode(): json.dumps(value) for name, value in labels.items()}}
     try:
         table = pa.Table.from_pylist([row])
         pq.write_table(table.replace_schema_metadata(metadata), path)
@@ -270,3 +270,13 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(cache: Path, name: str)
     os.mkfifo(cache / name)
     with pytest.raises(DataError, match=str(cache)):
         open_cache(cache)
+
+
+def test_an_ignored_value_that_an_older_cache_counts_among_its_labels_is_ignored(
+    sound: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(sound[1], tmp_path / "cache"))
+    (row,) = pq.read_table(cache / "manifest.parquet").to_pylist()
+    assert rewritten(cache, row, labels={"0": "background", "1": "a", "3": "Ignore"}, declared={})
+    opened = open_cache(cache)
+    assert (opened.labels, opened.ignore_label) == ({0: "background", 1: "a"}, 3)

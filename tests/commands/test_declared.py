@@ -149,3 +149,10 @@ def test_regions_of_references_are_scored_where_predictions_declare_none(tmp_pat
     write_scan(tmp_path / "pred" / "ball_0.nii.gz", ball_scan(0)[1])
     path = evaluate(str(tmp_path / "pred"), str(data / "labelsTr"), str(tmp_path / "s.json"))
     assert list(json.loads(Path(path).read_text())["per_label"]) == ["ball and core", "core"]
+
+
+def test_a_label_that_no_case_to_train_on_holds_is_said_and_stays_with_the_run(tmp_path):
+    data = write_set(tmp_path / "set", {"labels": {**IGNORING["labels"], "spleen": 9}})
+    with pytest.warns(UserWarning, match="in none of the . cases to train on: spleen; nothing is learned of them"):
+        run = tune(data, tmp_path / "run")
+    assert json.loads((run / "manifest.json").read_text())["derived"]["labels_not_seen"] == ["spleen"]

@@ -30,6 +30,7 @@ from mim3d.core.left_out import in_words
 from mim3d.core.settings import build_settings
 from mim3d.core.types import LARGEST_LABEL
 from mim3d.datasets.cases import Case, CaseSet, with_ignored
+from mim3d.datasets.descriptions import IGNORE
 from mim3d.scans.files import available_memory_bytes
 
 #: Rows of a manifest become Python objects of about this many times their size in the file, unpacked.
@@ -309,8 +310,12 @@ def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[str, Any]]:
             "labels": {int(value): str(name) for value, name in json.loads(about["labels"]).items()}
         }
         more = json.loads(about.get("declared", "{}"))
-        if more.get("ignore_label") is not None:
-            declared["ignore_label"] = int(more["ignore_label"])
+        # Caches made before the ignored value was told from the labels have it among them.
+        among = next((value for value, name in declared["labels"].items() if name.lower() == IGNORE), None)
+        ignore_label = more.get("ignore_label", among)
+        if ignore_label is not None:
+            declared["ignore_label"] = int(ignore_label)
+            declared["labels"].pop(among, None)
         if more.get("regions"):
             declared["regions"] = {str(name): tuple(map(int, values)) for name, values in more["regions"].items()}
         if more.get("region_values"):

@@ -41,7 +41,7 @@ _IRRELEVANT = set(
 _OTHER_MAPPINGS = {"nonorm", "rescale_to_0_1", "rescale_0_1", "rgb_to_0_1"}
 
 #: The label of voxels that nothing is known of, as nnU-Net names it.
-_IGNORE = "ignore"
+IGNORE = "ignore"
 
 #: What label value 0 is called.
 _BACKGROUND = ("background", "bg", "none", "air", "clear label", "0", "label_0")
@@ -336,7 +336,7 @@ def read_labels(declared: Any, path: str, region_values: Any = None) -> LabelDec
     ignored: list[int] = []
     with_regions = any(isinstance(value, list) and len(value) > 1 for value in declared.values())
     for name, values in _named_values(declared, path):
-        if name.lower() == _IGNORE:
+        if name.lower() == IGNORE:
             ignored = values
             continue
         if len(values) == 1 and not (with_regions and isinstance(declared.get(name), list)):
@@ -345,7 +345,7 @@ def read_labels(declared: Any, path: str, region_values: Any = None) -> LabelDec
             names[values[0]] = name
         members[name] = values
     if len(ignored) > 1 or 0 in ignored or {*ignored} & {value for each in members.values() for value in each}:
-        raise DataError(f'{path}: "{_IGNORE}" must be one label value above 0 that nothing else has, not {ignored}.')
+        raise DataError(f'{path}: "{IGNORE}" must be one label value above 0 that nothing else has, not {ignored}.')
     regions = {name: tuple(values) for name, values in members.items() if values != [0]} if with_regions else {}
     every = {value for values in members.values() for value in values}
     names |= {value: f"label_{value}" for value in every - names.keys()}

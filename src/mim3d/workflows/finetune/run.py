@@ -11,7 +11,7 @@ import torch
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
-from mim3d.core.errors import ConfigError, DamagedError
+from mim3d.core.errors import ConfigError, DamagedError, listed
 from mim3d.core.left_out import LeftOutList
 from mim3d.core.progress import say
 from mim3d.core.run_folder import Run
@@ -159,7 +159,21 @@ def _prepare(
     if planned.task.needs == "label":
         # A held-out case, too, must not turn out to name a label that there is not once it is validated on.
         are_partial(scans.cases, scans.labels)
+        _say_what_is_absent(run, scans.subset(split.train))
     return run, scans, left_out
+
+
+def _say_what_is_absent(run: Run, learned: Cache) -> None:
+    """Warn of declared labels that no case to train on holds."""
+    seen = {value for scan in learned for value, count in scan.num_voxels.items() if count}
+    absent = [name for value, name in learned.labels.items() if value not in seen | {0}]
+    if absent:
+        run.note({"labels_not_seen": absent})
+        warnings.warn(
+            f"declared, but in none of the {len(learned)} cases to train on: {listed(absent, 9)}; nothing is learned of"
+            " them, so compare the values in the label maps with the declaration.",
+            stacklevel=4,
+        )
 
 
 def _train(
