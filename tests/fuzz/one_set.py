@@ -34,6 +34,7 @@ class TriedSet:
         num_ways: Ways in which they are bad.
         return_code: What the command returned.
         time_s: Seconds that it took.
+        peak_bytes: Most memory that it held at a time, without its workers.
         faults: What is wrong with that; empty where nothing is.
     """
 
@@ -42,6 +43,7 @@ class TriedSet:
     num_ways: int
     return_code: int
     time_s: float
+    peak_bytes: int
     faults: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -52,7 +54,8 @@ class TriedSet:
         found = f"At fault: {'; '.join(self.faults[:5])}" if self.faults else held
         return (
             f"One set of {self.num_good + self.num_bad} scans, of which {self.num_bad} were damaged in {self.num_ways} "
-            f"ways (`mim3d cache`, {self.time_s:.0f} s on two cores, return code {self.return_code}). {found}."
+            f"ways (`mim3d cache`, {self.time_s:.0f} s on {os.cpu_count()} cores, {self.peak_bytes / 2**20:.0f} MiB of "
+            f"memory, return code {self.return_code}). {found}."
         )
 
 
@@ -78,19 +81,33 @@ def try_set(specimens: Sequence[Specimen], num_scans: int, num_bad: int, *, seed
         path.parent.mkdir(parents=True, exist_ok=True)
         nibabel.save(nibabel.Nifti1Image(good_scan(number), np.eye(4)), path)
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "mim3d", "cache", str(data), "--out", str(out), "--intensities", "lossless"],
-        env={**os.environ, "PYTHONPATH": str(Path(mim3d.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    with open(scratch / "said.txt", "w+", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mim3d", "cache", str(data), "--out", str(out), "--intensities", "lossless"],
+            env={**os.environ, "PYTHONPATH": str(Path(mim3d.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+            stdout=said,
+            stderr=said,
+        )
+        # Its own memory, not that of every process before it.
+        _, status, usage = os.wait4(process.pid, 0)
+        return_code = process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read().strip()
     time_s = time.monotonic() - started
-    faults = [] if done.returncode == 2 else [f"return code {done.returncode}: {done.stderr.strip()[-300:]}"]
-    if "Traceback" in done.stderr:
-        faults.append(f"a traceback: {done.stderr.strip()[-300:]}")
+    faults = [] if return_code == 2 else [f"return code {return_code}: {text[-300:]}"]
+    if "Traceback" in text:
+        faults.append(f"a traceback: {text[-300:]}")
     if (out / "manifest.parquet").exists():
         faults += _faults(open_cache(out), num_scans - num_bad, sorted(ways))
-    return TriedSet(num_scans - num_bad, num_bad, len(set(ways.values())), done.returncode, time_s, tuple(faults))
+    return TriedSet(
+        num_good=num_scans - num_bad,
+        num_bad=num_bad,
+        num_ways=len(set(ways.values())),
+        return_code=return_code,
+        time_s=time_s,
+        peak_bytes=usage.ru_maxrss * 2**10,
+        faults=tuple(faults),
+    )
 
 
 def _write_bad(specimens: Sequence[Specimen], num_bad: int, seed: int, data: Path) -> dict[str, str]:
