@@ -180,17 +180,9 @@ def check_gzip(path: str, offset: int, size_bytes: int) -> None:
     check_deflate(path, os.path.getsize(path) - offset, size_bytes)
     with open(path, "rb") as stream:
         stream.seek(max(offset, os.path.getsize(path) - 4))
-        unpacked = int.from_bytes(stream.read(4), "little")
-    if unpacked != size_bytes % 2**32:
-        check_packed(path, offset, size_bytes)
-
-
-def check_packed(path: str, offset: int, size_bytes: int) -> None:
-    """Unpack a gzip or zlib stream once, without keeping it, and compare its length and checksum.
-
-    Raises:
-        DataError: The stream is damaged or ends too early.
-    """
+        unpacked_bytes = int.from_bytes(stream.read(4), "little")
+    if unpacked_bytes == size_bytes % 2**32:
+        return
     unpacked_bytes = sum(map(len, unpacked(path, offset, size_bytes)))
     if unpacked_bytes < size_bytes:
         raise DataError(
@@ -218,7 +210,11 @@ def unpacked(path: str, offset: int, size_bytes: int) -> Iterator[bytes]:
                     if not plain and len(packed.unconsumed_tail) == len(block):
                         raise EOFError("it cannot be unpacked further")
                     left -= len(plain)
-                    require_bounded(path, left)
+                    if left < 0:
+                        raise DataError(
+                            f"{path}: its compressed stream goes on far behind the last voxel; the header is wrong, or "
+                            "it is no scan."
+                        )
                     yield plain
                     block = packed.unconsumed_tail or packed.unused_data or stream.read(2**20)
                 if not packed.eof:
@@ -229,18 +225,6 @@ def unpacked(path: str, offset: int, size_bytes: int) -> Iterator[bytes]:
         raise DataError(
             f"{path}: the compressed stream is truncated or damaged ({error}); copy it again from its source."
         ) from error
-
-
-def require_bounded(path: str, left: int) -> None:
-    """Refuse a compressed stream of which more was unpacked than may be.
-
-    Raises:
-        DataError: Less than nothing is left of what may be unpacked.
-    """
-    if left < 0:
-        raise DataError(
-            f"{path}: its compressed stream goes on far behind the last voxel; the header is wrong, or it is no scan."
-        )
 
 
 def require_one_value(num_values: int, path: str) -> None:

@@ -1,6 +1,5 @@
 """Headers of MetaImage files, attached to their voxels or in a file beside them."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -102,9 +101,7 @@ def _header(fields: dict[str, str], names: tuple[list[str], int], end: int, path
             VoxelFile(path=path, offset=max(offset, end), skip=skip, size_bytes=size_bytes, packed_bytes=packed),
         )
     else:
-        if len(names[0]) > 1 and math.prod(sizes[names[1] :]) != len(names[0]):
-            raise DataError(f"{path}: its header lists {len(names[0])} files for {sizes}; correct the header.")
-        parts = parts_of(path, names[0], size_bytes, offset=max(offset, 0), skip=min(offset, 0))
+        parts = parts_of(path, names, sizes, size_bytes, offset=max(offset, 0), skip=min(offset, 0))
     return TextHeader(
         shape=shape,
         dtype=dtype,

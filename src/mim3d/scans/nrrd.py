@@ -121,9 +121,7 @@ def _header(fields: dict[str, str], names: tuple[list[str], int] | None, end: in
     if names is None:
         parts: tuple[VoxelFile, ...] = (VoxelFile(path=path, offset=end, skip=skip, size_bytes=size_bytes),)
     else:
-        if len(names[0]) > 1 and math.prod(sizes[names[1] :]) != len(names[0]):
-            raise DataError(f"{path}: its header lists {len(names[0])} files for {sizes}; correct the header.")
-        parts = parts_of(path, names[0], size_bytes, skip=skip)
+        parts = parts_of(path, names, sizes, size_bytes, skip=skip)
     if lines:
         parts = tuple(_after_lines(part, lines) for part in parts)
     return TextHeader(shape=shape, dtype=dtype, encoding=encoding, parts=parts, geometry=geometry, assumed=assumed)

@@ -3,6 +3,7 @@
 A header may come from anywhere, so it names only regular files that lie beside or below it, whatever links say.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from mim3d.core.errors import DataError
 from mim3d.scans import files
+from mim3d.scans.grids import times
 from mim3d.scans.voxel_files import Encoding, VoxelFile
 
 #: A text header longer than this is no header.
@@ -213,14 +215,29 @@ def beside(path: str, name: str) -> str:
 
 
 def parts_of(
-    path: str, names: Sequence[str], size_bytes: int, *, offset: int = 0, skip: int = 0
+    path: str,
+    named: tuple[Sequence[str], int],
+    sizes: Sequence[int],
+    size_bytes: int,
+    *,
+    offset: int = 0,
+    skip: int = 0,
 ) -> tuple[VoxelFile, ...]:
     """The detached files of a header, each of which holds as much as every other.
+
+    Args:
+        path: The header.
+        named: The names of the files, and the number of axes of what each holds.
+        sizes: Sizes of all axes.
+        size_bytes: Bytes of all voxels.
+        offset: Byte of each file where its voxels start.
+        skip: Bytes before them once unpacked, see ``VoxelFile``.
 
     Raises:
         DataError: One of them may not be read, or the voxels do not divide among them.
     """
-    each, rest = divmod(size_bytes, len(names))
-    if rest:
-        raise DataError(f"{path}: its header lists {len(names)} files, which is no number of equal parts; correct it.")
+    names, num_axes = named
+    if len(names) > 1 and math.prod(sizes[num_axes:]) != len(names):
+        raise DataError(f"{path}: its header lists {len(names)} files for {times(sizes)} voxels; correct the header.")
+    each = size_bytes // len(names)
     return tuple(VoxelFile(path=beside(path, name), offset=offset, skip=skip, size_bytes=each) for name in names)
