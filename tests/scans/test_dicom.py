@@ -242,6 +242,15 @@ def test_a_file_of_many_frames_is_a_scan_by_itself(tmp_path):
         assert source_files(str(path)) == [str(path)]
 
 
+def test_files_of_many_frames_in_one_folder_are_named_by_their_files(tmp_path):
+    images = write_frames(tmp_path / "images", [1] * 6)
+    other = pydicom.dcmread(images / "frames.dcm")
+    other.SeriesInstanceUID, other.SOPInstanceUID = "1.2.3.8", "1.2.3.8.1"
+    other.save_as(images / "other.dcm")
+    (images / "broken.dcm").write_bytes(b"")
+    assert find_scans(tmp_path) == [str(images / name) for name in ("broken.dcm", "frames.dcm", "other.dcm")]
+
+
 def test_one_slice_or_another_object_given_as_a_scan_is_told_apart(tmp_path):
     one = next(write_series(tmp_path / "ct", positions(heights())).iterdir())
     assert refusal(one) == (
@@ -512,9 +521,7 @@ def test_a_damaged_file_among_several_series_is_a_scan_of_its_own(tmp_path):
         except DataError as error:
             reasons.append(str(error))
     assert len(found) == 3
-    assert reasons == [
-        f"{folder}/broken.dcm: this DICOM file cannot be read: it is empty; copy it again from its source."
-    ]
+    assert reasons == [f"{folder}/broken.dcm: the file is empty; copy it again from its source."]
 
 
 def test_a_pipe_or_a_dead_link_with_a_dicom_name_is_told_and_not_opened(tmp_path):

@@ -342,7 +342,8 @@ def write_volume(path: str | os.PathLike[str], array: npt.NDArray[Any], grid: Gr
 def find_scans(folder: str | os.PathLike[str], *, with_predictions: bool = False) -> list[str]:
     """Find every image below a folder: files by suffix, and one entry per DICOM image series, sorted.
 
-    A series is named by its folder where the folder holds one image series, else by `folder::hash`. Scouts,
+    A series is named by its folder where the folder holds one image series, by its file where it is one file (of many
+    frames) among others, else by `folder::hash`. Scouts,
     derived series and structure sets are left out with one warning each; files of other kinds are passed over. A scan
     that cannot be read is found too, and refused when it is opened. Hidden files and folders are not entered.
 

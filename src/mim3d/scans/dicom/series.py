@@ -287,7 +287,8 @@ def find_series(paths: Iterable[str]) -> list[str]:
         paths: Files of any kind.
 
     Returns:
-        The addresses of the image series.
+        The addresses of the image series: its folder where it is the only one there, its file where it is one among
+        others, else `folder::hash`.
     """
     series = _group(paths)
     kept, left_out = _choose(series)
@@ -306,7 +307,13 @@ def find_series(paths: Iterable[str]) -> list[str]:
     volumes: set[tuple[object, ...]] = set()
     for uid, slices in kept.items():
         alone = len(folders[uid]) == 1 and all(num_in_folder[folder] == 1 for folder in folders[uid])
-        address = _folder_of(slices) if alone else _address(uid, slices)
+        paths = {item.path for item in slices}
+        if alone:
+            address = _folder_of(slices)
+        elif len(paths) == 1 and read_slices(slices[0].path):
+            address = slices[0].path
+        else:
+            address = _address(uid, slices)
         try:
             stack(slices, address)
             volumes.update(map(_look, slices))
