@@ -198,6 +198,12 @@ def test_data_without_cases_is_one_clear_sentence(tmp_path, make, message):
         read_cases(make(tmp_path))
 
 
+def test_a_folder_of_archives_says_that_they_are_not_opened(tmp_path):
+    touch(tmp_path, "patient/study.zip")
+    with pytest.raises(DataError, match="no scan in here; .* unpack study.zip first"):
+        read_cases(tmp_path)
+
+
 def test_broken_json_names_its_line(tmp_path):
     path = tmp_path / "dataset.json"
     path.write_text('{"labels":\n oops}')

@@ -28,6 +28,7 @@ _OTHER_SPLITS = {"training": "train", "validation": "val", "valid": "val", "test
 
 IMAGE_FOLDERS = ("images", "imagesTr")
 LABEL_FOLDERS = ("labels", "labelsTr", "masks")
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".gz", ".bz2", ".xz")
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
@@ -331,7 +332,9 @@ def scans_in(folder: str, *, with_predictions: bool = False) -> list[str]:
     found = find_scans(folder, with_predictions=with_predictions)
     paths = [path for path in found if not os.path.basename(path).startswith(".")]
     if not paths:
-        raise DataError(f"{folder}: no scan in here; expected {', '.join(SUFFIXES)} or DICOM series.")
+        packed = [name for _, _, names in os.walk(folder) for name in names if name.lower().endswith(_ARCHIVES)]
+        hint = f" Archives are not opened; unpack {listed(sorted(packed), 3)} first." if packed else ""
+        raise DataError(f"{folder}: no scan in here; expected {', '.join(SUFFIXES)} or DICOM series.{hint}")
     return paths
 
 
