@@ -78,7 +78,7 @@ BUDGET = {
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1350,
-    "caching": 4300,
+    "caching": 4335,
     "objective": 150,
     "weights": 725,
     "inference": 900,

@@ -85,6 +85,8 @@ def test_what_a_scan_leaves_open_is_said_once_and_stored_whoever_read_it(tmp_pat
         with open(f"{scan.source}/card.json") as file:
             card = json.load(file)
         assert "sform_code are 0" in card["assumed"][0]
+        assert scan.assumed == tuple(card["assumed"])
+    assert json.loads((tmp_path / "cache/summary.json").read_text())["assumed"].keys() == {"c0", "c1"}
 
 
 corner = st.tuples(*[st.integers(-50, 60)] * 3)

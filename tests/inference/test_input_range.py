@@ -29,19 +29,21 @@ def saved(folder, name, array, spacing_mm=(1.0, 1.0, 1.0)):
     return str(path)
 
 
-def range_of(folder, arrays):
+def range_of(folder, arrays, spacing_mm=None):
     for place, array in enumerate(arrays):
         saved(folder / "data", f"scan{place}", array)
-    cache = build_cache(read_cases(folder / "data"), folder / "cache", Preprocessing(intensities="lossless"))
+    preprocessing = Preprocessing(intensities="lossless", spacing_mm=spacing_mm)
+    cache = build_cache(read_cases(folder / "data"), folder / "cache", preprocessing)
     known = InputRange.of(cache.scans)
     # As it comes back from a card.
     return build_settings(InputRange, to_mapping(known), "input_range")
 
 
-def said_of(known, folder, array, **options):
+def said_of(known, folder, array, to_mm=None, **options):
     path = saved(folder / "new", "new", array, options.pop("spacing_mm", (1.0, 1.0, 1.0)))
     in_hu = [channel.in_hu for channel in known.channels]
-    return known.warnings_on(prepare(Case(images=(path,), **options), Preprocessing(), set_in_hu=in_hu))
+    preprocessing = Preprocessing(spacing_mm=to_mm)
+    return known.warnings_on(prepare(Case(images=(path,), **options), preprocessing, set_in_hu=in_hu))
 
 
 @pytest.fixture
@@ -69,6 +71,14 @@ def test_what_is_declared_wrong_or_stored_wrong_is_told(of_ct, tmp_path):
 def test_other_voxel_sizes_are_told(of_ct, tmp_path):
     (text,) = said_of(of_ct, tmp_path, ct(), spacing_mm=(1.0, 1.0, 6.0))
     assert "its voxels of 1 x 1 x 6 mm" in text
+
+
+def test_voxel_sizes_are_those_of_files_where_scans_are_resampled(tmp_path):
+    known = range_of(tmp_path, [ct(seed) for seed in range(2)], spacing_mm=(2.0, 2.0, 2.0))
+    assert known.source_spacing_mm == ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
+    assert said_of(known, tmp_path, ct(9), to_mm=(2.0, 2.0, 2.0)) == []
+    (text,) = said_of(known, tmp_path, ct(9), to_mm=(2.0, 2.0, 2.0), spacing_mm=(1.0, 1.0, 10.0))
+    assert "its voxels of 1 x 1 x 10 mm lie far from those of training (1 x 1 x 1 to 1 x 1 x 1 mm)" in text
 
 
 def test_a_network_of_mri_takes_mri_of_any_scale_and_tells_ct(tmp_path):

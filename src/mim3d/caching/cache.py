@@ -41,11 +41,11 @@ _LEAST_ROW_BYTES = 2000
 #: What a data set may declare beside its labels, and what was said of it.
 _DECLARED = ("ignore_label", "regions", "region_values", "channels", "notes")
 
-#: Columns that only the manifests of sets have which declare them.
-_DECLARED_OF_CASES = ("fold", "modality")
+#: Columns that only those manifests have which need them.
+_RARE = ("fold", "modality", "assumed", "source_spacing_mm")
 
 #: Columns that older caches lack: what is labelled, what reduced levels were clipped to, what each channel is.
-_ADDED = {"labelled", "level_windows", "modalities", *_DECLARED_OF_CASES}
+_ADDED = {"labelled", "level_windows", "modalities", *_RARE}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -264,8 +264,8 @@ def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], source: CaseSet
     if remarks:
         about["remarks"] = json.dumps([asdict(remark) for remark in remarks])
     schema = _schema()
-    for name in _DECLARED_OF_CASES:
-        if all(row[name] is None for row in rows):
+    for name in _RARE:
+        if all(row.get(name) is None for row in rows):
             schema = schema.remove(schema.get_field_index(name))
     table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata(about))
     with atomic_file(os.path.join(root, layout.MANIFEST), durable=True, remedy=None) as part:
@@ -392,6 +392,8 @@ def _schema() -> Any:
         "size_bytes": pa.int64(),
         "shape": voxels,
         "spacing_mm": numbers,
+        "source_spacing_mm": numbers,
+        "assumed": pa.list_(pa.string()),
         "affine": numbers,
         "num_channels": pa.int64(),
         "dtype": pa.string(),

@@ -150,6 +150,11 @@ _CARD: _Rules = {
         lambda value, card: _numbers(value, 3) and all(MIN_SPACING_MM <= edge <= MAX_SPACING_MM for edge in value),
         "three numbers of millimetres above 0",
     ),
+    "source_spacing_mm": (
+        lambda value, card: value is None or (_numbers(value, 3) and all(0 < edge <= _LARGEST for edge in value)),
+        "null or three numbers of millimetres above 0",
+    ),
+    "assumed": (lambda value, card: value is None or _texts(value), "null or a list of text"),
     "affine": (_affine, "16 numbers whose axes are as long as spacing_mm says and meet at right angles"),
     "num_channels": (lambda value, card: _whole(value, 1, _MOST_CHANNELS), f"from 1 to {_MOST_CHANNELS}"),
     "dtype": (lambda value, card: value in _TYPES, f"one of {', '.join(_TYPES)}"),
@@ -172,7 +177,16 @@ _CARD: _Rules = {
 }
 
 #: Entries that older cards and rows lack, or that are not read with the others.
-_OPTIONAL = ("modalities", "level_windows", "fingerprint", "labelled", "fold", "modality")
+_OPTIONAL = (
+    "modalities",
+    "level_windows",
+    "fingerprint",
+    "labelled",
+    "fold",
+    "modality",
+    "assumed",
+    "source_spacing_mm",
+)
 
 
 def _id(value: Any, row: Mapping[str, Any]) -> bool:

@@ -222,6 +222,8 @@ def _write_case(folder: str, prepared: Prepared, card: Card, settings: BuildSett
         card |= card_of(prepared, meanings, stored.dtype, preprocessing.num_levels, windows) | {"num_voxels": []}
         if prepared.grid.assumed:
             card["assumed"] = list(prepared.grid.assumed)
+        if preprocessing.spacing_mm is not None:
+            card["source_spacing_mm"] = [float(mm) for mm in prepared.grid.spacing_mm]
         del stored
         if prepared.label is not None:
             write_array(os.path.join(scratch, layout.LABEL), prepared.label)

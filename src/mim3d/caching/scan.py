@@ -115,6 +115,8 @@ class CachedScan:
             in caches made before levels were averages of what is shown: theirs are averages of the stored numbers, and
             at odd edges of those inside the scan alone.
         modalities: What each channel is.
+        source_spacing_mm: Voxel size along X, Y, Z before it was resampled; None where it was not, or in older caches.
+        assumed: What its file leaves open, each with what is assumed.
     """
 
     case: Case
@@ -137,6 +139,8 @@ class CachedScan:
     num_levels: int = 1
     level_windows: tuple[tuple[float, float], ...] | None = None
     modalities: tuple[ChannelModality, ...] = ()
+    source_spacing_mm: Spacing | None = None
+    assumed: tuple[str, ...] = ()
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any], case: Case, source: ByteSource) -> "CachedScan":
@@ -147,6 +151,7 @@ class CachedScan:
         """
         x, y, z = (int(voxels) for voxels in card["shape"])
         sx, sy, sz = (float(mm) for mm in card["spacing_mm"])
+        edges = card.get("source_spacing_mm")
         box = [int(voxel) for voxel in card["body_box"]]
         blocks = [-(-voxels // BLOCK) for voxels in (x, y, z)]
         packed = base64.b64decode(card["foreground"], validate=True)
@@ -172,6 +177,8 @@ class CachedScan:
             num_levels=int(card["num_levels"]),
             level_windows=_level_windows(card.get("level_windows")),
             modalities=modalities_of(card),
+            source_spacing_mm=None if edges is None else (float(edges[0]), float(edges[1]), float(edges[2])),
+            assumed=tuple(map(str, card.get("assumed") or ())),
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class CacheSummary:
         labels: Labels by value, without the background.
         classes: Class -> number of scans.
         splits: Declared part, ``train``, ``val`` or ``test`` -> number of scans.
+        assumed: Case id -> what its file leaves open, each with what is assumed.
     """
 
     num_cases: int
@@ -54,6 +55,7 @@ class CacheSummary:
     labels: tuple[LabelSummary, ...]
     classes: dict[str, int]
     splits: dict[str, int]
+    assumed: dict[str, tuple[str, ...]]
 
     @classmethod
     def of(cls, cache: Cache) -> "CacheSummary":
@@ -82,6 +84,7 @@ class CacheSummary:
             ),
             classes=_sorted(Counter(scan.case.class_name for scan in cache if scan.case.class_name)),
             splits=_sorted(Counter(scan.case.split for scan in cache if scan.case.split)),
+            assumed={scan.case.id: scan.assumed for scan in cache if scan.assumed},
         )
 
     def lines(self) -> list[str]:
@@ -99,6 +102,8 @@ class CacheSummary:
             found.append(f"  classes: {_some([f'{name} {count}' for name, count in self.classes.items()])}")
         if self.splits:
             found.append(f"  declared: {_some([f'{name} {count}' for name, count in self.splits.items()])}")
+        if self.assumed:
+            found.append(f"  assumed of what files leave open: {len(self.assumed)} scans ({_some(list(self.assumed))})")
         return found
 
     def short(self) -> str:

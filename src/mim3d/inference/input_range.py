@@ -46,10 +46,13 @@ class InputRange:
     Attributes:
         channels: Each of their channels.
         spacing_mm: Least and greatest voxel size along X, Y, Z, as they were given to the network.
+        source_spacing_mm: The same of their files, where they were resampled; None where they were not, or where that
+            is not known.
     """
 
     channels: tuple[ChannelRange, ...]
     spacing_mm: tuple[Spacing, Spacing]
+    source_spacing_mm: tuple[Spacing, Spacing] | None = None
 
     @classmethod
     def of(cls, scans: Sequence[CachedScan]) -> "InputRange":
@@ -74,8 +77,12 @@ class InputRange:
                     width=median(high - low for low, high in zip(lows, highs, strict=True)),
                 )
             )
-        x, y, z = ([scan.spacing_mm[axis] for scan in scans] for axis in range(3))
-        return cls(channels=tuple(channels), spacing_mm=((min(x), min(y), min(z)), (max(x), max(y), max(z))))
+        sources = [scan.source_spacing_mm for scan in scans if scan.source_spacing_mm is not None]
+        return cls(
+            channels=tuple(channels),
+            spacing_mm=_ends([scan.spacing_mm for scan in scans]),
+            source_spacing_mm=_ends(sources) if len(sources) == len(scans) else None,
+        )
 
     def warnings_on(self, prepared: Prepared) -> list[str]:
         """Sentences on what of a scan lies far outside; none for a scan of the kind that the network knows."""
@@ -100,11 +107,17 @@ class InputRange:
                         f"{where}its intensities ({values[0]:.4g} to {values[2]:.4g} HU) lie far from those of "
                         f"training ({known.low[0]:.4g} to {known.high[1]:.4g} HU)"
                     )
-        least, greatest = self.spacing_mm
-        ratios = zip(prepared.spacing_mm, least, greatest, strict=True)
+        # What is resampled comes to the network in one voxel size, whatever it was.
+        size_mm = prepared.spacing_mm if self.source_spacing_mm is None else prepared.grid.spacing_mm
+        least, greatest = self.source_spacing_mm or self.spacing_mm
+        ratios = zip(size_mm, least, greatest, strict=True)
         if any(not low / FAR_SPACING <= mm <= high * FAR_SPACING for mm, low, high in ratios):
-            own, first, last = (
-                " x ".join(f"{mm:.3g}" for mm in size) for size in (prepared.spacing_mm, least, greatest)
-            )
+            own, first, last = (" x ".join(f"{mm:.3g}" for mm in size) for size in (size_mm, least, greatest))
             said.append(f"its voxels of {own} mm lie far from those of training ({first} to {last} mm)")
         return [f"{text}; check what the network made of it." for text in said]
+
+
+def _ends(sizes_mm: Sequence[Spacing]) -> tuple[Spacing, Spacing]:
+    """Least and greatest along each axis."""
+    x, y, z = zip(*sizes_mm, strict=True)
+    return (min(x), min(y), min(z)), (max(x), max(y), max(z))
