@@ -344,6 +344,10 @@ def test_two_processes_do_not_write_one_list(segmenter_run, tmp_path):
     first, _ = two_patients(tmp_path)
     with alone_in(tmp_path / "out"), pytest.raises(ConfigError, match="Another process predicts into"):
         predict(str(segmenter_run), str(tmp_path / "out"), input=str(first))
+    # What a killed process leaves behind goes.
+    (tmp_path / "out" / ".x.partial").mkdir()
+    with alone_in(tmp_path / "out"):
+        assert not (tmp_path / "out" / ".x.partial").exists()
 
 
 def test_channels_that_do_not_match_are_a_reason(segmenter_run, tmp_path):
