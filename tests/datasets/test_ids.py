@@ -115,6 +115,19 @@ def test_label_names_are_harmless_text(tmp_path):
     assert read_cases(tmp_path).labels == {0: "background", 1: "liver\\x1b[2J\\u202e"}
 
 
+def test_images_and_labels_pair_by_their_places_where_several_have_one_name(tmp_path):
+    places = ["a b", "a;b", "+1", "-1", "p1/ct", "p2/ct", "p3/t1"]
+    touch(
+        tmp_path, *(f"{side}/{place}.nii.gz" for side in ("images", "labels") for place in places if place != "p3/t1")
+    )
+    touch(tmp_path, "images/p3/t1.nii.gz", "labels/t1.nii.gz")
+    cases = read_cases(tmp_path).cases
+    assert len({same_name(case.id) for case in cases}) == len(places)
+    for case in cases:
+        image, label = (Path(path).relative_to(tmp_path).parts[1:] for path in (case.images[0], case.label))
+        assert image == label or (image, label) == (("p3", "t1.nii.gz"), ("t1.nii.gz",))
+
+
 def test_two_label_maps_of_one_name_are_refused_with_both(tmp_path):
     touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/a.nrrd")
     with pytest.raises(DataError, match=r"a\.nii\.gz and .*a\.nrrd have the same name"):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
-from mim3d.core.names import is_file_name, joined_name, printable, same_name
+from mim3d.core.names import file_name, is_file_name, joined_name, printable, same_name
 from mim3d.core.settings import nearest
 from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import unique_ids
@@ -247,22 +248,38 @@ def pair_folders(folder: str) -> tuple[str, str] | None:
 
 
 def _read_pairs(image_folder: str, label_folder: str, with_labels: bool) -> list[Case]:
-    """Images and labels of the same file name; an image without a label stays unlabelled.
+    """Images and labels of the same file name, in the same subfolder where several have it.
 
-    A label without an image is a case whose image is missing: it is left out when headers are read. There are no cases
-    where no label is named like an image.
+    An image without a label stays unlabelled. A label without an image is a case whose image is missing: it is left out
+    when headers are read. There are no cases where no label is named like an image.
     """
     images = _group_channels(scans_in(image_folder), image_folder)
-    labels = _by_id(scans_in(label_folder), label_folder) if with_labels else {}
-    orphans = sorted(set(labels) - set(images))
+    labels = _by_place(scans_in(label_folder), label_folder) if with_labels else {}
     # Without labels the names of files are enough.
-    names = labels.keys() or {
+    names = set(map(_name_of, labels)) or {
         scan_id(name) for _, _, files in os.walk(label_folder) for name in files if suffix_of(name)
     }
-    if names and names.isdisjoint(images):
+    if names and names.isdisjoint(map(_name_of, images)):
         return []
-    missing = {name: (os.path.join(image_folder, os.path.basename(labels[name])),) for name in orphans}
-    return [Case(id=name, images=paths, label=labels.get(name)) for name, paths in (images | missing).items()]
+    label_of = {place: labels.pop(place) for place in images if place in labels}
+    by_name, left = (_by_name(places) for places in (images.keys() - label_of.keys(), labels))
+    label_of |= {by_name[name]: labels.pop(left[name]) for name in by_name.keys() & left.keys()}
+    for place, label in labels.items():
+        images[place] = (os.path.join(image_folder, os.path.relpath(label, label_folder)),)
+    label_of |= labels
+    return [Case(id=_name_of(place), images=paths, label=label_of.get(place)) for place, paths in images.items()]
+
+
+def _name_of(place: str) -> str:
+    return file_name(os.path.basename(place))
+
+
+def _by_name(places: Iterable[str]) -> dict[str, str]:
+    """Places by the name that no other of them has."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for place in places:
+        found[_name_of(place)].append(place)
+    return {name: each[0] for name, each in found.items() if len(each) == 1}
 
 
 def _read_unlike_pairs(folder: str, image_folder: str, label_folder: str, *, with_labels: bool) -> CaseSet:
@@ -302,7 +319,7 @@ def _read_tree(folder: str, with_labels: bool) -> CaseSet:
     paths = scans_in(folder)
     if re.fullmatch(r"images(Tr|Ts|Val)", os.path.basename(folder)):
         groups = _group_channels(paths, folder)
-        cases = tuple(Case(id=name, images=files) for name, files in groups.items())
+        cases = tuple(Case(id=_name_of(place), images=files) for place, files in groups.items())
         return CaseSet(root=folder, form="folder", cases=cases, labels={})
     found = sort_tree(paths, folder, with_labels=with_labels)
     patients = patients_of_folders([case.images[0] for case in found.cases], folder)
@@ -339,12 +356,12 @@ def scans_in(folder: str, *, with_predictions: bool = False) -> list[str]:
 
 
 def _group_channels(paths: Iterable[str], folder: str) -> dict[str, tuple[str, ...]]:
-    """Case name -> channel files of one folder, in channel order.
+    """Place of a case in one folder -> its channel files, in channel order.
 
     Names count as channels (``case_0000``, ``case_0001``) only where every file ends in four digits and every
     case has the same channels from 0000 on; otherwise each file is a case.
     """
-    named = _by_id(paths, folder)
+    named = _by_place(paths, folder)
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     for name, path in named.items():
         match = _CHANNEL.match(name)
@@ -356,15 +373,16 @@ def _group_channels(paths: Iterable[str], folder: str) -> dict[str, tuple[str, .
     return {case: tuple(group[channel] for channel in expected) for case, group in groups.items()}
 
 
-def _by_id(paths: Iterable[str], folder: str) -> dict[str, str]:
-    """Scans of a folder by their names.
+def _by_place(paths: Iterable[str], folder: str) -> dict[str, str]:
+    """Scans of a folder by their places in it, without suffixes.
 
     Raises:
         DataError: Two have the same name.
     """
     named: dict[str, str] = {}
     for path in paths:
-        other = named.setdefault(scan_id(path), path)
+        place = os.path.relpath(path, folder)
+        other = named.setdefault(unicodedata.normalize("NFC", place.removesuffix(suffix_of(place))), path)
         if other != path:
             raise DataError(f"{folder}: {other} and {path} have the same name; rename or move one.")
     return named
