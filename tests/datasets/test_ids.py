@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from mim3d.caching.case import source_files
 from mim3d.core.errors import DataError
 from mim3d.core.files import write_csv
 from mim3d.core.names import is_file_name, same_name
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.ids import distinct_names
 from mim3d.datasets.references import find_pairs, read_class_tables
+from mim3d.scans.volumes import read_grid
+from tests.labelled import ball_scan, write_scan
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -113,6 +116,15 @@ def test_label_names_are_harmless_text(tmp_path):
     labels = {"background": 0, "liver\x1b[2J\u202e": 1}
     (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels}))
     assert read_cases(tmp_path).labels == {0: "background", 1: "liver\\x1b[2J\\u202e"}
+
+
+def test_colons_in_names_of_files_are_no_addresses(tmp_path):
+    for name in ("a::b", "a::channel=1", "c::1a2b3c4d"):
+        write_scan(tmp_path / f"{name}.nii.gz", ball_scan(0)[0])
+    cases = read_cases(tmp_path).cases
+    assert [case.id for case in cases] == ["a_b", "a_channel_1", "c_1a2b3c4d"]
+    assert all(read_grid(case.images[0]).shape == (22, 20, 18) for case in cases)
+    assert all(source_files(case.images[0]) == list(case.images) for case in cases)
 
 
 def test_images_and_labels_pair_by_their_places_where_several_have_one_name(tmp_path):

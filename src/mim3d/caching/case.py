@@ -29,7 +29,7 @@ from mim3d.core.files import sync, sync_tree
 from mim3d.core.left_out import Failure
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import check_file
-from mim3d.scans.grids import split_channel
+from mim3d.scans.grids import split_channel, split_series
 from mim3d.scans.image_stacks import is_slice_folder, slice_paths
 from mim3d.scans.modality import DARKEST_CT_HU
 from mim3d.scans.volumes import files_of
@@ -263,9 +263,10 @@ def source_files(path: str) -> list[str]:
         DataError: A file or series is missing.
     """
     path, _ = split_channel(path)
-    if "::" not in path and is_slice_folder(path):
+    _, series = split_series(path)
+    if not series and is_slice_folder(path):
         return slice_paths(path)
-    if "::" in path or os.path.isdir(path):
+    if series or os.path.isdir(path):
         from mim3d.scans.dicom.series import open_series
 
         return sorted({item.path for item in open_series(path).slices})

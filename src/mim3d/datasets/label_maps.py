@@ -11,7 +11,7 @@ from mim3d.core.errors import DataError, listed
 from mim3d.core.names import joined_name
 from mim3d.datasets.label_voxels import Voxels, voxels_of
 from mim3d.scans.files import nothing_said
-from mim3d.scans.grids import Grid, file_of, require_same_grid
+from mim3d.scans.grids import Grid, file_of, require_same_grid, split_series
 from mim3d.scans.volumes import read_grid, scan_id, suffix_of
 
 #: Folders of label maps, in lower case, where scans lie beside them.
@@ -314,7 +314,7 @@ class _Groups:
 
     def _key(self, path: str) -> tuple[str, ...]:
         """The folders and the name of a file, without what says whether it is an image or a label map."""
-        file, _, series = path.partition("::")
+        file, series = split_series(path)
         *folders, name = os.path.relpath(file, self.root).split(os.sep)
         kept = [part for part in folders if part.lower() not in LABEL_FOLDERS | _IMAGE_FOLDERS | _CHANNELS]
         stem = name.removesuffix(suffix_of(name))

@@ -23,6 +23,9 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 #: How one channel of a file with several is addressed.
 _CHANNEL = re.compile(r"(?P<file>.+)::channel=(?P<channel>\d+)", re.DOTALL)
 
+#: How one series of a folder with several is addressed. Names of files may hold colons, too.
+_SERIES = re.compile(r"(?P<folder>.+)::(?P<series>[0-9a-f]{8})", re.DOTALL)
+
 #: Axes count as perpendicular up to this cosine (0.06 degrees): headers in single precision stay far below. Beyond it
 #: they do while no voxel lies further than ``TOLERANCE_VOXELS`` from a rectangular grid: headers of few digits.
 MAX_SHEAR_COSINE = 1e-3
@@ -120,9 +123,15 @@ def split_channel(address: str) -> tuple[str, int | None]:
     return (match["file"], int(match["channel"])) if match else (address, None)
 
 
+def split_series(address: str) -> tuple[str, str]:
+    """``folder::1a2b3c4d`` as the folder and what names the series in it; empty for any other address."""
+    match = _SERIES.fullmatch(address)
+    return (match["folder"], match["series"]) if match else (address, "")
+
+
 def file_of(address: str) -> str:
     """The file or folder that the address of a scan leads to, without the channel or series in it."""
-    return address.partition("::")[0]
+    return split_series(split_channel(address)[0])[0]
 
 
 def resolved(images: Sequence[str]) -> tuple[str, ...]:

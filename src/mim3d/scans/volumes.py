@@ -21,7 +21,7 @@ from mim3d.core.files import atomic_file
 from mim3d.core.names import file_name
 from mim3d.core.types import LARGEST_LABEL, Spacing
 from mim3d.scans.files import check_file, walk
-from mim3d.scans.grids import Grid, smallest_integer, split_channel
+from mim3d.scans.grids import Grid, smallest_integer, split_channel, split_series
 from mim3d.scans.image_stacks import is_slice_folder
 
 #: Numbers in a label map may be off a whole number by this much: half a thousandth of the step between two labels.
@@ -145,9 +145,9 @@ def format_of(address: str) -> Format:
         raise DataError(f"{address}: only {names} files have channels; save it as a file of its own.")
     if found is not None:
         return found
-    if is_folder and "::" not in address and is_slice_folder(address):
+    if is_folder and is_slice_folder(address):
         return IMAGE_STACK
-    if is_folder or "::" in address:
+    if is_folder or split_series(address)[1]:
         return DICOM
     check_file(address)
     from mim3d.scans.dicom.headers import read_slices
@@ -400,7 +400,7 @@ def scan_id(path: str | os.PathLike[str]) -> str:
     The first channel of a file is called like the file, which names a case of several channels; others by number.
     """
     address, channel = split_channel(os.fspath(path))
-    folder, _, series = address.partition("::")
+    folder, series = split_series(address)
     name = os.path.basename(os.path.abspath(folder))
     stem = name.removesuffix(suffix_of(name))
     if stem == name and os.path.isfile(folder):

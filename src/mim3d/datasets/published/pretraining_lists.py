@@ -17,6 +17,7 @@ from mim3d.datasets.cases import Case, CaseSet, to_cases
 from mim3d.datasets.published.folds import fold_numbers
 from mim3d.datasets.published.presets import NIFTI, Preset, plain
 from mim3d.datasets.published.sets.btcv import BTCV
+from mim3d.scans.grids import split_series
 from mim3d.scans.volumes import find_scans
 
 #: Folders between the one that is given and that of a set: ``root/manifest-1600709154662/LIDC-IDRI``.
@@ -220,7 +221,7 @@ def _images(scans: ScanSet, folder: str) -> list[str]:
 
 def _is_image(scans: ScanSet, path: str, folder: str) -> bool:
     """Whether a scan below the folder of a set is an image of the list."""
-    if "::" in path or os.path.isdir(path):
+    if split_series(path)[1] or os.path.isdir(path):
         from mim3d.scans.dicom.series import open_series
 
         try:

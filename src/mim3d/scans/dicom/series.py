@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mim3d.core.errors import DataError
 from mim3d.scans import files
 from mim3d.scans.dicom.headers import Slice, name_form, read_identity, read_slices, read_stray
-from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, smallest_integer, times
+from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, smallest_integer, split_series, times
 from mim3d.scans.reading_process import read_apart
 
 #: Modalities whose series are scans of the body's inside in parallel slices.
@@ -508,7 +508,7 @@ def _no_volume(first: Slice) -> str | None:
 
 def _slices_of(address: str) -> list[Slice]:
     """The slices of the one image series that an address names."""
-    folder, _, wanted = address.partition("::")
+    folder, wanted = split_series(address)
     if os.path.isfile(address):
         return list(read_slices(address))
     if not os.path.isdir(folder):
