@@ -176,8 +176,8 @@ BAD_HEADERS = {
         "99999 compressed bytes, but the file holds"),
     "control.mha": (lambda path: meta(path, Comment="a\x00b"), "bytes that are no text"),
     "endless.mha": (lambda path: path.write_bytes(b"a" * 2**21), "longer than"),
-    "letters.mha": (lambda path: meta(path, text().replace(b"7", b"x"), BinaryData="False"), "cannot be read"),
-    "large_text.mha": (lambda path: meta(path, text().replace(b"23", b"99999"), BinaryData="False"), "cannot be read"),
+    "letters.mha": (lambda path: meta(path, text().replace(b"7", b"x"), BinaryData="False"), "no text of int16"),
+    "large_text.mha": (lambda path: meta(path, text().replace(b"23", b"99999"), BinaryData="False"), "no text of int16"),
     "axes_twice.nrrd": (lambda path: nrrd(path, end="dimension: 3\n"), "'dimension' twice"),
     "negative_axes.nrrd": (lambda path: nrrd(path, dimension="-3"), "claims -3 axes"),
     "other_axes.nrrd": (lambda path: nrrd(path, dimension="2"), "3 numbers in 'sizes: 4 3 2', but 2 are needed"),
@@ -186,7 +186,8 @@ BAD_HEADERS = {
     "no_endian.nrrd": (lambda path: nrrd(path, endian=None), "order of bytes"),
     "bzip2.nrrd": (lambda path: nrrd(path, encoding="bzip2"), "encoding 'bzip2' are not read"),
     "control.nrrd": (lambda path: nrrd(path, end="a:=\x01\n"), "bytes that are no text"),
-    "no_hex.nrrd": (lambda path: nrrd(path, b"x" * 200, encoding="hex"), "cannot be read"),
+    "no_hex.nrrd": (lambda path: nrrd(path, b"x" * 200, encoding="hex"), "voxels are no hex of int16 numbers"),
+    "brackets.nrrd": (lambda path: nrrd(path, space_directions="(" * 200_000), "0 space directions for 3 axes"),
     "short_gzip.nrrd": (lambda path: nrrd(path, gzip.compress(RAW[:-2]), encoding="gzip"), "unpacking gives 46"),
     "far.nrrd": (lambda path: nrrd(path, byte_skip="999999999999"), "the file holds 0"),
     "two_sizes.nrrd": (lambda path: nrrd(path, spacings="1 2 3"), "spacings beside them"),
@@ -194,6 +195,7 @@ BAD_HEADERS = {
     "many_files.mhd": (lambda path: meta(path, b"", "s%d.raw 1 999999999 1"), "counts files from 1 to 999999999"),
     "no_pattern.mhd": (lambda path: meta(path, b"", "s%s%n.raw"), "are missing"),
     "no_list.mhd": (lambda path: meta(path, b"", "LIST"), "lists 0 files"),
+    "no_name.mhd": (lambda path: meta(path, b"", ""), "names no file of its voxels"),
 }  # fmt: skip
 
 

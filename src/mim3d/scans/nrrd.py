@@ -162,7 +162,7 @@ def _geometry(
         signs = np.array(_SPACES[space])
     elif space or "spacedirections" in fields:
         assumed.append(f"the space is '{space or 'of no name'}', and its axes are taken for left, posterior, superior")
-    vectors = re.findall(r"none|\([^)]*\)", fields.get("spacedirections", ""))
+    vectors = re.findall(r"none|\([^()]*\)", fields.get("spacedirections", ""))
     if "spacedirections" in fields and len(vectors) != num_axes:
         raise DataError(
             f"{path}: its header has {len(vectors)} space directions for {num_axes} axes; correct the header."

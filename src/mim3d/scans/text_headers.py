@@ -197,6 +197,8 @@ def beside(path: str, name: str) -> str:
     Raises:
         DataError: It leads elsewhere, once links are resolved, is missing, or is no regular file.
     """
+    if not name:
+        raise DataError(f"{path}: its header names no file of its voxels; name it there.")
     target = os.path.join(os.path.dirname(path), name)
     homes = {os.path.realpath(os.path.dirname(path) or "."), os.path.dirname(os.path.realpath(path))}
     real = os.path.realpath(target)

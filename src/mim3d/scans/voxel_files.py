@@ -101,14 +101,27 @@ class VoxelFile:
                     digits = rest + b"".join(block.split())
                     even = len(digits) // 2 * 2
                     rest = digits[even:]
-                    yield bytes.fromhex(digits[:even].decode("ascii"))
+                    yield self._from_text([digits[:even]], encoding, dtype)
                 else:
                     words = (rest + block.replace(b",", b" ")).split()
                     # The last word may go on in the next block.
                     rest = b"" if block[-1:].isspace() or not words else words.pop()
-                    yield _from_text(words, dtype)
+                    yield self._from_text(words, encoding, dtype)
             if encoding == "text":
-                yield _from_text([rest] if rest else [], dtype)
+                yield self._from_text([rest] if rest else [], encoding, dtype)
+
+    def _from_text(self, words: list[bytes], encoding: Encoding, dtype: np.dtype[Any]) -> bytes:
+        """Bytes of the voxels that words of text stand for, or their hexadecimal digits."""
+        try:
+            if encoding == "hex":
+                return b"".join(bytes.fromhex(word.decode("ascii")) for word in words)
+            if max(map(len, words), default=0) > _MAX_WORD_BYTES:
+                raise ValueError("a number has too many digits")
+            return np.array(words, dtype=f"S{_MAX_WORD_BYTES}").astype(dtype).tobytes()
+        except (ValueError, OverflowError) as error:
+            raise DataError(
+                f"{self.path}: its voxels are no {encoding} of {dtype.name} numbers ({error}); export it again."
+            ) from error
 
 
 def read_slabs(
@@ -143,9 +156,3 @@ def read_slabs(
     # The checksum is compared where a compressed stream ends.
     for _ in blocks:
         pass
-
-
-def _from_text(words: list[bytes], dtype: np.dtype[Any]) -> bytes:
-    if max(map(len, words), default=0) > _MAX_WORD_BYTES:
-        raise ValueError("a number has too many digits")
-    return np.array(words, dtype=f"S{_MAX_WORD_BYTES}").astype(dtype).tobytes()
