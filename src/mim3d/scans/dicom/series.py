@@ -359,9 +359,9 @@ def open_series(address: str) -> Stack:
     if first.path == address:
         reason = _no_volume(first) if first.modality or not first.fault else None
         if reason is None and len(slices) == 1 and not first.fault:
-            reason = "one slice of a series, and a volume needs all of them"
+            reason = "one slice, and a volume needs all slices of its series"
         if reason:
-            raise DataError(f"{address}: this DICOM file is {reason}; give the folder of a series.")
+            raise DataError(f"{address}: this DICOM file is {reason}; give a folder with the whole series.")
     return stack(slices, address)
 
 
