@@ -254,8 +254,8 @@ def test_files_of_many_frames_in_one_folder_are_named_by_their_files(tmp_path):
 def test_one_slice_or_another_object_given_as_a_scan_is_told_apart(tmp_path):
     one = next(write_series(tmp_path / "ct", positions(heights())).iterdir())
     assert refusal(one) == (
-        f"{one}: this DICOM file is one slice, and a volume needs all slices of its series; give a folder with the whole "
-        "series."
+        f"{one}: this DICOM file is one slice, and a volume needs all slices of its series; give a folder with "
+        "the whole series."
     )
     report = next(write_series(tmp_path / "sr", positions([0]), Modality="SR").iterdir())
     assert "this DICOM file is no scan (SR)" in refusal(report)
