@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2425,
+    "core": 2440,
     "kernels": 875,
     "scans": 4370,
     "nn": 575,
@@ -78,7 +78,7 @@ BUDGET = {
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1350,
-    "caching": 4335,
+    "caching": 4375,
     "objective": 150,
     "weights": 725,
     "inference": 900,
@@ -90,7 +90,7 @@ BUDGET = {
     "methods": 925,
     "probing": 850,
     "exporting": 950,
-    "workflows": 4285,
+    "workflows": 4325,
     "commands": 250,
     "cli": 575,
     "__main__": 15,

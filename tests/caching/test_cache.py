@@ -394,6 +394,41 @@ def test_what_is_no_cache_or_damaged_is_told(tmp_path):
         open_cache(tmp_path / "cache")
 
 
+def test_what_is_damaged_is_made_again_by_the_same_command(tmp_path):
+    data = make_set(tmp_path / "data")
+    cache = built(data, tmp_path / "cache")
+    files = {path: path.read_bytes() for path in sorted((tmp_path / "cache").rglob("*")) if path.is_file()}
+
+    def again(name, content, error):
+        (path,) = (path for path in files if path.match(name))
+        path.write_bytes(content)
+        if error is not None:
+            with pytest.raises(DataError, match=error):
+                is_cache(tmp_path / "cache") and open_cache(tmp_path / "cache")
+        assert built(data, tmp_path / "cache").digest == cache.digest
+        assert path.read_bytes() == files[path]
+
+    again("cache.json", b"{", r"cache\.json: missing or damaged .* run `mim3d cache` again .* finished is kept")
+    again("cache/manifest.parquet", b"{", r"manifest\.parquet: missing or damaged .* run `mim3d cache` again")
+    again("cases/c1.*/card.json", b"\xff", None)
+    again("cases/c1.*/card.json", b"{}", None)
+
+
+def test_what_is_damaged_and_no_cache_of_these_scans_is_refused(tmp_path):
+    data = make_set(tmp_path / "data", num_cases=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cache.json").write_text("{")
+    with pytest.raises(DataError, match="not the settings of a mim3d cache"):
+        built(data, tmp_path / "other")
+    built(data, tmp_path / "cache")
+    (tmp_path / "cache" / "manifest.parquet").write_text("{")
+    other = make_set(tmp_path / "more", num_cases=1)
+    for part in ("images", "labels"):
+        (other / part / "c0.nii.gz").rename(other / part / "d0.nii.gz")
+    with pytest.raises(DataError, match="holds a cache of other scans"):
+        built(tmp_path / "more", tmp_path / "cache")
+
+
 def test_real_scans_of_fractions_are_cached_within_half_of_65536_steps(shared_data, tmp_path):
     cases = read_cases(shared_data / "hippocampus")
     few = type(cases)(root=cases.root, form=cases.form, cases=cases.cases[:4], labels={})

@@ -237,7 +237,7 @@ def test_phantoms_stand_in_for_labelled_scans(ball_set, tmp_path, monkeypatch):
 
 def test_a_probe_that_cannot_work_is_refused_before_anything_is_made(ball_set, tmp_path):
     with pytest.raises(ConfigError, match="probe_every is 5, but there is no probe"):
-        learn(ball_set, tmp_path / "run", probe_every=5)
+        learn(tmp_path / "no data are read for this", tmp_path / "run", probe_every=5)
     with pytest.raises(DataError, match="no scan has a label map or a class"):
         learn(ball_set, tmp_path / "run", probe=str(ball_set / "imagesTr"))
     scan = ball_set / "imagesTr" / "ball_0.nii.gz"

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from mim3d.backbones import create_recipe
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.export import export
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
 from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.methods import create_method
 from mim3d.tasks import create_task, find_task
 from mim3d.tasks.trained import load_trained
 from mim3d.weights import read_card
@@ -112,5 +114,9 @@ def test_another_task_than_that_of_the_card_is_refused(my_lab, tmp_path):
         predict(str(plain), str(tmp_path / "out"), task="my_lab.task.Volume")
     with pytest.raises(ConfigError, match=r"'my_lab\.task\.NoTask' does not extend"):
         create_task("my_lab.task.NoTask")
+    with pytest.raises(ConfigError, match=r"backbone 'my_lab\.task\.NoTask' does not extend .*\.Backbone"):
+        create_recipe("my_lab.task.NoTask")
+    with pytest.raises(ConfigError, match=r"method 'my_lab\.task\.NoTask' does not extend .*\.Method"):
+        create_method("my_lab.task.NoTask")
     with pytest.raises(ConfigError, match=r"There is no task 'segmentatio'.*segmentation"):
         find_task("segmentatio")

@@ -5,7 +5,7 @@ from typing import Any
 from mim3d.backbones.contract import Backbone, Encoder, VisibleEncoder
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.core.run_folder import DECODER_SETTINGS
-from mim3d.core.settings import resolve
+from mim3d.core.settings import require_kind, resolve
 from mim3d.core.types import Named
 
 #: Recipes by name: a settings class with its defaults, or a ready size.
@@ -52,8 +52,8 @@ def create_recipe(backbone: Named, *, allow_import: bool = True) -> Backbone:
     """
     if isinstance(backbone, dict):
         backbone = {key: value for key, value in backbone.items() if key not in DECODER_SETTINGS}
-    recipe = resolve(backbone, BACKBONES, "backbone", allow_import=allow_import)
-    assert isinstance(recipe, Backbone)
+    found = resolve(backbone, BACKBONES, "backbone", allow_import=allow_import)
+    recipe: Backbone = require_kind(found, Backbone, "backbone")
     return recipe
 
 

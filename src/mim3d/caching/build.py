@@ -105,6 +105,8 @@ def build_cache(
                 packed=frozenset(packed),
                 known=_memo(root),
             )
+            # What this process has open of a case may be made again.
+            layout.forget_open_files()
             build_all = partial(_build_all, num_workers=num_workers, scheduler=scheduler, timeout_s=timeout_s)
             results = build_all(cases.cases, settings)
             modalities = _settle(cases, settings, results, packed, build_all)
@@ -158,8 +160,9 @@ def _read_card(source: ByteSource) -> Card:
         check_card(card)
         return card
     except (OSError, ValueError, RecursionError) as error:
+        place = source.path if isinstance(source, PackedCase) else source
         raise DataError(
-            f"{source}: its {layout.CARD} is missing or damaged ({error}); delete it and run `mim3d cache` again."
+            f"{place}: a {layout.CARD} in it is missing or damaged ({error}); delete it and run `mim3d cache` again."
         ) from error
 
 
@@ -182,7 +185,13 @@ def _check_place(out: str, preprocessing: Preprocessing) -> None:
         raise DataError(f"{out}: is a file; choose a folder for the cache.")
     settings_path = os.path.join(out, layout.SETTINGS)
     if os.path.exists(settings_path):
-        settings = layout.read_json(settings_path)
+        try:
+            settings = layout.read_json(settings_path)
+        except DataError:
+            # The cases say by their names what they are of, so that the settings may be written anew.
+            if layout.is_damaged_cache(out):
+                return
+            raise DataError(f"{settings_path}: not the settings of a mim3d cache; choose another folder.") from None
         if not isinstance(settings, dict) or settings.get("format") != layout.FORMAT:
             raise DataError(f"{settings_path}: not the settings of a mim3d cache; choose another folder.")
         if settings.get("version") != layout.VERSION:
@@ -220,7 +229,7 @@ def _claim(out: str, cases: CaseSet, preprocessing: Preprocessing, pack_gb: floa
         Size of the packs that this cache will have; None for folders.
     """
     settings_path, manifest = os.path.join(out, layout.SETTINGS), os.path.join(out, layout.MANIFEST)
-    if pack_gb is None and os.path.exists(settings_path):
+    if pack_gb is None and os.path.exists(settings_path) and not layout.is_damaged_cache(out):
         pack_gb = layout.read_json(settings_path).get("pack_gb")
         if pack_gb is not None and not (isinstance(pack_gb, (int, float)) and 0 < pack_gb <= 1e6):
             shown = shorten(repr(pack_gb), 60, placeholder=" ...")
@@ -241,7 +250,13 @@ def _require_same_scans(out: str, cases: CaseSet) -> None:
     Raises:
         DataError: No scan is the same, by its place or, for a few of them, by its content.
     """
-    columns = read_columns(out, ["id", "images", "source_digest"]).to_pydict()
+    try:
+        columns = read_columns(out, ["id", "images", "source_digest"]).to_pydict()
+    except DataError:
+        # A damaged manifest is written anew; folders of cases begin with their ids.
+        folders = [*os.listdir(os.path.join(out, layout.CASES)), *find_packed(os.path.join(out, layout.PACKS))]
+        names = [name.rpartition(".")[0] for name in folders]
+        columns = {"id": names, "images": [[""]] * len(names), "source_digest": [""] * len(names)}
     held = dict(zip(columns["id"], zip(columns["images"], columns["source_digest"], strict=True), strict=True))
     shared = [(case, *held[case.id]) for case in cases.cases if case.id in held]
     if held and not shared:

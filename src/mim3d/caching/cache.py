@@ -177,7 +177,11 @@ class Cache(Sequence[CachedScan]):
 
 
 def is_cache(path: str | Path) -> bool:
-    """Whether a folder is a mim3d cache, finished or not."""
+    """Whether a folder is a mim3d cache, finished or not.
+
+    Raises:
+        DataError: It is one whose settings are damaged.
+    """
     return _read_settings(path) is not None
 
 
@@ -185,7 +189,9 @@ def _read_settings(path: str | Path) -> dict[str, Any] | None:
     """The settings of a cache; None where the folder is none."""
     try:
         content = layout.read_json(os.path.join(path, layout.SETTINGS))
-    except DataError:
+    except DataError as error:
+        if layout.is_damaged_cache(str(path)):
+            raise DataError(f"{error}"[:-1] + ": what is finished is kept.") from error
         return None
     return content if isinstance(content, dict) and content.get("format") == layout.FORMAT else None
 

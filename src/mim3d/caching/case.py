@@ -25,7 +25,7 @@ from mim3d.caching.set_modality import in_hu
 from mim3d.caching.shards import write_array, write_group
 from mim3d.caching.stored_voxels import Shown, level_windows, to_stored, write_image
 from mim3d.core.errors import DataError
-from mim3d.core.files import sync, sync_tree
+from mim3d.core.files import load_json, sync, sync_tree
 from mim3d.core.left_out import Failure
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import check_file
@@ -98,9 +98,7 @@ def build_case(case: Case, settings: BuildSettings) -> CaseResult:
         source = _source_card(case, settings, entries)
         for overruled in _possible(len(case.images)) if settings.set_in_hu is None else ():
             folder = _folder_name(case, _digested(source, overruled))
-            if folder in settings.packed or os.path.exists(
-                os.path.join(settings.out, layout.CASES, folder, layout.CARD)
-            ):
+            if folder in settings.packed or _is_finished(os.path.join(settings.out, layout.CASES, folder)):
                 return result(folder=folder, digests=entries)
         prepared = prepare(case, settings.preprocessing, labels=settings.labels, set_in_hu=settings.set_in_hu or ())
         require_unchanged(entries)
@@ -113,6 +111,19 @@ def build_case(case: Case, settings: BuildSettings) -> CaseResult:
             return result(write_error=error.strerror or str(error), digests=entries)
         return result(failure=Failure.of(error, name))
     return result(folder=folder, digests=entries, assumed=prepared.grid.assumed)
+
+
+def _is_finished(path: str) -> bool:
+    """Whether a finished case lies in a folder; one with a damaged card goes, to be made again."""
+    card = os.path.join(path, layout.CARD)
+    if not os.path.exists(card):
+        return False
+    try:
+        check_card(load_json(card))
+    except (OSError, ValueError, RecursionError):
+        layout.remove_case(path)
+        return False
+    return True
 
 
 def _folder_name(case: Case, card: Card) -> str:

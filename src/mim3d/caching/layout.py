@@ -95,6 +95,19 @@ def read_json(path: str) -> Any:
         raise DataError(f"{path}: missing or damaged ({error}); run `mim3d cache` again to rebuild it.") from error
 
 
+def is_damaged_cache(path: str) -> bool:
+    """Whether a folder is a cache whose settings cannot be read: it holds cases and nothing else than a cache has."""
+    settings = os.path.join(path, SETTINGS)
+    if not os.path.isfile(settings) or not {CASES, PACKS} & (names := set(os.listdir(path))):
+        return False
+    own = {SETTINGS, MANIFEST, FAILED, SUMMARY, TRACEBACKS, DIGESTS, CASES, PACKS, UNFINISHED, LOCK}
+    try:
+        files.load_json(settings)
+    except (OSError, ValueError):
+        return names <= own
+    return False
+
+
 def remove_case(path: str) -> None:
     """Remove a case's folder. What is left of it after a power cut does not pass for finished."""
     with suppress(OSError):

@@ -322,6 +322,25 @@ def resolve(
     return update_settings(preset, settings, kind)
 
 
+def require_kind(settings: Any, kind: type[Any], named: str) -> Any:
+    """Settings that a name stood for, once they are known to be of the right kind.
+
+    Args:
+        settings: What was found.
+        kind: The class that it must extend.
+        named: What was looked for, in the words of an error: ``method``, ``backbone``.
+
+    Raises:
+        ConfigError: They are of another kind.
+    """
+    if isinstance(settings, kind):
+        return settings
+    own = type(settings)
+    raise ConfigError(
+        f"{named} '{own.__module__}.{own.__qualname__}' does not extend {kind.__module__}.{kind.__qualname__}."
+    )
+
+
 def find_named(name: str, registry: Mapping[str, Any], kind: str, *, allow_import: bool = True) -> Any:
     """Find what a registered name or a dotted path stands for, before it is given any settings.
 

@@ -1,7 +1,7 @@
 """Pre-training methods by name. A new method is one file and one line here; a user's own is named by dotted path."""
 
 from mim3d.backbones import former_decoder
-from mim3d.core.settings import resolve, update_settings
+from mim3d.core.settings import require_kind, resolve, update_settings
 from mim3d.core.types import Named
 from mim3d.methods.contract import Method
 
@@ -22,7 +22,6 @@ def create_method(method: Named, backbone: Named = "") -> Method:
     Raises:
         ConfigError: The name is unknown (the nearest known one is offered), or a setting or a value is wrong.
     """
-    settings = resolve(method, METHODS, "method")
-    assert isinstance(settings, Method)
+    settings: Method = require_kind(resolve(method, METHODS, "method"), Method, "method")
     left_open = {key: value for key, value in former_decoder(backbone).items() if getattr(settings, key, value) is None}
     return update_settings(settings, left_open, "method")

@@ -82,6 +82,13 @@ class PretrainSettings(TrainingSettings):
     batch_size: int = 1
     strict: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.probe_every is not None and self.probe is None:
+            raise ConfigError(f"probe_every is {self.probe_every}, but there is no probe; give --probe DATA too.")
+        if self.probe_every is not None and self.probe_every < 1:
+            raise ConfigError(f"probe_every is {self.probe_every}; it must be at least 1.")
+
     @property
     def folds(self) -> FoldChoice:
         """Which cases fine-tuning would hold out."""

@@ -93,11 +93,7 @@ class ProbePlan:
             DataError: Labelled scans that cannot be used.
         """
         if data is None:
-            if every is not None:
-                raise ConfigError(f"probe_every is {every}, but there is no probe; give --probe DATA too.")
             return None
-        if every is not None and every < 1:
-            raise ConfigError(f"probe_every is {every}; it must be at least 1.")
         images = [shape[2:] for shape, kind in sample.values() if len(shape) == 5 and kind.is_floating_point]
         x, y, z = max(images, key=math.prod)
         plan = cls(data, every, None, folds, (x, y, z), seed)
