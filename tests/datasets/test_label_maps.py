@@ -324,3 +324,20 @@ def test_scans_in_the_folder_of_one_patient_are_that_patients(tmp_path, labelled
             name = f"patient{number}/patient{number}_frame{frame}"
             write(tmp_path, name, *([f"{name}_gt!"] if labelled else []))
     assert [case.patient for case in read(tmp_path)[0].cases] == ["patient1"] * 2 + ["patient2"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "said"),
+    [
+        ("meta.csv", "image_id;age;split", "meta.csv (split)"),
+        ("labels.csv", "name,Patient_ID,class", "labels.csv (Patient_ID, class)"),
+        ("participants.tsv", "participant_id\tage\tsex", None),
+        ("notes.csv", "name,age", None),
+    ],
+)
+def test_tables_that_say_something_of_the_scans_are_named(tmp_path, name, header, said):
+    write(tmp_path, "p1", "p2")
+    (tmp_path / name).write_text(f"{header}\n1\n")
+    notes = [note for note in read(tmp_path)[1] if "tables beside the scans are not read" in note]
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]

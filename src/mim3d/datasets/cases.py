@@ -16,7 +16,7 @@ from mim3d.core.settings import nearest
 from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import unique_ids
 from mim3d.datasets.label_maps import sort_tree
-from mim3d.datasets.lists import Entry, beside, channel_names, read_list, told_classes
+from mim3d.datasets.lists import Entry, beside, channel_names, read_list, tables_not_read, told_classes
 from mim3d.datasets.patients import described, patients_by_pattern, patients_of_folders, patients_of_names
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
 from mim3d.scans.modality import declared_modality
@@ -185,14 +185,8 @@ def _read_form(path: str, with_labels: bool) -> CaseSet:
 
     description = os.path.join(path, "dataset.json") if os.path.isdir(path) else path
     if os.path.isdir(path) and not os.path.isfile(description):
-        pair = pair_folders(path)
-        if pair is None:
-            return _read_tree(path, with_labels)
-        cases = _read_pairs(*pair, with_labels)
-        if not cases:
-            return _read_unlike_pairs(path, *pair, with_labels=with_labels)
-        form = "msd" if pair[0].endswith("imagesTr") and pair[1].endswith("labelsTr") else "pairs"
-        return plain(form, cases, _folders_not_read(path, pair))
+        found = _read_folder(path, with_labels)
+        return replace(found, notes=(*found.notes, *tables_not_read(path)))
     suffix = os.path.splitext(description)[1].lower()
     if suffix in (".csv", ".tsv", ".txt"):
         entries, notes = read_list(path)
@@ -213,6 +207,18 @@ def _read_form(path: str, with_labels: bool) -> CaseSet:
         channels=declared.channels,
         notes=(*(note for note in declared.notes if not said or note not in declared.labels.notes), *said),
     )
+
+
+def _read_folder(folder: str, with_labels: bool) -> CaseSet:
+    """A folder that nothing describes: images beside labels, or a tree."""
+    pair = pair_folders(folder)
+    if pair is None:
+        return _read_tree(folder, with_labels)
+    cases = _read_pairs(*pair, with_labels)
+    if not cases:
+        return _read_unlike_pairs(folder, *pair, with_labels=with_labels)
+    form = "msd" if pair[0].endswith("imagesTr") and pair[1].endswith("labelsTr") else "pairs"
+    return CaseSet(root=folder, form=form, cases=tuple(cases), labels={}, notes=_folders_not_read(folder, pair))
 
 
 def _with_folds(found: CaseSet) -> CaseSet:

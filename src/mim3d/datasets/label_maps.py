@@ -324,11 +324,12 @@ class _Groups:
 
     def _pair_alone(self, maps: Sequence[str]) -> None:
         """Pair the one scan of a folder of its own with the one label map there, whatever their names."""
+        paired = set(self.labels.values())
         images, labels = (
             self._by_folder(paths)
             for paths in (
                 [path for key, found in self.images.items() if key not in self.labels for path in found],
-                [path for path in maps if path not in self.labels.values()],
+                [path for path in maps if path not in paired],
             )
         )
         alone = {
@@ -337,10 +338,15 @@ class _Groups:
             if folder and len(found) == 1 and len(images.get(folder, ())) == 1 and suffix_of(images[folder][0])
         }
         structures = {folder: self._structure(image, label) for folder, (image, label) in alone.items()}
+        # A folder that differs from the others of its kind is found when headers are checked.
+        verdicts: dict[tuple[str, ...], list[bool]] = defaultdict(list)
         for folder, (image, label) in alone.items():
             # A map of a structure tells nothing where others are of another structure.
             is_whole = not structures[folder] or len(set(structures.values())) == 1
-            if is_whole and _is_same_grid(_grid(image), _grid(label)):
+            seen = verdicts[tuple(_pattern(os.path.basename(path)) for path in (image, label))]
+            if is_whole and len(seen) < _LOOKS_PER_KIND:
+                seen.append(_is_same_grid(_grid(image), _grid(label)))
+            if is_whole and (seen[-1] if len(seen) < _LOOKS_PER_KIND else any(seen)):
                 self.images.pop(self._key(image))
                 self.images[folder], self.labels[folder] = [image], label
 

@@ -1,5 +1,6 @@
 """Lists of cases: CSV tables, the columns that they and JSON lists share, and the check of their names."""
 
+import contextlib
 import difflib
 import os
 import re
@@ -126,6 +127,31 @@ def read_columns(names: Sequence[str], where: str) -> ListColumns:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\W_]", "", name.lower())
+
+
+def tables_not_read(folder: str) -> tuple[str, ...]:
+    """What is said of tables in a folder of scans that say whose scans these are, of what class or in which part.
+
+    Of each table the first line is read; one of other columns, such as ages, is passed over.
+    """
+    said = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if not name.lower().endswith((".csv", ".tsv")) or not os.path.isfile(path):
+            continue
+        with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
+            columns = [cell.strip().strip('"') for cell in re.split(r"[,;\t]", file.readline(10_000))]
+            # In BIDS that is the name of a folder.
+            plain = {_OTHER_NAMES.get(_plain(cell), _plain(cell)): cell for cell in columns if cell != "participant_id"}
+            known = [plain[column] for column in ("patient", "class", "split", "fold", "modality") if column in plain]
+            if known:
+                said.append(f"{name} ({', '.join(map(printable, known))})")
+    if not said:
+        return ()
+    return (
+        f"{folder}: tables beside the scans are not read: {listed(said)}; to use what they say, add a column image "
+        "with the path of each scan and give the table as DATA.",
+    )
 
 
 def told_classes(
