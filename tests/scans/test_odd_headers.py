@@ -6,7 +6,7 @@ import pytest
 
 from mim3d.caching.case import source_files
 from mim3d.core.errors import DataError
-from mim3d.scans.volumes import find_scans, read_grid, read_volume
+from mim3d.scans.volumes import files_of, find_scans, read_grid, read_volume
 from tests.scans.test_volumes import edit_header, nrrd, oblique_affine, voxels, write_nifti
 
 
@@ -84,6 +84,10 @@ def test_a_header_without_its_voxels_or_of_analyze_is_refused(tmp_path):
     (tmp_path / "scan.img").rename(tmp_path / "other.img")
     with pytest.raises(DataError, match=r"scan\.hdr: its voxels, scan\.img, are missing"):
         read_grid(tmp_path / "scan.hdr")
+    (tmp_path / "sky.hdr").write_bytes(b"#?RADIANCE\n" + bytes(600))
+    for read in (read_grid, files_of):
+        with pytest.raises(DataError, match=r"sky\.hdr: this is no NIfTI file"):
+            read(str(tmp_path / "sky.hdr"))
     nib.save(nib.AnalyzeImage(voxels(), np.eye(4)), tmp_path / "old.img")
     with pytest.raises(DataError, match=r"old\.hdr: an Analyze header, which does not say where left and right are"):
         read_grid(tmp_path / "old.hdr")

@@ -176,8 +176,9 @@ def pair_files(path: str) -> list[str]:
     """The header of a NIfTI pair and the file beside it that holds its voxels: ``scan.hdr`` and ``scan.img``.
 
     Raises:
-        DataError: There is no such file.
+        DataError: It is no header of a pair, or there is no such file.
     """
+    _read_header(path)
     stem = path[: path.lower().rindex(".hdr")]
     for suffix in (".img", ".img.gz", ".IMG"):
         if os.path.lexists(stem + suffix):
