@@ -129,7 +129,8 @@ def test_words_name_modalities(text, name):
 def test_one_declaration_serves_all_channels_or_each_its_own():
     assert modality_of_channels("CT", 2) == ["CT", "CT"]
     assert modality_of_channels("CT; suv", 2) == ["CT", "PT"]
-    assert modality_of_channels(None, 2) == [None, None]
+    assert modality_of_channels(None, 2) == modality_of_channels("venous phase", 2) == [None, None]
+    assert modality_of_channels("FLAIR;prior;us", 3) == ["MR", None, "US"]
 
 
 def test_declarations_win_over_voxels_but_for_what_cannot_be_hu():

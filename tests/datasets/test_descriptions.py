@@ -276,7 +276,7 @@ def test_a_comma_too_many_is_one_sentence_with_its_line(tmp_path):
 
 def test_columns_that_nothing_uses_are_named_in_one_warning(tmp_path):
     path = tmp_path / "list.csv"
-    path.write_text(",image,age,site,fold,modality\n0,a.nii.gz,61,B,0,CT\n1,b.nii.gz,44,A,1,CT;PET\n")
+    path.write_text(",image,age,site,fold,modality\n0,a.nii.gz,61,B,0,CT\n1,b.nii.gz;c.nii.gz,44,A,1,CT;PET\n")
     with pytest.warns(UserWarning, match="the columns age, site are not used") as caught:
         found = read_cases(path)
     assert len(caught) == 1

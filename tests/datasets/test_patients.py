@@ -82,6 +82,16 @@ def test_a_pattern_names_the_patients_without_a_word(tmp_path):
     assert {case.modality for case in found.cases} == {"CT"}
 
 
+@pytest.mark.parametrize("modality", ["CTT", "CT;PT"])
+def test_a_modality_that_cannot_be_is_refused_where_the_user_says_it_and_noted_in_a_list(tmp_path, modality):
+    write_nifti(tmp_path / "a.nii.gz", noise())
+    with pytest.raises(ConfigError, match=f"modality '{modality}' is not known, or not one for each of the 1 channels"):
+        read_cases(tmp_path, modality=modality)
+    (tmp_path / "list.csv").write_text(f"image,modality\na.nii.gz,{modality}\n")
+    with pytest.warns(UserWarning, match=f"modality {modality} says nothing that mim3d knows"):
+        read_cases(tmp_path / "list.csv")
+
+
 def test_patterns_that_cannot_work_are_refused():
     assert patients_by_pattern(["a_12_x"], r"_(\d+)_") == {"a_12_x": "12"}
     with pytest.raises(ConfigError, match="no regular expression"):

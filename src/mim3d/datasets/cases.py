@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mim3d.core.errors import DataError, listed
+from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import read_json
 from mim3d.core.names import file_name, is_file_name, joined_name, printable, same_name
 from mim3d.core.settings import nearest
@@ -19,7 +19,7 @@ from mim3d.datasets.label_maps import sort_tree
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list, tables_not_read, told_classes
 from mim3d.datasets.patients import described, patients_by_pattern, patients_of_folders, patients_of_names
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
-from mim3d.scans.modality import declared_modality
+from mim3d.scans.modality import declared_modality, modality_of_channels
 from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id, suffix_of
 
 SPLITS = ("train", "val", "test")
@@ -147,7 +147,7 @@ def read_cases(
         patient_pattern: Regular expression that finds the patient in the name of a case.
 
     Raises:
-        ConfigError: The pattern is no regular expression.
+        ConfigError: The pattern is no regular expression, or ``modality`` names none.
         DataError: Nothing is there, nothing in it is readable, a list contradicts itself, or the pattern finds nothing.
     """
     root = os.path.abspath(data)
@@ -159,13 +159,41 @@ def read_cases(
         cases = tuple(replace(case, label=None, labelled=None) for case in cases)
     # What a list says of a case itself goes before what its set says.
     channels = declared_modality(found.channels)
-    cases = tuple(replace(case, modality=modality or case.modality or channels) for case in cases)
-    found = _with_patients(replace(found, cases=to_cases(cases, root)), patient_pattern)
+    found = _with_modality(replace(found, cases=to_cases(cases, root)), modality, channels)
+    found = _with_patients(found, patient_pattern)
     if found.form in ("msd", "nnunet"):
         found = _with_folds(found)
     for note in found.notes:
         warnings.warn(note, stacklevel=2)
     return found
+
+
+def _with_modality(found: CaseSet, said: str | None, channels: str | None) -> CaseSet:
+    """The cases with what is declared of each; what declares nothing is noted, or refused where the user says it.
+
+    Raises:
+        ConfigError: What the user says is no modality, or not one for each channel.
+    """
+    unused: dict[str, Case] = {}
+    for case in found.cases:
+        declared = said or case.modality
+        if declared and None in modality_of_channels(declared, len(case.images)):
+            unused.setdefault(declared, case)
+    for declared, case in unused.items():
+        if said:
+            raise ConfigError(
+                f"modality {declared!r} is not known, or not one for each of the {len(case.images)} channels of "
+                f"{case.id}; use CT, MR, PT, US or another of DICOM's, one for all channels or one for each, such as "
+                '"CT;PT".'
+            )
+    notes = found.notes
+    if unused:
+        notes += (
+            f"{found.root}: modality {listed(list(unused))} says nothing that mim3d knows (CT, MR, PT, US and others "
+            "of DICOM's, one for each channel); headers and voxels decide what these scans are.",
+        )
+    cases = tuple(replace(case, modality=said or case.modality or channels) for case in found.cases)
+    return replace(found, cases=cases, notes=notes)
 
 
 def _with_patients(found: CaseSet, pattern: str | None) -> CaseSet:

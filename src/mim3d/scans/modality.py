@@ -63,6 +63,9 @@ _WORDS: Mapping[str, frozenset[str]] = {
     "US": frozenset({"ultrasound"}),
 }
 
+#: Other modalities, as DICOM writes them.
+_CODES = frozenset("CR DX ES IVUS MG OCT OP OPT OT RF SM US XA".split())
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelModality:
@@ -109,14 +112,14 @@ def declared_modality(channels: Sequence[str]) -> str | None:
 
 
 def modality_of_channels(modality: str | None, num_channels: int) -> list[str | None]:
-    """The declared modality of each channel.
+    """The declared modality of each channel; None for words that name none, which declare nothing.
 
     Args:
         modality: One for all channels, or one for each separated by ``;``.
         num_channels: Number of channels.
     """
-    parts = [part.strip() or None for part in modality.split(";")] if modality else [None]
-    names = [None if part is None else modality_name(part) or part for part in parts]
+    parts = [part.strip() for part in modality.split(";")] if modality else [""]
+    names = [modality_name(part) or (part.upper() if part.upper() in _CODES else None) for part in parts]
     return names if len(names) == num_channels else [names[0] if len(names) == 1 else None] * num_channels
 
 
