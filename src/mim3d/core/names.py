@@ -102,14 +102,17 @@ def unescaped(text: str) -> str:
 
 
 def as_cell(text: str) -> str:
-    """Text as a cell of a CSV file that no spreadsheet takes for a formula: behind an apostrophe where it would be."""
-    shown = printable(text)
-    return f"'{shown}" if _FORMULA.match(shown) and not _is_number(shown) else shown
+    """Text as a cell of a CSV file that no spreadsheet takes for a formula: behind an apostrophe where it would be.
+
+    Some spreadsheets also part cells at ``;``, whatever stands around it.
+    """
+    parts = printable(text).split(";")
+    return ";".join(f"'{part}" if _FORMULA.match(part) and not _is_number(part) else part for part in parts)
 
 
 def from_cell(cell: str) -> str:
-    """The text of a cell, without the apostrophe that ``as_cell`` puts in front."""
-    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+    """The text of a cell, without the apostrophes that ``as_cell`` puts in front."""
+    return ";".join(part[1:] if part.startswith("'") and _FORMULA.match(part) else part for part in cell.split(";"))
 
 
 def _is_number(text: str) -> bool:
