@@ -431,6 +431,25 @@ def test_a_scout_in_the_series_itself_is_no_slice(tmp_path):
     assert read_grid(folder).shape == (5, 4, 6)
 
 
+@pytest.mark.parametrize(
+    ("modality", "kind"),
+    [
+        ("SR", "1.2.840.10008.5.1.4.1.1.88.67"),
+        ("MR", "1.3.46.670589.11.0.0.12.2"),
+        ("CT", "1.2.840.10008.5.1.4.1.1.66"),
+    ],
+)
+def test_a_report_or_raw_data_in_the_series_itself_is_no_slice(tmp_path, modality, kind):
+    folder = write_series(tmp_path, positions(heights()))
+    other = header("1", 9, None, {"Modality": modality, "SOPClassUID": kind, "Rows": None, "Columns": None})
+    other.save_as(folder / "report.dcm", enforce_file_format=True)
+    with pytest.warns(
+        UserWarning, match=rf"1 of the 7 images of DICOM series \w+ left out, an object without pixels \({modality}\)"
+    ):
+        assert find_scans(tmp_path) == [str(folder)]
+    assert np.array_equal(read_volume(folder).array, voxels()[::-1, ::-1])
+
+
 def test_a_derived_series_is_used_where_it_is_named_or_alone(tmp_path):
     write_series(tmp_path / "ct", positions(heights()))
     derived = write_series(

@@ -334,7 +334,7 @@ def _read_slices(path: str, _modified_ns: int, size_bytes: int) -> tuple[Slice, 
             deflated = header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
             if kind in _VOLUME_CLASSES and (not header.get("Rows") or (pixel_offset > size_bytes and not deflated)):
                 return (_unreadable(path, "its header ends before its image or is damaged", head),)
-            if all(uid and re.fullmatch("[!-~]+", str(uid)) for uid in uids):
+            if all(uid and re.fullmatch("[!-~]+", str(uid)) for uid in uids) and (kind or header.get("Rows")):
                 return _slices_of(path, header, pixel_offset, pixel_bytes)
         if kind.name != kind and not kind.startswith(_OF_SERIES):
             if kind != MediaStorageDirectoryStorage:

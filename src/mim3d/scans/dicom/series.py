@@ -295,11 +295,10 @@ def find_series(paths: Iterable[str]) -> list[str]:
     for uid, reason in left_out.items():
         warnings.warn(f"{_folder_of(series[uid])}: DICOM series {_short(uid)} left out, {reason}.", stacklevel=3)
     for uid in kept:
-        num_scouts = sum("LOCALIZER" in item.image_type for item in series[uid])
-        if num_scouts:
-            folder, count = _folder_of(series[uid]), len(series[uid])
-            of = f"{num_scouts} of the {count} images of DICOM series {_short(uid)}"
-            warnings.warn(f"{folder}: {of} left out, a scout or localiser.", stacklevel=3)
+        beside = Counter(what for what in map(_beside_slices, series[uid]) if what)
+        for what, number in beside.items():
+            of = f"{number} of the {len(series[uid])} images of DICOM series {_short(uid)}"
+            warnings.warn(f"{_folder_of(series[uid])}: {of} left out, {what}.", stacklevel=3)
     folders = {uid: {os.path.dirname(item.path) for item in slices} for uid, slices in kept.items()}
     num_in_folder = Counter(folder for own in folders.values() for folder in own)
     addresses: list[str] = []
@@ -449,12 +448,12 @@ def _choose(series: Series) -> tuple[Series, dict[str, str]]:
     kept: Series = {}
     left_out: dict[str, str] = {}
     for uid, slices in series.items():
-        images = [item for item in slices if "LOCALIZER" not in item.image_type]
+        images = [item for item in slices if _beside_slices(item) is None]
         # Of a file that cannot be read, the modality may not be known.
         known = [item for item in images if item.modality or not item.fault]
         reasons = [_no_volume(item) for item in known]
         if not images:
-            left_out[uid] = "a scout or localiser"
+            left_out[uid] = _no_volume(slices[0]) or "a scout or localiser"
         elif reasons and all(reasons):
             left_out[uid] = str(reasons[0])
         else:
@@ -490,6 +489,14 @@ def _join_unknown(kept: Series) -> None:
                 left.append(item)
         if left:
             kept[key] = left
+
+
+def _beside_slices(item: Slice) -> str | None:
+    """What an object is that belongs to a series, but is none of its slices; None for a slice."""
+    if "LOCALIZER" in item.image_type:
+        return "a scout or localiser"
+    # A slice that lost its size is at fault; reports and raw data have none.
+    return None if item.rows or item.fault else f"an object without pixels ({item.modality or 'unknown modality'})"
 
 
 def _no_volume(first: Slice) -> str | None:
