@@ -1,5 +1,7 @@
 """Headers that say odd things, which other programs read: what they leave out of account is told, the scan is read."""
 
+import gzip
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -109,3 +111,15 @@ def test_each_channel_of_a_packed_file_is_read_to_the_end_of_the_stream(tmp_path
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"scan\.nii\.gz: the compressed stream is truncated or damaged .*checksum"):
         read_volume(f"{path}::channel=0")
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_a_slice_or_more_behind_the_last_voxel_is_told(tmp_path, name):
+    array = voxels()
+    image = nib.Nifti1Image(array[:, :, :5], np.eye(4))
+    content = image.to_bytes() + array[:, :, 5:].tobytes(order="F")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.warns(
+        UserWarning, match=r"120 bytes follow the 5 x 6 x 5 voxels of int16 .* the first voxels are taken"
+    ):
+        assert np.array_equal(read_volume(tmp_path / name).array, array[:, :, :5])

@@ -141,8 +141,8 @@ def check_memory(path: str, shape: Sequence[int], itemsize: int) -> int:
     return size_bytes
 
 
-def check_raw(path: str, offset: int, size_bytes: int) -> None:
-    """Refuse an uncompressed file that ends before its last voxel.
+def check_raw(path: str, offset: int, size_bytes: int) -> int:
+    """Refuse an uncompressed file that ends before its last voxel; the number of bytes behind it.
 
     Raises:
         DataError: The file holds fewer bytes than its header claims.
@@ -153,6 +153,7 @@ def check_raw(path: str, offset: int, size_bytes: int) -> None:
             f"{path}: the header claims {size_bytes} bytes of voxels, but the file holds {max(held, 0)}; "
             "it is truncated or its header is wrong, so copy it again from its source."
         )
+    return held - size_bytes
 
 
 def check_deflate(path: str, compressed_bytes: int, size_bytes: int) -> None:
@@ -168,8 +169,8 @@ def check_deflate(path: str, compressed_bytes: int, size_bytes: int) -> None:
         )
 
 
-def check_gzip(path: str, offset: int, size_bytes: int) -> None:
-    """Refuse a truncated or damaged gzip stream of `size_bytes` that starts at `offset` of a file.
+def check_gzip(path: str, offset: int, size_bytes: int) -> int:
+    """Refuse a truncated or damaged gzip stream of `size_bytes` that starts at `offset` of a file; the bytes behind.
 
     The last four bytes of a stream are its unpacked length: where they agree, nothing is unpacked. Where they do not
     (truncated, or joined from several streams), the stream is unpacked once without keeping it.
@@ -182,13 +183,14 @@ def check_gzip(path: str, offset: int, size_bytes: int) -> None:
         stream.seek(max(offset, os.path.getsize(path) - 4))
         unpacked_bytes = int.from_bytes(stream.read(4), "little")
     if unpacked_bytes == size_bytes % 2**32:
-        return
+        return 0
     unpacked_bytes = sum(map(len, unpacked(path, offset, size_bytes)))
     if unpacked_bytes < size_bytes:
         raise DataError(
             f"{path}: the header claims {size_bytes} bytes of voxels, but unpacking gives {unpacked_bytes}; "
             "the file is truncated or its header is wrong, so copy it again from its source."
         )
+    return unpacked_bytes - size_bytes
 
 
 def unpacked(path: str, offset: int, size_bytes: int) -> Iterator[bytes]:

@@ -4,7 +4,6 @@ No native library sees such a file: what a damaged or hostile one does to Simple
 writes them.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.scans import files
-from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, spacing_of, times
+from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, spacing_of
 from mim3d.scans.metaimage import read_meta_header
 from mim3d.scans.nrrd import read_nrrd_header
 from mim3d.scans.text_headers import ItkGeometry, TextHeader
-from mim3d.scans.voxel_files import read_slabs
+from mim3d.scans.voxel_files import of_surplus, read_slabs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,9 +48,8 @@ def open_itk(path: str) -> ItkScan:
             or is not 3-D; its geometry is impossible, or it has more voxels than the file or the memory can hold.
     """
     header = _read_header(path)
-    for part in header.parts:
-        part.check(header.encoding, header.dtype)
-    assumed = header.assumed + _surplus(header)
+    surplus_bytes = sum(part.check(header.encoding, header.dtype) for part in header.parts)
+    assumed = header.assumed + of_surplus(surplus_bytes, header.shape, header.dtype)
     geometry = header.geometry
     affine = np.eye(4)
     affine[:3, :3] = np.array(geometry.direction).reshape(3, 3) * np.array(geometry.spacing)
@@ -105,17 +103,3 @@ def _read_header(path: str) -> TextHeader:
     if not is_nrrd or not start.startswith(b"NRRD"):
         files.require_no_other_kind(path, start)
     return read_nrrd_header(path) if is_nrrd else read_meta_header(path)
-
-
-def _surplus(header: TextHeader) -> tuple[str, ...]:
-    """A phrase where uncompressed files hold a slice or more beyond what the header claims: it may be wrong."""
-    if header.encoding != "raw" or header.parts[0].skip == -1:
-        return ()
-    held = sum(os.path.getsize(part.path) - part.offset - part.skip - part.size_bytes for part in header.parts)
-    columns, rows, _ = header.shape
-    if held < columns * rows * header.dtype.itemsize:
-        return ()
-    return (
-        f"{held} bytes follow the {times(header.shape)} voxels of {header.dtype.name} that the header claims; "
-        "it may name a wrong size or type, and the first voxels are taken",
-    )

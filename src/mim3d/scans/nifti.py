@@ -35,7 +35,7 @@ from mim3d.scans.grids import (
     times,
     volume_shape,
 )
-from mim3d.scans.voxel_files import VoxelFile, read_slabs
+from mim3d.scans.voxel_files import VoxelFile, of_surplus, read_slabs
 
 # Without types, so that mypy does not check calls into them.
 nib: Any = nibabel
@@ -104,7 +104,7 @@ def open_nifti(address: str) -> NiftiScan:
     path, channel = split_channel(address)
     header, is_zipped = _read_header(path)
     dtype = _dtype_of(header, path)
-    stored, whole, is_zipped = _extent(header, is_zipped, dtype, path)
+    stored, whole, is_zipped, surplus_bytes = _extent(header, is_zipped, dtype, path)
     number = math.prod(stored[3:])
     if channel is None and number > 1:
         raise DataError(
@@ -117,7 +117,7 @@ def open_nifti(address: str) -> NiftiScan:
         )
     shape = volume_shape(stored[:3] if number > 1 else stored, path)
     slope, intercept = _rescaling(header, dtype, path)
-    grid = _grid_of(header, shape, path, address)
+    grid = _grid_of(header, shape, path, address, of_surplus(surplus_bytes, shape, dtype))
     size_bytes = whole.size_bytes // number
     if number > 1:
         # A single volume was held against the memory with its extent.
@@ -140,12 +140,14 @@ def num_channels(path: str) -> int:
         DataError: The file is no NIfTI, damaged, or too small for what it claims.
     """
     header, is_zipped = _read_header(path)
-    stored, _, _ = _extent(header, is_zipped, _dtype_of(header, path), path)
+    stored, *_ = _extent(header, is_zipped, _dtype_of(header, path), path)
     return math.prod(stored[3:])
 
 
-def _extent(header: Any, is_zipped: bool, dtype: np.dtype[Any], path: str) -> tuple[tuple[int, ...], VoxelFile, bool]:
-    """Sizes of all axes, the file with the voxels of all channels, which it must hold, and whether it is packed."""
+def _extent(
+    header: Any, is_zipped: bool, dtype: np.dtype[Any], path: str
+) -> tuple[tuple[int, ...], VoxelFile, bool, int]:
+    """Sizes of all axes, the file with the voxels of all channels, whether it is packed, and the bytes behind them."""
     dims = [int(size) for size in header["dim"]]
     if not 1 <= dims[0] <= 7:
         raise DataError(f"{path}: the header claims {dims[0]} axes, but NIfTI has 1 to 7; it is damaged.")
@@ -168,8 +170,8 @@ def _extent(header: Any, is_zipped: bool, dtype: np.dtype[Any], path: str) -> tu
     voxels = VoxelFile(
         path=file, offset=0 if is_zipped else start, skip=start if is_zipped else 0, size_bytes=size_bytes
     )
-    voxels.check("gzip" if is_zipped else "raw", dtype)
-    return stored, voxels, is_zipped
+    surplus_bytes = voxels.check("gzip" if is_zipped else "raw", dtype)
+    return stored, voxels, is_zipped, surplus_bytes
 
 
 def pair_files(path: str) -> list[str]:
@@ -254,7 +256,7 @@ def _dtype_of(header: Any, path: str) -> np.dtype[Any]:
     return dtype
 
 
-def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
+def _grid_of(header: Any, shape: Triple, path: str, address: str, assumed: tuple[str, ...]) -> Grid:
     """The grid of one volume, with the header whose fields hold it."""
     if int(header["sform_code"]) <= 0:
         # Their signs mean nothing. With an sform they are not used at all.
@@ -269,7 +271,7 @@ def _grid_of(header: Any, shape: Triple, path: str, address: str) -> Grid:
         raise DataError(f"{path}: the header is damaged ({error}); export the scan again.") from error
     affine[:3] *= unit_mm
     check_affine(affine, shape, path)
-    assumed = _assumed(header, mended, shape, affine, unit_mm)
+    assumed += _assumed(header, mended, shape, affine, unit_mm)
     files.warn_of_assumptions(path, assumed)
     return Grid(shape=shape, affine=affine, path=address, source=header, assumed=assumed)
 

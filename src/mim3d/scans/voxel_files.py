@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import DataError
+from mim3d.core.types import Triple
 from mim3d.scans import files
-from mim3d.scans.grids import Grid
+from mim3d.scans.grids import Grid, times
 
 Encoding = Literal["raw", "gzip", "zlib", "text", "hex"]
 
@@ -38,8 +39,11 @@ class VoxelFile:
     packed_bytes: int = 0
     behind_bytes: int = 0
 
-    def check(self, encoding: Encoding, dtype: np.dtype[Any]) -> None:
+    def check(self, encoding: Encoding, dtype: np.dtype[Any]) -> int:
         """Refuse a file that cannot hold the voxels that a header claims, before anything is allocated.
+
+        Returns:
+            Bytes that follow the voxels, unpacked; 0 where that is not known before they are read.
 
         Raises:
             DataError: It is truncated, or the header is wrong.
@@ -47,14 +51,15 @@ class VoxelFile:
         held = os.path.getsize(self.path) - self.offset
         size_bytes = self.size_bytes + self.behind_bytes
         if encoding == "raw":
-            files.check_raw(self.path, self.offset + max(self.skip, 0), size_bytes)
-        elif encoding == "hex":
+            surplus_bytes = files.check_raw(self.path, self.offset + max(self.skip, 0), size_bytes)
+            return 0 if self.skip == -1 else surplus_bytes
+        if encoding == "gzip" and self.skip >= 0:
+            return files.check_gzip(self.path, self.offset, size_bytes + self.skip)
+        if encoding == "hex":
             files.check_raw(self.path, self.offset, 2 * size_bytes)
         elif encoding == "text":
             # A digit and a blank for each voxel but the last.
             files.check_raw(self.path, self.offset, 2 * size_bytes // dtype.itemsize - 1)
-        elif encoding == "gzip" and self.skip >= 0:
-            files.check_gzip(self.path, self.offset, size_bytes + self.skip)
         else:
             files.check_deflate(self.path, held, size_bytes)
         if held < self.packed_bytes:
@@ -62,6 +67,7 @@ class VoxelFile:
                 f"{self.path}: the header claims {self.packed_bytes} compressed bytes, but the file holds {held}; it "
                 "is truncated, so copy it again from its source."
             )
+        return 0
 
     def blocks(self, encoding: Encoding, dtype: np.dtype[Any]) -> Iterator[bytes]:
         """The bytes of its voxels, block by block, without what lies before and behind them.
@@ -122,6 +128,17 @@ class VoxelFile:
             raise DataError(
                 f"{self.path}: its voxels are no {encoding} of {dtype.name} numbers ({error}); export it again."
             ) from error
+
+
+def of_surplus(num_bytes: int, shape: Triple, dtype: np.dtype[Any]) -> tuple[str, ...]:
+    """A phrase where a slice or more follows the voxels that a header claims: it may be wrong."""
+    columns, rows, _ = shape
+    if num_bytes < columns * rows * dtype.itemsize:
+        return ()
+    return (
+        f"{num_bytes} bytes follow the {times(shape)} voxels of {dtype.name} that the header claims; "
+        "it may name a wrong size or type, and the first voxels are taken",
+    )
 
 
 def read_slabs(
