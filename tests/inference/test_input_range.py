@@ -57,6 +57,11 @@ def test_scans_of_the_kind_of_training_get_no_warning(of_ct, tmp_path):
     assert said_of(of_ct, tmp_path, ct(9), spacing_mm=(1.5, 1.5, 1.9)) == []
 
 
+def test_a_scan_that_differs_from_its_set_widens_no_range(tmp_path):
+    known = range_of(tmp_path, [ct(seed) for seed in range(4)] + [ct(9, offset=1024), mri(scale=30)])
+    assert known.channels[0].has_air and known.channels[0].high[1] < 200
+
+
 @pytest.mark.parametrize("scale", [0.2, 1.0, 1000.0])
 def test_an_mri_given_to_a_network_of_ct_is_told(of_ct, tmp_path, scale):
     (text,) = said_of(of_ct, tmp_path, mri(scale=scale))

@@ -197,7 +197,8 @@ def _on_kinds(
             added = ", probably stored with 1024 added" if of_scan[ids[0]].sign == "HU + 1024" else ""
             parts.append(f"{listed(ids)} (darkest voxel {darkest[ids[0]]:g}{others}: not in HU{added})")
         elif kind == _LIKE_CT:
-            parts.append(f"{listed(ids)} (declared as {of_scan[ids[0]].name}, with air and tissue as a CT in HU has)")
+            said = " and ".join(sorted({str(of_scan[name].name) for name in ids}))
+            parts.append(f"{listed(ids)} (declared as {said}, with air and tissue as a CT in HU has)")
         elif kind != usual:
             parts.append(f"{kind}: {listed(ids)}")
     found = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())

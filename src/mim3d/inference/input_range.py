@@ -15,6 +15,9 @@ FAR_INTENSITY = 0.5
 #: Voxels are far outside where they are this many times as large or small as any of training.
 FAR_SPACING = 2.0
 
+#: Share of the scans of training that must show air for one without it to be told.
+LEAST_WITH_AIR = 0.98
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelRange:
@@ -23,7 +26,7 @@ class ChannelRange:
     Attributes:
         modality: CT, MR or another, as most scans are; None where nobody says it.
         in_hu: Whether the scans are CT in HU.
-        has_air: Whether all of them show air, as a CT of more than soft tissue does.
+        has_air: Whether nearly all of them show air, as a CT of more than soft tissue does.
         low: Least and greatest 0.5 percentile of a scan's foreground.
         mean: Least and greatest mean of a scan's foreground.
         high: Least and greatest 99.5 percentile of a scan's foreground.
@@ -59,10 +62,12 @@ class InputRange:
         """The ranges of cached scans, one at least; no voxel is read."""
         channels = []
         for place in range(scans[0].num_channels):
-            statistics = [scan.statistics[place] for scan in scans]
-            found = [scan.modalities[place] for scan in scans if len(scan.modalities) > place]
-            in_hu = is_ct_set(found)
-            names = [channel.name for channel in found if channel.name is not None and channel.in_hu == in_hu]
+            in_hu = is_ct_set([scan.modalities[place] for scan in scans if len(scan.modalities) > place])
+            # Scans that differ from their set were named when it was cached; they are not what the network knows.
+            alike = [scan for scan in scans if len(scan.modalities) > place and scan.modalities[place].in_hu == in_hu]
+            found = [scan.modalities[place] for scan in alike]
+            statistics = [scan.statistics[place] for scan in alike or scans]
+            names = [channel.name for channel in found if channel.name is not None]
             lows = [stats.percentile_00_5 for stats in statistics]
             highs = [stats.percentile_99_5 for stats in statistics]
             means = [stats.mean for stats in statistics]
@@ -70,7 +75,7 @@ class InputRange:
                 ChannelRange(
                     modality=max(names, key=names.count) if names else None,
                     in_hu=in_hu,
-                    has_air=in_hu and all(channel.sign == "HU" for channel in found if channel.in_hu),
+                    has_air=in_hu and sum(channel.sign == "HU" for channel in found) >= LEAST_WITH_AIR * len(found),
                     low=(min(lows), max(lows)),
                     mean=(min(means), max(means)),
                     high=(min(highs), max(highs)),
