@@ -191,7 +191,8 @@ def test_predictions_among_the_scans_are_no_scans(segmenter_run, scans, tmp_path
     for probabilities in (False, False, True):
         predict(str(segmenter_run), str(out), input=str(scans), probabilities=probabilities)
     assert "3 of 3 scans segmented, 3 of them before" in capsys.readouterr().out
-    assert [Path(case.images[0]).parent for case in read_cases(scans).cases] == [scans] * 3
+    with pytest.warns(UserWarning, match="predicted: predictions are not read"):
+        assert [Path(case.images[0]).parent for case in read_cases(scans).cases] == [scans] * 3
     # Where predictions are scored, folders of them below another are those of folds.
     assert {path.parent.name for path in map(Path, scans_in(str(scans), with_predictions=True))} == {
         "scans",

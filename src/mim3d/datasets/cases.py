@@ -18,6 +18,7 @@ from mim3d.datasets.ids import unique_ids
 from mim3d.datasets.label_maps import sort_tree
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list, tables_not_read, told_classes
 from mim3d.datasets.patients import described, patients_by_pattern, patients_of_folders, patients_of_names
+from mim3d.scans.files import PREDICTIONS_MARK
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
 from mim3d.scans.modality import declared_modality, modality_of_channels
 from mim3d.scans.volumes import SUFFIXES, find_scans, patient_of, scan_id, suffix_of
@@ -357,16 +358,25 @@ def _read_tree(folder: str, with_labels: bool) -> CaseSet:
         return CaseSet(root=folder, form="folder", cases=cases, labels={})
     found = sort_tree(paths, folder, with_labels=with_labels)
     patients = patients_of_folders([case.images[0] for case in found.cases], folder)
+    has_labels, notes = any(case.label for case in found.cases), found.notes
+    if with_labels and not has_labels:
+        predicted = sorted(
+            place for place, _, names in os.walk(folder) if PREDICTIONS_MARK in names and place != folder
+        )
+        if predicted:
+            notes += (
+                f"{listed(predicted)}: predictions are not read; to learn from them, list them in a CSV as label.",
+            )
     return CaseSet(
         root=folder,
-        form="pairs" if any(case.label for case in found.cases) else "folder",
+        form="pairs" if has_labels else "folder",
         cases=tuple(
             Case(id=c.name, images=c.images, label=c.label, patient=patients.get(c.images[0], c.patient))
             for c in found.cases
         ),
         labels={},
         channels=found.channels,
-        notes=found.notes,
+        notes=notes,
     )
 
 
