@@ -600,6 +600,17 @@ def test_what_gives_no_dicom_seg_is_listed_beside_the_series_that_do(segmenter_r
     assert "tilted by 18.5 degrees" in reasons and reasons.count("is no DICOM series") == 1
 
 
+def test_images_called_like_the_channels_of_a_network_are_one_input(scans, tmp_path):
+    for name in ("a-t1c", "a-t2f", "b-t1c", "b-t2f"):
+        (tmp_path / name[0]).mkdir(exist_ok=True)
+        shutil.copy(scans / "new_0.nii.gz", tmp_path / name[0] / f"{name}.nii.gz")
+    with pytest.warns(UserWarning, match="the images of a case are its channels t2f, t1c"):
+        cases = input_cases(str(tmp_path), channels=("t2f", "t1c"))
+    assert [(case.id, [Path(image).name for image in case.images]) for case in cases] == [
+        (name, [f"{name}-t2f.nii.gz", f"{name}-t1c.nii.gz"]) for name in "ab"
+    ]
+
+
 def test_a_dicom_series_and_foreign_formats_get_label_maps_on_their_grids(segmenter_run, shared_data, tmp_path):
     inputs = [shared_data / "dicom" / "cip_ct64", shared_data / "formats" / "cip" / "ct-64.nrrd"]
     out = Path(predict(str(segmenter_run), str(tmp_path / "out"), input=[str(path) for path in inputs], overlap=0.25))

@@ -341,3 +341,25 @@ def test_tables_that_say_something_of_the_scans_are_named(tmp_path, name, header
     notes = [note for note in read(tmp_path)[1] if "tables beside the scans are not read" in note]
     assert len(notes) == (said is not None)
     assert said is None or said in notes[0]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_images_called_like_the_channels_of_a_network_are_one_scan(tmp_path, labelled):
+    for case in ("B-1", "B-2"):
+        write(
+            tmp_path,
+            *(f"{case}/{case}-{name}" for name in ("t1c", "t1n", "T2F")),
+            *([f"{case}/{case}-seg!"] * labelled),
+        )
+    (tmp_path / "B-2" / "B-2-t1c.nii.gz").unlink()
+    found, said = read(tmp_path, recursive_images_only=True, channels=("t2f", "t1c"))
+    names = [[Path(path).name.removesuffix(".nii.gz") for path in case.images] for case in found.cases]
+    assert names == [["B-1-T2F", "B-1-t1c"], ["B-2-T2F"]]
+    assert [case.id for case in found.cases] == ["B-1", "B-2"]
+    assert "the images of a case are its channels t2f, t1c; images that are none of these are left out: 2" in said[0]
+
+
+def test_images_of_other_names_than_the_channels_of_a_network_are_scans_each(tmp_path):
+    write(tmp_path, "a/x", "a/y")
+    found, said = read(tmp_path, recursive_images_only=True, channels=("t2f", "t1c"))
+    assert ([len(case.images) for case in found.cases], said) == ([1, 1], [])

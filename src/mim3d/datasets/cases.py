@@ -127,6 +127,7 @@ def read_cases(
     recursive_images_only: bool = False,
     modality: str | None = None,
     patient_pattern: str | None = None,
+    channels: Sequence[str] = (),
 ) -> CaseSet:
     """Read any form of DATA; nothing but names, lists and headers is opened, and what may be a label map among scans.
 
@@ -146,6 +147,8 @@ def read_cases(
         modality: What made all images, such as CT; one for each channel separated by ``;``. It goes before what the
             set declares.
         patient_pattern: Regular expression that finds the patient in the name of a case.
+        channels: What the images of a case are to be, such as ``t1c`` and ``t2f``: images of a tree that are called so
+            are one case, where labels are left out. With labels, the label maps say what belongs together.
 
     Raises:
         ConfigError: The pattern is no regular expression, or ``modality`` names none.
@@ -154,13 +157,13 @@ def read_cases(
     root = os.path.abspath(data)
     if not os.path.exists(root):
         raise DataError(f"{data}: no such file or folder.")
-    found = _read_form(root, not recursive_images_only)
+    found = _read_form(root, not recursive_images_only, channels)
     cases = found.cases
     if recursive_images_only:
         cases = tuple(replace(case, label=None, labelled=None) for case in cases)
     # What a list says of a case itself goes before what its set says.
-    channels = declared_modality(found.channels)
-    found = _with_modality(replace(found, cases=to_cases(cases, root)), modality, channels)
+    of_set = declared_modality(found.channels)
+    found = _with_modality(replace(found, cases=to_cases(cases, root)), modality, of_set)
     found = _with_patients(found, patient_pattern)
     if found.form in ("msd", "nnunet"):
         found = _with_folds(found)
@@ -206,7 +209,7 @@ def _with_patients(found: CaseSet, pattern: str | None) -> CaseSet:
     return replace(found, cases=cases, notes=(*found.notes, *notes))
 
 
-def _read_form(path: str, with_labels: bool) -> CaseSet:
+def _read_form(path: str, with_labels: bool, channels: Sequence[str]) -> CaseSet:
     """The cases of DATA as they are declared, with what is declared of all of them."""
 
     def plain(form: str, cases: Iterable[Case], notes: tuple[str, ...] = ()) -> CaseSet:
@@ -214,7 +217,7 @@ def _read_form(path: str, with_labels: bool) -> CaseSet:
 
     description = os.path.join(path, "dataset.json") if os.path.isdir(path) else path
     if os.path.isdir(path) and not os.path.isfile(description):
-        found = _read_folder(path, with_labels)
+        found = _read_folder(path, with_labels, channels)
         return replace(found, notes=(*found.notes, *tables_not_read(path)))
     suffix = os.path.splitext(description)[1].lower()
     if suffix in (".csv", ".tsv", ".txt"):
@@ -238,11 +241,11 @@ def _read_form(path: str, with_labels: bool) -> CaseSet:
     )
 
 
-def _read_folder(folder: str, with_labels: bool) -> CaseSet:
+def _read_folder(folder: str, with_labels: bool, channels: Sequence[str]) -> CaseSet:
     """A folder that nothing describes: images beside labels, or a tree."""
     pair = pair_folders(folder)
     if pair is None:
-        return _read_tree(folder, with_labels)
+        return _read_tree(folder, with_labels, channels)
     cases = _read_pairs(*pair, with_labels)
     if not cases:
         return _read_unlike_pairs(folder, *pair, with_labels=with_labels)
@@ -349,14 +352,14 @@ def _folders_not_read(folder: str, pair: tuple[str, str]) -> tuple[str, ...]:
     )
 
 
-def _read_tree(folder: str, with_labels: bool) -> CaseSet:
+def _read_tree(folder: str, with_labels: bool, channels: Sequence[str] = ()) -> CaseSet:
     """Every scan in a tree, with the label maps that belong to them; other label maps are left out."""
     paths = scans_in(folder)
     if re.fullmatch(r"images(Tr|Ts|Val)", os.path.basename(folder)):
         groups = _group_channels(paths, folder)
         cases = tuple(Case(id=_name_of(place), images=files) for place, files in groups.items())
         return CaseSet(root=folder, form="folder", cases=cases, labels={})
-    found = sort_tree(paths, folder, with_labels=with_labels)
+    found = sort_tree(paths, folder, with_labels=with_labels, channels=channels)
     patients = patients_of_folders([case.images[0] for case in found.cases], folder)
     has_labels, notes = any(case.label for case in found.cases), found.notes
     if with_labels and not has_labels:

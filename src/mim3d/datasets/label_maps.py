@@ -84,7 +84,9 @@ class SortedTree:
     notes: tuple[str, ...] = ()
 
 
-def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool = True) -> SortedTree:
+def sort_tree(
+    paths: Sequence[str], root: str, *, with_labels: bool, look: bool = True, channels: Sequence[str] = ()
+) -> SortedTree:
     """Tell the label maps in a tree from the scans.
 
     Files are told by their names and folders, and a few of each kind are looked into: what is called a label map may be
@@ -96,6 +98,8 @@ def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool 
         with_labels: Whether label maps are paired with their scans, where the layout tells to which; scans that share
             a label map and its grid are then channels of one case. Otherwise label maps are left out.
         look: Whether voxels may be looked at.
+        channels: What the images of a case are to be, such as "t1c", where label maps are left out: images that have
+            these names are one case then.
 
     Raises:
         DataError: There are label maps alone.
@@ -109,7 +113,7 @@ def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool 
         others = [path for path in paths if path not in maps]
         maps |= _seen_maps(others, maps, looks)
         others = [path for path in others if path not in maps]
-    if not maps:
+    if not maps and len(channels) < 2:
         return SortedTree(cases=tuple(TreeCase(images=(path,)) for path in paths))
     if not others:
         raise DataError(
@@ -117,7 +121,8 @@ def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool 
             "images, or a CSV that lists them as image."
         )
     groups = _Groups(others, sorted(maps - shares), root)
-    cases = groups.cases(others, with_labels=with_labels)
+    wanted = () if with_labels or len(channels) < 2 else tuple(channels)
+    cases = groups.cases_of(wanted) or groups.cases(others, with_labels=with_labels)
     paired = {case.label for case in cases if case.label is not None}
     left_paths = maps - paired
     left = [os.path.relpath(path, root) for path in sorted(left_paths)]
@@ -130,15 +135,20 @@ def sort_tree(paths: Sequence[str], root: str, *, with_labels: bool, look: bool 
         said.append(f"label maps left out, since they are no scans: {len(left)} ({listed(left, 3)})")
     if left_paths - called.keys():
         said.append("some are told by their voxels alone: if those are scans, list them as image in a CSV")
-    if groups.channels and with_labels:
-        said.append(f"the images of a case are its channels {', '.join(groups.channels)}")
+    channels = groups.channels if with_labels else wanted if any(len(case.images) > 1 for case in cases) else ()
+    if channels:
+        said.append(f"the images of a case are its channels {', '.join(channels)}")
+    unread = len(others) - sum(len(case.images) for case in cases)
+    if unread:
+        said.append(f"images that are none of these are left out: {unread}")
     if left and with_labels and any(case.label is None for case in cases):
         said.append(
             "to learn from labels, give each scan one label map of all its structures beside it (image and label, or a "
             "CSV with the columns image,label)"
         )
-    channels = groups.channels if with_labels else ()
-    return SortedTree(cases=tuple(cases), channels=channels, notes=(f"{root}: {'; '.join(said)}.",))
+    return SortedTree(
+        cases=tuple(cases), channels=tuple(channels), notes=(f"{root}: {'; '.join(said)}.",) if said else ()
+    )
 
 
 def _named_maps(paths: Sequence[str], root: str) -> dict[str, str]:
@@ -409,6 +419,17 @@ class _Groups:
         sets = {tuple(sorted(paths)) if len(self.images[key]) > 1 else ("image",) for key, paths in named.items()}
         only = sets.pop() if len(sets) == 1 else ()
         return only if len(only) > 1 else ()
+
+    def cases_of(self, channels: Sequence[str]) -> list[TreeCase]:
+        """The cases by their images of some channels, in the order of these; one that lacks a channel has fewer."""
+        found = []
+        for key, images in sorted(self.images.items()) if channels else ():
+            named = {role.lower(): path for role, path in self._named(images).items()}
+            own = tuple(named[channel.lower()] for channel in channels if channel.lower() in named)
+            if own:
+                name = key[-1] if key and re.search(r"[^\W\d_]", key[-1]) else ""
+                found.append(TreeCase(images=own, name=name, patient=joined_name(key) if key else ""))
+        return found
 
     def cases(self, paths: Sequence[str], *, with_labels: bool) -> list[TreeCase]:
         """The cases in the order of the paths; without labels, every image is one."""

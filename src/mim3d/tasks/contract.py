@@ -19,6 +19,7 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Prepared, Preprocessing
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.names import printable
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.datasets.published.presets import Preset
@@ -255,6 +256,13 @@ class TrainedNetwork:
     digest: str
     device: torch.device
     input_range: InputRange | None = None
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """What the images of a scan were called in training; empty where its card does not say."""
+        names = self.card.get("channel_names")
+        known = [printable(str(name)) for name in names] if isinstance(names, list) else []
+        return tuple(known) if len(known) == self.num_channels else ()
 
     @property
     def in_hu(self) -> tuple[bool, ...]:

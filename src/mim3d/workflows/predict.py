@@ -88,7 +88,12 @@ def predict_scans(settings: PredictSettings) -> str:
     if settings.input is None:
         found = held_out_by_all(weights)
     else:
-        found = input_cases(settings.input, with_labels=predictor.reads_labels, modality=settings.modality)
+        found = input_cases(
+            settings.input,
+            with_labels=predictor.reads_labels,
+            modality=settings.modality,
+            channels=networks[0].channel_names,
+        )
     cases = predictor.accepted(found)
     if settings.strict:
         reasons = [fault for case in cases if (fault := fault_of(case, networks[0].check_channels)) is not None]
@@ -404,10 +409,17 @@ class PredictionFolder:
         self._due_s = end_s + WRITE_EVERY * (end_s - start_s)
 
 
-def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False, modality: str | None = None) -> list[Case]:
+def input_cases(
+    inputs: str | Sequence[str],
+    *,
+    with_labels: bool = False,
+    modality: str | None = None,
+    channels: Sequence[str] = (),
+) -> list[Case]:
     """Find the scans behind files, folders, DICOM trees and lists; labels are left out unless asked for.
 
     Scans of several inputs that share an id get the name of their input in front, or the folders that tell them apart.
+    Images that are called as the ``channels`` of the networks are one scan.
 
     Raises:
         DataError: The only input does not exist, an input holds no scan, or the same scan is named twice.
@@ -421,7 +433,7 @@ def input_cases(inputs: str | Sequence[str], *, with_labels: bool = False, modal
             # It fails when its turn comes: one that is missing must not stop the others.
             found.append((name, Case(id=scan_id(name), images=(os.path.abspath(name),), patient=scan_id(name))))
         else:
-            read = read_cases(name, recursive_images_only=not with_labels, modality=modality)
+            read = read_cases(name, recursive_images_only=not with_labels, modality=modality, channels=channels)
             found += [(name, case) for case in read.cases]
     twice = [images for images, count in Counter(case.images for _, case in found).items() if count > 1]
     if twice:

@@ -249,5 +249,6 @@ def encoder_card(recipe: Backbone, intensity: Intensity, scans: Cache) -> dict[s
         "intensity": to_mapping(intensity),
         "data_digest": scans.digest,
         "input_range": to_mapping(InputRange.of(scans)),
+        **({"channel_names": list(scans.channels)} if scans.channels else {}),
         "mim3d_version": mim3d.__version__,
     }
