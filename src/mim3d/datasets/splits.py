@@ -95,7 +95,8 @@ def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, see
         raise DataError(
             f"{len(classes)} patients cannot be split into {num_folds} folds; use --num_folds {len(classes)}."
             if len(classes) > 1
-            else "One patient cannot be split into training and validation; add cases of other patients."
+            else f"One patient (by list or DICOM headers, {len(usable)} cases) cannot be split into training and "
+            "validation; add cases of other patients, or tell patients apart by --patient_pattern or a column patient."
         )
     # Stable: within a class the shuffled order stays, so that every fold gets its share of each class.
     held_out = set(sorted(classes, key=classes.__getitem__)[fold::num_folds])
