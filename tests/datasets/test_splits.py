@@ -77,7 +77,7 @@ def test_a_declared_split_that_divides_a_patient_is_told():
 def test_what_cannot_be_split_is_refused():
     with pytest.raises(DataError, match="3 patients cannot be split into 5 folds; use --num_folds 3"):
         split_cases(make(9, 3))
-    with pytest.raises(DataError, match="One patient .* cannot be split .* by --patient_pattern or a column patient"):
+    with pytest.raises(DataError, match=r"One patient .* cannot be split .* by --patient_pattern or a column patient"):
         split_cases(make(9, 1))
     with pytest.raises(ConfigError, match="fold 5 of 5"):
         split_cases(make(9, 9), fold=5)
