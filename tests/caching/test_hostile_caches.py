@@ -280,3 +280,24 @@ def test_an_ignored_value_that_an_older_cache_counts_among_its_labels_is_ignored
     assert rewritten(cache, row, labels={"0": "background", "1": "a", "3": "Ignore"}, declared={})
     opened = open_cache(cache)
     assert (opened.labels, opened.ignore_label) == ({0: "background", 1: "a"}, 3)
+
+
+@pytest.mark.parametrize("name", ["cases", "packs", "cases/other"])
+def test_a_build_removes_nothing_behind_a_link(tmp_path: Path, name: str) -> None:
+    data, out, theirs = tmp_path / "data", tmp_path / "cache", tmp_path / "theirs"
+    make_set(data, num_cases=1)
+    built(data, out)
+    (theirs / "run").mkdir(parents=True)
+    (theirs / "card.json").write_text("{}")
+    (theirs / "run" / "card.json").write_text("{}")
+    (out / "manifest.parquet").unlink()
+    if name == "cases":
+        shutil.rmtree(out / name)
+    (out / name).symlink_to(theirs)
+    if name == "cases/other":
+        built(data, out)
+        assert not (out / name).is_symlink()
+    else:
+        with pytest.raises(DataError, match=f"{name}: is a link"):
+            built(data, out)
+    assert (theirs / "card.json").exists() and (theirs / "run" / "card.json").exists()

@@ -163,6 +163,30 @@ def test_code_that_is_named_by_dotted_path_is_found_in_the_working_folder_and_no
     assert not own_code()
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "import my_other",
+            "my_other lies in {0}, where only my_one is searched for; put both into one package, or set",
+        ),
+        ("import nowhere_at_all", "No module named 'nowhere_at_all'."),
+        ("def", "SyntaxError: invalid syntax"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_code_of_ones_own_that_cannot_be_imported_is_a_sentence_with_the_remedy(
+    lab: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    (lab / "my_one.py").write_text(text + "\n")
+    (lab / "my_other.py").write_text(TRAP)
+    assert main([*WORDS.split(), "--task", "my_one.Mine"]) == 2
+    stated = capsys.readouterr().err
+    assert "task 'my_one.Mine' cannot be imported: " in stated and said.format(os.getcwd()) in stated
+    assert ("PYTHONPATH=" in stated) == ("my_other" in text)
+    assert not (lab / "sprung").exists()
+
+
 @pytest.mark.parametrize("form", ["{0}: my_lab.trap.Mine", "{0}: {{name: my_lab.trap.Mine}}"])
 @pytest.mark.parametrize(
     ("kind", "command"),

@@ -128,6 +128,17 @@ def test_all_folds_of_an_own_preset_are_those_that_it_names(my_lab: Path, tmp_pa
     assert not (tmp_path / "all" / "fold_3").exists()
 
 
+def test_the_readme_of_an_export_names_the_code_that_its_commands_need(
+    views: Path, tuned: Path, tmp_path: Path
+) -> None:
+    run(f"export --weights {views} --out {tmp_path}/views {PLAIN}")
+    text = (tmp_path / "views" / "README.md").read_text()
+    assert 'mim3d.load_encoder("PATH_OR_OWNER/NAME", backbone="my_lab.plain.Plain")' in text
+    assert f"--weights PATH_OR_OWNER/NAME {PLAIN}\n" in text
+    run(f"export --weights {tuned} --out {tmp_path}/tuned {PLAIN} {TASK}")
+    assert f"--out predictions {TASK} {PLAIN}\n" in (tmp_path / "tuned" / "README.md").read_text()
+
+
 def test_code_of_a_backbone_is_imported_only_when_the_user_names_it(
     my_lab: Path, views: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

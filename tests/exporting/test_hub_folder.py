@@ -171,3 +171,30 @@ def test_several_formats_get_a_folder_each(make, tmp_path):
     export(str(make("encoder")), str(tmp_path / "out"), format=["safetensors", "torch-export"], patch_size=(8, 8, 8))
     assert (tmp_path / "out" / "safetensors" / "model.safetensors").is_file()
     assert (tmp_path / "out" / "torch-export" / "model.pt2").is_file()
+
+
+@pytest.mark.parametrize("network", [None, "encoder"])
+def test_a_card_may_name_task_and_backbone_without_settings(make, tmp_path, network):
+    run = make("segmenter")
+    path = run / "segmenter" / "card.json"
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps({**card, "task": "segmentation"}))
+    assert read_card(run, ("segmenter",))["task"] == {"name": "segmentation"}
+    if network is None:
+        # What training fills in is missing, which is said of the card.
+        with pytest.raises(CheckpointError, match=r"card\.json"):
+            export(str(run), str(tmp_path / "out"))
+    else:
+        export(str(run), str(tmp_path / "out"), network=network)
+        assert "--task" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_names_from_a_card_break_no_line_of_the_readme(make, tmp_path):
+    run = make("segmenter")
+    path = run / "segmenter" / "card.json"
+    card = json.loads(path.read_text())
+    card["labels"] = {"0": "background", "2": "a\n\n# heading <script>", "5": "b\x1b[2J"}
+    path.write_text(json.dumps(card))
+    export(str(run), str(tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "\n# heading" not in text and "\x1b" not in text and "<script>" not in text.replace("\\<", "")

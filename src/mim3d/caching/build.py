@@ -183,6 +183,12 @@ def _check_place(out: str, preprocessing: Preprocessing) -> None:
     """Refuse a place that is no cache folder, or the cache of other settings."""
     if os.path.exists(out) and not os.path.isdir(out):
         raise DataError(f"{out}: is a file; choose a folder for the cache.")
+    for name in (layout.CASES, layout.PACKS, layout.UNFINISHED):
+        if os.path.islink(place := os.path.join(out, name)):
+            raise DataError(
+                f"{place}: is a link, and what is there and not of this cache would be removed; link the folder of the "
+                "cache as a whole, or choose another."
+            )
     settings_path = os.path.join(out, layout.SETTINGS)
     if os.path.exists(settings_path):
         try:

@@ -109,7 +109,10 @@ def is_damaged_cache(path: str) -> bool:
 
 
 def remove_case(path: str) -> None:
-    """Remove a case's folder. What is left of it after a power cut does not pass for finished."""
+    """Remove a case's folder. What is left of it after a power cut does not pass for finished; no link is followed."""
+    if os.path.islink(path):
+        os.remove(path)
+        return
     with suppress(OSError):
         os.remove(os.path.join(path, CARD))
     shutil.rmtree(path, ignore_errors=True)

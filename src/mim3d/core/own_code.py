@@ -69,6 +69,18 @@ def own_code() -> tuple[OwnCode, ...]:
     return tuple(finder for finder in sys.meta_path if isinstance(finder, OwnCode))
 
 
+def how_to_find(module: str | None) -> str:
+    """A sentence on a module that lies beside code of the user's own and was not found; empty for any other."""
+    package = (module or "").partition(".")[0]
+    for finder in own_code():
+        if package and PathFinder.find_spec(package, [finder.folder]) is not None:
+            return (
+                f" {package} lies in {finder.folder}, where only {', '.join(sorted(finder.packages))} is searched for; "
+                f"put both into one package, or set PYTHONPATH={finder.folder}."
+            )
+    return ""
+
+
 @contextmanager
 def found_in_working_folder(paths: Iterable[str]) -> Iterator[None]:
     """Find the packages that dotted paths begin with in the folder where the user stands.

@@ -358,7 +358,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def picture_files(path: Path) -> dict[int, Path]:
     """Find the picture files of a run folder, by step and in the order of the steps."""
     matches = [(re.fullmatch(r"step_(\d{8})\.npz", file.name), file) for file in (path / "pictures").glob("step_*.npz")]
-    return dict(sorted((int(match[1]), file) for match, file in matches if match))
+    return dict(sorted((int(match[1]), file) for match, file in matches if match and file.is_file()))
 
 
 def require_usable(path: Path) -> None:

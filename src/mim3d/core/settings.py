@@ -20,7 +20,7 @@ import yaml
 from mim3d.core.errors import ConfigError, first_line
 from mim3d.core.files import write_text
 from mim3d.core.names import cut
-from mim3d.core.own_code import is_dotted_path
+from mim3d.core.own_code import how_to_find, is_dotted_path
 
 _T = TypeVar("_T")
 
@@ -377,8 +377,10 @@ def imported(path: str, kind: str) -> Any:
     module, _, attribute = path.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{kind} '{path}' cannot be imported: {error}.") from error
+    except Exception as error:  # Somebody's own code may raise anything.
+        said = f"{type(error).__name__}: {error}" if not isinstance(error, (ImportError, AttributeError)) else error
+        beside = how_to_find(error.name) if isinstance(error, ModuleNotFoundError) else ""
+        raise ConfigError(f"{kind} '{cut(path)}' cannot be imported: {said}.{beside}") from error
     # Only settings: calling any function that a path names would run code nobody meant.
     if not dataclasses.is_dataclass(target):
         raise ConfigError(f"{kind} '{path}' is no dataclass of settings; name one, such as my_lab.foo.Foo.")

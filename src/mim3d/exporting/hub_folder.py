@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 import mim3d
+from mim3d.backbones import BACKBONES
 from mim3d.backbones.contract import size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json, write_text
@@ -71,7 +72,9 @@ def model_card(network: Exported, *, has_seen: bool) -> str:
         "pipeline_tag": form.pipeline,
         "tags": ["mim3d", "medical-imaging", "3d", network.kind],
     }
-    task = (card.get("task") or {}).get("name")
+    # Code that is not mim3d's own is named by whoever uses it.
+    names = {kind: card[kind]["name"] for kind in ("task", "backbone") if kind in card}
+    own_code = {kind: name for kind, name in names.items() if name not in TASKS and name not in BACKBONES}
     return render(
         "hub_readme.md.jinja",
         front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True),
@@ -84,8 +87,7 @@ def model_card(network: Exported, *, has_seen: bool) -> str:
         scores={name: f"{value:.4f}" for name, value in (card.get("scores") or {}).items()},
         digest=card.get("data_digest"),
         has_seen=has_seen,
-        # Code that is not mim3d's own is named by whoever uses it.
-        foreign_task=None if task in TASKS else task,
+        own_code=own_code,
     )
 
 

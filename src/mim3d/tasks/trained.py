@@ -95,7 +95,7 @@ def load_trained(
 
 def _task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -> dict[str, Any]:
     """What a card says of its task, of the class that the user named where that is given."""
-    named = {"name": card["task"]} if isinstance(card["task"], str) else dict(card["task"])
+    named = dict(card["task"])
     name = str(named["name"])
     if task is None and name not in TASKS:
         if not is_dotted_path(name):

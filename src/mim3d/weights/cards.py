@@ -139,6 +139,9 @@ def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dic
                 raise _refused(file, place, part, "a number that a setting can have")
         if name in _ENTRIES and not _ENTRIES[name][0](value):
             raise _refused(file, name, value, _ENTRIES[name][1])
+    for name in ("backbone", "task"):
+        if _is_text(card.get(name)):
+            card[name] = {"name": card[name]}
     if card.get("intensity") is not None:
         with card_settings(file):
             card["intensity"] = to_mapping(build_settings(Intensity, card["intensity"], "intensity"))

@@ -173,7 +173,7 @@ def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | 
         ConfigError: The card names a backbone that is not mim3d's own, and the user named none.
         CheckpointError: The card holds settings that cannot be, or describes another network than its file holds.
     """
-    saved = {"name": card["backbone"]} if isinstance(card["backbone"], str) else dict(card["backbone"])
+    saved = dict(card["backbone"])
     changes = {"name": backbone} if isinstance(backbone, str) else dict(backbone or {})
     name = changes.pop("name", None)
     if name is None and saved["name"] not in BACKBONES:
