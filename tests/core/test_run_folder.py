@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.errors import CheckpointError, ConfigError, DataError, Mim3dError
 from mim3d.core.run_folder import Run, read_lines, read_run
 from mim3d.core.settings import read_yaml
+from mim3d.training.checkpoint import Checkpoints
 
 SETTINGS = {"data": "scans", "max_steps": 10, "optim": {"learning_rate": 1e-3, "betas": (0.9, 0.95)}, "seed": 3}
 
@@ -228,3 +229,23 @@ def test_what_is_no_run_cannot_be_read_as_one(tmp_path: Path) -> None:
 def test_metrics_are_read_up_to_the_first_line_that_is_none(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+@pytest.mark.parametrize("name", [".lock", "checkpoints/step_00000001.pt", "pictures/step_00000001.npz"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_pipe_or_folder_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    run = make(tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    if name == ".lock":
+        with pytest.raises(DataError, match=r"\.lock could not be written \(it is no regular file\); remove it"):
+            make(tmp_path / "run", resume=True)
+    elif name.startswith("checkpoints"):
+        with (
+            pytest.warns(UserWarning, match="no regular file"),
+            pytest.raises(CheckpointError, match="None of the 1 checkpoints"),
+        ):
+            Checkpoints(run.checkpoints_dir, keep=1).newest()
+    else:
+        assert not read_run(tmp_path / "run").pictures

@@ -25,7 +25,7 @@ from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan, Card
 from mim3d.caching.set_modality import SetRemark
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.files import atomic_file, read_csv
+from mim3d.core.files import atomic_file, read_csv, require_regular
 from mim3d.core.left_out import in_words
 from mim3d.core.settings import build_settings
 from mim3d.core.types import LARGEST_LABEL
@@ -354,8 +354,7 @@ def read_columns(root: str, columns: Sequence[str]) -> Any:
 
     path = os.path.join(root, layout.MANIFEST)
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("it is no regular file")
+        require_regular(path)
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             needed_bytes = _GROWTH * sum(group.total_byte_size for group in groups)

@@ -125,8 +125,8 @@ def locked(path: str) -> Iterator[None]:
     Raises:
         DataError: Another build holds it.
     """
-    with open(os.path.join(path, LOCK), "a") as file:
-        if not files.try_lock(file.fileno()):
+    with files.lock_file(os.path.join(path, LOCK)) as descriptor:
+        if not files.try_lock(descriptor):
             raise DataError(f"{path}: another process is building this cache; wait for it to end.")
         yield
 

@@ -121,10 +121,19 @@ def plain_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
         OSError: The file cannot be read, or is a pipe or a device, which may never end.
         UnicodeDecodeError: It is not of this encoding.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError("it is no regular file")
+    require_regular(path)
     with open(path, encoding=encoding, newline="") as file:
         return file.read()
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse a pipe, a device or a folder in the place of a file: opening it may never end.
+
+    Raises:
+        OSError: It is there, and no regular file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is no regular file")
 
 
 def load_json(path: str | os.PathLike[str], encoding: str = "utf-8") -> Any:
@@ -249,6 +258,22 @@ def sync_tree(path: str | os.PathLike[str]) -> None:
         for name in names:
             sync(os.path.join(folder, name))
         sync(folder)
+
+
+@contextmanager
+def lock_file(path: str | os.PathLike[str]) -> Iterator[int]:
+    """Open a file that processes lock, for as long as the block runs; it is made where it is missing.
+
+    Raises:
+        DataError: It cannot be opened, or is no regular file.
+    """
+    with explained_write(path, "remove it, or choose another folder."):
+        require_regular(path)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def try_lock(descriptor: int, patience_s: float = 0.0) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mim3d.core.errors import ConfigError
-from mim3d.core.files import atomic_file, explained_write, load_json, try_lock, write_json, write_text
+from mim3d.core.files import atomic_file, explained_write, load_json, lock_file, try_lock, write_json, write_text
 from mim3d.core.left_out import read_left_out
 from mim3d.core.own_code import own_code_in
 from mim3d.core.provenance import environment
@@ -145,8 +145,8 @@ class Run:
         manifest = read_manifest(run.manifest_path) if exists else {}
         if exists:
             if (run.path / ".lock").exists():
-                with open(run.path / ".lock", "rb") as file:
-                    run._lock(file.fileno())
+                with lock_file(run.path / ".lock") as descriptor:
+                    run._lock(descriptor)
             if resume:
                 run._require_same(manifest, values, inputs)
             # A cache or a split alone is no result.
@@ -226,8 +226,8 @@ class Run:
         if not self.writes:
             yield
             return
-        with open(self.path / ".lock", "a+b") as file:
-            self._lock(file.fileno())
+        with lock_file(self.path / ".lock") as descriptor:
+            self._lock(descriptor)
             yield
 
     def _lock(self, descriptor: int) -> None:

@@ -99,7 +99,7 @@ def walk(root: str, *, with_predictions: bool = False) -> Iterator[str]:
 
     def tell(error: OSError) -> None:
         warnings.warn(
-            f"{error.filename}: this folder cannot be read ({error.strerror}); what is in it is left out.", stacklevel=3
+            f"{error.filename}: this folder cannot be read ({error.strerror}); what is in it is left out.", stacklevel=1
         )
 
     seen: set[str] = set()

@@ -92,7 +92,7 @@ def is_slice_folder(folder: str) -> bool:
     """Whether a folder holds images and nothing else, hidden files apart."""
     try:
         names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    except OSError:
+    except (OSError, ValueError):  # The latter of a name with a zero byte.
         return False
     return bool(names) and all(is_slice(name) for name in names)
 

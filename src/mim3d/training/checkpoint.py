@@ -1,7 +1,6 @@
 """Checkpoints that survive a kill at any moment: written beside, flushed, renamed; checked before use."""
 
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError, first_line
-from mim3d.core.files import atomic_file, remove_partial
+from mim3d.core.files import atomic_file, remove_partial, require_regular
 
 _FORMAT = "mim3d training checkpoint 2"
 _STEP_FILE = re.compile(r"step_(\d{8})\.pt")
@@ -47,6 +46,7 @@ class Checkpoints:
         steps = _files(self.folder, _STEP_FILE)
         for step in sorted(steps, reverse=True):
             try:
+                require_regular(steps[step])
                 # torch.load alone does not notice a changed byte.
                 with zipfile.ZipFile(steps[step]) as archive:
                     broken = archive.testzip()
@@ -137,8 +137,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: The file cannot be read or holds something else.
     """
     try:
+        require_regular(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # On bytes that are no pickle it depends on the bytes what torch raises.
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no training checkpoint of this version of mim3d.")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mim3d.core.errors import ConfigError, DataError, listed
-from mim3d.core.files import read_json, remove_partial, try_lock, write_json
+from mim3d.core.files import lock_file, read_json, remove_partial, try_lock, write_json
 from mim3d.core.left_out import Failure, write_tracebacks
 from mim3d.core.names import is_entry_name, joined_name, same_name
 from mim3d.core.progress import Progress, say
@@ -189,16 +189,13 @@ def alone_in(out: str | Path) -> Iterator[None]:
         raise ConfigError(f"{path} is a file; choose a folder as --out.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / PREDICTIONS_MARK, os.O_CREAT | os.O_WRONLY)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written to ({error.strerror}); choose another --out.") from error
-    try:
+    with lock_file(path / PREDICTIONS_MARK) as descriptor:
         if not try_lock(descriptor):
             raise ConfigError(f"Another process predicts into {path}; wait for it to end, or choose another --out.")
         remove_partial(path)
         yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclass
