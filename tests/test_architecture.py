@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2475,
+    "core": 2490,
     "kernels": 875,
     "scans": 4370,
     "nn": 575,
@@ -78,7 +78,7 @@ BUDGET = {
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1350,
-    "caching": 4380,
+    "caching": 4390,
     "objective": 150,
     "weights": 725,
     "inference": 900,
