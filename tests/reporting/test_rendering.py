@@ -13,7 +13,7 @@ from mim3d.reporting.rendering import Theme, chart, chart_text, film, label_colo
 def test_text_in_html_is_escaped_and_what_was_rendered_here_is_not():
     image = render("film.html", source="data:,", alt='a "b" <i>')
     assert "&lt;i&gt;" in image and "<i>" not in image
-    page = render("report.html", title="<b>", lead="", sections=[("runs", "Runs", image)], footer="")
+    page = render("report.html", runs="", title="<b>", lead="", sections=[("runs", "Runs", image)], footer="")
     assert "<h1>&lt;b&gt;</h1>" in page
     assert image in page
 
