@@ -46,9 +46,9 @@ def test_saving_again_replaces_the_export_as_a_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["encoder"]
 
 
-def published_file(path: Path, *, shift: float = 0.0) -> torch.nn.Module:
+def published_file(path: Path, *, shift: float = 0.0, depths: tuple[int, ...] = (1, 1, 1, 2)) -> torch.nn.Module:
     torch.manual_seed(0)
-    encoder = create_model("hybrid_tiny", depths=(1, 1, 1, 2))
+    encoder = create_model("hybrid_tiny", depths=depths)
     decoder = TokenDecoder(96, 48, 1, 3, 4096)
     state = dict(encoder.state_dict())
     state |= {k if k == "mask_token" else f"decoder_{k}": v for k, v in decoder.state_dict().items()}
@@ -62,11 +62,19 @@ def published_file(path: Path, *, shift: float = 0.0) -> torch.nn.Module:
 
 def test_a_published_checkpoint_is_read_with_its_command_line_and_its_recipe_found(tmp_path: Path) -> None:
     encoder = published_file(tmp_path / "mim.pth")
-    loaded = load_encoder(tmp_path / "mim.pth")
+    with pytest.raises(CheckpointError, match=r"depths \[1, 1, 1, 2\]\) do not show the number of attention heads"):
+        load_encoder(tmp_path / "mim.pth")
+    with pytest.warns(UserWarning, match="blocks that the file may have lost"):
+        loaded = load_encoder(tmp_path / "mim.pth", {"num_heads": 3})
     assert loaded.recipe.widths == (12, 24, 48, 96)
     assert loaded.recipe.depths == (1, 1, 1, 2)
     assert loaded.recipe.num_heads == 3
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in encoder.state_dict().items())
+
+
+def test_a_published_checkpoint_of_a_published_size_needs_no_word(tmp_path: Path) -> None:
+    encoder = published_file(tmp_path / "mim.pth", depths=(2, 2, 2, 11))
+    assert load_encoder(tmp_path / "mim.pth").recipe == encoder.recipe
 
 
 def test_the_report_counts_what_is_left_over(tmp_path: Path) -> None:
@@ -98,7 +106,7 @@ def test_a_file_with_code_is_refused_unrun(tmp_path: Path) -> None:
             return (Path(tmp_path / "ran").touch, ())
 
     torch.save({"model": Attack()}, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match="holds code that mim3d does not run"):
+    with pytest.raises(CheckpointError, match=r"holds no tensors by name, but model \(an object\)"):
         load_encoder(tmp_path / "bad.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointError):
@@ -122,10 +130,11 @@ def test_a_file_of_an_early_torch_is_read_and_text_is_refused(tmp_path: Path) ->
     _, encoder = exported(tmp_path)
     state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
     torch.save({"model": state}, tmp_path / "early.pth", _use_new_zipfile_serialization=False)
-    assert torch.equal(next(load_encoder(tmp_path / "early.pth").parameters()), next(encoder.parameters()))
+    assert load_into(of_channels(1), tmp_path / "early.pth").coverage == 1
+    assert torch.equal(next(iter(read_state(tmp_path / "early.pth").values())), next(encoder.parameters()))
     for text in ("image,class\na,b\n", "", "cposix\nsystem\n", "\x80\x02}q\x00.", "(lp0\n"):
         (tmp_path / "text.pth").write_text(text)
-        with pytest.raises(CheckpointError, match=r"text\.pth cannot be read as plain weights") as refused:
+        with pytest.raises(CheckpointError, match=r"text\.pth cannot be read as weights") as refused:
             load_encoder(tmp_path / "text.pth")
         assert "weights_only" not in str(refused.value)
 
@@ -191,7 +200,8 @@ def test_new_input_layers_are_left_as_they_were_drawn_and_everything_else_is_tak
     run, _ = exported(tmp_path)
     wider = of_channels(3)
     before = wider.state_dict()["patch_embed1.proj.weight"].clone()
-    report = load_into(wider, run, input_layers="new")
+    with pytest.warns(UserWarning, match=r"tensors start anew: patch_embed1\.proj\.weight"):
+        report = load_into(wider, run, input_layers="new")
     assert torch.equal(wider.state_dict()["patch_embed1.proj.weight"], before)
     assert report.adapted == () and len(report.mismatched) == 1 and report.coverage > 0.9
 
@@ -203,13 +213,16 @@ def test_a_published_file_that_fills_too_little_of_an_encoder_is_refused(tmp_pat
     content = torch.load(tmp_path / "mim.pth", weights_only=False)
     kept = {key: value for key, value in content["model"].items() if "blocks4" not in key or "norm" in key}
     torch.save({"model": kept}, tmp_path / "part.pth")
-    with pytest.raises(CheckpointError, match=r"fills only .* of the encoder"):
-        load_encoder(tmp_path / "part.pth")
+    with (
+        pytest.warns(UserWarning, match="blocks that the file may have lost"),
+        pytest.raises(CheckpointError, match=r"fills only .* of the encoder"),
+    ):
+        load_encoder(tmp_path / "part.pth", {"num_heads": 3})
 
 
 def test_a_file_of_something_else_altogether_is_refused(tmp_path: Path) -> None:
     save_file({"layer.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="the encoder it belongs to is unknown"):
+    with pytest.raises(CheckpointError, match="no names of tensors that mim3d knows"):
         load_encoder(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"fills only 0.0% of the encoder"):
         load_into(of_channels(1), tmp_path / "other.safetensors")

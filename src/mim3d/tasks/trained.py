@@ -1,5 +1,6 @@
 """Trained networks as they come back from disk, whatever their task: weights, settings, and how their input is made."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,10 @@ def load_trained(
         if type(recipe).__module__.startswith("mim3d.") and type(settings).__module__.startswith("mim3d."):
             require_described(partial(settings.build, recipe, labels), located)
         module = settings.build(recipe, labels)
-    report = load_into(module, path, networks=folders)
+    with warnings.catch_warnings():
+        # What would be warned of is refused below.
+        warnings.simplefilter("ignore", UserWarning)
+        report = load_into(module, path, networks=folders)
     if report.missing or report.mismatched:
         first = next(iter(report.mismatched or report.missing))
         raise CheckpointError(f"{path} does not fill its network ({report}; first: {first}); copy or export it again.")

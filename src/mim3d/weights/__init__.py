@@ -22,6 +22,7 @@ from mim3d.weights.loading import (
     adapt_input,
     load_encoder,
     load_into,
+    recipe_of,
     recipe_of_card,
 )
 from mim3d.weights.states import PREFIXES, WRAPPERS, read_state, to_own_names
@@ -45,6 +46,7 @@ __all__ = [
     "locate",
     "read_card",
     "read_state",
+    "recipe_of",
     "recipe_of_card",
     "require_described",
     "save_network",

@@ -4,6 +4,7 @@ What a card says of its backbone and task is checked by their own settings, see 
 the tensors of the file, see :func:`require_described`.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from mim3d.core.files import load_json
 from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import LARGEST_LABEL
 from mim3d.scans.intensity import Intensity
-from mim3d.weights.folders import CARD_FORMAT, CARD_NAME, RUN_NETWORKS, WEIGHTS_NAME, locate
+from mim3d.weights.folders import CARD_ENTRY, CARD_FORMAT, CARD_NAME, RUN_NETWORKS, WEIGHTS_NAME, locate
 
 #: A card holds some kilobytes. Each score of each label is a line.
 _LARGEST_BYTES = 16 * 2**20
@@ -109,7 +110,7 @@ def card_path(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Pat
 
 
 def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Any]:
-    """The card beside our own weights; empty for a foreign file.
+    """The card of our own weights, beside them or within a file that was copied alone; empty for a foreign file.
 
     Args:
         path: A run folder, an export folder, a file, or the id of a repository.
@@ -119,13 +120,18 @@ def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dic
         CheckpointError: It cannot be read, is of a newer format, or holds a value that cannot be, which is named.
     """
     located, file = locate(path, networks), card_path(path, networks)
-    if not file.is_file() or (located.is_file() and located.name != WEIGHTS_NAME):
-        return {}
+    weights = located if located.is_file() else located / WEIGHTS_NAME
     try:
-        if file.stat().st_size > _LARGEST_BYTES:
-            raise ValueError(f"{file.stat().st_size:,} bytes, more than any card has")
-        card = load_json(file)
-    except (OSError, ValueError) as error:
+        if file.is_file() and weights.name == WEIGHTS_NAME:
+            if file.stat().st_size > _LARGEST_BYTES:
+                raise ValueError(f"{file.stat().st_size:,} bytes, more than any card has")
+            card = load_json(file)
+        else:
+            file, text = weights, _card_within(weights)
+            if text is None:
+                return {}
+            card = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON ({error}); export the weights again.") from None
     if not isinstance(card, dict) or type(card.get("format")) is not int or card["format"] != CARD_FORMAT:
         raise CheckpointError(f"{file} is not a card of format {CARD_FORMAT}; export again or update mim3d.")
@@ -146,6 +152,17 @@ def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dic
         with card_settings(file):
             card["intensity"] = to_mapping(build_settings(Intensity, card["intensity"], "intensity"))
     return card
+
+
+def _card_within(file: Path) -> str | None:
+    """The card that a safetensors file holds in its metadata; None for a file that is foreign, or is read later."""
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return (tensors.metadata() or {}).get(CARD_ENTRY)
+    except (SafetensorError, OSError):
+        return None
 
 
 def _parts(value: Any, place: str, file: Path, depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -198,7 +215,8 @@ def require_described(build: Callable[[], nn.Module], path: str | Path) -> None:
     Raises:
         CheckpointError: The sentence names both numbers of values. The file may be unreadable, too.
     """
-    file = card_path(path).with_name(WEIGHTS_NAME)
+    located = locate(path)
+    file = located if located.is_file() else located / WEIGHTS_NAME
     try:
         with safe_open(file, framework="pt") as tensors:
             held = sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118

@@ -20,6 +20,9 @@ WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
 CARD_FORMAT = 1
 
+#: Entry of a safetensors file's metadata that holds the card.
+CARD_ENTRY = "mim3d_card"
+
 #: Folders of a run that hold a network, the one to prefer first.
 RUN_NETWORKS = ("encoder", "segmenter", "classifier")
 
@@ -41,8 +44,9 @@ def save_network(folder: Path, module: nn.Module, card: Mapping[str, Any], besid
     """
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     with atomic_folder(folder) as new:
-        save_file(state, new / WEIGHTS_NAME)
         write_json(new / CARD_NAME, {"format": CARD_FORMAT, **card})
+        # Within the file as well, so that it still says what it is where somebody copies it alone.
+        save_file(state, new / WEIGHTS_NAME, metadata={CARD_ENTRY: (new / CARD_NAME).read_text(encoding="utf-8")})
         # safetensors writes for the owner alone, whatever the user's umask says.
         shutil.copymode(new / CARD_NAME, new / WEIGHTS_NAME)
         for path in beside:

@@ -1,25 +1,31 @@
 """Weights into modules, with a report of what fitted; encoders ready to use."""
 
+import re
+import warnings
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
+from mim3d.backbones import BACKBONES, Backbone, Encoder, Hybrid, create_recipe
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.names import cut
 from mim3d.core.own_code import is_dotted_path
+from mim3d.core.progress import say
 from mim3d.core.settings import find_named, update_settings
 from mim3d.core.types import Named
 from mim3d.weights.cards import card_settings, read_card, require_described
 from mim3d.weights.folders import RUN_NETWORKS
-from mim3d.weights.states import read_state, to_own_names
+from mim3d.weights.states import read_state, to_own_names, without_prefix_of
 
 #: Share of an encoder's values that a file must fill before it counts as loaded.
 MIN_COVERAGE = 0.9
+
+#: Sizes of the published networks, whose number of heads is known from the publication.
+_PUBLISHED = ("hybrid_tiny", "hybrid_small", "hybrid_base")
 
 #: What becomes of the layers that read the input where the number of channels differs, see :func:`adapt_input`.
 InputLayers = Literal["mean", "repeat", "new"]
@@ -59,25 +65,36 @@ def load_into(
     *,
     networks: tuple[str, ...] = RUN_NETWORKS,
     input_layers: InputLayers = "new",
+    min_coverage: float = MIN_COVERAGE,
 ) -> CoverageReport:
     """Fill a module with the tensors of a file that fit, and say which did.
+
+    A warning names tensors of the encoder that the file does not fill.
 
     Args:
         module: An encoder, or a network with an ``encoder``.
         path: A run folder, an export folder, or a weights file (safetensors or torch).
         networks: Folders of a run to look for, the preferred first.
         input_layers: How the layers of an encoder that read the input are made to fit another number of channels.
+        min_coverage: Share of the encoder's values (or of the module's, without an encoder) that must be filled, from
+            0 to 1. 1 refuses every partial load, 0 none.
+
     Raises:
-        CheckpointError: Less than ``MIN_COVERAGE`` of the encoder's values (or of the module's, without an
-            encoder) would be filled; nothing is changed then.
+        CheckpointError: Less than ``min_coverage`` would be filled, or a tensor holds values that are not finite;
+            nothing is changed then.
+        ConfigError: ``min_coverage`` is no share.
     """
-    state = to_own_names(read_state(path, networks))
+    if not 0 <= min_coverage <= 1:
+        raise ConfigError(f"min_coverage is {min_coverage:g}; it must lie between 0 and 1, such as {MIN_COVERAGE}.")
     target = module.state_dict()
     inside_encoder = isinstance(module, Encoder)
-    if inside_encoder and any(key.startswith("encoder.") for key in state):
+    own = {key if inside_encoder else key.removeprefix("encoder."): key for key in target}
+    state = to_own_names(read_state(path, networks))
+    state = without_prefix_of(state, {*target, *own})
+    if inside_encoder:
         state = {key.removeprefix("encoder."): value for key, value in state.items()}
-    elif not inside_encoder and not any(key.startswith("encoder.") for key in state):
-        state = {f"encoder.{key}": value for key, value in state.items()}
+    elif not any(key.startswith("encoder.") for key in state):
+        state = {own.get(key, key): value for key, value in state.items()}
     state, adapted = adapt_input(module, state, input_layers)
     fits = {key: value for key, value in state.items() if key in target and target[key].shape == value.shape}
 
@@ -96,12 +113,26 @@ def load_into(
         adapted=adapted,
     )
     judged = {key for key in target if inside_encoder or key.startswith("encoder.")} or set(target)
+    unfilled = sorted(judged - fits.keys())
     share = num_values(judged & fits.keys()) / max(1, num_values(judged))
-    if share < MIN_COVERAGE:
+    if share < min_coverage:
         example = next(iter(report.mismatched or report.missing), "none")
         raise CheckpointError(
-            f"{path} fills only {share:.1%} of the encoder ({report}; first: {example}); "
-            "it belongs to another backbone or settings."
+            f"{path} fills only {share:.1%} of the encoder ({report}; first: {example}); it belongs to another "
+            f"backbone or settings, or is not whole. min_coverage is the share it must fill, now {min_coverage:g}."
+        )
+    broken = [key for key, value in fits.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if broken:
+        raise CheckpointError(
+            f"{path} holds values that are not finite, in {len(broken)} of {len(fits)} tensors (first: {broken[0]}); "
+            "the training that wrote it had failed by then, so take an earlier checkpoint."
+        )
+    if unfilled:
+        more = f" and {len(unfilled) - 3} more" if len(unfilled) > 3 else ""
+        warnings.warn(
+            f"{path} fills {share:.1%} of the encoder; {len(unfilled)} of its {len(judged)} tensors start anew: "
+            f"{', '.join(unfilled[:3])}{more}.",
+            stacklevel=2,
         )
     module.load_state_dict(fits, strict=False)
     return report
@@ -138,26 +169,46 @@ def adapt_input(
     return {**state, **adapted}, tuple(sorted(adapted))
 
 
-def load_encoder(path: str | Path, backbone: Named | None = None) -> Encoder:
+def load_encoder(path: str | Path, backbone: Named | None = None, *, min_coverage: float = MIN_COVERAGE) -> Encoder:
     """Load the encoder of a run, an export folder, a Hugging Face id or a published MiM checkpoint, ready to use.
+
+    What of it was filled is printed, see :func:`load_into` for what is warned of and refused.
 
     Args:
         path: A run, an export folder or a weights file; ``owner/name`` that is no local path, or
             ``hf://owner/name@revision``, is fetched from Hugging Face (extra ``hub``).
-        backbone: Name of the backbone, where the card names one that is not mim3d's own; its code is imported.
+        backbone: The backbone, where the card names one that is not mim3d's own, whose code is imported then; or where
+            there is no card, by its name, or by those of its settings that the tensors do not show.
+        min_coverage: Share of the encoder's values that the file must fill, from 0 to 1.
 
     Raises:
-        CheckpointError: The file is unreadable, or no recipe can be read from its card or its shapes.
+        CheckpointError: The file is unreadable, or fills too little of the encoder, or neither its card nor its shapes
+            say which encoder it is of.
         ConfigError: The card names a backbone that is not mim3d's own, and none is given.
+    """
+    encoder = recipe_of(path, backbone).build()
+    say(f"{path}: {load_into(encoder, path, min_coverage=min_coverage)}")
+    return encoder.eval()
+
+
+def recipe_of(path: str | Path, backbone: Named | None = None) -> Backbone:
+    """The settings of the encoder that weights are of, by their card or, without one, by their shapes.
+
+    Args:
+        path: A run, an export folder, a weights file or a Hugging Face id.
+        backbone: The backbone as the user named it, or changes to its settings.
+
+    Raises:
+        CheckpointError: Neither the card nor the shapes say which encoder it is of.
+        ConfigError: The card names a backbone that is not mim3d's own, and the user named none.
     """
     card = read_card(path)
     if card:
-        recipe = recipe_of_card(card, path, backbone)
-    else:
-        recipe = create_recipe(_hybrid_recipe(to_own_names(read_state(path)), path))
-    encoder = recipe.build()
-    load_into(encoder, path)
-    return encoder.eval()
+        return recipe_of_card(card, path, backbone)
+    changes = {"name": backbone} if isinstance(backbone, str) else dict(backbone or {})
+    if "name" in changes:
+        return create_recipe(changes)
+    return _recipe_of_shapes(to_own_names(read_state(path)), path, changes)
 
 
 def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | None = None) -> Backbone:
@@ -197,18 +248,44 @@ def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | 
     return update_settings(own, changes, "backbone of the weights")
 
 
-def _hybrid_recipe(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
-    """The recipe of a published MiM encoder, read from its shapes; its heads are 32 wide."""
+def _recipe_of_shapes(state: Mapping[str, Tensor], path: str | Path, changes: Mapping[str, Any]) -> Backbone:
+    """The settings of a hybrid encoder without a card: what shapes show, and what the user says of the rest.
+
+    Shapes show widths and depths, but neither the number of attention heads, which changes what is computed, nor
+    whether blocks at the end were lost. Both are known for the sizes that were published, in the published layout.
+    """
+    as_published = any(key.startswith("encoder.") for key in state) and "decoder.mask_token" in state
+    names = {key.removeprefix("encoder."): value for key, value in state.items()}
     widths: list[int] = []
     depths: list[int] = []
-    while (weight := state.get(f"encoder.patch_embed{len(widths) + 1}.proj.weight")) is not None:
+    while (weight := names.get(f"patch_embed{len(widths) + 1}.proj.weight")) is not None and weight.ndim == 5:
         widths.append(weight.shape[0])
-        prefix = f"encoder.blocks{len(widths)}."
-        depths.append(len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}))
+        blocks = re.compile(rf"blocks{len(widths)}\.(\d{{1,4}})\.")
+        depths.append(1 + max((int(found[1]) for key in names if (found := blocks.match(key))), default=-1))
     if not widths:
         raise CheckpointError(
-            f"{path} has no card and is no published MiM checkpoint; the encoder it belongs to is unknown."
+            f"{path} has no card and no names of tensors that mim3d knows (first: {', '.join(list(state)[:3])}); say "
+            "which backbone it belongs to with --backbone."
         )
-    in_channels = state["encoder.patch_embed1.proj.weight"].shape[1]
-    heads = max(1, widths[-1] // 32)
-    return {"name": "hybrid", "widths": widths, "depths": depths, "num_heads": heads, "in_channels": in_channels}
+    in_channels = names["patch_embed1.proj.weight"].shape[1]
+    alike = [
+        (name, recipe)
+        for name, recipe in BACKBONES.items()
+        if isinstance(recipe, Hybrid) and (recipe.widths, recipe.depths) == (tuple(widths), tuple(depths))
+    ]
+    for name, recipe in alike:
+        if as_published and name in _PUBLISHED and not changes:
+            return replace(recipe, in_channels=in_channels)
+    if "num_heads" not in changes:
+        named = f"--backbone {alike[0][0]}, whose shapes these are" if alike else "--backbone.num_heads"
+        raise CheckpointError(
+            f"{path} has no card, and its tensors (widths {widths}, depths {depths}) do not show the number of "
+            f"attention heads, which changes what the encoder computes; give {named}."
+        )
+    warnings.warn(
+        f"{path} has no card; its tensors show widths {widths} and depths {depths}, and blocks that the file may have "
+        "lost at the end cannot be known.",
+        stacklevel=2,
+    )
+    shown = {"widths": widths, "depths": depths, "in_channels": in_channels}
+    return create_recipe({"name": "hybrid", **shown, **changes})

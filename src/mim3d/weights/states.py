@@ -1,9 +1,10 @@
 """Tensors by name out of weights files, our own and foreign ones; nothing in a file can run code."""
 
-import argparse
-import zipfile
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,55 +14,135 @@ from torch import Tensor
 from mim3d.core.errors import CheckpointError
 from mim3d.nn.tokens import sincos_positions
 from mim3d.weights.folders import RUN_NETWORKS, WEIGHTS_NAME, locate
+from mim3d.weights.pickles import PassedOver, load_torch_file, tensors_of_module
 
-#: Keys under which foreign files hold their weights, in the order they are unwrapped.
-WRAPPERS = ("model", "state_dict", "network_weights", "net", "teacher", "student")
+#: Keys under which files hold their weights, the one to prefer first: an average of weights only where nothing else is.
+WRAPPERS = (
+    *(
+        "model",
+        "state_dict",
+        "network_weights",
+        "net",
+        "network",
+        "model_state_dict",
+        "model_state",
+        "state",
+        "weights",
+    ),
+    *("params", "parameters", "module", "encoder", "backbone", "teacher", "student"),
+    *("model_ema", "ema", "ema_model", "ema_state_dict", "state_dict_ema", "shadow"),
+)
+
+#: Beginnings of keys under which the tensors are those of an optimiser and the like, never of a network.
+_NO_WEIGHTS = ("optim", "lr_sched", "sched", "scaler", "grad_scaler", "amp", "loss", "criterion", "rng", "callbacks")
 
 #: Prefixes that wrappers of training frameworks leave on every key.
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "network.", "net.")
+
+#: Mappings inside one another that are looked into.
+_DEEPEST = 8
 
 
 def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Tensor]:
     """All tensors of a weights file by name, unwrapped and without framework prefixes; never runs code from the file.
 
+    Objects beside the weights are passed over, whatever they are. A network that was pickled as a whole is read by its
+    parameters and buffers.
+
+    Args:
+        path: A run folder, an export folder, a weights file (safetensors or torch), or the id of a repository.
+        networks: Folders of a run to look for, the preferred first.
+
     Raises:
-        CheckpointError: The file is damaged, holds no tensors, or would need arbitrary unpickling.
+        CheckpointError: The file is damaged, or holds no tensors by name, or several sets with none that is preferred.
     """
     located = locate(path, networks)
     file = located / WEIGHTS_NAME if located.is_dir() else located
     if file.suffix == ".safetensors":
         try:
-            return load_file(file)
+            return without_framework_prefixes(load_file(file))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file} is no readable safetensors file ({error}); copy or export it again."
             ) from None
-    try:
-        # Some published files carry their command line beside the weights: a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Files of before torch 1.6 are no zip archives, which alone can be mapped into memory.
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # On bytes that are no pickle it depends on the bytes what torch raises.
-        # Before its own reason torch advises to let the file run code.
-        said = str(error).rpartition("WeightsUnpickler error:")[2]
-        lines = [line.strip() for line in said.splitlines() if line.strip() and "weights_only" not in line]
-        reason = lines[0] if lines else type(error).__name__
+    content, programs = load_torch_file(file)
+    if programs:
+        warnings.warn(
+            f"{file} names {', '.join(programs[:3])}, which can run programs and has no place among weights; mim3d did "
+            "not run it, but other software may.",
+            stacklevel=2,
+        )
+    return without_framework_prefixes(_unwrapped(content, file))
+
+
+def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
+    """The set of tensors that is the network's, of all that a file holds."""
+    found = list(_sets_of_tensors(content, ()))
+    if not found:
+        items = list(content.items())[:8] if isinstance(content, dict) else []
+        held = ", ".join(f"{key} ({_kind(value)})" for key, value in items) or f"a {_kind(content)}"
         raise CheckpointError(
-            f"{file} cannot be read as plain weights ({reason}); "
-            "it is damaged, no torch file, or holds code that mim3d does not run."
-        ) from None
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    items = content.items() if isinstance(content, dict) else ()
-    state = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
-    if not state:
-        raise CheckpointError(f"{file} holds no tensors by name, at the top or under {', '.join(WRAPPERS)}.")
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+            f"{file} holds no tensors by name, but {held}; save the state_dict of the network with torch.save or "
+            "safetensors."
+        )
+    known = [(place, state) for place, state in found if place and place[-1] in WRAPPERS]
+    if known:
+        return min(known, key=lambda one: (WRAPPERS.index(one[0][-1]), len(one[0])))[1]
+    # Single tensors at the top may be a loss beside the weights.
+    largest = max(found, key=lambda one: len(one[1]))
+    rivals = [place for place, state in found if len(state) * 2 > len(largest[1])]
+    if len(rivals) > 1:
+        named = ", ".join(".".join(place) or "the top" for place in rivals[:5])
+        raise CheckpointError(
+            f"{file} holds several sets of tensors ({named}), and none by a usual name such as {WRAPPERS[1]}; save the "
+            "one that you mean alone."
+        )
+    return largest[1]
+
+
+def _kind(value: Any) -> str:
+    return "an object" if type(value) is PassedOver else type(value).__name__
+
+
+def _sets_of_tensors(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Every mapping that holds tensors by name, with the keys that lead to it."""
+    if isinstance(value, PassedOver):
+        if state := tensors_of_module(value):
+            yield place, state
+        return
+    if not isinstance(value, dict) or len(place) > _DEEPEST:
+        return
+    if state := {key: one for key, one in value.items() if isinstance(key, str) and isinstance(one, Tensor)}:
+        yield place, {key: one.detach() for key, one in state.items()}
+    for key, inner in value.items():
+        if isinstance(key, str) and not key.lower().startswith(_NO_WEIGHTS):
+            yield from _sets_of_tensors(inner, (*place, key))
+
+
+def without_framework_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without what compilation leaves inside of names, and without prefixes that all names share."""
+    names = {key: ".".join(part for part in key.split(".") if part != "_orig_mod") for key in state}
+    while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in names.values())), None):
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    return {names[key]: value for key, value in state.items()}
+
+
+def without_prefix_of(state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
+    """Tensors without the prefix under which most of the known names are found; others keep their names.
+
+    Where several are as good, as for a student and its teacher, the teacher is taken, else the shortest.
+    """
+    counts: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in known:
+                counts["".join(f"{part}." for part in parts[:start])] += 1
+    if not counts:
+        return dict(state)
+    prefix = min(counts, key=lambda one: (-counts[one], "teacher" not in one, len(one), one))
+    named = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return named | {key: value for key, value in state.items() if not key.startswith(prefix) and key not in named}
 
 
 def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,16 +151,13 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Its position embeddings are not the fixed ones that mim3d computes.
     """
+    state = without_prefix_of(state, ("patch_embed1.proj.weight", "pos_embed"))
     if "patch_embed1.proj.weight" not in state or "pos_embed" not in state:
         return dict(state)
     named: dict[str, Tensor] = {}
     for key, value in state.items():
         if key in ("pos_embed", "decoder_pos_embed"):
-            edge = round(value.shape[1] ** (1 / 3))
-            if not torch.allclose(value[0].float(), sincos_positions((edge, edge, edge), value.shape[2]), atol=1e-4):
-                raise CheckpointError(
-                    f"{key} of the file is not the fixed sine-cosine embedding of a {edge}x{edge}x{edge} grid."
-                )
+            _check_positions(key, value)
         elif key == "mask_token":
             named["decoder.mask_token"] = value
         elif key.startswith("decoder_"):
@@ -89,3 +167,19 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             named[f"encoder.{key}"] = value
     return named
+
+
+def _check_positions(key: str, value: Tensor) -> None:
+    """Refuse a table of positions that is not the fixed one, which mim3d computes itself."""
+    rows, width = (value.shape[1], value.shape[2]) if value.ndim == 3 else (0, 0)
+    # A class token, which the encoder does not have, has the first row.
+    for first in (0, 1):
+        edge = round(max(0, rows - first) ** (1 / 3))
+        if edge > 0 and edge**3 == rows - first:
+            expected = sincos_positions((edge, edge, edge), width)
+            if torch.allclose(value[0, first:].float(), expected, atol=1e-4 if value.dtype == torch.float32 else 1e-2):
+                return
+    raise CheckpointError(
+        f"{key} of the file, of shape {tuple(value.shape)}, is not the fixed sine-cosine embedding of a grid of equal "
+        "edges, with or without a class token; the network learned its positions, which mim3d's does not have."
+    )

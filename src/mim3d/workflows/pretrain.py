@@ -23,7 +23,7 @@ from mim3d.scans.intensity import Intensity
 from mim3d.tracking import TrackedRun
 from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
-from mim3d.weights import load_into
+from mim3d.weights import MIN_COVERAGE, load_into
 from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, ProbePlan
 from mim3d.workflows.shared.damage import adding_to
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
@@ -49,6 +49,7 @@ class PretrainSettings(TrainingSettings):
         method: Pre-training method; settings as --method.temperature 0.2.
         backbone: Encoder, a name of list_models(); settings as --backbone.recompute true.
         weights: Encoder to go on from: a run, an exported folder or a published checkpoint.
+        min_coverage: Share of the encoder that the weights must fill, from 0 to 1; 1 refuses every partial load.
         preset: List of public data sets whose folders lie below DATA: 1k, 10k or all; every scan of DATA if not given.
         cache: Folder for the cache of preprocessed scans; OUT/cache if not given.
         spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; each scan keeps its own if not given.
@@ -70,6 +71,7 @@ class PretrainSettings(TrainingSettings):
     method: Named = "MiM"
     backbone: Named = "hybrid_base"
     weights: str | None = None
+    min_coverage: float = MIN_COVERAGE
     preset: str | None = None
     cache: str | None = None
     spacing_mm: Spacing | None = None
@@ -154,7 +156,8 @@ def run_pretraining(settings: PretrainSettings) -> str:
         torch.manual_seed(settings.seed)
         objective = method.build(recipe)
         if settings.weights is not None:
-            say(f"{settings.weights}: {load_into(objective.encoder, settings.weights)}")
+            filled = load_into(objective.encoder, settings.weights, min_coverage=settings.min_coverage)
+            say(f"{settings.weights}: {filled}")
         loader = settings.loader(scans, method.sampler(recipe), mapping, on_damage=adding_to(left_out, scans))
         if run.writes and (slow := loader.slow_levels):
             print(f"note: {slow}")

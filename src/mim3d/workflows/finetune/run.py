@@ -116,7 +116,9 @@ def _initialise(settings: FinetuneSettings, task: Task, source: CaseSet | Cache,
     """The encoder to begin with, once it is known that task, encoder and cases fit together."""
     task.check_split(split)
     num_channels = len(split.train[0].images)
-    initial = initialise(settings.backbone, settings.weights, num_channels, settings.input_layers)
+    initial = initialise(
+        settings.backbone, settings.weights, num_channels, settings.input_layers, settings.min_coverage
+    )
     check_channels([*split.train, *split.val], initial.recipe)
     task.checked(initial.recipe)
     task.check_labels(source.label_values)

@@ -8,7 +8,7 @@ from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split, TrainPart
 from mim3d.scans.intensity import Intensity
-from mim3d.weights import InputLayers
+from mim3d.weights import MIN_COVERAGE, InputLayers
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.training import TrainingSettings
 
@@ -24,6 +24,7 @@ class FinetuneSettings(TrainingSettings):
         weights: Pre-trained encoder: a run, an exported folder or a published checkpoint; from scratch if not given.
         backbone: Encoder, a name of list_models(); that of the weights (settings alone change it), else hybrid_base.
         input_layers: For another number of channels than the weights know: mean, repeat (in turn) or new.
+        min_coverage: Share of the encoder that the weights must fill, from 0 to 1; 1 refuses every partial load.
         preset: Name of a published data set; gives what is not given.
         plan: Plan to use instead of a new one: a plan.yaml of a run, edited or not.
         cache: Folder for the cache of preprocessed scans; OUT/cache if not given.
@@ -52,6 +53,7 @@ class FinetuneSettings(TrainingSettings):
     weights: str | None = None
     backbone: Named | None = None
     input_layers: InputLayers = "mean"
+    min_coverage: float = MIN_COVERAGE
     preset: str | None = None
     plan: str | None = None
     cache: str | None = None

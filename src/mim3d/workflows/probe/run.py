@@ -29,7 +29,7 @@ from mim3d.probing.settings import Probing
 from mim3d.reporting.sources import short_names
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.evaluation import printed_table
-from mim3d.weights import InputLayers, locate, weights_digest
+from mim3d.weights import MIN_COVERAGE, InputLayers, locate, weights_digest
 from mim3d.workflows.probe.cases import ProbeCases, Target, choose_cases, read_source
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels
@@ -54,6 +54,7 @@ class ProbeSettings:
         target: What is classified: labels (of tokens) or classes (of scans); what most scans have if not given.
         backbone: Encoder of foreign weights, a name of list_models(); that of the weights if not given.
         input_layers: For another number of channels than the weights know: mean, repeat (in turn) or new.
+        min_coverage: Share of each encoder that its weights must fill, from 0 to 1; 1 refuses every partial load.
         cache: Folder for the cache of prepared scans; a temporary one if not given.
         spacing_mm: Voxel size along X, Y, Z in millimetres; that of the first weights if not given.
         intensity: Mapping of intensities to network input; that of each of the weights if not given, else planned.
@@ -79,6 +80,7 @@ class ProbeSettings:
     target: Target | None = None
     backbone: Named | None = None
     input_layers: InputLayers = "mean"
+    min_coverage: float = MIN_COVERAGE
     cache: str | None = None
     spacing_mm: Spacing | None = None
     intensity: Intensity | None = None
@@ -118,7 +120,9 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
             # Layers that the weights do not fill are drawn.
             with drawn_from(settings.seed):
                 num_channels = len(cases.cases[0].images)
-                initial = initialise(settings.backbone, path, num_channels, input_layers=settings.input_layers)
+                initial = initialise(
+                    settings.backbone, path, num_channels, settings.input_layers, settings.min_coverage
+                )
             check_channels(cases.cases, initial.recipe)
             assert initial.encoder is not None
             checked_crop_size(settings.probing.crop_size, initial.encoder)

@@ -13,7 +13,7 @@ from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import CaseSet
 from mim3d.planning.plan import plan_intensity
 from mim3d.scans.intensity import Intensity
-from mim3d.weights import InputLayers, load_encoder, load_into, read_card, recipe_of_card
+from mim3d.weights import MIN_COVERAGE, InputLayers, load_into, read_card, recipe_of, recipe_of_card
 
 #: Backbone where neither a name nor weights are given.
 DEFAULT_BACKBONE = "hybrid_base"
@@ -91,7 +91,11 @@ class Initialisation:
 
 
 def initialise(
-    backbone: Named | None, weights: str | None, num_channels: int, input_layers: InputLayers = "mean"
+    backbone: Named | None,
+    weights: str | None,
+    num_channels: int,
+    input_layers: InputLayers = "mean",
+    min_coverage: float = MIN_COVERAGE,
 ) -> Initialisation:
     """The encoder to start from, loaded and its coverage printed, before any data are read.
 
@@ -100,6 +104,7 @@ def initialise(
         weights: A run, an exported folder or a file; None starts from scratch.
         num_channels: Channels of the data; an encoder known by its weights alone is adapted to them.
         input_layers: How the layers that read the input are made to fit another number of channels.
+        min_coverage: Share of the encoder's values that the weights must fill, from 0 to 1.
     Raises:
         ConfigError: An unknown backbone or setting.
         CheckpointError: Weights that cannot be read or do not fit.
@@ -116,7 +121,7 @@ def initialise(
         if recipe.in_channels == learned:
             recipe = replace(recipe, in_channels=num_channels)
     encoder = recipe.build()
-    say(f"{weights}: {load_into(encoder, weights, input_layers=input_layers)}")
+    say(f"{weights}: {load_into(encoder, weights, input_layers=input_layers, min_coverage=min_coverage)}")
     return Initialisation.of_card(recipe, encoder, read_card(weights))
 
 
@@ -136,7 +141,10 @@ def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone,
     # A backbone of the user's own is named to have its code imported: its settings are those of the weights.
     if name in BACKBONES or (name is not None and not card):
         return create_recipe({"name": name, **named}), None
-    own = recipe_of_card(card, weights, name) if card else load_encoder(weights).recipe
+    if not card:
+        own = recipe_of(weights, named)
+        return own, own.in_channels
+    own = recipe_of_card(card, weights, name)
     return update_settings(own, named, "backbone of the weights"), own.in_channels
 
 
