@@ -80,7 +80,7 @@ BUDGET = {
     "reporting": 1350,
     "caching": 4390,
     "objective": 150,
-    "weights": 725,
+    "weights": 1140,
     "inference": 900,
     "planning": 950,
     "loading": 1050,

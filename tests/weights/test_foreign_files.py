@@ -114,7 +114,7 @@ def test_wrappers_and_prefixes_of_any_order_are_taken_off(tmp_path: Path, name: 
     assert all(torch.allclose(encoder.state_dict()[key], value, atol=tolerance, rtol=0) for key, value in STATE.items())
 
 
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
+@pytest.mark.parametrize("options", [{}, {"pickle_protocol": 4}, {"pickle_protocol": 5}])
 def test_what_lies_beside_the_weights_is_passed_over(tmp_path: Path, options: dict[str, Any]) -> None:
     torch.save({**rest(), "state_dict": STATE}, tmp_path / "w.pt", **options)
     with warnings.catch_warnings():
