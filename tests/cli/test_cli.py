@@ -100,7 +100,7 @@ def called(*words: str) -> dict[str, Any]:
 
 
 def refused(capsys, *words: str) -> str:
-    assert cli.main(list(words)) == cli.EXIT_REFUSED
+    assert cli.main(list(words)) == cli.REFUSED
     error = capsys.readouterr().err
     assert error.startswith("mim3d: ") and error.count("\n") == 1
     assert not CALLS
@@ -224,6 +224,28 @@ def test_later_files_lie_on_top_of_earlier_ones(config, tmp_path):
     assert arguments["out"] == "b" and arguments["method"]["temperature"] == 0.2
 
 
+def test_resume_alone_goes_on_by_the_settings_of_the_run_below_what_is_given(config):
+    out = str(Path(config).parent)
+    arguments = called("train", "--out", out, "--resume", "true")
+    assert (arguments["data"], arguments["out"], arguments["size"]) == ("D", out, (8, 8, 8))
+    assert arguments["optim"] == Optim(learning_rate=0.5, betas=(0.1, 0.2))
+    assert called("train", "--out", out, "--resume", "--size", "4", "4", "4")["size"] == (4, 4, 4)
+
+
+def test_without_resume_or_without_a_run_no_settings_are_taken_from_the_folder(config, capsys):
+    out = str(Path(config).parent)
+    for words in (("--out", out), ("--out", out, "--resume", "false"), ("--out", f"{out}/none", "--resume")):
+        assert "mim3d train needs DATA" in refused(capsys, "train", *words)
+    Path(config).write_text("command: fuse\n")
+    assert "holds the settings of mim3d fuse" in refused(capsys, "train", "--out", out, "--resume", "true")
+
+
+def test_a_value_that_no_number_can_hold_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(f"max_steps: {'9' * 5000}\n")
+    assert "a.yaml holds a value that cannot be read" in refused(capsys, "train", "--config", f"{tmp_path}/a.yaml")
+    assert "--max_steps" in refused(capsys, "train", "d", "--out", "o", "--max_steps", "9" * 5000)
+
+
 def test_a_saved_config_is_refused_under_another_command(config, capsys):
     assert "holds the settings of mim3d train, not of mim3d fuse" in refused(capsys, "fuse", "--config", config)
 
@@ -269,7 +291,7 @@ def test_an_error_of_ours_is_one_line_and_a_traceback_only_when_asked(capsys):
     assert refused(capsys, "fail", "--how", "data") == "scan.nii.gz is truncated; copy it again."
     with pytest.raises(DataError):
         cli.main(["fail", "--how", "data", "--debug", "true"])
-    assert cli.main(["fail", "--how", "data", "--debug", "false"]) == cli.EXIT_REFUSED
+    assert cli.main(["fail", "--how", "data", "--debug", "false"]) == cli.REFUSED
 
 
 def test_the_unexpected_stays_a_traceback_and_an_interrupt_has_its_code(capsys):
@@ -345,7 +367,7 @@ def test_the_overview_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {name:<5}  {command.summary}" in text for name, command in cli.COMMANDS.items())
-    assert cli.main([]) == cli.EXIT_REFUSED
+    assert cli.main([]) == cli.REFUSED
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"mim3d {mim3d.__version__}\n"
 
@@ -358,7 +380,7 @@ def test_a_closed_pipe_is_quiet():
         process.stdout.close()
         process.stdin.close()
         assert process.stderr.read() == b""
-    assert process.returncode == cli.EXIT_BROKEN_PIPE
+    assert process.returncode == cli.BROKEN_PIPE
 
 
 def test_python_m_mim3d_is_the_command():

@@ -130,6 +130,15 @@ def test_resume_with_other_settings_names_each_of_them(tmp_path: Path) -> None:
     assert "max_steps was 10 and is now 20" in str(error.value)
     assert "optim.learning_rate was 0.001 and is now 0.002" in str(error.value)
     assert "betas" not in str(error.value)
+    assert f"leave these out: mim3d pretrain --out {tmp_path}/run --resume true." in str(error.value)
+
+
+def test_settings_that_were_left_open_and_are_given_now_are_named_one_by_one(tmp_path: Path) -> None:
+    make(tmp_path / "run", backbone=None)
+    with pytest.raises(ConfigError) as error:
+        make(tmp_path / "run", resume=True, backbone={"name": "hybrid", "num_heads": 3})
+    assert "backbone.name was None and is now 'hybrid'; backbone.num_heads was None and is now 3." in str(error.value)
+    assert "{" not in str(error.value)
 
 
 def test_resume_may_change_what_changes_nothing_learned(tmp_path: Path) -> None:

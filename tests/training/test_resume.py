@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.exit_codes import TO_BE_CONTINUED, take_exit_code
 from mim3d.core.run_folder import Run, read_run
 from mim3d.objective import Batch
 from mim3d.training.meter import Meter
@@ -68,24 +69,30 @@ def test_stopped_by_the_time_limit_and_resumed(tmp_path: Path, uninterrupted: An
         result, objective, run = toy_run(tmp_path / "run", **SETTINGS, max_time_s=0.06, wait_s=0.003)
         finished, sessions = result.finished, sessions + 1
         assert finished or result.reason == "the time limit of 0.06 s was reached"
+        assert take_exit_code() == (0 if finished else TO_BE_CONTINUED)
     assert sessions > 2
     assert_same(run.path, objective, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, TO_BE_CONTINUED)]
+)
 def test_stopped_by_a_signal_and_resumed(
     tmp_path: Path,
     uninterrupted: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: signal.Signals,
+    code: int,
 ) -> None:
+    take_exit_code()
     before = signal.getsignal(number)
     monkeypatch.setattr(InterruptedSource, "signal_number", number)
     monkeypatch.setattr(toy_training, "ToySource", InterruptedSource)
     result, objective, run = toy_run(tmp_path / "run", **SETTINGS)
     # Sample 100 belongs to step 13, which is finished and saved before stopping.
     assert (result.step, result.finished, result.reason) == (13, False, f"{number.name} asked to stop")
+    assert take_exit_code() == code
     assert run.how_to_resume in capsys.readouterr().err
     assert signal.getsignal(number) is before
     monkeypatch.undo()

@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.exit_codes import BROKEN_PIPE, INTERRUPTED, REFUSED, take_exit_code
 from mim3d.core.left_out import take_noted
 from mim3d.core.names import printable
 from mim3d.core.own_code import found_in_working_folder, own_code_in, working_folder_left_out
 
 if TYPE_CHECKING:
     from mim3d.cli.arguments import Signature
-
-EXIT_REFUSED = 2
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A refusal (Mim3dError) is one line on stderr and exit code 2; ``--debug true`` shows its traceback. Where the
     command did its work but left out cases, the last line says how many and where they are listed, and the exit code
-    is 2 too. Any other error stays a traceback.
+    is 2 too. Training that was stopped before its end has the codes of :mod:`mim3d.core.exit_codes`. Any other error
+    stays a traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _show_warnings_in_one_line()
@@ -81,21 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"mim3d: {error}", file=sys.stderr)
-        return EXIT_REFUSED
+        return REFUSED
     except KeyboardInterrupt:
         print("mim3d: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; Python's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return BROKEN_PIPE
 
 
 def _run(words: list[str]) -> int:
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
         print(overview(), file=sys.stdout if words else sys.stderr)
-        return 0 if words else EXIT_REFUSED
+        return 0 if words else REFUSED
     if name == "--version":
         print(f"mim3d {__version__}")
         return 0
@@ -112,13 +110,14 @@ def _run(words: list[str]) -> int:
         print(help_text(signature))
     else:
         take_noted()
+        take_exit_code()
         arguments = command_arguments(split_line(words[1:], signature), signature)
         with found_in_working_folder(own_code_in(arguments).values()):
             signature.function(**arguments)
         sentences = take_noted()
         for sentence in sentences:
             print(printable(sentence), flush=True)
-        return EXIT_REFUSED if sentences else 0
+        return take_exit_code() or (REFUSED if sentences else 0)
     return 0
 
 

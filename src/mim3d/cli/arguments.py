@@ -6,6 +6,7 @@ values. Files of settings lie below, flags on top, and one strict coercer serves
 
 import dataclasses
 import inspect
+import os
 import re
 import types
 import typing
@@ -15,7 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.own_code import own_code_in
-from mim3d.core.settings import coerce, describe, nearest, parse_yaml, read_yaml, update_settings
+from mim3d.core.settings import CONFIG_NAME, coerce, describe, nearest, parse_yaml, read_yaml, update_settings
 
 _FLAG = re.compile(r"--[A-Za-z]")
 _SHORT_FLAG = re.compile(r"-[A-Za-z]+")
@@ -201,7 +202,7 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
         ConfigError: A setting is unknown, missing or of another type, a file belongs to another command, or it names
             code that the flags do not.
     """
-    files = coerce(flags.get("config", ()), _OWN_FLAGS["config"], "--config")
+    files = [*_settings_of_run(flags, signature), *coerce(flags.get("config", ()), _OWN_FLAGS["config"], "--config")]
     layers = []
     for path in files:
         content = read_yaml(path)
@@ -229,6 +230,14 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
     if not coerce(flags.get("allow_code", False), bool, "--allow_code"):
         _require_typed_code(merged, layers, files)
     return {name: _typed(name, value, signature) for name, value in merged.items()}
+
+
+def _settings_of_run(flags: Mapping[str, Any], signature: Signature) -> list[str]:
+    """The file of settings in ``--out``, below all others, where a run is to go on there; none where there is none."""
+    if "resume" not in signature.hints or not coerce(flags.get("resume", False), bool, "--resume"):
+        return []
+    config = os.path.join(str(flags.get("out", "")), CONFIG_NAME)
+    return [config] if "out" in flags and os.path.isfile(config) else []
 
 
 def _require_typed_code(merged: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], files: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from mim3d.core.files import atomic_file, explained_write, load_json, lock_file,
 from mim3d.core.left_out import read_left_out
 from mim3d.core.own_code import own_code_in
 from mim3d.core.provenance import environment
-from mim3d.core.settings import read_yaml, to_mapping, write_yaml
+from mim3d.core.settings import CONFIG_NAME, read_yaml, to_mapping, write_yaml
 
 #: Settings that a resumed run may change, because they change nothing of what is learned.
 FREE_ON_RESUME = frozenset(
@@ -58,16 +59,11 @@ def is_first_process() -> bool:
     return not any(rank.isdigit() and int(rank) > 0 for rank in ranks)
 
 
-def how_to_resume(command: str, config: Path, out: Path) -> str:
-    """The command line that goes on with what is in a folder.
-
-    Args:
-        command: Name of the command.
-        config: Its settings.
-        out: The folder.
-    """
+def how_to_resume(command: str, out: Path) -> str:
+    """The command line that goes on with the run in a folder, by the settings that it was started with."""
+    config = out / CONFIG_NAME
     own = " --allow_code true" if config.is_file() and own_code_in(read_yaml(config)) else ""
-    return f"mim3d {command} --config {config} --out {out} --resume true{own}"
+    return f"mim3d {command} --out {shlex.quote(str(out))} --resume true{own}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class Run:
     @property
     def config_path(self) -> Path:
         """Settings that run the command again."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG_NAME
 
     @property
     def metrics_path(self) -> Path:
@@ -112,7 +108,7 @@ class Run:
     @property
     def how_to_resume(self) -> str:
         """The command that goes on from the last checkpoint."""
-        return how_to_resume(self.command, self.config_path, self.path)
+        return how_to_resume(self.command, self.path)
 
     @classmethod
     def create(
@@ -249,8 +245,8 @@ class Run:
         changed = _differences(before, values)
         if changed:
             raise ConfigError(
-                f"{self.path} was started with other settings: {'; '.join(changed)}. "
-                "Resume with the settings it was started with, or choose another --out."
+                f"{self.path} was started with other settings: {'; '.join(changed)}. To go on with those it was "
+                f"started with, leave these out: {self.how_to_resume}. For a new run, choose another --out."
             )
         for name, digest in inputs.items():
             self._require_same_input(manifest, name, digest)
@@ -276,8 +272,11 @@ def _with_decoder_of_method(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Settings that are not the same, as ``key was ..., is now ...``."""
-    if isinstance(before, dict) and isinstance(now, dict):
+    """Settings that are not the same, as ``key was ... and is now ...``."""
+    if isinstance(before, dict) or isinstance(now, dict):
+        before, now = (
+            {} if value is None else value if isinstance(value, dict) else {"name": value} for value in (before, now)
+        )
         names = [name for name in {**before, **now} if key or name not in FREE_ON_RESUME]
         parts = [(name, f"{key}.{name}" if key else name) for name in names]
         return [line for name, full in parts for line in _differences(before.get(name), now.get(name), full)]

@@ -24,6 +24,9 @@ from mim3d.core.own_code import how_to_find, is_dotted_path
 
 _T = TypeVar("_T")
 
+#: File of the settings in the folder of a run.
+CONFIG_NAME = "config.yaml"
+
 _TRUE = {"true", "yes", "on"}
 _FALSE = {"false", "no", "off"}
 _NONE = {"null", "none", "~", ""}
@@ -499,7 +502,7 @@ def parse_yaml(text: str, where: str) -> Any:
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where} is no valid YAML: {problem}{place}.") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         # PyYAML's own of what a tag calls a number or a truth value, and of numbers of thousands of digits.
         raise ConfigError(f"{where} is no valid YAML: {cut(first_line(error))}.") from error
 

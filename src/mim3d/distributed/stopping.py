@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import torch
 
+from mim3d.core.exit_codes import INTERRUPTED, TERMINATED, TO_BE_CONTINUED
+
 _GO_ON, _TIME_IS_UP = 0, 1
 
 #: Signals that ask to stop. Where the processes got different ones, the last of these counts.
@@ -20,7 +22,7 @@ _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal,
 _FIRST_SIGNAL = _TIME_IS_UP + 1
 
 # A terminal and a wrapping process often deliver the same Ctrl-C twice.
-_SAME_REQUEST_S = 2.0
+_SAME_REQUEST_S = 0.25
 
 #: Names that SLURM gives to jobs in which somebody sits at a prompt.
 _INTERACTIVE = ("interactive", "bash", "sh", "zsh")
@@ -29,6 +31,8 @@ _SCONTROL_TIMEOUT_S = 60.0
 
 #: Exit codes of shells for a process that a signal ended, less the signal's number.
 _EXIT_SIGNALLED = 128
+
+_EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
 
 
 class StopRequests:
@@ -43,6 +47,7 @@ class StopRequests:
     Attributes:
         to_be_continued: Whether the machine asked to stop and not the user: by SIGTERM or SIGUSR1 a scheduler announces
             that it needs the machine or that the job's time is up.
+        exit_code: With what the command line ends after the stop.
     """
 
     def __init__(self, max_time_s: float | None, since: float | None = None) -> None:
@@ -55,6 +60,7 @@ class StopRequests:
         self._previous: dict[int, Any] = {}
         self._group: Any = None
         self.to_be_continued = False
+        self.exit_code = TO_BE_CONTINUED
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -88,6 +94,7 @@ class StopRequests:
         if request >= _FIRST_SIGNAL:
             asked = _SIGNALS[request - _FIRST_SIGNAL]
             self.to_be_continued = asked != signal.SIGINT
+            self.exit_code = _EXIT_CODES.get(asked, TO_BE_CONTINUED)
             return f"{asked.name} asked to stop"
         return None
 

@@ -97,7 +97,7 @@ def train(
             if is_out_of_memory(error):
                 raise session.out_of_memory() from error
             raise
-        session.end(step, reason, to_be_continued=stop.to_be_continued)
+        session.end(step, reason, exit_code=stop.exit_code, to_be_continued=stop.to_be_continued)
     return TrainResult(step, session.finished(step) is not None, session.best, reason)
 
 

@@ -12,6 +12,7 @@ import lightning_fabric
 import torch
 
 from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError
+from mim3d.core.exit_codes import note_exit_code
 from mim3d.core.progress import Progress, clock
 from mim3d.core.resources import in_words
 from mim3d.core.run_folder import Run
@@ -329,12 +330,13 @@ class TrainingSession:
             return f"no better {self.hooks.best_by} in {self.stale} validations, after step {step}"
         return None
 
-    def end(self, step: int, reason: str, *, to_be_continued: bool = False) -> None:
+    def end(self, step: int, reason: str, *, exit_code: int, to_be_continued: bool = False) -> None:
         """Leave the averaged weights, note the peak of memory, and say how it ended. A collective call.
 
         Args:
             step: The last step that was done.
             reason: Why it was the last.
+            exit_code: What the command line ends with where this was not the last step of the run.
             to_be_continued: Whether a scheduler stopped the run, which is then asked to start it again.
         """
         self.heartbeat.at(step, "ends")
@@ -346,6 +348,9 @@ class TrainingSession:
             held = "" if peak is None else f"; at most {in_words(peak)} of memory"
             self.display.say(f"{reason}, in {clock(self.speed.elapsed_s)}{held}")
         else:
+            # Of several processes the others end as usual, lest whoever started them takes it for a crash.
+            if self.fabric.is_global_zero:
+                note_exit_code(exit_code)
             self.display.say(
                 f"stopped after step {step} of {self.loop.max_steps}, because {reason}; its checkpoint is in "
                 f"{self.checkpoints.folder}. To go on: {self.run.how_to_resume}"

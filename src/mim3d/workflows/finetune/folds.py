@@ -9,10 +9,11 @@ from statistics import fmean, stdev
 
 from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import ConfigError
+from mim3d.core.exit_codes import TO_BE_CONTINUED, note_exit_code
 from mim3d.core.files import write_json
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable
-from mim3d.core.settings import parse_duration, read_yaml, to_mapping, to_named, write_yaml
+from mim3d.core.settings import CONFIG_NAME, parse_duration, read_yaml, to_mapping, to_named, write_yaml
 from mim3d.datasets.cases import CaseSet, read_cases
 from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
@@ -25,7 +26,6 @@ from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.inputs import read_data, unreadable_of
 
 SUMMARY_NAME = "summary.json"
-CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.json"
 
 
@@ -62,6 +62,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         if end is not None:
             seconds = int(end - time.monotonic())
             if seconds <= 0:
+                note_exit_code(TO_BE_CONTINUED)
                 break
             max_time = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         say(f"fold {fold} of {len(folders)}: {folder}")
@@ -91,7 +92,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
             say(line)
         print(f"summary: {out / SUMMARY_NAME}")
     if len(finished) + num_skipped < len(folders):
-        again = how_to_resume("finetune", config, out)
+        again = how_to_resume("finetune", out)
         print(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
     else:
         weights = " ".join(str(run.path) for run in finished) if num_skipped else f"{out}/fold_*"
