@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mim3d.core.errors import CheckpointError, ConfigError
-from mim3d.core.exit_codes import TO_BE_CONTINUED, take_exit_code
+from mim3d.core.errors import TO_BE_CONTINUED, CheckpointError, ConfigError, take_exit_code
 from mim3d.core.run_folder import Run, read_run
 from mim3d.objective import Batch
 from mim3d.training.meter import Meter

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mim3d import __version__
-from mim3d.core.errors import ConfigError, Mim3dError
-from mim3d.core.exit_codes import BROKEN_PIPE, INTERRUPTED, REFUSED, take_exit_code
+from mim3d.core.errors import BROKEN_PIPE, INTERRUPTED, REFUSED, ConfigError, Mim3dError, take_exit_code
 from mim3d.core.left_out import take_noted
 from mim3d.core.names import printable
 from mim3d.core.own_code import found_in_working_folder, own_code_in, working_folder_left_out
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A refusal (Mim3dError) is one line on stderr and exit code 2; ``--debug true`` shows its traceback. Where the
     command did its work but left out cases, the last line says how many and where they are listed, and the exit code
-    is 2 too. Training that was stopped before its end has the codes of :mod:`mim3d.core.exit_codes`. Any other error
+    is 2 too. Training that was stopped before its end has the codes of :mod:`mim3d.core.errors`. Any other error
     stays a traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)

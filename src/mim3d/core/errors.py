@@ -1,8 +1,22 @@
-"""The errors that a user can meet. Each names the value at fault and the remedy in one sentence."""
+"""The errors that a user can meet, each one sentence with the value at fault and the remedy; and exit codes."""
 
 from collections.abc import Sequence
 
 from mim3d.core.names import printable
+
+#: Exit code of the command line where settings or data were refused, or cases were left out.
+REFUSED = 2
+
+#: Training stopped before its end, by its time limit or at a scheduler's request, and goes on with ``--resume true``;
+#: ``EX_TEMPFAIL`` of sysexits.h, "try again later".
+TO_BE_CONTINUED = 75
+
+#: As shells say it of a process that a signal ended: 128 and the number of SIGINT, SIGPIPE, SIGTERM.
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+TERMINATED = 143
+
+_noted: list[int] = []
 
 
 class Mim3dError(Exception):
@@ -40,3 +54,15 @@ def listed(names: Sequence[object], limit: int = 5) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error of another library says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def note_exit_code(code: int) -> None:
+    """Let the command line end with a code; the first that is noted counts."""
+    _noted.append(code)
+
+
+def take_exit_code() -> int:
+    """The code that was noted since this was called last; 0 for none."""
+    code = next(iter(_noted), 0)
+    _noted.clear()
+    return code

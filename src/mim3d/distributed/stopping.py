@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from mim3d.core.exit_codes import INTERRUPTED, TERMINATED, TO_BE_CONTINUED
+from mim3d.core.errors import INTERRUPTED, TERMINATED, TO_BE_CONTINUED
 
 _GO_ON, _TIME_IS_UP = 0, 1
 

@@ -11,8 +11,7 @@ from typing import Any
 import lightning_fabric
 import torch
 
-from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError
-from mim3d.core.exit_codes import note_exit_code
+from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError, note_exit_code
 from mim3d.core.progress import Progress, clock
 from mim3d.core.resources import in_words
 from mim3d.core.run_folder import Run

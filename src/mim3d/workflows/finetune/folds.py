@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from mim3d.caching.cache import Cache, is_cache, open_cache
-from mim3d.core.errors import ConfigError
-from mim3d.core.exit_codes import TO_BE_CONTINUED, note_exit_code
+from mim3d.core.errors import TO_BE_CONTINUED, ConfigError, note_exit_code
 from mim3d.core.files import write_json
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable
