@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mim3d import __version__
+from mim3d.cli.streams import lasting_streams
 from mim3d.core.errors import BROKEN_PIPE, INTERRUPTED, REFUSED, ConfigError, Mim3dError, take_exit_code
 from mim3d.core.left_out import take_noted
 from mim3d.core.names import printable
@@ -69,11 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     stays a traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    with lasting_streams():
+        return _exit_code_of(words)
+
+
+def _exit_code_of(words: list[str]) -> int:
     _show_warnings_in_one_line()
     debug = re.search(r" --debug(?![ =]false\b)", " ".join(["", *words])) is not None
     try:
         with working_folder_left_out():
-            return _run(words)
+            code = _run(words)
+        sys.stdout.flush()
+        return code
     except Mim3dError as error:
         if debug:
             raise
