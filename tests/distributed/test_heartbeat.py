@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from torch.distributed import HashStore
 
 from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat, StallMonitor
+from tests.distributed.launching import TORCHRUN, ended, start
 from tests.training import toy_training
 
 
@@ -154,3 +156,34 @@ def test_a_process_that_hangs_among_real_ones_is_named_and_ends_all(tmp_path: Pa
         "step_00000008.pt",
     ]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["command"] == "pretrain"
+
+
+DIE = """
+import os, sys
+from pathlib import Path
+from mim3d.core.errors import Mim3dError
+from tests.training import toy_training
+
+class DyingSource(toy_training.ToySource):
+    def sample(self, number):
+        if number == 34:
+            os.kill(os.getpid(), 9)
+        return super().sample(number)
+
+toy_training.ToySource = DyingSource
+try:
+    toy_training.toy_run(Path(sys.argv[1]), devices=2, batch_size=2, checkpoint_every=4)
+except Mim3dError as error:
+    sys.exit(f"said: {error}")
+"""
+
+
+def test_a_process_that_was_killed_is_one_sentence_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "die.py").write_text(DIE)
+    words = [*TORCHRUN, "--nproc-per-node", "2", str(tmp_path / "die.py"), str(tmp_path / "run")]
+    ((code, said),) = ended([start(words)], 120)
+    assert code != 0
+    assert re.search(
+        r"said: Process [01] of 2 lost the others during step 9 .*; the checkpoint of step 8 is kept", said
+    )
+    assert "RuntimeError" not in said

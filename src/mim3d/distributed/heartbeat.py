@@ -6,6 +6,7 @@ stuck in a collective operation.
 """
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,9 @@ _WARN_SHARE = 1 / 6
 _FAREWELL_S = 60.0
 
 _LONGEST_BEAT_S = 5.0
+
+#: What gloo and NCCL say where the process at the other end has gone.
+_LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|remote process exited|nccl", re.IGNORECASE)
 
 
 class Heartbeat:
@@ -191,3 +195,8 @@ class StallMonitor:
 def _named(ranks: list[int]) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (" and others" if len(ranks) > 8 else "")
     return f"process {shown}" if len(ranks) == 1 else f"processes {shown}"
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error of a collective call says that another process cannot be reached any more."""
+    return _LOST.search(str(error)) is not None

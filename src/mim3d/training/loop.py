@@ -8,7 +8,7 @@ import torch
 from mim3d.core.progress import Progress
 from mim3d.core.resources import device_name
 from mim3d.core.run_folder import Run
-from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat
+from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat, is_lost_connection
 from mim3d.distributed.stopping import StopRequests
 from mim3d.objective import Batch, Objective, StepContext
 from mim3d.training.checkpoint import Checkpoints
@@ -96,6 +96,8 @@ def train(
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise session.out_of_memory() from error
+            if fabric.world_size > 1 and is_lost_connection(error):
+                raise session.lost_process(error) from error
             raise
         session.end(step, reason, exit_code=stop.exit_code, to_be_continued=stop.to_be_continued)
     return TrainResult(step, session.finished(step) is not None, session.best, reason)

@@ -11,7 +11,7 @@ from typing import Any
 import lightning_fabric
 import torch
 
-from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError, note_exit_code
+from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError, first_line, note_exit_code
 from mim3d.core.progress import Progress, clock
 from mim3d.core.resources import in_words
 from mim3d.core.run_folder import Run
@@ -383,6 +383,14 @@ class TrainingSession:
         return Mim3dError(
             f"Training ran out of memory; {self._kept()}. Go on where more is free ({self.run.how_to_resume}), or "
             "start a new run with --backbone.recompute true, or with a smaller --batch_size and more --accumulation."
+        )
+
+    def lost_process(self, error: BaseException) -> Mim3dError:
+        """An error that says where things stand when another process of the run has ended, and what to do."""
+        return Mim3dError(
+            f"Process {self.fabric.global_rank} of {self.fabric.world_size} lost the others during step "
+            f"{self.step + 1} ({first_line(error)[:200]}): one of them ended, and says last why, or its machine cannot "
+            f"be reached; {self._kept()}. Go on: {self.run.how_to_resume}"
         )
 
     def _kept(self) -> str:
