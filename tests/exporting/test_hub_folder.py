@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from mim3d.commands.export import export
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.tasks.trained import load_trained
 from mim3d.weights import read_card
+from mim3d.workflows.export import WRITERS
 
 LOADERS = {"encoder": mim3d.load_encoder, "segmenter": load_trained, "classifier": load_trained}
 
@@ -112,9 +115,10 @@ def test_the_list_of_scans_is_published_when_asked_for(make, tmp_path):
 def test_foreign_weights_without_a_card_get_one(tmp_path):
     encoder = mim3d.create_model("hybrid_tiny")
     state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
-    # The recipe of a published checkpoint is read from its shapes.
     torch.save({"model": state}, tmp_path / "published.pt")
-    out = export(str(tmp_path / "published.pt"), str(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="--backbone hybrid_tiny"):
+        export(str(tmp_path / "published.pt"), str(tmp_path / "out"))
+    out = export(str(tmp_path / "published.pt"), str(tmp_path / "out"), backbone="hybrid_tiny")
     assert mim3d.load_encoder(out).recipe.widths == encoder.recipe.widths
     assert "not recorded" in (tmp_path / "out" / "README.md").read_text()
 
@@ -198,3 +202,37 @@ def test_names_from_a_card_break_no_line_of_the_readme(make, tmp_path):
     export(str(run), str(tmp_path / "out"))
     text = (tmp_path / "out" / "README.md").read_text()
     assert "\n# heading" not in text and "\x1b" not in text and "<script>" not in text.replace("\\<", "")
+
+
+def test_an_export_of_several_formats_that_was_stopped_leaves_none_and_can_be_run_again(make, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    run, out, formats = str(make("segmenter")), tmp_path / "out", ["safetensors", "torch-export"]
+    with monkeypatch.context() as patched:
+        patched.setitem(WRITERS, "torch-export", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export(run, str(out), format=formats)
+    assert not out.exists() or not list(out.iterdir())
+    export(run, str(out), format=formats)
+    assert sorted(path.name for path in out.iterdir()) == sorted(formats)
+
+
+FULL = """
+import resource, signal, sys
+from mim3d.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+sys.exit(main(["export", "--weights", sys.argv[1], "--out", sys.argv[2], "--format", sys.argv[3]]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch-export"])
+def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(make, tmp_path, kind):
+    pytest.importorskip("resource")
+    words = [sys.executable, "-c", FULL, str(make("segmenter")), str(tmp_path / "out"), kind]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("mim3d: ") and "warning" not in line]
+    assert f"{tmp_path}/out" in said and "could not be written" in said and "choose another" in said
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

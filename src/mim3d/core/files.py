@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mim3d.core.errors import DataError
+from mim3d.core.errors import DataError, Mim3dError, first_line
 from mim3d.core.names import as_cell, from_cell
 
 #: End of the sentence about a write that failed, where the caller knows no better one.
@@ -24,10 +25,13 @@ REMEDY = "nothing was changed. If the folder is full or not writable, choose ano
 
 _SUFFIX = ".partial"
 
+#: What writers in Rust and C++ (safetensors, torch) say of a write that the system refused.
+_DISK_FAILED = re.compile(r"\(os error \d+\)|No space left on device|PytorchStreamWriter failed writing|unexpected pos")
+
 
 @contextmanager
 def explained_write(path: str | os.PathLike[str], remedy: str | None = REMEDY) -> Iterator[None]:
-    """Turn the OSError of a failing disk into a sentence.
+    """Turn the error of a failing disk into a sentence: an OSError, or what writers in other languages make of it.
 
     Args:
         path: File or folder that is being written.
@@ -42,6 +46,10 @@ def explained_write(path: str | os.PathLike[str], remedy: str | None = REMEDY) -
         if remedy is None:
             raise
         raise DataError(f"{os.fspath(path)} could not be written ({error.strerror or error}); {remedy}") from error
+    except Exception as error:
+        if remedy is None or isinstance(error, Mim3dError) or _DISK_FAILED.search(str(error)) is None:
+            raise
+        raise DataError(f"{os.fspath(path)} could not be written ({first_line(error)[:200]}); {remedy}") from error
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def write_hub_folder(network: Exported, folder: Path, seen: Path | None) -> None
     """
     card = network.card
     own = {key: value for key, value in card.items() if key != "format"}
-    save_network(folder, network.module, own, beside=[] if seen is None else [seen])
+    save_network(folder, network.module, own, beside=[] if seen is None else [seen], remedy=None)
     # What programs that know Hugging Face look for: the library and the architecture with its sizes.
     config = {
         "library_name": "mim3d",

@@ -3,6 +3,7 @@
 What differs from `mim3d predict` is listed in every bundle's README (the template ``bundle_readme.md.jinja``).
 """
 
+import io
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def write_monai_bundle(network: Exported, folder: Path) -> None:
     program = folder / "models" / "model.pt2"
     write_program(network, program)
     # The specification asks for a state dictionary too; its names are those of the program.
-    torch.save(read_own_program(program).state_dict(), folder / "models" / "model.pt")
+    packed = io.BytesIO()
+    torch.save(read_own_program(program).state_dict(), packed)
+    (folder / "models" / "model.pt").write_bytes(packed.getbuffer())
     write_json(folder / "configs" / "inference.json", inference_config(network))
     write_json(folder / "configs" / "metadata.json", bundle_metadata(network))
     readme = render(

@@ -142,8 +142,11 @@ def write_program(network: Exported, path: Path) -> tuple[ExportedProgram, dict[
         CheckpointError: The program computes something else.
     """
     graph = traced(network.form.program, network.num_channels, network.patch_size)
+    # By way of memory, since torch's own writer ends the process where the disk is full.
+    packed = io.BytesIO()
     with quiet():
-        torch.export.save(graph, path)
+        torch.export.save(graph, packed)
+    path.write_bytes(packed.getbuffer())
     module = read_own_program(path)
     return graph, compared(network, lambda image: outputs_of(module(image)), path.name)
 

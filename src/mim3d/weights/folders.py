@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mim3d.core.errors import CheckpointError
-from mim3d.core.files import atomic_folder, write_json
+from mim3d.core.files import REMEDY, atomic_folder, write_json
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
@@ -33,7 +33,14 @@ WANTED = ("model.safetensors", "card.json", "config.json", "seen.json")
 _ID = re.compile(r"(?P<scheme>hf:/{1,2})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
-def save_network(folder: Path, module: nn.Module, card: Mapping[str, Any], beside: Sequence[Path] = ()) -> None:
+def save_network(
+    folder: Path,
+    module: nn.Module,
+    card: Mapping[str, Any],
+    beside: Sequence[Path] = (),
+    *,
+    remedy: str | None = REMEDY,
+) -> None:
     """Write ``model.safetensors`` and ``card.json`` into ``folder``; an earlier export is replaced as a whole.
 
     Args:
@@ -41,9 +48,13 @@ def save_network(folder: Path, module: nn.Module, card: Mapping[str, Any], besid
         module: Whose state is stored, on any device.
         card: What a reader must know to use it; ``format`` is added.
         beside: Files that belong with it; they must never be changed in place.
+        remedy: End of the sentence about a disk that fails. None passes the error on as it is.
+
+    Raises:
+        DataError: The folder cannot be written to, or the disk is full. Nothing was changed.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    with atomic_folder(folder) as new:
+    with atomic_folder(folder, remedy=remedy) as new:
         write_json(new / CARD_NAME, {"format": CARD_FORMAT, **card})
         # Within the file as well, so that it still says what it is where somebody copies it alone.
         save_file(state, new / WEIGHTS_NAME, metadata={CARD_ENTRY: (new / CARD_NAME).read_text(encoding="utf-8")})

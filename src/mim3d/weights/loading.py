@@ -255,7 +255,7 @@ def _recipe_of_shapes(state: Mapping[str, Tensor], path: str | Path, changes: Ma
     whether blocks at the end were lost. Both are known for the sizes that were published, in the published layout.
     """
     as_published = any(key.startswith("encoder.") for key in state) and "decoder.mask_token" in state
-    names = {key.removeprefix("encoder."): value for key, value in state.items()}
+    names = without_prefix_of(state, ("patch_embed1.proj.weight", "norm.weight"))
     widths: list[int] = []
     depths: list[int] = []
     while (weight := names.get(f"patch_embed{len(widths) + 1}.proj.weight")) is not None and weight.ndim == 5:

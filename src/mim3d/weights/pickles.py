@@ -8,6 +8,7 @@ import argparse
 import io
 import pickle
 import tarfile
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -179,7 +180,9 @@ def load_torch_file(file: Path) -> tuple[Any, tuple[str, ...]]:
     is_archive = zipfile.is_zipfile(file)
     try:
         # Published files carry their command line beside the weights: a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # What torch warns of here concerns its own reader.
+            warnings.simplefilter("ignore")
             # Files of before torch 1.6 are no archives, which alone can be mapped into memory.
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive), ()
     except Exception as error:  # On bytes that are no pickle it depends on the bytes what torch raises.

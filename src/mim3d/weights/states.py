@@ -151,11 +151,11 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Its position embeddings are not the fixed ones that mim3d computes.
     """
-    state = without_prefix_of(state, ("patch_embed1.proj.weight", "pos_embed"))
-    if "patch_embed1.proj.weight" not in state or "pos_embed" not in state:
+    published = without_prefix_of(state, ("patch_embed1.proj.weight", "pos_embed"))
+    if "patch_embed1.proj.weight" not in published or "pos_embed" not in published:
         return dict(state)
     named: dict[str, Tensor] = {}
-    for key, value in state.items():
+    for key, value in published.items():
         if key in ("pos_embed", "decoder_pos_embed"):
             _check_positions(key, value)
         elif key == "mask_token":

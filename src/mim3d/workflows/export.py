@@ -1,6 +1,7 @@
 """Export of a trained network: checks before any work begins, then one folder for each format."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
@@ -93,12 +94,15 @@ def export_network(settings: ExportSettings) -> str:
     seen = seen_file(network.located) if settings.include_seen else None
     if settings.include_seen and seen is None:
         raise ConfigError(f"{weights} came without {SEEN_NAME}; leave out --include_seen.")
-    for name, target in targets.items():
-        with atomic_folder(target) as scratch:
+    with ExitStack() as all_or_none:
+        # A command that is killed, or fails in one format, leaves none, so that it can simply be run again.
+        for name, target in targets.items():
+            scratch = all_or_none.enter_context(atomic_folder(target))
             if name in WRITERS:
                 WRITERS[name](network, scratch)
             else:
                 write_hub_folder(network, scratch, seen)
+    for name, target in targets.items():
         say(f"{name}: {network.kind} in {target}")
     return str(folder)
 
