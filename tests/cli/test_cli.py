@@ -242,7 +242,7 @@ def test_without_resume_or_without_a_run_no_settings_are_taken_from_the_folder(c
 
 def test_a_value_that_no_number_can_hold_is_one_sentence(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(f"max_steps: {'9' * 5000}\n")
-    assert "a.yaml holds a value that cannot be read" in refused(capsys, "train", "--config", f"{tmp_path}/a.yaml")
+    assert "a.yaml is no valid YAML" in refused(capsys, "train", "--config", f"{tmp_path}/a.yaml")
     assert "--max_steps" in refused(capsys, "train", "d", "--out", "o", "--max_steps", "9" * 5000)
 
 
