@@ -202,7 +202,7 @@ def test_nothing_in_common_names_both_sides(folders):
 
 
 def test_what_is_said_while_scoring_stays_in_the_file_of_scores(folders):
-    assert "remarks" not in run(folders)
+    assert "warnings" not in run(folders)
     for path in folders.glob("*/b.nii.gz"):
         untold = nib.load(path)
         untold = nib.Nifti1Image(np.asarray(untold.dataobj), None, untold.header)
@@ -212,7 +212,7 @@ def test_what_is_said_while_scoring_stays_in_the_file_of_scores(folders):
     (folders / "ref" / "a.nii.gz").rename(folders / "ref" / "a_seg.nii.gz")
     for _ in range(2):
         with pytest.warns(UserWarning, match="a with a_seg"):
-            remarks = run(folders)["remarks"]
+            remarks = [row["text"] for row in run(folders)["warnings"]]
         assert sum("left and right may be the wrong way round" in each for each in remarks) == 2
         assert any("a with a_seg" in each for each in remarks)
 

@@ -56,8 +56,16 @@ def test_what_was_said_when_cases_were_scored_is_shown(tmp_path):
     make_run(tmp_path / "run")
     path = make_scores(tmp_path, tmp_path / "run" / "scores.json")
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "remarks": ["a with <b>a_seg</b>\x1b[2J"]}))
-    assert "<li>a with &lt;b&gt;a_seg&lt;/b&gt;\\x1b[2J</li>" in write_report(tmp_path, tmp_path / "run")
+    rows = [{"kind": "other", "text": "a with <b>a_seg</b>\x1b[2J"}, {"kind": "leak", "text": "a was learned from"}]
+    path.write_text(json.dumps({**content, "warnings": [*rows, "no row"]}))
+    page = write_report(tmp_path, tmp_path / "run")
+    assert "<dt>other</dt><dd>a with &lt;b&gt;a_seg&lt;/b&gt;\\x1b[2J</dd>" in page
+    # They come first, and scores on what was learned from carry a mark.
+    assert page.index("<h2>Warnings</h2>") < page.index("<h2>Runs</h2>")
+    assert "see Warnings" in page
+    path.write_text(json.dumps(content))
+    page = write_report(tmp_path, tmp_path / "run")
+    assert "<h2>Warnings</h2>" not in page and "see Warnings" not in page
 
 
 def test_a_report_replaces_neither_other_files_nor_reports_on_other_runs(tmp_path):

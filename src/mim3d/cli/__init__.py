@@ -16,9 +16,13 @@ from mim3d.core.errors import BROKEN_PIPE, INTERRUPTED, REFUSED, ConfigError, Mi
 from mim3d.core.left_out import take_noted
 from mim3d.core.names import printable
 from mim3d.core.own_code import found_in_working_folder, own_code_in, working_folder_left_out
+from mim3d.core.warned import WarningRow, recording
 
 if TYPE_CHECKING:
     from mim3d.cli.arguments import Signature
+
+#: Warnings that are said again at the end; the files of the result have all.
+MOST_SAID_AGAIN = 10
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,22 @@ def _run(words: list[str]) -> int:
         take_noted()
         take_exit_code()
         arguments = command_arguments(split_line(words[1:], signature), signature)
-        with found_in_working_folder(own_code_in(arguments).values()):
+        with recording() as warned, found_in_working_folder(own_code_in(arguments).values()):
             signature.function(**arguments)
         sentences = take_noted()
+        _say_again([row for row in warned.rows if row["text"] not in sentences])
         for sentence in sentences:
             print(printable(sentence), flush=True)
         return take_exit_code() or (REFUSED if sentences else 0)
     return 0
+
+
+def _say_again(rows: Sequence[WarningRow]) -> None:
+    """Let what was warned of stand among the last lines, below the bars and tables of the work."""
+    for row in rows[:MOST_SAID_AGAIN]:
+        print(f"mim3d: warning ({row['kind']}): {printable(row['text'])}", file=sys.stderr, flush=True)
+    if len(rows) > MOST_SAID_AGAIN:
+        print(f"mim3d: and {len(rows) - MOST_SAID_AGAIN} more warnings, above", file=sys.stderr, flush=True)
 
 
 def overview() -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from mim3d.core.settings import coerce
+from mim3d.core.warned import recording
 
 P = ParamSpec("P")
 Settings = TypeVar("Settings")
@@ -50,7 +51,8 @@ def command(settings: Callable[P, Settings]) -> Callable[[Callable[[Settings], R
     def decorate(function: Callable[[Settings], Result]) -> Callable[P, Result]:
         @functools.wraps(function)
         def from_fields(*args: P.args, **kwargs: P.kwargs) -> Result:
-            return function(settings(*args, **kwargs))
+            with recording():
+                return function(settings(*args, **kwargs))
 
         assert isinstance(settings, type)
         signature = inspect.signature(settings)

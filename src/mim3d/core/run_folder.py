@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from mim3d.core.left_out import read_left_out
 from mim3d.core.own_code import own_code_in
 from mim3d.core.provenance import environment
 from mim3d.core.settings import CONFIG_NAME, read_yaml, to_mapping, write_yaml
+from mim3d.core.warned import ResultWarning, WarningRow, checked_rows, keep_recorded, merged
 
 #: Settings that a resumed run may change, because they change nothing of what is learned.
 FREE_ON_RESUME = frozenset(
@@ -164,6 +165,7 @@ class Run:
         run.checkpoints_dir.mkdir(exist_ok=True)
         again = {key: value for key, value in values.items() if key != "resume"}
         write_yaml(run.config_path, {"command": command, **again})
+        keep_recorded(run.keep_warnings)
         return run
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -198,6 +200,25 @@ class Run:
         if self.writes:
             manifest = read_manifest(self.manifest_path)
             manifest["derived"] = {**manifest.get("derived", {}), **to_mapping(values)}
+            write_json(self.manifest_path, manifest, remedy=GO_ON)
+
+    @property
+    def warnings(self) -> list[WarningRow]:
+        """What has been warned of in this run, in all of its sessions."""
+        return checked_rows(read_manifest(self.manifest_path).get("warnings"))
+
+    def keep_warnings(self, rows: Sequence[WarningRow]) -> None:
+        """Add warnings to those in the manifest, each once."""
+        if self.writes:
+            manifest = read_manifest(self.manifest_path)
+            manifest["warnings"] = merged(checked_rows(manifest.get("warnings")), rows)
+            write_json(self.manifest_path, manifest, remedy=GO_ON)
+
+    def drop_warnings(self, kind: type[ResultWarning]) -> None:
+        """Take warnings of a kind out of the manifest, since they are true no longer."""
+        if self.writes and any(row["kind"] == kind.kind for row in self.warnings):
+            manifest = read_manifest(self.manifest_path)
+            manifest["warnings"] = [row for row in self.warnings if row["kind"] != kind.kind]
             write_json(self.manifest_path, manifest, remedy=GO_ON)
 
     def bind_input(self, name: str, digest: str) -> None:

@@ -25,6 +25,8 @@ TABLE_NAME = "predictions.csv"
 
 #: Name of the list beside it.
 CLASS_LIST_NAME = "classification.json"
+#: List of predicted label maps.
+LIST_NAME = "predictions.json"
 
 #: Columns that may name a case; the first that is there counts. An image is named as cases of a list are.
 ID_COLUMNS = ("id", "case", "image")
@@ -147,7 +149,7 @@ def _predicted(folder: str) -> tuple[CaseSet, dict[str, list[int | str]], dict[s
     """The label maps that a folder holds, or that its own list names; and the regions and failures in that list."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder of predictions; give what `mim3d predict` wrote as --out.")
-    listing = os.path.join(folder, "predictions.json")
+    listing = os.path.join(folder, LIST_NAME)
     if not os.path.isfile(listing):
         return _label_maps(scans_in(folder, with_predictions=True), folder), {}, {}
     content = read_json(listing)
@@ -277,7 +279,7 @@ class ClassTable:
 def is_class_table(predictions: str) -> bool:
     """Whether predictions are those of a classifier: a CSV file, or a folder with nothing but such a table."""
     if os.path.isdir(predictions):
-        table, maps = (os.path.isfile(os.path.join(predictions, name)) for name in (TABLE_NAME, "predictions.json"))
+        table, maps = (os.path.isfile(os.path.join(predictions, name)) for name in (TABLE_NAME, LIST_NAME))
         return table and not maps
     return predictions.lower().endswith(".csv")
 

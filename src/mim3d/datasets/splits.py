@@ -9,6 +9,7 @@ import numpy as np
 
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.settings import nearest
+from mim3d.core.warned import LeakWarning
 from mim3d.datasets.cases import Case
 
 
@@ -87,6 +88,7 @@ def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, see
             warnings.warn(
                 f"The declared split puts {len(shared)} patients into both train and val ({listed(shared)}); "
                 "validation scores will look better than they are.",
+                category=LeakWarning,
                 stacklevel=2,
             )
         return split

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mim3d.core.errors import DataError
 from mim3d.core.left_out import Failure, in_words
+from mim3d.core.warned import LeftOutWarning
 from mim3d.datasets.cases import Case, CaseSet, LeftOut
 from mim3d.scans.grids import require_same_grid
 from mim3d.scans.volumes import read_grid
@@ -61,7 +62,9 @@ def refuse_or_say(root: str, reasons: list[str], num_cases: int, *, strict: bool
     counts = f"{len(reasons)} of {num_cases} cases"
     if strict:
         raise DataError(f"{root}: {counts} cannot be used (strict: nothing is left out): {in_words(reasons)}")
-    warnings.warn(f"{root}: {counts} cannot be used and are left out: {in_words(reasons)}", stacklevel=3)
+    warnings.warn(
+        f"{root}: {counts} cannot be used and are left out: {in_words(reasons)}", category=LeftOutWarning, stacklevel=3
+    )
 
 
 def fault_of(case: Case, check: Callable[[Case], None] | None = None) -> str | None:

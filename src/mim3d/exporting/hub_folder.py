@@ -10,6 +10,7 @@ from mim3d.backbones import BACKBONES
 from mim3d.backbones.contract import size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json, write_text
+from mim3d.core.warned import checked_rows
 from mim3d.exporting.networks import Exported, formula, millimetres
 from mim3d.reporting.rendering import render
 from mim3d.tasks import TASKS
@@ -85,6 +86,7 @@ def model_card(network: Exported, *, has_seen: bool) -> str:
         channels={str(number): name for number, name in enumerate(form.channels)},
         activation=form.activation,
         scores={name: f"{value:.4f}" for name, value in (card.get("scores") or {}).items()},
+        warnings=checked_rows(card.get("warnings")),
         digest=card.get("data_digest"),
         has_seen=has_seen,
         own_code=own_code,

@@ -11,6 +11,7 @@ import numpy as np
 
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DamagedError, DataError
+from mim3d.core.warned import LeftOutWarning
 from mim3d.loading.ring import ReadBatch, Ring, slot_bytes
 from mim3d.loading.samples import Augment, SampleDataset, Sampler
 from mim3d.loading.stored_images import Allocate, pack
@@ -158,7 +159,9 @@ class Loader:
         for case, sentence in batch.damaged.items():
             if case not in self._named:
                 self._named.add(case)
-                warnings.warn(f"{case} is damaged, other scans stand in for it: {sentence}", stacklevel=3)
+                warnings.warn(
+                    f"{case} is damaged, other scans stand in for it: {sentence}", category=LeftOutWarning, stacklevel=3
+                )
                 if self._on_damage is not None:
                     self._on_damage(case, f"damaged, other scans stood in for it: {sentence}")
         return {key: packed.unpacked() for key, packed in batch.arrays.items()}

@@ -82,7 +82,10 @@ def write_report(runs: Sequence[str], out: str, scores: Sequence[str], *, overwr
     maps = [each for each in shown_scores if not each.is_of_classes]
     classes = [each for each in shown_scores if each.is_of_classes]
     images = [shown for run in shown_runs if (shown := _training_images(run))]
-    sections = {
+    sources: list[NamedRun | ScoreSet] = [*shown_runs, *shown_scores]
+    said = [(each.name, each.warnings) for each in sources if each.warnings]
+    sections: dict[str, tuple[str, dict[str, Any]]] = {
+        **({"warnings": ("Warnings", {"sources": said})} if said else {}),
         "runs": (
             "Runs",
             {
@@ -137,13 +140,19 @@ def _run_row(run: NamedRun) -> list[str]:
         run.name,
         run.command,
         run.subject or "–",
-        str(max(steps)) if steps else "none logged",
+        _steps_done(run, max(steps)) if steps else "none logged",
         f"{losses[-1]:.4g}" if losses.size else "–",
         f"{dice.max():.4f}" if dice.size else "–",
         duration if times_s.size else "–",
         f"{np.median(speed):.3g}" if speed.size else "–",
         _shown(run.record.config.get("seed")),
     ]
+
+
+def _steps_done(run: NamedRun, last: int) -> str:
+    """The last step, and of how many where it was not the end."""
+    planned = (run.record.manifest.get("derived") or {}).get("max_steps")
+    return f"{last} of {planned}" if isinstance(planned, int) and last < planned else str(last)
 
 
 def _scores(maps: Sequence[ScoreSet], classes: Sequence[ScoreSet]) -> dict[str, Any]:

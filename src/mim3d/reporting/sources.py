@@ -14,6 +14,7 @@ from mim3d.core.files import load_json
 from mim3d.core.names import cut
 from mim3d.core.run_folder import RunRecord, read_run
 from mim3d.core.settings import coerce
+from mim3d.core.warned import WarningRow, checked_rows
 from mim3d.reporting.rendering import run_colour
 
 #: A score, which may not be defined, and its interval.
@@ -87,6 +88,11 @@ class NamedRun:
                 return str(value.get("name", "")) if isinstance(value, Mapping) else str(value)
         return ""
 
+    @property
+    def warnings(self) -> list[WarningRow]:
+        """What was warned of in the run."""
+        return checked_rows(self.record.manifest.get("warnings"))
+
     def series(self, key: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Steps and finite values of a metric, two arrays of one length."""
         points = [(line["step"], line[key]) for line in self.record.metrics if is_number(line.get(key))]
@@ -129,6 +135,11 @@ class ScoreSet:
         not_scored = self.content.get("not_scored")
         rows = not_scored.get("unusable") if isinstance(not_scored, Mapping) else None
         return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+
+    @property
+    def warnings(self) -> list[WarningRow]:
+        """What was warned of when these were scored, and of the networks that made the predictions."""
+        return checked_rows(self.content.get("warnings"))
 
     def total(self, key: str) -> int:
         """Sum of a count over labels, such as ``num_missed``."""

@@ -1,5 +1,6 @@
 """The only training loop: pre-training and fine-tuning, from the first step to the last."""
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from mim3d.core.progress import Progress
 from mim3d.core.resources import device_name
 from mim3d.core.run_folder import Run
+from mim3d.core.warned import LearningWarning
 from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat, is_lost_connection
 from mim3d.distributed.stopping import StopRequests
 from mim3d.objective import Batch, Objective, StepContext
@@ -17,7 +19,7 @@ from mim3d.training.memory import is_out_of_memory
 from mim3d.training.meter import NonFiniteError, gradient_terms, skip_if_not_finite, spread_non_finite
 from mim3d.training.optim import build_optimizer, clip_gradients, set_learning_rate
 from mim3d.training.plan import make_plan
-from mim3d.training.schedule import Optimisation
+from mim3d.training.schedule import TINY_LEARNING_RATE, Optimisation
 from mim3d.training.session import Hooks, OnCheckpoint, TrainingSession, Validate
 from mim3d.training.settings import BatchSource, LoopSettings, TrainResult
 
@@ -59,6 +61,14 @@ def train(
     stop = StopRequests(loop.max_time_s, loop.started_at)
     fabric = launch(loop)
     plan = make_plan(objective, source, loop, optim, device_name(fabric.device))
+    rate = plan.schedule.learning_rate
+    if fabric.is_global_zero and 0 < rate < TINY_LEARNING_RATE:
+        warnings.warn(
+            f"The learning rate is {rate:.3g}, by which next to nothing is learned; give --optim.learning_rate (1e-3 "
+            "for small networks) or a larger batch.",
+            category=LearningWarning,
+            stacklevel=2,
+        )
     checkpoints = Checkpoints(run.checkpoints_dir, loop.keep_checkpoints)
     if fabric.is_global_zero:
         checkpoints.require_space(objective, averaged=plan.schedule.ema_decay > 0)

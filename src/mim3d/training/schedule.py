@@ -188,5 +188,5 @@ def _learning_rate(settings: Optimisation, effective_batch: int) -> tuple[float,
         f"/ {settings.reference_batch} (reference batch)"
     )
     if 0 < rate < TINY_LEARNING_RATE:
-        line += "; that is next to nothing: give --optim.learning_rate (1e-3 for small networks) or a larger batch"
+        line += "; that is next to nothing"
     return rate, line

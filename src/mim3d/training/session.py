@@ -15,6 +15,7 @@ from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError, first_li
 from mim3d.core.progress import Progress, clock
 from mim3d.core.resources import in_words
 from mim3d.core.run_folder import Run
+from mim3d.core.warned import UnfinishedWarning, record_said
 from mim3d.distributed.heartbeat import BETWEEN, Heartbeat
 from mim3d.distributed.stopping import requeue
 from mim3d.objective import Batch, Objective
@@ -345,11 +346,15 @@ class TrainingSession:
         self.run.note({"peak_memory_bytes": peak})
         if self.finished(step):
             held = "" if peak is None else f"; at most {in_words(peak)} of memory"
+            self.run.drop_warnings(UnfinishedWarning)
             self.display.say(f"{reason}, in {clock(self.speed.elapsed_s)}{held}")
         else:
             # Of several processes the others end as usual, lest whoever started them takes it for a crash.
             if self.fabric.is_global_zero:
                 note_exit_code(exit_code)
+            record_said(
+                UnfinishedWarning.kind, f"stopped after step {step} of {self.loop.max_steps}, because {reason}."
+            )
             self.display.say(
                 f"stopped after step {step} of {self.loop.max_steps}, because {reason}; its checkpoint is in "
                 f"{self.checkpoints.folder}. To go on: {self.run.how_to_resume}"

@@ -97,6 +97,7 @@ _ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "step": (_is_whole, "a whole number of steps"),
     "scores": (_is_scores, "a mapping of names to numbers"),
     "probe": (_is_scores, "a mapping of names to numbers"),
+    "warnings": (lambda value: isinstance(value, list), "a list of warnings"),
 }
 
 #: Entries whose numbers decide nothing, and may be NaN where a score is not defined.

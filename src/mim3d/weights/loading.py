@@ -17,6 +17,7 @@ from mim3d.core.own_code import is_dotted_path
 from mim3d.core.progress import say
 from mim3d.core.settings import find_named, update_settings
 from mim3d.core.types import Named
+from mim3d.core.warned import WeightsWarning
 from mim3d.weights.cards import card_settings, read_card, require_described
 from mim3d.weights.folders import RUN_NETWORKS
 from mim3d.weights.states import read_state, to_own_names, without_prefix_of
@@ -132,6 +133,7 @@ def load_into(
         warnings.warn(
             f"{path} fills {share:.1%} of the encoder; {len(unfilled)} of its {len(judged)} tensors start anew: "
             f"{', '.join(unfilled[:3])}{more}.",
+            category=WeightsWarning,
             stacklevel=2,
         )
     module.load_state_dict(fits, strict=False)
@@ -285,6 +287,7 @@ def _recipe_of_shapes(state: Mapping[str, Tensor], path: str | Path, changes: Ma
     warnings.warn(
         f"{path} has no card; its tensors show widths {widths} and depths {depths}, and blocks that the file may have "
         "lost at the end cannot be known.",
+        category=WeightsWarning,
         stacklevel=2,
     )
     shown = {"widths": widths, "depths": depths, "in_channels": in_channels}

@@ -2,17 +2,15 @@
 
 import math
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.files import read_json, write_csv, write_json, write_text
+from mim3d.core.files import load_json, read_json, write_csv, write_json, write_text
 from mim3d.core.left_out import note_left_out, write_tracebacks
 from mim3d.core.progress import say
-from mim3d.datasets.references import TABLE_NAME, is_class_table
+from mim3d.core.warned import WarningRow, checked_rows, record_said, recording
+from mim3d.datasets.references import CLASS_LIST_NAME, LIST_NAME, TABLE_NAME, is_class_table
 from mim3d.tasks import find_task
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
 
@@ -29,10 +27,11 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
             disagree, undeclared label values; with ``strict``, one case cannot be.
     """
     _check_settings(settings)
-    with _warnings_kept() as said:
+    with recording() as warned:
         scores = _scores(settings)
-    remarks = list(dict.fromkeys([*scores.content.get("remarks", ()), *said]))
-    content = {**scores.content, "remarks": remarks} if remarks else scores.content
+        for row in _network_warnings(settings.predictions):
+            record_said(row["kind"], row["text"])
+    content = {**scores.content, "warnings": warned.rows} if warned.rows else scores.content
     path = os.path.abspath(settings.out)
     stem = os.path.splitext(path)[0]
     write_json(path, content, indent=1, allow_nan=False)
@@ -55,20 +54,14 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
     return path
 
 
-@contextmanager
-def _warnings_kept() -> Iterator[list[str]]:
-    """Collect the sentences of warnings, which are shown as ever: who reads the scores later must know them, too."""
-    said: list[str] = []
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def keep(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
-            if issubclass(category, UserWarning):
-                said.append(str(message))
-            show(message, category, *rest, **named)
-
-        warnings.showwarning = keep
-        yield said
+def _network_warnings(predictions: str) -> list[WarningRow]:
+    """What the list beside predictions says of the networks that made them."""
+    folder = predictions if os.path.isdir(predictions) else os.path.dirname(predictions)
+    found: list[WarningRow] = []
+    for name in (LIST_NAME, CLASS_LIST_NAME):
+        with suppress(OSError, ValueError, AttributeError):
+            found += checked_rows(load_json(os.path.join(folder, name)).get("network_warnings"))
+    return found
 
 
 def _check_outputs(settings: EvaluationSettings) -> None:

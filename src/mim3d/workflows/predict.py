@@ -19,6 +19,7 @@ from mim3d.core.names import is_entry_name, joined_name, same_name
 from mim3d.core.progress import Progress, say
 from mim3d.core.resources import choose_device
 from mim3d.core.types import Named
+from mim3d.core.warned import UnlikeTrainingWarning, checked_rows, merged
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.ids import distinct_names, unique_ids
 from mim3d.datasets.usable import fault_of, refuse_or_say
@@ -120,6 +121,14 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
     finally:
         if remaining:
             folder.write()
+    unlike = [case.id for case in cases if folder.rows.get(case.id, {}).get("warnings")]
+    if unlike:
+        warnings.warn(
+            f"{len(unlike)} of {len(cases)} scans are unlike those that the network learned from: {listed(unlike)}; "
+            f"{folder.path / predictor.list_name} says how.",
+            category=UnlikeTrainingWarning,
+            stacklevel=2,
+        )
     num_before = len(cases) - len(remaining)
     before = f", {num_before} of them before" if num_before else ""
     failed = [case.id for case in cases if case.id in folder.failures]
@@ -400,6 +409,9 @@ class PredictionFolder:
         open_names = [name for name in self.owners if name not in self.rows and name not in self.failures]
         begun = [{"id": name, "images": list(self.owners[name])} for name in open_names]
         content = {**self.predictor.identity, "cases": list(self.rows.values()), "failed": failed, "begun": begun}
+        said = merged(*(checked_rows(network.card.get("warnings")) for network in self.predictor.networks))
+        if said:
+            content["network_warnings"] = said
         write_json(self.path / self.predictor.list_name, content, indent=1)
         write_tracebacks(self.path / TRACEBACKS_NAME, self.tracebacks)
         end_s = time.monotonic()

@@ -1,6 +1,7 @@
 """Pre-training: from unlabelled scans to an encoder."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from statistics import fmean
@@ -14,6 +15,7 @@ from mim3d.core.progress import say
 from mim3d.core.run_folder import Run, read_run
 from mim3d.core.settings import to_named
 from mim3d.core.types import Named, Spacing
+from mim3d.core.warned import LearningWarning
 from mim3d.datasets.cases import Case, CaseSet, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
 from mim3d.datasets.usable import usable_cases
@@ -231,6 +233,6 @@ def _close(run: Run, method: Method, result: TrainResult, keeper: EncoderKeeper)
     }
     if result.finished and len(lines) >= LEAST_LINES:
         for sentence in method.idle_parts(means):
-            print(f"warning: {sentence}")
+            warnings.warn(sentence, category=LearningWarning, stacklevel=2)
     print(keeper.conclusion(result.best))
     return str(run.path)

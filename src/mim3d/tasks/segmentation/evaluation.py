@@ -11,6 +11,7 @@ from rich.text import Text
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.left_out import Failure, in_words
 from mim3d.core.progress import counted
+from mim3d.core.warned import ResultWarning, record_said
 from mim3d.datasets.published.presets import find_preset
 from mim3d.datasets.references import Pair, Pairs, differing_names, find_pairs
 from mim3d.datasets.usable import refuse_or_say
@@ -140,8 +141,8 @@ class LabelEvaluation:
         if failures:
             unusable = [{"id": name, "reason": failure.reason} for name, failure in failures.items()]
             content["not_scored"]["unusable"] = unusable
-        if assumed:
-            content["remarks"] = list(dict.fromkeys(assumed))
+        for sentence in assumed:
+            record_said(ResultWarning.kind, sentence)
         csv_tables = {".csv": _rows(content["cases"])}
         if others is not None:
             content["conventions"] = {**content["conventions"], **paired.CONVENTIONS}

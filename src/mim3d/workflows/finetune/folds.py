@@ -13,6 +13,7 @@ from mim3d.core.files import write_json
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable
 from mim3d.core.settings import CONFIG_NAME, parse_duration, read_yaml, to_mapping, to_named, write_yaml
+from mim3d.core.warned import LeftOutWarning
 from mim3d.datasets.cases import CaseSet, read_cases
 from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
@@ -76,7 +77,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
             num_skipped += 1
             if settings.strict or num_skipped == len(folders):
                 raise
-            warnings.warn(f"fold {fold} is left out: {error}", stacklevel=2)
+            warnings.warn(f"fold {fold} is left out: {error}", category=LeftOutWarning, stacklevel=2)
             continue
         if not finished:
             # Only now: settings with which no fold can be resumed must not take the place of those that can.

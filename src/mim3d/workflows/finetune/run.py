@@ -16,6 +16,7 @@ from mim3d.core.left_out import LeftOutList
 from mim3d.core.progress import say
 from mim3d.core.run_folder import Run
 from mim3d.core.settings import to_mapping, to_named
+from mim3d.core.warned import LearningWarning, published, recording
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.splits import Split
 from mim3d.distributed.processes import Processes
@@ -70,6 +71,7 @@ class FinetuneResult:
     scores: Mapping[str, float]
 
 
+@recording()
 def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> FinetuneResult:
     """Fine-tune once.
 
@@ -127,6 +129,7 @@ def _initialise(settings: FinetuneSettings, task: Task, source: CaseSet | Cache,
             warnings.warn(
                 f"{frozen} keeps an encoder as it was drawn at random, since there are no weights; give --weights, "
                 "unless random features are what you want to see.",
+                category=LearningWarning,
                 stacklevel=3,
             )
     return initial
@@ -255,7 +258,7 @@ def _close(run: Run, objective: Objective, result: TrainResult, network: str, ca
         save_network(
             run.path / network,
             objective,
-            {**card, "step": best["step"], "scores": best["values"]},
+            {**card, "step": best["step"], "scores": best["values"], "warnings": published(run.warnings)},
             beside=[run.path / SEEN_NAME],
         )
         scores = ", ".join(f"{name} {value:.4f}" for name, value in best["values"].items())

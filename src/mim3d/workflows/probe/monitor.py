@@ -17,6 +17,7 @@ from mim3d.core.progress import say
 from mim3d.core.resources import choose_accelerator
 from mim3d.core.run_folder import GO_ON, LEFT_OUT_NAME, Run
 from mim3d.core.types import Triple
+from mim3d.core.warned import published
 from mim3d.datasets.cases import Case, CaseSet
 from mim3d.datasets.splits import Split, split_cases
 from mim3d.objective import Objective
@@ -252,6 +253,7 @@ class EncoderKeeper:
 
     def _export(self, name: str, encoder: Encoder, step: int, scores: Mapping[str, float] | None = None) -> None:
         card = {**self.card, "step": step, **({"probe": dict(scores)} if scores else {})}
+        card["warnings"] = published(self.run.warnings)
         save_network(self.run.path / name, encoder, card, beside=[self.run.path / SEEN_NAME])
 
     def conclusion(self, best: Mapping[str, float] | None) -> str:

@@ -8,6 +8,7 @@ from mim3d.caching.cache import failure_row
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DamagedError
 from mim3d.core.left_out import LeftOutList
+from mim3d.core.warned import LeftOutWarning
 
 Result = TypeVar("Result")
 
@@ -43,7 +44,7 @@ def on_sound_scans(
         if left_out is None or not 0 < len(rows) < len(scans):
             raise
     for row in rows:
-        warnings.warn(f"{row['id']} is damaged and left out: {row['reason']}", stacklevel=2)
+        warnings.warn(f"{row['id']} is damaged and left out: {row['reason']}", category=LeftOutWarning, stacklevel=2)
         left_out.add(row)
     ids = {row["id"] for row in rows}
     scans[:] = [scan for scan in scans if scan.case.id not in ids]

@@ -22,6 +22,7 @@ from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, LEFT_OUT_NAME, Run
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Spacing, Triple
+from mim3d.core.warned import LeftOutWarning
 from mim3d.datasets.cases import Case, CaseSet, read_cases
 from mim3d.datasets.usable import Lacks, refuse_or_say, usable_cases
 from mim3d.distributed.processes import Processes
@@ -187,7 +188,7 @@ def require_all(failed: Sequence[Mapping[str, str]], *, strict: bool) -> None:
     if reasons and strict:
         raise DataError(f"{len(reasons)} scans cannot be used (strict: nothing is left out): {in_words(reasons)}")
     if reasons:
-        warnings.warn(f"left out: {in_words(reasons)}", stacklevel=3)
+        warnings.warn(f"left out: {in_words(reasons)}", category=LeftOutWarning, stacklevel=3)
 
 
 def _seen_here(place: str | Path, digest: str | None) -> Cache:

@@ -16,6 +16,7 @@ from mim3d.core.errors import CheckpointError, DataError, listed
 from mim3d.core.files import load_json, write_json
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON
+from mim3d.core.warned import LeakWarning
 from mim3d.weights import WEIGHTS_NAME, locate
 
 SEEN_NAME = "seen.json"
@@ -158,5 +159,5 @@ def check_leakage(
     )
     if strict:
         raise DataError(f"{sentence} (strict: refused)")
-    warnings.warn(sentence, stacklevel=2)
+    warnings.warn(sentence, category=LeakWarning, stacklevel=2)
     return leaks

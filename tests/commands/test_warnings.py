@@ -1,0 +1,138 @@
+"""What changes how a result is to be read is kept with run, network, predictions and scores, and is said last."""
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mim3d import cli
+from mim3d.commands.export import export
+from mim3d.commands.finetune import finetune
+from mim3d.commands.report import report
+from mim3d.core.errors import TO_BE_CONTINUED
+from mim3d.core.run_folder import Run, read_manifest
+from mim3d.core.warned import (
+    LeakWarning,
+    ResultWarning,
+    UnfinishedWarning,
+    checked_rows,
+    keep_recorded,
+    merged,
+    published,
+    record_said,
+    recording,
+)
+from mim3d.training.schedule import Optimisation
+from mim3d.weights import read_card
+from tests.commands.conftest import BACKBONE, TASK
+
+KINDS = [each.kind for each in ResultWarning.__subclasses__()]
+
+
+def kinds(rows: Any) -> set[str]:
+    return {row["kind"] for row in rows}
+
+
+def test_recordings_hold_each_warning_once_and_pass_it_on() -> None:
+    kept: list[Any] = []
+    with pytest.warns(UserWarning) as shown, recording() as outer:
+        warnings.warn("before", category=LeakWarning, stacklevel=1)
+        with recording() as inner:
+            record_said("leak", "said")
+            keep_recorded(lambda rows: kept.append(list(rows)))
+            for _ in range(2):
+                warnings.warn("within", category=LeakWarning, stacklevel=1)
+            warnings.warn("of another package", stacklevel=1)
+    assert [row["text"] for row in outer.rows] == ["before", "said", "within"]
+    assert [row["text"] for row in inner.rows] == ["said", "within"]
+    assert kept == [inner.rows[:1], inner.rows]
+    assert [str(each.message) for each in shown].count("of another package") == 1
+
+
+def test_what_is_published_names_nothing() -> None:
+    rows = [{"kind": kind, "text": "patient Smith"} for kind in KINDS]
+    assert "Smith" not in str(published(rows))
+    assert kinds(published(rows)) == {"leak", "weights", "learning", "unfinished", "left out"}
+    assert len(set(KINDS)) == len(KINDS)
+
+
+def test_rows_of_others_are_typed_and_bounded() -> None:
+    good = {"kind": "leak", "text": "a"}
+    for content in (None, "a", {"kind": "leak"}, [good, 1, {"kind": 1, "text": "a"}, {"kind": "b"}]):
+        assert checked_rows(content) in ([], [good])
+    assert len(checked_rows([{"kind": "k" * 99, "text": "t" * 9999}])[0]["text"]) == 2000
+    assert merged([good], [good, {"kind": "leak", "text": "b"}]) == [good, {"kind": "leak", "text": "b"}]
+
+
+@pytest.fixture(scope="module")
+def leaking(ball_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set in which two patients are copies of two others, and a run that was stopped early on it."""
+    root = tmp_path_factory.mktemp("leaking")
+    data = root / "balls"
+    shutil.copytree(ball_set, data)
+    content = json.loads((data / "dataset.json").read_text())
+    first = [dict(row) for row in content["training"]]
+    for row in first:
+        copied = {key: value.replace(".nii.gz", "_again.nii.gz") for key, value in row.items()}
+        for key, value in row.items():
+            shutil.copyfile(data / value, data / copied[key])
+        content["training"].append(copied)
+    (data / "dataset.json").write_text(json.dumps(content))
+    with pytest.warns(LeakWarning):
+        finetune(
+            str(data),
+            str(root / "run"),
+            task=TASK,
+            backbone=BACKBONE,
+            num_folds=3,
+            max_steps=4,
+            optim=Optimisation(learning_rate=1e-9),
+            num_workers=0,
+            accelerator="cpu",
+        )
+    return data, root / "run"
+
+
+def test_a_leak_is_in_the_run_its_network_its_predictions_its_scores_and_the_report(
+    leaking: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = leaking
+    assert {"leak", "learning"} <= kinds(read_manifest(run / "manifest.json")["warnings"])
+    card = read_card(run)
+    assert {"leak", "learning"} <= kinds(card["warnings"]) and "_again" not in str(card["warnings"])
+    out, scores = tmp_path / "predictions", tmp_path / "scores.json"
+    assert cli.main(["predict", "--weights", str(run), "--out", str(out), "--accelerator", "cpu"]) == 0
+    assert "leak" in kinds(json.loads((out / "predictions.json").read_text())["network_warnings"])
+    capsys.readouterr()
+    words = ["evaluate", "--predictions", str(out), "--references", str(data), "--out", str(scores)]
+    assert cli.main(words) == 0
+    assert "leak" in kinds(json.loads(scores.read_text())["warnings"])
+    assert "Some of the held-out cases were learned from" in capsys.readouterr().err.splitlines()[-2:][0]
+    page = tmp_path / "report.html"
+    report([str(run)], str(page), scores=[str(scores)])
+    assert "see Warnings" in page.read_text()
+    export(str(run), str(tmp_path / "exported"))
+    assert "Some of the held-out cases were learned from" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_a_run_that_was_stopped_says_so_until_it_is_finished(ball_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"task": TASK, "backbone": BACKBONE}))
+    words = ["finetune", "--config", f"{tmp_path}/tiny.yaml", "--data", str(ball_set), "--out", str(out)]
+    words += ["--num_folds", "3", "--max_steps", "4000", "--max_time", "00:00:01", "--num_workers", "0"]
+    assert cli.main([*words, "--accelerator", "cpu", "--validate_every", "4000", "--log_every", "1"]) == TO_BE_CONTINUED
+    rows = read_manifest(out / "manifest.json")["warnings"]
+    assert "unfinished" in kinds(rows) and "unfinished" in kinds(read_card(out)["warnings"])
+    assert re.fullmatch(r"stopped after step \d+ of 4000, because the time limit .*", rows[-1]["text"])
+    report([str(out)], str(tmp_path / "page.html"))
+    assert " of 4000</td>" in (tmp_path / "page.html").read_text()
+    # Short enough now to come to its end.
+    manifest = json.loads((out / "manifest.json").read_text())
+    run = Run(out, "finetune")
+    run.drop_warnings(UnfinishedWarning)
+    assert "unfinished" not in kinds(run.warnings) and len(run.warnings) == len(manifest["warnings"]) - 1
