@@ -107,7 +107,7 @@ class ClassificationPredictor(Predictor):
         for row in rows.values():
             probabilities = row["probabilities"]
             predicted = self.classes[probabilities.index(max(probabilities))]
-            cells.append([row["id"], row["patient"], predicted, *(f"{value:.6f}" for value in probabilities)])
+            cells.append([row["id"], row["patient"], predicted, *(f"{value:.10g}" for value in probabilities)])
         write_csv(folder / TABLE_NAME, head, cells)
         write_csv(folder / self.failures_name, ["id", "reason"], list(failures.items()))
 

@@ -252,7 +252,10 @@ class Classification(Task):
     def validate(
         self, objective: Objective, scans: Sequence[CachedScan], intensity: Intensity, labels: Mapping[int, str]
     ) -> dict[str, float]:
-        """Return AUC, accuracy, balanced accuracy and macro F1, without mirroring, see :func:`class_scores`."""
+        """Return AUC, accuracy, balanced accuracy and macro F1 of boxes as they are predicted, see :func:`class_scores`.
+
+        Mirrored boxes are averaged as in prediction, so that `mim3d evaluate` finds the same scores.
+        """
         module: Any = objective
         device = next(module.parameters()).device
         sampler = self.exact_sampler(tuple(name for _, name in sorted(labels.items())))
@@ -265,7 +268,7 @@ class Classification(Task):
                 for scan in scans[start : start + step]
             ]
             images = torch.cat([sample["image"] for sample in samples]).to(device)
-            probabilities.append(module.probabilities(images).cpu().double().numpy())
+            probabilities.append(module.probabilities(images, self.mirror_axes).cpu().double().numpy())
             classes += [int(sample["class"]) for sample in samples]
         patients = [scan.case.patient for scan in scans]
         return class_scores(np.concatenate(probabilities), np.array(classes, dtype=np.int64), patients)
