@@ -147,6 +147,23 @@ def test_an_unknown_label_offers_the_nearest(folders):
         run(folders, labels=["splen"])
 
 
+def test_a_stray_value_of_a_prediction_is_named_and_no_class_unless_asked_for(folders):
+    mean = run(folders)["mean"]["dice"]
+    path = folders / "pred" / "b.nii.gz"
+    image = nib.load(path)
+    voxels = np.array(image.dataobj)
+    voxels[0, 0, 0] = 7
+    nib.save(nib.Nifti1Image(voxels, image.affine, image.header), path)
+    with pytest.warns(
+        UserWarning, match=r"no reference holds and nothing declares: 7 \(first in b\).*use --labels 1 2 7"
+    ):
+        content = run(folders)
+    assert content["mean"]["dice"] == pytest.approx(mean, abs=0.05) and "label_7" not in content["per_label"]
+    assert any("7 (first in b)" in row["text"] for row in content["warnings"])
+    asked = run(folders, labels=["1", "2", "7"])
+    assert asked["per_label"]["label_7"]["num_invented"] == 1
+
+
 def test_an_undeclared_value_names_the_file_and_the_way_out(folders):
     (folders / "dataset.json").write_text('{"labels": {"0": "bg", "1": "liver"}}')
     with pytest.raises(DataError, match=r"a\.nii\.gz: holds label values that are not declared \(2;.*--labels"):

@@ -252,7 +252,7 @@ class Classification(Task):
     def validate(
         self, objective: Objective, scans: Sequence[CachedScan], intensity: Intensity, labels: Mapping[int, str]
     ) -> dict[str, float]:
-        """Return AUC, accuracy, balanced accuracy and macro F1 of boxes as they are predicted, see :func:`class_scores`.
+        """Return AUC, accuracy, balanced accuracy and macro F1, see :func:`class_scores`.
 
         Mirrored boxes are averaged as in prediction, so that `mim3d evaluate` finds the same scores.
         """

@@ -129,10 +129,11 @@ class LabelEvaluation:
         found = _scorable(found, answers)
         if others is not None:
             others = _scorable(others, answers, {pair.id for pair in found.pairs})
-        kept = [*found.pairs, *(others.pairs if others else ())]
+        every = [*found.pairs, *(others.pairs if others else ())]
+        kept = [pair for pair in every if not isinstance(answers[id(pair)], Failure)]
         scores = [answer for pair in kept if not isinstance(answer := answers[id(pair)], Failure)]
         if not names.regions:
-            names = _names_held(scores, settings.predictions)
+            names = _names_held(kept, scores, settings.predictions)
         # A label that a case does not hold is absent.
         absent = LabelScore(status="absent", lesions=LesionScore()) if settings.lesions is True else ABSENT
         completed = [{name: case.get(name, absent) for name in names.regions} for case in scores]
@@ -345,11 +346,29 @@ def _refuse_dicom_seg(paths: Sequence[str]) -> None:
             )
 
 
-def _names_held(scores: Sequence[CaseScores], predictions: str) -> ScoredNames:
-    """Return the labels that maps hold, where nothing was declared or chosen."""
-    values = sorted({int(name.removeprefix(label_name(0)[:-1])) for case in scores for name in case})
+def _names_held(pairs: Sequence[Pair], scores: Sequence[CaseScores], predictions: str) -> ScoredNames:
+    """Return the labels that references hold, where nothing was declared or chosen.
+
+    A value of predictions alone would count as a label that is wrong in every case; it is named in a warning instead.
+    Where references hold no label at all, those of the predictions are all there is to score.
+    """
+    known = {name for case in scores for name, score in case.items() if score.status in ("scored", "missed")}
+    stray: dict[str, str] = {}
+    for pair, case in zip(pairs, scores, strict=True):
+        for name in case.keys() - known:
+            stray.setdefault(name, pair.id)
+    values = sorted(int(name.removeprefix(label_name(0)[:-1])) for name in known or stray)
     if not values:
         raise DataError(f"{predictions}: neither the predictions nor the references hold a label to score.")
+    if known and stray:
+        first = sorted(int(name.removeprefix(label_name(0)[:-1])) for name in stray)
+        asked = " ".join(map(str, [*values, *first]))
+        warnings.warn(
+            f"{predictions} holds values that no reference holds and nothing declares: "
+            f"{listed([f'{value} (first in {stray[label_name(value)]})' for value in first])}; they are not scored. "
+            f"If they are labels, use --labels {asked}.",
+            stacklevel=2,
+        )
     return ScoredNames(
         regions={label_name(value): (value,) for value in values},
         labels={value: label_name(value) for value in values},
