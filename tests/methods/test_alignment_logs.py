@@ -27,6 +27,20 @@ def test_children_that_spread_in_all_directions_are_at_one_and_collapsed_ones_at
     assert collapsed["accuracy"] == pytest.approx(1 / 8, abs=0.08)
 
 
+def test_chance_counts_the_places_that_take_part_alone():
+    generator = torch.Generator().manual_seed(0)
+    vectors, own = torch.randn(2, 8, 32, generator=generator), torch.tensor([0, 7])
+    # Of the first parent three places vary, its child's among them; of the second two, its child's not among them.
+    varied = torch.zeros(2, 8, dtype=torch.bool)
+    varied[0, :3] = varied[1, 3:5] = True
+    places = Places(torch.arange(8).expand(2, 8), vectors, varied)
+    _, named = align(torch.randn(2, 32), places, own, temperature=0.1, batch_negatives=False, predict=None)
+    assert float(named["chance"]) == pytest.approx(1 / 3)
+    _, named = align(torch.randn(2, 32), places, own, temperature=0.1, batch_negatives=True, predict=None)
+    # The varied places of both parents, and for the second child its own.
+    assert float(named["chance"]) == pytest.approx((1 / 5 + 1 / 6) / 2)
+
+
 def test_children_that_are_their_places_are_always_right():
     vectors = torch.randn(4, 8, 32, generator=torch.Generator().manual_seed(1))
     own = torch.tensor([0, 3, 5, 7])

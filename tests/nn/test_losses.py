@@ -30,20 +30,20 @@ def test_a_constant_guess_costs_one() -> None:
 def test_constant_child_vectors_cost_the_logarithm_of_the_number_of_places() -> None:
     places = torch.ones(6, 4, 8)
     logits = alignment_logits(torch.ones(6, 8), places, 0.1)
-    loss, _ = contrastive_alignment(logits, torch.arange(6) % 4, torch.ones(6, 4, dtype=torch.bool))
+    loss, _, _ = contrastive_alignment(logits, torch.arange(6) % 4, torch.ones(6, 4, dtype=torch.bool))
     assert loss.item() == pytest.approx(math.log(4), rel=1e-5)
 
 
 def test_air_is_no_negative_but_the_own_place_always_counts() -> None:
     logits = torch.zeros(1, 4)
     usable = torch.tensor([[False, False, True, True]])
-    loss, _ = contrastive_alignment(logits, torch.tensor([0]), usable)
+    loss, _, _ = contrastive_alignment(logits, torch.tensor([0]), usable)
     assert loss.item() == pytest.approx(math.log(3), rel=1e-5)
 
 
 def test_a_child_that_matches_its_place_is_found() -> None:
     places = torch.eye(4)[None].expand(4, 4, 4)
-    loss, accuracy = contrastive_alignment(
+    loss, accuracy, _ = contrastive_alignment(
         alignment_logits(torch.eye(4), places, 0.1), torch.arange(4), torch.ones(4, 4, dtype=torch.bool)
     )
     assert accuracy.item() == 1

@@ -28,8 +28,10 @@ def alignment_logits(child_BD: Tensor, places_KD: Tensor, temperature: float) ->
     return torch.einsum(subscripts, child, places) / temperature
 
 
-def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with the child's own place as the label, and the accuracy of the nearest place.
+def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy with the child's own place as the label, the accuracy of the nearest place, and that of chance.
+
+    Chance is one in the number of places that take part, a child's own among them, on average over children.
 
     Args:
         logits_BK: Similarity of each child with each candidate place.
@@ -37,8 +39,10 @@ def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -
         usable_BK: False for places left out as negatives; the own place always counts.
     """
     own_place = F.one_hot(own_B, logits_BK.shape[1]).bool()
-    logits = logits_BK.masked_fill(~(usable_BK | own_place), float("-inf"))
-    return F.cross_entropy(logits, own_B), (logits.argmax(1) == own_B).float().mean()
+    candidates = usable_BK | own_place
+    logits = logits_BK.masked_fill(~candidates, float("-inf"))
+    chance = candidates.sum(1).float().reciprocal().mean()
+    return F.cross_entropy(logits, own_B), (logits.argmax(1) == own_B).float().mean(), chance
 
 
 def cosine_alignment(predicted_BD: Tensor, own_place_BD: Tensor) -> Tensor:

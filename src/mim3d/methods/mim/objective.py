@@ -234,14 +234,14 @@ def align(
         label_K = own_K
         logits = alignment_logits(child_KA, places.vectors_MHA[parent_K], temperature)
         usable = places.varied_MH[parent_K]
-    loss, accuracy = contrastive_alignment(logits, label_K, usable)
+    loss, accuracy, chance = contrastive_alignment(logits, label_K, usable)
     if predict is not None:
         loss = cosine_alignment(predict(child_KA), places.vectors_MHA[parent_K, own_K])
     normed = F.normalize(child_KA.detach().float(), dim=-1)
     return loss, {
         "loss": loss.detach(),
         "accuracy": accuracy.detach(),
-        "chance": torch.full_like(accuracy, 1.0 / logits.shape[1]),
+        "chance": chance.detach(),
         "spread": normed.std(0, correction=0).mean() * normed.shape[1] ** 0.5,
     }
 
