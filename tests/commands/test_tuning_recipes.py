@@ -146,7 +146,7 @@ def test_unfreezing_an_encoder_without_weights_is_said(ball_set: Path, tmp_path:
     ("changes", "words"),
     [
         ({"max_steps": 2, "max_epochs": 2, "patience": 1}, "max_steps .2. and max_epochs .2. are both set"),
-        ({"patience": 0}, "patience is 0; it must be at least 1"),
+        ({"patience": -1}, "patience is -1; it must be at least 1"),
         ({"max_time": "soon", "patience": 1}, "Duration 'soon'"),
     ],
 )

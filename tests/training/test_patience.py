@@ -97,8 +97,20 @@ def test_more_patience_goes_on_as_if_it_had_been_there_from_the_beginning(tmp_pa
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"patience": 0}, "patience is 0; it must be at least 1"), ({"validating": False}, "no score is validated by")],
+    [({"patience": -1}, "patience is -1; it must be at least 1"), ({"validating": False}, "no score is validated by")],
 )
 def test_patience_that_cannot_work_is_refused(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         toy_run(tmp_path / "run", **{"patience": 2, **settings})
+
+
+def test_zero_switches_off_what_is_done_every_so_many_steps(tmp_path: Path) -> None:
+    off = dict.fromkeys(("log_every", "checkpoint_every", "validate_every", "patience", "pictures_every"), 0)
+    _, trained, run = toy_run(tmp_path / "off", max_steps=6, **off)
+    _, usual, every = toy_run(tmp_path / "usual", max_steps=6, log_every=2, checkpoint_every=2, validate_every=2)
+    assert all(torch.equal(value, usual.state_dict()[name]) for name, value in trained.state_dict().items())
+    assert [line["step"] for line in read_run(run.path).metrics if "loss" in line] == [6]
+    assert [line["step"] for line in read_run(run.path).metrics if "val/dice" in line] == [6]
+    assert [path.name for path in run.checkpoints_dir.glob("step_*")] == ["step_00000006.pt"]
+    assert not run.pictures_dir.exists()
+    assert len([line for line in read_run(every.path).metrics if "loss" in line]) == 3

@@ -76,7 +76,7 @@ def train(
         compile_blocks(objective)
     model = fabric.setup_module(StepModule(objective))
     optimizer: Any = fabric.setup_optimizers(build_optimizer(objective, plan.schedule, loop.precision))
-    hooks = Hooks(validate, best_by, on_checkpoint, loop.patience)
+    hooks = Hooks(validate, best_by, on_checkpoint, loop.patience or None)
 
     silent = not fabric.is_global_zero
     with (
@@ -131,7 +131,7 @@ def _run_steps(
         session.display.advance(step)
 
         last = step == loop.max_steps
-        if last or step % loop.log_every == 0:
+        if last or (loop.log_every and step % loop.log_every == 0):
             session.log(step)
         if loop.pictures_every and (last or step % loop.pictures_every == 0):
             session.save_pictures(step, batch)
@@ -139,7 +139,8 @@ def _run_steps(
             session.validate(step)
         reason = session.finished(step) or stop.reason()
         bad_steps = session.bad_steps
-        if reason or bad_steps.beyond or step % loop.checkpoint_every == 0:
+        is_due = loop.checkpoint_every and step % loop.checkpoint_every == 0
+        if reason or bad_steps.beyond or is_due:
             session.save(step)
         bad_steps.require_within_limit()
         if reason:

@@ -23,9 +23,9 @@ class LoopOptions:
         compile: Compile the blocks of the network (torch.compile); a minute at the start.
         strategy: How several processes share the work: ddp (every process has all weights), or auto, which is ddp.
         accelerator: Kind of device: auto, cpu, cuda or mps.
-        log_every: Steps between two lines of metrics.
-        checkpoint_every: Steps between two checkpoints.
-        pictures_every: Steps between two sets of images in the run folder; null for none.
+        log_every: Steps between two lines of metrics; 0 for one at the end.
+        checkpoint_every: Steps between two checkpoints; 0 for one at the end.
+        pictures_every: Steps between two sets of images in the run folder; 0 or null for none.
         keep_checkpoints: Newest checkpoints kept.
         max_bad_steps: Steps of the whole run that may go wrong: not finite, and skipped, or out of memory, and taken
             once more; a run with more of them stops.
@@ -55,8 +55,8 @@ class LoopSettings(LoopOptions):
         max_time_s: Seconds that this session may take. Then it stops with a checkpoint and can be resumed. It shortens
             the session, never the schedule.
         started_at: When the session began, on the monotonic clock. None where it begins with training.
-        validate_every: Steps between two validations. None validates after the last step only.
-        patience: Validations without a better one after which training ends. None goes on to the last step.
+        validate_every: Steps between two validations. None or 0 validates after the last step only.
+        patience: Validations without a better one after which training ends. None or 0 goes on to the last step.
         rank_timeout_s: Seconds without progress in a step after which processes that wait for a hung one are ended.
             After a sixth of them the first process says which one hangs.
         devices: Processes, one per device, on each machine.
@@ -75,11 +75,13 @@ class LoopSettings(LoopOptions):
     num_nodes: int = 1
 
     def __post_init__(self) -> None:
-        names = "max_steps accumulation log_every checkpoint_every keep_checkpoints devices num_nodes"
-        for name in (*names.split(), "validate_every", "patience", "pictures_every"):
+        for name in ("max_steps", "accumulation", "keep_checkpoints", "devices", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("log_every", "checkpoint_every", "validate_every", "patience", "pictures_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1.")
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value}; it must be at least 1, or 0 to switch it off.")
         for name in ("max_time_s", "rank_timeout_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -60,7 +60,7 @@ class PretrainSettings(TrainingSettings):
         num_folds: Number of folds that `fold` counts.
         split_seed: Seed of the folds, as in fine-tuning.
         probe: Labelled scans, or `phantom`, to score features on; OUT/encoder is then the best, encoder_last the last.
-        probe_every: Steps between two probings; ten in all if not given.
+        probe_every: Steps between two probings; ten in all if not given, 0 for one at the end.
         max_epochs: Passes over the scans, instead of max_steps; 800 if neither is given.
         batch_size: Samples (hierarchies) per micro-batch and device.
         strict: Refuse what is otherwise a warning: scans that cannot be used or prove damaged, and held-out scans that
@@ -90,8 +90,8 @@ class PretrainSettings(TrainingSettings):
         super().__post_init__()
         if self.probe_every is not None and self.probe is None:
             raise ConfigError(f"probe_every is {self.probe_every}, but there is no probe; give --probe DATA too.")
-        if self.probe_every is not None and self.probe_every < 1:
-            raise ConfigError(f"probe_every is {self.probe_every}; it must be at least 1.")
+        if self.probe_every is not None and self.probe_every < 0:
+            raise ConfigError(f"probe_every is {self.probe_every}; it must be at least 1, or 0 for one at the end.")
 
     @property
     def folds(self) -> FoldChoice:

@@ -89,7 +89,7 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
         # What cannot work whatever the data is refused before they are read.
         settings.check_machine()
         settings, task, source, split = read_training_data(settings)
-        if settings.patience is not None and not split.val:
+        if settings.patience and not split.val:
             raise ConfigError(
                 f"patience is {settings.patience}, but no case is held out to validate on; give a fold, or no patience."
             )
@@ -219,9 +219,9 @@ def _train(
     if initial.encoder is not None:
         objective.encoder.load_state_dict(initial.encoder.state_dict())
     num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
-    every = settings.validate_every or -(-num_steps // DEFAULT_VALIDATIONS)
-    num_validations = -(-num_steps // every)
-    if settings.patience is not None and settings.patience >= num_validations:
+    every = -(-num_steps // DEFAULT_VALIDATIONS) if settings.validate_every is None else settings.validate_every
+    num_validations = -(-num_steps // every) if every else 1
+    if settings.patience and settings.patience >= num_validations:
         # The first validation is always a better one.
         warnings.warn(
             f"patience {settings.patience} never ends this run, which validates {num_validations} times; give a "

@@ -37,8 +37,8 @@ class FinetuneSettings(TrainingSettings):
         train_cases: Number of training patients instead of a share.
         train_list: File with the ids of cases or patients to train on, one per line; held-out ones stay held out.
         train_seed: Seed of which patients train_fraction and train_cases take.
-        validate_every: Steps between two validations; ten in all if not given.
-        patience: Validations without a better one after which training ends; all steps are done if not given.
+        validate_every: Steps between two validations; ten in all if not given, 0 for one at the end.
+        patience: Validations without a better one after which training ends; all steps are done if not given, or 0.
         max_steps: Optimiser steps; planned if neither these nor max_epochs are given.
         batch_size: Crops per micro-batch and device; planned if not given.
         seed: Seed of weights, order and crops; never of the folds.

@@ -115,8 +115,8 @@ class ProbePlan:
         return 4 * voxels * sum(MAX_SCANS["labels"]) * PROBING.crops_per_scan
 
     def steps_between(self, num_steps: int) -> int:
-        """Steps between two probings of a run of ``num_steps``."""
-        return self.every or -(-num_steps // DEFAULT_PROBINGS)
+        """Steps between two probings of a run of ``num_steps``; 0 for one at the end."""
+        return -(-num_steps // DEFAULT_PROBINGS) if self.every is None else self.every
 
     def choose(self, source: CaseSet | Cache) -> ProbeCases:
         """A small part of the labelled cases, apart by patient.
