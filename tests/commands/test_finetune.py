@@ -218,7 +218,7 @@ def test_without_a_fold_all_cases_train_and_the_last_weights_are_kept(ball_set, 
         ({"max_epochs": 3}, ConfigError, "max_epochs"),
         ({"precision": "8-bit"}, ConfigError, "precision"),
         ({"weights": "nowhere"}, CheckpointError, "nowhere"),
-        ({"validate_every": 0}, ConfigError, "validate_every"),
+        ({"validate_every": -1}, ConfigError, "validate_every"),
         ({"accelerator": "mps", "devices": 1}, ConfigError, "this machine shows no such device"),
     ],
 )

@@ -21,7 +21,8 @@ from mim3d.core.warned import WarningRow, recording
 if TYPE_CHECKING:
     from mim3d.cli.arguments import Signature
 
-#: Warnings that are said again at the end; the files of the result have all.
+#: Commands that print much after a warning, so that it is said again at the end: so many of them, as files have all.
+SAYING_AGAIN = ("pretrain", "finetune", "predict", "evaluate", "probe")
 MOST_SAID_AGAIN = 10
 
 
@@ -126,7 +127,8 @@ def _run(words: list[str]) -> int:
         with recording() as warned, found_in_working_folder(own_code_in(arguments).values()):
             signature.function(**arguments)
         sentences = take_noted()
-        _say_again([row for row in warned.rows if row["text"] not in sentences])
+        if name in SAYING_AGAIN:
+            _say_again([row for row in warned.rows if row["text"] not in sentences])
         for sentence in sentences:
             print(printable(sentence), flush=True)
         return take_exit_code() or (REFUSED if sentences else 0)
