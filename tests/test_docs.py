@@ -33,7 +33,7 @@ REGISTRIES = {"backbone": BACKBONES, "method": METHODS, "task": TASKS}
 FOREIGN = {
     "a placeholder": "flag",
     "SLURM": "gpus-per-node gpus-per-task ntasks ntasks-per-node kill-on-bad-exit signal requeue open-mode",
-    "torchrun": "node_rank",
+    "torchrun": "node_rank no-python",
     "MONAI's runner": "sw_batch_size device datalist",
     "benchmarks/scaling.py": "paper",
 }
