@@ -202,6 +202,26 @@ def test_extra_predictions_and_references_are_one_warning_each(folders):
     assert len(found["cases"]) == 2
 
 
+def test_references_that_a_run_did_not_hold_out_are_no_news(folders, recwarn, capsys):
+    for name in "cde":
+        write(folders / "ref" / f"{name}.nii.gz", cube())
+    content = {"only_held_out": True, "failed": [], "begun": []}
+    content["cases"] = [{"id": name, "prediction": f"{name}.nii.gz"} for name in "ab"]
+    listing = folders / "pred" / "predictions.json"
+    listing.write_text(json.dumps(content))
+    assert run(folders, missing="worst")["num_cases"] == 2
+    assert "3 references are of cases that the run did not hold out, and not scored." in capsys.readouterr().out
+    assert not recwarn.list
+    listing.write_text(json.dumps({**content, "failed": [{"id": "c", "reason": "c is dark."}]}))
+    assert run(folders)["not_scored"]["failed"] == ["c"]
+    warned = " ".join(str(each.message) for each in recwarn.list)
+    assert "failed to be predicted: c." in warned and "no prediction: c." in warned
+    # A call that was interrupted: one of these may be missing.
+    listing.write_text(json.dumps({**content, "begun": [{"id": "c", "images": ["c.nii.gz"]}]}))
+    with pytest.warns(UserWarning, match="no prediction: c, d, e"):
+        run(folders)
+
+
 def test_labels_named_differently_are_a_warning(folders):
     (folders / "dataset.json").write_text('{"labels": {"0": "bg", "1": "liver", "2": "spleen"}}')
     content = {"labels": {"0": "bg", "1": "spleen", "2": "liver"}, "cases": []}

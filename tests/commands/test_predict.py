@@ -50,6 +50,7 @@ def test_held_out_cases_are_segmented_when_no_input_is_named(segmenter_run, ball
     content = listing(out)
     split = json.loads((segmenter_run / "split.json").read_text())
     assert {case["id"] for case in content["cases"]} == {case["id"] for case in split["val"]}
+    assert content["only_held_out"] is True
     assert content["labels"] == {"0": "background", "2": "ball", "5": "core"} and content["failed"] == []
     for case in content["cases"]:
         predicted = nibabel.load(out / case["prediction"])

@@ -52,15 +52,27 @@ def test_a_silent_bar_shows_nothing_even_on_a_terminal(monkeypatch: pytest.Monke
 
 
 def test_the_first_and_the_last_line_are_shown_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("{done:.1f} of {total} scans", 3, eager=True) as shown:
-        for done in (0, 0.5, 1, 2, 3):
+    with Progress("{done} of {total} scans", 3, eager=True) as shown:
+        for done in (0, 0.5, 1, 2, 3, 3):
             shown.update(done, "a case")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[:2] for line in lines] == [["0.5 of 3 scans", "a case"], ["3.0 of 3 scans", "a case"]]
-    with Progress("{done:.1f} of {total} scans", 3) as shown:
+    assert [line.split("  ")[:2] for line in lines] == [["0.5 of 3 scans", "a case"], ["3 of 3 scans", "a case"]]
+    with Progress("{done} of {total} scans", 3) as shown:
         for done in (0, 0.5, 1, 2, 3):
             shown.update(done, "a case")
     assert capsys.readouterr().err == ""
+
+
+def test_no_plain_line_is_printed_twice(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
+    with Progress("{done} of {total} scans", 2) as shown:
+        for done in (1, 1, 1.08333, 2, 2.0):
+            shown.update(done)
+    assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "1 of 2 scans",
+        "1.1 of 2 scans",
+        "2 of 2 scans",
+    ]
 
 
 def test_counting_passes_items_on_and_tells_now_and_then(

@@ -55,6 +55,7 @@ class Progress:
         self.done = self._first = done
         self._start = time.monotonic()
         self._last_line: float | None = None
+        self._last_done = done
         if self._bar is not None:
             self._bar.reset(self._task, completed=done, description=self._text(done))
 
@@ -74,8 +75,8 @@ class Progress:
         shown_before = self._last_line is not None
         is_edge = (not shown_before and self._eager) or (done >= self._total and (shown_before or self._eager))
         is_due = now - (self._last_line or self._start) >= PLAIN_EVERY_S
-        if done > self._first and (is_edge or is_due):
-            self._last_line = now
+        if done > max(self._first, self._last_done) and (is_edge or is_due):
+            self._last_line, self._last_done = now, done
             left_s = (now - self._start) / (done - self._first) * (self._total - done)
             self.say("  ".join(filter(None, (self._text(done), beside, f"{clock(left_s)} left"))))
 
@@ -88,7 +89,7 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def _text(self, done: float) -> str:
-        return self._label.format(done=done, total=self._total)
+        return self._label.format(done=int(done) if done == int(done) else f"{done:.1f}", total=self._total)
 
 
 def _rich_bar(steady_s: float) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
 from mim3d.core.names import printable
+from mim3d.core.progress import say
 from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, scans_in
 from mim3d.datasets.descriptions import LabelDeclaration, read_labels
@@ -108,7 +109,8 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
     matched = _matched(predictions, *images_of)
     predictions_of = {other: ours[name] for name, other in matched.items()}
     unpredicted = sorted(theirs.keys() - predictions_of.keys())
-    as_empty = unpredicted if missing_as_empty else []
+    not_held_out = _not_held_out(os.path.join(predictions, LIST_NAME), unpredicted)
+    as_empty = [name for name in unpredicted if name not in not_held_out] if missing_as_empty else []
     empty = Case(images=())
     found = Pairs(
         pairs=tuple(
@@ -124,12 +126,12 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
         labels=predicted.labels or referenced.labels,
         regions=regions or {name: [*members] for name, members in referenced.regions.items()},
         without_reference=tuple(sorted(ours.keys() - matched.keys())),
-        without_prediction=() if missing_as_empty else tuple(unpredicted),
+        without_prediction=tuple(name for name in unpredicted if name not in as_empty),
         failed={name: reason for name, reason in failed.items() if name not in as_empty},
         scored_as_empty=tuple(as_empty),
         ignore_label=predicted.ignore_label if referenced.ignore_label is None else referenced.ignore_label,
     )
-    _warn_of_unmatched(found)
+    _warn_of_unmatched(found, not_held_out)
     differing = differing_names(predicted.labels, referenced.labels)
     if differing:
         warnings.warn(
@@ -358,7 +360,7 @@ def read_class_tables(
         without_prediction=tuple(sorted(theirs.keys() - set(matched.values()))),
         unusable=unusable,
     )
-    _warn_of_unmatched(found)
+    _warn_of_unmatched(found, _not_held_out(listing, found.without_prediction))
     if unusable:
         refuse_or_say(path, list(unusable.values()), len(matched), strict=strict)
     return found
@@ -464,8 +466,23 @@ def _paired(
     return matched
 
 
-def _warn_of_unmatched(found: Pairs | ClassTable) -> None:
+def _not_held_out(listing: str, unpredicted: Sequence[str]) -> list[str]:
+    """Those of some references without a prediction of which none is missing: the run has learned from them.
+
+    That is known where the list beside the predictions says that they are of all cases that a run held out.
+    """
+    content = read_json(listing) if os.path.isfile(listing) else {}
+    if not isinstance(content, dict) or content.get("only_held_out") is not True or content.get("begun"):
+        return []
+    failed = {str(row.get("id")) for row in content.get("failed") or () if isinstance(row, dict)}
+    return [name for name in unpredicted if name not in failed]
+
+
+def _warn_of_unmatched(found: Pairs | ClassTable, not_held_out: Sequence[str]) -> None:
+    if not_held_out:
+        rest = "1 reference is" if len(not_held_out) == 1 else f"{len(not_held_out)} references are"
+        say(f"{rest} of cases that the run did not hold out, and not scored.")
     for attribute, fault in _UNMATCHED.items():
-        names = list(getattr(found, attribute, ()))
+        names = [name for name in getattr(found, attribute, ()) if name not in not_held_out]
         if names:
             warnings.warn(f"{fault}: {listed(names)}.", stacklevel=3)

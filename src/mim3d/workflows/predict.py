@@ -105,6 +105,7 @@ def predict_scans(settings: PredictSettings) -> str:
         say(f"{weights[0]} does not say what scans it learned from: none is compared with them.")
     with alone_in(settings.out):
         folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
+        folder.only_held_out = settings.input is None
         return _predict_all(predictor, folder)
 
 
@@ -114,7 +115,7 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
     remaining = [case for case in cases if not folder.is_finished(case)]
     step = predictor.scans_per_call
     try:
-        with Progress("{done:.1f} of {total} scans", len(remaining)) as progress:
+        with Progress("{done} of {total} scans", len(remaining)) as progress:
             for start in range(0, len(remaining), step):
                 _predict(remaining[start : start + step], predictor, folder, progress)
                 folder.write_if_due()
@@ -222,6 +223,7 @@ class PredictionFolder:
         tracebacks: Where errors that nobody foresaw were raised, by id.
         owners: Images of every scan that has a name here, by id.
         cases: The scans of this call, under the ids that they have here.
+        only_held_out: Whether these are all cases that the run held out, so that no other is missing.
     """
 
     path: Path
@@ -231,6 +233,7 @@ class PredictionFolder:
     tracebacks: dict[str, str] = field(default_factory=dict)
     owners: dict[str, tuple[str, ...]] = field(default_factory=dict)
     cases: tuple[Case, ...] = ()
+    only_held_out: bool = False
     _due_s: float = 0.0
 
     @classmethod
@@ -409,6 +412,8 @@ class PredictionFolder:
         open_names = [name for name in self.owners if name not in self.rows and name not in self.failures]
         begun = [{"id": name, "images": list(self.owners[name])} for name in open_names]
         content = {**self.predictor.identity, "cases": list(self.rows.values()), "failed": failed, "begun": begun}
+        if self.only_held_out:
+            content["only_held_out"] = True
         said = merged(*(checked_rows(network.card.get("warnings")) for network in self.predictor.networks))
         if said:
             content["network_warnings"] = said
