@@ -80,7 +80,7 @@ BUDGET = {
     "reporting": 1365,
     "caching": 4390,
     "objective": 150,
-    "weights": 1160,
+    "weights": 1345,
     "inference": 900,
     "planning": 950,
     "loading": 1055,

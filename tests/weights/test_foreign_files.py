@@ -1,13 +1,15 @@
 """Weights files as training scripts write them: read to the same tensors, or refused in one true sentence."""
 
 import io
+import json
 import os
 import pickle
+import re
 import tarfile
 import warnings
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,10 @@ class Lines(list):
     """A list of somebody's script."""
 
 
+class Settings(dict):
+    """A mapping of somebody's script."""
+
+
 def under(prefix: str, state: dict[str, Tensor] = STATE) -> dict[str, Tensor]:
     return {f"{prefix}{key}": value for key, value in state.items()}
 
@@ -78,6 +84,9 @@ def rest() -> dict[str, Any]:
     }
 
 
+WITHIN_ITSELF: dict[str, Any] = {"model": STATE}
+WITHIN_ITSELF["self"] = WITHIN_ITSELF
+
 WRAPPED: dict[str, Any] = {
     "plain": STATE,
     "state_dict": {"state_dict": STATE},
@@ -96,6 +105,16 @@ WRAPPED: dict[str, Any] = {
     },
     "lightning_ddp": {"state_dict": under("module.model.module.net.encoder.")},
     "backbone": {"state_dict": under("module.backbone.")},
+    "recomputed": {
+        key.replace("blocks3.0.", "blocks3.0._checkpoint_wrapped_module."): one for key, one in STATE.items()
+    },
+    "sharded": {"model": under("_fsdp_wrapped_module.")},
+    "default_mapping": defaultdict(dict, {"model": STATE}),
+    "own_mapping": {"checkpoint": Settings({"state_dict": STATE})},
+    "list": [STATE],
+    "weights_and_optimizer": (STATE, {"param_groups": [{"lr": 1.0}]}),
+    "temperature_beside": {"model": {"temperature": torch.ones(1)}, "state_dict": STATE},
+    "within_itself": WITHIN_ITSELF,
     "unknown_prefix": under("my.own.network."),
     "student_and_teacher": under("teacher.") | under("student.", encoder_of(1).state_dict()),
     "half": {"state_dict": {key: value.half() for key, value in STATE.items()}},
@@ -114,7 +133,10 @@ def test_wrappers_and_prefixes_of_any_order_are_taken_off(tmp_path: Path, name: 
     assert all(torch.allclose(encoder.state_dict()[key], value, atol=tolerance, rtol=0) for key, value in STATE.items())
 
 
-@pytest.mark.parametrize("options", [{}, {"pickle_protocol": 4}, {"pickle_protocol": 5}])
+OLD = {"_use_new_zipfile_serialization": False}
+
+
+@pytest.mark.parametrize("options", [{}, {"pickle_protocol": 4}, {"pickle_protocol": 5}, OLD])
 def test_what_lies_beside_the_weights_is_passed_over(tmp_path: Path, options: dict[str, Any]) -> None:
     torch.save({**rest(), "state_dict": STATE}, tmp_path / "w.pt", **options)
     with warnings.catch_warnings():
@@ -126,8 +148,8 @@ def test_what_lies_beside_the_weights_is_passed_over(tmp_path: Path, options: di
 
 def test_a_network_that_was_pickled_as_a_whole_is_read_by_its_parameters(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.Sequential(nn.Linear(2, 3)))
-    for content in (network, {"model": network, "epoch": 1}):
-        torch.save(content, tmp_path / "whole.pt")
+    for content, options in ((network, {}), ({"model": network, "epoch": 1}, {}), (network, OLD)):
+        torch.save(content, tmp_path / "whole.pt", **options)
         state = read_state(tmp_path / "whole.pt")
         assert state.keys() == network.state_dict().keys()
         assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
@@ -156,6 +178,9 @@ def test_code_in_a_file_is_named_and_not_run_and_the_weights_are_read(tmp_path: 
     for place, content in enumerate(({"state_dict": STATE, "x": attacks}, {**STATE, "x": attacks[0]})):
         file = tmp_path / f"{place}.pt"
         torch.save(content, file)
+        with pytest.warns(UserWarning, match=r"\.pt names posix\.mkdir.*did not run it"):
+            assert read_state(file).keys() == STATE.keys()
+        torch.save(content, file, **OLD)
         with pytest.warns(UserWarning, match=r"\.pt names posix\.mkdir.*did not run it"):
             assert read_state(file).keys() == STATE.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt"]
@@ -290,3 +315,81 @@ def test_a_file_that_lacks_tensors_is_named_and_one_that_was_cut_off_refused(
     assert loaded.recipe.depths == (1, 1, 2)
     with pytest.raises(ConfigError, match="min_coverage is 2"):
         load_encoder(file, {"name": "hybrid", **SETTINGS}, min_coverage=2)
+
+
+ODD = {
+    "of type float8_e4m3fn": lambda one: one.to(torch.float8_e4m3fn),
+    "of type int32": lambda one: one.to(torch.int32),
+    "of type complex64": lambda one: one.to(torch.complex64),
+    "quantised": lambda one: torch.quantize_per_tensor(one, 0.1, 0, torch.qint8),
+    "sparse": lambda one: one.to_sparse(),
+    "no values but shapes alone": lambda one: one.to("meta"),
+    "not finite": lambda one: one.double() * 1e300,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*[Qq]uantiz", "ignore:TypedStorage")
+@pytest.mark.parametrize("said", ODD)
+def test_tensors_that_are_no_plain_numbers_are_refused_and_change_nothing(tmp_path: Path, said: str) -> None:
+    torch.save({**STATE, "norm.weight": ODD[said](STATE["norm.weight"])}, tmp_path / "w.pt")
+    encoder = encoder_of(1)
+    before = {key: one.clone() for key, one in encoder.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"{said}.* in 1 of 72 tensors \(first: norm\.weight\)"):
+        load_into(encoder, tmp_path / "w.pt")
+    assert all(torch.equal(one, before[key]) for key, one in encoder.state_dict().items())
+
+
+def test_two_networks_in_a_file_are_named_with_the_one_that_was_taken(tmp_path: Path) -> None:
+    torch.save(under("encoder_q.") | under("encoder_k.", encoder_of(1).state_dict()), tmp_path / "w.pt")
+    encoder = encoder_of(2)
+    with pytest.warns(UserWarning, match=r"the one named encoder_q\. was taken, not encoder_k\."):
+        load_into(encoder, tmp_path / "w.pt")
+    assert torch.equal(encoder.state_dict()["norm.weight"], STATE["norm.weight"])
+
+
+def test_files_that_would_take_memory_or_time_are_refused_at_once(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(STATE, buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(tmp_path / "w.pt", "w") as new:
+        for name in old.namelist():
+            deep = name.endswith("data.pkl")
+            content = b"\x80\x02" + b"]0" * 2**20 + b"N." if deep else old.read(name)
+            new.writestr(name, content, zipfile.ZIP_DEFLATED if deep else zipfile.ZIP_STORED)
+    with pytest.raises(CheckpointError, match="compressed"):
+        read_state(tmp_path / "w.pt")
+    many: dict[str, Any] = {"a": 1}
+    for _ in range(8):
+        many = {str(number): many for number in range(20)}
+    torch.save(many, tmp_path / "many.pt")
+    with pytest.raises(CheckpointError, match="more than"):
+        read_state(tmp_path / "many.pt")
+
+
+def test_no_advice_of_other_packages_to_trust_a_file_is_passed_on(tmp_path: Path) -> None:
+    for name, content in (("empty", b""), ("cut", b"PK\x03\x04" + bytes(99)), ("text", b"text")):
+        (tmp_path / f"{name}.pt").write_bytes(content)
+    torch.save({key: one.numpy() for key, one in STATE.items()}, tmp_path / "numpy.pt", **OLD)
+    for name, said in (("empty", "it is empty"), ("cut", "end is missing"), ("text", "kind"), ("numpy", "numpy array")):
+        with pytest.raises(CheckpointError, match=said) as refused:
+            read_state(tmp_path / f"{name}.pt")
+        assert not re.search("safe_globals|weights_only|miniz", str(refused.value))
+
+
+def test_a_folder_of_a_published_model_names_the_file_to_give(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"give the file itself: .*pytorch_model\.bin"):
+        read_state(tmp_path)
+    save_file(STATE, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="2 files of weights; where they are pieces"):
+        read_state(tmp_path)
+
+
+def test_a_card_within_a_file_is_named_by_that_file_and_bounded(tmp_path: Path) -> None:
+    for card, said in (
+        ({"backbone": {"name": "hybrid", **SETTINGS, "num_heads": 5}}, "not a multiple of num_heads"),
+        ({"backbone": {"name": "hybrid", "widths": [60, 1200], "depths": [1, 1]}}, "describes a network of"),
+        ({"backbone": "hybrid", "other": "a" * 17 * 2**20}, "more than any card has"),
+    ):
+        save_file(STATE, tmp_path / "w.safetensors", metadata={"mim3d_card": json.dumps({"format": 1, **card})})
+        with pytest.raises(CheckpointError, match=rf"w\.safetensors.*{said}"):
+            load_encoder(tmp_path / "w.safetensors")

@@ -105,9 +105,11 @@ _SHOWN = ("scores", "probe")
 
 
 def card_path(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
-    """Where the card beside our own weights is, or would be."""
+    """The file that holds the card of our own weights: the one beside them, or they themselves."""
     located = locate(path, networks)
-    return (located if located.is_dir() else located.parent) / CARD_NAME
+    weights = located if located.is_file() else located / WEIGHTS_NAME
+    beside = weights.with_name(CARD_NAME)
+    return beside if beside.is_file() and weights.name == WEIGHTS_NAME else weights
 
 
 def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Any]:
@@ -120,22 +122,25 @@ def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dic
     Raises:
         CheckpointError: It cannot be read, is of a newer format, or holds a value that cannot be, which is named.
     """
-    located, file = locate(path, networks), card_path(path, networks)
-    weights = located if located.is_file() else located / WEIGHTS_NAME
+    file = card_path(path, networks)
     try:
-        if file.is_file() and weights.name == WEIGHTS_NAME:
-            if file.stat().st_size > _LARGEST_BYTES:
-                raise ValueError(f"{file.stat().st_size:,} bytes, more than any card has")
+        if file.name == CARD_NAME:
+            _require_small(file.stat().st_size)
             card = load_json(file)
         else:
-            file, text = weights, _card_within(weights)
+            text = _card_within(file)
             if text is None:
                 return {}
+            _require_small(len(text))
             card = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error}); export the weights again.") from None
+    except RecursionError:
+        raise CheckpointError(f"{file} holds a card that is nested too deeply; export the weights again.") from None
+    except (OSError, ValueError) as error:
+        # Of a number that is too long Python says how to allow it.
+        said = str(error).partition(";")[0]
+        raise CheckpointError(f"{file} holds no readable card ({said}); export the weights again.") from None
     if not isinstance(card, dict) or type(card.get("format")) is not int or card["format"] != CARD_FORMAT:
-        raise CheckpointError(f"{file} is not a card of format {CARD_FORMAT}; export again or update mim3d.")
+        raise CheckpointError(f"{file} holds no card of format {CARD_FORMAT}; export again or update mim3d.")
     if "backbone" not in card:
         raise CheckpointError(f"{file} names no backbone; export the weights again.")
     for name, value in card.items():
@@ -153,6 +158,11 @@ def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dic
         with card_settings(file):
             card["intensity"] = to_mapping(build_settings(Intensity, card["intensity"], "intensity"))
     return card
+
+
+def _require_small(num_bytes: int) -> None:
+    if num_bytes > _LARGEST_BYTES:
+        raise ValueError(f"{num_bytes:,} bytes, more than any card has")
 
 
 def _card_within(file: Path) -> str | None:
@@ -230,6 +240,6 @@ def require_described(build: Callable[[], nn.Module], path: str | Path) -> None:
         raise CheckpointError(f"{card_path(path)} describes a network that no machine can hold ({error}).") from error
     if described > held * _MOST_TIMES:
         raise CheckpointError(
-            f"{card_path(path)} describes a network of {described:,} values, but {file.name} beside it holds "
+            f"{card_path(path)} describes a network of {described:,} values, but {file.name} holds "
             f"{held:,}; they do not belong together, so copy or export them again."
         )

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
@@ -22,6 +23,9 @@ CARD_FORMAT = 1
 
 #: Entry of a safetensors file's metadata that holds the card.
 CARD_ENTRY = "mim3d_card"
+
+#: Endings of files of weights.
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 #: Folders of a run that hold a network, the one to prefer first.
 RUN_NETWORKS = ("encoder", "segmenter", "classifier")
@@ -83,11 +87,24 @@ def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
     for folder in (given, *(given / name for name in networks)):
         if (folder / WEIGHTS_NAME).is_file():
             return folder
+    if others := _other_weights(given):
+        several = f"{len(others)} files of weights; where they are pieces of one network, join them into one, or"
+        raise CheckpointError(
+            f"{given} holds no {WEIGHTS_NAME}, but {several if len(others) > 1 else 'another file of weights;'} give "
+            f"the file itself: {others[0]}."
+        )
     state = "is a folder without" if given.is_dir() else "does not exist; expected"
     raise CheckpointError(
         f"{given} {state} {WEIGHTS_NAME} (its own or in {', '.join(networks)}/); "
         "give a finished run, an exported folder or a weights file."
     )
+
+
+def _other_weights(folder: Path) -> list[Path]:
+    """Files of weights in a folder that are not ours, as of a published model."""
+    with suppress(OSError):
+        return sorted(path for path in folder.iterdir() if path.suffix in _ENDINGS and path.is_file())
+    return []
 
 
 def weights_digest(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> str:

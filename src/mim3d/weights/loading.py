@@ -20,7 +20,7 @@ from mim3d.core.types import Named
 from mim3d.core.warned import WeightsWarning
 from mim3d.weights.cards import card_settings, read_card, require_described
 from mim3d.weights.folders import RUN_NETWORKS
-from mim3d.weights.states import read_state, to_own_names, without_prefix_of
+from mim3d.weights.states import oddity, read_state, to_own_names, without_prefix_of
 
 #: Share of an encoder's values that a file must fill before it counts as loaded.
 MIN_COVERAGE = 0.9
@@ -96,6 +96,13 @@ def load_into(
         state = {key.removeprefix("encoder."): value for key, value in state.items()}
     elif not any(key.startswith("encoder.") for key in state):
         state = {own.get(key, key): value for key, value in state.items()}
+    odd = {key: said for key in sorted(state.keys() & target.keys()) if (said := oddity(state[key], target[key]))}
+    if odd:
+        first = next(iter(odd))
+        raise CheckpointError(
+            f"{path} holds {odd[first]} in {len(odd)} of {len(state)} tensors (first: {first}), which are not the plain "
+            "numbers that a network learns; save the network as it was trained, in single or half precision."
+        )
     state, adapted = adapt_input(module, state, input_layers)
     fits = {key: value for key, value in state.items() if key in target and target[key].shape == value.shape}
 
@@ -119,10 +126,11 @@ def load_into(
     if share < min_coverage:
         example = next(iter(report.mismatched or report.missing), "none")
         raise CheckpointError(
-            f"{path} fills only {share:.1%} of the encoder ({report}; first: {example}); it belongs to another "
+            f"{path} fills only {share:.1%} of the encoder ({report}; first: {cut(example)}); it belongs to another "
             f"backbone or settings, or is not whole. min_coverage is the share it must fill, now {min_coverage:g}."
         )
-    broken = [key for key, value in fits.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    # As the module will hold them: what double precision holds may be too large.
+    broken = [key for key, value in fits.items() if not torch.isfinite(value.to(target[key].dtype)).all()]
     if broken:
         raise CheckpointError(
             f"{path} holds values that are not finite, in {len(broken)} of {len(fits)} tensors (first: {broken[0]}); "
@@ -266,8 +274,8 @@ def _recipe_of_shapes(state: Mapping[str, Tensor], path: str | Path, changes: Ma
         depths.append(1 + max((int(found[1]) for key in names if (found := blocks.match(key))), default=-1))
     if not widths:
         raise CheckpointError(
-            f"{path} has no card and no names of tensors that mim3d knows (first: {', '.join(list(state)[:3])}); say "
-            "which backbone it belongs to with --backbone."
+            f"{path} has no card and no names of tensors that mim3d knows (first: {cut(', '.join(list(state)[:3]))}); "
+            "say which backbone it belongs to with --backbone."
         )
     in_channels = names["patch_embed1.proj.weight"].shape[1]
     alike = [

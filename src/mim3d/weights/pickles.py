@@ -7,13 +7,14 @@ object becomes a :class:`PassedOver`, and nothing that the file names is importe
 import argparse
 import io
 import pickle
+import re
 import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,14 +45,16 @@ class PassedOver:
 
     Attributes:
         state: What the file says of the object, where that is a mapping, as for a whole pickled network.
+        items: What the file sets under keys, as for a mapping of somebody's own class.
     """
 
     state: dict[str, Any]
+    items: dict[Any, Any]
 
     def __new__(cls, *_: Any, **__: Any) -> "PassedOver":
         """Create one, whatever the arguments."""
         made = super().__new__(cls)
-        made.state = {}
+        made.state, made.items = {}, {}
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -64,7 +67,8 @@ class PassedOver:
         if isinstance(state, dict):
             self.state = state
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
 
     def append(self, value: Any) -> None:
         """Pass over an item of a list."""
@@ -87,6 +91,11 @@ def _without_type(rebuild: Callable[..., Any], _: Any, arguments: tuple[Any, ...
     return rebuild(*arguments)
 
 
+def _mapping(*_: Any) -> OrderedDict[Any, Any]:
+    """A mapping with defaults, which the file fills next, without them."""
+    return OrderedDict()
+
+
 def _parameter(data: Any, *_: Any) -> Any:
     return data
 
@@ -94,9 +103,19 @@ def _parameter(data: Any, *_: Any) -> Any:
 #: The unpickler in Python, as torch uses for its own: the one in C takes memory for any number that a file names.
 _PYTHON_UNPICKLER: Any = pickle._Unpickler
 
+#: The first two pickles of files of before torch 1.6.
+_OLD_HEADER = [0x1950A86A20F9469CFC6C, 1001]
+
+#: The parts of an archive that hold weights.
+_PART = re.compile(r"[^/]+/(data\.pkl|data/[^/]+)")
+
+#: More modules than any network has.
+_MOST_MODULES = 100_000
+
 #: What may be called, by module and name.
 _REBUILDS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): _mapping,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
@@ -121,17 +140,21 @@ _STORAGES = {
 }
 
 
-class _ArchiveUnpickler(_PYTHON_UNPICKLER):  # type: ignore[misc]
-    """Reads the pickle in an archive of ``torch.save``; imports nothing that it names.
+class _Unpickler(_PYTHON_UNPICKLER):  # type: ignore[misc]
+    """Reads a pickle of ``torch.save``; imports nothing that it names.
+
+    Args:
+        pickled: The pickle.
+        storage_of: Gives the values of a storage by their type and by what else its persistent id holds: a key, a
+            place, a number of values and, in old files, a view.
 
     Attributes:
         programs: Dotted names of functions in the pickle that could run programs.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, pickled: str) -> None:
-        super().__init__(io.BytesIO(archive.read(pickled)))
-        self._archive, self._folder = archive, pickled.removesuffix("data.pkl")
-        self._storages: dict[str, Tensor] = {}
+    def __init__(self, pickled: BinaryIO, storage_of: Callable[..., Tensor]) -> None:
+        super().__init__(pickled)
+        self._storage_of = storage_of
         self.programs: list[str] = []
 
     def find_class(self, module: str, name: str) -> Any:
@@ -144,16 +167,11 @@ class _ArchiveUnpickler(_PYTHON_UNPICKLER):  # type: ignore[misc]
         return type(name, (PassedOver,), {"__module__": module, "__qualname__": name})
 
     def persistent_load(self, pid: Any) -> Any:
-        _, dtype, key, _, _ = pid
-        if not isinstance(dtype, torch.dtype):
-            return PassedOver()
-        if key not in self._storages:
-            entry = self._archive.getinfo(f"{self._folder}data/{key}")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("its tensors are compressed, which torch.save never does")
-            held = bytearray(self._archive.read(entry))
-            self._storages[key] = torch.frombuffer(held, dtype=dtype) if held else torch.empty(0, dtype=dtype)
-        return self._storages[key]
+        kind, dtype, *rest = pid
+        # Old files hold the source of a network's class beside it.
+        if kind == "module":
+            return dtype
+        return self._storage_of(dtype, *rest) if isinstance(dtype, torch.dtype) else PassedOver()
 
     def load_build(self) -> None:
         # Attributes are set on what the file itself made, never on a class or function.
@@ -162,6 +180,57 @@ class _ArchiveUnpickler(_PYTHON_UNPICKLER):  # type: ignore[misc]
         super().load_build()
 
     dispatch: ClassVar = {**_PYTHON_UNPICKLER.dispatch, pickle.BUILD[0]: load_build}
+
+
+def _read_archive(file: Path) -> tuple[Any, list[str]]:
+    """The content of an archive, and the programs that it names."""
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if any(name.endswith("constants.pkl") for name in names):
+            raise ValueError("it is a TorchScript program; save the state_dict of the network instead")
+        pickled = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickled) != 1:
+            raise ValueError("it is a ZIP archive of something else; unpack it first")
+        if any(name.endswith("byteorder") and archive.read(name) != b"little" for name in names):
+            raise ValueError("its numbers are big-endian; save it again on another machine")
+        folder, storages = pickled[0].removesuffix("data.pkl"), dict[str, Tensor]()
+
+        def storage_of(dtype: torch.dtype, key: str, *_: Any) -> Tensor:
+            if key not in storages:
+                held = bytearray(archive.read(f"{folder}data/{key}"))
+                storages[key] = torch.frombuffer(held, dtype=dtype) if held else torch.empty(0, dtype=dtype)
+            return storages[key]
+
+        unpickler = _Unpickler(io.BytesIO(archive.read(pickled[0])), storage_of)
+        return unpickler.load(), unpickler.programs
+
+
+def _read_old(file: Path) -> tuple[Any, list[str]]:
+    """The content of a file of before torch 1.6, and the programs that it names: pickles, then the storages."""
+    storages: dict[str, Tensor] = {}
+    largest = file.stat().st_size
+
+    def storage_of(dtype: torch.dtype, key: str, _: Any, size: int, view: Any = None) -> Tensor:
+        if not isinstance(size, int) or not 0 <= size * dtype.itemsize <= largest:
+            raise ValueError("it names more values than it holds")
+        whole = storages.setdefault(key, torch.empty(size, dtype=dtype))
+        return whole if view is None else whole[view[1] : view[1] + view[2]]
+
+    with open(file, "rb") as stream:
+        header = [_Unpickler(stream, storage_of).load() for _ in range(3)]
+        if header[:2] != _OLD_HEADER or not isinstance(header[2], dict) or not header[2].get("little_endian"):
+            raise ValueError("it does not begin as such files do")
+        unpickler = _Unpickler(stream, storage_of)
+        content = unpickler.load()
+        for key in _Unpickler(stream, storage_of).load():
+            storage = storages[key]
+            size = int.from_bytes(stream.read(8), "little")
+            held = stream.read(storage.nbytes)
+            if size != len(storage) or len(held) != storage.nbytes:
+                raise ValueError("its end is missing")
+            if held:
+                storage.copy_(torch.frombuffer(bytearray(held), dtype=storage.dtype))
+    return content, unpickler.programs
 
 
 def load_torch_file(file: Path) -> tuple[Any, tuple[str, ...]]:
@@ -178,34 +247,49 @@ def load_torch_file(file: Path) -> tuple[Any, tuple[str, ...]]:
         CheckpointError: It is no such file, or damaged; the sentence gives the reason.
     """
     is_archive = zipfile.is_zipfile(file)
-    try:
-        # Published files carry their command line beside the weights: a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            # What torch warns of here concerns its own reader.
-            warnings.simplefilter("ignore")
-            # Files of before torch 1.6 are no archives, which alone can be mapped into memory.
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive), ()
-    except Exception as error:  # On bytes that are no pickle it depends on the bytes what torch raises.
-        # Before its own reason torch advises to let the file run code.
-        reason = _reason(str(error).rpartition("WeightsUnpickler error:")[2]) or type(error).__name__
-    if is_archive:
+    reason = _unusual(file) if is_archive else ""
+    if not reason:
         try:
-            with zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
-                if any(name.endswith("constants.pkl") for name in names):
-                    raise ValueError("it is a TorchScript program; save the state_dict of the network instead")
-                pickled = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
-                if len(pickled) != 1:
-                    raise ValueError("it is a ZIP archive of something else; unpack it first")
-                if any(name.endswith("byteorder") and archive.read(name) != b"little" for name in names):
-                    raise ValueError("its numbers are big-endian; save it again on another machine")
-                unpickler = _ArchiveUnpickler(archive, pickled[0])
-                return unpickler.load(), tuple(dict.fromkeys(unpickler.programs))
+            # Published files carry their command line beside the weights: a Namespace of plain values.
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                # What torch warns of here concerns its own reader.
+                warnings.simplefilter("ignore")
+                # Files of before torch 1.6 are no archives, which alone can be mapped into memory.
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive), ()
+        except Exception:  # On bytes that are no pickle it depends on the bytes what torch raises.
+            # Before its own reason torch advises to let the file run code.
+            pass
+        try:
+            content, programs = (_read_archive if is_archive else _read_old)(file)
+            return content, tuple(dict.fromkeys(programs))
         except Exception as error:  # As above.
-            reason = _reason(str(error)) or type(error).__name__
-    elif tarfile.is_tarfile(file):
-        reason = "it is a TAR archive; unpack it first"
+            reason = (_reason(str(error)) or type(error).__name__) if is_archive else _kind_of_file(file)
     raise CheckpointError(f"{file} cannot be read as weights ({reason}); it is damaged, or no file of torch.save.")
+
+
+def _unusual(file: Path) -> str:
+    """What an archive has that ``torch.save`` never writes, and that would take memory or time; empty if nothing."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = [entry for entry in archive.infolist() if _PART.fullmatch(entry.filename)]
+    except Exception as error:  # On bytes that are no archive it depends on the bytes what is raised.
+        return _reason(str(error)) or type(error).__name__
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        return "its tensors are compressed, which torch.save never does"
+    if sum(part.file_size for part in parts) > file.stat().st_size:
+        return "its tensors are larger than the file"
+    return ""
+
+
+def _kind_of_file(file: Path) -> str:
+    """What a file is that is no weights file of any age."""
+    with open(file, "rb") as stream:
+        first = stream.read(4)
+    if not first:
+        return "it is empty"
+    if first.startswith(b"PK"):
+        return "its end is missing"
+    return "it is a TAR archive; unpack it first" if tarfile.is_tarfile(file) else "its content is of another kind"
 
 
 def _reason(said: str) -> str:
@@ -217,9 +301,10 @@ def _reason(said: str) -> str:
 def tensors_of_module(module: PassedOver) -> dict[str, Tensor]:
     """The parameters and buffers of a network that was pickled as a whole, by the names of its ``state_dict``."""
     tensors: dict[str, Tensor] = {}
-    waiting = [("", module, 0)]
-    while waiting:
+    waiting, visits = [("", module, 0)], 0
+    while waiting and visits < _MOST_MODULES:
         prefix, part, depth = waiting.pop()
+        visits += 1
         for kind in ("_parameters", "_buffers"):
             own = part.state.get(kind)
             for name, value in own.items() if isinstance(own, dict) else ():

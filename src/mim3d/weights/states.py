@@ -1,7 +1,7 @@
 """Tensors by name out of weights files, our own and foreign ones; nothing in a file can run code."""
 
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mim3d.core.errors import CheckpointError
+from mim3d.core.names import cut
+from mim3d.core.warned import WeightsWarning
 from mim3d.nn.tokens import sincos_positions
 from mim3d.weights.folders import RUN_NETWORKS, WEIGHTS_NAME, locate
 from mim3d.weights.pickles import PassedOver, load_torch_file, tensors_of_module
@@ -39,8 +41,20 @@ _NO_WEIGHTS = ("optim", "lr_sched", "sched", "scaler", "grad_scaler", "amp", "lo
 #: Prefixes that wrappers of training frameworks leave on every key.
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "network.", "net.")
 
+#: Parts that compilation, recomputation and sharding leave inside of names.
+_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+#: Types of numbers that weights are saved as.
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 #: Mappings inside one another that are looked into.
 _DEEPEST = 8
+
+#: Lists of more are series of numbers.
+_LONGEST_LIST = 1000
+
+#: Values beside weights that are looked at.
+_MOST_PARTS = 200_000
 
 
 def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Tensor]:
@@ -77,22 +91,25 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
 
 def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
     """The set of tensors that is the network's, of all that a file holds."""
-    found = list(_sets_of_tensors(content, ()))
+    found = list(_sets_of_tensors(content, file))
     if not found:
-        items = list(content.items())[:8] if isinstance(content, dict) else []
-        held = ", ".join(f"{key} ({_kind(value)})" for key, value in items) or f"a {_kind(content)}"
+        items = list(_inner(content).items())[:4] if isinstance(content, dict) else []
+        held = ", ".join(f"{cut(str(key), 40)} ({_kind(value)})" for key, value in items) or f"a {_kind(content)}"
         raise CheckpointError(
-            f"{file} holds no tensors by name, but {held}; save the state_dict of the network with torch.save or "
-            "safetensors."
+            f"{file} holds no tensors by name, but {held}; save the state_dict of the network, as "
+            "tensors, with torch.save or safetensors."
         )
     known = [(place, state) for place, state in found if place and place[-1] in WRAPPERS]
+    # Beside the network may lie a temperature or another small thing under a usual name.
+    most = max((len(state) for _, state in known), default=0)
+    known = [(place, state) for place, state in known if len(state) * 4 > most]
     if known:
         return min(known, key=lambda one: (WRAPPERS.index(one[0][-1]), len(one[0])))[1]
     # Single tensors at the top may be a loss beside the weights.
     largest = max(found, key=lambda one: len(one[1]))
     rivals = [place for place, state in found if len(state) * 2 > len(largest[1])]
     if len(rivals) > 1:
-        named = ", ".join(".".join(place) or "the top" for place in rivals[:5])
+        named = ", ".join(cut(".".join(place), 60) or "the top" for place in rivals[:5])
         raise CheckpointError(
             f"{file} holds several sets of tensors ({named}), and none by a usual name such as {WRAPPERS[1]}; save the "
             "one that you mean alone."
@@ -101,27 +118,50 @@ def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
 
 
 def _kind(value: Any) -> str:
-    return "an object" if type(value) is PassedOver else type(value).__name__
+    """What a value is, for people."""
+    if type(value).__name__ in ("_reconstruct", "ndarray"):
+        return "numpy array"
+    if isinstance(value, dict) and value:
+        return f"dict with {_kind(next(iter(_inner(value).values())))}"
+    return "an object" if isinstance(value, PassedOver) else type(value).__name__
 
 
-def _sets_of_tensors(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every mapping that holds tensors by name, with the keys that lead to it."""
+def _inner(value: Any) -> Mapping[Any, Any]:
+    """What a mapping, a list or an object of somebody's own class holds, by key, number or name."""
     if isinstance(value, PassedOver):
-        if state := tensors_of_module(value):
+        return {**value.state, **value.items}
+    if isinstance(value, dict):
+        # The file may have set an attribute of this name.
+        return dict(dict.items(value))
+    is_list = isinstance(value, (list, tuple)) and len(value) <= _LONGEST_LIST
+    return {str(number): one for number, one in enumerate(value)} if is_list else {}
+
+
+def _sets_of_tensors(content: Any, file: Path) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Every mapping that holds tensors by name, with the keys that lead to it; those further up come first."""
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    num_seen = 0
+    while waiting:
+        place, value = waiting.popleft()
+        inner = _inner(value)
+        num_seen += len(inner)
+        # Mappings that hold each other many times are few bytes in a file.
+        if num_seen > _MOST_PARTS:
+            raise CheckpointError(f"{file} holds more than {_MOST_PARTS:,} values beside weights; save those alone.")
+        if isinstance(value, PassedOver) and (state := tensors_of_module(value)):
             yield place, state
-        return
-    if not isinstance(value, dict) or len(place) > _DEEPEST:
-        return
-    if state := {key: one for key, one in value.items() if isinstance(key, str) and isinstance(one, Tensor)}:
-        yield place, {key: one.detach() for key, one in state.items()}
-    for key, inner in value.items():
-        if isinstance(key, str) and not key.lower().startswith(_NO_WEIGHTS):
-            yield from _sets_of_tensors(inner, (*place, key))
+            continue
+        named = {key: one for key, one in inner.items() if isinstance(key, str)}
+        state = {key: one.detach() for key, one in named.items() if isinstance(one, Tensor)}
+        if state and not isinstance(value, (list, tuple)):
+            yield place, state
+        if len(place) <= _DEEPEST:
+            waiting += [((*place, key), one) for key, one in named.items() if not key.lower().startswith(_NO_WEIGHTS)]
 
 
 def without_framework_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without what compilation leaves inside of names, and without prefixes that all names share."""
-    names = {key: ".".join(part for part in key.split(".") if part != "_orig_mod") for key in state}
+    """Tensors without what wrappers leave inside of names, and without prefixes that all names share."""
+    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in state}
     while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in names.values())), None):
         names = {key: name.removeprefix(prefix) for key, name in names.items()}
     return {names[key]: value for key, value in state.items()}
@@ -130,7 +170,8 @@ def without_framework_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]
 def without_prefix_of(state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
     """Tensors without the prefix under which most of the known names are found; others keep their names.
 
-    Where several are as good, as for a student and its teacher, the teacher is taken, else the shortest.
+    Where several are as good, a warning says which was taken: the teacher of a student, the encoder of queries of one
+    of keys, else the shortest.
     """
     counts: Counter[str] = Counter()
     for key in state:
@@ -140,7 +181,15 @@ def without_prefix_of(state: Mapping[str, Tensor], known: Collection[str]) -> di
                 counts["".join(f"{part}." for part in parts[:start])] += 1
     if not counts:
         return dict(state)
-    prefix = min(counts, key=lambda one: (-counts[one], "teacher" not in one, len(one), one))
+    prefix = min(counts, key=lambda one: (-counts[one], "teacher" not in one, "_k." in one, len(one), one))
+    rivals = [cut(one, 60) for one in counts if counts[one] == counts[prefix] and one != prefix]
+    if rivals and counts[prefix] * 2 > len(known):
+        warnings.warn(
+            f"The file holds several networks; the one named {cut(prefix or 'without a prefix', 60)} was taken, not "
+            f"{', '.join(rivals[:3])}.",
+            category=WeightsWarning,
+            stacklevel=3,
+        )
     named = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return named | {key: value for key, value in state.items() if not key.startswith(prefix) and key not in named}
 
@@ -167,6 +216,18 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             named[f"encoder.{key}"] = value
     return named
+
+
+def oddity(value: Tensor, target: Tensor) -> str:
+    """Why the values of a tensor cannot be taken as they are, in words; empty for plain numbers as the target's."""
+    if value.is_meta:
+        return "no values but shapes alone"
+    if value.is_quantized:
+        return "quantised values"
+    if value.layout != torch.strided or value.is_nested:
+        return "sparse values"
+    plain = value.dtype in _PLAIN if target.is_floating_point() else not value.dtype.is_floating_point
+    return "" if plain else f"values of type {str(value.dtype).removeprefix('torch.')}"
 
 
 def _check_positions(key: str, value: Tensor) -> None:
