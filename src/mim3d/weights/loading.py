@@ -100,8 +100,8 @@ def load_into(
     if odd:
         first = next(iter(odd))
         raise CheckpointError(
-            f"{path} holds {odd[first]} in {len(odd)} of {len(state)} tensors (first: {first}), which are not the plain "
-            "numbers that a network learns; save the network as it was trained, in single or half precision."
+            f"{path} holds {odd[first]} in {len(odd)} of {len(state)} tensors (first: {first}), which are not the "
+            "plain numbers that a network learns; save the network as it was trained, in single or half precision."
         )
     state, adapted = adapt_input(module, state, input_layers)
     fits = {key: value for key, value in state.items() if key in target and target[key].shape == value.shape}
