@@ -52,6 +52,14 @@ def write_report(folder, *runs, **settings):
     return out.read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No charts and images, for what they do not matter to."""
+    for name in ("scores.dice_chart", "page.curves_chart", "segmentations.overlays.overlay_image"):
+        monkeypatch.setattr(f"mim3d.reporting.{name}", lambda *given: "")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_what_was_said_when_cases_were_scored_is_shown(tmp_path):
     make_run(tmp_path / "run")
     path = make_scores(tmp_path, tmp_path / "run" / "scores.json")
@@ -125,7 +133,7 @@ def section(page, anchor):
 def test_the_page_needs_nothing_but_itself(whole):
     sources = re.findall(r'(?:src|srcset|href)="([^"]{0,40})', whole)
     assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
-    assert "<script" not in whole and "@import" not in whole and "url(" not in whole
+    assert not re.search(r"<script[^>]", whole) and "@import" not in whole and "url(" not in whole
 
 
 def test_every_section_is_there_and_linked(whole):
@@ -143,9 +151,108 @@ def test_scores_are_compared_with_the_first(whole):
 
 def test_worst_median_and_best_case_are_shown_for_both_runs(whole):
     segmentations = section(whole, "segmentations")
-    assert re.findall(r"<h3>(.*?)</h3>", segmentations) == ["Worst case: d", "Median case: c", "Best case: a"]
-    assert segmentations.count('class="film"') == 6
+    assert re.findall(r"<h3>(.*?)</h3>", segmentations) == [
+        "Worst case: d",
+        "Median case: c",
+        "Case 3 of 4: b",
+        "Best case: a",
+    ]
+    assert segmentations.count('class="film"') == 8
     assert "Radiological convention" in segmentations
+
+
+def test_reference_and_prediction_have_lines_of_their_own_in_a_legend(whole):
+    legend = re.search(r'<div class="film-legend">(.*?)</div>', section(whole, "segmentations"), re.DOTALL)[1]
+    for name in ("liver", "&lt;b&gt;spleen"):
+        lines = re.search(rf"<b>{name}</b> (.*?) prediction", legend)[1]
+        (one, solid), (other, dashed) = re.findall(r"border-top-style:(\w+);border-color:(#\w+)", lines)
+        assert (one, other) == ("solid", "dashed") and solid != dashed
+    assert "background" not in legend
+
+
+def test_the_window_is_said_and_the_case_can_be_chosen(whole):
+    segmentations = section(whole, "segmentations")
+    assert re.search(r"Grey values from .* \(black\) to .* \(white\)", segmentations)
+    assert re.findall(r"<option.*?>(.*?)</option>", segmentations)[:2] == ["all", "Worst case: d"]
+    # Without scripts nothing is hidden but the choice.
+    assert re.findall(r"<(\w+)[^>]* hidden", segmentations) == ["p"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_cases_can_be_named(tmp_path):
+    make_run(tmp_path / "run")
+    make_scores(tmp_path, tmp_path / "run" / "scores.json")
+    page = write_report(tmp_path, tmp_path / "run", cases=["b", "a"])
+    assert re.findall(r"<h3>(.*?)</h3>", section(page, "segmentations")) == ["Case 3 of 4: b", "Best case: a"]
+    with pytest.raises(ConfigError, match=r"cases names 'e', which no file of scores has: they have a, b, c, d"):
+        write_report(tmp_path, tmp_path / "run", cases=["e"])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_cohort_is_told_from_what_the_run_noted(tmp_path):
+    run = make_run(tmp_path / "run", fold=1, num_folds=5)
+    part = {
+        "num_scans": 12,
+        "num_patients": 9,
+        "modalities": [{"CT": 11, "unknown": 1}],
+        "spacing_mm": [[0.7, 0.7, 1.0], [0.8, 0.8, 3.0], [0.9, 0.9, 5.0]],
+        "labels": {"liver": 12, "<i>tumour": 4},
+        "classes": {},
+    }
+    run.note({"cohort": {"train": part, "held out": {**part, "num_scans": 3, "labels": {"liver": 3}}}})
+    make_scores(tmp_path, tmp_path / "run" / "scores.json", cases="ab")
+    shown = section(write_report(tmp_path, tmp_path / "run"), "cohort")
+    assert "<td>train</td><td>1 (of 0 to 4)</td><td>12</td><td>9</td><td>11 CT, 1 unknown</td>" in shown
+    assert "<td>0.8 × 0.8 × 3 (0.7 × 0.7 × 1 to 0.9 × 0.9 × 5)</td>" in shown
+    assert "&lt;i&gt;tumour</th><td>4</td><td>0</td>" in shown
+    assert "<td>scored</td><td>–</td><td>2</td>" in shown
+    # A note of another form is passed over.
+    for other in ("x", {"train": 1}, {"train": {**part, "spacing_mm": "x"}}, [part]):
+        run.note({"cohort": other})
+        assert "<td>train</td>" not in write_report(tmp_path, tmp_path / "run")
+
+
+def make_class_scores(path, names=("benign", "malign"), num_cases=24, **settings):
+    rng = np.random.default_rng(0)
+    rows = [["id", "patient", "class", "predicted", *(f"probability_{name}" for name in names)]]
+    for number in range(num_cases):
+        probabilities = rng.dirichlet(np.ones(len(names)))
+        rows.append([f"c{number}", f"p{number // 2}", names[number // 2 % len(names)], names[0], *probabilities])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, columns in (("p.csv", (0, *range(3, len(rows[0])))), ("r.csv", (0, 1, 2))):
+        lines = [",".join(str(row[column]) for column in columns) for row in rows]
+        (path.parent / name).write_text("\n".join(lines))
+    evaluate(str(path.parent / "p.csv"), str(path.parent / "r.csv"), str(path), **settings)
+    return path
+
+
+def test_classifiers_have_roc_and_calibration_curves_and_no_section_of_segmentations(tmp_path):
+    make_run(tmp_path / "run")
+    path = make_class_scores(tmp_path / "run" / "scores.json")
+    page = write_report(tmp_path, tmp_path / "run")
+    assert 'alt="Receiver operating characteristic: malign"' in page
+    assert 'alt="Predicted probability against observed frequency"' in page
+    assert 'id="segmentations"' not in page
+    # What somebody else wrote and holds no probabilities has no ROC.
+    content = json.loads(path.read_text())
+    for value in (None, [], [2.0, 3.0], [0.5]):
+        for case in content["cases"]:
+            case["probabilities"] = value
+        path.write_text(json.dumps(content))
+        assert "Receiver operating" not in write_report(tmp_path, tmp_path / "run")
+
+
+def test_scores_of_unrelated_data_sets_stand_in_tables_of_their_own(tmp_path, monkeypatch):
+    for name, cases in (("one", "ab"), ("two", "cd")):
+        make_run(tmp_path / name, data=f"data/{name}")
+        make_scores(tmp_path / name, tmp_path / name / "scores.json", cases=cases)
+    monkeypatch.setattr("mim3d.reporting.segmentations.overlays.overlay_image", lambda *given: "")
+    page = write_report(tmp_path, tmp_path / "one", tmp_path / "two")
+    assert "not the same cases" not in page and "Differences are to" not in page
+    assert section(page, "scores").count('alt="Dice of every case by label"') == 2
+    # Their curves are apart too.
+    titles = re.findall(r"<h3>(.*?)</h3>", section(page, "curves"))
+    assert titles == ["finetune segmentation, one", "finetune segmentation, two"]
 
 
 def test_every_level_is_reconstructed_and_its_history_folded_in(whole):
@@ -172,13 +279,14 @@ def test_names_from_files_are_text_and_never_markup(whole):
     assert "&lt;b&gt;spleen" in whole
 
 
-def test_a_bare_run_has_remarks_in_place_of_what_is_missing(tmp_path):
+def test_a_bare_run_has_remarks_and_no_empty_sections(tmp_path):
     Run.create(tmp_path / "run", command="pretrain", settings={"method": "MiM"}, inputs={})
     page = write_report(tmp_path, tmp_path / "run")
-    assert "No metrics were logged yet." in page
+    assert "run has logged no metrics yet." in page
     assert "No scores: " in page
-    assert "No segmentations: " in page
     assert "run has saved no images." in page
+    assert re.findall(r'<section id="(.*?)">', page) == ["runs", "settings"]
+    assert re.findall(r'<a href="#(.*?)">', page) == ["runs", "settings"]
 
 
 def test_scores_from_elsewhere_are_named_after_their_file(tmp_path):
@@ -201,7 +309,7 @@ def test_scores_of_other_cases_are_said_not_to_compare(tmp_path):
         paths.append(make_scores(tmp_path / name, tmp_path / name / "scores.json", cases=cases))
     page = write_report(tmp_path, tmp_path / "one", tmp_path / "two")
     assert "not the same cases" in section(page, "scores")
-    assert re.findall(r"<h3>(.*?)</h3>", section(page, "segmentations")) == ["Case 1: b"]
+    assert re.findall(r"<h3>(.*?)</h3>", section(page, "segmentations")) == ["Case 1 of 1: b"]
 
 
 def test_scans_and_predictions_that_have_gone_are_said(tmp_path):
@@ -281,9 +389,8 @@ PLACES = [
 ]
 
 
-def test_every_value_of_scores_may_be_anything(tmp_path, monkeypatch):
-    for chart in ("dice_chart", "curves_chart", "scan_images.overlay_image"):
-        monkeypatch.setattr(f"mim3d.reporting.page.{chart}", lambda *given: "")
+@pytest.mark.usefixtures("undrawn")
+def test_every_value_of_scores_may_be_anything(tmp_path):
     make_run(tmp_path / "run")
     row = {"dice": 0.5, "hd95_mm": 3.0, "nsd": None}
     content = {

@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from mim3d.core.run_folder import RunRecord
-from mim3d.reporting.charts import curve_names, curves_chart
-from mim3d.reporting.sources import NamedRun
+from mim3d.metrics import Bootstrap, classification_scores
+from mim3d.reporting.charts import curve_names, curves_chart, is_score, roc_of
+from mim3d.reporting.sources import NamedRun, ScoreSet
 
 
 def named_run(name, colour, metrics):
@@ -43,3 +47,31 @@ def test_runs_of_any_length_can_be_drawn():
         [named_run("a", "#000000", list(metrics())), short], ["loss", "val/dice", "learning_rate", "no"]
     )
     assert html.count("base64,") == 2
+
+
+def test_scores_of_validation_have_axes_from_0_to_1_and_losses_have_not():
+    scores = ["val/dice", "val/dice/liver", "val/auc", "val/probe_knn"]
+    assert all(is_score(key) for key in scores)
+    assert not any(is_score(key) for key in ("loss/dice", "loss", "learning_rate", "val/hd95_mm", "val/feature_std"))
+
+
+@pytest.mark.parametrize("by_patient", [False, True])
+def test_the_area_under_a_roc_is_the_auc_of_the_scores(by_patient):
+    rng = np.random.default_rng(0)
+    # Rounded, so that there are ties.
+    malign = rng.random(40).round(1)
+    classes = (np.arange(40) // 2 % 2).tolist()
+    patients = [f"p{number // 2}" for number in range(40)]
+    probabilities = np.stack([1 - malign, malign], axis=1)
+    found = classification_scores(
+        probabilities, classes, patients=patients, by_patient=by_patient, bootstrap=Bootstrap(num_bootstrap=0)
+    )
+    rows = [
+        {"id": str(n), "patient": patients[n], "true_class": "bm"[classes[n]], "probabilities": list(probabilities[n])}
+        for n in range(40)
+    ]
+    content = {"kind": "classification", "classes": ["b", "m"], "positive": "m", "cases": rows}
+    curves = roc_of(ScoreSet("s", "#000000", {**content, "settings": {"by_patient": by_patient}}))
+    assert list(curves) == ["m"]
+    across, up = curves["m"]
+    assert np.trapezoid(up, across) == pytest.approx(found["mean"]["auc"])

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mim3d.reporting.paper_tables import PaperTable, latex, markdown
-from mim3d.reporting.rendering import Theme, chart, chart_text, film, label_colour, render, run_colour
+from mim3d.reporting.rendering import Theme, chart, chart_text, film, label_colours, render, run_colour
 
 
 def test_text_in_html_is_escaped_and_what_was_rendered_here_is_not():
@@ -41,9 +41,13 @@ def test_films_are_png_images():
     assert base64.b64decode(source).startswith(b"\x89PNG")
 
 
-def test_the_first_28_colours_differ():
-    for colours in (run_colour, label_colour):
-        assert len({colours(position) for position in range(28)}) == 28
+def test_the_first_28_colours_of_runs_differ():
+    assert len({run_colour(position) for position in range(28)}) == 28
+
+
+def test_references_and_predictions_of_many_labels_have_colours_of_their_own():
+    pairs = [label_colours(position) for position in range(40)]
+    assert len({colour for pair in pairs for colour in (pair.reference, pair.prediction)}) == 80
 
 
 def test_names_from_files_are_escaped_in_every_form():

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from mim3d.caching.cache import Cache
@@ -117,6 +118,23 @@ class CacheSummary:
         parts += [f"{len(self.labels)} labels"] if self.labels else []
         parts += [f"{len(self.classes)} classes"] if self.classes else []
         return ", ".join([*parts, f"{self.num_left_out} left out"])
+
+
+def cohort_of(cache: Cache) -> dict[str, Any]:
+    """Counts of what the scans of a cache are, for the manifest of a run: nothing in it names a patient or a scan.
+
+    ``spacing_mm`` holds the smallest, median and largest voxel size of the files, before any resampling.
+    """
+    held, spacings = CacheSummary.of(cache), [scan.source_spacing_mm or scan.spacing_mm for scan in cache]
+    low, high = _ends(spacings)
+    return {
+        "num_scans": held.num_cases,
+        "num_patients": held.num_patients,
+        "modalities": list(held.channels),
+        "spacing_mm": [low, tuple(median(axis) for axis in zip(*spacings, strict=True)), high],
+        "labels": {label.name: label.num_cases for label in held.labels},
+        "classes": held.classes,
+    }
 
 
 def _sorted(counts: Counter[Any]) -> dict[str, int]:

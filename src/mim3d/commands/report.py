@@ -5,8 +5,15 @@ from mim3d.reporting.page import write_report
 
 
 @typed
-def report(runs: list[str], out: str, *, scores: list[str] | None = None, overwrite: bool = False) -> str:
-    """Write one self-contained HTML page: scores, segmentations, curves, reconstructions and settings.
+def report(
+    runs: list[str],
+    out: str,
+    *,
+    scores: list[str] | None = None,
+    cases: list[str] | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write one self-contained HTML page: warnings, cohort, scores, segmentations, curves, images and settings.
 
     Several runs are shown side by side. The page loads nothing from elsewhere, so it can be sent as it is.
 
@@ -14,12 +21,13 @@ def report(runs: list[str], out: str, *, scores: list[str] | None = None, overwr
         runs: Folders of runs, such as a pre-training and the fine-tunings to compare; the first is compared with.
         out: The page to write, ending in .html.
         scores: Files of scores by `mim3d evaluate`, beside the RUN/scores.json that are found.
+        cases: Ids of the cases to show; seven from the worst to the best if not given.
         overwrite: Replace a report on other runs.
 
     Returns:
         Path of the page.
 
     Raises:
-        ConfigError: A path is no run or no file of scores, or `out` cannot be written.
+        ConfigError: A path is no run or no file of scores, no scores hold a case, or `out` cannot be written.
     """
-    return write_report(runs, out, scores or [], overwrite=overwrite)
+    return write_report(runs, out, scores or [], cases or [], overwrite=overwrite)

@@ -31,6 +31,18 @@ def weighted_auc(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_], weights
         return np.asarray((won * (below + lost / 2)).sum(1) / (won.sum(1) * lost.sum(1)))
 
 
+def roc_points(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """False positive rate and sensitivity at every threshold, from (0, 0) to (1, 1); equal scores are one step.
+
+    The area under their straight lines is the :func:`weighted_auc` of equal weights. Both sides hold a case at least.
+    """
+    order = np.argsort(-scores_N, kind="stable")
+    ordered, positive = scores_N[order], is_positive_N[order]
+    ends = np.flatnonzero(np.r_[ordered[1:] != ordered[:-1], True])
+    hits, alarms = np.cumsum(positive)[ends], np.cumsum(~positive)[ends]
+    return np.r_[0.0, alarms / alarms[-1]], np.r_[0.0, hits / hits[-1]]
+
+
 def confusion(classes_N: Ints, predicted_N: Ints, num_classes: int, weights_BN: Floats) -> Floats:
     """Weights (B, K, K) of the cases by class (rows) and predicted class (columns)."""
     cells = np.zeros((len(classes_N), num_classes * num_classes))

@@ -4,6 +4,7 @@ The templates are those of the report, of the tables for a paper and of READMEs.
 """
 
 import base64
+import colorsys
 import functools
 import io
 import re
@@ -34,8 +35,8 @@ _LATEX = {
 }
 #: Runs on a chart: told apart with colour-blind eyes too, on white and on black (after Okabe and Ito).
 RUN_COLOURS = ("#1f86cc", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8f7ee7", "#b8a400")
-#: Labels over a grey scan: bright.
-LABEL_COLOURS = ("#35b6ff", "#ffb000", "#2fe08a", "#ff6ec7", "#ff7043", "#b79cff", "#ffe14d", "#5fe3d6")
+#: The first labels over a grey scan, reference and prediction of each: bright, and apart for colour-blind eyes too.
+LABEL_COLOURS = (("#35b6ff", "#ffb000"), ("#2fe08a", "#ff6ec7"), ("#ff7043", "#5fe3d6"), ("#b79cff", "#ffe14d"))
 #: Around slices of a scan, and text on it.
 FILM, FILM_INK = "#000000", "#d0d0d0"
 _DPI = 130
@@ -126,17 +127,39 @@ LIGHT = Theme(ink="#33373d", grid="#dddfe3")
 DARK = Theme(ink="#c9ccd1", grid="#3a3f46")
 
 
-def run_colour(position: int, first: Sequence[str] = RUN_COLOURS) -> str:
+def run_colour(position: int) -> str:
     """Colour of the run at a position. Colours repeat only after 28 runs."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    return first[position] if position < len(first) else to_hex(colormaps["tab20"]((position - len(first)) % 20))
+    count = len(RUN_COLOURS)
+    return RUN_COLOURS[position] if position < count else to_hex(colormaps["tab20"]((position - count) % 20))
 
 
-def label_colour(position: int) -> str:
-    """Colour of the label at a position. Colours repeat only after 28 labels."""
-    return run_colour(position, LABEL_COLOURS)
+@dataclass(frozen=True)
+class LabelColours:
+    """Colours of a label over a scan.
+
+    Attributes:
+        reference: Colour of its reference, ``#rrggbb``.
+        prediction: Colour of its prediction, ``#rrggbb``.
+    """
+
+    reference: str
+    prediction: str
+
+
+def label_colours(position: int) -> LabelColours:
+    """Colours of the label at a position: a strong one for the reference, and another for the prediction.
+
+    After the first labels the prediction has the hue of its reference, but pale, so that many labels stay apart.
+    """
+    if position < len(LABEL_COLOURS):
+        return LabelColours(*LABEL_COLOURS[position])
+    # Steps of the golden ratio never meet a hue again.
+    hue = position * 0.618034 % 1
+    shades = [colorsys.hls_to_rgb(hue, light, 1.0) for light in (0.55, 0.85)]
+    return LabelColours(*("#" + "".join(f"{round(255 * part):02x}" for part in shade) for shade in shades))
 
 
 def chart(draw: Callable[[Theme], "Figure"], alt: str) -> str:

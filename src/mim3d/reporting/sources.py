@@ -49,8 +49,14 @@ _CLASSES: Mapping[str, Any] = {
     "confusion": list[list[int]],
     "per_class": dict[str, Any],
     "reliability": list[dict[str, Any]],
-    "cases": list[Any],
+    "cases": list[dict[str, Any]],
     "baseline": dict[str, Any] | None,
+}
+_CLASS_CASE: Mapping[str, Any] = {
+    "id": str | int,
+    "patient": str | int | None,
+    "true_class": str | int | None,
+    "probabilities": list[float] | None,
 }
 
 #: Digits of the largest label value.
@@ -89,6 +95,16 @@ class NamedRun:
         return ""
 
     @property
+    def data(self) -> str:
+        """Path of what it learned from, else the digest of that; runs on one data set have the same."""
+        data = self.record.config.get("data")
+        return (
+            os.path.abspath(data)
+            if isinstance(data, str)
+            else str((self.record.manifest.get("inputs") or {}).get("data"))
+        )
+
+    @property
     def warnings(self) -> list[WarningRow]:
         """What was warned of in the run."""
         return checked_rows(self.record.manifest.get("warnings"))
@@ -123,6 +139,11 @@ class ScoreSet:
     def labels(self) -> dict[int, str]:
         """Names of the labels by value."""
         return {int(value): str(name) for value, name in self.content["labels"].items()}
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the labels or classes that have scores."""
+        return set(self.content["per_class" if self.is_of_classes else "per_label"])
 
     @property
     def cases(self) -> dict[str, Mapping[str, Any]]:
@@ -241,6 +262,7 @@ def _typed_label_maps(content: Any) -> dict[str, Any]:
 
 def _typed_classes(content: Any) -> dict[str, Any]:
     found = _typed({"settings": {}, **content}, _CLASSES)
+    found["cases"] = [_typed(case, _CLASS_CASE, f"cases[{number}]") for number, case in enumerate(found["cases"])]
     found["reliability"] = [_typed(row, _BIN, "reliability") for row in found["reliability"]]
     if found["baseline"] is not None:
         parts = _typed(found["baseline"], {"baseline": dict[str, Any], "difference": dict[str, Any]}, "baseline")

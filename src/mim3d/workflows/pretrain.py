@@ -10,6 +10,7 @@ import torch
 
 from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.caching.cache import Cache
+from mim3d.caching.summary import cohort_of
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.progress import say
 from mim3d.core.run_folder import Run, read_run
@@ -152,6 +153,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             strict=settings.strict,
         )
         scans = _learned(every, cases, strict=settings.strict)
+        run.note({"cohort": {"train": cohort_of(scans)}})
         if run.writes:
             write_seen(run.path, seen_from(identities_of(scans), settings.weights))
         mapping = settings.intensity or plan_intensity(scans)

@@ -11,6 +11,7 @@ import torch
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
+from mim3d.caching.summary import cohort_of
 from mim3d.core.errors import ConfigError, DamagedError, listed
 from mim3d.core.left_out import LeftOutList
 from mim3d.core.progress import say
@@ -102,6 +103,8 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
         cached = {scan.case.id for scan in scans}
         split = split.without([case for case in (*split.train, *split.val) if case.id not in cached])
         write_split(run, split)
+        parts = {"train": split.train, "held out": split.val}
+        run.note({"cohort": {name: cohort_of(scans.subset(part)) for name, part in parts.items() if part}})
         learned, strict = scans.subset(split.train), bool(settings.strict)
         if split.val:
             held_out = identities_of(scans.subset(split.val))
