@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2700,
+    "core": 2712,
     "kernels": 875,
     "scans": 4370,
     "nn": 575,
@@ -85,12 +85,12 @@ BUDGET = {
     "planning": 950,
     "loading": 1055,
     "distributed": 715,
-    "training": 2340,
-    "tasks": 4135,
+    "training": 2370,
+    "tasks": 4145,
     "methods": 925,
     "probing": 850,
     "exporting": 950,
-    "workflows": 4380,
+    "workflows": 4490,
     "commands": 250,
     "cli": 665,
     "__main__": 15,

@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused_with_flags_that_fit_and_train(
     ball_set, tmp_path, capsys, tensors_alone, settings
 ):
     words = Words(tmp_path, ball_set, {**settings, "batch_size": 4, "accumulation": 3})
-    assert words.run("whole") == 0
+    assert words.run("whole", "--verbose", "true") == 0
     assert re.search(r"memory: about \d+ MiB \(.*activations \d+ MiB.*\), .* available", capsys.readouterr().out)
     need = sum(words.derived("whole")["memory_need_bytes"].values()) / 2**30
     seen = []

@@ -81,7 +81,7 @@ def air_around(data: Path) -> None:
 
 
 def test_mri_is_planned_and_filled_in_where_nothing_was_given(ball_set, capsys):
-    planned = plan(ball_set)
+    planned = plan(ball_set, verbose=True)
     found = planned.plan
     assert found.spacing_mm is None and found.intensity == Intensity(kind="zscore", window=None)
     # Tokens of 4 around the median scan of 24 x 20 x 18 voxels, and nothing held out was looked into.
@@ -218,7 +218,7 @@ def test_voxels_are_left_alone_where_only_the_batch_and_the_steps_are_open(ball_
 
 def test_the_card_of_an_encoder_counts_more_than_the_plan_and_the_difference_is_said(ball_set, capsys):
     window = {"kind": "window", "window": [0.0, 400.0]}
-    planned = plan(ball_set, card={"spacing_mm": [2.0, 2.0, 2.0], "intensity": window})
+    planned = plan(ball_set, card={"spacing_mm": [2.0, 2.0, 2.0], "intensity": window}, verbose=True)
     assert planned.plan.spacing_mm == planned.settings.spacing_mm == (2.0, 2.0, 2.0)
     assert planned.plan.intensity.window == (0.0, 400.0)
     assert planned.settings.intensity is None, "the encoder's own, which its initialisation applies"
@@ -314,6 +314,14 @@ def test_the_table_shows_every_setting_with_its_reason(ball_set):
     for name in ("spacing_mm", "intensity", "patch_size", "batch_size", "max_steps", "positive_ratio", "flip_axes"):
         assert name in text and found.reasons[name].split()[0] in text
     assert all(len(line) <= 130 for line in text.splitlines())
+
+
+def test_the_plan_is_two_lines_unless_its_reasons_are_asked_for(ball_set, capsys):
+    found = plan(ball_set).plan
+    said = capsys.readouterr().out.splitlines()
+    size = " ".join(map(str, found.patch_size))
+    assert said[1].startswith("plan: spacing_mm of each scan, intensity z-score, patch_size " + size)
+    assert "--verbose true" in said[2] and len(said) == 3
 
 
 def test_nothing_is_written(ball_set, tmp_path):

@@ -82,7 +82,7 @@ def test_every_recipe_together_trains_stops_and_resumes_to_the_same_losses(
         "checkpoint_every": 4,
         "log_every": 1,
     }
-    whole = tune(ball_set, tmp_path / "whole", **changes)
+    whole = tune(ball_set, tmp_path / "whole", **changes, verbose=True)
     told = capsys.readouterr()
     for line in (
         "until all learn after 60% of training",

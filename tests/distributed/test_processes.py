@@ -30,7 +30,7 @@ def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
     process = start(tmp_path / "two", batch_size=2, accumulation=2)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "effective batch 8 = 2 samples x 2 micro-batches x 2 processes" in errors
+    assert "12 steps of 8 samples (2 samples x 2 micro-batches x 2 processes)" in errors
     result = json.loads(output.splitlines()[-1])
     assert (result["step"], result["finished"]) == (12, True)
     # Micro-batches are dealt out in turn: the first process has every other pair of samples.

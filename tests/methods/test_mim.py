@@ -228,7 +228,7 @@ def test_an_idle_level_is_reported_by_name() -> None:
 
 
 def test_the_summary_prints_tokens_alignment_terms_and_padding() -> None:
-    text = "\n".join(nano().summary(BACKBONE, [(80, 80, 80)]))
+    text = "\n".join([*nano().summary(BACKBONE, [(80, 80, 80)]), *nano().details(BACKBONE, [(80, 80, 80)])])
     assert "4x4x4 tokens" in text
     assert "alignment terms: 2; padding: 0%" in text
 

@@ -67,7 +67,7 @@ def test_the_summary_tells_the_box_the_share_it_holds_and_the_counts_with_their_
     text = " ".join(planned.summary())
     assert "boxes of 12 x 12 x 12 mm around the label's centre of mass, seen as 8 x 8 x 8 voxels of 1.5" in text
     assert "75% of the labelled structures" in text
-    assert "large 1 scans (weight 2), small 3 scans (weight 0.667)" in text
+    assert "large 1 scan (weight 2), small 3 scans (weight 0.667)" in text
     assert planned.class_weights == pytest.approx((2.0, 2 / 3))
     given = Classification(cube_mm=12, size=8, class_weights=(1.0, 5.0)).planned(BACKBONE, scans, LABELS)
     assert given.class_weights == (1.0, 5.0)

@@ -64,10 +64,15 @@ def test_accumulation_averages_so_that_four_of_one_equal_one_of_four(tmp_path: P
 def test_derived_numbers_are_printed_with_their_derivation_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, _, run = toy_run(tmp_path / "run", batch_size=2, accumulation=3)
+    toy_run(tmp_path / "short", batch_size=2, accumulation=3)
+    short = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in short[:2]] == ["training", "computing"] and "step 10/12" in short[2]
+    _, _, run = toy_run(tmp_path / "run", batch_size=2, accumulation=3, verbose=True)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "effective batch 6 = 2 samples x 3 micro-batches x 1 processes"
-    assert any(line.startswith("steps per epoch 3.33333 = 20 samples / 6") for line in lines)
+    assert lines[:2] == short[:2]
+    lines = lines[2:]
+    assert lines[0] == "effective batch 6 = 2 samples x 3 micro-batches x 1 process"
+    assert any(line.startswith("steps per epoch 3.333 = 20 samples / 6") for line in lines)
     first_step = next(index for index, line in enumerate(lines) if line.startswith("step 10/12"))
     derivations = read_run(run.path).manifest["derived"]["derivations"]
     assert lines[: len(derivations)] == derivations

@@ -1,5 +1,7 @@
 """Numbers that follow from the settings, each with its derivation."""
 
+import re
+
 from mim3d.backbones import create_recipe
 from mim3d.loading.loader import Loader
 from mim3d.methods import create_method
@@ -30,9 +32,9 @@ def test_every_derived_number_is_told_with_its_derivation() -> None:
     assert plan.derived["tokens_per_step"] == {"visible": 6 * 40, "hidden": 6 * 19}
     assert plan.derived["voxels_per_step"] == 6000
     told = "\n".join(plan.derivations)
-    assert "effective batch 6 = 2 samples x 3 micro-batches x 1 processes" in told
+    assert "effective batch 6 = 2 samples x 3 micro-batches x 1 process" in told
     assert "learning rate 0.00375 = 0.01 (base) x 6 (effective batch) / 16 (reference batch)" in told
-    assert "steps per epoch 3.33333 = 20 samples / 6; 50 steps = 15 epochs" in told
+    assert "steps per epoch 3.333 = 20 samples / 6; 50 steps = 15 epochs" in told
     assert "samples seen 300 = 50 steps x 6" in told
     assert (
         "tokens per step 354 (240 visible, 114 hidden) = 6 samples x "
@@ -40,6 +42,22 @@ def test_every_derived_number_is_told_with_its_derivation() -> None:
     ) in told
     assert "voxels read per step 6,000 = 6 samples x 1,000" in told
     assert plan.derived["derivations"] == list(plan.derivations)
+    assert plan.summary == (
+        "training: 50 steps of 6 samples (2 samples x 3 micro-batches x 1 process), 15 passes over 20 samples; "
+        "learning rate 0.00375",
+        f"computing: {plan.derived['num_parameters']:,} parameters, all trained, on cpu in 32-true",
+    )
+
+
+def test_one_of_a_kind_is_told_in_the_singular() -> None:
+    loop = LoopSettings(max_steps=1, accelerator="cpu")
+    source = ToySource(batch_size=1)
+    source.samples_per_epoch = 1
+    plan = make_plan(ToyObjective(), source, loop, Optimisation(learning_rate=1e-3, warmup_ratio=0.05), "cpu")
+    assert plan.summary[0] == "training: 1 step of 1 sample, 1 pass over 1 sample; learning rate 0.001"
+    told = "\n".join((*plan.summary, *plan.derivations))
+    assert "no warm-up, a cosine" in told
+    assert not re.search(r"\b1 (?!pass\b|process\b)[a-z-]+s\b", told)
 
 
 def test_what_nobody_counted_is_not_told() -> None:

@@ -40,6 +40,16 @@ def joined_name(parts: Sequence[str]) -> str:
     return file_name(re.sub(r"[^\w.-]+", "-", "_".join(parts)))
 
 
+def number_of(number: int, noun: str) -> str:
+    """A number with its noun, as ``1 scan``, ``2 scans`` or ``3 copies``; large numbers have commas."""
+    if number != 1 and not noun.endswith("series"):
+        if re.search(r"[^aeiou]y$", noun):
+            noun = f"{noun[:-1]}ies"
+        else:
+            noun += "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number:,} {noun}"
+
+
 def cut(text: str, length: int = 200) -> str:
     """Text for a sentence, where somebody else may have made it very long."""
     return text if len(text) <= length else f"{text[:length]} ..."

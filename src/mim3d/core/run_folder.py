@@ -28,7 +28,7 @@ from mim3d.core.warned import ResultWarning, WarningRow, checked_rows, keep_reco
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "max_time", "max_time_s", "num_workers", "read_timeout", "memory_limit", "tracking"}
     | {"strategy", "max_bad_steps", "rank_timeout_s"}
-    | {"log_every", "checkpoint_every", "keep_checkpoints", "pictures_every", "patience"}
+    | {"log_every", "checkpoint_every", "keep_checkpoints", "pictures_every", "patience", "verbose"}
 )
 
 #: Settings whose product is the number of samples in a step, which are the same however they are split: a resumed run

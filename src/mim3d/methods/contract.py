@@ -60,7 +60,11 @@ class Method(ABC):
 
     @abstractmethod
     def summary(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
-        """Lines printed before training: what a sample is and what it costs."""
+        """Lines printed before training: what a sample is, and what one should know of it."""
+
+    def details(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
+        """Further lines, which the manifest has and ``verbose`` prints: what a sample costs; none by default."""
+        return []
 
     @abstractmethod
     def sampler(self, backbone: Backbone) -> Sampler:

@@ -142,7 +142,11 @@ class Task(ABC):
 
     @abstractmethod
     def summary(self) -> list[str]:
-        """Return the lines that are printed before training: what a sample is and how it is varied."""
+        """Return the lines that are printed before training: what a sample is, and what one should know of it."""
+
+    def details(self) -> list[str]:
+        """Return further lines, which the manifest has and ``verbose`` prints: how samples are varied."""
+        return []
 
     @abstractmethod
     def sampler(self) -> Sampler:

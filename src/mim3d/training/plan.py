@@ -1,10 +1,11 @@
-"""Every number that follows from the settings, with its derivation: printed before the first step."""
+"""Every number that follows from the settings, with its derivation; what matters most is printed first."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mim3d.core.names import number_of
 from mim3d.objective import Objective
 from mim3d.training.optim import decay_groups, layer_lines
 from mim3d.training.schedule import Optimisation, Schedule, make_schedule
@@ -19,12 +20,14 @@ class TrainingPlan:
         effective_batch: Samples per optimiser step over all processes and micro-batches.
         schedule: Learning rate and the other numbers of the optimiser.
         derived: Numbers for the manifest.
-        derivations: One line for each number, for people.
+        summary: What will be done, in two lines for people.
+        derivations: One line for each number, for people who want to follow it.
     """
 
     effective_batch: int
     schedule: Schedule
     derived: Mapping[str, Any]
+    summary: tuple[str, ...]
     derivations: tuple[str, ...]
 
 
@@ -77,20 +80,35 @@ def make_plan(
         "device": device,
         "world_size": loop.world_size,
     }
+    passes = loop.max_steps / steps_per_epoch
     derivations = (
-        f"effective batch {batch} = {source.batch_size} samples x {loop.accumulation} micro-batches "
-        f"x {loop.world_size} processes",
+        f"effective batch {batch} = {_split_of_a_step(source.batch_size, loop)}",
         schedule.derivations[0],
-        f"steps per epoch {steps_per_epoch:g} = {source.samples_per_epoch} samples / {batch}; "
-        f"{loop.max_steps} steps = {loop.max_steps / steps_per_epoch:.4g} epochs",
-        f"samples seen {loop.max_steps * batch:,} = {loop.max_steps} steps x {batch}",
+        f"steps per epoch {steps_per_epoch:.4g} = {number_of(source.samples_per_epoch, 'sample')} / {batch}; "
+        f"{number_of(loop.max_steps, 'step')} = {passes:.4g} {'epoch' if passes == 1 else 'epochs'}",
+        f"samples seen {loop.max_steps * batch:,} = {number_of(loop.max_steps, 'step')} x {batch}",
         *per_step_lines,
         *schedule.derivations[1:],
         *layer_lines(objective, schedule),
-        f"weight decay acts on {len(decayed)} tensors, not on {len(plain)} (biases, norms, tokens and so on)",
+        f"weight decay acts on {number_of(len(decayed), 'tensor')}, not on {len(plain)} (biases, norms, tokens and so "
+        "on)",
         f"{trained:,} of {total:,} parameters are trained, on {device} in {loop.precision}",
     )
-    return TrainingPlan(batch, schedule, {**derived, "derivations": list(derivations)}, derivations)
+    split = f" ({_split_of_a_step(source.batch_size, loop)})" if batch != source.batch_size else ""
+    warm_up = f" after {number_of(schedule.warmup_steps, 'step')} of warm-up" if schedule.warmup_steps else ""
+    summary = (
+        f"training: {number_of(loop.max_steps, 'step')} of {number_of(batch, 'sample')}{split}, {passes:.3g} "
+        f"{'pass' if passes == 1 else 'passes'} over {number_of(source.samples_per_epoch, 'sample')}; learning rate "
+        f"{schedule.learning_rate:g}{warm_up}",
+        f"computing: {number_of(total, 'parameter')}, {'all' if trained == total else f'{trained:,}'} trained, on "
+        f"{device} in {loop.precision}",
+    )
+    return TrainingPlan(batch, schedule, {**derived, "derivations": list(derivations)}, summary, derivations)
+
+
+def _split_of_a_step(batch_size: int, loop: LoopSettings) -> str:
+    counts = ((batch_size, "sample"), (loop.accumulation, "micro-batch"), (loop.world_size, "process"))
+    return " x ".join(number_of(count, noun) for count, noun in counts)
 
 
 def _per_step(objective: Objective, source: BatchSource, batch: int) -> tuple[dict[str, Any], list[str]]:
@@ -107,9 +125,10 @@ def _per_step(objective: Objective, source: BatchSource, batch: int) -> tuple[di
             for kind in kinds
         ]
         total = f"{visible + hidden:,} ({visible:,} visible, {hidden:,} hidden)"
-        lines.append(f"tokens per step {total} = {batch} samples x ({' + '.join(terms)})")
+        lines.append(f"tokens per step {total} = {number_of(batch, 'sample')} x ({' + '.join(terms)})")
     voxels: int | None = getattr(source, "voxels_per_sample", None)
     if voxels is not None:
         derived["voxels_per_step"] = batch * voxels
-        lines.append(f"voxels read per step {batch * voxels:,} = {batch} samples x {voxels:,} (those of the first one)")
+        samples = number_of(batch, "sample")
+        lines.append(f"voxels read per step {batch * voxels:,} = {samples} x {voxels:,} (those of the first one)")
     return derived, lines

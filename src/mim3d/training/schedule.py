@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.names import number_of
 
 # AdamW's own defaults, for what neither the user nor the method or task sets.
 _PLAIN_WEIGHT_DECAY = 0.01
@@ -137,7 +138,8 @@ def make_schedule(settings: Optimisation, *, effective_batch: int, max_steps: in
     warmup_steps = min(wanted, max_steps)
     if warmup_steps < wanted:
         source = f" ({wanted} were asked for, but the run has only {max_steps})"
-    warmup_line = f"warm-up {warmup_steps} steps{source}, then a cosine that would reach 0 at step {max_steps + 1}"
+    warm_up = f"warm-up {number_of(warmup_steps, 'step')}{source}, then" if warmup_steps else "no warm-up,"
+    warmup_line = f"{warm_up} a cosine that would reach 0 at step {max_steps + 1}"
     weight_decay = _PLAIN_WEIGHT_DECAY if settings.weight_decay is None else settings.weight_decay
     betas = settings.betas or _PLAIN_BETAS
     clip_norm = settings.clip_norm or math.inf

@@ -12,6 +12,7 @@ import lightning_fabric
 import torch
 
 from mim3d.core.errors import CheckpointError, ConfigError, Mim3dError, first_line, note_exit_code
+from mim3d.core.names import number_of
 from mim3d.core.progress import Progress, clock
 from mim3d.core.resources import in_words
 from mim3d.core.run_folder import Run
@@ -137,7 +138,7 @@ class TrainingSession:
             self.run.cut_metrics(self.step)
             self.run.note(self.plan.derived)
         self.display.begin(self.step)
-        for line in self.plan.derivations:
+        for line in (*self.plan.summary, *(self.plan.derivations if self.loop.verbose else ())):
             self.display.say(line)
         if path is not None:
             self.display.say(f"going on from step {self.step} of {self.loop.max_steps} ({path})")
@@ -325,9 +326,9 @@ class TrainingSession:
     def finished(self, step: int) -> str | None:
         """Say why there is nothing left to train after ``step``, the same in every process. None when there is."""
         if step >= self.loop.max_steps:
-            return f"all {self.loop.max_steps} steps are done"
+            return "the only step is done" if self.loop.max_steps == 1 else f"all {self.loop.max_steps} steps are done"
         if self.hooks.patience is not None and self.stale >= self.hooks.patience:
-            return f"no better {self.hooks.best_by} in {self.stale} validations, after step {step}"
+            return f"no better {self.hooks.best_by} in {number_of(self.stale, 'validation')}, after step {step}"
         return None
 
     def end(self, step: int, reason: str, *, exit_code: int, to_be_continued: bool = False) -> None:

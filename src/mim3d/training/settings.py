@@ -30,6 +30,7 @@ class LoopOptions:
         max_bad_steps: Steps of the whole run that may go wrong: not finite, and skipped, or out of memory, and taken
             once more; a run with more of them stops.
         seed: Seed of weights, order, crops and masks; never of the folds.
+        verbose: Print how every number of the run follows from the settings; its manifest.json has that in any case.
     """
 
     accumulation: int = 1
@@ -44,6 +45,7 @@ class LoopOptions:
     keep_checkpoints: int = 2
     max_bad_steps: int = 3
     seed: int = 0
+    verbose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

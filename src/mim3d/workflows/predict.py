@@ -15,9 +15,10 @@ import torch
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import lock_file, read_json, remove_partial, try_lock, write_json
 from mim3d.core.left_out import Failure, write_tracebacks
-from mim3d.core.names import is_entry_name, joined_name, same_name
+from mim3d.core.names import is_entry_name, joined_name, number_of, same_name
 from mim3d.core.progress import Progress, say
-from mim3d.core.resources import choose_device
+from mim3d.core.resources import choose_device, device_name
+from mim3d.core.settings import to_named
 from mim3d.core.types import Named
 from mim3d.core.warned import UnlikeTrainingWarning, checked_rows, merged
 from mim3d.datasets.cases import Case, read_cases
@@ -26,6 +27,7 @@ from mim3d.datasets.usable import fault_of, refuse_or_say
 from mim3d.scans.files import PREDICTIONS_MARK
 from mim3d.scans.grids import is_there, resolved, split_channel
 from mim3d.scans.volumes import scan_id
+from mim3d.tasks import TASKS
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
 from mim3d.workflows.shared.held_out import held_out_by_all
@@ -103,6 +105,9 @@ def predict_scans(settings: PredictSettings) -> str:
             refuse_or_say(where, reasons, len(cases), strict=True)
     if networks[0].input_range is None:
         say(f"{weights[0]} does not say what scans it learned from: none is compared with them.")
+    scans = f"{number_of(len(cases), 'scan')}{' that the run held out' if settings.input is None else ''}"
+    name = to_named(networks[0].task, TASKS)["name"]
+    say(f"input: {scans}; {name} by {number_of(len(networks), 'network')}, on {device_name(device)}")
     with alone_in(settings.out):
         folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
         folder.only_held_out = settings.input is None

@@ -29,6 +29,7 @@ from mim3d.training.settings import TrainResult
 from mim3d.weights import MIN_COVERAGE, load_into
 from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, ProbePlan
 from mim3d.workflows.shared.damage import adding_to
+from mim3d.workflows.shared.first_screen import fold_line, network_line, say_what_is_learned
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
 from mim3d.workflows.shared.leakage import check_leakage, identities_of, seen_from, write_seen
@@ -119,8 +120,12 @@ def run_pretraining(settings: PretrainSettings) -> str:
         check_channels(cases, recipe)
         shapes = shapes_of(source, cases, settings.spacing_mm)
         method = asked.planned(recipe, shapes)
-        for line in method.summary(recipe, shapes):
-            say(line)
+        num_held_out = len(source.cases) - len(cases)
+        if settings.fold is not None or num_held_out:
+            say(fold_line(settings.fold, settings.num_folds, source.cases, len(cases), num_held_out))
+        say(network_line(to_named(method, METHODS)["name"], recipe, settings.weights))
+        details = method.details(recipe, shapes)
+        say_what_is_learned(method.summary(recipe, shapes), details, verbose=settings.verbose)
         optim = settings.optim.filled_from(method.optimisation)
         sample = pretraining_sample(method, recipe, shapes[0])
         probe = ProbePlan.of(settings.probe, settings.probe_every, settings.folds, recipe, sample, settings.seed)
@@ -140,7 +145,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             inputs=weights_input(settings.weights),
             resume=settings.resume,
         )
-        run.note(memory)
+        run.note({**memory, "details": details})
         # Those held out are cached too: only their voxels tell whether one is among the others under another name.
         every, left_out = open_scans(
             source,

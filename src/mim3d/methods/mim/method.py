@@ -8,6 +8,7 @@ from typing import Literal, Self
 from mim3d.backbones.contract import Backbone, VisibleEncoder
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.core.errors import ConfigError
+from mim3d.core.names import number_of
 from mim3d.core.types import Triple
 from mim3d.methods.contract import Method
 from mim3d.methods.mim.hierarchy import (
@@ -135,23 +136,31 @@ class MiM(Method):
         return planned
 
     def summary(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
-        """The hierarchy, its tokens, alignment terms, padding and the share of the work each level takes."""
+        """The hierarchy, and a note where a level has few tokens."""
         hierarchy = self.hierarchy(backbone)
         levels = [geometry.level for geometry in hierarchy.levels]
+        lines = [f"hierarchy: {describe_levels(levels)}; {number_of(hierarchy.num_volumes, 'volume')} per sample"]
+        if any(min(geometry.token_grid) < 4 for geometry in hierarchy.levels):
+            lines.append("note: a level with fewer than 4 tokens along an axis has little to tell hidden places by")
+        return lines
+
+    def details(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
+        """Tokens of each level, the share of the work that it takes, alignment terms and padding."""
+        hierarchy = self.hierarchy(backbone)
+        levels = [geometry.level for geometry in hierarchy.levels]
+        lines = []
         work = [geometry.num_volumes * math.prod(geometry.token_grid) for geometry in hierarchy.levels]
-        lines = [f"hierarchy: {describe_levels(levels)}; {hierarchy.num_volumes} volumes per sample"]
         for geometry, tokens in zip(hierarchy.levels, work, strict=True):
             grid = "x".join(str(count) for count in geometry.token_grid)
             lines.append(
-                f"  {geometry.level.name}: {grid} tokens, {geometry.num_hidden_units} of {geometry.num_units} units "
-                f"hidden, {geometry.num_volumes} volumes, {tokens / sum(work):.0%} of the tokens"
+                f"level {geometry.level.name}: {grid} tokens, {geometry.num_hidden_units} of "
+                f"{number_of(geometry.num_units, 'unit')} hidden, {number_of(geometry.num_volumes, 'volume')}, "
+                f"{tokens / sum(work):.0%} of the tokens"
             )
         lines.append(
             f"alignment terms: {len(levels) - 1}; "
             f"padding: {padding_ratio(levels[0].footprint, shapes):.0%} of a crop on average"
         )
-        if any(min(geometry.token_grid) < 4 for geometry in hierarchy.levels):
-            lines.append("note: a level with fewer than 4 tokens along an axis has little to tell hidden places by")
         return lines
 
     def sampler(self, backbone: Backbone) -> MiMSampler:

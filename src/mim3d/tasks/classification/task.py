@@ -13,6 +13,7 @@ from mim3d.backbones.contract import Backbone, check_axes, check_patch
 from mim3d.caching.cache import Cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.names import number_of
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case
 from mim3d.datasets.published.presets import Preset
@@ -201,7 +202,7 @@ class Classification(Task):
         return planned.checked(backbone)
 
     def summary(self) -> list[str]:
-        """Return the lines that are printed before training: the box, how it is varied, and the classes."""
+        """Return the lines that are printed before training: the box and the classes."""
         cube = self.cube()
         voxels = " x ".join(map(str, cube.size))
         if cube.voxel_mm is None:
@@ -215,11 +216,14 @@ class Classification(Task):
             box += "" if self.covered is None else f"; {self.covered:.0%} of the {structures} lie whole in them"
         weights = self.class_weights if self.class_weights != "balanced" else ()
         classes = ", ".join(
-            f"{name} {count} scans (weight {weight:.3g})"
+            f"{name} {number_of(count, 'scan')} (weight {weight:.3g})"
             for (name, count), weight in zip((self.class_counts or {}).items(), weights, strict=False)
         )
         frozen = freezing_lines(self.freeze_encoder, self.unfreeze_ratio, "pooling and the last layer are")
-        return [box, f"boxes are {self.augmentation.describe()}", f"classes: {classes}", *frozen]
+        return [box, f"classes: {classes}", *frozen]
+
+    def details(self) -> list[str]:
+        return [f"boxes are {self.augmentation.describe()}"]
 
     def sampler(self) -> CubeSampler:
         varied = self.augmentation

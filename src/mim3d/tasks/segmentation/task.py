@@ -233,12 +233,9 @@ class Segmentation(CropTask):
         return {**labels, **{-number: name for number, name in enumerate(self.regions or {}, start=1)}}
 
     def summary(self) -> list[str]:
-        """Return the lines that are printed before training: the crop, how it is varied, regions and partial labels."""
+        """Return the lines that are printed before training: the crop, regions and partial labels."""
         size = " x ".join(map(str, self._patch_size()))
-        lines = [
-            f"crops of {size} voxels, {self.positive_ratio:.0%} of them around a structure",
-            f"crops are {self.augmentation.describe()}",
-        ]
+        lines = [f"crops of {size} voxels, {self.positive_ratio:.0%} of them around a structure"]
         if self.regions is not None:
             values = derived_values(self.regions) if self.region_values is None else self.region_values
             given = ", ".join(f"{name} as {value}" for name, value in zip(self.regions, values, strict=True))
@@ -246,6 +243,9 @@ class Segmentation(CropTask):
         if self.partial_labels is not None:
             lines.append("some cases are annotated in part: what they leave out counts as background there (Shi 2021)")
         return [*lines, *freezing_lines(self.freeze_encoder, self.unfreeze_ratio, "the decoder is")]
+
+    def details(self) -> list[str]:
+        return [f"crops are {self.augmentation.describe()}"]
 
     def sampler(self) -> CropSampler:
         augmentation, names = self.augmentation, self.partial_labels

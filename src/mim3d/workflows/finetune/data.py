@@ -14,6 +14,7 @@ from mim3d.tasks import create_task
 from mim3d.tasks.contract import Task
 from mim3d.workflows.finetune.presets import describe_preset, with_declared, with_preset
 from mim3d.workflows.finetune.settings import FinetuneSettings
+from mim3d.workflows.shared.first_screen import say_split
 from mim3d.workflows.shared.initialisation import asked_recipe
 from mim3d.workflows.shared.inputs import read_data, unreadable_of
 
@@ -52,7 +53,10 @@ def read_training_data(settings: FinetuneSettings) -> TrainingData:
         )
         settings = with_declared(settings, source)
         task = create_task(settings.task)
-        return TrainingData(settings, task, source, settings.split(source.cases, unreadable_of(source)))
+        unreadable = unreadable_of(source)
+        split = settings.split(source.cases, unreadable)
+        say_split(settings, source.cases, unreadable, split)
+        return TrainingData(settings, task, source, split)
     preset = find_preset(settings.preset)
     multiple = asked_recipe(settings.backbone, settings.weights)[0].input_multiple
     settings = with_preset(settings, preset, multiple)

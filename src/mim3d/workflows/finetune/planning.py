@@ -152,7 +152,7 @@ def plan_finetuning(
             num_workers=num_cores() if settings.num_workers is None else max(1, settings.num_workers),
         )
     plan = replace(_make_plan(fingerprint, source, split, initial, task, settings, decided), made_for=key)
-    for line in describe_plan(plan):
+    for line in describe_plan(plan) if settings.verbose else plan_in_short(plan):
         say(line)
     return replace(_filled(settings, task, initial, plan, decided), fingerprint=fingerprint)
 
@@ -306,7 +306,26 @@ def _plan_of_run(key: str, settings: FinetuneSettings) -> Plan | None:
 
 def describe_plan(plan: Plan) -> list[str]:
     """Lines of a table: setting, value, and what it follows from."""
-    rows = [
+    rows = _rows(plan)
+    width = max(len(value) for _, value in rows)
+    room = max(40, shutil.get_terminal_size((120, 24)).columns - width - 22)
+    lines = [f"plan (change it in the run's {PLAN_NAME} and give that back with --plan, or by flags):"]
+    for name, value in rows:
+        first, *more = textwrap.wrap(plan.reasons.get(name, ""), room) or [""]
+        lines.append(f"  {name:16}  {value:{width}}  {first}".rstrip())
+        lines += [" " * (22 + width) + part for part in more]
+    return lines
+
+
+def plan_in_short(plan: Plan) -> list[str]:
+    """The same settings and values as two lines, without what they follow from."""
+    settings = ", ".join(f"{name} {value}" for name, value in _rows(plan))
+    return [f"plan: {settings}", f"      (why: the run's {PLAN_NAME}, or --verbose true; change it by flags or --plan)"]
+
+
+def _rows(plan: Plan) -> list[tuple[str, str]]:
+    """Settings and values, for people."""
+    return [
         ("spacing_mm", "of each scan" if plan.spacing_mm is None else _numbers(plan.spacing_mm)),
         ("intensity", describe_intensity(plan.intensity)),
         ("patch_size", _numbers(plan.patch_size)),
@@ -316,14 +335,6 @@ def describe_plan(plan: Plan) -> list[str]:
         ("flip_axes", ", ".join("XYZ"[axis] for axis in plan.flip_axes or ()) or "none"),
         ("rotation_degrees", _numbers(plan.rotation_degrees)),
     ]
-    width = max(len(value) for _, value in rows)
-    room = max(40, shutil.get_terminal_size((120, 24)).columns - width - 22)
-    lines = [f"plan (change it in the run's {PLAN_NAME} and give that back with --plan, or by flags):"]
-    for name, value in rows:
-        first, *more = textwrap.wrap(plan.reasons.get(name, ""), room) or [""]
-        lines.append(f"  {name:16}  {value:{width}}  {first}".rstrip())
-        lines += [" " * (22 + width) + part for part in more]
-    return lines
 
 
 def _numbers(values: Sequence[float | None] | None) -> str:

@@ -34,6 +34,7 @@ from mim3d.workflows.finetune.data import read_training_data
 from mim3d.workflows.finetune.planning import PlannedRun, plan_finetuning, save_plan
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.damage import adding_to, damaged_rows, on_sound_scans
+from mim3d.workflows.shared.first_screen import network_line, say_what_is_learned
 from mim3d.workflows.shared.held_out import write_split
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, weights_input
@@ -201,8 +202,8 @@ def _train(
         raise DamagedError(damaged[0]["reason"])
     labels = planned.task.classes_of(training_scans)
     task = planned.task.planned(recipe, training_scans, labels)
-    for line in task.summary():
-        say(line)
+    say(network_line(to_named(task, TASKS)["name"], recipe, settings.weights))
+    say_what_is_learned(task.summary(), task.details(), verbose=settings.verbose)
     run.note({"task": to_named(task, TASKS), "labels": to_mapping(labels), "num_scans": len(training_scans)})
     mapping = initial.intensity(settings.intensity, training_scans)
     on_damage = adding_to(left_out, training_scans)
@@ -216,7 +217,7 @@ def _train(
         smaller=f"a smaller backbone or smaller crops (task.{task.sized_by})",
         validation_bytes=task.validation_bytes(held_out, labels),
     )
-    run.note(memory)
+    run.note({**memory, "details": task.details()})
     torch.manual_seed(settings.seed)
     objective = task.build(recipe, labels)
     if initial.encoder is not None:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
+from mim3d.caching.summary import CacheSummary
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import read_json, write_json
 from mim3d.core.left_out import note_left_out
@@ -31,6 +32,7 @@ from mim3d.scans.intensity import Intensity
 from mim3d.tasks.evaluation import printed_table
 from mim3d.weights import MIN_COVERAGE, InputLayers, locate, weights_digest
 from mim3d.workflows.probe.cases import ProbeCases, Target, choose_cases, read_source
+from mim3d.workflows.shared.first_screen import fold_line
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels
 from mim3d.workflows.shared.leakage import check_leakage, check_pretraining, identities_of
@@ -114,6 +116,8 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
             num_folds=settings.num_folds,
             split_seed=settings.split_seed,
         )
+        parts = cases.split
+        say(fold_line(settings.fold, settings.num_folds, cases.cases, len(parts.train), len(parts.val)))
         encoders: dict[str, Initialisation] = {}
         device = choose_device(settings.accelerator)
         for path in settings.paths:
@@ -135,6 +139,7 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
             other.spacing_mm(spacing_mm, cases.source)
         folder, strict = settings.cache or f"{scratch}/cache", settings.strict
         scans = cases.prepared(folder, spacing_mm, num_workers=settings.num_workers, strict=strict)
+        say(f"data: {CacheSummary.of(scans).short()}")
         held_out = identities_of(scans.subset(cases.split.val))
         check_leakage(identities_of(scans.subset(cases.split.train)), held_out, strict=strict)
         for path in encoders:

@@ -140,7 +140,7 @@ def open_scans(
             if strict:
                 require_one_kind(wanted)
             cache = build_cache(wanted, place, preprocessing, num_workers=num_workers)
-            say(f"cache: {CacheSummary.of(cache).short()}")
+            say(f"data: {CacheSummary.of(cache).short()}")
             processes.announce("cache", cache.digest)
         else:
             cache = _seen_here(place, processes.wait_for("cache"))

@@ -116,7 +116,8 @@ def require_memory(
     limit = None if training.memory_limit is None else int(training.memory_limit * 2**30)
     usable = usable_bytes(loop, limit)
     room = "" if usable is None else f", {in_words(usable)} {'available' if limit is None else 'allowed'}"
-    print(f"memory: about {_total(need, loop.devices)} ({need.parts()}){room}")
+    parts = f" ({need.parts()})" if training.verbose else ""
+    print(f"memory: about {_total(need, loop.devices)}{parts}{room}")
     if usable is not None and need.total > usable:
         raise ConfigError(_refusal(training, memories, need, usable, smaller))
     if asked.device == "cpu":
