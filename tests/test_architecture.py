@@ -81,7 +81,7 @@ BUDGET = {
     "caching": 4405,
     "objective": 150,
     "weights": 1345,
-    "inference": 900,
+    "inference": 1105,
     "planning": 950,
     "loading": 1055,
     "distributed": 715,

@@ -22,6 +22,7 @@ _HOMES = {
     "create_model": "mim3d.backbones",
     "list_models": "mim3d.backbones",
     "load_encoder": "mim3d.weights",
+    "load_scan": "mim3d.inference.scan_input",
     "CachedDataset": "mim3d.loading.monai_dataset",
     "open_cache": "mim3d.caching.cache",
 }
@@ -38,6 +39,7 @@ __all__ = [
     "finetune",
     "list_models",
     "load_encoder",
+    "load_scan",
     "open_cache",
     "phantom",
     "predict",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from mim3d.commands.pretrain import pretrain
     from mim3d.commands.probe import probe
     from mim3d.commands.report import report
+    from mim3d.inference.scan_input import load_scan
     from mim3d.loading.monai_dataset import CachedDataset
     from mim3d.weights import load_encoder
 
