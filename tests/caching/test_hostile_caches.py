@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mim3d.caching.build import build_cache
-from mim3d.caching.cache import Cache, open_cache
+from mim3d.caching.cache import Cache, open_cache, read_columns
 from mim3d.caching.fingerprints import Fingerprint
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import DamagedError, DataError
@@ -301,3 +301,19 @@ def test_a_build_removes_nothing_behind_a_link(tmp_path: Path, name: str) -> Non
         with pytest.raises(DataError, match=f"{name}: is a link"):
             built(data, out)
     assert (theirs / "card.json").exists() and (theirs / "run" / "card.json").exists()
+
+
+def test_a_flipped_byte_among_the_values_of_a_manifest_is_found(cache: Path) -> None:
+    path = cache / "manifest.parquet"
+    sound, whole = read_columns(str(cache), ["id", "shape"]), path.read_bytes()
+    chunks = pq.ParquetFile(path).metadata.row_group(0)
+    for chunk in (chunks.column(index) for index in range(chunks.num_columns)):
+        if chunk.path_in_schema.split(".")[0] not in ("id", "shape"):
+            continue
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        for place in range(start, start + chunk.total_compressed_size, 3):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+            try:
+                assert read_columns(str(cache), ["id", "shape"]) == sound
+            except DataError:
+                continue

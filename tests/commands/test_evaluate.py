@@ -257,7 +257,7 @@ def test_what_is_said_while_scoring_stays_in_the_file_of_scores(folders):
 def test_two_references_of_one_name_in_one_folder_are_refused(folders):
     write(folders / "ref" / "more" / "a.nii", cube())
     write(folders / "ref" / "more" / "a.nii.gz", cube())
-    with pytest.raises(DataError, match="would both get the id"):
+    with pytest.raises(DataError, match="are label maps of the same case"):
         run(folders)
 
 

@@ -47,10 +47,12 @@ def test_scans_of_one_name_in_several_folders_are_told_apart_by_their_folder(tmp
     assert ids(tmp_path) == ["p1_ct", "p2_ct", "mr"]
 
 
-def test_ids_that_would_stay_the_same_are_refused(tmp_path):
-    touch(tmp_path, "a/x.nii", "a/x.nii.gz")
-    with pytest.raises(DataError, match="would both get the id 'a_x'"):
-        read_cases(tmp_path)
+def test_scans_that_differ_by_their_ending_alone_are_told_apart_by_it_and_are_one_patients(tmp_path):
+    touch(tmp_path, "a/x.nii", "a/x.nii.gz", "a/y.mha", "b/y.nrrd", "a/z.nii")
+    with pytest.warns(UserWarning, match="2 scans share the name of another but for its ending"):
+        cases = read_cases(tmp_path).cases
+    assert [case.id for case in cases] == ["a_x_nii", "a_x_nii_gz", "a_y", "z", "b_y"]
+    assert [case.patient for case in cases] == ["a_x", "a_x", "a_y", "z", "b_y"]
 
 
 @pytest.mark.parametrize("labels", ["labels", "masks", "labelsTr"])

@@ -275,7 +275,7 @@ def write_manifest(root: str, rows: Sequence[Mapping[str, Any]], source: CaseSet
             schema = schema.remove(schema.get_field_index(name))
     table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata(about))
     with atomic_file(os.path.join(root, layout.MANIFEST), durable=True, remedy=None) as part:
-        pq.write_table(table, part, compression="zstd")
+        pq.write_table(table, part, compression="zstd", write_page_checksum=True)
 
 
 def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[str, Any]]:
@@ -355,7 +355,7 @@ def read_columns(root: str, columns: Sequence[str]) -> Any:
     path = os.path.join(root, layout.MANIFEST)
     try:
         require_regular(path)
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             needed_bytes = _GROWTH * sum(group.total_byte_size for group in groups)
             # Many equal rows take next to nothing in the file.

@@ -14,7 +14,7 @@ from mim3d.core.files import read_json
 from mim3d.core.names import file_name, is_file_name, joined_name, printable, same_name
 from mim3d.core.settings import nearest
 from mim3d.datasets.descriptions import read_description, read_folds
-from mim3d.datasets.ids import unique_ids
+from mim3d.datasets.ids import endings_apart, unique_ids
 from mim3d.datasets.label_maps import sort_tree
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list, tables_not_read, told_classes
 from mim3d.datasets.patients import described, patients_by_pattern, patients_of_folders, patients_of_names
@@ -165,6 +165,9 @@ def read_cases(
     of_set = declared_modality(found.channels)
     found = _with_modality(replace(found, cases=to_cases(cases, root)), modality, of_set)
     found = _with_patients(found, patient_pattern)
+    if alike := [found.cases[row].images[0] for row in endings_apart(found.cases)]:
+        said = f"{len(alike)} scans share the name of another but for its ending, and may be copies: {listed(alike)}."
+        found = replace(found, notes=(*found.notes, f"{found.root}: {said} Remove those that are."))
     if found.form in ("msd", "nnunet"):
         found = _with_folds(found)
     for note in found.notes:
@@ -525,10 +528,11 @@ def _listed_case(entry: Entry, where: str, path: str) -> Case:
 def to_cases(declared: Sequence[Case], root: str) -> tuple[Case, ...]:
     """Give every case that a source declares its id, see ``unique_ids``, and its patient.
 
-    The patient is the declared one, else the salted hash of a DICOM series, else the id.
+    The patient is the declared one, else the salted hash of a DICOM series, else the id without the ending that tells
+    two files of one name apart.
 
     Raises:
-        DataError: The same image is listed twice, or two cases would share an id.
+        DataError: The same image is listed twice.
     """
     first_row: dict[tuple[str, ...], int] = {}
     for row, case in enumerate(declared, start=1):
@@ -537,9 +541,12 @@ def to_cases(declared: Sequence[Case], root: str) -> tuple[Case, ...]:
             raise DataError(
                 f"{root}: entries {first} and {row} are the same image {case.images[0]}; list every image once."
             )
+    apart = endings_apart(declared)
+    ids = enumerate(unique_ids(declared, root))
+    names = [(case_id, case_id.removesuffix(f"_{apart[row]}") if row in apart else case_id) for row, case_id in ids]
     return tuple(
-        replace(case, id=case_id, patient=case.patient or _dicom_patient(case.images[0]) or case_id)
-        for case_id, case in zip(unique_ids(declared, root), declared, strict=True)
+        replace(case, id=case_id, patient=case.patient or _dicom_patient(case.images[0]) or patient)
+        for (case_id, patient), case in zip(names, declared, strict=True)
     )
 
 

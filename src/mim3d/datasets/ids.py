@@ -20,31 +20,37 @@ def unique_ids(cases: Sequence["Case"], root: str) -> list[str]:
     """An id for each case: the declared one, or the file name of the scan without suffixes.
 
     Scans that share an id (``a/ct.nii.gz``, ``b/ct.nii.gz``) get one from their path below ``root`` instead, or below
-    the folder that they share where they lie elsewhere. Upper and lower case count as equal, as some file systems
-    ignore the difference; what nothing else tells apart gets a digest of its name.
+    the folder that they share where they lie elsewhere; files of one folder that differ by their endings alone have
+    these behind their ids. Upper and lower case count as equal, as some file systems ignore the difference; what
+    nothing else tells apart gets a digest of its name.
 
     Args:
         cases: Cases with at least one image each.
         root: Folder or list that they come from.
-
-    Raises:
-        DataError: Two cases are files of the same name in one folder.
     """
     ids = [_declared(case.id) or scan_id(case.images[0]) for case in cases]
     places = _places([case.images[0] for case in cases], root if os.path.isdir(root) else os.path.dirname(root))
     for row in _clashing(ids):
         *folders, _ = places[row].split(os.sep)
         ids[row] = joined_name([*(part for part in folders if part), scan_id(cases[row].images[0])])
-    first: dict[tuple[str, str], int] = {}
+    endings = endings_apart(cases)
     for row in _clashing(ids):
-        name = os.path.basename(places[row])
-        stem = unicodedata.normalize("NFC", name.removesuffix(suffix_of(name)))
-        other = first.setdefault((os.path.dirname(places[row]), stem), row)
-        if other != row and not cases[row].id:
-            one, two = cases[other].images[0], cases[row].images[0]
-            raise DataError(f"{root}: {one} and {two} would both get the id {ids[row]!r}; rename one.")
+        if row in endings:
+            ids[row] = joined_name([ids[row], endings[row]])
+    for row in _clashing(ids):
         ids[row] = f"{ids[row]}-{name_digest(places[row])}"
     return ids
+
+
+def endings_apart(cases: Sequence["Case"]) -> dict[int, str]:
+    """Row -> ending, such as ``nii_gz``, of scans from which another one in their folder differs by its ending alone."""
+    rows: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+    for row, case in enumerate(cases):
+        folder, name = os.path.split(os.path.abspath(case.images[0]))
+        ending = suffix_of(name)
+        stem = unicodedata.normalize("NFC", name.removesuffix(ending))
+        rows[folder, stem].append((row, ending.strip(".").replace(".", "_").lower()))
+    return {row: ending for found in rows.values() if len(found) > 1 for row, ending in found if ending}
 
 
 def _declared(name: str) -> str:

@@ -5,7 +5,7 @@ from enum import Enum
 import numpy as np
 
 from mim3d.scans.files import nothing_said
-from mim3d.scans.volumes import open_scan
+from mim3d.scans.volumes import LABEL_TOLERANCE, open_scan
 
 #: A map of few values is one of labels; of more values where most neighbours are equal, as no image's are.
 _FEW_VALUES = 16
@@ -33,17 +33,19 @@ def voxels_of(path: str) -> Voxels:
     """What the voxels of a file are. It is read until that is clear, which for an image is soon."""
     values: set[int] = set()
     num_pairs = num_equal = 0
-    is_whole, is_share, background = True, True, 0.0
+    is_whole, is_share, background, brightest = True, True, 0.0, 0.0
     try:
         with nothing_said():
             scan = open_scan(path)
         for slab in scan.read_slabs():
             low, high = float(slab.min()), float(slab.max())
-            is_whole &= low >= 0 and high <= 65535 and (slab.dtype.kind != "f" or not (slab != np.rint(slab)).any())
+            is_whole &= low >= -LABEL_TOLERANCE and high <= 65535
             is_share &= low >= 0 and high <= 1
-            background = min(background, low)
+            background, brightest = min(background, low), max(brightest, high)
+            whole = np.rint(slab) if is_whole and slab.dtype.kind == "f" else slab
+            is_whole &= slab is whole or not (np.abs(slab - whole) > LABEL_TOLERANCE).any()
             if is_whole:
-                values.update(np.flatnonzero(np.bincount(slab.astype(np.uint16).ravel(order="K"))).tolist())
+                values.update(np.flatnonzero(np.bincount(whole.astype(np.uint16).ravel(order="K"))).tolist())
                 is_whole = len(values) <= _MOST_VALUES
             held = (slab[1:] != background) & (slab[:-1] != background)
             num_pairs += int(held.sum())
@@ -52,6 +54,8 @@ def voxels_of(path: str) -> Voxels:
                 break
     except Exception:  # Whatever a reader raises; it is said when the file is used.
         return Voxels.UNCLEAR
+    # Very small numbers are no zeros that were rounded.
+    is_whole &= values != {0} or brightest <= 0
     return _voxels(values, num_equal / num_pairs if num_pairs else 1.0, is_whole=is_whole, is_share=is_share)
 
 

@@ -14,7 +14,7 @@ from mim3d.core.progress import say
 from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, scans_in
 from mim3d.datasets.descriptions import LabelDeclaration, read_labels
-from mim3d.datasets.ids import matched_ids, unique_ids
+from mim3d.datasets.ids import endings_apart, matched_ids, unique_ids
 from mim3d.datasets.label_maps import has_pairs, in_label_folders
 from mim3d.datasets.lists import beside, channel_names, read_table
 from mim3d.datasets.usable import refuse_or_say
@@ -219,7 +219,11 @@ def _label_maps(paths: Sequence[str], folder: str) -> CaseSet:
     They are named like their files, and where these have one name, after their folders.
     """
     files = [os.path.abspath(path) for path in paths]
-    names = unique_ids([Case(images=(path,)) for path in files], os.path.abspath(folder))
+    unnamed = [Case(images=(path,)) for path in files]
+    if apart := endings_apart(unnamed):
+        one, two = [files[row] for row in sorted(apart)][:2]
+        raise DataError(f"{folder}: {one} and {two} are label maps of the same case; remove or rename one.")
+    names = unique_ids(unnamed, os.path.abspath(folder))
     cases = tuple(Case(id=name, images=(), label=path, patient=name) for name, path in zip(names, files, strict=True))
     labels = LabelDeclaration()
     places = (os.path.join(place, "dataset.json") for place in (folder, os.path.dirname(os.path.abspath(folder))))
