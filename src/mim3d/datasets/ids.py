@@ -43,7 +43,7 @@ def unique_ids(cases: Sequence["Case"], root: str) -> list[str]:
 
 
 def endings_apart(cases: Sequence["Case"]) -> dict[int, str]:
-    """Row -> ending, such as ``nii_gz``, of scans from which another one in their folder differs by its ending alone."""
+    """Row -> ending, such as ``nii_gz``, of scans from which another in their folder differs by its ending alone."""
     rows: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
     for row, case in enumerate(cases):
         folder, name = os.path.split(os.path.abspath(case.images[0]))
