@@ -74,7 +74,7 @@ BUDGET = {
     "nn": 575,
     "tracking": 550,
     "metrics": 1325,
-    "datasets": 3950,
+    "datasets": 3970,
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1850,
