@@ -230,7 +230,7 @@ def test_windows_without_any_body_are_left_out_and_are_background(tmp_path):
     case = case_of(tmp_path, far_apart())
     prepared = prepare(case, Preprocessing(), with_label=False)
     windows = Windows(patch_size=(12, 12, 12))
-    places = body_windows(prepared, windows)
+    places = body_windows(prepared.image.shape[1:], prepared.foreground, windows)
     assert 0 < len(places) < len(windows.places((80, 24, 24)))
     is_body = prepared.image[0] > 0
     seen = np.zeros(is_body.shape, dtype=bool)

@@ -12,13 +12,15 @@ import torch
 
 from mim3d.core.errors import CheckpointError
 from mim3d.core.files import write_json, write_text
+from mim3d.exporting.carried import carried_source
 from mim3d.exporting.networks import Exported, formula, label_rule
 from mim3d.exporting.programs import read_own_program, write_program
 from mim3d.reporting.rendering import render
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 
-_EPSILON = 1e-6
+#: File of the bundle that prepares scans and covers them with windows.
+SCRIPT = "scans.py"
 
 
 def require_segmenter(network: Exported, weights: str) -> None:
@@ -35,12 +37,12 @@ def require_segmenter(network: Exported, weights: str) -> None:
 
 
 def write_monai_bundle(network: Exported, folder: Path) -> None:
-    """Write ``configs``, ``models`` and ``docs`` of a bundle into a folder that exists and is empty.
+    """Write ``configs``, ``models``, ``scripts`` and ``docs`` of a bundle into a folder that exists and is empty.
 
     Raises:
         CheckpointError: The program computes something else than the network.
     """
-    for name in ("configs", "models", "docs"):
+    for name in ("configs", "models", "docs", "scripts"):
         (folder / name).mkdir()
     program = folder / "models" / "model.pt2"
     write_program(network, program)
@@ -50,6 +52,7 @@ def write_monai_bundle(network: Exported, folder: Path) -> None:
     (folder / "models" / "model.pt").write_bytes(packed.getbuffer())
     write_json(folder / "configs" / "inference.json", inference_config(network))
     write_json(folder / "configs" / "metadata.json", bundle_metadata(network))
+    write_text(folder / "scripts" / SCRIPT, carried_source("mim3d.exporting.monai_scans"))
     readme = render(
         "bundle_readme.md.jinja",
         num_channels=network.num_channels,
@@ -113,7 +116,7 @@ def inference_config(network: Exported) -> dict[str, Any]:
     """Return the content of ``configs/inference.json``.
 
     Overridable on the command line: ``--bundle_root``, ``--dataset_dir``, ``--output_dir``, ``--datalist``,
-    ``--sw_batch_size``, ``--overlap``, ``--device``.
+    ``--sw_batch_size``, ``--overlap``, ``--mirror_axes``, ``--body_only``, ``--device``.
     """
     files = "$sorted(glob.glob(@dataset_dir + '/*.nii*'))"
     if network.num_channels > 1:
@@ -123,14 +126,7 @@ def inference_config(network: Exported) -> dict[str, Any]:
             f"{network.num_channels})] for first in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))]"
         )
     return {
-        "imports": [
-            "$import collections",
-            "$import functools",
-            "$import glob",
-            "$import monai",
-            "$import numpy",
-            "$import torch",
-        ],
+        "imports": ["$import collections", "$import glob", "$import numpy", "$import runpy", "$import torch"],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/predictions'",
@@ -139,137 +135,58 @@ def inference_config(network: Exported) -> dict[str, Any]:
         "model_path": "$@bundle_root + '/models/model.pt2'",
         "network_def": "$torch.export.unflatten(torch.export.load(@model_path))",
         "network": "$@network_def.to(@device).eval()",
-        **_intensity_helpers(network),
+        # Found by its path, so that it matters neither where the runner is started nor what other bundles it runs.
+        "scans": f"$runpy.run_path(@bundle_root + '/scripts/{SCRIPT}')",
         "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(network)},
         "dataset": {
             "_target_": "Dataset",
             "data": "$[{'image': image} for image in @datalist]",
             "transform": "@preprocessing",
         },
+        "roi_size": list(network.patch_size),
         "sw_batch_size": 4,
         "overlap": network.form.overlap,
-        "inferer": {
-            "_target_": "SlidingWindowInferer",
-            "roi_size": list(network.patch_size),
-            "sw_batch_size": "@sw_batch_size",
-            "overlap": "@overlap",
-            "mode": "gaussian",
-            "sigma_scale": 0.125,
-            "padding_mode": "constant",
-        },
-        # MONAI cuts Gaussian weights off at a thousandth of the largest; these go on, as in mim3d.
-        "edge_weights": (
-            "$lambda size: torch.exp(-0.5 * ((torch.arange(size, dtype=torch.float64) - (size - 1) / 2)"
-            " / (size / 8)) ** 2)"
-        ),
-        "weights": (
-            "$torch.einsum('x,y,z->xyz', *[@edge_weights(size) for size in @inferer.roi_size]).float()[None, None]"
+        "mirror_axes": list(network.form.mirror_axes),
+        "body_only": True,
+        "activation": network.form.activation,
+        "channels": list(network.form.channels),
+        "label_values": list(network.form.label_values),
+        "inferer": (
+            "$@scans['WindowsInferer'](@roi_size, overlap=@overlap, sw_batch_size=@sw_batch_size, "
+            "mirror_axes=@mirror_axes, body_only=@body_only, activation=@activation, channels=@channels, "
+            "label_values=@label_values)"
         ),
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(network)},
-        "infer": "$torch.no_grad()(lambda image: @inferer(image[None].to(@device), @network)[0].cpu())",
-        # A scan smaller than a window is padded with its darkest value, as in training.
-        "padded_with": "$lambda image: setattr(@inferer, 'cval', float(image.min()))",
-        "segment": (
-            "$lambda item: (@padded_with(item['image']), "
-            "@postprocessing({**item, 'pred': @infer(item['image'].as_tensor())}))"
-        ),
-        "initialize": ["$setattr(@inferer, 'roi_weight_map', @weights)"],
+        "segment": "$lambda item: @postprocessing({**item, 'pred': @inferer(item['image'][None], @network)[0]})",
         "run": ["$collections.deque((@segment(item) for item in @dataset), maxlen=0)"],
     }
 
 
-def _preprocessing(network: Exported) -> list[dict[str, Any]]:
+def _preprocessing(network: Exported) -> list[Any]:
     spacing_mm, intensity = network.card.get("spacing_mm"), network.card["intensity"]
-    steps: list[dict[str, Any]] = [
-        {"_target_": "LoadImaged", "keys": "image", "reader": "NibabelReader"},
+    window = None if intensity.get("window") is None else list(intensity["window"])
+    learned = (network.card.get("input_range") or {}).get("channels") or []
+    in_hu = [bool(channel["in_hu"]) for channel in learned]
+    return [
+        {"_target_": "LoadImaged", "keys": "image", "reader": "NibabelReader", "dtype": None},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},
-        {"_target_": "EnsureTyped", "keys": "image", "dtype": "$torch.float32"},
         {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": None},
+        f"$@scans['PrepareScand']('image', spacing_mm={None if spacing_mm is None else list(spacing_mm)}, "
+        f"kind='{intensity['kind']}', window={window}, in_hu={in_hu})",
     ]
-    if spacing_mm is not None:
-        steps.append({"_target_": "Spacingd", "keys": "image", "pixdim": list(spacing_mm), "mode": "bilinear"})
-    if _standardises(network):
-        steps.append({"_target_": "Lambdad", "keys": "image", "func": "@standardised"})
-    else:
-        low, high = intensity["window"]
-        steps.append(
-            {
-                "_target_": "ScaleIntensityRanged",
-                "keys": "image",
-                "a_min": low,
-                "a_max": high,
-                "b_min": 0.0,
-                "b_max": 1.0,
-                "clip": True,
-            }
-        )
-    return steps
-
-
-def _standardises(network: Exported) -> bool:
-    intensity = network.card["intensity"]
-    return intensity["kind"] == "zscore" or intensity.get("window") is None
-
-
-def _intensity_helpers(network: Exported) -> dict[str, str]:
-    """Return the foreground's mean and standard deviation by mim3d's rule, see ``mim3d.caching.foreground``."""
-    if not _standardises(network):
-        return {}
-    return {
-        "values": "$lambda channel: channel.as_tensor().numpy().ravel()",
-        "high": "$lambda values: float(numpy.percentile(values[:: max(1, values.size // 1000000)], 99.5))",
-        "threshold": (
-            "$lambda values: -950.0 if (values < -500).mean() >= 0.005 else "
-            "float(values.min()) + 0.05 * (@high(values) - float(values.min()))"
-        ),
-        "above": "$lambda values: values[values > @threshold(values)]",
-        "foreground": (
-            "$lambda values: (@above(values) if @above(values).size >= 0.001 * values.size else values)"
-            ".astype(numpy.float64)"
-        ),
-        "column": "$lambda numbers: torch.tensor(numbers, dtype=torch.float32)[:, None, None, None]",
-        "means": "$lambda image: @column([@foreground(@values(channel)).mean() for channel in image])",
-        "deviations": (
-            f"$lambda image: @column([max(@foreground(@values(channel)).std(), {_EPSILON}) for channel in image])"
-        ),
-        "standardised": "$lambda image: (image - @means(image)) / @deviations(image)",
-    }
 
 
 def _postprocessing(network: Exported) -> list[dict[str, Any]]:
-    each = list(network.form.label_values)
-    if network.form.activation == "softmax":
-        activation = "$lambda logits: torch.softmax(logits, 0)"
-        values = f"torch.tensor({each})[scores.as_tensor().argmax(0, keepdim=True)]"
-    else:
-        activation = "$torch.sigmoid"
-        values = (
-            "functools.reduce(lambda labels, channel: torch.where(channel[0][None] > 0.5, channel[1], labels), "
-            f"zip(scores.as_tensor(), {each}), torch.zeros(1, *scores.shape[1:], dtype=torch.int64))"
-        )
     return [
-        {"_target_": "Lambdad", "keys": "pred", "func": activation},
-        {
-            "_target_": "Invertd",
-            "keys": "pred",
-            "transform": "@preprocessing",
-            "orig_keys": "image",
-            "nearest_interp": False,
-            "to_tensor": True,
-        },
-        # Label values (1, X, Y, Z) of probabilities (K, X, Y, Z), with the grid and name of their scan.
-        {
-            "_target_": "Lambdad",
-            "keys": "pred",
-            "func": f"$lambda scores: monai.data.MetaTensor({values}, meta=scores.meta)",
-        },
+        # Voxels already lie on the scan's own grid: axes are turned back, nothing is interpolated.
+        {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image"},
         {
             "_target_": "SaveImaged",
             "keys": "pred",
             "output_dir": "@output_dir",
             "output_ext": ".nii.gz",
             "output_postfix": "",
-            "output_dtype": "$numpy.uint8" if max(each) < 256 else "$numpy.int32",
+            "output_dtype": "$numpy.uint8" if max(network.form.label_values) < 256 else "$numpy.int32",
             "separate_folder": False,
             "resample": False,
         },

@@ -81,37 +81,78 @@ def predict_scan(
         on_prepared(prepared)
     grid, (x, y, z) = prepared.grid, prepared.image.shape[1:]
     shape = (x, y, z)
-    places = body_windows(prepared, windows) if windows.body_only else windows.places(shape)
+    places = body_windows(shape, prepared.foreground, windows) if windows.body_only else windows.places(shape)
     sweep = Sweep.over(places, windows.patch_size, shape)
     _check_memory(case, grid, sweep, readout.num_channels, device)
-    dtype = readout.decide(torch.tensor(readout.empty)).numpy().dtype
-    outputs = Outputs(
-        sweep,
-        readout,
-        np.zeros(grid.ras_shape, dtype=dtype),
-        None if probability_target is None else probability_target(grid, readout.num_channels),
-        has_probabilities=len(networks) > 1,
-    )
     axes = plan_resampling(shape, prepared.spacing_mm, grid.ras_shape, grid.spacing_mm)
-    resampled = None if all(axis.is_identity for axis in axes) else Resampled(outputs, axes)
-    padding = padding_values(intensity, prepared.statistics)
 
     def part_of(part: tuple[slice, ...]) -> Tensor:
         # The scan itself stays as it is stored.
         return torch.from_numpy(np.ascontiguousarray(intensity.apply(prepared.image[part], prepared.statistics)))
 
+    labels_XYZ = sweep_labels(
+        networks,
+        sweep,
+        part_of,
+        axes=axes,
+        padding=padding_values(intensity, prepared.statistics),
+        readout=readout,
+        windows=windows,
+        device=device,
+        probabilities_XYZK=None if probability_target is None else probability_target(grid, readout.num_channels),
+        on_windows=on_windows,
+    )
+    return labels_XYZ, grid
+
+
+@torch.no_grad()
+def sweep_labels(
+    networks: Sequence[Network],
+    sweep: Sweep,
+    part_of: Callable[[tuple[slice, ...]], Tensor],
+    *,
+    axes: tuple[AxisResampling, ...],
+    padding: Sequence[float],
+    readout: Readout,
+    windows: Windows,
+    device: torch.device,
+    probabilities_XYZK: npt.NDArray[Any] | None = None,
+    on_windows: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.integer]:
+    """Return the label values ``(X, Y, Z)`` of a prepared scan on its own grid, along RAS+ axes.
+
+    Args:
+        networks: The networks, in evaluation mode, on ``device``; several are an ensemble.
+        sweep: Windows over the prepared scan, in their order.
+        part_of: Gives a part of the scan as network input, by a slice of channels and one of each axis.
+        axes: How the three axes are resampled, from the prepared grid to the scan's own.
+        padding: Network input of each channel beyond the scan.
+        readout: What the channels of the networks mean.
+        windows: How many windows are computed at a time, and along which axes they are mirrored.
+        device: Device that computes windows.
+        probabilities_XYZK: Array to be filled with the probability of each channel; None for none.
+        on_windows: Called with the number of windows that are done and their number in all.
+    """
+    outputs = Outputs(
+        sweep,
+        readout,
+        np.zeros([len(axis.index) for axis in axes], dtype=readout.decide(torch.tensor(readout.empty)).numpy().dtype),
+        probabilities_XYZK,
+        has_probabilities=len(networks) > 1,
+    )
+    resampled = None if all(axis.is_identity for axis in axes) else Resampled(outputs, axes)
     run_sweep(
         sweep,
         windows,
-        lambda place: cut_window(part_of, place, windows.patch_size, shape, padding),
+        lambda place: cut_window(part_of, place, sweep.patch_size, sweep.shape, padding),
         ensemble_of(networks, windows.mirror_axes, readout.activate),
         outputs.take if resampled is None else resampled.take,
         device=device,
-        on_windows=None if on_windows is None else lambda done: on_windows(done, len(places)),
+        on_windows=None if on_windows is None else lambda done: on_windows(done, len(sweep.places)),
     )
     if resampled is not None:
         resampled.close()
-    return outputs.labels_XYZ, grid
+    return outputs.labels_XYZ
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mim3d.backbones.contract import check_axes
-from mim3d.caching.foreground import BOX_BLOCK
-from mim3d.caching.preprocessing import CROP_MARGIN, Prepared
+from mim3d.caching.foreground import BOX_BLOCK, Foreground
+from mim3d.caching.preprocessing import CROP_MARGIN
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 
@@ -101,7 +101,7 @@ def slices_of(box: Box, origin: Triple = (0, 0, 0)) -> tuple[slice, slice, slice
     return x, y, z
 
 
-def body_windows(prepared: Prepared, windows: Windows) -> list[Triple]:
+def body_windows(shape: Triple, foreground: Foreground, windows: Windows) -> list[Triple]:
     """Return the first voxel of each window that sees some of the body.
 
     The body is what ``mim3d.caching.foreground`` makes its box of: blocks of 4 voxels a side of which at least half lie
@@ -111,10 +111,13 @@ def body_windows(prepared: Prepared, windows: Windows) -> list[Triple]:
     next to no foreground by that rule is all body.
 
     The scores of the windows that are left differ from those of a sweep over the whole scan, as windows lie elsewhere.
+
+    Args:
+        shape: Voxels of the scan.
+        foreground: Where its foreground lies.
+        windows: How it is covered.
     """
-    x, y, z = prepared.image.shape[1:]
-    shape, is_body = (x, y, z), prepared.foreground.blocks
-    first, last = prepared.foreground.box
+    is_body, (first, last) = foreground.blocks, foreground.box
     start = [max(0, voxel - CROP_MARGIN) for voxel in first]
     stop = [min(size, voxel + CROP_MARGIN) for voxel, size in zip(last, shape, strict=True)]
     places = windows.places(shape, ((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))

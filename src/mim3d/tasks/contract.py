@@ -416,6 +416,7 @@ class ExportForm:
             bundle needs them.
         input_size: Voxels of the input along X, Y, Z in training; None where that is not known.
         overlap: Share of a window that its neighbour sees too, where scans are covered with windows.
+        mirror_axes: Axes (0 X, 1 Y, 2 Z) along which windows are mirrored too at prediction.
         box: What the input shows of a scan, in plain values by name, where it is no window at the scan's voxel size.
         purpose: A sentence for the README that says what the network does.
         pipeline: What Hugging Face calls what the network does.
@@ -428,6 +429,7 @@ class ExportForm:
     label_values: tuple[int, ...] = ()
     input_size: Triple | None = None
     overlap: float = 0.5
+    mirror_axes: tuple[int, ...] = ()
     box: Mapping[str, Any] | None = None
     purpose: str
     pipeline: str

@@ -376,6 +376,7 @@ class Segmentation(CropTask):
             label_values=targets.label_values,
             input_size=self._patch_size(),
             overlap=self.overlap,
+            mirror_axes=self.mirror_axes,
             purpose="A segmentation network for volumes: one label map for each scan.",
             pipeline="image-segmentation",
         )
