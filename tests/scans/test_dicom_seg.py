@@ -9,10 +9,14 @@ import pydicom
 import pytest
 from pydicom.config import disable_value_validation
 from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.datasets.published.presets import published_presets
+from mim3d.scans.dicom import terminology
 from mim3d.scans.dicom.segmentation import require_highdicom, require_source, write_dicom_seg
+from mim3d.scans.dicom.terminology import meaning_of
 from mim3d.scans.volumes import read_grid, read_volume
 
 highdicom = pytest.importorskip("highdicom")
@@ -122,6 +126,80 @@ def test_every_declared_label_is_a_segment_with_its_name(tmp_path):
     kinds = [s.SegmentedPropertyCategoryCodeSequence[0].CodeMeaning for s in segments]
     assert kinds[:3] == ["Anatomical Structure", "Morphologically Abnormal Structure", "Anatomical Structure"]
     assert all(s.SegmentAlgorithmType == "AUTOMATIC" and s.SegmentAlgorithmName == "mim3d abc" for s in segments)
+
+
+def segments_of(tmp_path: Path, *names: str) -> list[pydicom.Dataset]:
+    """Segments of a file with such labels, read back by highdicom."""
+    series = write_series(tmp_path / "ct")
+    labels = np.ones(read_grid(series).ras_shape, dtype=np.uint8)
+    known = dict(enumerate(["background", *names]))
+    write_dicom_seg(tmp_path / "seg.dcm", labels, str(series), known, algorithm="mim3d abc")
+    segmentation = highdicom.seg.segread(tmp_path / "seg.dcm")
+    return [segmentation.get_segment_description(number) for number in range(1, len(names) + 1)]
+
+
+def test_known_organs_have_codes_sides_and_colours(tmp_path):
+    liver, kidney, gland, ventricle = segments_of(
+        tmp_path, "liver", "kidney_left", "Right adrenal gland", "Left ventricle"
+    )
+    assert liver.segmented_property_type == codes.SCT.Liver and kidney.segmented_property_type == codes.SCT.Kidney
+    assert liver.segmented_property_category == codes.SCT.AnatomicalStructure
+    sides = [
+        segment.SegmentedPropertyTypeCodeSequence[0].get("SegmentedPropertyTypeModifierCodeSequence")
+        for segment in (liver, kidney, gland, ventricle)
+    ]
+    assert sides[0] is None and sides[3] is None, "the left ventricle is no ventricle that lies left"
+    assert sides[1][0].CodeValue == codes.SCT.Left.value and sides[2][0].CodeValue == codes.SCT.Right.value
+    colours = {tuple(segment.RecommendedDisplayCIELabValue) for segment in (liver, kidney, gland, ventricle)}
+    assert len(colours) == 4
+
+
+def test_altered_tissue_has_its_morphology_and_the_organ_it_lies_in(tmp_path):
+    tumour, oedema, metastases = segments_of(tmp_path, "Left kidney tumor", "oedema", "liver metastases")
+    assert tumour.segmented_property_type == codes.SCT.Neoplasm and oedema.segmented_property_type == codes.SCT.Edema
+    assert metastases.segmented_property_type == codes.SCT.NeoplasmMetastatic
+    assert all(
+        each.segmented_property_category == codes.SCT.MorphologicallyAbnormalStructure for each in (tumour, oedema)
+    )
+    assert tumour.anatomic_regions == [codes.SCT.Kidney] and metastases.anatomic_regions == [codes.SCT.Liver]
+    assert tumour.AnatomicRegionSequence[0].AnatomicRegionModifierSequence[0].CodeValue == codes.SCT.Left.value
+
+
+def test_unknown_labels_keep_a_code_of_their_own_with_their_name(tmp_path):
+    first, second = segments_of(tmp_path, "prostate or uterus", "my thing")
+    assert first.segmented_property_type.scheme_designator == "99MIM3D"
+    assert second.segmented_property_type.meaning == "my thing" == second.segment_label
+    assert tuple(first.RecommendedDisplayCIELabValue) != tuple(second.RecommendedDisplayCIELabValue)
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword"),
+    [("gall bladder", "Gallbladder"), ("Esophagus", "Esophagus"), ("postcava", "InferiorVenaCava"), ("Lungs", "Lung"),
+     ("kidney_R", "Kidney"), ("RightKidney", "Kidney"), ("myocardium of the left ventricle", "LeftVentricleMyocardium"),
+     ("portal vein and splenic vein", "BloodVessel"), ("portal and splenic veins", "BloodVessel"),
+     ("Vessel", "BloodVessel"), ("heart_ventricle_left", "LeftVentricle"), ("lymph node", None),
+     ("liver lobe", None), ("lung vessels", None)],
+)  # fmt: skip
+def test_names_are_found_however_they_are_spelt(name, keyword):
+    assert meaning_of(name).keyword == keyword
+
+
+def test_published_organs_and_every_keyword_have_a_code():
+    uncoded = {
+        name
+        for preset in published_presets().values()
+        for value, name in (preset.labels or {}).items()
+        if value and meaning_of(name).keyword is None
+    }
+    assert uncoded <= {"prostate or uterus"}
+    found = [meaning_of(name) for name in (*terminology._ANATOMY, *terminology._VARIANTS)]
+    assert all(hasattr(codes.SCT, meaning.keyword) for meaning in found)
+
+
+def test_the_series_says_what_is_segmented(tmp_path):
+    segments_of(tmp_path, "liver", "spleen", *[f"structure number {index}" for index in range(9)])
+    text = pydicom.dcmread(tmp_path / "seg.dcm").SeriesDescription
+    assert text == "mim3d segmentation: liver, spleen, structure number 0, ..." and len(text) <= 64
 
 
 def test_a_map_without_any_label_is_written_too(tmp_path):

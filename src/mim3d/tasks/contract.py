@@ -306,7 +306,8 @@ class PredictionSettings:
             names of labels.
         min_component_ml: Remove connected components (26 neighbours) smaller than this, in millilitres.
         format: Format of label maps: nii.gz, nrrd, mha, dicom_seg (for DICOM series; needs the extra `dicom`), or auto:
-            as the source, NIfTI for DICOM series.
+            as the source, NIfTI for DICOM series. A dicom_seg file carries the patient's name and number on purpose,
+            which ties it to the patient in an archive.
     """
 
     overlap: float | None = None

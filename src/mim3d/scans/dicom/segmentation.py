@@ -1,14 +1,15 @@
 """Label maps as DICOM Segmentation objects (PS3.3 A.51), tied to the slices of the series that was segmented.
 
 The object names patient, study and frame of reference as the series does, which is what ties it to the patient in an
-archive: those elements are copied from the slices into the file, and nowhere else.
+archive: those elements are copied from the slices into the file, on purpose, and nowhere else.
+
+Segments have codes of SNOMED CT where their names are known (:mod:`mim3d.scans.dicom.terminology`), and colours.
 """
 
 import importlib.util
 import os
-import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from mim3d.core.files import atomic_file
 from mim3d.core.names import printable
 from mim3d.scans.dicom.headers import read_header
 from mim3d.scans.dicom.series import Stack, open_series
+from mim3d.scans.dicom.terminology import colour_of, meaning_of
 from mim3d.scans.files import warn_once
 from mim3d.scans.grids import spacing_of
 from mim3d.scans.volumes import DICOM, format_of
@@ -36,9 +38,6 @@ _MAY_BE_EMPTY = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber",
 )  # fmt: skip
-
-#: Names of these kinds are altered tissue, all others anatomical structures.
-_ALTERED = re.compile(r"tumou?r|lesion|nodule|cyst|cancer|metasta|carcinoma|oedema|edema|necro|enhancing|infarct")
 
 
 def require_highdicom() -> None:
@@ -102,7 +101,7 @@ def write_dicom_seg(
                 manufacturer_model_name="mim3d",
                 software_versions=__version__,
                 device_serial_number="0",
-                series_description="Segmentation by mim3d",
+                series_description=_description([segment.SegmentLabel for segment in segments]),
                 content_description="Segmentation by mim3d",
             )
             segmentation.save_as(part)
@@ -200,23 +199,51 @@ def _unfit(series: str, error: Exception) -> DataError:
 
 
 def _segment(number: int, name: str, algorithm: str) -> Any:
+    from highdicom.color import CIELabColor
     from highdicom.content import AlgorithmIdentificationSequence
     from highdicom.seg import SegmentDescription
     from highdicom.sr.coding import CodedConcept
     from pydicom.sr.codedict import codes
 
+    meaning = meaning_of(name)
     # A backslash separates values; a label without any letter is not allowed.
     name = printable(name).replace("\\", "/").strip()[:_MAX_LABEL] or f"label {number}"
-    altered = _ALTERED.search(name.lower())
-    category = codes.SCT.MorphologicallyAbnormalStructure if altered else codes.SCT.AnatomicalStructure
-    # Names of labels are the user's own; a scheme that begins with 99 is private (PS3.16 8.1).
-    kind = CodedConcept(f"label{number}", "99MIM3D", name)
+    if meaning.keyword is None:
+        # Names of labels are the user's own; a scheme that begins with 99 is private (PS3.16 8.1).
+        kind = CodedConcept(f"label{number}", "99MIM3D", name)
+    else:
+        kind = CodedConcept.from_code(getattr(codes.SCT, meaning.keyword))
     algorithms = AlgorithmIdentificationSequence(algorithm[:_MAX_LABEL], codes.DCM.ArtificialIntelligence, __version__)
-    return SegmentDescription(
+    segment = SegmentDescription(
         segment_number=number,
         segment_label=name,
-        segmented_property_category=category,
+        segmented_property_category=(
+            codes.SCT.MorphologicallyAbnormalStructure if meaning.is_altered else codes.SCT.AnatomicalStructure
+        ),
         segmented_property_type=kind,
         algorithm_type="AUTOMATIC",
         algorithm_identification=algorithms,
+        anatomic_regions=None if meaning.organ is None else [getattr(codes.SCT, meaning.organ)],
+        display_color=CIELabColor(*colour_of(meaning, number)),
     )
+    if meaning.side is not None:
+        side = CodedConcept.from_code(getattr(codes.SCT, meaning.side))
+        # A side belongs to the anatomy: of altered tissue that is its region (PS3.3 table 10-5).
+        if meaning.organ is not None:
+            segment.AnatomicRegionSequence[0].AnatomicRegionModifierSequence = [side]
+        else:
+            segment.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [side]
+    return segment
+
+
+def _description(names: Sequence[str]) -> str:
+    """What is segmented, as the description of a series: as many names as it holds."""
+    kept = list(names)
+    while True:
+        more = ", ..." if len(kept) < len(names) else ""
+        text = f"mim3d segmentation: {', '.join(kept)}{more}"
+        if len(text) <= _MAX_LABEL:
+            return text
+        if not kept:
+            return "mim3d segmentation"
+        kept.pop()
