@@ -316,6 +316,7 @@ class RunRecord:
         manifest: Content of ``manifest.json``.
         pictures: File of pictures of each step.
         left_out: Rows of the lists of cases that it left out, those of its probe last.
+        last_checkpoint: Step of its last checkpoint, 0 where it has none.
     """
 
     path: Path
@@ -324,6 +325,7 @@ class RunRecord:
     manifest: dict[str, Any]
     pictures: dict[int, Path]
     left_out: list[dict[str, str]] = field(default_factory=list)
+    last_checkpoint: int = 0
 
 
 def read_run(path: str | os.PathLike[str]) -> RunRecord:
@@ -335,6 +337,7 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
     run = Run(Path(path), command="", writes=False)
     if not run.manifest_path.is_file():
         raise ConfigError(f"{run.path} is no run folder: it has no manifest.json; give the --out of a command.")
+    kept = " ".join(file.name for file in run.checkpoints_dir.glob("step_*.pt"))
     return RunRecord(
         path=run.path,
         config=read_yaml(run.config_path) if run.config_path.is_file() else {},
@@ -342,6 +345,7 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         manifest=read_manifest(run.manifest_path),
         pictures=picture_files(run.path),
         left_out=[*read_left_out(run.path / LEFT_OUT_NAME), *read_left_out(run.path / "probe" / LEFT_OUT_NAME)],
+        last_checkpoint=max(map(int, re.findall(r"\bstep_(\d{8})\.pt\b", kept)), default=0),
     )
 
 

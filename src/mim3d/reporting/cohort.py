@@ -24,10 +24,13 @@ def cohort(runs: Sequence[NamedRun], sets: Sequence[ScoreSet]) -> dict[str, Any]
     Nothing is read but the manifests of the runs and the scores: no scan, no cache and no name of a patient.
     """
     rows, contents = [], []
+    scored = {each.name: [each.name, "scored", "–", *_scored_row(each)] for each in sets}
     for run in runs:
         parts = parts_of(run)
         for name, part in parts.items():
             rows.append([run.name, name, _fold(run), *_part_row(part)])
+        if run.name in scored:
+            rows.append(scored.pop(run.name))
         held = {
             kind: dict.fromkeys(name for part in parts.values() for name in part[kind])
             for kind in ("labels", "classes")
@@ -41,7 +44,7 @@ def cohort(runs: Sequence[NamedRun], sets: Sequence[ScoreSet]) -> dict[str, Any]
             for kind, names in held.items()
             if names
         ]
-    rows += [[each.name, "scored", "–", *_scored_row(each)] for each in sets]
+    rows += scored.values()
     return {"rows": rows, "contents": contents} if rows else {}
 
 

@@ -20,6 +20,7 @@ from mim3d.core.files import plain_text, write_text
 from mim3d.core.names import name_digest
 from mim3d.core.progress import say
 from mim3d.core.settings import flat
+from mim3d.core.warned import UnfinishedWarning, merged
 from mim3d.reporting import overlays, scan_images
 from mim3d.reporting.charts import curve_names, curves_chart
 from mim3d.reporting.cohort import cohort
@@ -81,11 +82,12 @@ def _sections(
 ) -> list[tuple[str, str, dict[str, Any]]]:
     """Anchor, title and content of every section that has something to show."""
     sources: list[NamedRun | ScoreSet] = [*runs, *sets]
-    said = [(each.name, each.warnings) for each in sources if each.warnings]
+    said = {each.name: merged(*(other.warnings for other in sources if other.name == each.name)) for each in sources}
+    said = {name: rows for name, rows in said.items() if rows}
     images = [shown for run in runs if (shown := _training_images(run))]
     curves = _curves(runs)
     sections: dict[str, tuple[str, dict[str, Any]]] = {
-        "warnings": ("Warnings", {"sources": said} if said else {}),
+        "warnings": ("Warnings", {"sources": list(said.items())} if said else {}),
         "runs": ("Runs", _runs(runs, has_scores=bool(sets))),
         "cohort": ("Cohort", cohort(runs, sets)),
         "scores": ("Scores", score_tables(sets)),
@@ -135,12 +137,11 @@ def _run_row(run: NamedRun) -> list[str]:
     total_s = round(sum(a for a, b in zip(times_s, [*times_s[1:], 0.0], strict=False) if b < a))
     hours, minutes, seconds = total_s // 3600, total_s // 60 % 60, total_s % 60
     duration = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
-    steps = [int(line["step"]) for line in run.record.metrics]
     return [
         run.name,
         run.command,
         run.subject or "–",
-        _steps_done(run, max(steps)) if steps else "none logged",
+        _steps_done(run),
         f"{losses[-1]:.4g}" if losses.size else "–",
         best[0] if best else "–",
         duration if times_s.size else "–",
@@ -149,10 +150,14 @@ def _run_row(run: NamedRun) -> list[str]:
     ]
 
 
-def _steps_done(run: NamedRun, last: int) -> str:
-    """The last step, and of how many where it was not the end."""
+def _steps_done(run: NamedRun) -> str:
+    """The last step that was logged or kept, and of how many where it was not the end."""
+    last = max([run.record.last_checkpoint, *(int(line["step"]) for line in run.record.metrics)])
     planned = (run.record.manifest.get("derived") or {}).get("max_steps")
-    return f"{last} of {planned}" if isinstance(planned, int) and last < planned else str(last)
+    if not isinstance(planned, int) or last >= planned:
+        return str(last) if last else "none logged"
+    stopped = any(row["kind"] == UnfinishedWarning.kind for row in run.warnings)
+    return f"{'stopped at ' if stopped else ''}{last} of {planned}"
 
 
 def _curves(runs: Sequence[NamedRun]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from mim3d.reporting.charts import dice_chart, reliability_chart, roc_chart
 from mim3d.reporting.paper_tables import CLASS_COLUMNS, Column
 from mim3d.reporting.rendering import interval, number
 from mim3d.reporting.segmentations import case_mean
-from mim3d.reporting.sources import ScoreSet
+from mim3d.reporting.sources import ScoreSet, related_sets
 
 #: Scores of label maps that are shown.
 LABEL_COLUMNS = (Column("dice", "Dice", 3), Column("hd95_mm", "HD95 (mm)", 2), Column("nsd", "NSD", 3))
@@ -44,21 +44,6 @@ def score_tables(sets: Sequence[ScoreSet]) -> dict[str, Any]:
         "groups": [_label_maps(group) for group in related_sets([each for each in sets if not each.is_of_classes])],
         "class_groups": [_classes(group) for group in related_sets([each for each in sets if each.is_of_classes])],
     }
-
-
-def related_sets(sets: Sequence[ScoreSet]) -> list[list[ScoreSet]]:
-    """Sets in groups that one table compares: they share a label or class, and cases or the place of references."""
-    groups: list[list[ScoreSet]] = []
-    for each in sets:
-        near = [group for group in groups if any(_is_related(each, other) for other in group)]
-        joined = [other for group in near for other in group] + [each]
-        groups = [group for group in groups if group not in near] + [joined]
-    return sorted(groups, key=lambda group: sets.index(group[0]))
-
-
-def _is_related(one: ScoreSet, other: ScoreSet) -> bool:
-    places = [str(each.content["settings"].get("references")) for each in (one, other)]
-    return bool(one.names & other.names) and (places[0] == places[1] or bool(one.cases.keys() & other.cases.keys()))
 
 
 def _label_maps(maps: Sequence[ScoreSet]) -> dict[str, Any]:

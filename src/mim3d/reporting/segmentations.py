@@ -10,7 +10,7 @@ from mim3d.core.errors import ConfigError, Mim3dError, listed
 from mim3d.core.names import cut
 from mim3d.reporting import overlays
 from mim3d.reporting.rendering import LabelColours, label_colours, number
-from mim3d.reporting.sources import ScoreSet
+from mim3d.reporting.sources import ScoreSet, related_sets
 from mim3d.scans.grids import is_there
 
 #: Cases that are shown unless some are named: the worst, the median, the best, and others evenly between them.
@@ -35,7 +35,7 @@ class ShownCase:
 
 
 def segmentations(sets: Sequence[ScoreSet], wanted: Sequence[str] = ()) -> dict[str, Any]:
-    """What the template of the section shows; empty where there are no cases.
+    """What the template of the section shows, unrelated data sets apart; empty where there are no cases.
 
     Args:
         sets: Scores of label maps.
@@ -44,21 +44,28 @@ def segmentations(sets: Sequence[ScoreSet], wanted: Sequence[str] = ()) -> dict[
     Raises:
         ConfigError: An id that no set has.
     """
-    ranked = ranked_cases(sets)
     every = {name for each in sets for name in each.cases}
     if unknown := [name for name in wanted if name not in every]:
         known = f"they have {listed(sorted(every), 9)}" if every else "there are none of label maps"
         raise ConfigError(f"cases names {cut(unknown[0])!r}, which no file of scores has: {known}.")
+    groups = [group for related in related_sets(sets) if (group := _group(related, wanted))]
+    return {"groups": groups} if groups else {}
+
+
+def _group(sets: Sequence[ScoreSet], wanted: Sequence[str]) -> dict[str, Any]:
+    """The cases of one data set, empty where none is to be shown."""
+    ranked = ranked_cases(sets)
     labels = dict(sorted({value: name for each in sets for value, name in each.labels.items() if value}.items()))
     colours = {value: label_colours(position) for position, value in enumerate(labels)}
-    chosen = [(name, _title(name, ranked)) for name in wanted] or spread_out(ranked)
+    held = [name for name in wanted if any(name in each.cases for each in sets)]
+    chosen = [(name, _title(name, ranked)) for name in held] if wanted else spread_out(ranked)
     if not chosen:
         return {}
     return {
+        "sets": sets,
         "labels": [(name, colours[value]) for value, name in labels.items()],
         "cases": [_shown(case_id, title, sets, colours) for case_id, title in chosen],
         "num_cases": len(ranked),
-        "num_sets": len(sets),
     }
 
 

@@ -195,6 +195,21 @@ def read_sources(runs: Sequence[str], scores: Sequence[str]) -> tuple[list[Named
     return named, [ScoreSet(names[owner], colours[owner], _read_scores(Path(path))) for path, owner in owners]
 
 
+def related_sets(sets: Sequence[ScoreSet]) -> list[list[ScoreSet]]:
+    """Sets in groups that one table compares: they share a label or class, and cases or the place of references."""
+    groups: list[list[ScoreSet]] = []
+    for each in sets:
+        near = [group for group in groups if any(_is_related(each, other) for other in group)]
+        joined = [other for group in near for other in group] + [each]
+        groups = [group for group in groups if group not in near] + [joined]
+    return sorted(groups, key=lambda group: sets.index(group[0]))
+
+
+def _is_related(one: ScoreSet, other: ScoreSet) -> bool:
+    places = [str(each.content["settings"].get("references")) for each in (one, other)]
+    return bool(one.names & other.names) and (places[0] == places[1] or bool(one.cases.keys() & other.cases.keys()))
+
+
 def short_names(paths: Sequence[str]) -> dict[str, str]:
     """For each absolute path the fewest last parts that tell it from the others, without `.json`."""
     parts = {path: Path(path).with_suffix("").parts if path.endswith(".json") else Path(path).parts for path in paths}

@@ -1,8 +1,7 @@
-// Shows all cases, or the one that is chosen. Without scripts, and on paper, all are there.
-(() => {
-  const section = document.currentScript.parentElement;
-  const picker = section.querySelector(".picker"), select = picker.querySelector("select");
-  const cases = [...section.querySelectorAll("article.case")];
+// Shows all cases of a data set, or the one that is chosen. Without scripts, and on paper, all are there.
+document.querySelectorAll(".picker").forEach((picker) => {
+  const select = picker.querySelector("select");
+  const cases = [...picker.parentElement.querySelectorAll("article.case")];
   const show = () => cases.forEach((shown, place) =>
     shown.classList.toggle("elsewhere", select.value !== "" && Number(select.value) !== place));
   select.addEventListener("change", show);
@@ -13,4 +12,4 @@
   }));
   picker.hidden = false;
   show();
-})();
+});
