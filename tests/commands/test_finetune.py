@@ -3,6 +3,7 @@
 import csv
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -19,11 +20,11 @@ from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import to_named
 from mim3d.datasets.cases import Case, read_cases
-from mim3d.datasets.splits import TrainPart
+from mim3d.datasets.splits import Split, TrainPart
 from mim3d.scans.intensity import Intensity
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network
-from mim3d.workflows.shared.held_out import choose_split
+from mim3d.workflows.shared.held_out import choose_split, split_in_words
 from tests.commands.conftest import BACKBONE, TASK
 from tests.labelled import ball_scan, write_ball_set, write_scan
 
@@ -80,6 +81,31 @@ def test_held_out_cases_are_a_list_that_is_data_again(segmenter_run):
     listed = read_cases(segmenter_run / "held_out.csv")
     assert {case.id for case in listed.cases} == ids["val"]
     assert all(case.label for case in listed.cases)
+
+
+def test_the_manifest_counts_the_cohort_and_names_nobody(segmenter_run):
+    derived = read_run(segmenter_run).manifest["derived"]
+    parts = derived["cohort"]
+    assert {name: (part["num_scans"], part["num_patients"]) for name, part in parts.items()} == {
+        "train": (4, 4),
+        "held out": (2, 2),
+    }
+    assert parts["train"]["labels"] == {"ball": 4, "core": 4}
+    assert len(parts["train"]["spacing_mm"]) == 3
+    assert derived["split"].startswith("fold 0 of ")
+    split = json.loads((segmenter_run / "split.json").read_text())
+    assert not [case["id"] for part in split.values() for case in part if f'"{case["id"]}"' in json.dumps(parts)]
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [({}, "fold 1 of 5, from 0"), ({"split": "val"}, "declared split"), ({"fold": 1}, "declared fold 1")],
+)
+def test_it_is_said_by_what_cases_are_held_out(declared, words):
+    case = Case(id="a", images=("a.nii",), patient="a")
+    split = Split(train=(case,), val=(replace(case, id="b", **declared),))
+    assert split_in_words(split, 1, 5) == words
+    assert split_in_words(Split(train=(case,), val=()), None, 5) == "none held out"
 
 
 def test_a_saved_config_runs_again_with_a_new_folder(segmenter_run, tmp_path):

@@ -189,8 +189,21 @@ def test_cases_can_be_named(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_run_that_stopped_says_where(tmp_path):
+    run = make_run(tmp_path / "run")
+    run.note({"max_steps": 300})
+    assert "<td>100 of 300</td>" in write_report(tmp_path, tmp_path / "run")
+    # It logs every so many steps, and keeps a checkpoint of the last one.
+    (run.checkpoints_dir / "step_00000107.pt").write_bytes(b"")
+    run.keep_warnings([{"kind": "unfinished", "text": "stopped after step 107 of 300"}])
+    assert "<td>stopped at 107 of 300</td>" in write_report(tmp_path, tmp_path / "run")
+    run.note({"max_steps": 107})
+    assert "<td>107</td>" in write_report(tmp_path, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_cohort_is_told_from_what_the_run_noted(tmp_path):
-    run = make_run(tmp_path / "run", fold=1, num_folds=5)
+    run = make_run(tmp_path / "run")
     part = {
         "num_scans": 12,
         "num_patients": 9,
@@ -199,10 +212,15 @@ def test_the_cohort_is_told_from_what_the_run_noted(tmp_path):
         "labels": {"liver": 12, "<i>tumour": 4},
         "classes": {},
     }
-    run.note({"cohort": {"train": part, "held out": {**part, "num_scans": 3, "labels": {"liver": 3}}}})
+    run.note(
+        {
+            "split": "fold 1 of 5, from 0",
+            "cohort": {"train": part, "held out": {**part, "num_scans": 3, "labels": {"liver": 3}}},
+        }
+    )
     make_scores(tmp_path, tmp_path / "run" / "scores.json", cases="ab")
     shown = section(write_report(tmp_path, tmp_path / "run"), "cohort")
-    assert "<td>train</td><td>1 (of 0 to 4)</td><td>12</td><td>9</td><td>11 CT, 1 unknown</td>" in shown
+    assert "<td>train</td><td>fold 1 of 5, from 0</td><td>12</td><td>9</td><td>11 CT, 1 unknown</td>" in shown
     assert "<td>0.8 × 0.8 × 3 (0.7 × 0.7 × 1 to 0.9 × 0.9 × 5)</td>" in shown
     assert "&lt;i&gt;tumour</th><td>4</td><td>0</td>" in shown
     assert "<td>scored</td><td>–</td><td>2</td>" in shown
@@ -249,6 +267,7 @@ def test_scores_of_unrelated_data_sets_stand_in_tables_of_their_own(tmp_path, mo
     monkeypatch.setattr("mim3d.reporting.segmentations.overlays.overlay_image", lambda *given: "")
     page = write_report(tmp_path, tmp_path / "one", tmp_path / "two")
     assert "not the same cases" not in page and "Differences are to" not in page
+    assert section(page, "segmentations").count("Case 1 of 2") == 4
     assert section(page, "scores").count('alt="Dice of every case by label"') == 2
     # Their curves are apart too.
     titles = re.findall(r"<h3>(.*?)</h3>", section(page, "curves"))

@@ -28,7 +28,7 @@ def cohort(runs: Sequence[NamedRun], sets: Sequence[ScoreSet]) -> dict[str, Any]
     for run in runs:
         parts = parts_of(run)
         for name, part in parts.items():
-            rows.append([run.name, name, _fold(run), *_part_row(part)])
+            rows.append([run.name, name, _split(run), *_part_row(part)])
         if run.name in scored:
             rows.append(scored.pop(run.name))
         held = {
@@ -60,10 +60,10 @@ def parts_of(run: NamedRun) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _fold(run: NamedRun) -> str:
-    """Which fold of how many a run held out."""
-    fold, total = (run.record.config.get(name) for name in ("fold", "num_folds"))
-    return f"{fold} (of 0 to {total - 1})" if isinstance(fold, int) and isinstance(total, int) else "–"
+def _split(run: NamedRun) -> str:
+    """By what a run held cases out, as it noted."""
+    noted = (run.record.manifest.get("derived") or {}).get("split")
+    return noted if isinstance(noted, str) else "–"
 
 
 def _part_row(part: Mapping[str, Any]) -> list[str]:

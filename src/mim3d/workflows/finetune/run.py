@@ -35,7 +35,7 @@ from mim3d.workflows.finetune.planning import PlannedRun, plan_finetuning, save_
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.damage import adding_to, damaged_rows, on_sound_scans
 from mim3d.workflows.shared.first_screen import network_line, say_what_is_learned
-from mim3d.workflows.shared.held_out import write_split
+from mim3d.workflows.shared.held_out import split_in_words, write_split
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, weights_input
 from mim3d.workflows.shared.leakage import (
@@ -106,6 +106,7 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
         write_split(run, split)
         parts = {"train": split.train, "held out": split.val}
         run.note({"cohort": {name: cohort_of(scans.subset(part)) for name, part in parts.items() if part}})
+        run.note({"split": split_in_words(split, settings.single_fold, settings.num_folds)})
         learned, strict = scans.subset(split.train), bool(settings.strict)
         if split.val:
             held_out = identities_of(scans.subset(split.val))

@@ -92,6 +92,17 @@ def choose_split(
     return Split(train=train, val=split.val).without(unreadable)
 
 
+def split_in_words(split: Split, fold: int | None, num_folds: int) -> str:
+    """By what cases are held out: the data set's own split or folds, or those that were drawn."""
+    if not split.val:
+        return "none held out"
+    if any(case.split == "val" for case in split.val):
+        return "declared split"
+    if any(case.fold is not None for case in split.val):
+        return f"declared fold {fold}"
+    return f"fold {fold} of {num_folds}, from 0"
+
+
 def write_split(run: Run, split: Split) -> None:
     """Write the ids of both parts to ``split.json``, and the held-out cases as a list that is DATA again."""
     if not run.writes:
