@@ -74,7 +74,7 @@ BUDGET = {
     "nn": 575,
     "tracking": 550,
     "metrics": 1325,
-    "datasets": 3970,
+    "datasets": 3995,
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1860,

@@ -146,6 +146,26 @@ def test_two_label_maps_of_one_name_are_refused_with_both(tmp_path):
         read_cases(tmp_path)
 
 
+@pytest.mark.parametrize("twin_labels", [False, True])
+@pytest.mark.parametrize("channel", ["", "_0000"])
+def test_copies_of_a_scan_unpacked_beside_it_have_its_label_map_and_are_one_patients(tmp_path, twin_labels, channel):
+    touch(tmp_path, *(f"imagesTr/{name}{channel}.nii.gz" for name in "abc"), *(f"labelsTr/{n}.nii.gz" for n in "abc"))
+    touch(tmp_path, f"imagesTr/a{channel}.nii", *(["labelsTr/a.nii"] if twin_labels else []))
+    with pytest.warns(UserWarning, match="2 scans share the name of another but for its ending"):
+        cases = read_cases(tmp_path).cases
+    assert len(cases) == 4 and len({case.id for case in cases}) == 4 and len({case.patient for case in cases}) == 3
+    own = {Path(case.images[0]).name: Path(case.label).name for case in cases}
+    assert own[f"a{channel}.nii"] == ("a.nii" if twin_labels else "a.nii.gz")
+    assert own[f"a{channel}.nii.gz"] == "a.nii.gz" and own[f"b{channel}.nii.gz"] == "b.nii.gz"
+
+
+def test_one_channel_of_a_scan_in_two_forms_is_refused(tmp_path):
+    touch(tmp_path, *(f"imagesTr/{n}_000{c}.nii.gz" for n in "ab" for c in (0, 1)), "imagesTr/a_0000.nii")
+    touch(tmp_path, "labelsTr/a.nii.gz", "labelsTr/b.nii.gz")
+    with pytest.raises(DataError, match=r"a_0000\.nii\.gz have the same name but for the ending"):
+        read_cases(tmp_path)
+
+
 def pairs(tmp_path: Path, predictions: list[str], references: list[str]) -> list[tuple[str, str, str]]:
     for side, names in (("pred", predictions), ("ref", references)):
         shutil.rmtree(tmp_path / side, ignore_errors=True)

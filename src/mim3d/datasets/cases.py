@@ -296,19 +296,27 @@ def _read_pairs(image_folder: str, label_folder: str, with_labels: bool) -> list
     """
     images = _group_channels(scans_in(image_folder), image_folder)
     labels = _by_place(scans_in(label_folder), label_folder) if with_labels else {}
+    stems = {place: _stem_of(place, files[0])[0] for place, files in images.items()}
+    if twice := [path for place, path in labels.items() if _stem_of(place, path)[1] and place not in images]:
+        raise DataError(f"{label_folder}: {' and '.join(twice[:2])} have the same name; rename or move one.")
     # Without labels the names of files are enough.
-    names = set(map(_name_of, labels)) or {
+    names = {_name_of(_stem_of(place, path)[0]) for place, path in labels.items()} or {
         scan_id(name) for _, _, files in os.walk(label_folder) for name in files if suffix_of(name)
     }
-    if names and names.isdisjoint(map(_name_of, images)):
+    if names and names.isdisjoint(map(_name_of, stems.values())):
         return []
     label_of = {place: labels.pop(place) for place in images if place in labels}
+    # Copies of a scan under another ending share its label map.
+    label_of |= {place: labels[stem] for place, stem in stems.items() if stem != place and stem in labels}
+    used = set(label_of.values())
+    labels = {place: path for place, path in labels.items() if path not in used}
     by_name, left = (_by_name(places) for places in (images.keys() - label_of.keys(), labels))
     label_of |= {by_name[name]: labels.pop(left[name]) for name in by_name.keys() & left.keys()}
     for place, label in labels.items():
         images[place] = (os.path.join(image_folder, os.path.relpath(label, label_folder)),)
     label_of |= labels
-    return [Case(id=_name_of(place), images=paths, label=label_of.get(place)) for place, paths in images.items()]
+    stems |= {place: place for place in images.keys() - stems.keys()}
+    return [Case(id=_name_of(stems[place]), images=paths, label=label_of.get(place)) for place, paths in images.items()]
 
 
 def _name_of(place: str) -> str:
@@ -360,7 +368,7 @@ def _read_tree(folder: str, with_labels: bool, channels: Sequence[str] = ()) -> 
     paths = scans_in(folder)
     if re.fullmatch(r"images(Tr|Ts|Val)", os.path.basename(folder)):
         groups = _group_channels(paths, folder)
-        cases = tuple(Case(id=_name_of(place), images=files) for place, files in groups.items())
+        cases = tuple(Case(id=_name_of(_stem_of(place, files[0])[0]), images=files) for place, files in groups.items())
         return CaseSet(root=folder, form="folder", cases=cases, labels={})
     found = sort_tree(paths, folder, with_labels=with_labels, channels=channels)
     patients = patients_of_folders([case.images[0] for case in found.cases], folder)
@@ -413,29 +421,43 @@ def _group_channels(paths: Iterable[str], folder: str) -> dict[str, tuple[str, .
     """
     named = _by_place(paths, folder)
     groups: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, path in named.items():
+    for place, path in named.items():
+        name, ending = _stem_of(place, path)
         match = _CHANNEL.match(name)
-        groups[match["case"] if match else name][match["channel"] if match else ""] = path
+        groups[(match["case"] if match else name) + ending][match["channel"] if match else ""] = path
     channels = {tuple(sorted(group)) for group in groups.values()}
     expected = tuple(f"{index:04d}" for index in range(len(next(iter(channels), ()))))
     if channels != {expected}:
+        twice = [place for place, path in named.items() if _stem_of(place, path)[1]]
+        if twice and any(len(group) > 1 for group in groups.values()):
+            raise DataError(f"{folder}: {listed(twice)} have the same name but for the ending; rename or move one.")
         return {name: (path,) for name, path in named.items()}
     return {case: tuple(group[channel] for channel in expected) for case, group in groups.items()}
 
 
 def _by_place(paths: Iterable[str], folder: str) -> dict[str, str]:
-    """Scans of a folder by their places in it, without suffixes.
+    """Scans of a folder by their places in it, without suffixes where these are not what tells two of them apart.
 
     Raises:
         DataError: Two have the same name.
     """
-    named: dict[str, str] = {}
+    files: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         place = os.path.relpath(path, folder)
-        other = named.setdefault(unicodedata.normalize("NFC", place.removesuffix(suffix_of(place))), path)
-        if other != path:
-            raise DataError(f"{folder}: {other} and {path} have the same name; rename or move one.")
+        files[unicodedata.normalize("NFC", place.removesuffix(suffix_of(place)))].append(path)
+    named: dict[str, str] = {}
+    for place, found in files.items():
+        for path in found:
+            other = named.setdefault(place + suffix_of(path) if len(found) > 1 else place, path)
+            if other != path:
+                raise DataError(f"{folder}: {other} and {path} have the same name; rename or move one.")
     return named
+
+
+def _stem_of(place: str, path: str) -> tuple[str, str]:
+    """A place of ``_by_place`` without suffix, and the suffix where it has one."""
+    ending = suffix_of(path)
+    return (place.removesuffix(ending), ending) if place.endswith(ending) else (place, "")
 
 
 def read_slice_folders(root: str | os.PathLike[str]) -> CaseSet:
