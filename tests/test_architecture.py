@@ -86,7 +86,7 @@ BUDGET = {
     "loading": 1055,
     "distributed": 715,
     "training": 2370,
-    "tasks": 4145,
+    "tasks": 4175,
     "methods": 925,
     "probing": 850,
     "exporting": 1150,

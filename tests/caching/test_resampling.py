@@ -132,3 +132,12 @@ def test_labels_are_the_same_in_slabs(monkeypatch):
         monkeypatch.setattr(resampling, "_SLAB_VOXELS", 1)
         np.testing.assert_array_equal(resample_labels(label, axes), whole)
         assert 9 in whole
+
+
+def test_what_fills_less_than_half_of_a_larger_voxel_is_lost_from_its_label():
+    """A sheet of probability 1 between slices, as docs/concepts/weights-to-prediction.md says of thin structures."""
+    axis = plan_axis(50, 10, 5.0)
+    for thickness, is_kept in ((2, False), (4, True)):
+        sheet = np.zeros(50)
+        sheet[27 - thickness // 2 : 27 - thickness // 2 + thickness] = 1
+        assert bool((axis.weight * sheet[axis.index]).sum(axis=1).max() > 0.5) is is_kept

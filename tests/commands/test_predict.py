@@ -622,3 +622,19 @@ def test_a_dicom_series_and_foreign_formats_get_label_maps_on_their_grids(segmen
         predicted = read_volume(str(out / case["prediction"]), label=True)
         assert predicted.array.shape == scan.array.shape
         assert np.allclose(predicted.affine, scan.affine, atol=1e-4)
+
+
+def test_probabilities_that_are_interpolated_are_said_and_kept(segmenter_run, scans, tmp_path, capsys):
+    run = damaged(segmenter_run, tmp_path / "resampled", spacing_mm=[1.0, 1.0, 2.0])
+    write_scan(scans / "fits.nii.gz", ball_scan(60)[0], np.diag([1.0, 1.0, 2.0, 1.0]))
+    content = listing(Path(predict(str(run), str(tmp_path / "out"), input=str(scans))))
+    assert capsys.readouterr().out.count("interpolated linearly to each scan's own grid") == 1
+    assert "1 x 1 x 2 mm" in content["resampling"] and "averaged where its voxels are larger" in content["resampling"]
+    computed = {case["id"]: case.get("computed_mm") for case in content["cases"]}
+    assert computed["fits"] is None and computed["new_0"] == pytest.approx([1, 1, 2], abs=0.1)
+
+
+def test_nothing_is_said_of_interpolation_without_a_voxel_size(segmenter_run, scans, tmp_path, capsys):
+    content = listing(Path(predict(str(segmenter_run), str(tmp_path / "out"), input=str(scans))))
+    assert "interpolated" not in capsys.readouterr().out
+    assert "resampling" not in content and not any("computed_mm" in case for case in content["cases"])

@@ -348,6 +348,11 @@ class Predictor(ABC):
         self.settings = settings
 
     @property
+    def notes(self) -> Sequence[str]:
+        """Phrases, each a line, on how every prediction is made; they are printed before the first."""
+        return ()
+
+    @property
     def scans_per_call(self) -> int:
         """Number of scans that are given to :meth:`predict` at a time."""
         return 1

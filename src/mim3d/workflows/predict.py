@@ -108,6 +108,8 @@ def predict_scans(settings: PredictSettings) -> str:
     scans = f"{number_of(len(cases), 'scan')}{' that the run held out' if settings.input is None else ''}"
     name = to_named(networks[0].task, TASKS)["name"]
     say(f"input: {scans}; {name} by {number_of(len(networks), 'network')}, on {device_name(device)}")
+    for note in predictor.notes:
+        say(note)
     with alone_in(settings.out):
         folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
         folder.only_held_out = settings.input is None

@@ -107,7 +107,19 @@ class SegmentationPredictor(Predictor):
             "labels": {str(value): name for value, name in self.first.labels.items()},
             "channels": list(self.targets.names),
             "regions": {name: list(values) for name, values in (self.first.task.regions or {}).items()},
+            **({"resampling": self.notes[0]} if self.notes else {}),
         }
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """How probabilities come to the scans' own grids, where the networks have a voxel size of their own."""
+        spacing_mm = self.first.preprocessing.spacing_mm
+        if spacing_mm is None:
+            return ()
+        return (
+            f"probabilities are computed at {' x '.join(f'{mm:.4g}' for mm in spacing_mm)} mm and interpolated "
+            "linearly to each scan's own grid, averaged where its voxels are larger; labels are decided there",
+        )
 
     def accepted(self, cases: Sequence[Case]) -> Sequence[Case]:
         """Return the scans with a path for each channel, where one file holds all channels as in the Decathlon.
@@ -156,12 +168,12 @@ class SegmentationPredictor(Predictor):
             files = self.files_of(case)
             kept = ProbabilityFile(folder / files["probabilities"]) if "probabilities" in files else None
             with kept or nullcontext():
-                said: list[str] = []
+                noted: dict[str, Any] = {}
                 labels, grid = self.segment(
                     case,
                     probability_target=None if kept is None else kept.target,
                     on_windows=on_windows,
-                    on_prepared=partial(_note_unusual, said, self.first),
+                    on_prepared=partial(_note, noted, self.first),
                 )
                 if kept is not None:
                     kept.save()
@@ -176,8 +188,7 @@ class SegmentationPredictor(Predictor):
                 write_dicom_seg(folder / files["prediction"], labels, case.images[0], names, algorithm=algorithm)
             else:
                 write_volume(folder / files["prediction"], labels, grid)
-            entry: dict[str, Any] = {"assumed": list(grid.assumed)} if grid.assumed else {}
-            entries.append(entry | ({"warnings": said} if said else {}))
+            entries.append(({"assumed": list(grid.assumed)} if grid.assumed else {}) | noted)
         return entries
 
     def segment(
@@ -228,8 +239,12 @@ def readout_of(targets: Targets) -> Readout:
     )
 
 
-def _note_unusual(said: list[str], network: TrainedNetwork, prepared: Prepared) -> None:
-    said += network.warnings_on(prepared)
+def _note(noted: dict[str, Any], network: TrainedNetwork, prepared: Prepared) -> None:
+    """Note what of a scan is unlike training, and the voxel size of its scores where that is not the scan's own."""
+    if said := network.warnings_on(prepared):
+        noted["warnings"] = said
+    if prepared.spacing_mm != prepared.grid.spacing_mm:
+        noted["computed_mm"] = list(prepared.spacing_mm)
 
 
 def is_dicom(case: Case) -> bool:
