@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -313,10 +314,11 @@ def test_scores_of_other_predictions_are_kept_unless_they_are_to_be_replaced(fol
     run(folders)
     before = (folders / "s.json").read_bytes()
     run(folders)
+    shutil.copytree(folders / "ref", folders / "perfect")
     with pytest.raises(ConfigError, match=r"s\.json holds the scores of .*pred; .*--overwrite true"):
-        run(folders, predictions=folders / "ref")
+        run(folders, predictions=folders / "perfect")
     assert (folders / "s.json").read_bytes() == before
-    assert run(folders, predictions=folders / "ref", overwrite=True)["mean"]["dice"] == 1.0
+    assert run(folders, predictions=folders / "perfect", overwrite=True)["mean"]["dice"] == 1.0
 
 
 @pytest.mark.parametrize("name", ["pred/predictions.json", "dataset.json", "table.json", "list.json"])

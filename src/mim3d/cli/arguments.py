@@ -24,6 +24,9 @@ _SHORT_FLAG = re.compile(r"-[A-Za-z]+")
 #: Flags of the command line itself, with their types.
 _OWN_FLAGS = {"config": tuple[str, ...], "allow_code": bool, "debug": bool, "help": bool}
 
+#: Flags that somebody who gives a word without one means most likely.
+_USUAL_FLAGS = ("data", "input", "predictions", "references", "weights", "out")
+
 #: Names that no parameter of a command may have.
 RESERVED = (*_OWN_FLAGS, "command")
 
@@ -163,7 +166,11 @@ def split_line(words: Sequence[str], signature: Signature) -> dict[str, Any]:
         key = beside[loose[0]]
         raise ConfigError(f"--{key} is {loose[0]!r}, but it takes {describe(signature.hint_of(key))}.")
     if loose:
-        raise ConfigError(f"mim3d {signature.command} cannot place '{loose[0]}'; see mim3d {signature.command} --help.")
+        flag = next((name for name in _USUAL_FLAGS if name in signature.hints and name not in found), None)
+        offer = f"put a flag before it, such as --{flag} {loose[0]}, or" if flag else "put the flag before it, or"
+        raise ConfigError(
+            f"mim3d {signature.command} cannot place '{loose[0]}'; {offer} see mim3d {signature.command} --help."
+        )
     return found
 
 

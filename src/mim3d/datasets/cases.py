@@ -17,6 +17,7 @@ from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import endings_apart, unique_ids
 from mim3d.datasets.label_maps import sort_tree
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list, tables_not_read, told_classes
+from mim3d.datasets.mistaken import not_scans
 from mim3d.datasets.patients import described, patients_by_pattern, patients_of_folders, patients_of_names
 from mim3d.scans.files import PREDICTIONS_MARK
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
@@ -409,7 +410,9 @@ def scans_in(folder: str, *, with_predictions: bool = False) -> list[str]:
     if not paths:
         packed = [name for _, _, names in os.walk(folder) for name in names if name.lower().endswith(_ARCHIVES)]
         hint = f" Archives are not opened; unpack {listed(sorted(packed), 3)} first." if packed else ""
-        raise DataError(f"{folder}: no scan in here; expected {', '.join(SUFFIXES)} or DICOM series.{hint}")
+        raise DataError(
+            f"{folder}: no scan in here; expected {', '.join(SUFFIXES)} or DICOM series.{hint or not_scans(folder)}"
+        )
     return paths
 
 

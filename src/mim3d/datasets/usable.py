@@ -9,6 +9,7 @@ from mim3d.core.errors import DataError
 from mim3d.core.left_out import Failure, in_words
 from mim3d.core.warned import LeftOutWarning
 from mim3d.datasets.cases import Case, CaseSet, LeftOut
+from mim3d.datasets.mistaken import refuse_unlearnable
 from mim3d.scans.grids import require_same_grid
 from mim3d.scans.volumes import read_grid
 
@@ -38,6 +39,8 @@ def usable_cases(cases: CaseSet, *, lacks: Lacks | None = None, strict: bool = F
             usable.append(case)
         else:
             left_out.append(LeftOut(case=case, reason=reason, lacking=lacking is not None))
+    if left_out and not usable and all(each.lacking for each in left_out):
+        refuse_unlearnable(cases.root, left_out)
     if left_out:
         refuse_or_say(cases.root, [each.reason for each in left_out], len(usable) + len(left_out), strict=strict)
     return replace(cases, cases=tuple(usable), left_out=tuple(left_out))

@@ -16,6 +16,7 @@ from torch import nn
 
 from mim3d.core.errors import CheckpointError
 from mim3d.core.files import REMEDY, atomic_folder, write_json
+from mim3d.datasets.mistaken import not_weights
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
@@ -93,6 +94,9 @@ def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
             f"{given} holds no {WEIGHTS_NAME}, but {several if len(others) > 1 else 'another file of weights;'} give "
             f"the file itself: {others[0]}."
         )
+    mistaken = not_weights(str(path), for_task="encoder" not in networks) if given.is_dir() else None
+    if mistaken is not None:
+        raise CheckpointError(mistaken)
     state = "is a folder without" if given.is_dir() else "does not exist; expected"
     raise CheckpointError(
         f"{given} {state} {WEIGHTS_NAME} (its own or in {', '.join(networks)}/); "

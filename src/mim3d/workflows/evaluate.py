@@ -10,6 +10,7 @@ from mim3d.core.files import load_json, read_json, write_csv, write_json, write_
 from mim3d.core.left_out import note_left_out, write_tracebacks
 from mim3d.core.progress import say
 from mim3d.core.warned import WarningRow, checked_rows, record_said, recording
+from mim3d.datasets.mistaken import is_prediction_folder, run_command
 from mim3d.datasets.references import CLASS_LIST_NAME, LIST_NAME, TABLE_NAME, is_class_table
 from mim3d.tasks import find_task
 from mim3d.tasks.evaluation import EvaluationSettings, Scores
@@ -108,7 +109,28 @@ def _scores(settings: EvaluationSettings) -> Scores:
     return LabelEvaluation(settings).scores()
 
 
+def _check_folders(settings: EvaluationSettings) -> None:
+    """Refuse natural mistakes: both sides are the same, or in each other's place, or a run stands for predictions."""
+    ours, theirs = settings.predictions, settings.references
+    command = run_command(ours)
+    if command is not None and not is_prediction_folder(ours):
+        raise ConfigError(
+            f"predictions names {ours}, a run of mim3d {command}; give the folder that mim3d predict --weights {ours} "
+            "--out PREDICTIONS writes."
+        )
+    if not isinstance(theirs, str):
+        return
+    if os.path.realpath(ours) == os.path.realpath(theirs):
+        raise ConfigError(f"predictions and references both name {ours}, so nothing would be compared; give two.")
+    if is_prediction_folder(theirs) and not is_prediction_folder(ours):
+        raise ConfigError(
+            f"references names {theirs}, which mim3d predict wrote, and predictions names {ours}, which it did not; "
+            f"the two are the wrong way round: --predictions {theirs} --references {ours}."
+        )
+
+
 def _check_settings(settings: EvaluationSettings) -> None:
+    _check_folders(settings)
     out = settings.out
     if not out.lower().endswith(".json"):
         raise ConfigError(f"out is {out}, but a file of scores ends in .json; use {out.rstrip('/')}.json.")

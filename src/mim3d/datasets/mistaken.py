@@ -1,0 +1,131 @@
+"""Folders that are given in the place of others: what they are, and what to give instead, for the end of a sentence."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from mim3d.core.errors import DataError, listed
+from mim3d.core.files import load_json
+
+if TYPE_CHECKING:
+    from mim3d.datasets.cases import LeftOut
+
+#: Folders of images that make the folder around them a data set, with those of their labels.
+_PAIRED = (("imagesTr", "labelsTr"), ("images", "labels"))
+
+#: Lists that mim3d predict leaves in its folder.
+_LISTS = ("predictions.json", "classification.json")
+
+
+def run_command(folder: str) -> str | None:
+    """The command that made a run; None where the folder is no run."""
+    with suppress(OSError, ValueError):
+        content = load_json(os.path.join(folder, "manifest.json"))
+        if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+            return str(content.get("command"))
+    return None
+
+
+def is_prediction_folder(folder: str) -> bool:
+    """Whether mim3d predict wrote a folder."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in _LISTS)
+
+
+def is_set(folder: str) -> bool:
+    """Whether a folder is a data set by its description or the names of its folders."""
+    there = {name for names in _PAIRED for name in names if os.path.isdir(os.path.join(folder, name))}
+    return os.path.isfile(os.path.join(folder, "dataset.json")) or any(set(names) <= there for names in _PAIRED)
+
+
+def not_scans(folder: str) -> str:
+    """What a folder without scans is, as sentences with what to give; empty where that is not known."""
+    command = run_command(folder)
+    if command is None:
+        return ""
+    return (
+        f" It is a run of mim3d {command}, which goes with --weights; give scans here, or for mim3d predict leave "
+        "--input out, which takes the cases that the run held out."
+    )
+
+
+def not_weights(folder: str, *, for_task: bool) -> str | None:
+    """What a folder without the weights that are asked for is, as a sentence with what to give; None if not known.
+
+    Args:
+        folder: The folder.
+        for_task: Whether the network of a task is asked for, so that an encoder is not enough.
+    """
+    command = run_command(folder)
+    if command == "pretrain" and for_task and os.path.isdir(os.path.join(folder, "encoder")):
+        return (
+            f"{folder} is a run of mim3d pretrain: its encoder has learned no task yet. Fine-tune it on labelled scans "
+            f"(mim3d finetune --data LABELLED --weights {folder} --out RUN), and give that RUN."
+        )
+    if command is not None:
+        return (
+            f"{folder} is a run of mim3d {command} that has exported no network yet; let it finish "
+            f"(mim3d {command} --out {folder} --resume true), or give another run."
+        )
+    if is_prediction_folder(folder):
+        return f"{folder} holds predictions, no network; give the run that made them."
+    if is_set(folder):
+        return f"{folder} is a data set, no network; give it as --data or --input, and as --weights a run or a file."
+    return None
+
+
+def refuse_several_sets(folder: str) -> None:
+    """Refuse a folder around data sets where labels are learned, since one value means another thing in each.
+
+    Raises:
+        DataError: Two folders or more in it are data sets.
+    """
+    if not os.path.isdir(folder) or is_set(folder):
+        return
+    with suppress(OSError):
+        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_set(entry.path))
+        if len(found) > 1:
+            raise DataError(
+                f"{folder} holds {len(found)} data sets ({listed(found)}), whose labels need not mean the same; give "
+                f"one of them, such as --data {os.path.join(folder, found[0])}, or a CSV list (image,label) of the "
+                "scans of all."
+            )
+
+
+def refuse_unlearnable(root: str, left_out: "Sequence[LeftOut]") -> None:
+    """Refuse a data set of which every case lacks what the task needs, with the layout or flag that would work.
+
+    Args:
+        root: The data set.
+        left_out: All its cases, with what each lacks.
+
+    Raises:
+        DataError: It is known what would work.
+    """
+    reason = left_out[0].reason
+    cases = [each.case for each in left_out]
+    num_labels = sum(case.label is not None for case in cases)
+    num_classes = sum(case.class_name is not None for case in cases)
+    if num_classes and not num_labels:
+        remedy = (
+            "They have classes: learn those with --task classification. To segment, name label maps in a column label."
+        )
+    elif num_labels and not num_classes and "no class" in reason:
+        remedy = (
+            "They have label maps: to segment, leave --task classification out. To classify, give a CSV list with the "
+            "columns image and class."
+        )
+    elif num_labels or num_classes:
+        return
+    else:
+        parent, name = os.path.split(os.path.abspath(root))
+        labels = next((labels for images, labels in _PAIRED if images == name), None)
+        if labels is not None and os.path.isdir(os.path.join(parent, labels)):
+            remedy = f"Their label maps lie beside it in {labels}: give --data {parent}."
+        else:
+            remedy = (
+                "Put label maps of the same names into labelsTr beside imagesTr and give the folder of both, or a CSV "
+                "list with the columns image and label (or class); mim3d pretrain learns from images alone."
+            )
+    none = "its only case cannot" if len(cases) == 1 else f"none of {len(cases)} cases can"
+    raise DataError(f"{root}: {none} be used: {reason} {remedy}")

@@ -1,0 +1,92 @@
+"""What is given in the wrong place is named, with the flag or the layout that would work, before any work begins."""
+
+import shutil
+
+import pytest
+
+from mim3d.cli import main
+from tests.labelled import write_ball_set
+
+
+@pytest.fixture
+def told(capsys):
+    """Run a command that is refused, and give the sentence."""
+
+    def run(*words):
+        assert main([str(word) for word in words]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def pretraining(tmp_path):
+    """What pre-training leaves, as far as it is looked at."""
+    run = tmp_path / "pre"
+    (run / "encoder").mkdir(parents=True)
+    (run / "encoder" / "model.safetensors").write_bytes(b"")
+    (run / "manifest.json").write_text('{"command": "pretrain", "settings": {}, "inputs": {}}')
+    return run
+
+
+def test_a_folder_around_data_sets_is_refused_by_their_names(tmp_path, told):
+    for name in ("Task04", "Task05"):
+        write_ball_set(tmp_path / "sets" / name, 2)
+    said = told("finetune", "--data", tmp_path / "sets", "--out", tmp_path / "run")
+    assert "holds 2 data sets (Task04, Task05)" in said and f"--data {tmp_path / 'sets' / 'Task04'}" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_pretraining_cannot_predict(pretraining, ball_set, tmp_path, told):
+    said = told("predict", "--weights", pretraining, "--input", ball_set, "--out", tmp_path / "out")
+    assert f"mim3d finetune --data LABELLED --weights {pretraining} --out RUN" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_is_no_network_and_predictions_are_none(ball_set, tmp_path, told):
+    said = told("predict", "--weights", ball_set, "--input", ball_set, "--out", tmp_path / "out")
+    assert "is a data set, no network; give it as --data or --input" in said
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "predictions.json").write_text('{"cases": []}')
+    assert "holds predictions" in told("predict", "--weights", tmp_path / "p", "--out", tmp_path / "out")
+
+
+def test_a_run_is_no_scan(pretraining, segmenter_run, tmp_path, told):
+    said = told("predict", "--weights", segmenter_run, "--input", pretraining, "--out", tmp_path / "out")
+    assert "It is a run of mim3d pretrain" in said and "leave --input out" in said
+    assert "It is a run of mim3d pretrain" in told("finetune", "--data", pretraining, "--out", tmp_path / "run")
+
+
+def test_images_without_labels_are_told_the_layout_or_the_folder_beside_them(ball_set, tmp_path, told):
+    said = told("finetune", "--data", ball_set / "imagesTr", "--out", tmp_path / "run")
+    assert said.endswith(f"Their label maps lie beside it in labelsTr: give --data {ball_set}.")
+    shutil.copytree(ball_set / "imagesTr", tmp_path / "images_alone")
+    said = told("finetune", "--data", tmp_path / "images_alone", "--out", tmp_path / "run")
+    assert "labelsTr beside imagesTr" in said and "columns image and label" in said
+
+
+def test_a_list_of_classes_names_the_task_that_learns_them(ball_set, tmp_path, told):
+    rows = [f"{ball_set}/imagesTr/ball_{i}.nii.gz,{'ab'[i % 2]}" for i in range(4)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,class", *rows]))
+    said = told("finetune", "--data", tmp_path / "list.csv", "--out", tmp_path / "run")
+    assert "--task classification" in said and "column label" in said
+    said = told("finetune", "--data", ball_set, "--task", "classification", "--out", tmp_path / "run")
+    assert "leave --task classification out" in said and "image and class" in said
+
+
+def test_both_sides_of_an_evaluation_are_told_apart(ball_set, segmenter_run, tmp_path, told):
+    labels, scores = ball_set / "labelsTr", tmp_path / "s.json"
+    said = told("evaluate", "--predictions", labels, "--references", labels, "--out", scores)
+    assert "both name" in said
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "predictions.json").write_text('{"cases": []}')
+    said = told("evaluate", "--predictions", labels, "--references", tmp_path / "p", "--out", scores)
+    assert f"--predictions {tmp_path / 'p'} --references {labels}" in said
+    said = told("evaluate", "--predictions", segmenter_run, "--references", labels, "--out", scores)
+    assert "a run of mim3d finetune" in said and f"mim3d predict --weights {segmenter_run}" in said
+
+
+def test_words_without_a_flag_get_one(told):
+    assert "such as --data scans, or see mim3d finetune --help" in told("finetune", "scans", "--out", "run")
+    assert "such as --input scans" in told("predict", "scans", "--weights", "run")
+    assert "such as --weights run" in told("export", "run", "--out", "folder")
