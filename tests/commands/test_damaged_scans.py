@@ -138,3 +138,18 @@ def test_a_list_keeps_what_was_added_while_the_run_worked(tmp_path):
     assert read_left_out(left_out.path) == [other]
     left_out.path.write_text("id,images,label,reason\na,b")
     assert read_left_out(left_out.path) == []
+
+
+def test_a_list_that_grows_is_not_read_for_every_case_and_two_processes_add_each_case_once(tmp_path, monkeypatch):
+    ours, theirs = (LeftOutList(tmp_path / "left_out.csv", 9) for _ in range(2))
+    read = []
+    monkeypatch.setattr("mim3d.core.left_out.read_left_out", lambda path: read.append(path) or read_left_out(path))
+    rows = [dict(zip(COLUMNS, (name, "x", "", "why"), strict=True)) for name in "abcde"]
+    for row in rows[:3]:
+        ours.add(row)
+    assert len(read) == 1
+    for row in rows[2:4]:
+        theirs.add(row)
+    ours.add(rows[3])
+    ours.add(rows[4])
+    assert [row["id"] for row in read_left_out(tmp_path / "left_out.csv")] == list("abcde")

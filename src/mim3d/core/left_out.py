@@ -3,8 +3,9 @@
 import csv
 import traceback
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mim3d.core.errors import DataError, Mim3dError
 from mim3d.core.files import REMEDY, explained_write, read_csv, write_csv, write_text
@@ -68,6 +69,7 @@ class LeftOutList:
     path: Path
     num_cases: int
     remedy: str = REMEDY
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def begin(self, rows: Sequence[Mapping[str, str]], others: Container[str]) -> None:
         """Write what is known before the work; of other cases what earlier sessions of the run added is kept.
@@ -91,13 +93,19 @@ class LeftOutList:
         Raises:
             DataError: The folder cannot be written to.
         """
-        if row["id"] in {each["id"] for each in read_left_out(self.path)}:
+        # Read anew only where another process, or an earlier session, has added to the file.
+        if self._known.get("size") != (self.path.stat().st_size if self.path.is_file() else 0):
+            self._known["ids"] = {each["id"] for each in read_left_out(self.path)}
+        known = self._known.setdefault("ids", set())
+        if row["id"] in known:
             return
+        known.add(row["id"])
         with explained_write(self.path, self.remedy), open(self.path, "a", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
             if not file.tell():
                 table.writerow(COLUMNS)
             table.writerow([as_cell(row[name]) for name in COLUMNS])
+            self._known["size"] = file.tell()
 
     def note(self) -> None:
         """Let the command line end with what is listed."""
