@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2712,
+    "core": 2720,
     "kernels": 875,
     "scans": 4570,
     "nn": 575,
