@@ -353,6 +353,17 @@ def test_training_crops_of_a_fine_tuning_are_shown(tmp_path):
     assert images.count('class="film"') == 1
 
 
+def test_a_crop_of_a_classifier_is_shown_and_volumes_of_no_known_kind_make_no_section(tmp_path):
+    volume = np.random.default_rng(0).random((8, 8, 4))
+    run = make_run(tmp_path / "run", task="classification")
+    run.save_pictures(20, {"classification/image": volume})
+    images = section(write_report(tmp_path, tmp_path / "run"), "images")
+    assert "classification: middle slices of one training crop." in images and images.count('class="film"') == 1
+    other = make_run(tmp_path / "other")
+    other.save_pictures(20, {"mine/something": volume})
+    assert 'id="images"' not in write_report(tmp_path, tmp_path / "other", overwrite=True)
+
+
 def test_damaged_images_are_said(tmp_path):
     run = make_run(tmp_path / "run", "pretrain")
     run.save_pictures(10, images_of())

@@ -30,7 +30,7 @@ SCORES = {
 SCORES |= {"recall", "probe_linear", "probe_knn"}
 #: Keys of a metrics line that are no learning curve.
 NOT_CURVES = {"step", "time_s"}
-_COLUMNS = 4
+_COLUMNS = 3
 #: Most classes that have a panel of their own.
 _MOST_CLASSES = 12
 _SMOOTHED_FROM = 60

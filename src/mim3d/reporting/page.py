@@ -201,12 +201,17 @@ def _training_images(run: NamedRun) -> dict[str, Any]:
         if crop.keys() >= _CROP:
             values = np.union1d(crop["reference"], crop["prediction"])
             colours = {int(value): label_colours(position) for position, value in enumerate(values[values > 0])}
-            crops.append((name, overlays.crop_image(crop, colours)))
+            legend = [(f"label {value}", pair) for value, pair in colours.items()]
+            crops.append((name, overlays.crop_image(crop, colours), legend))
+    images = [(name, crop) for name, crop in last.items() if "image" in crop and not crop.keys() >= _CROP]
+    if not (levels or crops or images):
+        return {}
     return {
         "title": f"{run.name}, step {step}",
         "levels": [(name, scan_images.level_image(name, level)) for name, level in levels.items()],
         "history": scan_images.history_image(history) if reconstructed else "",
         "crops": crops,
+        "images": [(name, scan_images.level_image(name, crop)) for name, crop in images],
     }
 
 

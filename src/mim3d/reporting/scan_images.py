@@ -15,8 +15,8 @@ from mim3d.core.errors import DataError
 from mim3d.reporting.rendering import FILM, FILM_INK, chart_text, film
 from mim3d.tracking.slices import PLANES, Volume, grey_range
 
-#: Volumes of a level of pre-training, in the order of their rows.
-KINDS = ("original", "masked", "reconstructed")
+#: Volumes of a level of pre-training, or of a crop, in the order of their rows.
+KINDS = ("original", "image", "masked", "reconstructed")
 #: Hidden patches in the masked image: a colour that no grey scan has.
 _HIDDEN = np.array([0.16, 0.24, 0.36])
 _CUBE_MM = (1.0, 1.0, 1.0)
@@ -26,16 +26,16 @@ Group = Mapping[str, Volume]
 
 
 def level_image(name: str, level: Group) -> str:
-    """HTML of the middle slices of one level of pre-training: a row per kind, a column per plane.
+    """HTML of the middle slices of one level of pre-training, or of a crop: a row per kind, a column per plane.
 
     Args:
         name: Name of the level.
-        level: Its original volume, and the masked and the reconstructed one as far as they are known.
+        level: Its original volume or image, and the masked and the reconstructed one as far as they are known.
     """
     kinds = [kind for kind in KINDS if kind in level]
     figure = Figure(figsize=(4.6, 1.5 * len(kinds) + 0.25), layout=_tight_layout())
     panels = figure.subplots(len(kinds), len(PLANES), squeeze=False)
-    low, high = grey_range(level["original"])
+    low, high = grey_range(level[kinds[0]])
     for row, kind in zip(panels, kinds, strict=True):
         grey = np.clip((level[kind] - low) / (high - low), 0, 1)
         pixels = np.repeat(np.nan_to_num(grey)[..., None], 3, axis=-1)
