@@ -31,6 +31,9 @@ SCRIPTS = [ROOT / "demo" / "run.sh", *sorted((ROOT / "docs").rglob("*.sbatch"))]
 #: Settings below these flags depend on the name that is chosen.
 REGISTRIES = {"backbone": BACKBONES, "method": METHODS, "task": TASKS}
 
+#: Files of code that commands write.
+WRITTEN = {"scripts/scans.py"}
+
 #: What checks these settings.
 CREATED = {"backbone": create_recipe, "method": create_method, "task": create_task}
 
@@ -131,6 +134,32 @@ def test_links_between_documents_lead_somewhere(path):
     assert all((path.parent / link).exists() for link in local), local
 
 
+def anchors(path: Path) -> set[str]:
+    """What can stand behind ``#`` in a link to a page: its headings, as GitHub turns them into anchors."""
+    prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_parts_of_pages_lead_to_headings(path):
+    for page, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text(encoding="utf-8")):
+        assert anchor in anchors(path.parent / page if page else path), f"{page}#{anchor}"
+
+
+def test_every_page_is_reached_from_the_readme():
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        path = waiting.pop()
+        if path not in reached and path.suffix == ".md":
+            reached.add(path)
+            links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+            waiting += [(path.parent / link).resolve() for link in links]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(DOCUMENTS) <= reached
+    assert all(f"(docs/how-to/{path.name})" in readme for path in (ROOT / "docs" / "how-to").glob("*.md"))
+
+
 @pytest.mark.parametrize("path", [*DOCUMENTS, *sorted((ROOT / "recipes").iterdir())], ids=lambda path: path.name)
 def test_flags_and_commands_in_the_text_exist(path):
     text = path.read_text(encoding="utf-8")
@@ -195,5 +224,9 @@ def test_files_that_the_text_names_exist(path):
     for span in inline_code(path.read_text(encoding="utf-8")):
         for name in re.findall(r"[\w/]+\.(?:py|sh|sbatch)\b|\brecipes/\w+\.yaml\b", span):
             places = [folder / name for folder in (ROOT, SOURCE, SOURCE.parent, path.parent)]
-            found = any(place.exists() for place in places) or ("/" not in name and any(SOURCE.rglob(name)))
+            found = (
+                name in WRITTEN
+                or any(place.exists() for place in places)
+                or ("/" not in name and any(SOURCE.rglob(name)))
+            )
             assert found, f"{path.name} names {name}"
