@@ -339,7 +339,10 @@ def test_scans_and_predictions_that_have_gone_are_said(tmp_path):
     segmentations = section(write_report(tmp_path, tmp_path / "run"), "segmentations")
     assert "The scan of a is not known or no longer there" in segmentations
     assert "b cannot be shown: " in segmentations
-    assert segmentations.count('class="film"') == 1
+    assert segmentations.count('class="film"') == 1 and "film-legend" in segmentations
+    # With nothing to see there is no legend either.
+    (tmp_path / "run" / "pred" / "a.nii.gz").unlink()
+    assert "film-legend" not in section(write_report(tmp_path, tmp_path / "run"), "segmentations")
 
 
 def test_training_crops_of_a_fine_tuning_are_shown(tmp_path):
