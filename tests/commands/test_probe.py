@@ -130,9 +130,12 @@ def test_classes_of_scans_are_probed_with_auc(watched, tmp_path):
     assert all(0 <= row[kind]["auc"] <= 1 for row in content["features"] for kind in ("linear", "neighbours"))
 
 
-def test_held_out_scans_that_were_learned_from_are_told_and_refused_under_strict(ball_set, watched):
+def test_held_out_scans_that_were_learned_from_are_told_and_refused_under_strict(ball_set, watched, capsys):
     with pytest.warns(UserWarning, match="2 of 2 held-out cases are in the pre-training data"):
-        probe(str(watched), str(ball_set), **SMALL)
+        content = probe(str(watched), str(ball_set), **SMALL)
+    assert [row["kind"] for row in content["warnings"]] == ["leak", "leak"]
+    marked = [row["kind"] for row in content["features"] if row["name"].endswith(" *")]
+    assert marked == ["encoder"] and "\n* learned from held-out scans" in capsys.readouterr().out
     with pytest.raises(DataError, match="strict: refused"):
         probe(str(watched), str(ball_set), strict=True, **SMALL)
 
@@ -256,7 +259,15 @@ def test_published_weights_of_others_are_probed_as_they_come(tmp_path):
         noise = np.random.default_rng(case).normal(0, 10, halves.shape)
         write_scan(tmp_path / f"data/imagesTr/half_{case}.nii.gz", (noise + 100 * halves).astype(np.float32))
         write_scan(tmp_path / f"data/labelsTr/half_{case}.nii.gz", halves)
-    content = probe(str(tmp_path / "mim.pth"), str(tmp_path / "data"), num_folds=2, num_workers=0, num_bootstrap=100)
+    changes = {"num_folds": 2, "num_workers": 0, "num_bootstrap": 100, "backbone": {"num_heads": 3}}
+    content = probe(str(tmp_path / "mim.pth"), str(tmp_path / "data"), **changes)
+        str(tmp_path / "mim.pth"),
+        str(tmp_path / "data"),
+        backbone={"num_heads": 3},
+        num_folds=2,
+        num_workers=0,
+        num_bootstrap=100,
+    )
     encoder = content["features"][0]
     assert encoder["backbone"]["widths"] == [12, 24, 48, 96]
     assert encoder["weights_sha256"] == weights_digest(tmp_path / "mim.pth")

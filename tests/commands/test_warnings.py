@@ -13,11 +13,13 @@ import yaml
 from mim3d import cli
 from mim3d.commands.export import export
 from mim3d.commands.finetune import finetune
+from mim3d.commands.pretrain import pretrain
 from mim3d.commands.report import report
 from mim3d.core.errors import TO_BE_CONTINUED
 from mim3d.core.run_folder import Run, read_manifest
 from mim3d.core.warned import (
     LeakWarning,
+    LearningWarning,
     ResultWarning,
     UnfinishedWarning,
     checked_rows,
@@ -27,9 +29,14 @@ from mim3d.core.warned import (
     record_said,
     recording,
 )
+from mim3d.methods import create_method
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import read_card
+from mim3d.workflows.finetune.folds import _write_summary, table
+from mim3d.workflows.finetune.run import FinetuneResult
+from mim3d.workflows.probe.monitor import EncoderKeeper
 from tests.commands.conftest import BACKBONE, TASK
+from tests.commands.test_pretrain import METHOD, pretrain_module
 
 KINDS = [each.kind for each in ResultWarning.__subclasses__()]
 
@@ -113,6 +120,8 @@ def test_a_leak_is_in_the_run_its_network_its_predictions_its_scores_and_the_rep
     assert cli.main(words) == 0
     assert "leak" in kinds(json.loads(scores.read_text())["warnings"])
     assert "Some of the held-out cases were learned from" in capsys.readouterr().err.splitlines()[-2:][0]
+    for ending in (".md", ".tex"):
+        assert "Some of the held-out cases were learned from" in scores.with_suffix(ending).read_text()
     page = tmp_path / "report.html"
     report([str(run)], str(page), scores=[str(scores)])
     assert "see Warnings" in page.read_text()
@@ -136,3 +145,45 @@ def test_a_run_that_was_stopped_says_so_until_it_is_finished(ball_set: Path, tmp
     run = Run(out, "finetune")
     run.drop_warnings(UnfinishedWarning)
     assert "unfinished" not in kinds(run.warnings) and len(run.warnings) == len(manifest["warnings"]) - 1
+
+
+def test_what_is_known_at_the_end_of_pretraining_is_in_its_card(
+    ball_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    settings: dict[str, Any] = {"method": METHOD, "backbone": BACKBONE, "num_workers": 0, "log_every": 1}
+    settings |= {"optim": Optimisation(learning_rate=1e-3), "accelerator": "cpu", "max_steps": 3}
+    # What a kill would leave, too.
+    saved: list[set[str]] = []
+    keep = EncoderKeeper.save
+
+    def noted(self: EncoderKeeper, *rest: Any) -> None:
+        keep(self, *rest)
+        saved.append(kinds(read_card(out)["warnings"]))
+
+    monkeypatch.setattr(EncoderKeeper, "save", noted)
+    pretrain(str(ball_set), str(out), checkpoint_every=1, **settings)
+    assert saved == [{"unfinished"}, {"unfinished"}, set()] and read_card(out)["warnings"] == []
+    monkeypatch.setattr(pretrain_module, "LEAST_LINES", 1)
+    monkeypatch.setattr(type(create_method(METHOD, BACKBONE)), "idle_parts", lambda *_: ["level fine is idle"])
+    with pytest.warns(LearningWarning, match="fine is idle"):
+        pretrain(str(ball_set), str(out), resume=True, **settings)
+    assert kinds(read_card(out)["warnings"]) == {"learning"}
+    (out / "encoder" / "card.json").unlink()
+    assert kinds(read_card(out)["warnings"]) == {"learning"}
+
+
+def test_the_summary_of_folds_marks_those_whose_scores_leak(tmp_path: Path) -> None:
+    runs = [FinetuneResult(tmp_path / f"fold_{number}", True, 4, {"dice": 0.5}) for number in range(2)]
+    row = {"kind": "leak", "text": "1 of 2 held-out cases is among the training cases too"}
+    for run, rows in zip(runs, ([], [row]), strict=True):
+        run.path.mkdir()
+        manifest = {"command": "finetune", "settings": {}, "inputs": {}, "warnings": rows}
+        (run.path / "manifest.json").write_text(json.dumps(manifest))
+    head, _, last = table(runs, {"dice": [0.5, 0.5]})
+    assert head.split()[1:3] == ["fold_0", "fold_1*"] and last.startswith("* Some of the held-out cases")
+    _write_summary(tmp_path, runs, num_folds=2)
+    first, second = json.loads((tmp_path / "summary.json").read_text())["folds"]
+    assert "warnings" not in first and second["warnings"] == [row]
+    (runs[1].path / "manifest.json").unlink()
+    assert len(table(runs, {"dice": [0.5, 0.5]})) == 2

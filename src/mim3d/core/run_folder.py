@@ -205,7 +205,7 @@ class Run:
     @property
     def warnings(self) -> list[WarningRow]:
         """What has been warned of in this run, in all of its sessions."""
-        return checked_rows(read_manifest(self.manifest_path).get("warnings"))
+        return warnings_of(self.path)
 
     def keep_warnings(self, rows: Sequence[WarningRow]) -> None:
         """Add warnings to those in the manifest, each once."""
@@ -362,6 +362,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not all(isinstance(filled.get(name), kind) for name, kind in _ENTRIES.items()):
         raise ConfigError(f"{path} is no manifest of a run of mim3d; choose another folder.")
     return dict(content)
+
+
+def warnings_of(path: Path) -> list[WarningRow]:
+    """What has been warned of in the run in a folder; nothing where there is none."""
+    manifest = path / "manifest.json"
+    return checked_rows(read_manifest(manifest).get("warnings")) if manifest.is_file() else []
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

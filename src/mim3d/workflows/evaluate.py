@@ -3,13 +3,14 @@
 import math
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import load_json, read_json, write_csv, write_json, write_text
 from mim3d.core.left_out import note_left_out, write_tracebacks
 from mim3d.core.progress import say
-from mim3d.core.warned import WarningRow, checked_rows, record_said, recording
+from mim3d.core.warned import LeakWarning, WarningRow, checked_rows, record_said, recording
 from mim3d.datasets.mistaken import is_prediction_folder, run_command
 from mim3d.datasets.references import CLASS_LIST_NAME, LIST_NAME, TABLE_NAME, is_class_table
 from mim3d.tasks import find_task
@@ -32,6 +33,8 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
         scores = _scores(settings)
         for row in _network_warnings(settings.predictions):
             record_said(row["kind"], row["text"])
+        for row in _network_warnings(settings.compare) if settings.compare else ():
+            record_said(row["kind"], f"Of the compared predictions: {row['text']}")
     content = {**scores.content, "warnings": warned.rows} if warned.rows else scores.content
     path = os.path.abspath(settings.out)
     stem = os.path.splitext(path)[0]
@@ -45,8 +48,10 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
     if settings.tables and scores.paper_tables:
         from mim3d.reporting.paper_tables import latex, markdown
 
-        write_text(f"{stem}.md", markdown(scores.paper_tables))
-        write_text(f"{stem}.tex", latex(scores.paper_tables))
+        leaks = " ".join(row["text"] for row in warned.rows if row["kind"] == LeakWarning.kind)
+        tables = [replace(table, caption=f"{table.caption} {leaks}".rstrip()) for table in scores.paper_tables]
+        write_text(f"{stem}.md", markdown(tables))
+        write_text(f"{stem}.tex", latex(tables))
         say(f"Tables: {stem}.md, {stem}.tex")
     traced = {name: text for name, failure in scores.failures.items() if (text := failure.traceback)}
     write_tracebacks(Path(f"{stem}.tracebacks.txt"), traced)

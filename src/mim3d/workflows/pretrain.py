@@ -21,6 +21,7 @@ from mim3d.datasets.cases import Case, CaseSet, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
 from mim3d.datasets.usable import usable_cases
 from mim3d.methods import METHODS, Method, create_method
+from mim3d.objective import Objective
 from mim3d.planning.plan import plan_intensity
 from mim3d.scans.intensity import Intensity
 from mim3d.tracking import TrackedRun
@@ -175,7 +176,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         if probe is not None:
             items = probe.prepared(run, settings, objective.encoder, card) if run.writes else None
             keeper = EncoderKeeper(run, card, items, lambda: method.build(recipe))
-        num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
+        num_steps = keeper.num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
         every_steps = None if probe is None else probe.steps_between(num_steps)
         with TrackedRun.of(run, settings.tracking) as tracked:
             result = train(
@@ -190,7 +191,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             )
         if run.writes:
             left_out.note()
-        return _close(run, method, result, keeper)
+        return _close(run, method, objective, result, keeper)
 
 
 def _source(settings: PretrainSettings) -> CaseSet | Cache:
@@ -228,7 +229,7 @@ def _learned(scans: Cache, cases: Sequence[Case], *, strict: bool) -> Cache:
     return learned
 
 
-def _close(run: Run, method: Method, result: TrainResult, keeper: EncoderKeeper) -> str:
+def _close(run: Run, method: Method, objective: Objective, result: TrainResult, keeper: EncoderKeeper) -> str:
     """Say what was learned, and where it lies; all but the first process have nothing to say."""
     if not run.writes:
         return str(run.path)
@@ -241,5 +242,6 @@ def _close(run: Run, method: Method, result: TrainResult, keeper: EncoderKeeper)
     if result.finished and len(lines) >= LEAST_LINES:
         for sentence in method.idle_parts(means):
             warnings.warn(sentence, category=LearningWarning, stacklevel=2)
+    keeper.conclude(objective, result.step)
     print(keeper.conclusion(result.best))
     return str(run.path)

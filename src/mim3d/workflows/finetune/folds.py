@@ -11,9 +11,9 @@ from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import TO_BE_CONTINUED, ConfigError, note_exit_code
 from mim3d.core.files import write_json
 from mim3d.core.progress import say
-from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable
+from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable, warnings_of
 from mim3d.core.settings import CONFIG_NAME, parse_duration, read_yaml, to_mapping, to_named, write_yaml
-from mim3d.core.warned import LeftOutWarning
+from mim3d.core.warned import LeakWarning, LeftOutWarning
 from mim3d.datasets.cases import CaseSet, read_cases
 from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
@@ -190,6 +190,7 @@ def _write_summary(out: Path, runs: Sequence[FinetuneResult], *, num_folds: int)
                 "path": run.path.name,
                 "step": run.step,
                 "scores": dict(run.scores),
+                **({"warnings": said} if (said := warnings_of(run.path)) else {}),
             }
             for run in runs
         ],
@@ -202,10 +203,11 @@ def _write_summary(out: Path, runs: Sequence[FinetuneResult], *, num_folds: int)
 def table(runs: Sequence[FinetuneResult], by_name: Mapping[str, Sequence[float]]) -> list[str]:
     """Lines of a table: a score per line, a fold per column, mean and standard deviation last."""
     width = max(map(len, ["validation", *by_name]))
-    heads = "".join(f"{run.path.name:>9}" for run in runs)
+    leaking = {run.path for run in runs if any(row["kind"] == LeakWarning.kind for row in warnings_of(run.path))}
+    heads = "".join(f"{run.path.name + '*' * (run.path in leaking):>9}" for run in runs)
     lines = [f"{'validation':{width}}{heads}  mean +- standard deviation"]
     for name, values in by_name.items():
         cells = "".join(f"{run.scores[name]:9.4f}" if name in run.scores else f"{'-':>9}" for run in runs)
         spread = f" +- {stdev(values):.4f}" if len(values) > 1 else ""
         lines.append(f"{name:{width}}{cells}  {fmean(values):.4f}{spread}")
-    return lines
+    return [*lines, f"* {LeakWarning.in_general} The mean has its part of them."] if leaking else lines

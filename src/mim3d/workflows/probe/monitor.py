@@ -17,7 +17,7 @@ from mim3d.core.progress import say
 from mim3d.core.resources import choose_accelerator
 from mim3d.core.run_folder import GO_ON, LEFT_OUT_NAME, Run
 from mim3d.core.types import Triple
-from mim3d.core.warned import published
+from mim3d.core.warned import UnfinishedWarning, WarningRow, published
 from mim3d.datasets.cases import Case, CaseSet
 from mim3d.datasets.splits import Split, split_cases
 from mim3d.objective import Objective
@@ -213,6 +213,8 @@ class EncoderKeeper:
             probe.
         best: The best score of this session.
         is_new: Whether a better encoder may have been found since the last export.
+        num_steps: Steps of the run; before the last one cards say that it is not finished.
+        said: Warnings that the last export holds.
     """
 
     run: Run
@@ -221,6 +223,8 @@ class EncoderKeeper:
     spare: Callable[[], Objective] | None = None
     best: float = -math.inf
     is_new: bool = True
+    num_steps: int = 0
+    said: Sequence[WarningRow] | None = None
 
     def score(self, objective: Objective) -> dict[str, float]:
         """Scores of the encoder as it is; none of them a number where its features are not."""
@@ -236,6 +240,8 @@ class EncoderKeeper:
 
     def save(self, objective: Objective, step: int) -> None:
         """Export the encoder of this step, and with a probe the best one so far."""
+        unfinished = [{"kind": UnfinishedWarning.kind, "text": ""}] if step < self.num_steps else []
+        self.said = published([*self.run.warnings, *unfinished])
         if self.spare is None:
             self._export("encoder", objective.encoder, step)
             return
@@ -251,9 +257,15 @@ class EncoderKeeper:
             self._export("encoder", spare.encoder, found["step"], found["values"])
             self.is_new = False
 
+    def conclude(self, objective: Objective, step: int) -> None:
+        """Export once more where more, or less, is to be said of the run than at its last checkpoint."""
+        if self.said != published(self.run.warnings):
+            self.num_steps, self.is_new = step, True
+            self.save(objective, step)
+
     def _export(self, name: str, encoder: Encoder, step: int, scores: Mapping[str, float] | None = None) -> None:
         card = {**self.card, "step": step, **({"probe": dict(scores)} if scores else {})}
-        card["warnings"] = published(self.run.warnings)
+        card["warnings"] = self.said
         save_network(self.run.path / name, encoder, card, beside=[self.run.path / SEEN_NAME])
 
     def conclusion(self, best: Mapping[str, float] | None) -> str:

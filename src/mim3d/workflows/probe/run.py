@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from textwrap import wrap
@@ -22,6 +22,7 @@ from mim3d.core.progress import counted, say
 from mim3d.core.resources import choose_device
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Spacing
+from mim3d.core.warned import recording
 from mim3d.metrics import Bootstrap
 from mim3d.probing.items import ProbeSet, View, checked_crop_size
 from mim3d.probing.probe import Probed, drawn_from, probe_encoder, random_encoder, without_encoder
@@ -39,6 +40,9 @@ from mim3d.workflows.shared.leakage import check_leakage, check_pretraining, ide
 
 #: Names of both classifiers, as fields of :class:`Probed`, and for people.
 CLASSIFIERS = {"linear": "Linear", "neighbours": "k-NN"}
+
+#: Follows the name of features of an encoder that learned from held-out scans.
+LEAK_MARK = " *"
 
 #: Sets of features in one table of labels.
 COLUMNS_AT_ONCE = 4
@@ -107,7 +111,7 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
     """Probe every encoder and what was not learned; print the table, and write it where a file is given."""
     _check(settings)
     bootstrap = Bootstrap(num_bootstrap=settings.num_bootstrap, seed=0)
-    with tempfile.TemporaryDirectory(prefix="mim3d-probe-") as scratch:
+    with recording() as warned, tempfile.TemporaryDirectory(prefix="mim3d-probe-") as scratch:
         cases = choose_cases(
             read_source(settings.data, Path(scratch) / "phantom", strict=settings.strict),
             settings.data,
@@ -141,10 +145,9 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
         scans = cases.prepared(folder, spacing_mm, num_workers=settings.num_workers, strict=strict)
         say(f"data: {CacheSummary.of(scans).short()}")
         held_out = identities_of(scans.subset(cases.split.val))
-        check_leakage(identities_of(scans.subset(cases.split.train)), held_out, strict=strict)
-        for path in encoders:
-            check_pretraining(path, held_out, strict=strict)
-        rows = _rows(encoders, cases, scans, settings)
+        within = check_leakage(identities_of(scans.subset(cases.split.train)), held_out, strict=strict)
+        leaking = {path for path in encoders if check_pretraining(path, held_out, strict=strict) or within}
+        rows = _rows(encoders, cases, scans, settings, leaking)
         failed = scans.failed
         if settings.out is None:
             for row in failed:
@@ -153,6 +156,8 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
     written = {f.name: getattr(settings, f.name) for f in fields(settings)}
     about = {name: value for name, value in written.items() if name not in ("out", "cache", "num_workers", "overwrite")}
     content = content_of(rows, to_mapping(about), bootstrap)
+    if warned.rows:
+        content["warnings"] = warned.rows
     if failed:
         content["cases_left_out"] = [{"id": row["id"], "reason": row["reason"]} for row in failed]
     show(content)
@@ -225,7 +230,11 @@ class Row:
 
 
 def _rows(
-    encoders: Mapping[str, Initialisation], cases: ProbeCases, scans: Cache, settings: ProbeSettings
+    encoders: Mapping[str, Initialisation],
+    cases: ProbeCases,
+    scans: Cache,
+    settings: ProbeSettings,
+    leaking: Collection[str],
 ) -> list[Row]:
     """Every encoder, then what learned nothing, for each kind; later ones against the first where items agree."""
     names = short_names([os.path.abspath(path) for path in encoders])
@@ -234,7 +243,7 @@ def _rows(
     beside: dict[str, tuple[ProbeSet, dict[str, Probed]]] = {}
     owners: dict[str, str] = {}
     for path, initial in encoders.items():
-        name, encoder = names[os.path.abspath(path)], initial.encoder
+        name, encoder = names[os.path.abspath(path)] + LEAK_MARK * (path in leaking), initial.encoder
         assert encoder is not None
         mapping = initial.intensity(settings.intensity, scans.subset(cases.split.train))
         kind = repr((initial.recipe, mapping))
@@ -338,6 +347,8 @@ def show(content: Mapping[str, Any]) -> None:
         [head for title in CLASSIFIERS.values() for head in (title, "95 % interval")],
         lines,
     )
+    if any(row["name"].endswith(LEAK_MARK) for row in rows):
+        say("* learned from held-out scans, so its scores say nothing about new patients")
     spreads = [(row["name"], row["num_features"], row["collapse"]) for row in rows if row["collapse"]]
     _print(
         "Spread of the features to learn from: 1 is even, 0 is collapsed",

@@ -104,15 +104,18 @@ def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
         ) from None
 
 
-def check_pretraining(weights: str | None, held_out: Sequence[ScanIdentity], *, strict: bool) -> None:
+def check_pretraining(weights: str | None, held_out: Sequence[ScanIdentity], *, strict: bool) -> list[Leak]:
     """Say which held-out scans the network of ``weights`` has learned from; a note where that cannot be known.
+
+    Returns:
+        What was found.
 
     Raises:
         DataError: ``strict``, and there is one.
         CheckpointError: The list beside the weights is damaged.
     """
     if weights is None or not held_out:
-        return
+        return []
     seen = read_seen(weights)
     if seen is None or not seen.complete:
         part = "no list" if seen is None else "only part of a list"
@@ -120,8 +123,9 @@ def check_pretraining(weights: str | None, held_out: Sequence[ScanIdentity], *, 
             f"note: {weights} comes with {part} of the scans it learned from: whether held-out ones are among them "
             "cannot be checked."
         )
-    if seen is not None:
-        check_leakage(seen.scans, held_out, place=f"in the pre-training data of {weights}", strict=strict)
+    if seen is None:
+        return []
+    return check_leakage(seen.scans, held_out, place=f"in the pre-training data of {weights}", strict=strict)
 
 
 def check_leakage(
