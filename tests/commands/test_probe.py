@@ -261,13 +261,6 @@ def test_published_weights_of_others_are_probed_as_they_come(tmp_path):
         write_scan(tmp_path / f"data/labelsTr/half_{case}.nii.gz", halves)
     changes = {"num_folds": 2, "num_workers": 0, "num_bootstrap": 100, "backbone": {"num_heads": 3}}
     content = probe(str(tmp_path / "mim.pth"), str(tmp_path / "data"), **changes)
-        str(tmp_path / "mim.pth"),
-        str(tmp_path / "data"),
-        backbone={"num_heads": 3},
-        num_folds=2,
-        num_workers=0,
-        num_bootstrap=100,
-    )
     encoder = content["features"][0]
     assert encoder["backbone"]["widths"] == [12, 24, 48, 96]
     assert encoder["weights_sha256"] == weights_digest(tmp_path / "mim.pth")
