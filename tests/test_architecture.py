@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2720,
+    "core": 2810,
     "kernels": 875,
     "scans": 4570,
     "nn": 575,
@@ -90,7 +90,7 @@ BUDGET = {
     "methods": 925,
     "probing": 850,
     "exporting": 1150,
-    "workflows": 4535,
+    "workflows": 4650,
     "commands": 250,
     "cli": 675,
     "__main__": 15,
