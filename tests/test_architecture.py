@@ -86,13 +86,13 @@ BUDGET = {
     "loading": 1055,
     "distributed": 715,
     "training": 2370,
-    "tasks": 4175,
+    "tasks": 4170,
     "methods": 925,
     "probing": 850,
     "exporting": 1150,
-    "workflows": 4650,
-    "commands": 250,
-    "cli": 675,
+    "workflows": 4700,
+    "commands": 270,
+    "cli": 735,
     "__main__": 15,
 }
 

@@ -124,7 +124,7 @@ def test_every_command_line_in_the_documents_is_understood(source, line, monkeyp
         if chosen is not None and not is_dotted_path(chosen):
             create(named)
     made = inspect.getclosurevars(COMMANDS[name].load().__wrapped__).nonlocals.get("settings", dict)
-    assert made(**arguments)
+    assert made(**arguments) or not signature.hints
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

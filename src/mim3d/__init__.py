@@ -19,6 +19,7 @@ _HOMES = {
     "export": "mim3d.commands.export",
     "probe": "mim3d.commands.probe",
     "report": "mim3d.commands.report",
+    "models": "mim3d.commands.models",
     "create_model": "mim3d.backbones",
     "list_models": "mim3d.backbones",
     "load_encoder": "mim3d.weights",
@@ -40,6 +41,7 @@ __all__ = [
     "list_models",
     "load_encoder",
     "load_scan",
+    "models",
     "open_cache",
     "phantom",
     "predict",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from mim3d.commands.evaluate import evaluate
     from mim3d.commands.export import export
     from mim3d.commands.finetune import finetune
+    from mim3d.commands.models import models
     from mim3d.commands.phantom import phantom
     from mim3d.commands.predict import predict
     from mim3d.commands.pretrain import pretrain

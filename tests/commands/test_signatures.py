@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import mim3d
-from mim3d.cli import COMMANDS, overview
+from mim3d.cli import COMMANDS, main, overview
 from mim3d.cli.arguments import RESERVED
 from mim3d.cli.help import help_text
-from mim3d.core.errors import ConfigError
+from mim3d.core.errors import REFUSED, ConfigError
 
 
 def test_the_commands_are_those_that_work():
@@ -23,6 +23,7 @@ def test_the_commands_are_those_that_work():
         "probe",
         "export",
         "report",
+        "models",
     ]
     listed = [line.split()[0] for line in overview().splitlines() if line.startswith("  ")]
     assert listed == list(COMMANDS)
@@ -101,3 +102,37 @@ def test_only_what_a_command_is_about_may_be_given_by_position_in_python(name):
     by_position = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     natural = {"predict": ["weights", "out", "input"], "probe": ["weights", "data", "out"]}
     assert by_position == natural.get(name, [p.name for p in parameters if p.default is inspect.Parameter.empty])
+
+
+def help_of(capsys, *words):
+    assert main([*words, "--help"]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_the_settings_of_what_is_chosen_and_names_the_rest(capsys):
+    text = help_of(capsys, "finetune")
+    assert "settings of task segmentation (others: classification;" in text and "--task.patch_size" in text
+    assert "settings of backbone hybrid_base (others: hybrid, hybrid_nano," in text
+    assert "--task.augmentation.flip_axes" in text and "--task.cube_mm" not in text
+    text = help_of(capsys, "finetune", "--task", "classification", "--backbone=hybrid_small")
+    assert "settings of task classification (others: segmentation;" in text and "--task.cube_mm" in text
+    assert "settings of backbone hybrid_small" in text and "default 24 48 96 192" in text
+    assert "settings of method MiM:" in help_of(capsys, "pretrain", "--method", "MiM")
+    assert "settings of" not in help_of(capsys, "evaluate")
+    assert main(["finetune", "--task", "clasification", "--help"]) == REFUSED
+    assert "Did you mean 'classification'?" in capsys.readouterr().err
+
+
+def test_models_lists_backbones_with_their_size_methods_and_tasks(capsys):
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    base = next(line for line in lines if line.startswith("  hybrid_base"))
+    assert base.split() == "hybrid_base 33.9 M 48 96 192 384 2 2 2 11 16 x 16 x 16".split()
+    assert any(line.startswith("  MiM  ") for line in lines) and any(line.startswith("  segm") for line in lines)
+    assert max(map(len, lines)) <= 120
+
+
+def test_no_flag_is_cut_however_narrow_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_of(capsys, "finetune", "--task", "classification")
+    assert "\u2026" not in text and "max_bad_steps" in text

@@ -63,6 +63,7 @@ COMMANDS = {
     "probe": Command("mim3d.commands.probe:probe", "Score frozen features by simple classifiers."),
     "export": Command("mim3d.commands.export:export", "Bring a network into the formats of other programs."),
     "report": Command("mim3d.commands.report:report", "Write one HTML page on one or more runs.", ("runs",)),
+    "models": Command("mim3d.commands.models:models", "List backbones with their size, methods and tasks."),
 }
 
 
@@ -119,7 +120,7 @@ def _run(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         from mim3d.cli.help import help_text
 
-        print(help_text(signature))
+        print(help_text(signature, words[1:]))
     else:
         take_noted()
         take_exit_code()

@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import re
 import shutil
+import typing
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +48,17 @@ EVERY_COMMAND = (
 )
 
 
-def help_text(signature: Signature) -> str:
-    """The help of a command, as wide as the terminal; 80 columns and no colours where there is none."""
-    groups = {**_flag_groups(signature), "every command": EVERY_COMMAND}
+def help_text(signature: Signature, words: Sequence[str] = ()) -> str:
+    """The help of a command, as wide as the terminal; 80 columns and no colours where there is none.
+
+    Args:
+        signature: The command.
+        words: The other words of the line: a task, backbone or method among them is the one whose settings are listed.
+
+    Raises:
+        ConfigError: There is no task, backbone or method of a name among the words.
+    """
+    groups = {**_flag_groups(signature), **_chosen_groups(signature, words), "every command": EVERY_COMMAND}
     console = Console(width=shutil.get_terminal_size().columns, highlight=False)
     longest = max(len(flag.usage) for flags in groups.values() for flag in flags)
     several = {name: " ..." if word_limit(signature.hints[name]) is None else "" for name in signature.positional}
@@ -62,7 +72,7 @@ def help_text(signature: Signature) -> str:
             console.print("", Text(" ".join(paragraph.split())), sep="\n")
         for title, flags in groups.items():
             table = Table.grid(padding=(0, 2, 0, 0))
-            table.add_column(width=min(longest, max(FLAG_COLUMN, console.width // 4)))
+            table.add_column(width=min(longest, max(FLAG_COLUMN, console.width // 4)), overflow="fold")
             for flag in flags:
                 facts = Text(f"({'; '.join(flag.facts)})" if flag.facts else "", "dim")
                 table.add_row(Text(flag.usage, style="bold"), Text(" ").join(filter(None, (Text(flag.meaning), facts))))
@@ -90,6 +100,50 @@ def _flag_groups(signature: Signature) -> dict[str, list[FlagHelp]]:
             for key in (field.name for field in dataclasses.fields(settings) if field.init)
         ]
     return groups
+
+
+def _chosen_groups(signature: Signature, words: Sequence[str]) -> dict[str, list[FlagHelp]]:
+    """Title -> settings of the task, backbone and method that are chosen, by the words or by default."""
+    from mim3d.backbones import BACKBONES, create_recipe
+    from mim3d.methods import METHODS, create_method
+    from mim3d.tasks import TASKS, create_task
+    from mim3d.workflows.shared.initialisation import DEFAULT_BACKBONE
+
+    known: dict[str, tuple[Iterable[str], Callable[[str], Any], str | None]] = {
+        "task": (TASKS, create_task, None),
+        "method": (METHODS, create_method, None),
+        # Commands that train may leave it open.
+        "backbone": (BACKBONES, create_recipe, DEFAULT_BACKBONE if "optim" in signature.hints else None),
+    }
+    groups = {}
+    for kind, (names, create, otherwise) in known.items():
+        if kind not in signature.hints:
+            continue
+        said = re.findall(rf"(?:^|\n)--{kind}[=\n]([^-\n{{][^\n]*)", "\n".join(words))
+        name = said[-1] if said else signature.defaults.get(kind) or otherwise
+        if isinstance(name, str):
+            others = ", ".join(other for other in names if other != name)
+            title = f"settings of {kind} {name}" + (f" (others: {others}; --{kind} NAME --help)" if others else "")
+            groups[title] = _settings_help(create(name), kind)
+    return groups
+
+
+def _settings_help(settings: Any, prefix: str) -> list[FlagHelp]:
+    """The settings of a dataclass, and of those in it, under their dotted keys."""
+    hints, meanings = typing.get_type_hints(type(settings)), documented(type(settings), "Attributes")
+    found = []
+    for field in dataclasses.fields(settings):
+        value, key = getattr(settings, field.name), f"{prefix}.{field.name}"
+        if not field.init:
+            continue
+        if dataclasses.is_dataclass(value):
+            found += _settings_help(value, key)
+            continue
+        hint = hints[field.name]
+        plain = to_mapping(value)
+        facts = [describe(hint), *([] if plain is None else [f"default {spelled(plain) or 'none'}"])]
+        found.append(FlagHelp(f"--{key} {_values(hint)}", meanings.get(field.name, ""), tuple(facts)))
+    return found
 
 
 def _flag_help(key: str, meaning: str, default: Any, signature: Signature) -> FlagHelp:

@@ -41,7 +41,7 @@ PUBLISHED_DECODER = (576, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class MiM(Method):
-    """Settings of MiM.
+    """Settings of MiM, mask in mask: hidden places of nested crops are reconstructed, their levels aligned.
 
     Attributes:
         levels: The hierarchy, coarsest first; planned from the scans when left out.

@@ -47,7 +47,7 @@ VALIDATED_VOXELS = 2 * 96**3
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(Task):
-    """Settings of the classification task.
+    """Settings of the classification task: a class for every scan.
 
     Attributes:
         fit: `box` cuts a box of `cube_mm` from every scan, so that all are seen on one scale; `scan` stretches the

@@ -43,7 +43,7 @@ LARGEST_PLANNED_EDGE = 96
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation(CropTask):
-    """Settings of the segmentation task.
+    """Settings of the segmentation task: a label for every voxel.
 
     Attributes:
         patch_size: Voxels of one crop, multiples of the encoder's token edge. None plans it: what holds the median
