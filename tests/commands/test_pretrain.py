@@ -54,6 +54,9 @@ def test_the_run_holds_encoder_card_metrics_and_a_config_that_runs_again(ball_se
     again |= {"out": str(tmp_path / "again"), "optim": Optimisation(learning_rate=1e-3), "tracking": Tracking()}
     repeated = read_run(pretrain(**again)).metrics
     assert [line["loss"] for line in repeated] == [line["loss"] for line in record.metrics]
+    # Counts for the report, which name nobody.
+    cohort = record.manifest["derived"]["cohort"]
+    assert cohort["train"]["num_scans"] == cohort["train"]["num_patients"] > 0
 
 
 def test_a_config_of_before_with_the_decoder_in_the_backbone_trains_the_same(ball_set, tmp_path):
