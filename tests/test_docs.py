@@ -31,9 +31,6 @@ SCRIPTS = [ROOT / "demo" / "run.sh", *sorted((ROOT / "docs").rglob("*.sbatch"))]
 #: Settings below these flags depend on the name that is chosen.
 REGISTRIES = {"backbone": BACKBONES, "method": METHODS, "task": TASKS}
 
-#: Files of code that commands write.
-WRITTEN = {"scripts/scans.py"}
-
 #: What checks these settings.
 CREATED = {"backbone": create_recipe, "method": create_method, "task": create_task}
 
@@ -224,9 +221,5 @@ def test_files_that_the_text_names_exist(path):
     for span in inline_code(path.read_text(encoding="utf-8")):
         for name in re.findall(r"[\w/]+\.(?:py|sh|sbatch)\b|\brecipes/\w+\.yaml\b", span):
             places = [folder / name for folder in (ROOT, SOURCE, SOURCE.parent, path.parent)]
-            found = (
-                name in WRITTEN
-                or any(place.exists() for place in places)
-                or ("/" not in name and any(SOURCE.rglob(name)))
-            )
+            found = any(place.exists() for place in places) or ("/" not in name and any(SOURCE.rglob(name)))
             assert found, f"{path.name} names {name}"
