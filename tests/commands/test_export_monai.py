@@ -14,10 +14,12 @@ import torch
 from monai.data import MetaTensor
 
 from mim3d.caching.foreground import threshold_of
+from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.caching.resampling import plan_axis
 from mim3d.commands.export import export
 from mim3d.commands.predict import predict
 from mim3d.core.errors import CheckpointError
+from mim3d.datasets.cases import Case
 from mim3d.exporting.carried import carried_source
 from mim3d.exporting.monai_scans import PrepareScand, WindowsInferer
 from mim3d.inference.windows import body_windows, window_weights
@@ -111,6 +113,21 @@ def test_regions_paint_their_label_values_and_windows_are_mirrored():
     )
     labels = inferer(prepared[None], lambda image: torch.cat([image - 0.5 + ramp, image - 0.8 + ramp], dim=1))
     assert labels[0, 0].reshape(4, -1).unique(dim=1).flatten().tolist() == [5, 2, 0, 0]
+
+
+def test_whole_numbers_are_rounded_where_the_file_of_a_channel_holds_integers(tmp_path):
+    """As predict does: fractions that happen to be whole stay fractions when they are resampled."""
+    voxels = ball_scan(54, (8, 8, 8))[0]
+    case = Case(id="a", images=(str(tmp_path / "0.nii.gz"), str(tmp_path / "1.nii.gz")))
+    for path, dtype in zip(case.images, (np.int16, np.float32), strict=True):
+        write_scan(Path(path), np.rint(voxels).astype(dtype))
+    wanted = prepare(case, Preprocessing(spacing_mm=(1.3, 1.3, 1.3)))
+    step = PrepareScand("image", spacing_mm=[1.3, 1.3, 1.3], kind="window", window=(-500, 500))
+    stacked = torch.from_numpy(np.stack([np.rint(voxels)] * 2))
+    scan = MetaTensor(stacked, affine=torch.from_numpy(nibabel.load(case.images[0]).affine))
+    found = step({"image": scan, "files": list(case.images)})["image"].as_tensor().numpy()
+    assert np.array_equal(found, step.intensity.apply(wanted.image, wanted.statistics))
+    assert not np.array_equal(found[0], found[1])
 
 
 def test_what_a_bundle_carries_is_the_code_of_predict():

@@ -140,7 +140,7 @@ def inference_config(network: Exported) -> dict[str, Any]:
         "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(network)},
         "dataset": {
             "_target_": "Dataset",
-            "data": "$[{'image': image} for image in @datalist]",
+            "data": "$[{'image': image, 'files': image} for image in @datalist]",
             "transform": "@preprocessing",
         },
         "roi_size": list(network.patch_size),

@@ -6,12 +6,12 @@ The transform and the inferer here, and the functions of mim3d that they call, a
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data.meta_tensor import MetaTensor
 from monai.inferers.inferer import Inferer
 from monai.transforms.transform import MapTransform
-from torch import Tensor
 
 from mim3d.caching.foreground import foreground_of, statistics_of, threshold_of
 from mim3d.caching.resampling import plan_resampling, resample_linear, target_grid
@@ -56,19 +56,22 @@ class PrepareScand(MapTransform):
 
     def __call__(self, data: Any) -> dict[str, Any]:
         """Return the item with network input, and what the inferer needs in its metadata."""
-        return {**data, **{key: self.prepared(data[key]) for key in self.key_iterator(data)}}
+        return {**data, **{key: self.prepared(data[key], data.get("files")) for key in self.key_iterator(data)}}
 
-    def prepared(self, scan: MetaTensor) -> MetaTensor:
-        """Return a scan as network input."""
-        affine, stored = scan.affine.numpy(), _as_stored(scan)
-        x, y, z = stored.shape[1:]
+    def prepared(self, scan: MetaTensor, files: str | Sequence[str] | None = None) -> MetaTensor:
+        """Return a scan as network input; its files say which channels are stored as whole numbers."""
+        affine, stored = scan.affine.numpy(), _as_stored(scan, files)
+        x, y, z = stored[0].shape
         own_shape, own_mm = (x, y, z), spacing_of(affine)
         shape, spacing_mm = own_shape, own_mm
         if self.spacing_mm is not None:
             x_mm, y_mm, z_mm = self.spacing_mm
             shape, spacing_mm, _ = target_grid(own_shape, affine, own_mm, (x_mm, y_mm, z_mm))
         axes = plan_resampling(own_shape, own_mm, shape, spacing_mm)
-        image = np.stack([resample_linear(channel, axes, stored.dtype) for channel in stored])
+        channels = [resample_linear(channel, axes, channel.dtype) for channel in stored]
+        # Integers beside fractions become float32 too, after they were resampled as integers.
+        is_mixed = len({channel.dtype for channel in channels}) > 1
+        image = np.stack([channel.astype(np.float32) if is_mixed else channel for channel in channels])
         others = self.in_hu if len(self.in_hu) == len(image) else [False] * len(image)
         in_hu = [decide(sign_of(channel), set_in_hu=is_ct).in_hu for channel, is_ct in zip(image, others, strict=True)]
         thresholds = [threshold_of(channel, is_ct) for channel, is_ct in zip(image, in_hu, strict=True)]
@@ -84,21 +87,20 @@ class PrepareScand(MapTransform):
         return made
 
 
-def _as_stored(scan: MetaTensor) -> np.ndarray:
-    """Voxels as the file holds them: whole numbers as integers where they are stored as such, all else as float32."""
+def _as_stored(scan: MetaTensor, files: str | Sequence[str] | None) -> list[np.ndarray]:
+    """Voxels as the files hold them: whole numbers as int64 where they are stored as such, all else as float32."""
+    paths = [files] if isinstance(files, str) else list(files or [])
     voxels = scan.as_tensor().numpy()
-    code = scan.meta.get("datatype")
-    is_whole = voxels.dtype.kind in "iu"
-    # Integers that a header rescales are read as fractions.
-    if not is_whole and code is not None and int(code) in _INTEGER_CODES:
-        is_whole = bool((np.rint(voxels) == voxels).all())
-    if not is_whole:
-        return voxels.astype(np.float32, copy=False)
-    return voxels if voxels.dtype.kind in "iu" else voxels.astype(np.int64)
-
-
-#: How NIfTI numbers its integer types.
-_INTEGER_CODES = (2, 4, 8, 256, 512, 768, 1024, 1280)
+    # Volumes of one file have one type.
+    images: list[Any] = [nib.load(path) for path in paths]
+    kinds = [image.get_data_dtype().kind for image in images] or [voxels.dtype.kind]
+    kinds = kinds * len(voxels) if len(kinds) == 1 else kinds
+    stored = []
+    for channel, kind in zip(voxels, kinds, strict=True):
+        # Integers that a header rescales are read as fractions.
+        is_whole = kind in "iu" and bool((np.rint(channel) == channel).all())
+        stored.append(channel.astype(np.int64 if is_whole else np.float32))
+    return stored
 
 
 class WindowsInferer(Inferer):
@@ -154,14 +156,10 @@ class WindowsInferer(Inferer):
         shape, windows = (x, y, z), self.windows
         places = body_windows(shape, found["foreground"], windows) if windows.body_only else windows.places(shape)
         device = next((parameter.device for parameter in getattr(network, "parameters", list)()), inputs.device)
-
-        def part_of(part: tuple[slice, ...]) -> Tensor:
-            return image[part]
-
         labels = sweep_labels(
             [network],
             Sweep.over(places, windows.patch_size, shape),
-            part_of,
+            image.__getitem__,
             axes=found["axes"],
             padding=found["padding"],
             readout=readout_of(self.targets),
