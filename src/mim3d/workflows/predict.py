@@ -40,6 +40,9 @@ WRITE_EVERY = 20
 #: File of a folder of predictions that holds where errors were raised that nobody foresaw.
 TRACEBACKS_NAME = "failed_tracebacks.txt"
 
+#: Scans unlike those of training that are named while predicting.
+MOST_NAMED = 5
+
 
 @dataclass(frozen=True)
 class PredictSettings(PredictionSettings):
@@ -180,8 +183,12 @@ def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFol
             answers = predictor.predict(chosen, [inputs for _, inputs in part], folder.path, watch)
             for case, answer in zip(chosen, answers, strict=True):
                 folder.add(case, answer)
-                for text in answer.get("warnings", ()):
-                    progress.say(f"warning: {case.images[0]}: {text}")
+                said = answer.get("warnings", ())
+                # Of a foreign set the list says all, and the last line how many.
+                folder.num_unlike += bool(said)
+                if folder.num_unlike <= MOST_NAMED:
+                    for text in said:
+                        progress.say(f"warning: {case.images[0]}: {text}")
         except Exception as error:
             if len(part) > 1:
                 # One of them is to blame, or they do not fit into memory together.
@@ -231,6 +238,7 @@ class PredictionFolder:
         owners: Images of every scan that has a name here, by id.
         cases: The scans of this call, under the ids that they have here.
         only_held_out: Whether these are all cases that the run held out, so that no other is missing.
+        num_unlike: Number of scans of this call that are unlike those of training.
     """
 
     path: Path
@@ -241,6 +249,7 @@ class PredictionFolder:
     owners: dict[str, tuple[str, ...]] = field(default_factory=dict)
     cases: tuple[Case, ...] = ()
     only_held_out: bool = False
+    num_unlike: int = 0
     _due_s: float = 0.0
 
     @classmethod
