@@ -90,7 +90,7 @@ BUDGET = {
     "methods": 925,
     "probing": 850,
     "exporting": 1150,
-    "workflows": 4700,
+    "workflows": 4650,
     "commands": 270,
     "cli": 735,
     "__main__": 15,

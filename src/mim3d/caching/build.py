@@ -1,6 +1,7 @@
 """Building a cache: resumable at any moment, and the finished bytes do not depend on how it was built."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -85,7 +86,7 @@ def build_cache(
             built by another process, none of the scans can be used, or the cluster cannot do it.
         ConfigError: ``out`` holds a cache of other settings, ``pack_gb`` is not above 0, or Dask is not installed.
     """
-    if pack_gb is not None and not pack_gb > 0:
+    if pack_gb is not None and not 0 < pack_gb < math.inf:
         raise ConfigError(f"pack_gb {pack_gb} must be above 0, such as 3.")
     num_workers = num_cores() if num_workers is None else num_workers
     root = os.path.abspath(out)

@@ -231,8 +231,10 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
     missing = [name for name in signature.required if name not in merged]
     if missing:
         words = [name.upper() if name in signature.positional else f"--{name}" for name in missing]
+        going_on = "resume" in signature.hints and coerce(flags.get("resume", False), bool, "--resume")
+        no_run = f"{flags['out']} holds no run to go on with, and " if going_on and "out" in flags else ""
         raise ConfigError(
-            f"mim3d {signature.command} needs {' and '.join(words)}; see mim3d {signature.command} --help."
+            f"{no_run}mim3d {signature.command} needs {' and '.join(words)}; see mim3d {signature.command} --help."
         )
     if not coerce(flags.get("allow_code", False), bool, "--allow_code"):
         _require_typed_code(merged, layers, files)

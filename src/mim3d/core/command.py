@@ -1,5 +1,6 @@
 """Commands as functions: their arguments are typed, and may be written once as the fields of a class of settings."""
 
+import errno
 import functools
 import inspect
 import re
@@ -7,6 +8,8 @@ import typing
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from mim3d.core.errors import ConfigError
+from mim3d.core.names import cut
 from mim3d.core.settings import coerce
 from mim3d.core.warned import recording
 
@@ -33,7 +36,13 @@ def typed(function: Callable[P, Result]) -> Callable[P, Result]:
             raise TypeError(f"{function.__name__}() {error}") from None
         for name, value in given.arguments.items():
             given.arguments[name] = coerce(value, hints[name], name)
-        return function(*given.args, **given.kwargs)
+        try:
+            return function(*given.args, **given.kwargs)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            named = cut(str(error.filename))
+            raise ConfigError(f"{named} is longer than names of files and folders can be here; shorten it.") from None
 
     return called
 

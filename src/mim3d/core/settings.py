@@ -156,6 +156,8 @@ def _coerce_items(value: Any, hint: Any, where: str) -> list[Any] | tuple[Any, .
 
 def _coerce_union(value: Any, hint: Any, where: str) -> Any:
     members = get_args(hint)
+    if value == "null" and type(None) in members:
+        return None
     for member in members:
         if isinstance(member, type) and type(value) is member:
             return value
@@ -504,7 +506,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is no valid YAML: {problem}{place}.") from error
     except (ValueError, KeyError, OverflowError) as error:
         # PyYAML's own of what a tag calls a number or a truth value, and of numbers of thousands of digits.
-        raise ConfigError(f"{where} is no valid YAML: {cut(first_line(error))}.") from error
+        raise ConfigError(f"{where} is no valid YAML: {cut(first_line(error).partition(';')[0])}.") from error
 
 
 def write_yaml(path: str | os.PathLike[str], mapping: Mapping[str, Any]) -> None:
@@ -523,9 +525,11 @@ def parse_duration(text: str) -> float:
     Raises:
         ConfigError: The text is of another form, or the duration is zero.
     """
-    match = re.fullmatch(r"(\d+):([0-5]\d)(?::([0-5]\d))?", str(text).strip())
+    match = re.fullmatch(r"(\d{1,9}):([0-5]\d)(?::([0-5]\d))?", str(text).strip())
     if match is None:
-        raise ConfigError(f"Duration {text!r} is not of the form HH:MM or HH:MM:SS; write 01:30 for 90 minutes.")
+        raise ConfigError(
+            f"Duration {cut(repr(text))} is not of the form HH:MM or HH:MM:SS; write 01:30 for 90 minutes."
+        )
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
     total_s = float(3600 * hours + 60 * minutes + seconds)
     if total_s == 0:

@@ -1,5 +1,6 @@
 """The settings that pre-training and fine-tuning share, and the processes that one command runs in."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +79,7 @@ class TrainingSettings(LoopOptions):
             raise ConfigError(f"num_workers is {self.num_workers}; it must be 0 or more.")
         if self.read_timeout < 0:
             raise ConfigError(f"read_timeout is {self.read_timeout} min; it must be above 0, or 0 to wait for ever.")
-        if self.memory_limit is not None and self.memory_limit < 0:
+        if self.memory_limit is not None and not 0 <= self.memory_limit < math.inf:
             raise ConfigError(f"memory_limit is {self.memory_limit} GiB; it must be above 0, or 0 for no check.")
         self.tracking.require_packages()
         self.loop(self.max_steps or 1)
