@@ -78,7 +78,7 @@ BUDGET = {
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1860,
-    "caching": 4405,
+    "caching": 4430,
     "objective": 150,
     "weights": 1345,
     "inference": 1147,

@@ -22,7 +22,7 @@ def test_the_last_line_tells_place_size_and_ratio(tmp_path, capsys):
     assert path == str(tmp_path / "out")
     assert lines[0].startswith("1 of 2 scans left out")
     assert "b.nii.gz" in lines[1]
-    assert lines[-1].startswith(f"{path}: 1 scans, ")
+    assert lines[-1].startswith(f"{path}: 1 scan, ")
     assert lines[-1].endswith("of the size of the sources")
     assert open_cache(path)[0].shape == (15, 15, 15)
 

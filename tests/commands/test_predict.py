@@ -244,7 +244,7 @@ def test_a_scan_that_moved_with_its_folder_is_known_by_its_content(segmenter_run
     predict(str(segmenter_run), str(out), input=str(first))
     shutil.move(tmp_path / "a", tmp_path / "moved")
     predict(str(segmenter_run), str(out), input=str(tmp_path / "moved" / "study" / "ct.nii.gz"))
-    assert "1 of 1 scans segmented, 1 of them before" in capsys.readouterr().out
+    assert "1 of 1 scan segmented, 1 of them before" in capsys.readouterr().out
     (row,) = listing(out)["cases"]
     assert row["id"] == "ct" and "moved" in row["images"][0]
 
@@ -291,7 +291,7 @@ def test_probabilities_of_one_scan_are_not_the_label_map_of_another(segmenter_ru
 def test_a_failure_of_an_earlier_call_stays_listed(segmenter_run, tmp_path):
     out, (first, second) = tmp_path / "out", two_patients(tmp_path)
     first.write_bytes(first.read_bytes()[:100])
-    with pytest.raises(DataError, match="1 of 1 scans could not be segmented"):
+    with pytest.raises(DataError, match="1 of 1 scan could not be segmented"):
         predict(str(segmenter_run), str(out), input=str(first))
     predict(str(segmenter_run), str(out), input=str(second))
     content = listing(out)

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from mim3d.caching.cache import Cache
+from mim3d.core.names import number_of
 from mim3d.core.types import Spacing, Triple
 
 #: Labels and classes that a line names; the file has them all.
@@ -98,13 +99,14 @@ class CacheSummary:
         ]
         if self.labels:
             names = [f"{label.value} {label.name} in {label.num_cases}" for label in self.labels]
-            found.append(f"  labels: {_some(names)} of {self.num_cases} scans")
+            found.append(f"  labels: {_some(names)} of {number_of(self.num_cases, 'scan')}")
         if self.classes:
             found.append(f"  classes: {_some([f'{name} {count}' for name, count in self.classes.items()])}")
         if self.splits:
             found.append(f"  declared: {_some([f'{name} {count}' for name, count in self.splits.items()])}")
         if self.assumed:
-            found.append(f"  assumed of what files leave open: {len(self.assumed)} scans ({_some(list(self.assumed))})")
+            scans = number_of(len(self.assumed), "scan")
+            found.append(f"  assumed of what files leave open: {scans} ({_some(list(self.assumed))})")
         return found
 
     def short(self) -> str:
@@ -114,9 +116,12 @@ class CacheSummary:
             for each in self.channels
         ]
         channels = kinds[0] if len(kinds) == 1 else f"{len(kinds)} channels ({', '.join(kinds)})"
-        parts = [f"{self.num_cases} scans of {self.num_patients} patients", f"modality {channels}"]
-        parts += [f"{len(self.labels)} labels"] if self.labels else []
-        parts += [f"{len(self.classes)} classes"] if self.classes else []
+        parts = [
+            f"{number_of(self.num_cases, 'scan')} of {number_of(self.num_patients, 'patient')}",
+            f"modality {channels}",
+        ]
+        parts += [number_of(len(self.labels), "label")] if self.labels else []
+        parts += [number_of(len(self.classes), "class")] if self.classes else []
         return ", ".join([*parts, f"{self.num_left_out} left out"])
 
 

@@ -1,6 +1,7 @@
 """The command that makes the data that come with mim3d: a labelled set of synthetic CT scans."""
 
 from mim3d.core.command import typed
+from mim3d.core.names import number_of
 from mim3d.phantoms.dataset import PhantomSettings, make_set
 
 
@@ -35,5 +36,5 @@ def phantom(
     settings = PhantomSettings(num_cases=num_cases, size=size, seed=seed, num_test=num_test)
     num_all, num_made = make_set(out, settings)
     kept = f", {num_all - num_made} of them kept" if num_made < num_all else ""
-    print(f"{out}: {num_all} phantoms{kept}, listed in dataset.json")
+    print(f"{out}: {number_of(num_all, 'phantom')}{kept}, listed in dataset.json")
     return out

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mim3d.backbones import BACKBONES, Backbone, Encoder, Hybrid, create_recipe
 from mim3d.core.errors import CheckpointError, ConfigError
-from mim3d.core.names import cut
+from mim3d.core.names import cut, number_of
 from mim3d.core.own_code import is_dotted_path
 from mim3d.core.progress import say
 from mim3d.core.settings import find_named, update_settings
@@ -55,7 +55,7 @@ class CoverageReport:
     def __str__(self) -> str:
         adapted = f", {len(self.adapted)} of them adapted to the input's channels" if self.adapted else ""
         return (
-            f"{len(self.matched)} tensors matched ({self.coverage:.1%} of the values{adapted}), "
+            f"{number_of(len(self.matched), 'tensor')} matched ({self.coverage:.1%} of the values{adapted}), "
             f"{len(self.missing)} missing, {len(self.mismatched)} of another shape, {len(self.left_over)} left over"
         )
 

@@ -11,6 +11,7 @@ from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.set_modality import require_one_kind
 from mim3d.caching.summary import CacheSummary
 from mim3d.core.left_out import MAX_REASONS, note_left_out
+from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.resources import in_words
 from mim3d.core.types import Spacing
@@ -98,7 +99,7 @@ def cache_data_set(settings: CacheSettings) -> str:
     )
     if made.failed:
         num_cases = len(made) + len(made.failed)
-        print(f"{len(made.failed)} of {num_cases} scans left out, the reasons are in failed.csv:")
+        print(f"{len(made.failed)} of {number_of(num_cases, 'scan')} left out, the reasons are in failed.csv:")
         for row in made.failed[:MAX_REASONS]:
             say(f"  {row['reason']}")
         note_left_out(len(made.failed), num_cases, Path(made.path, FAILED))
@@ -115,5 +116,6 @@ def cache_data_set(settings: CacheSettings) -> str:
     for line in CacheSummary.of(made).lines():
         say(line)
     ratio = made.size_bytes / max(made.source_bytes, 1)
-    say(f"{made.path}: {len(made)} scans, {in_words(made.size_bytes)}, {ratio:.2f} of the size of the sources")
+    scans = number_of(len(made), "scan")
+    say(f"{made.path}: {scans}, {in_words(made.size_bytes)}, {ratio:.2f} of the size of the sources")
     return made.path

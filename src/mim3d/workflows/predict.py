@@ -143,10 +143,10 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
     num_before = len(cases) - len(remaining)
     before = f", {num_before} of them before" if num_before else ""
     failed = [case.id for case in cases if case.id in folder.failures]
-    say(f"{len(cases) - len(failed)} of {len(cases)} scans {predictor.done}{before}: {folder.path}")
+    say(f"{len(cases) - len(failed)} of {number_of(len(cases), 'scan')} {predictor.done}{before}: {folder.path}")
     if failed:
         raise DataError(
-            f"{len(failed)} of {len(cases)} scans could not be {predictor.done}, the first because of "
+            f"{len(failed)} of {number_of(len(cases), 'scan')} could not be {predictor.done}, the first because of "
             f"{folder.failures[failed[0]]} All reasons are in {folder.path / predictor.failures_name}."
         )
     return str(folder.path)

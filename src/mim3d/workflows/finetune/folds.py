@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import TO_BE_CONTINUED, ConfigError, note_exit_code
 from mim3d.core.files import write_json
+from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable, warnings_of
 from mim3d.core.settings import CONFIG_NAME, parse_duration, read_yaml, to_mapping, to_named, write_yaml
@@ -120,7 +121,7 @@ def _folds(settings: FinetuneSettings) -> Sequence[int]:
     if len(declared) > settings.num_folds:
         # Refused there in one sentence for one fold and all alike.
         replace(settings, fold=declared[0]).split(source.cases)
-    say(f"{settings.data} declares {len(declared)} folds: {', '.join(map(str, declared))}")
+    say(f"{settings.data} declares {number_of(len(declared), 'fold')}: {', '.join(map(str, declared))}")
     return declared
 
 

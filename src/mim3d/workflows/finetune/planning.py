@@ -17,6 +17,7 @@ from mim3d.backbones import BACKBONES, Backbone
 from mim3d.caching.cache import Cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.resources import num_cores
 from mim3d.core.run_folder import Run, is_first_process
@@ -142,7 +143,7 @@ def plan_finetuning(
     if fingerprint is None:
         num_voxel_scans = min(num_scans, len(learned))
         voxels = f" and the voxels of {num_voxel_scans} to train on" if num_voxel_scans else ""
-        print(f"planning from the headers of {len(sources)} scans{voxels}", flush=True)
+        print(f"planning from the headers of {number_of(len(sources), 'scan')}{voxels}", flush=True)
         fingerprint = fingerprint_of(
             sources,
             source.labels,

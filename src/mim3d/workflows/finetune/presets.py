@@ -8,6 +8,7 @@ from typing import Any
 from mim3d.backbones.contract import round_up, size_text
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, listed
+from mim3d.core.names import number_of
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Triple
 from mim3d.datasets.cases import CaseSet
@@ -87,7 +88,9 @@ def describe_preset(preset: Preset, split: Split, task: Task, multiple: Triple) 
         multiple: Voxels along X, Y, Z that a patch must be a multiple of for the encoder.
     """
     kind = "published folds" if preset.folds else "seeded folds by patient"
-    lines = [f"preset {preset.name} ({kind}): {len(split.train)} cases to train on, {len(split.val)} held out"]
+    lines = [
+        f"preset {preset.name} ({kind}): {number_of(len(split.train), 'case')} to train on, {len(split.val)} held out"
+    ]
     if type(task) is not find_task(preset.task):
         own = f"{type(task).__module__}.{type(task).__qualname__}"
         return [*lines, f"preset {preset.name}: crops and their variation are those of the task {own} itself"]

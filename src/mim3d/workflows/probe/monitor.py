@@ -13,6 +13,7 @@ from mim3d.backbones import Backbone, Encoder
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.left_out import LeftOutList
+from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.resources import choose_accelerator
 from mim3d.core.run_folder import GO_ON, LEFT_OUT_NAME, Run
@@ -184,8 +185,9 @@ class ProbePlan:
         run.note({"probe": {**found, "names": items.names, "num_scans": items.num_scans, "view_size": items.size}})
         sizes = " x ".join(map(str, items.size))
         say(
-            f"probe: {len(items.names)} {items.target} ({', '.join(items.names)}) in {items.num_scans[0]} scans to "
-            f"learn from and {items.num_scans[1]} to score on, views of {sizes} voxels"
+            f"probe: {len(items.names)} {items.target} ({', '.join(items.names)}) in "
+            f"{number_of(items.num_scans[0], 'scan')} to learn from and {items.num_scans[1]} to score on, "
+            f"views of {sizes} voxels"
         )
         for name, scores in found.items():
             say(f"  {name}: linear {scores[BEST_BY]:.4f}, nearest neighbours {scores['probe_knn']:.4f}")
