@@ -1,5 +1,6 @@
 """The command line: words to arguments, files below flags, refusals in one line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -387,3 +388,14 @@ def test_python_m_mim3d_is_the_command():
     words = [sys.executable, "-m", "mim3d", "--version"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, f"mim3d {mim3d.__version__}\n")
+
+
+def test_resume_from_another_folder_finds_what_the_run_was_started_on(config, tmp_path, monkeypatch):
+    out = Path(config).parent
+    (out / "manifest.json").write_text(json.dumps({"working_folder": str(tmp_path / "began")}))
+    (tmp_path / "began" / "D").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert called("train", "--out", str(out), "--resume", "true")["data"] == str(tmp_path / "began" / "D")
+    monkeypatch.chdir(tmp_path / "began")
+    assert called("train", "--out", str(out), "--resume", "true")["data"] == "D"

@@ -133,6 +133,16 @@ def test_resume_with_other_settings_names_each_of_them(tmp_path: Path) -> None:
     assert f"leave these out: mim3d pretrain --out {tmp_path}/run --resume true." in str(error.value)
 
 
+def test_a_path_is_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "began").mkdir()
+    monkeypatch.chdir(tmp_path / "began")
+    make(tmp_path / "run", data="scans")
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "run", resume=True, data="began/scans")
+    with pytest.raises(ConfigError, match="data was 'scans' and is now 'other'"):
+        make(tmp_path / "run", resume=True, data="other")
+
+
 def test_settings_that_were_left_open_and_are_given_now_are_named_one_by_one(tmp_path: Path) -> None:
     make(tmp_path / "run", backbone=None)
     with pytest.raises(ConfigError) as error:

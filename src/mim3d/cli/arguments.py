@@ -11,10 +11,12 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.files import load_json
 from mim3d.core.own_code import own_code_in
 from mim3d.core.settings import CONFIG_NAME, coerce, describe, nearest, parse_yaml, read_yaml, update_settings
 
@@ -26,6 +28,9 @@ _OWN_FLAGS = {"config": tuple[str, ...], "allow_code": bool, "debug": bool, "hel
 
 #: Flags that somebody who gives a word without one means most likely.
 _USUAL_FLAGS = ("data", "input", "predictions", "references", "weights", "out")
+
+#: Settings that name a file or folder.
+PATH_SETTINGS = ("data", "weights", "cache", "plan", "train_list", "probe")
 
 #: Names that no parameter of a command may have.
 RESERVED = (*_OWN_FLAGS, "command")
@@ -209,10 +214,11 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
         ConfigError: A setting is unknown, missing or of another type, a file belongs to another command, or it names
             code that the flags do not.
     """
-    files = [*_settings_of_run(flags, signature), *coerce(flags.get("config", ()), _OWN_FLAGS["config"], "--config")]
+    own = _settings_of_run(flags, signature)
+    files = [*own, *coerce(flags.get("config", ()), _OWN_FLAGS["config"], "--config")]
     layers = []
     for path in files:
-        content = read_yaml(path)
+        content = _as_from_its_folder(read_yaml(path), path) if path in own else read_yaml(path)
         command = content.pop("command", signature.command)
         if command != signature.command:
             raise ConfigError(
@@ -247,6 +253,19 @@ def _settings_of_run(flags: Mapping[str, Any], signature: Signature) -> list[str
         return []
     config = os.path.join(str(flags.get("out", "")), CONFIG_NAME)
     return [config] if "out" in flags and os.path.isfile(config) else []
+
+
+def _as_from_its_folder(settings: dict[str, Any], path: str) -> dict[str, Any]:
+    """The settings of a run; paths that are found only from the folder where it was started begin there."""
+    folder = None
+    with suppress(OSError, ValueError, AttributeError):
+        folder = load_json(os.path.join(os.path.dirname(path), "manifest.json")).get("working_folder")
+    if not isinstance(folder, str):
+        return settings
+    named = {name: value for name, value in settings.items() if name in PATH_SETTINGS and isinstance(value, str)}
+    there = {name: os.path.join(folder, value) for name, value in named.items()}
+    moved = {name: full for name, full in there.items() if not os.path.lexists(named[name]) and os.path.lexists(full)}
+    return {**settings, **moved}
 
 
 def _require_typed_code(merged: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], files: Sequence[str]) -> None:

@@ -160,6 +160,7 @@ class Run:
             # The manifest comes first: a folder with one is a run, whatever else a kill prevented.
             seeds = {name: value for name, value in values.items() if name == "seed" or name.endswith("_seed")}
             identity = {"command": command, "settings": values, "inputs": dict(inputs), "seeds": seeds}
+            identity["working_folder"] = os.getcwd()
             write_json(run.manifest_path, {**identity, **session})
             write_text(run.metrics_path, "")
         run.checkpoints_dir.mkdir(exist_ok=True)
@@ -263,7 +264,7 @@ class Run:
         sizes = [math.prod(settings.get(name) or 1 for name in SPLIT_OF_A_STEP) for settings in (before, values)]
         if sizes[0] == sizes[1]:
             values = {**values, **{name: before[name] for name in SPLIT_OF_A_STEP if name in before}}
-        changed = _differences(before, values)
+        changed = _differences(before, values, manifest.get("working_folder") or "")
         if changed:
             raise ConfigError(
                 f"{self.path} was started with other settings: {'; '.join(changed)}. To go on with those it was "
@@ -292,16 +293,17 @@ def _with_decoder_of_method(settings: dict[str, Any]) -> dict[str, Any]:
     return today
 
 
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Settings that are not the same, as ``key was ... and is now ...``."""
+def _differences(before: Any, now: Any, folder: str, key: str = "") -> list[str]:
+    """Settings that are not the same, as ``key was ... and is now ...``; paths of before begin in ``folder``."""
     if isinstance(before, dict) or isinstance(now, dict):
         before, now = (
             {} if value is None else value if isinstance(value, dict) else {"name": value} for value in (before, now)
         )
         names = [name for name in {**before, **now} if key or name not in FREE_ON_RESUME]
         parts = [(name, f"{key}.{name}" if key else name) for name in names]
-        return [line for name, full in parts for line in _differences(before.get(name), now.get(name), full)]
-    same_path = isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) == os.path.abspath(now)
+        return [line for name, full in parts for line in _differences(before.get(name), now.get(name), folder, full)]
+    is_text = isinstance(before, str) and isinstance(now, str)
+    same_path = is_text and os.path.abspath(os.path.join(folder, before)) == os.path.abspath(now)
     return [] if before == now or same_path else [f"{key} was {before!r} and is now {now!r}"]
 
 
