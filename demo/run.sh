@@ -17,7 +17,7 @@ step "2. Cache: preprocess once, then crop without reading scans again"
 mim3d cache "$out/scans" --out "$out/cache"
 
 step "3. Pre-train MiM without labels"
-mim3d pretrain --config recipes/demo_pretrain.yaml --data "$out/cache" --out "$out/pretrain"
+mim3d pretrain --config recipes/demo_pretrain.yaml --data "$out/cache" --fold 0 --out "$out/pretrain"
 
 step "4. Fine-tune from the pre-trained encoder, and once from scratch"
 mim3d finetune --config recipes/demo_finetune.yaml --data "$out/cache" --out "$out/pretrained" --weights "$out/pretrain"

@@ -101,7 +101,7 @@ def _value(where: str, label: int | str, declared: Mapping[int, str]) -> int:
     named = [value for value, name in declared.items() if name == text]
     if named:
         return named[0]
-    value = int(text) if text.isdigit() else 0
+    value = int(text) if text.isdigit() and len(text) < 10 else 0
     if value in declared or (value > 0 and not declared):
         return value
     known = nearest(text, declared.values()) if declared else " None is: give values from 1."
