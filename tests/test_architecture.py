@@ -92,7 +92,7 @@ BUDGET = {
     "exporting": 1150,
     "workflows": 4650,
     "commands": 270,
-    "cli": 735,
+    "cli": 750,
     "__main__": 15,
 }
 
