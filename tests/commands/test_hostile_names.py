@@ -65,7 +65,8 @@ def test_hostile_names_go_from_the_cache_to_the_report(hostile_set, segmenter_ru
     for path in texts:
         text = path.read_text(encoding="utf-8")
         assert harmless(text.replace("\r", "")), path
-        assert "<script>" not in text or path.suffix in (".json", ".csv"), path
+        # The report has one of its own.
+        assert text.count("<script>") <= (path.suffix == ".html") or path.suffix in (".json", ".csv"), path
         if path.suffix == ".csv":
             with open(path, encoding="utf-8", newline="") as file:
                 cells = [cell for row in csv.reader(file) for cell in row]
