@@ -9,7 +9,7 @@ from dataclasses import replace
 class HookedPath(str):
     """A path that acts when a build looks at it in another process than the one it was made in."""
 
-    def __contains__(self, text):
+    def lower(self):
         if os.getpid() != self.made_in:
             time.sleep(self.seconds)
             # Each process that was ended has left a mark.
@@ -17,7 +17,7 @@ class HookedPath(str):
             if num_ended < self.num_ends:
                 (self.marks / f"{os.getpid()}.{num_ended}").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return super().__contains__(text)
+        return super().lower()
 
 
 def hooked(cases, index, marks, *, num_ends=0, seconds=0.0):

@@ -235,7 +235,7 @@ def test_a_report_shows_scores_with_intervals_and_cases_without_a_prediction(fol
     page = (folders / "r.html").read_text(encoding="utf-8")
     low, high = found["mean_ci95"]["dice"]
     assert f"{low:.3f} to {high:.3f}" in page
-    assert "e was not predicted and is scored as an empty prediction" in page
+    assert "Not predicted; it is scored as an empty prediction." in page
 
 
 def test_two_methods_are_compared_on_the_cases_of_both(folders):

@@ -102,7 +102,7 @@ def test_a_task_that_says_not_how_is_refused_in_a_sentence(my_measure, my_lab, t
     with pytest.raises(ConfigError, match="OnlyTrains cannot predict"):
         predict(str(my_measure), str(tmp_path / "out"), task=task)
     with pytest.raises(ConfigError, match="cannot score predictions"):
-        evaluate(str(tmp_path), str(tmp_path), str(tmp_path / "scores.json"), task=task)
+        evaluate(str(tmp_path), str(my_measure), str(tmp_path / "scores.json"), task=task)
     with pytest.raises(ConfigError, match=r"OnlyTrains cannot be exported.*--network encoder"):
         export(str(my_measure), str(tmp_path / "out"), task=task)
     export(str(my_measure), str(tmp_path / "encoder"), task=task, network="encoder")

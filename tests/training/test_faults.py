@@ -108,7 +108,7 @@ def test_one_bad_step_too_many_stops_with_the_last_good_state_and_resumes(
     message = str(error.value)
     assert "At step 7, loss/penalty became infinite" in message
     assert "Training stopped; the checkpoint of step 9 is kept" in message
-    assert "Go on with a larger --max_bad_steps (mim3d pretrain --config" in message
+    assert "Go on with a larger --max_bad_steps (mim3d pretrain --out" in message
     content = read_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000009.pt")
     weights = {name: value for name, value in content["objective"].items() if name in after[9]}
     assert_same_bits(weights, {name: after[9][name] for name in weights})

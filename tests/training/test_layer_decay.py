@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mim3d.backbones import BACKBONES, Hybrid, create_recipe
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import ConfigError
+from mim3d.core.run_folder import read_run
 from mim3d.training.optim import build_optimizer, layer_lines, layer_scales, set_learning_rate
 from mim3d.training.schedule import Optimisation, Schedule, make_schedule
 from tests.training.toy_training import OPTIM, ToyObjective, toy_run
@@ -134,10 +135,10 @@ def test_without_decay_there_are_the_two_groups_that_there_always_were(layer_dec
     assert layer_lines(Wrapped(Plain()), plain) == []
 
 
-def test_the_range_of_the_scales_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_range_of_the_scales_is_in_the_manifest(tmp_path: Path) -> None:
     line = "the encoder's layers learn at 0.5 (lowest) to 0.5 (highest) times the learning rate = 0.5 ^ layers above"
-    toy_run(tmp_path / "run", optim=replace(OPTIM, layer_decay=0.5))
-    assert line in capsys.readouterr().err
+    _, _, run = toy_run(tmp_path / "run", optim=replace(OPTIM, layer_decay=0.5))
+    assert any(line in each for each in read_run(run.path).manifest["derived"]["derivations"])
 
 
 def test_lower_layers_move_less_and_the_rest_as_before(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Folders that are given in the place of others: what they are, and what to give instead, for the end of a sentence."""
 
+import glob
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -62,7 +63,8 @@ def not_weights(folder: str, *, for_task: bool) -> str | None:
             f"{folder} is a run of mim3d pretrain: its encoder has learned no task yet. Fine-tune it on labelled scans "
             f"(mim3d finetune --data LABELLED --weights {folder} --out RUN), and give that RUN."
         )
-    if command is not None:
+    # What is asked for may be the network of another task than the one that is there.
+    if command is not None and not glob.glob(os.path.join(glob.escape(folder), "*", "model.safetensors")):
         return (
             f"{folder} is a run of mim3d {command} that has exported no network yet; let it finish "
             f"(mim3d {command} --out {folder} --resume true), or give another run."
