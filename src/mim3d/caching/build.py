@@ -1,5 +1,6 @@
 """Building a cache: resumable at any moment, and the finished bytes do not depend on how it was built."""
 
+import fnmatch
 import json
 import math
 import os
@@ -190,8 +191,10 @@ def _check_place(out: str, preprocessing: Preprocessing) -> None:
                 f"{place}: is a link, and what is there and not of this cache would be removed; link the folder of the "
                 "cache as a whole, or choose another."
             )
+    # One look, since another process may begin to build here meanwhile.
+    held = os.listdir(out) if os.path.isdir(out) else []
     settings_path = os.path.join(out, layout.SETTINGS)
-    if os.path.exists(settings_path):
+    if layout.SETTINGS in held:
         try:
             settings = layout.read_json(settings_path)
         except DataError:
@@ -213,10 +216,10 @@ def _check_place(out: str, preprocessing: Preprocessing) -> None:
                 f"{out}: holds a cache of other settings ({found}) than asked for ({wanted}); choose another folder, "
                 "or delete this one."
             )
-    elif os.path.isdir(out):
+    else:
         # A build that was killed right at its start leaves these.
-        own = {layout.CASES, layout.LOCK} | {path.name for path in Path(out).glob(".*.partial")}
-        if set(os.listdir(out)) - own:
+        own = {layout.CASES, layout.LOCK, *fnmatch.filter(held, ".*.partial")}
+        if set(held) - own:
             raise DataError(f"{out}: holds other things than a mim3d cache; choose a new or empty folder.")
 
 
