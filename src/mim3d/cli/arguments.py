@@ -218,7 +218,9 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
     files = [*own, *coerce(flags.get("config", ()), _OWN_FLAGS["config"], "--config")]
     layers = []
     for path in files:
-        content = _as_from_its_folder(read_yaml(path), path) if path in own else read_yaml(path)
+        content = read_yaml(path)
+        if path in own:
+            content = _as_from_its_folder(content, path)
         command = content.pop("command", signature.command)
         if command != signature.command:
             raise ConfigError(

@@ -217,9 +217,11 @@ class Run:
 
     def drop_warnings(self, kind: type[ResultWarning]) -> None:
         """Take warnings of a kind out of the manifest, since they are true no longer."""
-        if self.writes and any(row["kind"] == kind.kind for row in self.warnings):
+        rows = self.warnings
+        kept = [row for row in rows if row["kind"] != kind.kind]
+        if self.writes and len(kept) < len(rows):
             manifest = read_manifest(self.manifest_path)
-            manifest["warnings"] = [row for row in self.warnings if row["kind"] != kind.kind]
+            manifest["warnings"] = kept
             write_json(self.manifest_path, manifest, remedy=GO_ON)
 
     def bind_input(self, name: str, digest: str) -> None:

@@ -26,8 +26,10 @@ SCORES = {
     "sensitivity",
     "specificity",
     "precision",
+    "recall",
+    "probe_linear",
+    "probe_knn",
 }
-SCORES |= {"recall", "probe_linear", "probe_knn"}
 #: Keys of a metrics line that are no learning curve.
 NOT_CURVES = {"step", "time_s"}
 _COLUMNS = 3

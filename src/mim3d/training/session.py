@@ -353,12 +353,10 @@ class TrainingSession:
             # Of several processes the others end as usual, lest whoever started them takes it for a crash.
             if self.fabric.is_global_zero:
                 note_exit_code(exit_code)
-            record_said(
-                UnfinishedWarning.kind, f"stopped after step {step} of {self.loop.max_steps}, because {reason}."
-            )
+            stopped = f"stopped after step {step} of {self.loop.max_steps}, because {reason}"
+            record_said(UnfinishedWarning.kind, f"{stopped}.")
             self.display.say(
-                f"stopped after step {step} of {self.loop.max_steps}, because {reason}; its checkpoint is in "
-                f"{self.checkpoints.folder}. To go on: {self.run.how_to_resume}"
+                f"{stopped}; its checkpoint is in {self.checkpoints.folder}. To go on: {self.run.how_to_resume}"
             )
         if to_be_continued and self.fabric.is_global_zero:
             answer = requeue()

@@ -21,7 +21,7 @@ from mim3d.core.files import load_json
 from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import LARGEST_LABEL
 from mim3d.scans.intensity import Intensity
-from mim3d.weights.folders import CARD_ENTRY, CARD_FORMAT, CARD_NAME, RUN_NETWORKS, WEIGHTS_NAME, locate
+from mim3d.weights.folders import CARD_ENTRY, CARD_FORMAT, CARD_NAME, RUN_NETWORKS, WEIGHTS_NAME, weights_file
 
 #: A card holds some kilobytes. Each score of each label is a line.
 _LARGEST_BYTES = 16 * 2**20
@@ -106,8 +106,7 @@ _SHOWN = ("scores", "probe")
 
 def card_path(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
     """The file that holds the card of our own weights: the one beside them, or they themselves."""
-    located = locate(path, networks)
-    weights = located if located.is_file() else located / WEIGHTS_NAME
+    weights = weights_file(path, networks)
     beside = weights.with_name(CARD_NAME)
     return beside if beside.is_file() and weights.name == WEIGHTS_NAME else weights
 
@@ -226,8 +225,7 @@ def require_described(build: Callable[[], nn.Module], path: str | Path) -> None:
     Raises:
         CheckpointError: The sentence names both numbers of values. The file may be unreadable, too.
     """
-    located = locate(path)
-    file = located if located.is_file() else located / WEIGHTS_NAME
+    file = weights_file(path)
     try:
         with safe_open(file, framework="pt") as tensors:
             held = sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118

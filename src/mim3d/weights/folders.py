@@ -111,14 +111,23 @@ def _other_weights(folder: Path) -> list[Path]:
     return []
 
 
+def weights_file(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
+    """The file of weights behind a run folder, an export folder, a file or the id of a repository.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    located = locate(path, networks)
+    return located / WEIGHTS_NAME if located.is_dir() else located
+
+
 def weights_digest(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> str:
     """SHA-256 of the weights file behind a run folder, an export folder or a file.
 
     Raises:
         CheckpointError: There is none.
     """
-    located = locate(path, networks)
-    with open(located / WEIGHTS_NAME if located.is_dir() else located, "rb") as file:
+    with open(weights_file(path, networks), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mim3d.backbones import BACKBONES, Backbone, Encoder, Hybrid, create_recipe
-from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.errors import CheckpointError, ConfigError, listed
 from mim3d.core.names import cut, number_of
 from mim3d.core.own_code import is_dotted_path
 from mim3d.core.progress import say
@@ -137,10 +137,9 @@ def load_into(
             "the training that wrote it had failed by then, so take an earlier checkpoint."
         )
     if unfilled:
-        more = f" and {len(unfilled) - 3} more" if len(unfilled) > 3 else ""
         warnings.warn(
             f"{path} fills {share:.1%} of the encoder; {len(unfilled)} of its {len(judged)} tensors start anew: "
-            f"{', '.join(unfilled[:3])}{more}.",
+            f"{listed(unfilled, 3)}.",
             category=WeightsWarning,
             stacklevel=2,
         )

@@ -15,7 +15,7 @@ from mim3d.core.errors import CheckpointError
 from mim3d.core.names import cut
 from mim3d.core.warned import WeightsWarning
 from mim3d.nn.tokens import sincos_positions
-from mim3d.weights.folders import RUN_NETWORKS, WEIGHTS_NAME, locate
+from mim3d.weights.folders import RUN_NETWORKS, weights_file
 from mim3d.weights.pickles import PassedOver, load_torch_file, tensors_of_module
 
 #: Keys under which files hold their weights, the one to prefer first: an average of weights only where nothing else is.
@@ -70,8 +70,7 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
     Raises:
         CheckpointError: The file is damaged, or holds no tensors by name, or several sets with none that is preferred.
     """
-    located = locate(path, networks)
-    file = located / WEIGHTS_NAME if located.is_dir() else located
+    file = weights_file(path, networks)
     if file.suffix == ".safetensors":
         try:
             return without_framework_prefixes(load_file(file))

@@ -76,7 +76,7 @@ def _check_outputs(settings: EvaluationSettings) -> None:
     files = [settings.out, *(f"{stem}{ending}" for ending in (".csv", ".reliability.csv", ".md", ".tex"))]
     references = [settings.references] if isinstance(settings.references, str) else settings.references
     inputs = {os.path.realpath(path) for path in (settings.predictions, *references, settings.compare) if path}
-    lists = {os.path.realpath(os.path.join(settings.predictions, name)) for name in (TABLE_NAME, "predictions.json")}
+    lists = {os.path.realpath(os.path.join(settings.predictions, name)) for name in (TABLE_NAME, LIST_NAME)}
     there = [file for file in files if os.path.exists(file)]
     own = next((file for file in there if os.path.realpath(file) in inputs | lists), None)
     if own is not None:

@@ -105,8 +105,8 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
         split = split.without([case for case in (*split.train, *split.val) if case.id not in cached])
         write_split(run, split)
         parts = {"train": split.train, "held out": split.val}
-        run.note({"cohort": {name: cohort_of(scans.subset(part)) for name, part in parts.items() if part}})
-        run.note({"split": split_in_words(split, settings.single_fold, settings.num_folds)})
+        cohort = {name: cohort_of(scans.subset(part)) for name, part in parts.items() if part}
+        run.note({"cohort": cohort, "split": split_in_words(split, settings.single_fold, settings.num_folds)})
         learned, strict = scans.subset(split.train), bool(settings.strict)
         if split.val:
             held_out = identities_of(scans.subset(split.val))
