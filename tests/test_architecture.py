@@ -80,7 +80,7 @@ BUDGET = {
     "reporting": 1860,
     "caching": 4430,
     "objective": 150,
-    "weights": 1345,
+    "weights": 1585,
     "inference": 1147,
     "planning": 950,
     "loading": 1055,
@@ -92,7 +92,7 @@ BUDGET = {
     "exporting": 1150,
     "workflows": 4650,
     "commands": 270,
-    "cli": 750,
+    "cli": 757,
     "__main__": 15,
 }
 

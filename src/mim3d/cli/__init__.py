@@ -152,7 +152,7 @@ def overview() -> str:
         "usage: mim3d COMMAND [--config FILE.yaml] [flags]\n\n"
         "Masked pre-training and fine-tuning for 3-D medical images.\n\n"
         f"{listed}\n\n"
-        "mim3d COMMAND --help lists the flags of a command; mim3d --version gives the version."
+        "mim3d COMMAND --help lists the flags of a command, mim3d --version the version."
     )
 
 

@@ -18,7 +18,7 @@ from mim3d.cli.arguments import Signature, is_named, word_limit
 from mim3d.core.command import documented
 from mim3d.core.settings import describe, spelled, to_mapping
 
-#: Widest column of flags on a narrow terminal; what is longer goes on in the next line.
+#: Widest column of flags on a narrow terminal; what is longer has a line of its own.
 FLAG_COLUMN = 30
 
 
@@ -61,6 +61,7 @@ def help_text(signature: Signature, words: Sequence[str] = ()) -> str:
     groups = {**_flag_groups(signature), **_chosen_groups(signature, words), "every command": EVERY_COMMAND}
     console = Console(width=shutil.get_terminal_size().columns, highlight=False)
     longest = max(len(flag.usage) for flags in groups.values() for flag in flags)
+    column = min(longest, max(FLAG_COLUMN, console.width // 4))
     several = {name: " ..." if word_limit(signature.hints[name]) is None else "" for name in signature.positional}
     places = [name.upper() + dots for name, dots in several.items()]
     required = [f"--{name} {_values(signature.hints[name])}" for name in signature.required if name not in several]
@@ -71,12 +72,18 @@ def help_text(signature: Signature, words: Sequence[str] = ()) -> str:
         for paragraph in re.split(r"\n\s*\n", description):
             console.print("", Text(" ".join(paragraph.split())), sep="\n")
         for title, flags in groups.items():
-            table = Table.grid(padding=(0, 2, 0, 0))
-            table.add_column(width=min(longest, max(FLAG_COLUMN, console.width // 4)), overflow="fold")
+            console.print("", Text(f"{title}:", style="bold"), sep="\n")
             for flag in flags:
                 facts = Text(f"({'; '.join(flag.facts)})" if flag.facts else "", "dim")
-                table.add_row(Text(flag.usage, style="bold"), Text(" ").join(filter(None, (Text(flag.meaning), facts))))
-            console.print("", Text(f"{title}:", style="bold"), Padding(table, (0, 0, 0, 2)), sep="\n")
+                table = Table.grid(padding=(0, 2, 0, 0))
+                table.add_column(width=column, overflow="fold")
+                place = Text(flag.usage, style="bold")
+                # A flag that is too long has a line of its own, so that it can be copied as a whole.
+                if len(flag.usage) > column:
+                    console.print(Padding(place, (0, 0, 0, 2)))
+                    place = Text()
+                table.add_row(place, Text(" ").join(filter(None, (Text(flag.meaning.replace("``", "`")), facts))))
+                console.print(Padding(table, (0, 0, 0, 2)))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 

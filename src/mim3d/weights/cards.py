@@ -22,6 +22,7 @@ from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import LARGEST_LABEL
 from mim3d.scans.intensity import Intensity
 from mim3d.weights.folders import CARD_ENTRY, CARD_FORMAT, CARD_NAME, RUN_NETWORKS, WEIGHTS_NAME, weights_file
+from mim3d.weights.plain import INDEX_NAME, parts_of
 
 #: A card holds some kilobytes. Each score of each label is a line.
 _LARGEST_BYTES = 16 * 2**20
@@ -108,7 +109,7 @@ def card_path(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Pat
     """The file that holds the card of our own weights: the one beside them, or they themselves."""
     weights = weights_file(path, networks)
     beside = weights.with_name(CARD_NAME)
-    return beside if beside.is_file() and weights.name == WEIGHTS_NAME else weights
+    return beside if beside.is_file() and weights.name in (WEIGHTS_NAME, INDEX_NAME) else weights
 
 
 def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Any]:
@@ -227,8 +228,10 @@ def require_described(build: Callable[[], nn.Module], path: str | Path) -> None:
     """
     file = weights_file(path)
     try:
-        with safe_open(file, framework="pt") as tensors:
-            held = sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        held = 0
+        for part in parts_of(file):
+            with safe_open(part, framework="pt") as tensors:
+                held += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is no readable safetensors file ({error}); copy or export it again.") from None
     try:

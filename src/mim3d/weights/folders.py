@@ -17,6 +17,7 @@ from torch import nn
 from mim3d.core.errors import CheckpointError
 from mim3d.core.files import REMEDY, atomic_folder, write_json
 from mim3d.datasets.mistaken import not_weights
+from mim3d.weights.plain import INDEX_NAME, parts_of
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
@@ -26,13 +27,13 @@ CARD_FORMAT = 1
 CARD_ENTRY = "mim3d_card"
 
 #: Endings of files of weights.
-_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 
 #: Folders of a run that hold a network, the one to prefer first.
 RUN_NETWORKS = ("encoder", "segmenter", "classifier")
 
 #: Files of a repository that are fetched; ``config.json`` is what Hugging Face counts downloads by.
-WANTED = ("model.safetensors", "card.json", "config.json", "seen.json")
+WANTED = (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors", "card.json", "config.json", "seen.json")
 
 #: ``owner/name`` or ``hf://owner/name``, either with ``@revision``. A path object makes one slash of two.
 _ID = re.compile(r"(?P<scheme>hf:/{1,2})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -86,10 +87,10 @@ def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
     if given.is_file():
         return given
     for folder in (given, *(given / name for name in networks)):
-        if (folder / WEIGHTS_NAME).is_file():
+        if (folder / WEIGHTS_NAME).is_file() or (folder / INDEX_NAME).is_file():
             return folder
     if others := _other_weights(given):
-        several = f"{len(others)} files of weights; where they are pieces of one network, join them into one, or"
+        several = f"{len(others)} files of weights; where they are pieces of one network, add their {INDEX_NAME}, or"
         raise CheckpointError(
             f"{given} holds no {WEIGHTS_NAME}, but {several if len(others) > 1 else 'another file of weights;'} give "
             f"the file itself: {others[0]}."
@@ -114,21 +115,30 @@ def _other_weights(folder: Path) -> list[Path]:
 def weights_file(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
     """The file of weights behind a run folder, an export folder, a file or the id of a repository.
 
+    For a network in several files it is their index.
+
     Raises:
         CheckpointError: There is none.
     """
     located = locate(path, networks)
-    return located / WEIGHTS_NAME if located.is_dir() else located
+    if not located.is_dir():
+        return located
+    return located / (WEIGHTS_NAME if (located / WEIGHTS_NAME).is_file() else INDEX_NAME)
 
 
 def weights_digest(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> str:
-    """SHA-256 of the weights file behind a run folder, an export folder or a file.
+    """SHA-256 of the weights file behind a run folder, an export folder or a file; of several, one after the other.
 
     Raises:
         CheckpointError: There is none.
     """
-    with open(weights_file(path, networks), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    file = weights_file(path, networks)
+    digest = hashlib.sha256()
+    # An index holds names and a size, which other weights may have too.
+    for part in parts_of(file):
+        with open(part, "rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest()
 
 
 def is_hub_id(path: str | os.PathLike[str]) -> bool:

@@ -1,11 +1,13 @@
 """What torch files hold, read without running code: tensors, plain values, and a stand-in for every other object.
 
 ``torch.load(weights_only=True)`` refuses a whole file for one numpy scalar or logger beside the weights. Here such an
-object becomes a :class:`PassedOver`, and nothing that the file names is imported or called.
+object becomes a :class:`PassedOver`, and nothing that the file names is imported or called. Arrays of numpy are
+understood by the layout of their pickles, see :class:`PickledArray`.
 """
 
 import argparse
 import io
+import math
 import pickle
 import re
 import tarfile
@@ -81,6 +83,73 @@ class PassedOver:
     update = extend
 
 
+class PickledType(PassedOver):
+    """Stands for a numpy dtype, by its name such as ``f4``.
+
+    Args:
+        name: What the file says that it is.
+
+    Attributes:
+        dtype: The same type of torch; None for types that are no numbers, or in big-endian order.
+    """
+
+    dtype: torch.dtype | None
+
+    def __init__(self, name: Any = "", *_: Any) -> None:
+        self.dtype = _DTYPES.get(name) if isinstance(name, str) else None
+
+    def __setstate__(self, state: Any) -> None:
+        # A version, then the order of bytes.
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", "|", "="):
+            self.dtype = None
+
+
+class PickledArray(PassedOver):
+    """Stands for a numpy array, whose values are in the pickle itself.
+
+    Attributes:
+        tensor: Its values, which share the memory of the pickle; None where they are no plain numbers.
+    """
+
+    tensor: Tensor | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        # A version, the shape, the type, whether the first axis varies fastest, and the bytes.
+        if isinstance(state, tuple) and len(state) == 5:
+            self._fill(state[1], state[2], state[4], first_fastest=bool(state[3]))
+
+    @classmethod
+    def of_buffer(cls, held: Any, kind: Any, shape: Any, order: Any = "C", axes: Any = None, *_: Any) -> "PickledArray":
+        """An array as the fifth pickle protocol has it; ``axes`` are those to which it is turned afterwards."""
+        made = cls()
+        made._fill(shape, kind, held, first_fastest=order == "F")
+        if axes is not None and made.tensor is not None:
+            made.tensor = made.tensor.permute(*axes)
+        return made
+
+    def _fill(self, shape: Any, kind: Any, held: Any, *, first_fastest: bool) -> None:
+        dtype = kind.dtype if isinstance(kind, PickledType) else None
+        is_shape = (
+            isinstance(shape, tuple) and len(shape) <= _MOST_AXES and all(type(n) is int and n >= 0 for n in shape)
+        )
+        if dtype is None or not is_shape or not isinstance(held, (bytes, bytearray)):
+            return
+        if math.prod(shape) * dtype.itemsize != len(held):
+            raise ValueError("it holds an array that is cut off")
+        with warnings.catch_warnings():
+            # Nothing is written to the values, and copies of what a pickle repeats would take any amount of memory.
+            warnings.simplefilter("ignore")
+            flat = torch.frombuffer(held, dtype=dtype) if held else torch.empty(0, dtype=dtype)
+        self.tensor = (
+            flat.reshape(shape[::-1]).permute(*range(len(shape))[::-1]) if first_fastest else flat.reshape(shape)
+        )
+
+
+def _bytes(text: Any = "", encoding: Any = "latin1") -> Any:
+    """The bytes that old protocols keep as text; none without it."""
+    return text.encode("latin-1") if isinstance(text, str) and encoding == "latin1" else PassedOver()
+
+
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Any:
     """A tensor on a storage, which is itself a flat tensor here; torch refuses what lies outside of it."""
     return torch.as_strided(storage, size, stride, offset) if isinstance(storage, Tensor) else PassedOver()
@@ -112,8 +181,32 @@ _PART = re.compile(r"[^/]+/(data\.pkl|data/[^/]+)")
 #: More modules than any network has.
 _MOST_MODULES = 100_000
 
+#: Axes that a numpy array has at most.
+_MOST_AXES = 64
+
+#: Types of values by the names that numpy has for them.
+_DTYPES = {
+    "f8": torch.float64,
+    "f4": torch.float32,
+    "f2": torch.float16,
+    "i8": torch.int64,
+    "i4": torch.int32,
+    "i2": torch.int16,
+    "i1": torch.int8,
+    "u1": torch.uint8,
+    "b1": torch.bool,
+}
+
 #: What may be called, by module and name.
 _REBUILDS: dict[tuple[str, str], Any] = {
+    ("_codecs", "encode"): _bytes,
+    ("__builtin__", "bytes"): _bytes,
+    ("numpy", "dtype"): PickledType,
+    # Names before and since numpy 2.
+    ("numpy.core.multiarray", "_reconstruct"): PickledArray,
+    ("numpy._core.multiarray", "_reconstruct"): PickledArray,
+    ("numpy.core.numeric", "_frombuffer"): PickledArray.of_buffer,
+    ("numpy._core.numeric", "_frombuffer"): PickledArray.of_buffer,
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): _mapping,
     ("torch._utils", "_rebuild_tensor"): _tensor,

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mim3d.core.errors import CheckpointError
@@ -16,7 +14,8 @@ from mim3d.core.names import cut
 from mim3d.core.warned import WeightsWarning
 from mim3d.nn.tokens import sincos_positions
 from mim3d.weights.folders import RUN_NETWORKS, weights_file
-from mim3d.weights.pickles import PassedOver, load_torch_file, tensors_of_module
+from mim3d.weights.pickles import PassedOver, PickledArray, load_torch_file, tensors_of_module
+from mim3d.weights.plain import read_plain
 
 #: Keys under which files hold their weights, the one to prefer first: an average of weights only where nothing else is.
 WRAPPERS = (
@@ -64,21 +63,18 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
     parameters and buffers.
 
     Args:
-        path: A run folder, an export folder, a weights file (safetensors or torch), or the id of a repository.
+        path: A run folder, an export folder, a weights file (safetensors, torch or ``.npz``), the index of several
+            safetensors files or its folder, or the id of a repository.
         networks: Folders of a run to look for, the preferred first.
 
     Raises:
         CheckpointError: The file is damaged, or holds no tensors by name, or several sets with none that is preferred.
     """
     file = weights_file(path, networks)
-    if file.suffix == ".safetensors":
-        try:
-            return without_framework_prefixes(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is no readable safetensors file ({error}); copy or export it again."
-            ) from None
-    content, programs = load_torch_file(file)
+    plain = read_plain(file)
+    if plain:
+        return without_framework_prefixes(plain)
+    content, programs = (plain, ()) if plain is not None else load_torch_file(file)
     if programs:
         warnings.warn(
             f"{file} names {', '.join(programs[:3])}, which can run programs and has no place among weights; mim3d did "
@@ -91,6 +87,9 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
 def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
     """The set of tensors that is the network's, of all that a file holds."""
     found = list(_sets_of_tensors(content, file))
+    # Every network has a tensor of more than one axis. Beside one, arrays of numpy are losses and the like.
+    if not any(value.ndim > 1 for _, state in found for value in state.values()):
+        found = list(_sets_of_tensors(content, file, of_arrays=True)) or found
     if not found:
         items = list(_inner(content).items())[:4] if isinstance(content, dict) else []
         held = ", ".join(f"{cut(str(key), 40)} ({_kind(value)})" for key, value in items) or f"a {_kind(content)}"
@@ -118,8 +117,8 @@ def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
 
 def _kind(value: Any) -> str:
     """What a value is, for people."""
-    if type(value).__name__ in ("_reconstruct", "ndarray"):
-        return "numpy array"
+    if isinstance(value, PickledArray):
+        return "numpy array" if value.tensor is not None else "numpy array of no plain numbers"
     if isinstance(value, dict) and value:
         return f"dict with {_kind(next(iter(_inner(value).values())))}"
     return "an object" if isinstance(value, PassedOver) else type(value).__name__
@@ -136,8 +135,10 @@ def _inner(value: Any) -> Mapping[Any, Any]:
     return {str(number): one for number, one in enumerate(value)} if is_list else {}
 
 
-def _sets_of_tensors(content: Any, file: Path) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every mapping that holds tensors by name, with the keys that lead to it; those further up come first."""
+def _sets_of_tensors(
+    content: Any, file: Path, *, of_arrays: bool = False
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Every mapping that holds tensors (or numpy arrays) by name, with the keys that lead to it; upper ones first."""
     waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
     num_seen = 0
     while waiting:
@@ -151,7 +152,8 @@ def _sets_of_tensors(content: Any, file: Path) -> Iterator[tuple[tuple[str, ...]
             yield place, state
             continue
         named = {key: one for key, one in inner.items() if isinstance(key, str)}
-        state = {key: one.detach() for key, one in named.items() if isinstance(one, Tensor)}
+        values = {key: one.tensor if isinstance(one, PickledArray) and of_arrays else one for key, one in named.items()}
+        state = {key: one.detach() for key, one in values.items() if isinstance(one, Tensor)}
         if state and not isinstance(value, (list, tuple)):
             yield place, state
         if len(place) <= _DEEPEST:
