@@ -16,6 +16,7 @@ from mim3d.core.errors import BROKEN_PIPE, INTERRUPTED, REFUSED, ConfigError, Mi
 from mim3d.core.left_out import take_noted
 from mim3d.core.names import printable
 from mim3d.core.own_code import found_in_working_folder, own_code_in, working_folder_left_out
+from mim3d.core.progress import fitted, say
 from mim3d.core.warned import WarningRow, recording
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _exit_code_of(words: list[str]) -> int:
     except Mim3dError as error:
         if debug:
             raise
-        print(f"mim3d: {error}", file=sys.stderr)
+        _say_on_stderr(f"mim3d: {error}")
         return REFUSED
     except KeyboardInterrupt:
         print("mim3d: interrupted", file=sys.stderr)
@@ -131,7 +132,7 @@ def _run(words: list[str]) -> int:
         if name in SAYING_AGAIN:
             _say_again([row for row in warned.rows if row["text"] not in sentences])
         for sentence in sentences:
-            print(printable(sentence), flush=True)
+            say(sentence)
         return take_exit_code() or (REFUSED if sentences else 0)
     return 0
 
@@ -139,9 +140,13 @@ def _run(words: list[str]) -> int:
 def _say_again(rows: Sequence[WarningRow]) -> None:
     """Let what was warned of stand among the last lines, below the bars and tables of the work."""
     for row in rows[:MOST_SAID_AGAIN]:
-        print(f"mim3d: warning ({row['kind']}): {printable(row['text'])}", file=sys.stderr, flush=True)
+        _say_on_stderr(f"mim3d: warning ({row['kind']}): {printable(row['text'])}")
     if len(rows) > MOST_SAID_AGAIN:
         print(f"mim3d: and {len(rows) - MOST_SAID_AGAIN} more warnings, above", file=sys.stderr, flush=True)
+
+
+def _say_on_stderr(text: str) -> None:
+    print(fitted(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def overview() -> str:
@@ -162,7 +167,7 @@ def _show_warnings_in_one_line() -> None:
 
     def show(message: Any, category: Any, filename: str, *rest: Any, **named: Any) -> None:
         if filename.startswith(package):
-            print(f"mim3d: warning: {printable(str(message))}", file=sys.stderr)
+            _say_on_stderr(f"mim3d: warning: {printable(str(message))}")
         else:
             others(message, category, filename, *rest, **named)
 

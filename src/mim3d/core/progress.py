@@ -1,9 +1,11 @@
 """How far long work has come: a bar with the time left on a terminal, a plain line now and then elsewhere."""
 
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from mim3d.core.names import printable
 
@@ -82,7 +84,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        text = printable(text)
+        text = fitted(printable(text), sys.stderr)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif not self._silent:
@@ -117,7 +119,29 @@ def _rich_bar(steady_s: float) -> Any:
 
 def say(text: str) -> None:
     """Print a line on stdout that may hold names from files."""
-    print(printable(text), flush=True)
+    print(fitted(printable(text), sys.stdout), flush=True)
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """A line of text that a terminal breaks between words, not within a number or a name; as it is for other streams.
+
+    Spaces fill each row up to its edge. Line ends in their place would break a command that somebody copies.
+    """
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except OSError:
+        columns = 0
+    return "\n".join(_filled(line, columns) if 0 < columns < len(line) else line for line in text.split("\n"))
+
+
+def _filled(line: str, columns: int) -> str:
+    made = ""
+    for word in re.findall(r" *[^ ]+", line):
+        room = columns - len(made) % columns
+        # What is longer than a row is broken in any case.
+        begins_row = len(word) > room and len(word.lstrip(" ")) <= columns
+        made += " " * room + word.lstrip(" ") if begins_row else word
+    return made
 
 
 def counted(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.files import write_json
+from mim3d.core.progress import say
 from mim3d.core.types import Triple
 from mim3d.exporting.networks import Exported, formula, label_rule
 from mim3d.nn.blocks import Projection
@@ -211,7 +212,7 @@ def compared(network: Exported, run: Callable[[Tensor], Sequence[Tensor]], what:
                 f"{what} does not compute what its network does ({name}: {shown}; allowed are {TOLERANCE:.0e}); it was "
                 "deleted: try other versions of torch and of the format's packages."
             )
-        print(f"{what}: {name}: {parity}")
+        say(f"{what}: {name}: {parity}")
         results[name] = parity
     return results
 

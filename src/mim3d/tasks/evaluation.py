@@ -1,5 +1,6 @@
 """What `mim3d evaluate` gives a task, what it takes back, and how scores are shown."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from textwrap import wrap
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.left_out import Failure
+from mim3d.core.progress import say
 from mim3d.metrics import Bootstrap
 
 if TYPE_CHECKING:
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
 
 #: Most characters of a line in the head of a column, where its words are no longer.
 HEAD_WIDTH = 8
+
+#: Characters of the names of rows at least, between two columns, and in a line of a table outside of a terminal.
+FIRST_WIDTH = 8
+_BETWEEN = 2
+_WIDE = 1000
 
 #: Names of columns, and rows of cells.
 CsvTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
@@ -180,6 +187,27 @@ def printed_table(title: str | None, first: str, columns: Sequence[str]) -> "Tab
         lines = [line for part in column.split("\n") for line in wrap(part, HEAD_WIDTH, break_long_words=False)]
         table.add_column(Text("\n".join(lines)), justify="right", no_wrap=True)
     return table
+
+
+def print_tables(tables: "Sequence[Table]") -> None:
+    """Print tables below their titles: as wide as a terminal where their numbers fit, as wide as they are elsewhere."""
+    from rich.console import Console
+
+    for table in tables:
+        console = Console()
+        numbers = [
+            max(console.measure(cell).maximum for cell in (column.header, *column.cells)) + _BETWEEN
+            for column in table.columns[1:]
+        ]
+        free = console.width if console.is_terminal or "COLUMNS" in os.environ else _WIDE
+        console.width = max(free, sum(numbers) + FIRST_WIDTH)
+        # Within the table, a title is broken at the table's width.
+        title, table.title = table.title, None
+        if title is not None:
+            say(str(title))
+        with console.capture() as shown:
+            console.print(table)
+        print("\n".join(line.rstrip() for line in shown.get().split("\n")), end="", flush=True)
 
 
 def number_cell(value: float | None, key: str) -> str:

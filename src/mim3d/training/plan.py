@@ -99,7 +99,7 @@ def make_plan(
     summary = (
         f"training: {number_of(loop.max_steps, 'step')} of {number_of(batch, 'sample')}{split}, {passes:.3g} "
         f"{'pass' if passes == 1 else 'passes'} over {number_of(source.samples_per_epoch, 'sample')}; learning rate "
-        f"{schedule.learning_rate:g}{warm_up}",
+        f"{schedule.learning_rate:.3g}{warm_up}",
         f"computing: {number_of(total, 'parameter')}, {'all' if trained == total else f'{trained:,}'} trained, on "
         f"{device} in {loop.precision}",
     )

@@ -99,7 +99,7 @@ def cache_data_set(settings: CacheSettings) -> str:
     )
     if made.failed:
         num_cases = len(made) + len(made.failed)
-        print(f"{len(made.failed)} of {number_of(num_cases, 'scan')} left out, the reasons are in failed.csv:")
+        say(f"{len(made.failed)} of {number_of(num_cases, 'scan')} left out, the reasons are in failed.csv:")
         for row in made.failed[:MAX_REASONS]:
             say(f"  {row['reason']}")
         note_left_out(len(made.failed), num_cases, Path(made.path, FAILED))

@@ -14,7 +14,7 @@ from mim3d.core.warned import LeakWarning, WarningRow, checked_rows, record_said
 from mim3d.datasets.mistaken import is_prediction_folder, run_command
 from mim3d.datasets.references import CLASS_LIST_NAME, LIST_NAME, TABLE_NAME, is_class_table
 from mim3d.tasks import find_task
-from mim3d.tasks.evaluation import EvaluationSettings, Scores
+from mim3d.tasks.evaluation import EvaluationSettings, Scores, print_tables
 
 
 def evaluate_predictions(settings: EvaluationSettings) -> str:
@@ -41,10 +41,7 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
     write_json(path, content, indent=1, allow_nan=False)
     for ending, (head, rows) in scores.csv_tables.items():
         write_csv(f"{stem}{ending}", head, rows)
-    if scores.printed:
-        from rich.console import Console
-
-        Console().print(*scores.printed, sep="\n")
+    print_tables(scores.printed)
     if settings.tables and scores.paper_tables:
         from mim3d.reporting.paper_tables import latex, markdown
 

@@ -22,8 +22,9 @@ def say_models() -> None:
         say(f"  {name}  {parameters.strip():>{widths[1]}}  {'  '.join(others)}".rstrip())
     for title, registry in (("methods (pretrain --method NAME)", METHODS), ("tasks (finetune --task NAME)", TASKS)):
         say(f"{title}:")
+        longest = max(map(len, registry))
         for name in registry:
-            say(f"  {name}  {_first_line(find_named(name, registry, title))}")
+            say(f"  {name:<{longest}}  {_first_line(find_named(name, registry, title))}")
 
 
 def _size(name: str) -> tuple[str, ...]:

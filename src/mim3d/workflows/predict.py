@@ -129,6 +129,8 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
             for start in range(0, len(remaining), step):
                 _predict(remaining[start : start + step], predictor, folder, progress)
                 folder.write_if_due()
+            # The name of the last scan would stay beside the bar.
+            progress.update(progress.done)
     finally:
         if remaining:
             folder.write()

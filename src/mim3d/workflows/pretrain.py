@@ -170,7 +170,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             say(f"{settings.weights}: {filled}")
         loader = settings.loader(scans, method.sampler(recipe), mapping, on_damage=adding_to(left_out, scans))
         if run.writes and (slow := loader.slow_levels):
-            print(f"note: {slow}")
+            say(f"note: {slow}")
         card = encoder_card(recipe, mapping, scans)
         keeper = EncoderKeeper(run, card)
         if probe is not None:
@@ -243,5 +243,5 @@ def _close(run: Run, method: Method, objective: Objective, result: TrainResult, 
         for sentence in method.idle_parts(means):
             warnings.warn(sentence, category=LearningWarning, stacklevel=2)
     keeper.conclude(objective, result.step)
-    print(keeper.conclusion(result.best))
+    say(keeper.conclusion(result.best))
     return str(run.path)

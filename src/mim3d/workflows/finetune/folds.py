@@ -91,13 +91,13 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         by_name = _by_name(finished)
         for line in table(finished, by_name):
             say(line)
-        print(f"summary: {out / SUMMARY_NAME}")
+        say(f"summary: {out / SUMMARY_NAME}")
     if len(finished) + num_skipped < len(folders):
         again = how_to_resume("finetune", out)
-        print(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
+        say(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
     else:
         weights = " ".join(str(run.path) for run in finished) if num_skipped else f"{out}/fold_*"
-        print(f"predict with all of them: mim3d predict --weights {weights} --input SCANS --out DIR")
+        say(f"predict with all of them: mim3d predict --weights {weights} --input SCANS --out DIR")
     return str(out)
 
 

@@ -143,7 +143,7 @@ def plan_finetuning(
     if fingerprint is None:
         num_voxel_scans = min(num_scans, len(learned))
         voxels = f" and the voxels of {num_voxel_scans} to train on" if num_voxel_scans else ""
-        print(f"planning from the headers of {number_of(len(sources), 'scan')}{voxels}", flush=True)
+        say(f"planning from the headers of {number_of(len(sources), 'scan')}{voxels}")
         fingerprint = fingerprint_of(
             sources,
             source.labels,

@@ -9,6 +9,7 @@ from mim3d.backbones.contract import round_up, size_text
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, listed
 from mim3d.core.names import number_of
+from mim3d.core.progress import say
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Triple
 from mim3d.datasets.cases import CaseSet
@@ -135,13 +136,13 @@ def with_declared(settings: FinetuneSettings, source: CaseSet | Cache) -> Finetu
     declared: dict[str, Any] = {}
     if source.ignore_label is not None and "ignore_label" in known:
         declared["ignore_label"] = source.ignore_label
-        print(f"label value {source.ignore_label} is ignored, as the data set declares it: nothing is learned from it")
+        say(f"label value {source.ignore_label} is ignored, as the data set declares it: nothing is learned from it")
     if source.regions and "regions" in known:
         declared["regions"] = dict(source.regions)
         if source.region_values is not None and "region_values" in known:
             declared["region_values"] = source.region_values
         members = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in source.regions.items())
-        print(f"regions, as the data set declares them by label values: {members}")
+        say(f"regions, as the data set declares them by label values: {members}")
     if not declared:
         return settings
     if dataclasses.is_dataclass(asked):

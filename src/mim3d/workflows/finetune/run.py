@@ -267,6 +267,6 @@ def _close(run: Run, objective: Objective, result: TrainResult, network: str, ca
             beside=[run.path / SEEN_NAME],
         )
         scores = ", ".join(f"{name} {value:.4f}" for name, value in best["values"].items())
-        print(f"kept: the weights of step {best['step']}{f' ({scores} on the held-out cases)' if scores else ''}")
+        say(f"kept: the weights of step {best['step']}{f' ({scores} on the held-out cases)' if scores else ''}")
     say(f"{network}: {run.path / network}")
     return FinetuneResult(run.path, finished=result.finished, step=best["step"], scores=best["values"])

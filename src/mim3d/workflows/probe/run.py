@@ -8,7 +8,6 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from mim3d.backbones import BACKBONES
@@ -30,7 +29,7 @@ from mim3d.probing.scores import CONVENTIONS, Scored, differences, intervals
 from mim3d.probing.settings import Probing
 from mim3d.reporting.sources import short_names
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks.evaluation import printed_table
+from mim3d.tasks.evaluation import print_tables, printed_table
 from mim3d.weights import MIN_COVERAGE, InputLayers, locate, weights_digest
 from mim3d.workflows.probe.cases import ProbeCases, Target, choose_cases, read_source
 from mim3d.workflows.shared.first_screen import fold_line
@@ -382,4 +381,4 @@ def _print(title: str, first: str, columns: Sequence[str], rows: Sequence[Sequen
     table = printed_table(title, first, columns)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(table)
+    print_tables([table])

@@ -9,6 +9,7 @@ import numpy as np
 from mim3d.backbones import BACKBONES, Backbone
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, Mim3dError, first_line
+from mim3d.core.progress import say
 from mim3d.core.resources import available_memory_bytes, in_words
 from mim3d.core.run_folder import is_first_process
 from mim3d.core.settings import spelled, to_mapping, to_named
@@ -111,13 +112,13 @@ def require_memory(
         raise
     except Exception as error:
         # A method of the user's own may look at values, which fake tensors do not have; it may train all the same.
-        print(f"memory: not known beforehand ({type(error).__name__}: {first_line(error)})")
+        say(f"memory: not known beforehand ({type(error).__name__}: {first_line(error)})")
         return {}
     limit = None if training.memory_limit is None else int(training.memory_limit * 2**30)
     usable = usable_bytes(loop, limit)
     room = "" if usable is None else f", {in_words(usable)} {'available' if limit is None else 'allowed'}"
     parts = f" ({need.parts()})" if training.verbose else ""
-    print(f"memory: about {_total(need, loop.devices)}{parts}{room}")
+    say(f"memory: about {_total(need, loop.devices)}{parts}{room}")
     if usable is not None and need.total > usable:
         raise ConfigError(_refusal(training, memories, need, usable, smaller))
     if asked.device == "cpu":
