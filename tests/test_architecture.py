@@ -86,13 +86,13 @@ BUDGET = {
     "loading": 1055,
     "distributed": 715,
     "training": 2370,
-    "tasks": 4170,
+    "tasks": 4195,
     "methods": 925,
     "probing": 850,
     "exporting": 1150,
     "workflows": 4650,
     "commands": 270,
-    "cli": 757,
+    "cli": 761,
     "__main__": 15,
 }
 

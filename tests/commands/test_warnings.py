@@ -32,7 +32,7 @@ from mim3d.core.warned import (
 from mim3d.methods import create_method
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import read_card
-from mim3d.workflows.finetune.folds import _write_summary, table
+from mim3d.workflows.finetune.folds import _write_summary, say_scores
 from mim3d.workflows.finetune.run import FinetuneResult
 from mim3d.workflows.probe.monitor import EncoderKeeper
 from tests.commands.conftest import BACKBONE, TASK
@@ -173,17 +173,20 @@ def test_what_is_known_at_the_end_of_pretraining_is_in_its_card(
     assert kinds(read_card(out)["warnings"]) == {"learning"}
 
 
-def test_the_summary_of_folds_marks_those_whose_scores_leak(tmp_path: Path) -> None:
+def test_the_summary_of_folds_marks_those_whose_scores_leak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [FinetuneResult(tmp_path / f"fold_{number}", True, 4, {"dice": 0.5}) for number in range(2)]
     row = {"kind": "leak", "text": "1 of 2 held-out cases is among the training cases too"}
     for run, rows in zip(runs, ([], [row]), strict=True):
         run.path.mkdir()
         manifest = {"command": "finetune", "settings": {}, "inputs": {}, "warnings": rows}
         (run.path / "manifest.json").write_text(json.dumps(manifest))
-    head, _, last = table(runs, {"dice": [0.5, 0.5]})
-    assert head.split()[1:3] == ["fold_0", "fold_1*"] and last.startswith("* Some of the held-out cases")
+    say_scores(runs, {"dice": [0.5, 0.5]})
+    shown = capsys.readouterr().out
+    assert "  fold_0  fold_1*  " in shown and shown.splitlines()[-1].startswith("* Some of the held-out cases")
+    assert re.search(r"dice +0\.5000 +0\.5000 +0\.5000 +0\.0000\n", shown)
     _write_summary(tmp_path, runs, num_folds=2)
     first, second = json.loads((tmp_path / "summary.json").read_text())["folds"]
     assert "warnings" not in first and second["warnings"] == [row]
     (runs[1].path / "manifest.json").unlink()
-    assert len(table(runs, {"dice": [0.5, 0.5]})) == 2
+    say_scores(runs, {"dice": [0.5, 0.5]})
+    assert "*" not in capsys.readouterr().out

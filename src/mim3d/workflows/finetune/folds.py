@@ -7,10 +7,12 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
+from rich.text import Text
+
 from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import TO_BE_CONTINUED, ConfigError, note_exit_code
 from mim3d.core.files import write_json
-from mim3d.core.names import number_of
+from mim3d.core.names import number_of, printable
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable, warnings_of
 from mim3d.core.settings import CONFIG_NAME, parse_duration, read_yaml, to_mapping, to_named, write_yaml
@@ -20,6 +22,7 @@ from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import find_preset
 from mim3d.datasets.splits import EmptyPartError, declared_folds
 from mim3d.tasks import TASKS, create_task
+from mim3d.tasks.evaluation import print_tables, printed_table
 from mim3d.workflows.finetune.planning import PLAN_NAME
 from mim3d.workflows.finetune.presets import with_own_folds
 from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
@@ -88,9 +91,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         finished.append(run)
         _write_summary(out, finished, num_folds=len(folders))
     if finished:
-        by_name = _by_name(finished)
-        for line in table(finished, by_name):
-            say(line)
+        say_scores(finished, _by_name(finished))
         say(f"summary: {out / SUMMARY_NAME}")
     if len(finished) + num_skipped < len(folders):
         again = how_to_resume("finetune", out)
@@ -201,14 +202,14 @@ def _write_summary(out: Path, runs: Sequence[FinetuneResult], *, num_folds: int)
     write_json(out / SUMMARY_NAME, summary, remedy=GO_ON)
 
 
-def table(runs: Sequence[FinetuneResult], by_name: Mapping[str, Sequence[float]]) -> list[str]:
-    """Lines of a table: a score per line, a fold per column, mean and standard deviation last."""
-    width = max(map(len, ["validation", *by_name]))
+def say_scores(runs: Sequence[FinetuneResult], by_name: Mapping[str, Sequence[float]]) -> None:
+    """Print a table: a score per row, a fold per column, mean and standard deviation last."""
     leaking = {run.path for run in runs if any(row["kind"] == LeakWarning.kind for row in warnings_of(run.path))}
-    heads = "".join(f"{run.path.name + '*' * (run.path in leaking):>9}" for run in runs)
-    lines = [f"{'validation':{width}}{heads}  mean +- standard deviation"]
+    heads = [run.path.name + "*" * (run.path in leaking) for run in runs]
+    table = printed_table(None, "Validation", [*heads, "mean", "standard deviation"])
     for name, values in by_name.items():
-        cells = "".join(f"{run.scores[name]:9.4f}" if name in run.scores else f"{'-':>9}" for run in runs)
-        spread = f" +- {stdev(values):.4f}" if len(values) > 1 else ""
-        lines.append(f"{name:{width}}{cells}  {fmean(values):.4f}{spread}")
-    return [*lines, f"* {LeakWarning.in_general} The mean has its part of them."] if leaking else lines
+        cells = [run.scores.get(name) for run in runs] + [fmean(values), stdev(values) if len(values) > 1 else None]
+        table.add_row(Text(printable(name)), *("-" if cell is None else f"{cell:.4f}" for cell in cells))
+    print_tables([table])
+    if leaking:
+        say(f"* {LeakWarning.in_general} The mean has its part of them.")
