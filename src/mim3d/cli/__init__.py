@@ -17,6 +17,7 @@ from mim3d.core.left_out import take_noted
 from mim3d.core.names import printable
 from mim3d.core.own_code import found_in_working_folder, own_code_in, working_folder_left_out
 from mim3d.core.progress import fitted, say
+from mim3d.core.signals import STOP_SIGNALS, StoppedBySignal, ending_in_order, exit_code_of, ignore_signals
 from mim3d.core.warned import WarningRow, recording
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 #: Commands that print much after a warning, so that it is said again at the end: so many of them, as files have all.
 SAYING_AGAIN = ("pretrain", "finetune", "predict", "evaluate", "probe")
 MOST_SAID_AGAIN = 10
+
+#: Commands that keep what they have done when they are stopped, and go on from there.
+GOING_ON = ("phantom", "cache", "pretrain", "finetune", "predict")
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A refusal (Mim3dError) is one line on stderr and exit code 2; ``--debug true`` shows its traceback. Where the
     command did its work but left out cases, the last line says how many and where they are listed, and the exit code
-    is 2 too. Training that was stopped before its end has the codes of :mod:`mim3d.core.errors`. Any other error
+    is 2 too. A command that was stopped before its end has the codes of :mod:`mim3d.core.errors`. Any other error
     stays a traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with lasting_streams():
-        return _exit_code_of(words)
+        code = _exit_code_of(words)
+    if argv is None:
+        # How it ended is known; while the process comes to its end nothing is left to be stopped.
+        ignore_signals(STOP_SIGNALS)
+    return code
 
 
 def _exit_code_of(words: list[str]) -> int:
     _show_warnings_in_one_line()
     debug = re.search(r" --debug(?![ =]false\b)", " ".join(["", *words])) is not None
     try:
-        with working_folder_left_out():
+        with ending_in_order(), working_folder_left_out():
             code = _run(words)
         sys.stdout.flush()
         return code
@@ -95,12 +103,23 @@ def _exit_code_of(words: list[str]) -> int:
         _say_on_stderr(f"mim3d: {error}")
         return REFUSED
     except KeyboardInterrupt:
-        print("mim3d: interrupted", file=sys.stderr)
+        _say_on_stderr(f"mim3d: interrupted{_how_to_go_on(words)}")
         return INTERRUPTED
+    except StoppedBySignal as stop:
+        _say_on_stderr(f"mim3d: {stop}{_how_to_go_on(words)}")
+        return exit_code_of(stop.number)
     except BrokenPipeError:
         # The reader of our output has gone; Python's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def _how_to_go_on(words: list[str]) -> str:
+    """The end of a sentence about a command that was stopped: what is kept, and what to do."""
+    name = words[0] if words else ""
+    resuming = " with --resume true" if name in ("pretrain", "finetune") and "--resume" not in " ".join(words) else ""
+    kept = "what is finished is kept; to go on" if name in GOING_ON else "to do it"
+    return f"; {kept}, run the same command again{resuming}" if name in COMMANDS else ""
 
 
 def _run(words: list[str]) -> int:

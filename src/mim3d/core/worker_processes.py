@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 
 from mim3d.core.errors import DataError
 from mim3d.core.resources import num_oom_kills
+from mim3d.core.signals import STOP_SIGNALS, ignore_signals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,7 +60,7 @@ def without_main_module() -> Iterator[None]:
 
 
 def prepare_worker() -> None:
-    """Prepare a new worker process: its parent handles interruptions, and it ends when its parent ends."""
+    """Prepare a new worker process: its parent answers signals that ask to stop, and it ends when its parent ends."""
 
     def end_with_parent() -> None:
         # Without this, the workers of a pool outlive a parent that was killed.
@@ -68,7 +69,7 @@ def prepare_worker() -> None:
             parent.join()
             os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_signals(STOP_SIGNALS)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -13,33 +13,32 @@ from typing import Any, Self
 
 import torch
 
-from mim3d.core.errors import INTERRUPTED, TERMINATED, TO_BE_CONTINUED
+from mim3d.core.errors import TO_BE_CONTINUED
+from mim3d.core.signals import (
+    SAME_REQUEST_S,
+    STOP_SIGNALS,
+    StoppedBySignal,
+    default_action,
+    ending_in_order,
+    exit_code_of,
+    restore_handlers,
+)
 
-_GO_ON, _TIME_IS_UP = 0, 1
-
-#: Signals that ask to stop. Where the processes got different ones, the last of these counts.
-_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-_FIRST_SIGNAL = _TIME_IS_UP + 1
-
-# A terminal and a wrapping process often deliver the same Ctrl-C twice.
-_SAME_REQUEST_S = 0.25
+#: What a process asks for: these, or one of STOP_SIGNALS. Where several ask, the last one counts.
+_GO_ON, _TIME_IS_UP, _FIRST_SIGNAL = 0, 1, 2
 
 #: Names that SLURM gives to jobs in which somebody sits at a prompt.
 _INTERACTIVE = ("interactive", "bash", "sh", "zsh")
 
 _SCONTROL_TIMEOUT_S = 60.0
 
-#: Exit codes of shells for a process that a signal ended, less the signal's number.
-_EXIT_SIGNALLED = 128
-
-_EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
-
 
 class StopRequests:
     """Watches for SIGTERM, SIGUSR1, SIGINT and the time limit while training runs.
 
     A signal that comes a second time, seconds later, ends the process. A scheduler's SIGTERM after its SIGUSR1 is the
-    same request: the checkpoint that is being written is still finished.
+    same request: the checkpoint that is being written is still finished. A signal that came too late to stop training,
+    because its last step was done, is sent again at the end, for whatever follows.
 
     Args:
         max_time_s: Seconds until training should stop. None for no limit.
@@ -56,6 +55,7 @@ class StopRequests:
         self._deadline = None if max_time_s is None else began + max_time_s
         self._signal: signal.Signals | None = None
         self._signalled_at = 0.0
+        self._answered = False
         self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
         self._group: Any = None
@@ -64,7 +64,7 @@ class StopRequests:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._on_signal)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # On the host, so that agreeing at every step never waits for the device.
@@ -72,7 +72,9 @@ class StopRequests:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        _restore_handlers(self._previous)
+        restore_handlers(self._previous)
+        if self._signal is not None and not self._answered and error is None:
+            os.kill(os.getpid(), self._signal)
 
     def reason(self) -> str | None:
         """Say why to stop now, the same in every process. A collective call.
@@ -84,7 +86,7 @@ class StopRequests:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             request = _TIME_IS_UP
         if self._signal is not None:
-            request = _FIRST_SIGNAL + _SIGNALS.index(self._signal)
+            request = _FIRST_SIGNAL + STOP_SIGNALS.index(self._signal)
         if self._group is not None:
             agreed = torch.tensor(request)
             torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self._group)
@@ -92,9 +94,9 @@ class StopRequests:
         if request == _TIME_IS_UP:
             return f"the time limit of {self._max_time_s:g} s was reached"
         if request >= _FIRST_SIGNAL:
-            asked = _SIGNALS[request - _FIRST_SIGNAL]
+            asked = STOP_SIGNALS[request - _FIRST_SIGNAL]
             self.to_be_continued = asked != signal.SIGINT
-            self.exit_code = _EXIT_CODES.get(asked, TO_BE_CONTINUED)
+            self.exit_code, self._answered = exit_code_of(asked), True
             return f"{asked.name} asked to stop"
         return None
 
@@ -102,13 +104,13 @@ class StopRequests:
         if os.getpid() != self._owner:
             # A forked reader inherits this: SIGTERM ends it, all else is the trainer's to decide.
             if number == signal.SIGTERM:
-                _default_action(number)
+                default_action(number)
             return
         now = time.monotonic()
-        if self._signal is not None and now - self._signalled_at <= _SAME_REQUEST_S:
+        if self._signal is not None and now - self._signalled_at <= SAME_REQUEST_S:
             return
         if self._signal is not None and (number == signal.SIGINT or number == self._signal == signal.SIGTERM):
-            _restore_handlers(self._previous)
+            restore_handlers(self._previous)
             os.kill(os.getpid(), number)
         else:
             self._signal, self._signalled_at = signal.Signals(number), now
@@ -125,36 +127,16 @@ def requeued_when_stopped(*, asks: bool) -> Iterator[None]:
     Args:
         asks: Whether this process asks SLURM. One of several does.
     """
-    if _job(os.environ) is None or threading.current_thread() is not threading.main_thread():
+    if _job(os.environ) is None:
         yield
         return
-    owner = os.getpid()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:
-            # A process started from this one, which inherits the handler.
-            _default_action(number)
-            return
-        if asks:
-            print(f"mim3d: ended by {signal.Signals(number).name}; {requeue()}", file=sys.stderr, flush=True)
-        raise SystemExit(_EXIT_SIGNALLED + number)
-
-    previous: dict[int, Any] = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        _restore_handlers(previous)
-
-
-def _restore_handlers(previous: dict[int, Any]) -> None:
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-    previous.clear()
-
-
-def _default_action(number: int) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    with ending_in_order():
+        try:
+            yield
+        except StoppedBySignal as stop:
+            if asks:
+                print(f"mim3d: {stop}; {requeue()}", file=sys.stderr, flush=True)
+            raise
 
 
 def requeue(environment: Mapping[str, str] = os.environ) -> str | None:

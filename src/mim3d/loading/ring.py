@@ -29,16 +29,13 @@ from torch import Tensor
 
 from mim3d.core.errors import DataError, Mim3dError
 from mim3d.core.own_code import OwnCode, own_code
+from mim3d.core.signals import STOP_SIGNALS, ignore_signals
 from mim3d.kernels.machine import keep_freed_memory
 from mim3d.loading.stored_images import MAX_VOXEL_BYTES, Allocate, Packed
 from mim3d.scans.intensity import NO_RESCALING
 
 #: Seconds after which an idle reading process checks again that its trainer is still there.
 TRAINER_CHECK_S = 1.0
-
-#: Ctrl-C in a terminal and a scheduler's signals reach every process of a job. The trainer alone answers them, and it
-#: may need some more batches before it can write a checkpoint.
-_TRAINER_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 #: Arrays begin at multiples of this many bytes.
 ALIGNMENT = 64
@@ -209,10 +206,11 @@ def read_batches(
     """
     torch.set_num_threads(1)
     keep_freed_memory()
-    for number in _TRAINER_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    # Ctrl-C in a terminal and a scheduler's signals reach every process of a job. The trainer alone answers them, and
+    # may need some more batches before it can write a checkpoint.
+    ignore_signals(STOP_SIGNALS)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     shared = memory.numpy()
     with suppress(EOFError, OSError):
         while True:
@@ -235,7 +233,7 @@ def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINER_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
