@@ -17,7 +17,7 @@ from torch.distributed import HashStore
 
 from mim3d.cli import COMMANDS
 from mim3d.cli.arguments import command_arguments, split_line
-from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.errors import TO_BE_CONTINUED, ConfigError, Mim3dError
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import write_yaml
 from mim3d.distributed.processes import Processes, ProcessRank, choose_processes, launched_rank
@@ -78,9 +78,13 @@ def test_torchrun_says_how_many_processes_there_are(alone: pytest.MonkeyPatch) -
     setting(alone, TORCHRUN_VARIABLES)
     assert launched_rank() == ProcessRank("torchrun", rank=3, local_rank=1, node_rank=1, devices=2, num_nodes=3)
     assert choose_processes(None, None) == choose_processes(2, 3) == (2, 3)
-    with pytest.raises(ConfigError, match=r"devices is 4, but torchrun has started 2 processes on each of 3 machines"):
+    with pytest.raises(ConfigError, match=r"devices is 4, but torchrun has started 2 processes on each of 3 machines;"):
         choose_processes(4, None)
-    alone.setenv("WORLD_SIZE", "5")
+    one_machine = {"WORLD_SIZE": "2", "RANK": "1", "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    setting(alone, {**TORCHRUN_VARIABLES, **one_machine})
+    with pytest.raises(ConfigError, match="2 processes on each of 1 machine;"):
+        choose_processes(4, None)
+    setting(alone, {**TORCHRUN_VARIABLES, "WORLD_SIZE": "5"})
     with pytest.raises(ConfigError, match="the same --nproc_per_node"):
         launched_rank()
 
@@ -231,7 +235,10 @@ def reference(config: Path) -> list[float]:
 
 
 def assert_same(config: Path, out: Path, reference: Sequence[float], ends: Sequence[tuple[int, str]]) -> None:
-    assert all(code == 0 for code, _ in ends), "\n".join(output for _, output in ends)
+    said = "\n".join(output for _, output in ends)
+    assert all(code == 0 for code, _ in ends), said
+    assert "find_unused_parameters" not in said
+    assert "GLOBAL_RANK" not in said
     assert losses(out) == pytest.approx(reference, rel=1e-5)
     assert (out / "encoder" / "model.safetensors").is_file()
 
@@ -243,6 +250,14 @@ def test_the_command_starts_its_processes_itself(
 ) -> None:
     words = pretraining(config, tmp_path / "run", devices=devices, accumulation=4 // devices)
     assert_same(config, tmp_path / "run", reference, ended([start([*MIM3D, *words])]))
+
+
+@pytest.mark.slow
+def test_why_a_run_stopped_is_said_by_the_first_process_alone(config: Path, tmp_path: Path) -> None:
+    words = pretraining(config, tmp_path / "run", devices=2, max_steps=100_000, max_time="00:00:01")
+    ((code, output),) = ended([start([*MIM3D, *words])])
+    assert code == TO_BE_CONTINUED, output
+    assert output.count("warning (unfinished)") == 1
 
 
 @pytest.mark.slow

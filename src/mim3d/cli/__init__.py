@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stays a traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    # Read when torch is imported: its compiled part warns its developers, such as every process of DDP that all
+    # parameters were used. What it warns of in Python is not touched.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with lasting_streams():
         code = _exit_code_of(words)
     if argv is None:

@@ -18,6 +18,7 @@ from typing import Literal
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.names import number_of
 
 #: Importing a large environment from a busy network disk takes minutes, and not the same time in every process.
 _CONNECT_TIMEOUT = timedelta(minutes=10)
@@ -86,7 +87,7 @@ def launched_rank() -> ProcessRank | None:
         spread = variables.get("SLURM_STEP_TASKS_PER_NODE", str(tasks // num_nodes))
         if tasks % num_nodes or "," in spread:
             raise ConfigError(
-                f"srun has started {tasks} tasks on {num_nodes} machines ({spread}), not as many on each; use "
+                f"srun has started {number_of(tasks, 'task')} on {number_of(num_nodes, 'machine')} ({spread}), not as many on each; use "
                 "--ntasks-per-node instead of --ntasks."
             )
         rank, local_rank, node_rank = (int(variables[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
@@ -114,8 +115,8 @@ def choose_processes(devices: int | None, num_nodes: int | None) -> tuple[int, i
         for name, given, found in (("devices", devices, place.devices), ("num_nodes", num_nodes, place.num_nodes)):
             if given is not None and given != found:
                 raise ConfigError(
-                    f"{name} is {given}, but {place.launcher} has started {place.devices} processes on each of "
-                    f"{place.num_nodes} machines; leave {name} out (or give --{name} {found}), or start as many."
+                    f"{name} is {given}, but {place.launcher} has started {number_of(place.devices, 'process')} on each "
+                    f"of {number_of(place.num_nodes, 'machine')}; leave {name} out (or give --{name} {found}), or start as many."
                 )
         return place.devices, place.num_nodes
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]

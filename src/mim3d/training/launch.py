@@ -3,6 +3,7 @@
 This is the only place that sets up Lightning Fabric.
 """
 
+import logging
 import random
 import warnings
 from collections.abc import Generator, Iterator
@@ -21,6 +22,7 @@ from lightning_fabric.wrappers import _FabricModule as FabricModule
 from torch import Tensor, nn
 
 from mim3d.core.errors import ConfigError, Mim3dError, first_line
+from mim3d.core.names import number_of
 from mim3d.core.resources import choose_accelerator, choose_device
 from mim3d.distributed.processes import choose_processes, export_to_torch, launched_rank
 from mim3d.kernels.machine import find_compiler, keep_freed_memory
@@ -100,6 +102,10 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
             f"devices {loop.devices}, num_nodes {loop.num_nodes}, accelerator '{loop.accelerator}' and "
             f"precision '{loop.precision}' do not work on this machine: {' '.join(str(error).split())}"
         ) from error
+    # It numbers every process on a line of its own; the run's first lines say how many there are.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    # Of a weight with one input channel, whose strides can be written in two ways for the same memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         fabric.launch()
     except torch.distributed.DistError as error:
@@ -186,7 +192,7 @@ def check_machine(loop: LoopSettings) -> None:
         if place is not None and place.launcher == "srun":
             remedy = "ask for --gpus-per-node instead of --gpus-per-task, so that every task sees all of its machine"
         raise ConfigError(
-            f"devices is {loop.devices}, but this process sees {torch.cuda.device_count()} GPUs; {remedy}."
+            f"devices is {loop.devices}, but this process sees {number_of(torch.cuda.device_count(), 'GPU')}; {remedy}."
         )
 
 

@@ -350,11 +350,11 @@ class TrainingSession:
             self.run.drop_warnings(UnfinishedWarning)
             self.display.say(f"{reason}, in {clock(self.speed.elapsed_s)}{held}")
         else:
+            stopped = f"stopped after step {step} of {self.loop.max_steps}, because {reason}"
             # Of several processes the others end as usual, lest whoever started them takes it for a crash.
             if self.fabric.is_global_zero:
                 note_exit_code(exit_code)
-            stopped = f"stopped after step {step} of {self.loop.max_steps}, because {reason}"
-            record_said(UnfinishedWarning.kind, f"{stopped}.")
+                record_said(UnfinishedWarning.kind, f"{stopped}.")
             self.display.say(
                 f"{stopped}; its checkpoint is in {self.checkpoints.folder}. To go on: {self.run.how_to_resume}"
             )
