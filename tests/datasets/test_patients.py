@@ -65,7 +65,9 @@ def test_other_names_are_left_alone(cases):
 def test_folds_never_split_a_patient_and_the_guess_is_said(tmp_path):
     for name in names("s{:02d}_{}", range(5), ("T1", "T2")):
         write_nifti(tmp_path / f"{name}.nii.gz", noise())
-    with pytest.warns(UserWarning, match="10 cases are taken for 5 patients .* s00_T1, s00_T2 are 's00'"):
+    with pytest.warns(
+        UserWarning, match="10 cases are taken for 5 patients .* s00_T1, s00_T2 are 's00'.* a list with a column"
+    ):
         found = read_cases(tmp_path)
     split = split_cases(found.cases)
     assert not {case.patient for case in split.train} & {case.patient for case in split.val}

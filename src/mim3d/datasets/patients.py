@@ -169,7 +169,8 @@ def described(patients: Mapping[str, str]) -> str:
     patient, names = max(groups.items(), key=lambda item: len(item[1]))
     return (
         f"{len(patients)} cases are taken for {len(groups)} patients by the regularity of their names: {listed(names)} "
-        f"are '{patient}', and splits keep them together. If that is wrong, give --patient_pattern or a column patient."
+        f"are '{patient}', which count as one in splits and intervals. If that is wrong, give a list with a column "
+        "patient, or cache and train with --patient_pattern."
     )
 
 

@@ -87,8 +87,8 @@ def launched_rank() -> ProcessRank | None:
         spread = variables.get("SLURM_STEP_TASKS_PER_NODE", str(tasks // num_nodes))
         if tasks % num_nodes or "," in spread:
             raise ConfigError(
-                f"srun has started {number_of(tasks, 'task')} on {number_of(num_nodes, 'machine')} ({spread}), not as many on each; use "
-                "--ntasks-per-node instead of --ntasks."
+                f"srun has started {number_of(tasks, 'task')} on {number_of(num_nodes, 'machine')} ({spread}), not as "
+                "many on each; use --ntasks-per-node instead of --ntasks."
             )
         rank, local_rank, node_rank = (int(variables[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
         return ProcessRank("srun", rank, local_rank, node_rank, tasks // num_nodes, num_nodes)
@@ -115,8 +115,9 @@ def choose_processes(devices: int | None, num_nodes: int | None) -> tuple[int, i
         for name, given, found in (("devices", devices, place.devices), ("num_nodes", num_nodes, place.num_nodes)):
             if given is not None and given != found:
                 raise ConfigError(
-                    f"{name} is {given}, but {place.launcher} has started {number_of(place.devices, 'process')} on each "
-                    f"of {number_of(place.num_nodes, 'machine')}; leave {name} out (or give --{name} {found}), or start as many."
+                    f"{name} is {given}, but {place.launcher} has started {number_of(place.devices, 'process')} on "
+                    f"each of {number_of(place.num_nodes, 'machine')}; leave {name} out (or give --{name} {found}), or "
+                    "start as many."
                 )
         return place.devices, place.num_nodes
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
