@@ -92,7 +92,7 @@ BUDGET = {
     "exporting": 1150,
     "workflows": 4650,
     "commands": 270,
-    "cli": 782,
+    "cli": 783,
     "__main__": 15,
 }
 
