@@ -57,6 +57,9 @@ def test_the_run_holds_encoder_card_metrics_and_a_config_that_runs_again(ball_se
     # Counts for the report, which name nobody.
     cohort = record.manifest["derived"]["cohort"]
     assert cohort["train"]["num_scans"] == cohort["train"]["num_patients"] > 0
+    assert record.manifest["derived"]["split"] == "none held out"
+    fold = read_run(learn(ball_set, tmp_path / "fold", fold=1, max_steps=1))
+    assert fold.manifest["derived"]["split"] == "fold 1 of 5, from 0"
 
 
 def test_a_config_of_before_with_the_decoder_in_the_backbone_trains_the_same(ball_set, tmp_path):

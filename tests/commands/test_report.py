@@ -222,7 +222,7 @@ def test_the_cohort_is_told_from_what_the_run_noted(tmp_path):
     shown = section(write_report(tmp_path, tmp_path / "run"), "cohort")
     assert "<td>train</td><td>fold 1 of 5, from 0</td><td>12</td><td>9</td><td>11 CT, 1 unknown</td>" in shown
     assert "<td>0.8 × 0.8 × 3 (0.7 × 0.7 × 1 to 0.9 × 0.9 × 5)</td>" in shown
-    assert "&lt;i&gt;tumour</th><td>4</td><td>0</td>" in shown
+    assert "&lt;i&gt;tumour</th><td>4</td><td>0</td>" in shown and "Scans with each label of run" in shown
     assert "<td>scored</td><td>–</td><td>2</td>" in shown
     # A note of another form is passed over.
     for other in ("x", {"train": 1}, {"train": {**part, "spacing_mm": "x"}}, [part]):
@@ -457,6 +457,23 @@ def test_a_line_of_metrics_without_a_step_ends_them(tmp_path, step):
         file.write(json.dumps({"step": step, "loss": 1.0}) + "\n")
         file.write(json.dumps({"step": 77, "loss": 10**400}) + "\n")
     assert "77" not in section(write_report(tmp_path, tmp_path / "run"), "runs")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_folder_of_all_folds_stands_for_its_runs(tmp_path):
+    for number in (0, 2, 10):
+        make_run(tmp_path / "all" / f"fold_{number}", fold=number)
+    (tmp_path / "all" / "fold_mine").mkdir()
+    page = write_report(tmp_path, tmp_path / "all")
+    assert re.findall(r'<th scope="row">(fold_\d+)</th>', section(page, "runs")) == ["fold_0", "fold_2", "fold_10"]
+    # It may be replaced by a report on one of them.
+    write_report(tmp_path, tmp_path / "all" / "fold_2")
+
+
+def test_folded_parts_of_a_page_are_open_on_paper(tmp_path):
+    make_run(tmp_path / "run")
+    style = re.search(r"@media print .*</style>", write_report(tmp_path, tmp_path / "run"), re.DOTALL)
+    assert "section:not(#settings) details::details-content { content-visibility: visible;" in style[0]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from mim3d.core.run_folder import RunRecord
 from mim3d.metrics import Bootstrap, classification_scores
 from mim3d.reporting.charts import curve_names, curves_chart, is_score, roc_of
+from mim3d.reporting.rendering import LIGHT
 from mim3d.reporting.sources import NamedRun, ScoreSet
 
 
@@ -75,3 +76,15 @@ def test_the_area_under_a_roc_is_the_auc_of_the_scores(by_patient):
     assert list(curves) == ["m"]
     across, up = curves["m"]
     assert np.trapezoid(up, across) == pytest.approx(found["mean"]["auc"])
+
+
+def test_panels_are_three_side_by_side_and_steps_are_whole_numbers(monkeypatch):
+    figures = []
+    monkeypatch.setattr("mim3d.reporting.charts.chart", lambda draw, _: figures.append(draw(LIGHT)) or "")
+    keys = ["loss", "val/dice", "val/nsd", "learning_rate"]
+    curves_chart([named_run("a", "#000000", [{"step": 6, **dict.fromkeys(keys, 0.5)}])], keys)
+    panels = [panel for panel in figures[0].axes if panel.get_visible()]
+    assert [panel.get_title(loc="left") for panel in panels] == keys
+    assert [bool(panel.get_xlabel()) for panel in panels] == [False, True, True, True]
+    assert len(figures[0].axes) == 6 and {panel.get_subplotspec().rowspan.start for panel in panels} == {0, 1}
+    assert all(float(tick).is_integer() for panel in panels for tick in panel.get_xticks())

@@ -18,7 +18,8 @@ def report(
     Several runs are shown side by side. The page loads nothing from elsewhere, so it can be sent as it is.
 
     Args:
-        runs: Folders of runs, such as a pre-training and the fine-tunings to compare; the first is compared with.
+        runs: Folders of runs, such as a pre-training and the fine-tunings to compare, or of all folds of one; the first
+            is compared with.
         out: The page to write, ending in .html.
         scores: Files of scores by `mim3d evaluate`, beside the RUN/scores.json that are found.
         cases: Ids of the cases to show; seven from the worst to the best if not given.

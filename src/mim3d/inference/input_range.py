@@ -89,6 +89,11 @@ class InputRange:
             source_spacing_mm=_ends(sources) if len(sources) == len(scans) else None,
         )
 
+    @property
+    def in_hu(self) -> tuple[bool, ...]:
+        """For each channel whether its scans are CT in HU."""
+        return tuple(channel.in_hu for channel in self.channels)
+
     def warnings_on(self, prepared: Prepared) -> list[str]:
         """Sentences on what of a scan lies far outside; none for a scan of the kind that the network knows."""
         said = []

@@ -141,7 +141,7 @@ def load_scan(
         _check_spacing(scan, preprocessing.spacing_mm, weights)
         found, shape = scan, scan.shape
     else:
-        in_hu = () if learned is None else tuple(channel.in_hu for channel in learned.channels)
+        in_hu = () if learned is None else learned.in_hu
         found = prepare(case, preprocessing, with_label=False, set_in_hu=in_hu)
         x, y, z = found.image.shape[1:]
         shape = (x, y, z)

@@ -63,14 +63,9 @@ def curves_chart(runs: Sequence[NamedRun], keys: Sequence[str]) -> str:
     """HTML of one panel per metric with the curves of all runs; losses of long runs are smoothed."""
 
     def draw(theme: Theme) -> Figure:
-        columns = min(_COLUMNS, len(keys))
-        rows = -(-len(keys) // columns)
-        figure = Figure(figsize=(3.6 * columns, 2.3 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for panel, key in zip(panels, keys, strict=False):
-            style_axes(panel, theme)
-            panel.set_title(chart_text(key), loc="left", fontsize=9, color=theme.ink)
-            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        figure, panels = _panels(keys, theme, (3.6, 2.3))
+        for panel, key in zip(panels, keys, strict=True):
+            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
             curves = [(run, *run.series(key)) for run in runs]
             for run, steps, values in curves:
                 if key.startswith("loss") and steps.size >= _SMOOTHED_FROM:
@@ -96,9 +91,7 @@ def curves_chart(runs: Sequence[NamedRun], keys: Sequence[str]) -> str:
             if key == "learning_rate":
                 panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
                 panel.yaxis.get_offset_text().set(color=theme.ink, fontsize=8)
-        for panel in panels[len(keys) :]:
-            panel.set_visible(False)
-        for panel in panels[max(0, len(keys) - columns) : len(keys)]:
+        for panel in panels[-_COLUMNS:]:
             panel.set_xlabel("step", fontsize=8, color=theme.ink)
         return figure
 
@@ -147,18 +140,12 @@ def roc_chart(sets: Sequence[ScoreSet]) -> str:
         return ""
 
     def draw(theme: Theme) -> Figure:
-        columns = min(_COLUMNS, len(names))
-        rows = -(-len(names) // columns)
-        figure = Figure(figsize=(3.4 * columns, 3.3 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for panel, name in zip(panels, names, strict=False):
+        figure, panels = _panels([f"ROC of {name}" for name in names], theme, (3.4, 3.3))
+        for panel, name in zip(panels, names, strict=True):
             _unit_square(panel, theme, "1 − specificity", "sensitivity")
-            panel.set_title(f"ROC of {chart_text(name)}", loc="left", fontsize=9, color=theme.ink)
             for each, found in curves.values():
                 if name in found:
                     panel.plot(*found[name], color=each.colour, linewidth=1.4)
-        for panel in panels[len(names) :]:
-            panel.set_visible(False)
         return figure
 
     return chart(draw, "Receiver operating characteristic: " + ", ".join(names))
@@ -192,9 +179,23 @@ def roc_of(scores: ScoreSet) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDA
     return {name: roc_points(*pair) for name, pair in found.items() if 0 < pair[1].sum() < len(pair[1])}
 
 
+def _panels(titles: Sequence[str], theme: Theme, inches: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each title, at most three side by side, each of a width and height in inches."""
+    columns = min(_COLUMNS, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(inches[0] * columns, inches[1] * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    panels = list(grid[: len(titles)])
+    for panel, title in zip(panels, titles, strict=True):
+        style_axes(panel, theme)
+        panel.set_title(chart_text(title), loc="left", fontsize=9, color=theme.ink)
+    for panel in grid[len(titles) :]:
+        panel.set_visible(False)
+    return figure, panels
+
+
 def _unit_square(panel: Axes, theme: Theme, across: str, up: str) -> None:
     """Give a panel axes from 0 to 1 with a dotted diagonal."""
-    style_axes(panel, theme)
     panel.plot([0, 1], [0, 1], color=theme.ink, linewidth=0.8, linestyle=":")
     panel.set_xlabel(across, fontsize=8, color=theme.ink)
     panel.set_ylabel(up, fontsize=8, color=theme.ink)
@@ -205,10 +206,8 @@ def reliability_chart(sets: Sequence[ScoreSet]) -> str:
     """HTML of the observed frequency of a class against its predicted probability, a line per set."""
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(3.4, 3.3), layout="constrained")
-        panel = figure.subplots()
+        figure, (panel,) = _panels(["Calibration"], theme, (3.4, 3.3))
         _unit_square(panel, theme, "mean predicted probability", "observed frequency")
-        panel.set_title("Calibration", loc="left", fontsize=9, color=theme.ink)
         for each in sets:
             held = [row for row in each.content["reliability"] if row["frequency"] is not None]
             points = [(row["mean_probability"], row["frequency"]) for row in held]

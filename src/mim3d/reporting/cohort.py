@@ -37,11 +37,11 @@ def cohort(runs: Sequence[NamedRun], sets: Sequence[ScoreSet]) -> dict[str, Any]
         }
         contents += [
             (
-                f"{run.name}, {kind}",
+                f"Scans with each {noun} of {run.name}",
                 list(parts),
                 [[name, *(part[kind].get(name, 0) for part in parts.values())] for name in names],
             )
-            for kind, names in held.items()
+            for (kind, names), noun in zip(held.items(), ("label", "class"), strict=True)
             if names
         ]
     rows += scored.values()

@@ -27,7 +27,7 @@ from mim3d.reporting.cohort import cohort
 from mim3d.reporting.rendering import label_colours, render
 from mim3d.reporting.scores import score_tables
 from mim3d.reporting.segmentations import segmentations
-from mim3d.reporting.sources import NamedRun, ScoreSet, read_sources
+from mim3d.reporting.sources import NamedRun, ScoreSet, read_sources, with_folds
 
 _HISTORY_STEPS = 5
 _CROP = {"image", "reference", "prediction"}
@@ -43,7 +43,7 @@ def write_report(
     """Write a report to a file, print its path, and return it.
 
     Args:
-        runs: Folders of runs.
+        runs: Folders of runs, or of all folds of a fine-tuning.
         out: File of the page, ending in .html.
         scores: Files of scores besides those of the runs.
         cases: Ids of the cases to show; some from the worst to the best if none is named.
@@ -59,6 +59,7 @@ def write_report(
     if os.path.isdir(out):
         raise ConfigError(f"out is {out}, which is a folder; give the name of a file.")
     path = os.path.abspath(out)
+    runs = [run for given in runs for run in with_folds(given)]
     marks = [name_digest(os.path.realpath(run)) for run in runs]
     _require_own(out, marks, overwrite=overwrite)
     shown_runs, shown_scores = read_sources(runs, scores)

@@ -1,6 +1,7 @@
 """What a report is made of: runs and files of scores, each with a short name and a colour of its own."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from mim3d.core.run_folder import RunRecord, read_run
 from mim3d.core.settings import coerce
 from mim3d.core.warned import WarningRow, checked_rows
 from mim3d.reporting.rendering import run_colour
+
+#: The folder of one fold, in that of all folds of a fine-tuning.
+_FOLD = re.compile(r"fold_(\d{1,6})")
 
 #: A score, which may not be defined, and its interval.
 Score = float | None
@@ -165,6 +169,13 @@ class ScoreSet:
     def total(self, key: str) -> int:
         """Sum of a count over labels, such as ``num_missed``."""
         return sum(row.get(key) or 0 for row in self.content["per_label"].values())
+
+
+def with_folds(path: str) -> list[str]:
+    """The runs that a folder of all folds holds, in their order; else the folder alone."""
+    folds = {int(found[1]): str(each) for each in Path(path).glob("fold_*") if (found := _FOLD.fullmatch(each.name))}
+    is_run = os.path.isfile(os.path.join(path, "manifest.json"))
+    return [path] if is_run or not folds else [folds[number] for number in sorted(folds)]
 
 
 def read_sources(runs: Sequence[str], scores: Sequence[str]) -> tuple[list[NamedRun], list[ScoreSet]]:

@@ -271,7 +271,7 @@ class TrainedNetwork:
     @property
     def in_hu(self) -> tuple[bool, ...]:
         """For each channel whether it learned from CT in HU; empty where its card does not say."""
-        return () if self.input_range is None else tuple(channel.in_hu for channel in self.input_range.channels)
+        return () if self.input_range is None else self.input_range.in_hu
 
     def warnings_on(self, prepared: Prepared) -> list[str]:
         """Sentences on what of a scan lies far outside of what it learned from."""

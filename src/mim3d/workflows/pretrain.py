@@ -19,6 +19,7 @@ from mim3d.core.types import Named, Spacing
 from mim3d.core.warned import LearningWarning
 from mim3d.datasets.cases import Case, CaseSet, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
+from mim3d.datasets.splits import Split
 from mim3d.datasets.usable import usable_cases
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective
@@ -31,7 +32,7 @@ from mim3d.weights import MIN_COVERAGE, load_into
 from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, ProbePlan
 from mim3d.workflows.shared.damage import adding_to
 from mim3d.workflows.shared.first_screen import fold_line, network_line, say_what_is_learned
-from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
+from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task, split_in_words
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
 from mim3d.workflows.shared.leakage import check_leakage, identities_of, seen_from, write_seen
 from mim3d.workflows.shared.memory import pretraining_sample, pretraining_variants, require_memory
@@ -159,7 +160,10 @@ def run_pretraining(settings: PretrainSettings) -> str:
             strict=settings.strict,
         )
         scans = _learned(every, cases, strict=settings.strict)
-        run.note({"cohort": {"train": cohort_of(scans)}})
+        chosen = {case.id for case in cases}
+        split = Split(tuple(cases), tuple(case for case in source.cases if case.id not in chosen))
+        words = split_in_words(split, settings.fold, settings.num_folds)
+        run.note({"cohort": {"train": cohort_of(scans)}, "split": words})
         if run.writes:
             write_seen(run.path, seen_from(identities_of(scans), settings.weights))
         mapping = settings.intensity or plan_intensity(scans)

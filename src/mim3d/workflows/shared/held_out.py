@@ -96,7 +96,7 @@ def split_in_words(split: Split, fold: int | None, num_folds: int) -> str:
     """By what cases are held out: the data set's own split or folds, or those that were drawn."""
     if not split.val:
         return "none held out"
-    if any(case.split == "val" for case in split.val):
+    if any(case.split in ("val", "test") for case in split.val):
         return "declared split"
     if any(case.fold is not None for case in split.val):
         return f"declared fold {fold}"
