@@ -183,7 +183,7 @@ def test_a_missing_package_is_a_sentence_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
     tracking = Tracking(**{name: True if name == "tensorboard" else "somewhere"})
-    with pytest.raises(ConfigError, match=rf"pip install mim3d\[{name}\]$"):
+    with pytest.raises(ConfigError, match=rf"pip install 'mim3d\[{name}\]'$"):
         pretrain(str(tmp_path / "data"), str(tmp_path / "run"), tracking=tracking)
     assert not (tmp_path / "run").exists()
 

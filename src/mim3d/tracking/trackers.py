@@ -79,7 +79,7 @@ class Tracking:
         for name in ("tensorboard", "wandb", "mlflow"):
             if getattr(self, name) and importlib.util.find_spec(name) is None:
                 raise ConfigError(
-                    f"tracking.{name} needs the package {name}, which is not installed: pip install mim3d[{name}]"
+                    f"tracking.{name} needs the package {name}, which is not installed: pip install 'mim3d[{name}]'"
                 )
 
 
