@@ -169,6 +169,7 @@ def test_every_value_of_the_other_files_may_be_anything(
         ("shape", [20, 36, 9], "body_box is "),
         ("num_channels", 2, "statistics is .*, but it must be the statistics of each channel"),
         ("dtype", "object", "dtype is 'object', but it must be one of uint8, int16"),
+        ("scanner", "x" * 10_000, "scanner is .*, but it must be null or a short text"),
         ("digest", "abc", "digest is 'abc', but it must be a SHA-256 of 64 digits"),
         ("body_box", [0, 0, 0, 41, 36, 9], "body_box is .*, but it must be a box of one voxel or more inside the scan"),
         ("num_voxels", [{"value": 70000, "count": 1}], "num_voxels is .*, but it must be label values from 0 to 65535"),

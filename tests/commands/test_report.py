@@ -224,8 +224,18 @@ def test_the_cohort_is_told_from_what_the_run_noted(tmp_path):
     assert "<td>0.8 × 0.8 × 3 (0.7 × 0.7 × 1 to 0.9 × 0.9 × 5)</td>" in shown
     assert "&lt;i&gt;tumour</th><td>4</td><td>0</td>" in shown and "Scans with each label of run" in shown
     assert "<td>scored</td><td>–</td><td>2</td>" in shown
+    assert "Scanners" not in shown
+    run.note({"cohort": {"train": {**part, "scanners": {"GE <b>, 1.5 T": 5, "SIEMENS": 7}}, "held out": part}})
+    shown = section(write_report(tmp_path, tmp_path / "run"), "cohort")
+    assert "<th>Scanners</th>" in shown and "<td>7 SIEMENS; 5 GE &lt;b&gt;, 1.5 T</td>" in shown
     # A note of another form is passed over.
-    for other in ("x", {"train": 1}, {"train": {**part, "spacing_mm": "x"}}, [part]):
+    for other in (
+        "x",
+        {"train": {**part, "scanners": ["GE"]}},
+        {"train": 1},
+        {"train": {**part, "spacing_mm": "x"}},
+        [part],
+    ):
         run.note({"cohort": other})
         assert "<td>train</td>" not in write_report(tmp_path, tmp_path / "run")
 

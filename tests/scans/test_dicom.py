@@ -20,11 +20,23 @@ from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
 
+from mim3d.caching.cache import open_cache
 from mim3d.caching.case import source_files
+from mim3d.caching.summary import cohort_of
+from mim3d.commands.cache import cache
 from mim3d.core.errors import DataError
 from mim3d.scans.dicom import headers
 from mim3d.scans.dicom.headers import read_kind
-from mim3d.scans.volumes import find_scans, modality_of, patient_of, read_grid, read_volume, scan_id, write_volume
+from mim3d.scans.volumes import (
+    find_scans,
+    modality_of,
+    patient_of,
+    read_grid,
+    read_volume,
+    scan_id,
+    scanner_of,
+    write_volume,
+)
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -767,6 +779,38 @@ def test_a_modality_in_small_letters_or_left_to_the_class_is_known(tmp_path, mod
     with disable_value_validation():
         folder = write_series(tmp_path / "ct", positions(heights()), Modality=modality)
     assert modality_of(folder) == "CT"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"Manufacturer": "SIEMENS ", "ManufacturerModelName": "Avanto", "MagneticFieldStrength": 1.494}, "1.5 T"),
+        ({"Manufacturer": "GE", "ManufacturerModelName": "None", "MagneticFieldStrength": 30000}, "GE"),
+        ({"ManufacturerModelName": "a\x1b[31m" + "b" * 60, "Manufacturer": "c" * 60}, None),
+        ({"Manufacturer": "", "ManufacturerModelName": " unknown"}, None),
+        ({}, None),
+    ],
+)
+def test_the_scanner_is_told_where_the_header_says_it(tmp_path, fields, said):
+    with disable_value_validation():
+        found = scanner_of(write_series(tmp_path / "mr", positions(heights()), Modality="MR", **fields))
+    if said == "1.5 T":
+        said = "SIEMENS Avanto, 1.5 T"
+    if "c" * 60 in fields.values():
+        assert len(found) <= 80 and found.isprintable()
+    else:
+        assert found == said
+
+
+def test_a_cache_keeps_the_scanner_of_a_series_and_nothing_of_the_patient(tmp_path):
+    write_series(tmp_path / "data" / "a", positions(heights()), Manufacturer="SIEMENS", PatientName="Doe^Jane")
+    write_series(tmp_path / "data" / "b", positions(heights()), series="2")
+    cache(str(tmp_path / "data"), str(tmp_path / "cache"))
+    scans = open_cache(tmp_path / "cache")
+    assert sorted(map(str, (scan.scanner for scan in scans))) == ["None", "SIEMENS"]
+    assert cohort_of(scans)["scanners"] == {"SIEMENS": 1}
+    kept = [path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not any(b"Doe" in content or b"Jane" in content for content in kept)
 
 
 def test_a_rescaling_by_a_table_is_refused(tmp_path):

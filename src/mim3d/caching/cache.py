@@ -42,7 +42,7 @@ _LEAST_ROW_BYTES = 2000
 _DECLARED = ("ignore_label", "regions", "region_values", "channels", "notes")
 
 #: Columns that only those manifests have which need them.
-_RARE = ("fold", "modality", "assumed", "source_spacing_mm")
+_RARE = ("fold", "modality", "assumed", "source_spacing_mm", "scanner")
 
 #: Columns that older caches lack: what is labelled, what reduced levels were clipped to, what each channel is.
 _ADDED = {"labelled", "level_windows", "modalities", *_RARE}
@@ -399,6 +399,7 @@ def _schema() -> Any:
         "spacing_mm": numbers,
         "source_spacing_mm": numbers,
         "assumed": pa.list_(pa.string()),
+        "scanner": pa.string(),
         "affine": numbers,
         "num_channels": pa.int64(),
         "dtype": pa.string(),

@@ -155,6 +155,7 @@ _CARD: _Rules = {
         "null or three numbers of millimetres above 0",
     ),
     "assumed": (lambda value, card: value is None or _texts(value), "null or a list of text"),
+    "scanner": (lambda value, card: value is None or (_text(value) and len(value) <= 200), "null or a short text"),
     "affine": (_affine, "16 numbers whose axes are as long as spacing_mm says and meet at right angles"),
     "num_channels": (lambda value, card: _whole(value, 1, _MOST_CHANNELS), f"from 1 to {_MOST_CHANNELS}"),
     "dtype": (lambda value, card: value in _TYPES, f"one of {', '.join(_TYPES)}"),
@@ -185,6 +186,7 @@ _OPTIONAL = (
     "fold",
     "modality",
     "assumed",
+    "scanner",
     "source_spacing_mm",
 )
 

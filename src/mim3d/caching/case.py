@@ -32,7 +32,7 @@ from mim3d.scans.files import check_file
 from mim3d.scans.grids import split_channel, split_series
 from mim3d.scans.image_stacks import is_slice_folder, slice_paths
 from mim3d.scans.modality import DARKEST_CT_HU
-from mim3d.scans.volumes import files_of
+from mim3d.scans.volumes import files_of, scanner_of
 
 #: What distinguishes a file from a later one under the same path: size, mtime, ctime (ns) and inode.
 Stamp = tuple[int, int, int, int]
@@ -104,6 +104,8 @@ def build_case(case: Case, settings: BuildSettings) -> CaseResult:
         require_unchanged(entries)
         is_stored = True
         card = _digested(source, _overruled(prepared))
+        if scanner := scanner_of(name):
+            card["scanner"] = scanner
         folder = _folder_name(case, card)
         _write_case(folder, prepared, card, settings)
     except Exception as error:  # Readers of foreign formats raise anything, and voxels may be of an unforeseen kind.

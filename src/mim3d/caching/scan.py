@@ -117,6 +117,7 @@ class CachedScan:
         modalities: What each channel is.
         source_spacing_mm: Voxel size along X, Y, Z before it was resampled; None where it was not, or in older caches.
         assumed: What its file leaves open, each with what is assumed.
+        scanner: What made it, where a DICOM header says so.
     """
 
     case: Case
@@ -141,6 +142,7 @@ class CachedScan:
     modalities: tuple[ChannelModality, ...] = ()
     source_spacing_mm: Spacing | None = None
     assumed: tuple[str, ...] = ()
+    scanner: str | None = None
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any], case: Case, source: ByteSource) -> "CachedScan":
@@ -179,6 +181,7 @@ class CachedScan:
             modalities=modalities_of(card),
             source_spacing_mm=None if edges is None else (float(edges[0]), float(edges[1]), float(edges[2])),
             assumed=tuple(map(str, card.get("assumed") or ())),
+            scanner=card.get("scanner"),
         )
 
     def __getstate__(self) -> dict[str, Any]:

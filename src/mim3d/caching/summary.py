@@ -139,6 +139,7 @@ def cohort_of(cache: Cache) -> dict[str, Any]:
         "spacing_mm": [low, tuple(median(axis) for axis in zip(*spacings, strict=True)), high],
         "labels": {label.name: label.num_cases for label in held.labels},
         "classes": held.classes,
+        "scanners": _sorted(Counter(scan.scanner for scan in cache if scan.scanner)),
     }
 
 

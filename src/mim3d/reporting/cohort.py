@@ -15,7 +15,18 @@ _PART: Mapping[str, Any] = {
     "spacing_mm": list[tuple[float, float, float]],
     "labels": dict[str, int],
     "classes": dict[str, int],
+    # Runs of before noted none.
+    "scanners": dict[str, int] | None,
 }
+
+#: Scanners that a cell names.
+_MOST_SCANNERS = 8
+
+#: Columns of the table; that of scanners is shown where one is known.
+HEADS = (
+    *("Run", "Part", "Split", "Scans", "Patients", "Modality"),
+    *("Voxels in mm: median (smallest to largest)", "Scanners"),
+)
 
 
 def cohort(runs: Sequence[NamedRun], sets: Sequence[ScoreSet]) -> dict[str, Any]:
@@ -45,7 +56,8 @@ def cohort(runs: Sequence[NamedRun], sets: Sequence[ScoreSet]) -> dict[str, Any]
             if names
         ]
     rows += scored.values()
-    return {"rows": rows, "contents": contents} if rows else {}
+    shown = len(HEADS) if any(row[-1] != "–" for row in rows) else len(HEADS) - 1
+    return {"heads": HEADS[:shown], "rows": [row[:shown] for row in rows], "contents": contents} if rows else {}
 
 
 def parts_of(run: NamedRun) -> dict[str, dict[str, Any]]:
@@ -75,9 +87,12 @@ def _part_row(part: Mapping[str, Any]) -> list[str]:
     spread = (
         sizes[0] if len(set(sizes)) == 1 else f"{sizes[len(sizes) // 2]} ({sizes[0]} to {sizes[-1]})" if sizes else "–"
     )
-    return [str(part["num_scans"]), str(part["num_patients"]), "; ".join(kinds), spread]
+    scanners = sorted((part["scanners"] or {}).items(), key=lambda item: -item[1])
+    made_by = [f"{count} {name}" for name, count in scanners[:_MOST_SCANNERS]]
+    made_by += [f"{len(scanners) - len(made_by)} more"] if len(scanners) > len(made_by) else []
+    return [str(part["num_scans"]), str(part["num_patients"]), "; ".join(kinds), spread, "; ".join(made_by) or "–"]
 
 
 def _scored_row(scores: ScoreSet) -> list[str]:
     patients = {str(case["patient"]) for case in scores.content["cases"] if case.get("patient") is not None}
-    return [str(len(scores.cases)), str(len(patients)) if patients else "–", "–", "–"]
+    return [str(len(scores.cases)), str(len(patients)) if patients else "–", "–", "–", "–"]

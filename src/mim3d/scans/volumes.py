@@ -425,6 +425,20 @@ def modality_of(path: str | os.PathLike[str]) -> str | None:
     return open_series(name).slices[0].modality or None
 
 
+def scanner_of(path: str | os.PathLike[str]) -> str | None:
+    """What made a DICOM series, such as ``SIEMENS Avanto, 1.5 T``; None for other formats, which do not say it.
+
+    Raises:
+        DataError: As for `read_grid`, where the series cannot be found.
+    """
+    name = os.fspath(path)
+    if format_of(name) is not DICOM:
+        return None
+    from mim3d.scans.dicom.series import scanner
+
+    return scanner(name)
+
+
 def patient_of(path: str | os.PathLike[str]) -> str | None:
     """Salted hash that stands for the patient of a DICOM series; None for other formats, which name none.
 

@@ -42,6 +42,7 @@ _TAGS = (
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate",
+    "Manufacturer", "ManufacturerModelName", "MagneticFieldStrength",
 )  # fmt: skip
 
 #: Elements whose loss in one slice would change its voxels without a word.

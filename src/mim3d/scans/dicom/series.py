@@ -16,10 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import DataError
+from mim3d.core.names import printable
 from mim3d.scans import files
-from mim3d.scans.dicom.headers import Slice, name_form, read_identity, read_slices, read_stray
+from mim3d.scans.dicom.headers import Slice, name_form, read_header, read_identity, read_slices, read_stray
 from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, smallest_integer, split_series, times
 from mim3d.scans.reading_process import read_apart
+
+#: Letters of the name of a scanner at most, strength that no field has, and words that stand for no name.
+_MOST_LETTERS, _MOST_TESLA, _NOTHING = 80, 30.0, ("", "none", "unknown", "anonymized", "n/a")
 
 #: Modalities whose series are scans of the body's inside in parallel slices.
 VOLUME_MODALITIES = ("CT", "MR", "PT")
@@ -370,6 +374,26 @@ def patient_key(address: str) -> str | None:
     sound = next((item for item in slices if not item.fault), slices[0])
     identity = "\n".join(read_identity(sound.path))
     return _hash_identity(identity) if identity.strip() else None
+
+
+def scanner(address: str) -> str | None:
+    """Maker, model and field strength of the scanner of a series, such as ``SIEMENS Avanto, 1.5 T``.
+
+    Returns:
+        A short text; None where the header says nothing of it.
+    """
+    slices = _slices_of(address)
+    header, *_ = read_header(next((item for item in slices if not item.fault), slices[0]).path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            names = [str(header.get(name) or "") for name in ("Manufacturer", "ManufacturerModelName")]
+            tesla = float(header.get("MagneticFieldStrength") or 0)
+    except Exception:  # Values are converted when they are asked for, and raise anything; a scan is as good without.
+        return None
+    said = " ".join(text for text in names if text.strip().lower() not in _NOTHING)
+    name = " ".join(printable(said).split())[:_MOST_LETTERS].rstrip()
+    return ", ".join(filter(None, (name, f"{tesla:.2g} T" if 0 < tesla < _MOST_TESLA else ""))) or None
 
 
 @lru_cache(maxsize=4096)
