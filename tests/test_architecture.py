@@ -68,9 +68,9 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2872,
+    "core": 2902,
     "kernels": 875,
-    "scans": 4612,
+    "scans": 4627,
     "nn": 575,
     "tracking": 550,
     "metrics": 1325,
@@ -80,14 +80,14 @@ BUDGET = {
     "reporting": 1885,
     "caching": 4430,
     "objective": 150,
-    "weights": 1585,
+    "weights": 1590,
     "inference": 1150,
     "planning": 950,
     "loading": 1055,
     "distributed": 715,
     "training": 2370,
     "tasks": 4195,
-    "methods": 925,
+    "methods": 933,
     "probing": 850,
     "exporting": 1150,
     "workflows": 4650,

@@ -85,10 +85,14 @@ def build_cache(
     Raises:
         DataError: ``out`` cannot be written, holds other things, other scans or a cache of another version, is being
             built by another process, none of the scans can be used, or the cluster cannot do it.
-        ConfigError: ``out`` holds a cache of other settings, ``pack_gb`` is not above 0, or Dask is not installed.
+        ConfigError: ``out`` holds a cache of other settings, a number cannot work, or Dask is not installed.
     """
     if pack_gb is not None and not 0 < pack_gb < math.inf:
         raise ConfigError(f"pack_gb {pack_gb} must be above 0, such as 3.")
+    if num_workers is not None and num_workers < 0:
+        raise ConfigError(f"num_workers is {num_workers}; it must be 0 or more.")
+    if not timeout_s > 0:
+        raise ConfigError(f"timeout_s is {timeout_s:g}; it must be above 0, such as {ITEM_TIMEOUT_S:g}.")
     num_workers = num_cores() if num_workers is None else num_workers
     root = os.path.abspath(out)
     preprocessing = preprocessing.settled(any(case.label is not None for case in cases.cases))

@@ -14,7 +14,7 @@ from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.types import Spacing
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import available_memory_bytes
-from mim3d.scans.grids import Grid, require_same_grid, times
+from mim3d.scans.grids import Grid, require_same_grid, require_spacing, times
 from mim3d.scans.modality import ChannelModality, decide, modality_of_channels, sign_of
 from mim3d.scans.volumes import modality_of, read_grid, read_volume
 
@@ -53,10 +53,7 @@ class Preprocessing:
     body_crop: bool = False
 
     def __post_init__(self) -> None:
-        if self.spacing_mm is not None and not (
-            len(self.spacing_mm) == 3 and all(math.isfinite(value) and value > 0 for value in self.spacing_mm)
-        ):
-            raise ConfigError(f"spacing_mm {self.spacing_mm} must be three positive numbers, such as 1.5 1.5 2.0.")
+        require_spacing(self.spacing_mm)
         if self.intensities not in ("auto", "lossless", "8-bit"):
             raise ConfigError(f"intensities {self.intensities!r} is unknown; use auto, lossless or 8-bit.")
         rising = len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf

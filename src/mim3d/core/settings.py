@@ -24,6 +24,9 @@ from mim3d.core.own_code import how_to_find, is_dotted_path
 
 _T = TypeVar("_T")
 
+#: Beyond it whole numbers are no longer exact in other programs, and no setting means anything.
+LARGEST_NUMBER = 2**53
+
 #: File of the settings in the folder of a run.
 CONFIG_NAME = "config.yaml"
 
@@ -130,13 +133,13 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Mapping):
         # A named choice may be settings already, see `resolve`.
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return value
+            return _finite(value, where)
         if not isinstance(value, Mapping):
             raise _wrong(value, hint, where)
         key_hint, value_hint = arguments or (Any, Any)
         return {coerce(k, key_hint, where): coerce(v, value_hint, f"{where}.{k}") for k, v in value.items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build_settings(hint, value, where)
+        return _finite(value, where) if isinstance(value, hint) else build_settings(hint, value, where)
     return _coerce_scalar(value, hint, where)
 
 
@@ -159,7 +162,7 @@ def _coerce_union(value: Any, hint: Any, where: str) -> Any:
     if value == "null" and type(None) in members:
         return None
     for member in members:
-        if isinstance(member, type) and type(value) is member:
+        if isinstance(member, type) and type(value) is member and _is_bounded(value):
             return value
     # "null" typed by a user means none even where text is allowed too; a number comes before text.
     order = {type(None): 0, str: 2}
@@ -193,9 +196,9 @@ def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
         number = _number(value)
         # Whole numbers may be larger than any floating point number.
         with suppress(OverflowError):
-            if number is not None and hint is float:
+            if number is not None and hint is float and math.isfinite(number):
                 return float(number)
-            if number is not None and float(number).is_integer():
+            if number is not None and float(number).is_integer() and abs(number) <= LARGEST_NUMBER:
                 return int(number)
     elif hint in (None, type(None)):
         if value is None or text in _NONE:
@@ -210,17 +213,45 @@ def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """A number, also one of NumPy or in a text; None for anything else, such as a truth value or NaN."""
+    """A number, also one of NumPy or in a text; None for anything else, such as a truth value."""
     if isinstance(value, bool):
         return None
     for kind in (int, float) if isinstance(value, str) else ():
         with suppress(ValueError):
             value = kind(value)
-    return value if isinstance(value, numbers.Real) and value == value else None
+    return value if isinstance(value, numbers.Real) else None
+
+
+def _is_bounded(value: Any) -> bool:
+    """Whether a value is no number beyond all bounds: no NaN and not infinite."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _finite(value: Any, where: str) -> Any:
+    """Settings that somebody built, once no number in them is NaN or infinite unless that is its default.
+
+    Raises:
+        ConfigError: A number is.
+    """
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            if (part := getattr(value, field.name)) is not field.default:
+                _finite(part, f"{where}.{field.name}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _finite(item, where)
+    elif not _is_bounded(value):
+        raise _wrong(value, float, where)
+    return value
 
 
 def _wrong(value: Any, hint: Any, where: str) -> ConfigError:
-    return ConfigError(f"{where} is {cut(repr(value))}, but it takes {describe(hint)}.")
+    takes, number = describe(hint), _number(value)
+    if number is not None and not _is_bounded(number):
+        takes = takes.replace("a number", "a finite number")
+    elif number is not None and abs(number) > LARGEST_NUMBER:
+        takes = takes.replace("a whole number", f"a whole number of at most {LARGEST_NUMBER:,}")
+    return ConfigError(f"{where} is {cut(repr(value))}, but it takes {takes}.")
 
 
 def describe(hint: Any) -> str:
@@ -315,7 +346,7 @@ def resolve(
         ConfigError: The name is unknown (the nearest known one is offered), or a setting or a value is wrong.
     """
     if dataclasses.is_dataclass(named) and not isinstance(named, type):
-        return named
+        return _finite(named, kind)
     values = {"name": named} if isinstance(named, str) else named
     if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
         raise ConfigError(f"{kind} is {cut(repr(named))}, but it takes a name, or a mapping with a name and settings.")

@@ -59,10 +59,12 @@ def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, see
         seed: Seed of the shuffle.
 
     Raises:
-        ConfigError: ``fold`` is not in ``0 .. num_folds - 1`` or not declared, there are fewer than two folds, or more
-            are declared than ``num_folds``.
+        ConfigError: ``seed`` is negative, ``fold`` is not in ``0 .. num_folds - 1`` or not declared, there are fewer
+            than two folds, or more are declared than ``num_folds``.
         DataError: There are fewer patients than folds, or a declared split leaves a part empty.
     """
+    if seed < 0:
+        raise ConfigError(f"split_seed is {seed}; it must be zero or more.")
     folds = declared_folds(cases)
     if folds:
         if len(folds) > num_folds:

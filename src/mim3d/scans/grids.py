@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from nibabel import orientations as _orientations
 
-from mim3d.core.errors import DataError
+from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.types import Spacing, Triple
 
 # Without types, so that mypy does not check calls into it.
@@ -33,6 +33,9 @@ MAX_SHEAR_COSINE = 1e-3
 #: Voxel sizes that a scan can have, from a cell to a field.
 MIN_SPACING_MM, MAX_SPACING_MM = 1e-6, 1e6
 
+#: Largest voxel along an axis that scans are brought to, in millimetres: beyond it a scan is a voxel or two.
+LARGEST_VOXEL_MM = 1000.0
+
 #: Voxels of two grids may lie apart by this share of a voxel anywhere, from rounding in their headers.
 TOLERANCE_VOXELS = 0.1
 
@@ -41,6 +44,20 @@ _MIN_SLICES = 32
 
 #: Voxels read at a time, about, where slices are small.
 _SLAB_VOXELS = 2**20
+
+
+def require_spacing(spacing_mm: Spacing | None) -> None:
+    """Refuse a voxel size that no scan can be brought to; None keeps each scan's own.
+
+    Raises:
+        ConfigError: It is not above 0 along each axis, or too large.
+    """
+    if spacing_mm is None or (len(spacing_mm) == 3 and all(0 < value <= LARGEST_VOXEL_MM for value in spacing_mm)):
+        return
+    raise ConfigError(
+        f"spacing_mm {tuple(spacing_mm)} must be three positive numbers of at most {LARGEST_VOXEL_MM:g}, such as "
+        "1.5 1.5 2.0."
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,6 +24,7 @@ from mim3d.weights.loading import (
     load_into,
     recipe_of,
     recipe_of_card,
+    require_share,
 )
 from mim3d.weights.states import PREFIXES, WRAPPERS, read_state, to_own_names
 
@@ -49,6 +50,7 @@ __all__ = [
     "recipe_of",
     "recipe_of_card",
     "require_described",
+    "require_share",
     "save_network",
     "to_own_names",
     "weights_digest",

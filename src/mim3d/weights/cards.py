@@ -18,8 +18,9 @@ from torch import nn
 
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.files import load_json
-from mim3d.core.settings import build_settings, to_mapping
+from mim3d.core.settings import LARGEST_NUMBER, build_settings, to_mapping
 from mim3d.core.types import LARGEST_LABEL
+from mim3d.scans.grids import LARGEST_VOXEL_MM
 from mim3d.scans.intensity import Intensity
 from mim3d.weights.folders import CARD_ENTRY, CARD_FORMAT, CARD_NAME, RUN_NETWORKS, WEIGHTS_NAME, weights_file
 from mim3d.weights.plain import INDEX_NAME, parts_of
@@ -29,12 +30,6 @@ _LARGEST_BYTES = 16 * 2**20
 
 #: Mappings and lists inside one another.
 _DEEPEST = 16
-
-#: Beyond it whole numbers are no longer exact in other programs, and no setting means anything.
-_LARGEST_NUMBER = 2.0**53
-
-#: Largest voxel in millimetres along an axis.
-_LARGEST_VOXEL_MM = 1000.0
 
 #: How many times the values of its file a network may have: what is missing of it starts anew.
 _MOST_TIMES = 1.25
@@ -53,7 +48,7 @@ def _is_named(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_NUMBER
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_NUMBER
 
 
 def _is_size(value: Any) -> bool:
@@ -67,7 +62,7 @@ def _is_spacing(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 3
-        and all(_is_number(edge) and 0 < edge <= _LARGEST_VOXEL_MM for edge in value)
+        and all(_is_number(edge) and 0 < edge <= LARGEST_VOXEL_MM for edge in value)
     )
 
 
@@ -89,7 +84,7 @@ _ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "input_multiple": (_is_size, "three whole numbers of voxels"),
     "patch_size": (_is_size, "three whole numbers of voxels"),
     "orientation": (_is_text, "text"),
-    "spacing_mm": (_is_spacing, f"null, or three numbers of millimetres above 0 and at most {_LARGEST_VOXEL_MM:g}"),
+    "spacing_mm": (_is_spacing, f"null, or three numbers of millimetres above 0 and at most {LARGEST_VOXEL_MM:g}"),
     "intensity": (lambda value: value is None or isinstance(value, dict), "a mapping of settings"),
     "data_digest": (lambda value: value is None or isinstance(value, str), "text"),
     "mim3d_version": (_is_text, "text"),
@@ -145,7 +140,7 @@ def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dic
         raise CheckpointError(f"{file} names no backbone; export the weights again.")
     for name, value in card.items():
         for place, part in _parts(value, name, file):
-            if name not in _ENTRIES or not _is_number(part) or abs(part) <= _LARGEST_NUMBER:
+            if name not in _ENTRIES or not _is_number(part) or abs(part) <= LARGEST_NUMBER:
                 continue
             if isinstance(part, int) or name not in _SHOWN:
                 raise _refused(file, place, part, "a number that a setting can have")

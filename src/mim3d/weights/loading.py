@@ -60,6 +60,16 @@ class CoverageReport:
         )
 
 
+def require_share(min_coverage: float) -> None:
+    """Refuse a share of the encoder to be filled that is none.
+
+    Raises:
+        ConfigError: It does not lie between 0 and 1.
+    """
+    if not 0 <= min_coverage <= 1:
+        raise ConfigError(f"min_coverage is {min_coverage:g}; it must lie between 0 and 1, such as {MIN_COVERAGE}.")
+
+
 def load_into(
     module: nn.Module,
     path: str | Path,
@@ -85,8 +95,7 @@ def load_into(
             nothing is changed then.
         ConfigError: ``min_coverage`` is no share.
     """
-    if not 0 <= min_coverage <= 1:
-        raise ConfigError(f"min_coverage is {min_coverage:g}; it must lie between 0 and 1, such as {MIN_COVERAGE}.")
+    require_share(min_coverage)
     target = module.state_dict()
     inside_encoder = isinstance(module, Encoder)
     own = {key if inside_encoder else key.removeprefix("encoder."): key for key in target}

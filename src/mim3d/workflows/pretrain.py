@@ -24,11 +24,12 @@ from mim3d.datasets.usable import usable_cases
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective
 from mim3d.planning.plan import plan_intensity
+from mim3d.scans.grids import require_spacing
 from mim3d.scans.intensity import Intensity
 from mim3d.tracking import TrackedRun
 from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
-from mim3d.weights import MIN_COVERAGE, load_into
+from mim3d.weights import MIN_COVERAGE, load_into, require_share
 from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, ProbePlan
 from mim3d.workflows.shared.damage import adding_to
 from mim3d.workflows.shared.first_screen import fold_line, network_line, say_what_is_learned
@@ -92,6 +93,8 @@ class PretrainSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_spacing(self.spacing_mm)
+        require_share(self.min_coverage)
         if self.probe_every is not None and self.probe is None:
             raise ConfigError(f"probe_every is {self.probe_every}, but there is no probe; give --probe DATA too.")
         if self.probe_every is not None and self.probe_every < 0:

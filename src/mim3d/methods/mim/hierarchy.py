@@ -48,6 +48,10 @@ class Level:
     num_children: int = 0
     loss_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.loss_weight < 0:
+            raise ConfigError(f"{self.name} level: loss_weight ({self.loss_weight}) must be zero or more, such as 1.")
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -38,6 +38,9 @@ DECODERS = {
 #: The published decoder: that of the sizes tiny and base, and of every backbone that is no ready size.
 PUBLISHED_DECODER = (576, 8, 16)
 
+#: Largest width, depth and number of heads of what is learned beside the encoder.
+_LARGEST_DIM = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class MiM(Method):
@@ -88,6 +91,15 @@ class MiM(Method):
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ConfigError(f"method.temperature ({self.temperature}) must be positive; the default is 0.1.")
+        for name in ("alignment_dim", "decoder_dim", "decoder_depth", "decoder_num_heads"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= _LARGEST_DIM:
+                raise ConfigError(f"method.{name} ({value}) must be between 1 and {_LARGEST_DIM}.")
+        if self.alignment_weight < 0:
+            raise ConfigError(f"method.alignment_weight ({self.alignment_weight}) must be zero or more, such as 0.1.")
+        for name in ("intensity_gain", "intensity_bias"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"method.{name} ({getattr(self, name)}) must lie between 0 (none) and 1.")
         if not 0 <= self.flip_prob <= 1:
             raise ConfigError(f"method.flip_prob ({self.flip_prob}) is no probability; use 0 to 1.")
         if self.max_air is not None and not 0 <= self.max_air <= 1:

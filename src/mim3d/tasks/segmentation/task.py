@@ -18,6 +18,7 @@ from mim3d.datasets.published.presets import Preset
 from mim3d.inference import Windows, padding_values, sliding_logits
 from mim3d.loading.samples import Augment
 from mim3d.objective import Objective, crop_tokens
+from mim3d.scans.grids import require_spacing
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.augmentation import Augmentation, published_augmentation
 from mim3d.tasks.contract import CropTask, ExportForm, LogitsProgram, PredictionSettings, Predictor, TrainedNetwork
@@ -111,6 +112,7 @@ class Segmentation(CropTask):
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
         if self.feature_dim > LARGEST_DIM:
             raise ConfigError(f"feature_dim is {self.feature_dim}; it must be at most {LARGEST_DIM}, such as 16.")
+        require_spacing(self.spacing_mm)
         check_freezing(self.freeze_encoder, self.unfreeze_ratio)
         weights = (self.dice_weight, self.cross_entropy_weight, self.focal_weight)
         if min(weights) < 0 or sum(weights) == 0:

@@ -7,8 +7,9 @@ from typing import Literal
 from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split, TrainPart
+from mim3d.scans.grids import require_spacing
 from mim3d.scans.intensity import Intensity
-from mim3d.weights import MIN_COVERAGE, InputLayers
+from mim3d.weights import MIN_COVERAGE, InputLayers, require_share
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.training import TrainingSettings
 
@@ -68,6 +69,11 @@ class FinetuneSettings(TrainingSettings):
     train_seed: int = 0
     validate_every: int | None = None
     patience: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_spacing(self.spacing_mm)
+        require_share(self.min_coverage)
 
     @property
     def single_fold(self) -> int | None:

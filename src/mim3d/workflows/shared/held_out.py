@@ -79,8 +79,6 @@ def choose_split(
         DataError: Cases that cannot be split, a part that cannot be taken, or one of which no case is readable.
     """
     cases = [*cases, *unreadable]
-    if split_seed < 0:
-        raise ConfigError(f"split_seed is {split_seed}; it must be zero or more.")
     if fold is None:
         split = Split(train=tuple(case for case in cases if case.split in (None, "train")), val=())
     else:
