@@ -43,6 +43,13 @@ def test_a_run_of_pretraining_cannot_predict(pretraining, ball_set, tmp_path, to
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_of_all_folds_names_its_runs(pretraining, ball_set, tmp_path, told):
+    for number in (0, 1):
+        shutil.copytree(pretraining, tmp_path / "all" / f"fold_{number}")
+    said = told("predict", "--weights", tmp_path / "all", "--input", ball_set, "--out", tmp_path / "out")
+    assert "holds the runs of 2 folds" in said and f"all of them: {tmp_path / 'all'}/fold_*" in said
+
+
 def test_a_data_set_is_no_network_and_predictions_are_none(ball_set, tmp_path, told):
     said = told("predict", "--weights", ball_set, "--input", ball_set, "--out", tmp_path / "out")
     assert "is a data set, no network; give it as --data or --input" in said

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import load_json
+from mim3d.core.names import number_of
 
 if TYPE_CHECKING:
     from mim3d.datasets.cases import LeftOut
@@ -57,6 +58,11 @@ def not_weights(folder: str, *, for_task: bool) -> str | None:
         folder: The folder.
         for_task: Whether the network of a task is asked for, so that an encoder is not enough.
     """
+    if folds := sorted(glob.glob(os.path.join(glob.escape(folder), "fold_*", "manifest.json"))):
+        return (
+            f"{folder} holds the runs of {number_of(len(folds), 'fold')}, each with its network; give one, such as "
+            f"{os.path.dirname(folds[0])}, or for mim3d predict all of them: {folder}/fold_*."
+        )
     command = run_command(folder)
     if command == "pretrain" and for_task and os.path.isdir(os.path.join(folder, "encoder")):
         return (

@@ -10,6 +10,7 @@ import numpy as np
 from mim3d.backbones.contract import size_text
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import ConfigError
+from mim3d.core.names import number_of
 from mim3d.core.resources import in_words
 from mim3d.core.types import Spacing, Triple
 from mim3d.planning.fingerprint import DatasetFingerprint, ScanGrid
@@ -224,13 +225,14 @@ def plan_spacing(grids: Sequence[ScanGrid]) -> tuple[Spacing | None, str]:
     middle = np.median(spacings, axis=0)
     if (np.abs(spacings / middle - 1) < SAME_SPACING).all():
         found = " x ".join(f"{value:.4g}" for value in middle)
-        return None, f"all {len(grids)} scans share {found} mm within {SAME_SPACING:.0%}; nothing to resample"
+        who = f"all {len(grids):,} scans share" if len(grids) > 1 else "the only scan has"
+        return None, f"{who} {found} mm within {SAME_SPACING:.0%}; nothing to resample"
     coarse = int(middle.argmax())
     others = [axis for axis in range(3) if axis != coarse]
     typical = np.median(shapes, axis=0)
     low, high = spacings.min(axis=0), spacings.max(axis=0)
     ranges = ", ".join(f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True))
-    reason = f"median of {len(grids)} scans (X, Y, Z: {ranges} mm)"
+    reason = f"median of {number_of(len(grids), 'scan')} (X, Y, Z: {ranges} mm)"
     target = middle.copy()
     if middle[coarse] > ANISOTROPY * middle.min() and typical[coarse] * ANISOTROPY < typical[others].min():
         finer = np.percentile(spacings[:, coarse], COARSE_AXIS_PERCENTILE)
@@ -378,16 +380,17 @@ def _plan_intensity(fingerprint: DatasetFingerprint) -> tuple[Intensity | None, 
     num_ct = min(channel.num_ct for channel in fingerprint.channels)
     deciders = {decider for channel in fingerprint.channels for decider in channel.decided_by.split(", ")}
     by = " and ".join(_DECIDERS.get(decider, decider) for decider in sorted(deciders))
+    seen = f"CT in {num_ct} of {number_of(num_scans, 'scan')} (by {by}"
     if not fingerprint.is_ct:
         darkest = ", ".join(f"{channel.minimum:.4g}" for channel in fingerprint.channels)
-        seen = f"CT in {num_ct} of {num_scans} scans (by {by}; the median of their darkest voxels is {darkest})"
+        seen += f"; the median of their darkest voxels is {darkest})"
         return Intensity(kind="zscore", window=None), f"mean and deviation of each scan's body: {seen}"
     known = [
         (channel.class_percentile_00_5, channel.class_percentile_99_5)
         for channel in fingerprint.channels
         if channel.class_percentile_00_5 is not None and channel.class_percentile_99_5 is not None
     ]
-    ct = f"CT in {num_ct} of {num_scans} scans (by {by})"
+    ct = f"{seen})"
     if not known:
         return Intensity(), f"{ct}, without a labelled voxel to go by: the window of published pre-training"
     low, high = min(pair[0] for pair in known), max(pair[1] for pair in known)
@@ -416,7 +419,7 @@ def _plan_steps(training_voxels: float, num_training: int, patch_voxels: int, cr
     wanted = math.ceil(PASSES * num_training * crops_per_scan / crops_per_step)
     steps = min(MAX_STEPS, max(MIN_STEPS, wanted))
     reason = (
-        f"{PASSES} passes over {num_training} scans, each covered by {crops_per_scan:.3g} times a crop; "
+        f"{PASSES} passes over {number_of(num_training, 'scan')}, each covered by {crops_per_scan:.3g} times a crop; "
         f"{crops_per_step} crops a step"
     )
     if steps != wanted:

@@ -19,7 +19,7 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Prepared, Preprocessing
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.names import printable
+from mim3d.core.names import number_of, printable
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.datasets.published.presets import Preset
@@ -120,7 +120,9 @@ class Task(ABC):
             DataError: There is nothing to tell apart.
         """
         if not any(value != 0 for value in scans.labels):
-            raise DataError(f"{scans.path}: no label but background in {len(scans)} scans; check the label files.")
+            raise DataError(
+                f"{scans.path}: no label but background in {number_of(len(scans), 'scan')}; check the label files."
+            )
         return scans.label_values
 
     def validation_bytes(self, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> int:

@@ -125,7 +125,7 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
     remaining = [case for case in cases if not folder.is_finished(case)]
     step = predictor.scans_per_call
     try:
-        with Progress("{done} of {total} scans", len(remaining)) as progress:
+        with Progress(f"{{done}} of {number_of(len(remaining), 'scan')}", len(remaining)) as progress:
             for start in range(0, len(remaining), step):
                 _predict(remaining[start : start + step], predictor, folder, progress)
                 folder.write_if_due()

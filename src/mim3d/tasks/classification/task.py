@@ -140,14 +140,14 @@ class Classification(Task):
         missing = [case.id for case in (*split.train, *split.val) if case.class_name is None]
         if missing:
             raise DataError(
-                f"no class for {listed(missing)} ({len(missing)} cases); classification needs one of every case: give "
-                "a CSV or JSON list with the column class."
+                f"no class for {listed(missing)} ({number_of(len(missing), 'case')}); classification needs one of "
+                "every case: give a CSV or JSON list with the column class."
             )
         unlabelled = [case.id for case in (*split.train, *split.val) if case.label is None]
         if self.centre == "label" and unlabelled:
             raise DataError(
-                f"centre is label, but there is no label for {listed(unlabelled)} ({len(unlabelled)} cases); add the "
-                "labels, leave these cases out, or use centre scan."
+                f"centre is label, but there is no label for {listed(unlabelled)} "
+                f"({number_of(len(unlabelled), 'case')}); add the labels, leave these cases out, or use centre scan."
             )
         classes = {case.class_name for case in split.train}
         if len(classes) < 2:
@@ -172,7 +172,9 @@ class Classification(Task):
         """
         names = sorted({name for scan in scans if (name := scan.case.class_name) is not None})
         if len(names) < 2:
-            raise DataError(f"{scans.path}: fewer than two classes among {len(scans)} scans; check the column class.")
+            raise DataError(
+                f"{scans.path}: fewer than two classes among {number_of(len(scans), 'scan')}; check the column class."
+            )
         return dict(enumerate(names))
 
     def planned(self, backbone: Backbone, scans: Sequence[CachedScan], labels: Mapping[int, str]) -> "Classification":

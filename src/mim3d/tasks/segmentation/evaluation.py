@@ -10,6 +10,7 @@ from rich.text import Text
 
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.left_out import Failure, in_words
+from mim3d.core.names import number_of
 from mim3d.core.progress import counted
 from mim3d.core.warned import ResultWarning, record_said
 from mim3d.datasets.published.presets import find_preset
@@ -317,7 +318,7 @@ def _scorable(found: Pairs, answers: Mapping[int, CaseScores | Failure], ids: Co
     pairs = tuple(pair for pair in wanted if not isinstance(answers.get(id(pair)), Failure))
     if not pairs:
         reasons = [answer.reason for pair in found.pairs if isinstance(answer := answers[id(pair)], Failure)]
-        raise DataError(f"none of {len(found.pairs)} cases can be scored: {in_words(reasons)}")
+        raise DataError(f"none of {number_of(len(found.pairs), 'case')} can be scored: {in_words(reasons)}")
     return replace(found, pairs=pairs)
 
 

@@ -18,6 +18,7 @@ from mim3d.caching.set_modality import require_one_kind
 from mim3d.caching.summary import CacheSummary
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.left_out import LeftOutList, in_words
+from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, LEFT_OUT_NAME, Run
 from mim3d.core.settings import to_mapping, to_named
@@ -186,7 +187,9 @@ def require_all(failed: Sequence[Mapping[str, str]], *, strict: bool) -> None:
     """
     reasons = [row["reason"] for row in failed]
     if reasons and strict:
-        raise DataError(f"{len(reasons)} scans cannot be used (strict: nothing is left out): {in_words(reasons)}")
+        raise DataError(
+            f"{number_of(len(reasons), 'scan')} cannot be used (strict: nothing is left out): {in_words(reasons)}"
+        )
     if reasons:
         warnings.warn(f"left out: {in_words(reasons)}", category=LeftOutWarning, stacklevel=3)
 
