@@ -5,6 +5,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -22,9 +23,11 @@ from mim3d.core.settings import to_named
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.splits import Split, TrainPart
 from mim3d.scans.intensity import Intensity
+from mim3d.scans.modality import ChannelModality
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network
 from mim3d.workflows.shared.held_out import choose_split, split_in_words
+from mim3d.workflows.shared.initialisation import Initialisation
 from tests.commands.conftest import BACKBONE, TASK
 from tests.labelled import ball_scan, write_ball_set, write_scan
 
@@ -153,6 +156,16 @@ def test_another_window_or_spacing_than_the_encoders_is_said_and_the_encoders_wi
             spacing_mm=(1.0, 1.0, 1.0),
             intensity=Intensity(kind="window", window=(0.0, 400.0)),
         )
+
+
+def test_an_encoder_of_ct_with_a_window_of_its_own_meets_ct_without_a_warning(recwarn):
+    hounsfield = ChannelModality(name="CT", by="declared", in_hu=True)
+    recipe, scans = create_recipe("hybrid_nano"), [SimpleNamespace(modalities=(hounsfield,))]
+    initial = Initialisation.of_card(recipe, None, {"intensity": {"kind": "window", "window": [-200.0, 300.0]}})
+    assert initial.intensity(None, scans) == Intensity(window=(-200.0, 300.0))
+    assert not recwarn.list
+    initial.intensity(Intensity(window=(-100.0, 100.0)), scans)
+    assert "the window -100 to 100 was asked for" in str(recwarn.pop().message)
 
 
 def two_channels(folder: Path) -> Path:

@@ -76,11 +76,14 @@ class Initialisation:
         return chosen
 
     def intensity(self, asked: Intensity | None, scans: Cache) -> Intensity:
-        """Mapping of intensities: as asked, else the encoder's, else planned; warns when the encoder's is another."""
+        """Mapping of intensities: as asked, else the encoder's, else planned.
+
+        Warns when another one was asked for, or another kind suits the scans, as where an encoder of CT meets MRI.
+        """
         planned, own = plan_intensity(scans), self.own_intensity
         if own is None:
             return asked or planned
-        if (asked or planned) != own:
+        if asked not in (None, own) or (asked is None and planned.kind != own.kind):
             other = f"{_described(asked)} was asked for" if asked else f"{_described(planned)} suits these scans"
             warnings.warn(
                 f"the encoder learned from intensities mapped by {_described(own)}, but {other}; "
