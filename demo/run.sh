@@ -14,7 +14,7 @@ step "1. Make labelled synthetic CT: scans to learn from, and scans held out"
 mim3d phantom "$out/scans" --num_cases 10 --num_test 3 --size 96 96 80 --seed 0
 
 step "2. Cache: preprocess once, then crop without reading scans again"
-mim3d cache "$out/scans" --out "$out/cache"
+mim3d cache "$out/scans" --out "$out/cache" --window -200 300
 
 step "3. Pre-train MiM without labels"
 mim3d pretrain --config recipes/demo_pretrain.yaml --data "$out/cache" --fold 0 --out "$out/pretrain"
