@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2902,
+    "core": 2918,
     "kernels": 875,
     "scans": 4627,
     "nn": 575,
@@ -92,7 +92,7 @@ BUDGET = {
     "exporting": 1150,
     "workflows": 4650,
     "commands": 270,
-    "cli": 783,
+    "cli": 794,
     "__main__": 15,
 }
 

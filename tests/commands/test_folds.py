@@ -30,6 +30,7 @@ from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.leakage import SEEN_NAME, identities_of, seen_from, write_seen
 from tests.commands.conftest import BACKBONE, TASK
 from tests.miniatures import MINIATURES, Miniature
+from tests.training.toy_training import comparable
 
 SETTINGS = {
     "task": TASK,
@@ -83,6 +84,28 @@ def test_run_again_it_keeps_what_is_finished_and_makes_what_is_missing(folds: Pa
     assert "standard\n" in told and "deviation\n" in told
     assert (folds / "fold_2" / "segmenter" / "model.safetensors").is_file()
     assert lines == {fold: (folds / f"fold_{fold}" / "metrics.jsonl").read_text() for fold in (0, 1)}
+
+
+@pytest.mark.parametrize("place", [shutil.copytree, shutil.move])
+def test_folds_go_on_wherever_their_folder_is(folds: Path, tmp_path: Path, place) -> None:
+    shutil.copytree(folds, tmp_path / "first")
+    for file in [*(tmp_path / "first").rglob("*.yaml"), *(tmp_path / "first").glob("*/manifest.json")]:
+        file.write_text(file.read_text().replace(str(folds), str(tmp_path / "first")))
+    lines = (folds / "fold_2" / "metrics.jsonl").read_text().splitlines()
+    place(tmp_path / "first", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "fold_2")
+    assert main(["finetune", "--out", str(tmp_path / "other"), "--resume", "true"]) == 0
+    again = (tmp_path / "other" / "fold_2" / "metrics.jsonl").read_text().splitlines()
+    assert comparable([json.loads(line) for line in again]) == comparable([json.loads(line) for line in lines])
+    # One fold alone finds the cache that has moved with it.
+    assert main(["finetune", "--out", str(tmp_path / "other" / "fold_1"), "--resume", "true"]) == 0
+    assert not (tmp_path / "other" / "fold_1" / "cache").exists()
+
+
+def test_one_fold_on_top_of_all_of_them_is_told_how_they_go_on(folds: Path, capsys) -> None:
+    assert main(["finetune", "--out", str(folds), "--resume", "true", "--fold", "0"]) == 2
+    said = f"{folds} holds the runs of all folds, each in a folder of its own; go on with all of them by mim3d finetune"
+    assert said in capsys.readouterr().err
 
 
 def test_existing_folds_are_refused_without_resume(ball_set: Path, folds: Path) -> None:

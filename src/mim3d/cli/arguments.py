@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import load_json
 from mim3d.core.own_code import own_code_in
+from mim3d.core.run_folder import MANIFEST_NAME
 from mim3d.core.settings import CONFIG_NAME, coerce, describe, nearest, parse_yaml, read_yaml, update_settings
 
 _FLAG = re.compile(r"--[A-Za-z]")
@@ -258,12 +259,21 @@ def _settings_of_run(flags: Mapping[str, Any], signature: Signature) -> list[str
 
 
 def _as_from_its_folder(settings: dict[str, Any], path: str) -> dict[str, Any]:
-    """The settings of a run; paths that are found only from the folder where it was started begin there."""
-    folder = None
+    """The settings of a run; paths that are found only from the folder where it was started begin there.
+
+    A cache that has moved together with the run is where it was as seen from the run.
+    """
+    folder, before, here = None, settings.get("out"), os.path.dirname(path)
     with suppress(OSError, ValueError, AttributeError):
-        folder = load_json(os.path.join(os.path.dirname(path), "manifest.json")).get("working_folder")
+        folder = load_json(os.path.join(here, MANIFEST_NAME)).get("working_folder")
     if not isinstance(folder, str):
         return settings
+    cache = settings.get("cache")
+    if isinstance(before, str) and isinstance(cache, str):
+        from_run = os.path.relpath(os.path.join(folder, cache), os.path.join(folder, before))
+        moved_cache = os.path.normpath(os.path.join(here, from_run))
+        if not os.path.lexists(os.path.join(folder, cache)) and os.path.lexists(moved_cache):
+            settings = {**settings, "cache": moved_cache}
     named = {name: value for name, value in settings.items() if name in PATH_SETTINGS and isinstance(value, str)}
     there = {name: os.path.join(folder, value) for name, value in named.items()}
     moved = {name: full for name, full in there.items() if not os.path.lexists(named[name]) and os.path.lexists(full)}

@@ -24,9 +24,10 @@ from mim3d.core.provenance import environment
 from mim3d.core.settings import CONFIG_NAME, read_yaml, to_mapping, write_yaml
 from mim3d.core.warned import ResultWarning, WarningRow, checked_rows, keep_recorded, merged
 
-#: Settings that a resumed run may change, because they change nothing of what is learned.
+#: Settings that a resumed run may change, because they change nothing of what is learned; what scans of a cache hold is
+#: compared by itself.
 FREE_ON_RESUME = frozenset(
-    {"out", "resume", "max_time", "max_time_s", "num_workers", "read_timeout", "memory_limit", "tracking"}
+    {"out", "cache", "resume", "max_time", "max_time_s", "num_workers", "read_timeout", "memory_limit", "tracking"}
     | {"strategy", "max_bad_steps", "rank_timeout_s"}
     | {"log_every", "checkpoint_every", "keep_checkpoints", "pictures_every", "patience", "verbose"}
 )
@@ -37,6 +38,9 @@ SPLIT_OF_A_STEP = ("batch_size", "accumulation", "devices", "num_nodes")
 
 #: Settings of a method's decoder, which stood among those of the backbone before they belonged to the method.
 DECODER_SETTINGS = ("decoder_dim", "decoder_depth", "decoder_num_heads")
+
+#: File of a run that says what was run, on what, with which inputs and derived quantities.
+MANIFEST_NAME = "manifest.json"
 
 #: File of a run that lists the cases it left out, each with the reason.
 LEFT_OUT_NAME = "left_out.csv"
@@ -94,7 +98,7 @@ class Run:
     @property
     def manifest_path(self) -> Path:
         """What was run, on what, with which inputs and derived quantities."""
-        return self.path / "manifest.json"
+        return self.path / MANIFEST_NAME
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -370,7 +374,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def warnings_of(path: Path) -> list[WarningRow]:
     """What has been warned of in the run in a folder; nothing where there is none."""
-    manifest = path / "manifest.json"
+    manifest = path / MANIFEST_NAME
     return checked_rows(read_manifest(manifest).get("warnings")) if manifest.is_file() else []
 
 
@@ -395,6 +399,13 @@ def picture_files(path: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), file) for match, file in matches if match and file.is_file()))
 
 
+def holds_all_folds(path: Path) -> bool:
+    """Whether a folder is that of ``mim3d finetune --fold all``, whose runs lie in folders below it."""
+    with suppress(ConfigError):
+        return (path / CONFIG_NAME).is_file() and read_yaml(path / CONFIG_NAME).get("fold") == "all"
+    return False
+
+
 def require_usable(path: Path) -> None:
     """Make the folder ``path`` and prove that it can be written to.
 
@@ -407,11 +418,16 @@ def require_usable(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         # A kill while a run was being made leaves at most hidden files.
         visible = any(not entry.name.startswith(".") for entry in path.iterdir())
-        foreign = visible and not (path / "manifest.json").is_file()
+        foreign = visible and not (path / MANIFEST_NAME).is_file()
         with tempfile.NamedTemporaryFile(dir=path, prefix=".probe"):
             pass
     except OSError as error:
         raise ConfigError(f"{path} cannot be written to ({error.strerror}); choose another --out.") from error
+    if foreign and holds_all_folds(path):
+        raise ConfigError(
+            f"{path} holds the runs of all folds, each in a folder of its own; go on with all of them by "
+            f"{how_to_resume('finetune', path)}, or choose another --out."
+        )
     if foreign:
         raise ConfigError(f"{path} is not empty and holds no run; choose another --out, or an empty folder.")
     free = shutil.disk_usage(path).free

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import load_json
 from mim3d.core.names import number_of
+from mim3d.core.run_folder import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from mim3d.datasets.cases import LeftOut
@@ -23,7 +24,7 @@ _LISTS = ("predictions.json", "classification.json")
 def run_command(folder: str) -> str | None:
     """The command that made a run; None where the folder is no run."""
     with suppress(OSError, ValueError):
-        content = load_json(os.path.join(folder, "manifest.json"))
+        content = load_json(os.path.join(folder, MANIFEST_NAME))
         if isinstance(content, dict) and isinstance(content.get("settings"), dict):
             return str(content.get("command"))
     return None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import load_json
 from mim3d.core.names import cut
-from mim3d.core.run_folder import RunRecord, read_run
+from mim3d.core.run_folder import MANIFEST_NAME, RunRecord, read_run
 from mim3d.core.settings import coerce
 from mim3d.core.warned import WarningRow, checked_rows
 from mim3d.reporting.rendering import run_colour
@@ -174,7 +174,7 @@ class ScoreSet:
 def with_folds(path: str) -> list[str]:
     """The runs that a folder of all folds holds, in their order; else the folder alone."""
     folds = {int(found[1]): str(each) for each in Path(path).glob("fold_*") if (found := _FOLD.fullmatch(each.name))}
-    is_run = os.path.isfile(os.path.join(path, "manifest.json"))
+    is_run = os.path.isfile(os.path.join(path, MANIFEST_NAME))
     return [path] if is_run or not folds else [folds[number] for number in sorted(folds)]
 
 

@@ -14,8 +14,8 @@ from mim3d.core.errors import TO_BE_CONTINUED, ConfigError, note_exit_code
 from mim3d.core.files import write_json
 from mim3d.core.names import number_of, printable
 from mim3d.core.progress import say
-from mim3d.core.run_folder import GO_ON, how_to_resume, require_usable, warnings_of
-from mim3d.core.settings import CONFIG_NAME, parse_duration, read_yaml, to_mapping, to_named, write_yaml
+from mim3d.core.run_folder import GO_ON, MANIFEST_NAME, holds_all_folds, how_to_resume, require_usable, warnings_of
+from mim3d.core.settings import CONFIG_NAME, parse_duration, to_mapping, to_named, write_yaml
 from mim3d.core.warned import LeakWarning, LeftOutWarning
 from mim3d.datasets.cases import CaseSet, read_cases
 from mim3d.datasets.published.folds import declare_fold, read_preset
@@ -30,7 +30,6 @@ from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.inputs import read_data, unreadable_of
 
 SUMMARY_NAME = "summary.json"
-MANIFEST_NAME = "manifest.json"
 
 
 def finetune_folds(settings: FinetuneSettings) -> str:
@@ -53,8 +52,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
     folds = _folds(settings)
     folders = [out / f"fold_{fold}" for fold in folds]
     _check(settings, out, dict(zip(folds, folders, strict=True)))
-    config = out / CONFIG_NAME
-    if not (config.is_file() and read_yaml(config).get("fold") == "all"):
+    if not holds_all_folds(out):
         require_usable(out)
     if not any((folder / MANIFEST_NAME).exists() for folder in folders):
         _write_config(out, settings)
