@@ -74,7 +74,7 @@ BUDGET = {
     "nn": 575,
     "tracking": 550,
     "metrics": 1325,
-    "datasets": 4138,
+    "datasets": 4139,
     "phantoms": 1400,
     "backbones": 575,
     "reporting": 1885,
