@@ -49,12 +49,14 @@ class StepContext:
         step: Number of the optimiser step, from 1.
         rank: Number of the process, from 0.
         micro_batch: Number of the micro-batch within the step and process, from 0.
+        encoder_frozen: Whether the schedule lets only what is built on the encoder learn in this step.
     """
 
     seed: int = 0
     step: int = 0
     rank: int = 0
     micro_batch: int = 0
+    encoder_frozen: bool = False
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A generator on ``device`` for what an objective draws: views, masks, noise.

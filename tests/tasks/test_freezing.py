@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mim3d.backbones import Hybrid
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import ConfigError
-from mim3d.objective import Batch, Objective, StepOutput
+from mim3d.objective import Batch, Objective, StepContext, StepOutput
 from mim3d.tasks.classification.task import Classification
 from mim3d.tasks.contract import Task
 from mim3d.tasks.freezing import FreezingObjective
@@ -211,3 +211,24 @@ def test_what_is_frozen_is_said_before_training(task: Task) -> None:
     assert "until all learn after 30% of training" in told
     assert "the encoder is frozen" in " ".join(replace(task, freeze_encoder=True).summary())
     assert "frozen" not in " ".join(task.summary())
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
+def test_the_schedule_of_a_run_freezes_the_encoder_in_the_steps_it_names(task: Task) -> None:
+    objective = build(task)
+    for frozen, expected in [(True, set()), (False, {0, 1, 2, 3}), (True, set())]:
+        objective.zero_grad(set_to_none=True)
+        objective.context = StepContext(encoder_frozen=frozen)
+        objective(BATCH, 0.5).loss.backward()
+        assert learning(objective.encoder) == expected
+        assert any(module.training for module in objective.encoder.modules()) == (not frozen)
+
+
+def test_what_never_asks_for_gradients_does_not_begin_to_when_the_encoder_thaws() -> None:
+    encoder = Normed()
+    encoder.stem[0].weight.requires_grad_(False)
+    objective = OnlyEncodes(encoder)
+    for frozen in (True, False):
+        objective.context = StepContext(encoder_frozen=frozen)
+        objective.unfreeze(0.0)
+    assert [name for name, parameter in encoder.named_parameters() if not parameter.requires_grad] == ["stem.0.weight"]

@@ -1,5 +1,6 @@
 """Optimisation settings and the schedule they come to."""
 
+import itertools
 import math
 
 import pytest
@@ -90,3 +91,28 @@ def test_a_learning_rate_that_a_small_batch_scales_to_nothing_is_pointed_out() -
     small, large = (make_schedule(settings, effective_batch=batch, max_steps=10) for batch in (2, 256))
     assert "next to nothing" in small.derivations[0]
     assert "next to nothing" not in large.derivations[0]
+
+
+def test_a_frozen_beginning_has_a_rise_and_a_fall_of_its_own_before_the_warm_up_of_everything() -> None:
+    settings = Optimisation(learning_rate=1.0, warmup_ratio=0.1)
+    schedule = make_schedule(settings, effective_batch=1, max_steps=40, frozen_ratio=0.1)
+    rates = [schedule.learning_rate_at(step) for step in range(1, 41)]
+    assert (schedule.frozen_steps, schedule.warmup_steps) == (4, 4)
+    assert rates[:8] == pytest.approx([0.5, 1, 1, 0.5, 0.25, 0.5, 0.75, 1])
+    assert all(later < sooner for sooner, later in itertools.pairwise(rates[8:]))
+    assert 0 < rates[-1] < 0.01
+    assert "encoder frozen for 4 steps = 0.1 x 40" in schedule.derivations[1]
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 5, 9, 14])
+def test_runs_of_any_length_have_a_rate_in_every_step(max_steps: int) -> None:
+    settings = Optimisation(learning_rate=1.0, warmup_steps=99)
+    schedule = make_schedule(settings, effective_batch=1, max_steps=max_steps, frozen_ratio=0.1)
+    assert all(0 < schedule.learning_rate_at(step) <= 1 for step in range(1, max_steps + 1))
+
+
+def test_without_a_frozen_beginning_rates_are_the_bits_they_were() -> None:
+    schedule = make_schedule(Optimisation(learning_rate=3e-4, warmup_steps=3), effective_batch=1, max_steps=17)
+    done = [(step - 4) / 14 for step in range(4, 18)]
+    before = [3e-4 * step / 3 for step in (1, 2, 3)] + [3e-4 * 0.5 * (1 + math.cos(math.pi * part)) for part in done]
+    assert [schedule.learning_rate_at(step) for step in range(1, 18)] == before

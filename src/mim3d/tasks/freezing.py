@@ -53,25 +53,30 @@ class FreezingObjective(Objective):
         encoder: Gives the feature maps. Which of its parameters learn is set again whenever that changes.
         freeze_encoder: Whether no layer ever learns.
         unfreeze_ratio: Share of training after which all layers learn, one after the other until then, the output first
-            and the stem last (gradual unfreezing, Howard & Ruder 2018). None lets all learn from the beginning.
+            and the stem last (gradual unfreezing, Howard & Ruder 2018). None lets all learn from the beginning, but for
+            the steps in which the schedule keeps the encoder frozen (:attr:`StepContext.encoder_frozen`).
     """
 
     def __init__(self, encoder: Encoder, *, freeze_encoder: bool = False, unfreeze_ratio: float | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self._unfreeze_ratio = unfreeze_ratio
+        # What never asks for gradients, such as fixed positions, must not begin to.
+        self._fixed = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
         # Before training every layer counts as learning that ever will, so that optimiser and processes know of it.
-        self._num_learning = encoder.num_layers + 1
+        self._num_learning = self._most_learning = 0 if freeze_encoder else encoder.num_layers + 1
         if freeze_encoder:
             self._let_learn(0)
 
     def unfreeze(self, progress: float) -> None:
         """Let those layers learn that do at ``progress`` (0 at the first step of training, 1 at the last)."""
-        if self._unfreeze_ratio is None or not self.training:
+        if not self.training:
             return
-        layers = self.encoder.num_layers + 1
-        # Rounded first: 0.6 / 0.8 of four layers are three, not 2.9999999999999996.
-        learning = min(layers, math.floor(round(progress / self._unfreeze_ratio * layers, 9)))
+        learning = 0 if self.context.encoder_frozen else self._most_learning
+        if self._unfreeze_ratio is not None:
+            layers = self.encoder.num_layers + 1
+            # Rounded first: 0.6 / 0.8 of four layers are three, not 2.9999999999999996.
+            learning = min(learning, math.floor(round(progress / self._unfreeze_ratio * layers, 9)))
         if learning != self._num_learning:
             self._let_learn(learning)
 
@@ -80,7 +85,7 @@ class FreezingObjective(Objective):
         self._num_learning = number
         lowest = self.encoder.num_layers + 1 - number
         for name, parameter in self.encoder.named_parameters():
-            parameter.requires_grad_(self.encoder.layer_of(name) >= lowest)
+            parameter.requires_grad_(name not in self._fixed and self.encoder.layer_of(name) >= lowest)
         _set_modes(self.encoder, learns=number > 0)
 
     def train(self, mode: bool = True) -> Self:

@@ -159,7 +159,8 @@ def _take_step(session: TrainingSession, model: FabricModule, batches: DeviceBat
         with session.speed.waiting():
             batch = next(batches)
         session.heartbeat.at(step, COMPUTING)
-        session.objective.context = StepContext(loop.seed, step, fabric.global_rank, micro)
+        frozen = step <= schedule.frozen_steps
+        session.objective.context = StepContext(loop.seed, step, fabric.global_rank, micro, frozen)
         with fabric.no_backward_sync(model, enabled=micro + 1 < loop.accumulation):
             loss, logs = model(batch, progress)
             fabric.backward(spread_non_finite(loss) / loop.accumulation)

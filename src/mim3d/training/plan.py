@@ -58,7 +58,7 @@ def make_plan(
         ConfigError: No learning rate follows from the settings.
     """
     batch = effective_batch(source.batch_size, loop)
-    schedule = make_schedule(optim, effective_batch=batch, max_steps=loop.max_steps)
+    schedule = make_schedule(optim, effective_batch=batch, max_steps=loop.max_steps, frozen_ratio=loop.frozen_ratio)
     steps_per_epoch = source.samples_per_epoch / batch
     per_step, per_step_lines = _per_step(objective, source, batch)
     decayed, plain = decay_groups(objective)
@@ -68,6 +68,7 @@ def make_plan(
         "effective_batch": batch,
         "learning_rate": schedule.learning_rate,
         "warmup_steps": schedule.warmup_steps,
+        **({"frozen_steps": schedule.frozen_steps} if schedule.frozen_steps else {}),
         "weight_decay": schedule.weight_decay,
         "max_steps": loop.max_steps,
         "steps_per_epoch": round(steps_per_epoch, 4),
@@ -95,11 +96,12 @@ def make_plan(
         f"{trained:,} of {total:,} parameters are trained, on {device} in {loop.precision}",
     )
     split = f" ({_split_of_a_step(source.batch_size, loop)})" if batch != source.batch_size else ""
-    warm_up = f" after {number_of(schedule.warmup_steps, 'step')} of warm-up" if schedule.warmup_steps else ""
+    stages = ((schedule.frozen_steps, "with the encoder frozen"), (schedule.warmup_steps, "of warm-up"))
+    before = " and ".join(f"{number_of(count, 'step')} {stage}" for count, stage in stages if count)
     summary = (
         f"training: {number_of(loop.max_steps, 'step')} of {number_of(batch, 'sample')}{split}, {passes:.3g} "
         f"{'pass' if passes == 1 else 'passes'} over {number_of(source.samples_per_epoch, 'sample')}; learning rate "
-        f"{schedule.learning_rate:.3g}{warm_up}",
+        f"{schedule.learning_rate:.3g}{f' after {before}' if before else ''}",
         f"computing: {number_of(total, 'parameter')}, {'all' if trained == total else f'{trained:,}'} trained, on "
         f"{device} in {loop.precision}",
     )

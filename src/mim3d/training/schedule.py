@@ -98,6 +98,7 @@ class Schedule:
         derivations: One line for each derived number, for people.
         layer_decay: Factor on the learning rate from each layer of the encoder to the one below it.
         ema_decay: Decay of the average of the weights. 0 where there is none.
+        frozen_steps: First steps, in which the encoder is frozen and what is built on it learns. Warm-up follows them.
     """
 
     learning_rate: float
@@ -109,25 +110,35 @@ class Schedule:
     derivations: tuple[str, ...]
     layer_decay: float = 1.0
     ema_decay: float = 0.0
+    frozen_steps: int = 0
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimiser step ``step``, from 1 on: linear warm-up, then half a cosine.
 
-        The last warm-up step has the peak rate. Zero would be reached one step after the last.
+        The last warm-up step has the peak rate. Zero would be reached one step after the last. Where the encoder is
+        frozen at first, the rate rises in one half of these steps and falls in the other, and begins anew after them.
         """
-        if step <= self.warmup_steps:
-            return self.learning_rate * step / self.warmup_steps
-        done = (step - 1 - self.warmup_steps) / (self.max_steps - self.warmup_steps)
+        if step <= self.frozen_steps:
+            return self._tooth_at(step, self.frozen_steps // 2, self.frozen_steps)
+        return self._tooth_at(step - self.frozen_steps, self.warmup_steps, self.max_steps - self.frozen_steps)
+
+    def _tooth_at(self, step: int, warmup_steps: int, num_steps: int) -> float:
+        if step <= warmup_steps:
+            return self.learning_rate * step / warmup_steps
+        done = (step - 1 - warmup_steps) / (num_steps - warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_schedule(settings: Optimisation, *, effective_batch: int, max_steps: int) -> Schedule:
+def make_schedule(
+    settings: Optimisation, *, effective_batch: int, max_steps: int, frozen_ratio: float = 0.0
+) -> Schedule:
     """Turn settings into numbers.
 
     Args:
         settings: Settings that are already filled from the defaults of the method or task.
         effective_batch: Samples per optimiser step over all processes.
         max_steps: Optimiser steps of the whole run.
+        frozen_ratio: Share of them, the first ones, in which the encoder is frozen.
     Raises:
         ConfigError: No learning rate follows from the settings.
     """
@@ -135,11 +146,18 @@ def make_schedule(settings: Optimisation, *, effective_batch: int, max_steps: in
     wanted, source = settings.warmup_steps or 0, ""
     if settings.warmup_ratio is not None:
         wanted, source = round(settings.warmup_ratio * max_steps), f" = {settings.warmup_ratio:g} x {max_steps}"
-    warmup_steps = min(wanted, max_steps)
+    frozen_steps = round(frozen_ratio * max_steps)
+    warmup_steps = min(wanted, max_steps - frozen_steps)
     if warmup_steps < wanted:
-        source = f" ({wanted} were asked for, but the run has only {max_steps})"
+        source = f" ({wanted} were asked for, but the run has only {max_steps - frozen_steps})"
+    frozen = (
+        f"encoder frozen for {number_of(frozen_steps, 'step')} = {frozen_ratio:g} x {max_steps}, in which the rate "
+        "rises and falls, then "
+        if frozen_steps
+        else ""
+    )
     warm_up = f"warm-up {number_of(warmup_steps, 'step')}{source}, then" if warmup_steps else "no warm-up,"
-    warmup_line = f"{warm_up} a cosine that would reach 0 at step {max_steps + 1}"
+    warmup_line = f"{frozen}{warm_up} a cosine that would reach 0 at step {max_steps + 1}"
     weight_decay = _PLAIN_WEIGHT_DECAY if settings.weight_decay is None else settings.weight_decay
     betas = settings.betas or _PLAIN_BETAS
     clip_norm = settings.clip_norm or math.inf
@@ -164,6 +182,7 @@ def make_schedule(settings: Optimisation, *, effective_batch: int, max_steps: in
         derivations=(rate_line, warmup_line, adamw_line, *average_lines),
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,
         ema_decay=ema_decay,
+        frozen_steps=frozen_steps,
     )
 
 

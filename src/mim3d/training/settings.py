@@ -54,6 +54,7 @@ class LoopSettings(LoopOptions):
 
     Attributes:
         max_steps: Steps of the whole run. The learning rate's schedule ends there.
+        frozen_ratio: Share of the steps, the first ones, in which the encoder is frozen and what is built on it learns.
         max_time_s: Seconds that this session may take. Then it stops with a checkpoint and can be resumed. It shortens
             the session, never the schedule.
         started_at: When the session began, on the monotonic clock. None where it begins with training.
@@ -68,6 +69,7 @@ class LoopSettings(LoopOptions):
     """
 
     max_steps: int
+    frozen_ratio: float = 0.0
     max_time_s: float | None = None
     started_at: float | None = None
     validate_every: int | None = None

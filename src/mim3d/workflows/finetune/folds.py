@@ -26,6 +26,7 @@ from mim3d.tasks.evaluation import print_tables, printed_table
 from mim3d.workflows.finetune.planning import PLAN_NAME
 from mim3d.workflows.finetune.presets import with_own_folds
 from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
+from mim3d.workflows.finetune.schedules import with_schedule
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.inputs import read_data, unreadable_of
 
@@ -47,6 +48,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         DataError: Cases that cannot be split into folds.
     """
     out = Path(settings.out)
+    settings = with_schedule(settings)
     if settings.preset is not None:
         settings = with_own_folds(find_preset(settings.preset), settings)
     folds = _folds(settings)

@@ -47,6 +47,7 @@ from mim3d.tasks import TASKS
 from mim3d.tasks.augmentation import sided_labels
 from mim3d.tasks.contract import CropTask, Task
 from mim3d.training.memory import StepMemory, can_be_known, usable_bytes
+from mim3d.workflows.finetune.schedules import optimisation
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import Initialisation
 from mim3d.workflows.shared.memory import ScanOutline
@@ -399,7 +400,7 @@ def training_memory(
         return None
     largest = [cast(CachedScan, ScanOutline(shape)) for shape in sorted(held_out, key=math.prod)[-1:]]
     scores_bytes = task.validation_bytes(largest, labels)
-    optim = settings.optim.filled_from(task.optimisation)
+    optim = optimisation(settings, task)
 
     # Each patch is asked about several times.
     @functools.cache

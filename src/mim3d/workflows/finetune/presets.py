@@ -19,6 +19,7 @@ from mim3d.tasks import TASKS, create_task, find_task
 from mim3d.tasks.augmentation import sided_labels
 from mim3d.tasks.contract import CropTask, Task
 from mim3d.training.schedule import Optimisation
+from mim3d.workflows.finetune.schedules import schedule_of
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import DEFAULT_BACKBONE
 
@@ -75,7 +76,7 @@ def with_preset(settings: FinetuneSettings, preset: Preset, multiple: Triple) ->
         spacing_mm=preset.spacing_mm if settings.spacing_mm is None else settings.spacing_mm,
         intensity=preset.intensity if settings.intensity is None else settings.intensity,
         max_epochs=max_epochs,
-        optim=settings.optim.filled_from(optim),
+        optim=settings.optim.filled_from(schedule_of(settings).optim).filled_from(optim),
     )
 
 

@@ -24,6 +24,7 @@ from mim3d.distributed.processes import Processes
 from mim3d.objective import Objective
 from mim3d.tasks import TASKS
 from mim3d.tasks.contract import Task
+from mim3d.tasks.freezing import FreezingObjective
 from mim3d.tasks.segmentation.targets import are_partial
 from mim3d.tracking import TrackedRun
 from mim3d.training.checkpoint import load_best
@@ -32,6 +33,13 @@ from mim3d.training.settings import TrainResult
 from mim3d.weights import save_network
 from mim3d.workflows.finetune.data import read_training_data
 from mim3d.workflows.finetune.planning import PlannedRun, plan_finetuning, save_plan
+from mim3d.workflows.finetune.schedules import (
+    optimisation,
+    schedule_line,
+    schedule_of,
+    scheduled_task,
+    with_schedule,
+)
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.damage import adding_to, damaged_rows, on_sound_scans
 from mim3d.workflows.shared.first_screen import network_line, say_what_is_learned
@@ -90,7 +98,8 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
     with joined_processes(settings) as processes:
         # What cannot work whatever the data is refused before they are read.
         settings.check_machine()
-        settings, task, source, split = read_training_data(settings)
+        settings, task, source, split = read_training_data(with_schedule(settings))
+        task = scheduled_task(task, settings)
         if settings.patience and not split.val:
             raise ConfigError(
                 f"patience is {settings.patience}, but no case is held out to validate on; give a fold, or no patience."
@@ -204,12 +213,14 @@ def _train(
     labels = planned.task.classes_of(training_scans)
     task = planned.task.planned(recipe, training_scans, labels)
     say(network_line(to_named(task, TASKS)["name"], recipe, settings.weights))
+    if settings.weights is not None:
+        say(schedule_line(settings))
     say_what_is_learned(task.summary(), task.details(), verbose=settings.verbose)
     run.note({"task": to_named(task, TASKS), "labels": to_mapping(labels), "num_scans": len(training_scans)})
     mapping = initial.intensity(settings.intensity, training_scans)
     on_damage = adding_to(left_out, training_scans)
     loader = settings.loader(training_scans, task.sampler(), mapping, task.augment(), on_damage)
-    optim = settings.optim.filled_from(task.optimisation)
+    optim = optimisation(settings, task)
     memory = require_memory(
         settings,
         finetuning_variants(lambda recipe: task.build(recipe, labels), recipe),
@@ -221,6 +232,11 @@ def _train(
     run.note({**memory, "details": task.details()})
     torch.manual_seed(settings.seed)
     objective = task.build(recipe, labels)
+    frozen_ratio = schedule_of(settings).frozen_ratio
+    if frozen_ratio and not isinstance(objective, FreezingObjective):
+        raise ConfigError(
+            f"schedule is {settings.schedule}, but {type(objective).__name__} freezes no encoder; use default."
+        )
     if initial.encoder is not None:
         objective.encoder.load_state_dict(initial.encoder.state_dict())
     num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
@@ -243,7 +259,7 @@ def _train(
             objective,
             loader,
             run=tracked,
-            loop=settings.loop(num_steps, started_at=started_at, validate_every=every),
+            loop=settings.loop(num_steps, frozen_ratio=frozen_ratio, started_at=started_at, validate_every=every),
             optim=optim,
             validate=validate if held_out else None,
             best_by=task.best_by if held_out else None,

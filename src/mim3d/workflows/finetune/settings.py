@@ -10,6 +10,7 @@ from mim3d.datasets.splits import Split, TrainPart
 from mim3d.scans.grids import require_spacing
 from mim3d.scans.intensity import Intensity
 from mim3d.weights import MIN_COVERAGE, InputLayers, require_share
+from mim3d.workflows.finetune.schedules import ScheduleName
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.training import TrainingSettings
 
@@ -26,6 +27,8 @@ class FinetuneSettings(TrainingSettings):
         backbone: Encoder, a name of list_models(); that of the weights (settings alone change it), else hybrid_base.
         input_layers: For another number of channels than the weights know: mean, repeat (in turn) or new.
         min_coverage: Share of the encoder that the weights must fill, from 0 to 1; 1 refuses every partial load.
+        schedule: When the encoder learns: default (from the first step), warmup (after a longer warm-up), sawtooth
+            (when the decoder has learned alone) or frozen (never); sawtooth with weights, else default, if not given.
         preset: Name of a published data set; gives what is not given.
         plan: Plan to use instead of a new one: a plan.yaml of a run, edited or not.
         cache: Folder for the cache of preprocessed scans; OUT/cache if not given.
@@ -55,6 +58,7 @@ class FinetuneSettings(TrainingSettings):
     backbone: Named | None = None
     input_layers: InputLayers = "mean"
     min_coverage: float = MIN_COVERAGE
+    schedule: ScheduleName | None = None
     preset: str | None = None
     plan: str | None = None
     cache: str | None = None
