@@ -7,7 +7,15 @@ import pytest
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
-from mim3d.methods.mim.hierarchy import Hierarchy, Level, check_padding, full_levels, padding_ratio, plan_levels
+from mim3d.methods.mim.hierarchy import (
+    Hierarchy,
+    Level,
+    check_padding,
+    full_levels,
+    padding_ratio,
+    plan_levels,
+    why_fewer_levels,
+)
 from mim3d.nn.tokens import unit_index
 
 TOKEN = (16, 16, 16)
@@ -131,6 +139,10 @@ def test_padding_is_the_share_of_the_crop_outside_the_scan() -> None:
         (SMALL_TOKEN, (24, 24, 24), ["middle"]),
         ((4, 4, 4), (44, 44, 8), ["middle"]),
         ((16, 16, 4), (512, 512, 60), ["coarse", "middle", "fine"]),
+        (TOKEN, (512, 512, 177), ["coarse", "middle", "fine"]),
+        (TOKEN, (512, 512, 160), ["coarse", "middle"]),
+        (TOKEN, (512, 512, 80), ["coarse", "middle"]),
+        (SMALL_TOKEN, (94, 94, 63), ["coarse", "middle", "fine"]),
     ],
 )
 def test_planned_hierarchies_fit_the_scans_and_small_scans_get_fewer_levels(
@@ -149,3 +161,15 @@ def test_planned_hierarchies_fit_the_scans_and_small_scans_get_fewer_levels(
 def test_a_hierarchy_that_is_mostly_padding_is_refused_with_one_that_fits() -> None:
     with pytest.raises(ConfigError, match=r"75% of every 64x64x64 crop would be padding.*coarse 32x48x32 shown as"):
         check_padding(full_levels(SMALL_TOKEN), SMALL_TOKEN, [(36, 50, 36)])
+
+
+def test_fewer_levels_than_all_are_explained_in_one_line_and_levels_of_ones_own_are_not() -> None:
+    shapes = [(36, 50, 36), (35, 51, 35)]
+    (line,) = why_fewer_levels(plan_levels(SMALL_TOKEN, shapes), SMALL_TOKEN, shapes)
+    assert line.startswith(
+        "planned 2 levels, not 3: the scans have 35x50x35 voxels (median), and 3 levels need 64x64x64 for tokens of 8"
+    )
+    assert not why_fewer_levels(full_levels(SMALL_TOKEN), SMALL_TOKEN, shapes)
+    assert not why_fewer_levels(NON_CUBIC[:2], SMALL_TOKEN, shapes)
+    large = [(96, 96, 96)]
+    assert not why_fewer_levels(plan_levels(SMALL_TOKEN, large), SMALL_TOKEN, large)

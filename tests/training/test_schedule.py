@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -116,3 +117,36 @@ def test_without_a_frozen_beginning_rates_are_the_bits_they_were() -> None:
     done = [(step - 4) / 14 for step in range(4, 18)]
     before = [3e-4 * step / 3 for step in (1, 2, 3)] + [3e-4 * 0.5 * (1 + math.cos(math.pi * part)) for part in done]
     assert [schedule.learning_rate_at(step) for step in range(1, 18)] == before
+
+
+FLOORED = replace(DEFAULTS, least_learning_rate=1e-3)
+
+
+def test_a_floor_holds_where_the_batch_gives_less_and_says_what_it_would_give() -> None:
+    small = make_schedule(FLOORED, effective_batch=1, max_steps=10)
+    assert small.learning_rate == 1e-3
+    assert small.derivations[0] == (
+        "learning rate 0.001 = floor for this network, since 0.00015 (base) x 1 (effective batch) / 256 (reference "
+        "batch) = 5.86e-07 would be less"
+    )
+    assert small.rate_note == "floor for this network; by its batch 5.9e-07"
+    large = make_schedule(FLOORED, effective_batch=2560, max_steps=10)
+    assert large == make_schedule(DEFAULTS, effective_batch=2560, max_steps=10)
+    assert (large.learning_rate, large.rate_note) == (pytest.approx(1.5e-3), "")
+
+
+@pytest.mark.parametrize(
+    ("own", "rate"),
+    [
+        ({}, 1e-3),
+        ({"reference_batch": 128}, 1e-3),
+        ({"base_learning_rate": 1e-4}, 1e-4 / 256),
+        ({"least_learning_rate": 0.0}, 1.5e-4 / 256),
+        ({"least_learning_rate": 2e-3}, 2e-3),
+        ({"base_learning_rate": 1e-4, "least_learning_rate": 2e-3}, 2e-3),
+        ({"learning_rate": 1e-6}, 1e-6),
+    ],
+)
+def test_a_rate_of_ones_own_displaces_the_floor(own: dict[str, float], rate: float) -> None:
+    settings = Optimisation(**own).filled_from(FLOORED)  # type: ignore[arg-type]
+    assert make_schedule(settings, effective_batch=1, max_steps=10).learning_rate == pytest.approx(rate)

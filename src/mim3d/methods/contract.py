@@ -32,6 +32,10 @@ class Method(ABC):
     def optimisation(self) -> Optimisation:
         """The optimisation of the paper; a user's own settings come on top."""
 
+    def least_learning_rate(self, backbone: Backbone) -> float | None:
+        """The floor under a rate that grows with the batch, of what this backbone learns by; none by default."""
+        return None
+
     def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone whose encoder cannot do what this method needs.
 

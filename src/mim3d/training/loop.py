@@ -129,6 +129,7 @@ def _run_steps(
         batch = session.attempt(step, batches, partial(_take_step, session, model, batches, step))
         session.step = step
         session.display.advance(step)
+        session.forecast(step)
 
         last = step == loop.max_steps
         if last or (loop.log_every and step % loop.log_every == 0):

@@ -313,8 +313,14 @@ class Throughput:
     def __init__(self, elapsed_s: float = 0.0) -> None:
         self._start = time.monotonic() - elapsed_s
         self._window_start = time.monotonic()
+        self._paused_s = elapsed_s
         self._waited_s = 0.0
         self._samples = 0
+
+    @property
+    def stepping_s(self) -> float:
+        """Seconds of this session that were spent on steps: pauses are left out."""
+        return self.elapsed_s - self._paused_s
 
     @property
     def elapsed_s(self) -> float:
@@ -337,7 +343,9 @@ class Throughput:
         """Leave the time inside (a validation, a checkpoint) out of the speed."""
         start = time.monotonic()
         yield
-        self._window_start += time.monotonic() - start
+        passed = time.monotonic() - start
+        self._window_start += passed
+        self._paused_s += passed
 
     def read(self) -> dict[str, float]:
         """The speed since the last read, as it is logged."""

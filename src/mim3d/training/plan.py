@@ -96,12 +96,13 @@ def make_plan(
         f"{trained:,} of {total:,} parameters are trained, on {device} in {loop.precision}",
     )
     split = f" ({_split_of_a_step(source.batch_size, loop)})" if batch != source.batch_size else ""
+    rate = f"{schedule.learning_rate:.3g}" + (f" ({schedule.rate_note})" if schedule.rate_note else "")
     stages = ((schedule.frozen_steps, "with the encoder frozen"), (schedule.warmup_steps, "of warm-up"))
     before = " and ".join(f"{number_of(count, 'step')} {stage}" for count, stage in stages if count)
     summary = (
         f"training: {number_of(loop.max_steps, 'step')} of {number_of(batch, 'sample')}{split}, {passes:.3g} "
         f"{'pass' if passes == 1 else 'passes'} over {number_of(source.samples_per_epoch, 'sample')}; learning rate "
-        f"{schedule.learning_rate:.3g}{f' after {before}' if before else ''}",
+        f"{rate}{f' after {before}' if before else ''}",
         f"computing: {number_of(total, 'parameter')}, {'all' if trained == total else f'{trained:,}'} trained, on "
         f"{device} in {loop.precision}",
     )

@@ -22,6 +22,8 @@ class Optimisation:
         learning_rate: Peak learning rate, used as it is.
         base_learning_rate: Peak learning rate at ``reference_batch`` samples per step. It grows with the batch.
         reference_batch: Samples per step that ``base_learning_rate`` is meant for.
+        least_learning_rate: Peak learning rate where the batch is so small that ``base_learning_rate`` would give less;
+            0 for no such floor. A base learning rate that is set without it has none.
         weight_decay: Decoupled weight decay, never of biases, norms, tokens and positions.
         betas: Decay of AdamW's two moments.
         warmup_steps: Optimiser steps of linear warm-up.
@@ -36,6 +38,7 @@ class Optimisation:
     learning_rate: float | None = None
     base_learning_rate: float | None = None
     reference_batch: int | None = None
+    least_learning_rate: float | None = None
     weight_decay: float | None = None
     betas: tuple[float, float] | None = None
     warmup_steps: int | None = None
@@ -48,7 +51,8 @@ class Optimisation:
         for one, other in (("learning_rate", "base_learning_rate"), ("warmup_steps", "warmup_ratio")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ConfigError(f"{one} and {other} are both set; give only one of them.")
-        for name in ("learning_rate", "base_learning_rate", "weight_decay", "warmup_steps", "clip_norm"):
+        rates = ("learning_rate", "base_learning_rate", "least_learning_rate")
+        for name in (*rates, "weight_decay", "warmup_steps", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} is {value}; it must be zero or more.")
@@ -67,13 +71,13 @@ class Optimisation:
         """The same settings, with everything unset taken from ``defaults``.
 
         Settings that exclude one another count as one: a learning rate set here displaces a default base
-        learning rate, and warm-up steps a default warm-up ratio.
+        learning rate, and warm-up steps a default warm-up ratio. Either rate displaces a default floor.
         """
         displaced = set()
         if self.learning_rate is not None:
-            displaced |= {"base_learning_rate", "reference_batch"}
+            displaced |= {"base_learning_rate", "reference_batch", "least_learning_rate"}
         if self.base_learning_rate is not None:
-            displaced.add("learning_rate")
+            displaced |= {"learning_rate", "least_learning_rate"}
         if self.warmup_steps is not None or self.warmup_ratio is not None:
             displaced |= {"warmup_steps", "warmup_ratio"}
         missing = {
@@ -99,6 +103,7 @@ class Schedule:
         layer_decay: Factor on the learning rate from each layer of the encoder to the one below it.
         ema_decay: Decay of the average of the weights. 0 where there is none.
         frozen_steps: First steps, in which the encoder is frozen and what is built on it learns. Warm-up follows them.
+        rate_note: Why the learning rate is not what the batch would make of it. Empty where it is.
     """
 
     learning_rate: float
@@ -111,6 +116,7 @@ class Schedule:
     layer_decay: float = 1.0
     ema_decay: float = 0.0
     frozen_steps: int = 0
+    rate_note: str = ""
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimiser step ``step``, from 1 on: linear warm-up, then half a cosine.
@@ -142,7 +148,7 @@ def make_schedule(
     Raises:
         ConfigError: No learning rate follows from the settings.
     """
-    learning_rate, rate_line = _learning_rate(settings, effective_batch)
+    learning_rate, rate_line, rate_note = _learning_rate(settings, effective_batch)
     wanted, source = settings.warmup_steps or 0, ""
     if settings.warmup_ratio is not None:
         wanted, source = round(settings.warmup_ratio * max_steps), f" = {settings.warmup_ratio:g} x {max_steps}"
@@ -183,6 +189,7 @@ def make_schedule(
         layer_decay=1.0 if settings.layer_decay is None else settings.layer_decay,
         ema_decay=ema_decay,
         frozen_steps=frozen_steps,
+        rate_note=rate_note,
     )
 
 
@@ -195,19 +202,25 @@ def average_decay(ema_decay: float, num_updates: int) -> float:
     return min(ema_decay, (1 + num_updates) / (10 + num_updates))
 
 
-def _learning_rate(settings: Optimisation, effective_batch: int) -> tuple[float, str]:
+def _learning_rate(settings: Optimisation, effective_batch: int) -> tuple[float, str, str]:
+    """The peak rate, the line that derives it, and a note where it is a floor."""
     if settings.learning_rate is not None:
-        return settings.learning_rate, f"learning rate {settings.learning_rate:g} (as set, whatever the batch)"
+        return settings.learning_rate, f"learning rate {settings.learning_rate:g} (as set, whatever the batch)", ""
     if settings.base_learning_rate is None or settings.reference_batch is None:
         raise ConfigError(
             "No learning rate follows from the settings; "
             "give learning_rate, or base_learning_rate together with reference_batch."
         )
     rate = settings.base_learning_rate * effective_batch / settings.reference_batch
-    line = (
-        f"learning rate {rate:g} = {settings.base_learning_rate:g} (base) x {effective_batch} (effective batch) "
+    factors = (
+        f"{settings.base_learning_rate:g} (base) x {effective_batch} (effective batch) "
         f"/ {settings.reference_batch} (reference batch)"
     )
+    least = settings.least_learning_rate or 0.0
+    if rate < least:
+        line = f"learning rate {least:g} = floor for this network, since {factors} = {rate:.3g} would be less"
+        return least, line, f"floor for this network; by its batch {rate:.2g}"
+    line = f"learning rate {rate:g} = {factors}"
     if 0 < rate < TINY_LEARNING_RATE:
         line += "; that is next to nothing"
-    return rate, line
+    return rate, line, ""

@@ -28,6 +28,12 @@ from mim3d.training.optim import WeightAverage
 from mim3d.training.plan import TrainingPlan
 from mim3d.training.settings import LoopSettings
 
+#: First steps of a session, which are slower than all others, and the steps after them whose time is measured.
+WARMING_STEPS, MEASURED_STEPS = 2, 10
+
+#: Seconds of training below which nobody wants to know beforehand, and above which one wants to know what fits.
+SHORT_S, DAY_S, HOUR_S = 60.0, 86400.0, 3600.0
+
 Validate = Callable[[Objective], dict[str, float]]
 OnCheckpoint = Callable[[Objective, int], None]
 
@@ -57,6 +63,31 @@ class Hooks:
             raise ConfigError(f"patience is {self.patience}, but no score is validated by; leave it out.")
 
 
+def expected_time(step_s: float, steps_left: int, device: str, *, is_limited: bool = False) -> list[str]:
+    """How long the steps that are left will take, and where that is more than a day, what fits into an hour.
+
+    Args:
+        step_s: Seconds of one step, as measured.
+        steps_left: Steps still to be taken.
+        device: What they are taken on, for people.
+        is_limited: Whether the session has a time limit already.
+    """
+    left_s = step_s * steps_left
+    if left_s < SHORT_S:
+        return []
+    lines = [f"expected: {clock(left_s)} (h:mm:ss) for {steps_left:,} more steps of {step_s:.2g} s"]
+    if left_s <= DAY_S or is_limited:
+        return lines
+    fitting = int(HOUR_S / step_s)
+    # Two digits are what so short a measurement is good for.
+    fitting -= fitting % 10 ** max(0, len(str(fitting)) - 2)
+    fits = f"--max_steps {fitting} fits into an hour, with a whole schedule; " if fitting else ""
+    return [
+        *lines,
+        f"that is more than a day on {device}: {fits}--max_time 1:00:00 stops after one, and --resume true goes on",
+    ]
+
+
 @dataclass(kw_only=True)
 class TrainingSession:
     """One process's part in a run, between two optimiser steps.
@@ -79,6 +110,7 @@ class TrainingSession:
         best: Step and scores of the best validation so far.
         stale: Number of validations since then.
         step: The last optimiser step that is done.
+        begun: The step that this session began after, and its time on steps when those that are measured began.
         updating: Whether weights are being changed, so that they belong to no step.
     """
 
@@ -99,6 +131,7 @@ class TrainingSession:
     best: dict[str, float] | None = None
     stale: int = 0
     step: int = 0
+    begun: tuple[int, float] = (0, 0.0)
     updating: bool = False
 
     def __post_init__(self) -> None:
@@ -133,6 +166,7 @@ class TrainingSession:
             self.best, self.stale = content["best"], content.get("stale", 0)
             self.speed = Throughput(content["elapsed_s"])
             self.step = int(content["step"])
+        self.begun = self.step, 0.0
         if self.fabric.is_global_zero:
             self.checkpoints.drop_after(self.step)
             self.run.cut_metrics(self.step)
@@ -227,6 +261,22 @@ class TrainingSession:
         values = {**means, "learning_rate": rate, **self.speed.read(), **memory, **faults}
         self.run.log(step, values)
         self.display.update(step, summary(values))
+
+    def forecast(self, step: int) -> None:
+        """Say once in a session, after ten measured steps, how long the others will take."""
+        first, mark_s = self.begun
+        if step - first not in (WARMING_STEPS, WARMING_STEPS + MEASURED_STEPS) or not self.fabric.is_global_zero:
+            return
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)
+        if step - first == WARMING_STEPS:
+            self.begun = first, self.speed.stepping_s
+            return
+        step_s = (self.speed.stepping_s - mark_s) / MEASURED_STEPS
+        self.run.note({"seconds_per_step": round(step_s, 4)})
+        left, device = self.loop.max_steps - step, str(self.plan.derived["device"])
+        for line in expected_time(step_s, left, device, is_limited=self.loop.max_time_s is not None):
+            self.display.say(line)
 
     def save_pictures(self, step: int, batch: Batch) -> None:
         """Let the objective of the first process draw what it sees in ``batch``."""

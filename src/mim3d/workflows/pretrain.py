@@ -21,6 +21,7 @@ from mim3d.datasets.cases import Case, CaseSet, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
 from mim3d.datasets.splits import Split
 from mim3d.datasets.usable import usable_cases
+from mim3d.loading.loader import Loader
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective
 from mim3d.planning.plan import plan_intensity
@@ -31,6 +32,7 @@ from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
 from mim3d.weights import MIN_COVERAGE, load_into, require_share
 from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, ProbePlan
+from mim3d.workflows.shared.begun import PLANNED_PASSES, Begun
 from mim3d.workflows.shared.damage import adding_to
 from mim3d.workflows.shared.first_screen import fold_line, network_line, say_what_is_learned
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task, split_in_words
@@ -38,9 +40,6 @@ from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_sca
 from mim3d.workflows.shared.leakage import check_leakage, identities_of, seen_from, write_seen
 from mim3d.workflows.shared.memory import pretraining_sample, pretraining_variants, require_memory
 from mim3d.workflows.shared.training import TrainingSettings, joined_processes
-
-#: Passes over the data where nothing else is asked for (the paper's 800 epochs).
-DEFAULT_EPOCHS = 800
 
 #: Lines of metrics from which a part may be called idle.
 LEAST_LINES = 10
@@ -66,7 +65,7 @@ class PretrainSettings(TrainingSettings):
         split_seed: Seed of the folds, as in fine-tuning.
         probe: Labelled scans, or `phantom`, to score features on; OUT/encoder is then the best, encoder_last the last.
         probe_every: Steps between two probings; ten in all if not given, 0 for one at the end.
-        max_epochs: Passes over the scans, instead of max_steps; 800 if neither is given.
+        max_epochs: Passes over the scans, instead of max_steps; if neither is given, 800 within 5,000 to 100,000 steps.
         batch_size: Samples (hierarchies) per micro-batch and device.
         strict: Refuse what is otherwise a warning: scans that cannot be used or prove damaged, and held-out scans that
             were learned from.
@@ -118,7 +117,9 @@ def run_pretraining(settings: PretrainSettings) -> str:
     settings = settings.on_processes()
     with joined_processes(settings) as processes:
         settings.check_machine()
-        asked, recipe = create_method(settings.method, settings.backbone), create_recipe(settings.backbone)
+        begun = Begun.of(settings.out, resume=settings.resume)
+        asked = begun.method(create_method(settings.method, settings.backbone))
+        recipe = create_recipe(settings.backbone)
         asked.check_backbone(recipe)
         source = _source(settings)
         cases = _training_cases(source, settings)
@@ -129,9 +130,9 @@ def run_pretraining(settings: PretrainSettings) -> str:
         if settings.fold is not None or num_held_out:
             say(fold_line(settings.fold, settings.num_folds, source.cases, len(cases), num_held_out))
         say(network_line(to_named(method, METHODS)["name"], recipe, settings.weights))
-        details = method.details(recipe, shapes)
-        say_what_is_learned(method.summary(recipe, shapes), details, verbose=settings.verbose)
-        optim = settings.optim.filled_from(method.optimisation)
+        summary, details = method.summary(recipe, shapes), method.details(recipe, shapes)
+        say_what_is_learned(summary, details, verbose=settings.verbose)
+        optim = begun.optimisation(settings.optim, method, recipe)
         sample = pretraining_sample(method, recipe, shapes[0])
         probe = ProbePlan.of(settings.probe, settings.probe_every, settings.folds, recipe, sample, settings.seed)
         memory = require_memory(
@@ -150,7 +151,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             inputs=weights_input(settings.weights),
             resume=settings.resume,
         )
-        run.note({**memory, "details": details})
+        run.note({**memory, "summary": summary, "details": details})
         # Those held out are cached too: only their voxels tell whether one is among the others under another name.
         every, left_out = open_scans(
             source,
@@ -183,7 +184,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         if probe is not None:
             items = probe.prepared(run, settings, objective.encoder, card) if run.writes else None
             keeper = EncoderKeeper(run, card, items, lambda: method.build(recipe))
-        num_steps = keeper.num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
+        num_steps = keeper.num_steps = _num_steps(settings, loader, begun, run)
         every_steps = None if probe is None else probe.steps_between(num_steps)
         with TrackedRun.of(run, settings.tracking) as tracked:
             result = train(
@@ -224,6 +225,17 @@ def _training_cases(source: CaseSet | Cache, settings: PretrainSettings) -> Sequ
     if not kept:
         raise DataError('Every case is declared val or test, so none is left to pre-train on; mark some "train".')
     return kept
+
+
+def _num_steps(settings: PretrainSettings, loader: Loader, begun: Begun, run: Run) -> int:
+    """Steps of the run: as given, else as it was begun, else planned from the number of scans."""
+    given = settings.num_steps(loader, PLANNED_PASSES)
+    if settings.max_steps is not None or settings.max_epochs is not None:
+        return given
+    num_steps, line = begun.num_steps(given, loader.samples_per_epoch)
+    say(line)
+    run.note({"length": line})
+    return num_steps
 
 
 def _learned(scans: Cache, cases: Sequence[Case], *, strict: bool) -> Cache:

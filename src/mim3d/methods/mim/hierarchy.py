@@ -15,6 +15,7 @@ import numpy as np
 
 from mim3d.backbones.contract import check_multiple, size_text
 from mim3d.core.errors import ConfigError
+from mim3d.core.names import number_of
 from mim3d.core.types import Triple
 from mim3d.nn.tokens import draw_hidden_units, num_hidden, unit_index, unit_mask
 from mim3d.nn.volumes import token_grid
@@ -221,11 +222,13 @@ def full_levels(token_size: Triple) -> tuple[Level, ...]:
 
 
 def plan_levels(token_size: Triple, shapes: Sequence[Triple]) -> tuple[Level, ...]:
-    """The deepest hierarchy that pads under a quarter of its crops, or the one that pads least."""
-    plans = [full_levels(token_size)]
+    """The deepest hierarchy that pads under a quarter of its crops, or the one that pads least.
+
+    Scans that do not hold the coarsest of all levels get fewer, none of which is shown at more than twice its size.
+    """
+    plans = [full_levels(token_size)] if _holds_all_levels(token_size, shapes) else []
     # Small scans: shown as they are, cells of half the edge shown at twice their size, no third level (METHOD).
-    typical = [median(axis) for axis in zip(*shapes, strict=True)]
-    per_axis = list(zip(typical, token_size, strict=True))
+    per_axis = list(zip(_median(shapes), token_size, strict=True))
     x, y, z = (max(4, min(8, int(voxels / edge) // 2 * 2)) * edge for voxels, edge in per_axis)
     coarse = Level(name="coarse", footprint=(x, y, z), size=(x, y, z), mask_ratio=0.5, num_children=4)
     plans.append((coarse, Level(name="middle", footprint=(x // 2, y // 2, z // 2), size=(x, y, z), mask_ratio=0.6)))
@@ -235,6 +238,29 @@ def plan_levels(token_size: Triple, shapes: Sequence[Triple]) -> tuple[Level, ..
         if padding_ratio(levels[0].footprint, shapes) < PLANNED_PADDING:
             return levels
     return min(plans, key=lambda levels: padding_ratio(levels[0].footprint, shapes))
+
+
+def why_fewer_levels(levels: Sequence[Level], token_size: Triple, shapes: Sequence[Triple]) -> list[str]:
+    """One line where a hierarchy is the plan for scans that are too small for all levels; none for any other."""
+    full = full_levels(token_size)
+    if len(levels) >= len(full) or tuple(levels) != plan_levels(token_size, shapes):
+        return []
+    return [
+        f"planned {number_of(len(levels), 'level')}, not {len(full)}: the scans have {_by(_median(shapes))} voxels "
+        f"(median), and {len(full)} levels need {_by(full[0].footprint)} for tokens of {_by(token_size)}; a level that "
+        "exceeds the scans, or shows so little of them so large, stays idle"
+    ]
+
+
+def _median(shapes: Sequence[Triple]) -> Triple:
+    x, y, z = (int(median(axis)) for axis in zip(*shapes, strict=True))
+    return x, y, z
+
+
+def _holds_all_levels(token_size: Triple, shapes: Sequence[Triple]) -> bool:
+    """Whether the median scan is as large as the coarsest level along every axis, give or take a token."""
+    voxels = zip(_median(shapes), full_levels(token_size)[0].footprint, token_size, strict=True)
+    return all(scan > footprint - edge for scan, footprint, edge in voxels)
 
 
 def check_padding(levels: Sequence[Level], token_size: Triple, shapes: Sequence[Triple]) -> None:
@@ -253,7 +279,7 @@ def check_padding(levels: Sequence[Level], token_size: Triple, shapes: Sequence[
         remedy = f"a hierarchy that fits is {describe_levels(fitting)} (leave method.levels out to have it planned)"
     raise ConfigError(
         f"method.levels: {share:.0%} of every {_by(footprint)} crop would be padding, since the scans have "
-        f"{_by([int(median(axis)) for axis in zip(*shapes, strict=True)])} voxels (median); {remedy}."
+        f"{_by(_median(shapes))} voxels (median); {remedy}."
     )
 
 

@@ -19,6 +19,7 @@ from mim3d.methods.mim.hierarchy import (
     full_levels,
     padding_ratio,
     plan_levels,
+    why_fewer_levels,
 )
 from mim3d.methods.mim.objective import MiMObjective
 from mim3d.methods.mim.sampler import MiMSampler
@@ -37,6 +38,14 @@ DECODERS = {
 
 #: The published decoder: that of the sizes tiny and base, and of every backbone that is no ready size.
 PUBLISHED_DECODER = (576, 8, 16)
+
+#: Floors under the paper's learning rate, by the largest width of the tokens that each is for: of the rates tried the
+#: least at which the losses fall as far as at higher ones and the probe beats a random encoder
+#: (benchmarks/learning_rates.py; docs/concepts/learning-rates.md says which widths were measured).
+RATE_FLOORS = ((96, 1e-3), (192, 1e-3), (384, 5e-4), (512, 3e-4))
+
+#: The floor of tokens wider than those, and of backbones of other kinds.
+WIDEST_FLOOR = 2e-4
 
 #: Largest width, depth and number of heads of what is learned beside the encoder.
 _LARGEST_DIM = 4096
@@ -109,7 +118,7 @@ class MiM(Method):
 
     @property
     def optimisation(self) -> Optimisation:
-        """AdamW of the paper: base rate 1e-4 for 256 hierarchies, warm-up over 5 % of the steps, cosine to 0."""
+        """AdamW of the paper: base rate 1e-4 for 256 hierarchies, 5 % warm-up (40 of 800 epochs), cosine to 0."""
         return Optimisation(
             base_learning_rate=1e-4,
             reference_batch=256,
@@ -117,6 +126,11 @@ class MiM(Method):
             betas=(0.9, 0.95),
             warmup_ratio=0.05,
         )
+
+    def least_learning_rate(self, backbone: Backbone) -> float:
+        """The floor that was measured for tokens of this width."""
+        width = backbone.widths[-1] if isinstance(backbone, Hybrid) else math.inf
+        return next((rate for widest, rate in RATE_FLOORS if width <= widest), WIDEST_FLOOR)
 
     def hierarchy(self, backbone: Backbone) -> Hierarchy:
         """The checked hierarchy for a backbone's tokens; raises ConfigError as :class:`Hierarchy` does."""
@@ -152,6 +166,7 @@ class MiM(Method):
         hierarchy = self.hierarchy(backbone)
         levels = [geometry.level for geometry in hierarchy.levels]
         lines = [f"hierarchy: {describe_levels(levels)}; {number_of(hierarchy.num_volumes, 'volume')} per sample"]
+        lines += why_fewer_levels(levels, backbone.token_size, shapes)
         if any(min(geometry.token_grid) < 4 for geometry in hierarchy.levels):
             lines.append("note: a level with fewer than 4 tokens along an axis has little to tell hidden places by")
         return lines
