@@ -163,7 +163,7 @@ def test_two_processes_follow_every_recipe_as_one_with_both_batches(ball_set: Pa
     recipes = "--optim.layer_decay 0.5 --optim.ema_decay 0.9 --optim.warmup_steps 2 --patience 9"
     backbone = "--backbone hybrid --backbone.widths 8 16 --backbone.depths 1 1 --backbone.num_heads 2"
     limits = "--max_steps 6 --num_folds 3 --num_workers 0 --log_every 1 --accelerator cpu --memory_limit 0"
-    shared = f"{task} {recipes} {backbone} {limits}".split()
+    shared = f"{task} {recipes} {backbone} {limits} --precision 32-true".split()
     shared += ["--data", str(ball_set), "--cache", str(tmp_path / "cache")]
     for name, batch, devices in (("one", "2", "1"), ("two", "1", "2")):
         words = ["finetune", "--out", str(tmp_path / name), "--batch_size", batch, "--devices", devices, *shared]

@@ -92,7 +92,14 @@ def test_a_pre_training_killed_at_twenty_moments_equals_one_that_was_not(tmp_pat
     data, config = tmp_path / "data", tmp_path / "pretrain.yaml"
     mim3d = [sys.executable, "-m", "mim3d"]
     subprocess.run([*mim3d, "phantom", str(data), "--num_cases", "4", "--size", "40", "40", "32"], check=True)
-    loop = {"max_steps": 60, "checkpoint_every": 2, "log_every": 3, "pictures_every": 7, "num_workers": 2}
+    loop = {
+        "precision": "32-true",
+        "max_steps": 60,
+        "checkpoint_every": 2,
+        "log_every": 3,
+        "pictures_every": 7,
+        "num_workers": 2,
+    }
     settings = {"method": METHOD, "backbone": BACKBONE, "optim": {"learning_rate": 1e-3}, "accelerator": "cpu", **loop}
     write_yaml(config, {"command": "pretrain", "data": str(data), **settings})
     runs = {name: tmp_path / name for name in ("whole", "killed")}

@@ -214,6 +214,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "max_steps": 3,
         "log_every": 1,
         "accelerator": "cpu",
+        "precision": "32-true",
         "memory_limit": 0,
     }
     write_yaml(folder / "config.yaml", settings)

@@ -175,7 +175,7 @@ def test_finished_runs_leave_readable_json_everywhere(tmp_path: Path) -> None:
         ({"max_steps": 0}, "max_steps is 0"),
         ({"accumulation": 0}, "accumulation is 0"),
         ({"max_time_s": 0.0}, "max_time_s is 0.0"),
-        ({"precision": "16"}, "precision is '16'; use one of 32-true, bf16-mixed, 16-mixed"),
+        ({"precision": "16"}, "precision is '16'; use one of auto, 32-true, bf16-mixed, 16-mixed"),
         ({"accelerator": "tpu"}, "accelerator is 'tpu'"),
         ({"devices": 0}, "devices is 0"),
         ({"seed": -1}, "seed is -1"),

@@ -84,6 +84,7 @@ def launch(loop: LoopSettings) -> lightning_fabric.Fabric:
     plugins: list[Any] = [LightningEnvironment() if place is None else TorchElasticEnvironment()]
     if place is not None:
         export_to_torch(place)
+    assert loop.precision != "auto", "what auto comes to is chosen before there are several processes"
     if loop.precision != "32-true":
         device = accelerator if accelerator in ("cpu", "mps") else "cuda"
         plugins.append(InputKeepingMixedPrecision(usable_precision(loop.precision, device), device))  # type: ignore[arg-type]
@@ -197,7 +198,7 @@ def check_machine(loop: LoopSettings) -> None:
 
 
 def usable_precision(precision: str, device: str) -> str:
-    """The precision asked for, or float16 with loss scaling and a warning on a GPU without bfloat16."""
+    """The precision asked for; for a run that began in bfloat16, on a GPU without it, float16 with loss scaling."""
     if precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         warnings.warn("this GPU has no bfloat16; precision 16-mixed (float16 with loss scaling) is used.", stacklevel=2)
         return "16-mixed"

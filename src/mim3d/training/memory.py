@@ -27,6 +27,7 @@ from mim3d.core.resources import (
 from mim3d.objective import Objective
 from mim3d.training.optim import WeightAverage, build_optimizer
 from mim3d.training.plan import effective_batch
+from mim3d.training.precision import DTYPES
 from mim3d.training.schedule import Optimisation, make_schedule
 from mim3d.training.settings import LoopSettings
 
@@ -52,8 +53,6 @@ PROGRAM_BYTES = 2**29
 
 #: Axes of any tensor here: samples, channels and space, with one to spare.
 MAX_AXES = 6
-
-_PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class StepMemory:
 
     def _dry_run(self, num_samples: int) -> "_Step":
         """One step of ``num_samples`` on fake tensors."""
-        precision = _PRECISIONS.get(self._loop.precision)
+        precision = DTYPES.get(self._loop.precision)
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger:
             # What copy.deepcopy does to a fake tensor when an objective makes its teacher: a note to torch's own.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")

@@ -7,7 +7,7 @@ from typing import Protocol
 from mim3d.core.errors import ConfigError
 from mim3d.objective import Batch
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 
@@ -18,7 +18,8 @@ class LoopOptions:
 
     Attributes:
         accumulation: Micro-batches whose gradients are averaged into one step.
-        precision: 32-true, bf16-mixed or 16-mixed.
+        precision: 32-true, bf16-mixed or 16-mixed; auto is bf16-mixed where this device is good at it, else 32-true. A
+            CPU is measured for a second.
         tf32: Let a GPU round the factors of float32 products to TF32: several times as fast, 10 bits instead of 23.
         compile: Compile the blocks of the network (torch.compile); a minute at the start.
         strategy: How several processes share the work: ddp (every process has all weights), or auto, which is ddp.
@@ -34,7 +35,7 @@ class LoopOptions:
     """
 
     accumulation: int = 1
-    precision: str = "32-true"
+    precision: str = "auto"
     tf32: bool = False
     compile: bool = False
     strategy: str = "auto"
@@ -55,6 +56,7 @@ class LoopSettings(LoopOptions):
     Attributes:
         max_steps: Steps of the whole run. The learning rate's schedule ends there.
         frozen_ratio: Share of the steps, the first ones, in which the encoder is frozen and what is built on it learns.
+        precision: What auto has come to on this device; see :func:`~mim3d.training.precision.choose_precision`.
         max_time_s: Seconds that this session may take. Then it stops with a checkpoint and can be resumed. It shortens
             the session, never the schedule.
         started_at: When the session began, on the monotonic clock. None where it begins with training.
@@ -69,6 +71,7 @@ class LoopSettings(LoopOptions):
     """
 
     max_steps: int
+    precision: str = "32-true"
     frozen_ratio: float = 0.0
     max_time_s: float | None = None
     started_at: float | None = None

@@ -116,7 +116,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
     started_at = time.monotonic()
     settings = settings.on_processes()
     with joined_processes(settings) as processes:
-        settings.check_machine()
+        settings, choice = settings.on_machine(processes, settings.out)
         begun = Begun.of(settings.out, resume=settings.resume)
         asked = begun.method(create_method(settings.method, settings.backbone))
         recipe = create_recipe(settings.backbone)
@@ -151,7 +151,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             inputs=weights_input(settings.weights),
             resume=settings.resume,
         )
-        run.note({**memory, "summary": summary, "details": details})
+        run.note({**memory, **choice, "summary": summary, "details": details})
         # Those held out are cached too: only their voxels tell whether one is among the others under another name.
         every, left_out = open_scans(
             source,

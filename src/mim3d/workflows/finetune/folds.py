@@ -29,6 +29,7 @@ from mim3d.workflows.finetune.run import FinetuneResult, finetune_once
 from mim3d.workflows.finetune.schedules import with_schedule
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.inputs import read_data, unreadable_of
+from mim3d.workflows.shared.training import precision_of
 
 SUMMARY_NAME = "summary.json"
 
@@ -84,7 +85,9 @@ def finetune_folds(settings: FinetuneSettings) -> str:
             warnings.warn(f"fold {fold} is left out: {error}", category=LeftOutWarning, stacklevel=2)
             continue
         if not finished:
-            # Only now: settings with which no fold can be resumed must not take the place of those that can.
+            # Only now: settings with which no fold can be resumed must not take the place of those that can. All folds
+            # compute as the first one does.
+            settings = replace(settings, precision=precision_of(run.path) or settings.precision)
             _write_config(out, settings)
         if not run.finished:
             break

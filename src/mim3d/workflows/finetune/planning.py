@@ -61,6 +61,9 @@ FINGERPRINT_NAME = "fingerprint.json"
 #: Settings that are worth a look at the data where one of them is open; the spacing alone is not.
 PLANNED = ("intensity", "patch_size", "batch_size", "max_steps")
 
+#: Settings that the memory of a step depends on besides.
+MEMORY_SETTINGS = ("precision", "memory_limit", "accumulation", "devices", "num_nodes")
+
 #: How long the other processes of a run wait for the plan of the first one, seconds.
 PATIENCE_S = 1800.0
 
@@ -132,7 +135,7 @@ def plan_finetuning(
         "backbone": to_named(initial.recipe, BACKBONES),
         "task": to_mapping(task),
         "decided": to_mapping(decided),
-        **{name: getattr(settings, name) for name in ("memory_limit", "accumulation", "devices", "num_nodes")},
+        **{name: getattr(settings, name) for name in MEMORY_SETTINGS},
     }
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     found = _plan_of_run(key, settings)

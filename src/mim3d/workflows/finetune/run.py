@@ -97,7 +97,7 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
     started_at = time.monotonic()
     with joined_processes(settings) as processes:
         # What cannot work whatever the data is refused before they are read.
-        settings.check_machine()
+        settings, choice = settings.on_machine(processes, settings.out)
         settings, task, source, split = read_training_data(with_schedule(settings))
         task = scheduled_task(task, settings)
         if settings.patience and not split.val:
@@ -115,7 +115,8 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
         write_split(run, split)
         parts = {"train": split.train, "held out": split.val}
         cohort = {name: cohort_of(scans.subset(part)) for name, part in parts.items() if part}
-        run.note({"cohort": cohort, "split": split_in_words(split, settings.single_fold, settings.num_folds)})
+        words = split_in_words(split, settings.single_fold, settings.num_folds)
+        run.note({"cohort": cohort, "split": words, **choice})
         learned, strict = scans.subset(split.train), bool(settings.strict)
         if split.val:
             held_out = identities_of(scans.subset(split.val))

@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Self
 
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
+from mim3d.core.progress import say
 from mim3d.core.resources import num_cores
-from mim3d.core.settings import parse_duration
+from mim3d.core.run_folder import read_manifest
+from mim3d.core.settings import parse_duration, to_mapping
 from mim3d.datasets.patients import UserStatements
 from mim3d.distributed.processes import Processes, choose_processes, join_processes
 from mim3d.distributed.stopping import requeued_when_stopped
@@ -98,15 +101,42 @@ class TrainingSettings(LoopOptions):
         """What the user says of the data set, as arguments of ``read_cases``."""
         return {"modality": self.modality, "patient_pattern": self.patient_pattern}
 
-    def check_machine(self) -> None:
-        """Refuse what this machine cannot train, before data are read or a cache is built.
+    def on_machine(self, processes: Processes, out: str) -> tuple[Self, dict[str, Any]]:
+        """These settings in a precision of this machine, before data are read or a cache is built.
 
+        What ``auto`` comes to is printed. A run that goes on keeps the precision that it began with, and all processes
+        take that of the first.
+
+        Args:
+            processes: The processes of the command.
+            out: Folder of the run.
+        Returns:
+            The settings, and what to note in the manifest of how their precision was chosen.
         Raises:
-            ConfigError: For a device or a compiler that does not work here.
+            ConfigError: For a device, a compiler or a precision that does not work here.
         """
         from mim3d.training.launch import check_machine
+        from mim3d.training.precision import choose_precision, require_precision
 
         check_machine(self.loop(1))
+        # Processes that Fabric starts find the run that the first one has made.
+        begun_in = precision_of(out) if self.resume or not processes.is_first else None
+        if self.precision != "auto":
+            if begun_in is None:
+                require_precision(self.precision, self.accelerator)
+            return self, {}
+        noted: dict[str, Any] = {}
+        if not processes.is_first:
+            precision = processes.wait_for("precision") or begun_in or self.precision
+        elif begun_in is not None:
+            precision = begun_in
+        else:
+            choice = choose_precision(self.accelerator)
+            precision, noted = choice.precision, {"precision_choice": to_mapping(choice)}
+            say(f"precision: {precision} (auto; {choice.reason})")
+        if processes.is_first:
+            processes.announce("precision", precision)
+        return replace(self, precision=precision), noted
 
     def loop(self, max_steps: int, **changes: Any) -> LoopSettings:
         """The loop's settings for a run of ``max_steps``, with ``changes`` to them."""
@@ -155,6 +185,12 @@ class TrainingSettings(LoopOptions):
             timeout_s=60 * self.read_timeout or None,
             on_damage=on_damage,
         )
+
+
+def precision_of(out: str | Path) -> str | None:
+    """The precision of the run in a folder; None where there is no run."""
+    manifest = Path(out) / "manifest.json"
+    return read_manifest(manifest)["settings"].get("precision") if manifest.is_file() else None
 
 
 @contextmanager
