@@ -85,7 +85,7 @@ BUDGET = {
     "planning": 950,
     "loading": 1055,
     "distributed": 715,
-    "training": 2640,
+    "training": 2635,
     "tasks": 4204,
     "methods": 980,
     "probing": 850,
