@@ -13,7 +13,7 @@ from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
 from mim3d.core.progress import say
 from mim3d.core.resources import num_cores
-from mim3d.core.run_folder import read_manifest
+from mim3d.core.run_folder import MANIFEST_NAME, read_manifest
 from mim3d.core.settings import parse_duration, to_mapping
 from mim3d.datasets.patients import UserStatements
 from mim3d.distributed.processes import Processes, choose_processes, join_processes
@@ -189,7 +189,7 @@ class TrainingSettings(LoopOptions):
 
 def precision_of(out: str | Path) -> str | None:
     """The precision of the run in a folder; None where there is no run."""
-    manifest = Path(out) / "manifest.json"
+    manifest = Path(out) / MANIFEST_NAME
     return read_manifest(manifest)["settings"].get("precision") if manifest.is_file() else None
 
 
