@@ -4,6 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+from mim3d.reporting.comparison import comparisons
+from mim3d.reporting.sources import read_sources
+
 COLUMNS = {"dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": "NSD"}
 
 
@@ -16,4 +19,7 @@ def row(path: Path) -> str:
 
 if __name__ == "__main__":
     print(f"{'held-out mean':<14}" + "".join(f"{title:>12}" for title in COLUMNS.values()))
-    print("\n".join(row(Path(argument)) for argument in sys.argv[1:]))
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    print("\n".join(row(path) for path in paths))
+    runs = [str(path.parent) for path in paths if (path.parent / "manifest.json").is_file()]
+    print("\n".join(comparisons(read_sources(runs, [])[0]).values()))

@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 2918,
+    "core": 3008,
     "kernels": 875,
     "scans": 4627,
     "nn": 575,
@@ -77,7 +77,7 @@ BUDGET = {
     "datasets": 4139,
     "phantoms": 1400,
     "backbones": 575,
-    "reporting": 1885,
+    "reporting": 1933,
     "caching": 4430,
     "objective": 150,
     "weights": 1590,
@@ -90,7 +90,7 @@ BUDGET = {
     "methods": 980,
     "probing": 850,
     "exporting": 1150,
-    "workflows": 4950,
+    "workflows": 5185,
     "commands": 270,
     "cli": 794,
     "__main__": 15,

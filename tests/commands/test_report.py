@@ -12,6 +12,7 @@ from mim3d.commands.evaluate import evaluate
 from mim3d.commands.report import report
 from mim3d.core.errors import ConfigError
 from mim3d.core.run_folder import Run
+from mim3d.core.warned import ComparisonWarning
 
 
 def make_run(folder, command="finetune", **settings):
@@ -498,3 +499,11 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_settings_that_cannot_work_are_refused(tmp_path, runs, out, message):
     with pytest.raises(ConfigError, match=message):
         report(runs, out)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_that_differ_in_more_than_weights_are_said_on_the_page_and_on_the_screen(tmp_path):
+    one, other = make_run(tmp_path / "one", max_steps=100), make_run(tmp_path / "other", max_steps=200, weights="pre")
+    with pytest.warns(ComparisonWarning, match="one and other differ in more than weights: max_steps 100 and 200;"):
+        page = write_report(tmp_path, one.path, other.path)
+    assert "<dt>comparison</dt><dd>one and other differ in more than weights: max_steps 100 and 200;" in page

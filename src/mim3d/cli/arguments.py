@@ -19,7 +19,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.files import load_json
 from mim3d.core.own_code import own_code_in
 from mim3d.core.run_folder import MANIFEST_NAME
-from mim3d.core.settings import CONFIG_NAME, coerce, describe, nearest, parse_yaml, read_yaml, update_settings
+from mim3d.core.settings import CONFIG_NAME, coerce, describe, nearest, overlay, parse_yaml, read_yaml, update_settings
 
 _FLAG = re.compile(r"--[A-Za-z]")
 _SHORT_FLAG = re.compile(r"-[A-Za-z]+")
@@ -31,7 +31,7 @@ _OWN_FLAGS = {"config": tuple[str, ...], "allow_code": bool, "debug": bool, "hel
 _USUAL_FLAGS = ("data", "input", "predictions", "references", "weights", "out")
 
 #: Settings that name a file or folder.
-PATH_SETTINGS = ("data", "weights", "cache", "plan", "train_list", "probe")
+PATH_SETTINGS = ("data", "weights", "like", "cache", "plan", "train_list", "probe")
 
 #: Names that no parameter of a command may have.
 RESERVED = (*_OWN_FLAGS, "command")
@@ -233,10 +233,11 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
                 raise ConfigError(f"{path}: mim3d {command} has no setting '{key}'.{nearest(key, signature.hints)}")
         layers.append(content)
     layers.append(_nested({key: value for key, value in flags.items() if key not in RESERVED}))
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for name, value in layer.items():
-            merged[name] = _overlay(merged.get(name), _named(value, signature.hint_of(name)))
+    merged = _merged(layers, signature)
+    below = getattr(signature.function, "below", None)
+    if below is not None and not own and (lowest := below(merged)):
+        files, layers = [str(merged["like"]), *files], [lowest, *layers]
+        merged = _merged(layers, signature)
     missing = [name for name in signature.required if name not in merged]
     if missing:
         words = [name.upper() if name in signature.positional else f"--{name}" for name in missing]
@@ -248,6 +249,14 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
     if not coerce(flags.get("allow_code", False), bool, "--allow_code"):
         _require_typed_code(merged, layers, files)
     return {name: _typed(name, value, signature) for name, value in merged.items()}
+
+
+def _merged(layers: Sequence[Mapping[str, Any]], signature: Signature) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            merged[name] = overlay(merged.get(name), _named(value, signature.hint_of(name)))
+    return merged
 
 
 def _settings_of_run(flags: Mapping[str, Any], signature: Signature) -> list[str]:
@@ -311,22 +320,13 @@ def _named(value: Any, hint: Any) -> Any:
     return {"name": value} if is_named(hint) and isinstance(value, str) else value
 
 
-def _overlay(below: Any, above: Any) -> Any:
-    """Merge mappings by key; another ``name`` takes none of the settings of the one below."""
-    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
-        return above
-    if "name" in above and "name" in below and above["name"] != below["name"]:
-        return dict(above)
-    return {**below, **{key: _overlay(below.get(key), value) for key, value in above.items()}}
-
-
 def _typed(name: str, value: Any, signature: Signature) -> Any:
     hint, default = signature.hints[name], signature.defaults.get(name)
     where = f"--{name}"
     if isinstance(value, Mapping) and dataclasses.is_dataclass(default) and not isinstance(default, type):
         return update_settings(default, value, where)
     if is_named(hint) and isinstance(value, Mapping):
-        value = _overlay(_named(default, hint), value) if "name" not in value else dict(value)
+        value = overlay(_named(default, hint), value) if "name" not in value else dict(value)
         # Where nothing is the default, the command knows best what settings without a name belong to.
         nameless = default is None and name in signature.defaults and "name" not in value
         if not nameless and not isinstance(value.get("name"), str):

@@ -5,12 +5,12 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.names import cut
-from mim3d.core.settings import coerce
+from mim3d.core.settings import coerce, overlay
 from mim3d.core.warned import recording
 
 P = ParamSpec("P")
@@ -53,15 +53,24 @@ def command(settings: Callable[P, Settings]) -> Callable[[Callable[[Settings], R
     The fields, their types, defaults and meanings are written once, in the class; classes may inherit those that they
     share. The command line, ``help()`` and type checkers see them as the parameters of the function.
 
+    Where the class has a function ``below``, it is given what the user gave, and returns the settings that lie below.
+
     Args:
         settings: A frozen dataclass whose docstring has an ``Attributes`` section.
     """
+    below: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = getattr(settings, "below", None)
+    made: Callable[..., Settings] = settings
 
     def decorate(function: Callable[[Settings], Result]) -> Callable[P, Result]:
         @functools.wraps(function)
         def from_fields(*args: P.args, **kwargs: P.kwargs) -> Result:
             with recording():
-                return function(settings(*args, **kwargs))
+                if below is None:
+                    return function(settings(*args, **kwargs))
+                given = inspect.signature(from_fields).bind(*args, **kwargs).arguments
+                under = {name: coerce(value, hints[name], name) for name, value in below(given).items()}
+                merged = {**under, **{name: overlay(under.get(name), value) for name, value in given.items()}}
+                return function(made(**merged))
 
         assert isinstance(settings, type)
         signature = inspect.signature(settings)
@@ -71,7 +80,8 @@ def command(settings: Callable[P, Settings]) -> Callable[[Callable[[Settings], R
         names = [parameter.name for parameter in parameters]
         hints, meanings = typing.get_type_hints(settings), documented(settings, "Attributes")
         vars(from_fields).update(
-            __signature__=signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+            __signature__=signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty),
+            below=below,
         )
         from_fields.__annotations__ = {name: hints[name] for name in names}
         described = [f"    {name}: {meanings[name]}" for name in names]

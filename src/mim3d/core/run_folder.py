@@ -21,7 +21,7 @@ from mim3d.core.files import atomic_file, explained_write, load_json, lock_file,
 from mim3d.core.left_out import read_left_out
 from mim3d.core.own_code import own_code_in
 from mim3d.core.provenance import environment
-from mim3d.core.settings import CONFIG_NAME, read_yaml, to_mapping, write_yaml
+from mim3d.core.settings import CONFIG_NAME, flat, read_yaml, to_mapping, write_yaml
 from mim3d.core.warned import ResultWarning, WarningRow, checked_rows, keep_recorded, merged
 
 #: Settings that a resumed run may change, because they change nothing of what is learned; what scans of a cache hold is
@@ -35,6 +35,21 @@ FREE_ON_RESUME = frozenset(
 #: Settings whose product is the number of samples in a step, which are the same however they are split: a resumed run
 #: may change them as long as the product stays.
 SPLIT_OF_A_STEP = ("batch_size", "accumulation", "devices", "num_nodes")
+
+#: Settings that say which weights a run begins with, and how they are taken.
+OF_WEIGHTS = ("weights", "input_layers", "min_coverage")
+
+#: Settings that are no part of a recipe. Patience, which a resumed run may change, decides which weights are kept.
+_NO_RECIPE = (FREE_ON_RESUME - {"patience"}) | {*OF_WEIGHTS, "like", "plan", "devices", "num_nodes"}
+
+#: Settings that change where and how fast a run computes or what it reads again, but not what it learns.
+_SAME_LEARNING = ("data", "cache", "compile", "accelerator", "max_epochs", "backbone.recompute", "strict")
+
+#: Most samples, micro-batches or processes of a step that a file is believed.
+_MOST = 10**6
+
+#: What spares weights that are there, and means nothing without any.
+_SPARING = ("schedule", "task.freeze_encoder", "task.unfreeze_ratio")
 
 #: Settings of a method's decoder, which stood among those of the backbone before they belonged to the method.
 DECODER_SETTINGS = ("decoder_dim", "decoder_depth", "decoder_num_heads")
@@ -355,6 +370,55 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         left_out=[*read_left_out(run.path / LEFT_OUT_NAME), *read_left_out(run.path / "probe" / LEFT_OUT_NAME)],
         last_checkpoint=max(map(int, re.findall(r"\bstep_(\d{8})\.pt\b", kept)), default=0),
     )
+
+
+def recipe_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run's recipe, with the intensities that it used and all samples of a step on one device.
+
+    Args:
+        manifest: Manifest of a run of fine-tuning.
+    """
+    settings, derived = manifest["settings"], manifest.get("derived", {})
+    recipe = {name: value for name, value in settings.items() if name not in _NO_RECIPE}
+    plan = derived.get("plan")
+    recipe["intensity"] = (
+        settings.get("intensity")
+        or derived.get("intensity")
+        or (plan.get("intensity") if isinstance(plan, Mapping) else None)
+    )
+    recipe["accumulation"] = math.prod(_count(settings.get(name)) for name in ("accumulation", "devices", "num_nodes"))
+    return {**recipe, "schedule": settings.get("schedule") or "default"}
+
+
+def recipe_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings by which two runs differ in more than weights, each with the value of both.
+
+    A schedule belongs to the weights that it spares: where one run has none, it is no difference.
+
+    Args:
+        one: Manifest of a run of fine-tuning.
+        other: That of another.
+    """
+    compared = [flat(recipe_of(manifest)) for manifest in (one, other)]
+    for manifest, recipe in zip((one, other), compared, strict=True):
+        steps = manifest.get("derived", {}).get("max_steps")
+        recipe["max_steps"] = steps or recipe.get("max_steps")
+        recipe["samples in a step"] = _count(recipe.pop("batch_size", None)) * recipe.pop("accumulation")
+        if recipe.get("intensity", recipe) is None:
+            # Not known of a run that was stopped before it began.
+            recipe.pop("intensity")
+    spared = all(manifest["settings"].get("weights") for manifest in (one, other))
+    skipped = {*_SAME_LEARNING, *(() if spared else _SPARING)}
+    first, second = compared
+    known = [any(key.startswith("intensity.") for key in recipe) for recipe in compared]
+    names = [key for key in {**first, **second} if key not in skipped]
+    names = [key for key in names if all(known) or not key.startswith("intensity.")]
+    return {key: (first.get(key), second.get(key)) for key in names if first.get(key) != second.get(key)}
+
+
+def _count(value: Any) -> int:
+    """A number of samples, micro-batches or processes; 1 where a file holds something else."""
+    return value if isinstance(value, int) and 1 <= value <= _MOST else 1
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -316,6 +316,15 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def overlay(below: Any, above: Any) -> Any:
+    """Merge mappings by key; another ``name`` takes none of the settings of the one below it."""
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    if "name" in above and "name" in below and above["name"] != below["name"]:
+        return dict(above)
+    return {**below, **{key: overlay(below.get(key), value) for key, value in above.items()}}
+
+
 def to_named(settings: Any, registry: Mapping[str, Any]) -> dict[str, Any]:
     """Turn settings into the mapping that :func:`resolve` turns back into them, with every field written out."""
     kind = type(settings)

@@ -64,6 +64,12 @@ class UnlikeTrainingWarning(ResultWarning):
     kind = "unlike training"
 
 
+class ComparisonWarning(ResultWarning):
+    """Runs that are shown side by side differ in settings that scores depend on."""
+
+    kind = "comparison"
+
+
 #: A warning as files hold it: its ``kind`` and ``text``.
 WarningRow = dict[str, str]
 

@@ -5,6 +5,7 @@ The templates say how it is shown, one for each section. The page is one HTML fi
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,10 +21,11 @@ from mim3d.core.files import plain_text, write_text
 from mim3d.core.names import name_digest
 from mim3d.core.progress import say
 from mim3d.core.settings import flat
-from mim3d.core.warned import UnfinishedWarning, merged
+from mim3d.core.warned import ComparisonWarning, UnfinishedWarning, merged
 from mim3d.reporting import overlays, scan_images
 from mim3d.reporting.charts import curve_names, curves_chart
 from mim3d.reporting.cohort import cohort
+from mim3d.reporting.comparison import comparisons
 from mim3d.reporting.rendering import label_colours, render
 from mim3d.reporting.scores import score_tables
 from mim3d.reporting.segmentations import segmentations
@@ -84,6 +86,9 @@ def _sections(
     """Anchor, title and content of every section that has something to show."""
     sources: list[NamedRun | ScoreSet] = [*runs, *sets]
     said = {each.name: merged(*(other.warnings for other in sources if other.name == each.name)) for each in sources}
+    for name, sentence in comparisons(runs).items():
+        said[name] = merged(said[name], [{"kind": ComparisonWarning.kind, "text": sentence}])
+        warnings.warn(sentence, category=ComparisonWarning, stacklevel=3)
     said = {name: rows for name, rows in said.items() if rows}
     images = [shown for run in runs if (shown := _training_images(run))]
     curves = _curves(runs)

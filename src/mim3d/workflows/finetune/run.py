@@ -32,6 +32,7 @@ from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
 from mim3d.weights import save_network
 from mim3d.workflows.finetune.data import read_training_data
+from mim3d.workflows.finetune.like import check_cases, check_scans, say_like
 from mim3d.workflows.finetune.planning import PlannedRun, plan_finetuning, save_plan
 from mim3d.workflows.finetune.schedules import (
     optimisation,
@@ -45,7 +46,7 @@ from mim3d.workflows.shared.damage import adding_to, damaged_rows, on_sound_scan
 from mim3d.workflows.shared.first_screen import network_line, say_what_is_learned
 from mim3d.workflows.shared.held_out import split_in_words, write_split
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
-from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, weights_input
+from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, unreadable_of, weights_input
 from mim3d.workflows.shared.leakage import (
     SEEN_NAME,
     check_leakage,
@@ -98,7 +99,10 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
     with joined_processes(settings) as processes:
         # What cannot work whatever the data is refused before they are read.
         settings, choice = settings.on_machine(processes, settings.out)
-        settings, task, source, split = read_training_data(with_schedule(settings))
+        settings = with_schedule(settings)
+        say_like(settings)
+        settings, task, source, split = read_training_data(settings)
+        check_cases(settings, {case.id for case in (*source.cases, *unreadable_of(source))}, split)
         task = scheduled_task(task, settings)
         if settings.patience and not split.val:
             raise ConfigError(
@@ -110,6 +114,7 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
             processes.wait_for("plan")
         planned = plan_finetuning(source, split, initial, settings, task)
         run, scans, left_out = _prepare(planned, initial, source, split, processes)
+        check_scans(planned.settings, scans)
         cached = {scan.case.id for scan in scans}
         split = split.without([case for case in (*split.train, *split.val) if case.id not in cached])
         write_split(run, split)
@@ -136,6 +141,8 @@ def _initialise(settings: FinetuneSettings, task: Task, source: CaseSet | Cache,
     initial = initialise(
         settings.backbone, settings.weights, num_channels, settings.input_layers, settings.min_coverage
     )
+    # Another run's recipe, even a voxel size that is each scan's own, goes before the encoder's.
+    initial = replace(initial, gives_way=settings.like is not None)
     check_channels([*split.train, *split.val], initial.recipe)
     task.checked(initial.recipe)
     task.check_labels(source.label_values)
@@ -219,6 +226,7 @@ def _train(
     say_what_is_learned(task.summary(), task.details(), verbose=settings.verbose)
     run.note({"task": to_named(task, TASKS), "labels": to_mapping(labels), "num_scans": len(training_scans)})
     mapping = initial.intensity(settings.intensity, training_scans)
+    run.note({"intensity": mapping})
     on_damage = adding_to(left_out, training_scans)
     loader = settings.loader(training_scans, task.sampler(), mapping, task.augment(), on_damage)
     optim = optimisation(settings, task)

@@ -1,8 +1,8 @@
 """The settings of fine-tuning."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import Case
@@ -10,6 +10,7 @@ from mim3d.datasets.splits import Split, TrainPart
 from mim3d.scans.grids import require_spacing
 from mim3d.scans.intensity import Intensity
 from mim3d.weights import MIN_COVERAGE, InputLayers, require_share
+from mim3d.workflows.finetune.like import settings_below
 from mim3d.workflows.finetune.schedules import ScheduleName
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.training import TrainingSettings
@@ -29,6 +30,7 @@ class FinetuneSettings(TrainingSettings):
         min_coverage: Share of the encoder that the weights must fill, from 0 to 1; 1 refuses every partial load.
         schedule: When the encoder learns: default (from the first step), warmup (after a longer warm-up), sawtooth
             (when the decoder has learned alone) or frozen (never); sawtooth with weights, else default, if not given.
+        like: Run of fine-tuning whose recipe is taken, data and all: everything but weights and machine; flags win.
         preset: Name of a published data set; gives what is not given.
         plan: Plan to use instead of a new one: a plan.yaml of a run, edited or not.
         cache: Folder for the cache of preprocessed scans; OUT/cache if not given.
@@ -59,6 +61,7 @@ class FinetuneSettings(TrainingSettings):
     input_layers: InputLayers = "mean"
     min_coverage: float = MIN_COVERAGE
     schedule: ScheduleName | None = None
+    like: str | None = None
     preset: str | None = None
     plan: str | None = None
     cache: str | None = None
@@ -78,6 +81,15 @@ class FinetuneSettings(TrainingSettings):
         super().__post_init__()
         require_spacing(self.spacing_mm)
         require_share(self.min_coverage)
+
+    @staticmethod
+    def below(given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that lie below those given: the recipe of the run that this one is ``like``.
+
+        Raises:
+            ConfigError: That is no run of fine-tuning, or one that stopped before its plan was finished.
+        """
+        return settings_below(given)
 
     @property
     def single_fold(self) -> int | None:

@@ -35,12 +35,14 @@ class Initialisation:
         encoder: The pre-trained encoder; None from scratch.
         own_spacing_mm: Voxel size that the encoder learned from; None where its weights do not say it.
         own_intensity: Mapping of intensities that it learned from; None where its weights do not say it.
+        gives_way: Whether its voxel size counts for nothing, since the recipe of another run is followed.
     """
 
     recipe: Backbone
     encoder: Encoder | None = None
     own_spacing_mm: Spacing | None = None
     own_intensity: Intensity | None = None
+    gives_way: bool = False
 
     @classmethod
     def of_card(cls, recipe: Backbone, encoder: Encoder | None, card: Mapping[str, Any]) -> "Initialisation":
@@ -66,7 +68,7 @@ class Initialisation:
         if isinstance(source, Cache):
             used, chosen = source.preprocessing.spacing_mm, asked
         else:
-            used = chosen = asked or own
+            used = chosen = asked or (None if self.gives_way else own)
         if own is not None and used != own:
             warnings.warn(
                 f"the encoder learned at spacing_mm {_plain(own)}, but the scans are prepared at {_plain(used)}; its "

@@ -1,0 +1,42 @@
+"""Whether runs that stand side by side can be compared by their weights, or differ in settings besides."""
+
+import re
+from collections.abc import Sequence
+
+from mim3d.core.errors import listed
+from mim3d.core.names import cut
+from mim3d.core.run_folder import recipe_differences
+from mim3d.reporting.sources import NamedRun
+
+_FOLD = re.compile(r"fold_\d{1,6}")
+
+#: Most settings that a sentence names.
+_MOST = 8
+
+
+def comparisons(runs: Sequence[NamedRun]) -> dict[str, str]:
+    """Name of a run -> a sentence on how it differs in more than weights from the first of its task and data set.
+
+    Folds are compared with the same fold of other runs.
+
+    Args:
+        runs: Runs in the order that they are shown in.
+
+    Returns:
+        Nothing for runs of other commands, and for those that differ in nothing but weights, machine and display.
+    """
+    firsts: dict[tuple[str, str, str], NamedRun] = {}
+    said = {}
+    for run in runs:
+        if run.command != "finetune":
+            continue
+        fold = run.record.path.name
+        first = firsts.setdefault((run.subject, run.data, fold if _FOLD.fullmatch(fold) else ""), run)
+        differences = recipe_differences(first.record.manifest, run.record.manifest)
+        if differences:
+            named = [f"{cut(name)} {cut(str(one))} and {cut(str(other))}" for name, (one, other) in differences.items()]
+            said[run.name] = (
+                f"{first.name} and {run.name} differ in more than weights: {listed(named, _MOST)}; scores may follow "
+                "from these (mim3d finetune --like RUN takes all but weights from a run)."
+            )
+    return said
