@@ -43,6 +43,21 @@ def test_a_run_of_pretraining_cannot_predict(pretraining, ball_set, tmp_path, to
     assert not (tmp_path / "out").exists()
 
 
+def test_checkpoints_are_no_network_of_a_task_and_name_their_run(pretraining, ball_set, tmp_path, told):
+    (pretraining / "checkpoints").mkdir()
+    for step in (2, 4):
+        (pretraining / "checkpoints" / f"step_{step}.pt").write_bytes(b"")
+    rest = ("--input", ball_set, "--out", tmp_path / "out")
+    for given in (pretraining / "checkpoints", pretraining / "checkpoints" / "step_4.pt"):
+        assert f"finetune --data LABELLED --weights {pretraining}" in told("predict", "--weights", given, *rest)
+    said = told("finetune", "--data", ball_set, "--weights", pretraining / "checkpoints", "--out", tmp_path / "run")
+    assert f"give the run itself: {pretraining}." in said
+    run = shutil.copytree(pretraining, tmp_path / "seg")
+    (run / "manifest.json").write_text('{"command": "finetune", "settings": {}, "inputs": {}}')
+    said = told("predict", "--weights", run / "checkpoints" / "step_4.pt", *rest)
+    assert f"going on with a run of mim3d finetune; give the run itself: {run}." in said
+
+
 def test_the_folder_of_all_folds_names_its_runs(pretraining, ball_set, tmp_path, told):
     for number in (0, 1):
         shutil.copytree(pretraining, tmp_path / "all" / f"fold_{number}")
@@ -62,6 +77,13 @@ def test_a_run_is_no_scan(pretraining, segmenter_run, tmp_path, told):
     said = told("predict", "--weights", segmenter_run, "--input", pretraining, "--out", tmp_path / "out")
     assert "It is a run of mim3d pretrain" in said and "leave --input out" in said
     assert "It is a run of mim3d pretrain" in told("finetune", "--data", pretraining, "--out", tmp_path / "run")
+
+
+def test_a_cache_is_no_scan(segmenter_run, tmp_path, told):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cache.json").write_text("{}")
+    said = told("predict", "--weights", segmenter_run, "--input", tmp_path / "cache", "--out", tmp_path / "out")
+    assert said.endswith("It is a cache, from which training reads (--data); give the scans that it was made of.")
 
 
 def test_images_without_labels_are_told_the_layout_or_the_folder_beside_them(ball_set, tmp_path, told):

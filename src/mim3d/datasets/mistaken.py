@@ -43,6 +43,8 @@ def is_set(folder: str) -> bool:
 
 def not_scans(folder: str) -> str:
     """What a folder without scans is, as sentences with what to give; empty where that is not known."""
+    if os.path.isfile(os.path.join(folder, "cache.json")):
+        return " It is a cache, from which training reads (--data); give the scans that it was made of."
     command = run_command(folder)
     if command is None:
         return ""
@@ -50,6 +52,24 @@ def not_scans(folder: str) -> str:
         f" It is a run of mim3d {command}, which goes with --weights; give scans here, or for mim3d predict leave "
         "--input out, which takes the cases that the run held out."
     )
+
+
+def not_checkpoints(path: str, *, for_task: bool) -> str | None:
+    """What the checkpoints of a run are, as a sentence with what to give; None where a path is none of them.
+
+    Args:
+        path: A folder or a file.
+        for_task: Whether the network of a task is asked for. A checkpoint gives an encoder.
+    """
+    path = os.path.abspath(path)
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    run = os.path.dirname(folder)
+    command = run_command(run) if os.path.basename(folder) == "checkpoints" else None
+    if command is None or not (for_task or folder == path):
+        return None
+    if command == "pretrain" and for_task:
+        return not_weights(run, for_task=True) or f"{run} is a run of mim3d pretrain, which has learned no task."
+    return f"{path} is for going on with a run of mim3d {command}; give the run itself: {run}."
 
 
 def not_weights(folder: str, *, for_task: bool) -> str | None:

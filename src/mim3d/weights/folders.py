@@ -16,7 +16,7 @@ from torch import nn
 
 from mim3d.core.errors import CheckpointError
 from mim3d.core.files import REMEDY, atomic_folder, write_json
-from mim3d.datasets.mistaken import not_weights
+from mim3d.datasets.mistaken import not_checkpoints, not_weights
 from mim3d.weights.plain import INDEX_NAME, parts_of
 
 WEIGHTS_NAME = "model.safetensors"
@@ -83,7 +83,9 @@ def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    given = fetched(path) or Path(path)
+    given, for_task = fetched(path) or Path(path), "encoder" not in networks
+    if (checkpoints := not_checkpoints(str(given), for_task=for_task)) is not None:
+        raise CheckpointError(checkpoints)
     if given.is_file():
         return given
     for folder in (given, *(given / name for name in networks)):
@@ -95,7 +97,7 @@ def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
             f"{given} holds no {WEIGHTS_NAME}, but {several if len(others) > 1 else 'another file of weights;'} give "
             f"the file itself: {others[0]}."
         )
-    mistaken = not_weights(str(path), for_task="encoder" not in networks) if given.is_dir() else None
+    mistaken = not_weights(str(path), for_task=for_task) if given.is_dir() else None
     if mistaken is not None:
         raise CheckpointError(mistaken)
     state = "is a folder without" if given.is_dir() else "does not exist; expected"
