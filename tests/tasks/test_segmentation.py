@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
+from mim3d.tasks.segmentation.decoders import DECODERS, ResidualBlock, UNetDecoder
 from mim3d.tasks.segmentation.network import SegmentationObjective, shrunk
 from mim3d.tasks.segmentation.targets import dice_by_name
 from mim3d.tasks.segmentation.task import Segmentation
@@ -78,8 +80,9 @@ def labelled_scan(seed: int = 0) -> ArrayScan:
         BACKBONE,
     ],
 )
-def test_logits_have_the_size_of_the_input_for_any_stages_and_non_cubic_patches(backbone):
-    objective = Segmentation(feature_dim=4).build(backbone, LABELS)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_logits_have_the_size_of_the_input_for_any_stages_and_non_cubic_patches(backbone, decoder):
+    objective = Segmentation(feature_dim=4, decoder=decoder).build(backbone, LABELS)
     x, y, z = backbone.input_multiple
     size = (2 * x, 3 * y, z)
     logits = objective.logits(torch.randn(2, backbone.in_channels, *size))
@@ -100,9 +103,10 @@ def test_an_encoder_of_one_map_gets_a_pyramid(stride, strides, widths):
     assert Segmentation(feature_dim=4).build(Pools(), LABELS).decoder.pyramid is None
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("backbone", [Pools(), Pools(strides=(4,), widths=(6,))])
-def test_every_parameter_of_encoder_stages_and_decoder_gets_a_gradient(backbone):
-    objective = Segmentation(feature_dim=4).build(backbone, LABELS)
+def test_every_parameter_of_encoder_stages_and_decoder_gets_a_gradient(backbone, decoder):
+    objective = Segmentation(feature_dim=4, decoder=decoder).build(backbone, LABELS)
     batch = {"image": torch.randn(2, 1, 1, 8, 12, 8), "label": torch.randint(0, 2, (2, 1, 8, 12, 8)) * 2}
     objective(batch, 0.0).loss.backward()
     assert all(parameter.grad is not None for parameter in objective.parameters())
@@ -323,3 +327,27 @@ def test_regions_and_weights_by_name_come_from_yaml_and_go_back_in_their_order()
 def test_a_region_that_names_a_side_is_not_mirrored_though_no_label_does():
     task = Segmentation(regions={"both lungs": (2, 5), "left lung": (5,)})
     assert task.planned(BACKBONE, [PlannedScan((16, 16, 16))], LABELS).augmentation.flip_axes == (1, 2)
+
+
+def test_the_setting_names_every_decoder_there_is():
+    assert set(get_args(get_type_hints(Segmentation)["decoder"])) == set(DECODERS)
+
+
+def test_a_network_from_before_decoders_had_names_has_the_unet():
+    recorded = to_mapping(Segmentation(feature_dim=4))
+    del recorded["decoder"]
+    decoder = create_task({"name": "segmentation", **recorded}).build(Pools(), LABELS).decoder
+    assert isinstance(decoder, UNetDecoder)
+
+
+def test_a_residual_block_is_two_normed_convolutions_around_which_the_input_goes():
+    block = ResidualBlock(3, 5)
+    volume = torch.randn(2, 3, 4, 5, 6)
+    inner = nn.functional.leaky_relu(instance_norm(block.conv1(volume)), 0.01)
+    expected = instance_norm(block.conv2(inner)) + instance_norm(block.residual(volume))
+    assert torch.allclose(block(volume), nn.functional.leaky_relu(expected, 0.01), atol=1e-4)
+
+
+def instance_norm(features: torch.Tensor) -> torch.Tensor:
+    spread, middle = torch.std_mean(features, (2, 3, 4), correction=0, keepdim=True)
+    return (features - middle) / (spread**2 + 1e-5).sqrt()

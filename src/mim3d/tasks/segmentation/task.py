@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ class Segmentation(CropTask):
         patch_size: Voxels of one crop, multiples of the encoder's token edge. None plans it: what holds the median
             training scan, at most 96 along each axis.
         positive_ratio: Share of crops centred on a voxel of a random class; the others lie anywhere.
+        decoder: What brings the encoder's maps back to full resolution: unet (as SwinUNETR has it), or additive, which
+            takes less time and memory and learns faster at first.
         feature_dim: Number of channels of the decoder at full resolution, its most expensive level.
         augmentation: How crops are varied.
         background_in_dice: Whether the background counts in the Dice loss.
@@ -79,6 +81,7 @@ class Segmentation(CropTask):
 
     patch_size: Triple | None = None
     positive_ratio: float = 0.5
+    decoder: Literal["unet", "additive"] = "unet"
     feature_dim: int = 16
     augmentation: Augmentation = field(default_factory=Augmentation)
     background_in_dice: bool = False

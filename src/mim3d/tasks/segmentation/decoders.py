@@ -1,0 +1,219 @@
+"""Decoders that bring an encoder's feature maps back to full resolution, by name."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from monai.networks.blocks.dynunet_block import UnetOutBlock
+from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mim3d.nn.blocks import Pointwise
+
+# Shape suffixes: B samples, C channels of the input, K channels of the output, X Y Z space.
+
+#: Slope of the leaky ReLU below zero, as in nnU-Net and UNETR.
+_SLOPE = 0.01
+
+
+class FeaturePyramid(nn.Module):
+    """Finer maps beside the only one of an encoder, such as a plain vision transformer (ViTDet, Li et al. 2022).
+
+    Each doubles the resolution of the next coarser one at half its channels: transposed convolution, LayerNorm, GELU.
+
+    Args:
+        stride: Down-sampling of the map.
+        width: Channels of the map.
+
+    Attributes:
+        strides: Down-sampling of each map that comes out, finest first: 2 or the least odd stride, then twice the one
+            before, up to the given one.
+        widths: Channels of each of them.
+    """
+
+    def __init__(self, stride: int, width: int) -> None:
+        super().__init__()
+        strides, widths = [stride], [width]
+        self.ups = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        while strides[0] > 2 and strides[0] % 2 == 0:
+            strides.insert(0, strides[0] // 2)
+            widths.insert(0, -(-widths[0] // 2))
+            self.ups.append(nn.ConvTranspose3d(widths[1], widths[0], kernel_size=2, stride=2))
+            self.norms.append(nn.LayerNorm(widths[0], eps=1e-6))
+        self.strides, self.widths = tuple(strides), tuple(widths)
+
+    def forward(self, features_BCXYZ: Tensor) -> list[Tensor]:
+        """Maps ``(B, widths[i], X / strides[i], ...)``, finest first; the last is the one that was given."""
+        maps = [features_BCXYZ]
+        for up, norm in zip(self.ups, self.norms, strict=True):
+            finer_BXYZC = norm(up(maps[0]).movedim(1, -1))
+            maps.insert(0, F.gelu(finer_BXYZC).movedim(-1, 1))
+        return maps
+
+
+class SegmentationDecoder(nn.Module, ABC):
+    """Logits of every voxel from the input and the encoder's maps. An encoder with a single map gets a pyramid first.
+
+    Args:
+        in_channels: Channels of the input.
+        strides: Down-sampling of each map, finest first, each a multiple of the one before.
+        widths: Channels of each map.
+        feature_dim: Channels at full resolution.
+        num_classes: Channels of the output.
+        deep_supervision: Whether the coarser levels of the decoder get heads too (Lee et al. 2015).
+    """
+
+    head: nn.Module
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        strides: Sequence[int],
+        widths: Sequence[int],
+        feature_dim: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pyramid = FeaturePyramid(strides[0], widths[0]) if len(strides) == 1 else None
+        if self.pyramid is not None:
+            strides, widths = self.pyramid.strides, self.pyramid.widths
+        self._build(in_channels, strides, widths, feature_dim)
+        self.head = self._make_head(feature_dim, num_classes)
+        # The coarsest map comes from the encoder as it is; all levels between it and full resolution are the decoder's.
+        coarser = widths[:-1] if deep_supervision else ()
+        self.deep_heads = nn.ModuleList(self._make_head(width, num_classes) for width in coarser)
+
+    @abstractmethod
+    def _build(self, in_channels: int, strides: Sequence[int], widths: Sequence[int], feature_dim: int) -> None:
+        """Make everything but the heads."""
+
+    @abstractmethod
+    def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Features ``(B, channels, X / stride, ...)`` at full resolution and every map's but the coarsest's."""
+
+    @staticmethod
+    @abstractmethod
+    def _make_head(width: int, num_classes: int) -> nn.Module:
+        """What makes logits ``(B, K, X, Y, Z)`` of a level's features."""
+
+    def forward(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Logits ``(B, K, X, Y, Z)`` from the input and the encoder's maps ``(B, widths[i], X / strides[i], ...)``."""
+        logits: Tensor = self.head(self._levels(volume_BCXYZ, self._pyramid_of(maps))[0])
+        return logits
+
+    def heads_of(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits of every head, finest first: ``(B, K, X / stride, ...)``, stride 1 before the encoder's strides."""
+        levels = self._levels(volume_BCXYZ, self._pyramid_of(maps))
+        heads = [self.head, *self.deep_heads]
+        return [head(features) for head, features in zip(heads, levels[: len(heads)], strict=True)]
+
+    def _pyramid_of(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        return maps if self.pyramid is None else self.pyramid(maps[0])
+
+
+class UNetDecoder(SegmentationDecoder):
+    """Skip connections joined by concatenation at every stage, and one at full resolution (as SwinUNETR has them).
+
+    The encoder's finest map has a stride above 1, so a residual block on the input itself gives the skip at full
+    resolution.
+    """
+
+    def _build(self, in_channels: int, strides: Sequence[int], widths: Sequence[int], feature_dim: int) -> None:
+        self.stem = _residual(in_channels, feature_dim)
+        self.skips = nn.ModuleList(_residual(width, width) for width in widths)
+        self.ups = nn.ModuleList()
+        levels = [(1, feature_dim), *zip(strides, widths, strict=True)]
+        for (stride, width), (coarser_stride, coarser_width) in itertools.pairwise(levels):
+            factor = coarser_stride // stride
+            self.ups.append(UnetrUpBlock(3, coarser_width, width, 3, factor, norm_name="instance", res_block=True))
+
+    @staticmethod
+    def _make_head(width: int, num_classes: int) -> nn.Module:
+        return UnetOutBlock(3, width, num_classes)
+
+    def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        skips = [self.stem(volume_BCXYZ)]
+        skips += [block(features) for block, features in zip(self.skips, maps, strict=True)]
+        features = skips.pop()
+        levels: list[Tensor] = []
+        for up in reversed(self.ups):
+            features = up(features, skips.pop())
+            levels.insert(0, features)
+        return levels
+
+
+def _residual(dim_in: int, dim_out: int) -> UnetrBasicBlock:
+    return UnetrBasicBlock(3, dim_in, dim_out, kernel_size=3, stride=1, norm_name="instance", res_block=True)
+
+
+class AdditiveDecoder(SegmentationDecoder):
+    """Skip connections joined by addition, so that a level takes two convolutions fewer than after concatenation.
+
+    As LinkNet (Chaurasia & Culurciello 2017) and FPN (Lin et al. 2017) join them. A level is a residual block of its
+    skip plus the coarser level, which comes through a transposed convolution whose kernel is its stride. Skips are
+    residual blocks of the input and of the maps, but of the finest map, where a block would cost most, a linear layer
+    of the normed map.
+    """
+
+    def _build(self, in_channels: int, strides: Sequence[int], widths: Sequence[int], feature_dim: int) -> None:
+        self.stem = ResidualBlock(in_channels, feature_dim)
+        self.norm = nn.LayerNorm(widths[0], eps=1e-6)
+        self.skip = Pointwise(widths[0], widths[0])
+        self.skips = nn.ModuleList(ResidualBlock(width, width) for width in widths[1:])
+        levels = [(1, feature_dim), *zip(strides, widths, strict=True)]
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose3d(coarser_width, width, coarser_stride // stride, coarser_stride // stride, bias=False)
+            for (stride, width), (coarser_stride, coarser_width) in itertools.pairwise(levels)
+        )
+        self.blocks = nn.ModuleList(ResidualBlock(width, width) for _, width in levels[:-1])
+
+    @staticmethod
+    def _make_head(width: int, num_classes: int) -> nn.Module:
+        return nn.Conv3d(width, num_classes, 1)
+
+    def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        finest = self.skip(self.norm(maps[0].movedim(1, -1))).movedim(-1, 1)
+        # Encoders may hold maps channels last, where convolutions are no faster, and norms and their gradients slower.
+        skips = [self.stem(volume_BCXYZ), finest.contiguous()]
+        skips += [block(features.contiguous()) for block, features in zip(self.skips, maps[1:], strict=True)]
+        features = skips.pop()
+        levels: list[Tensor] = []
+        for up, block in zip(reversed(self.ups), reversed(self.blocks), strict=True):
+            features = block(up(features) + skips.pop())
+            levels.insert(0, features)
+        return levels
+
+
+class ResidualBlock(nn.Module):
+    """Two dense 3^3 convolutions with instance norms and the residual around them (He et al. 2016; nnU-Net's ResEnc).
+
+    Args:
+        dim_in: Channels in.
+        dim_out: Channels out. Where they are others, the residual goes through a linear layer and a norm.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(dim_in, dim_out, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv3d(dim_out, dim_out, 3, padding=1, bias=False)
+        # A group norm with one channel a group is an instance norm that also takes a map of a single voxel.
+        self.norm1, self.norm2 = (nn.GroupNorm(dim_out, dim_out) for _ in range(2))
+        same = dim_in == dim_out
+        self.residual = None if same else nn.Conv3d(dim_in, dim_out, 1, bias=False)
+        self.norm3 = None if same else nn.GroupNorm(dim_out, dim_out)
+
+    def forward(self, features_BCXYZ: Tensor) -> Tensor:
+        """Features ``(B, dim_out, X, Y, Z)``."""
+        branch = F.leaky_relu(self.norm1(self.conv1(features_BCXYZ)), _SLOPE)
+        branch = self.norm2(self.conv2(branch))
+        if self.residual is not None and self.norm3 is not None:
+            features_BCXYZ = self.norm3(self.residual(features_BCXYZ))
+        return F.leaky_relu(features_BCXYZ + branch, _SLOPE)
+
+
+#: Decoders by name.
+DECODERS: dict[str, type[SegmentationDecoder]] = {"additive": AdditiveDecoder, "unet": UNetDecoder}
