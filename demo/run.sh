@@ -21,7 +21,7 @@ mim3d pretrain --config recipes/demo_pretrain.yaml --data "$out/cache" --fold 0 
 
 step "4. Fine-tune from the pre-trained encoder, and once from scratch"
 mim3d finetune --config recipes/demo_finetune.yaml --data "$out/cache" --out "$out/pretrained" --weights "$out/pretrain"
-mim3d finetune --config recipes/demo_finetune.yaml --data "$out/cache" --out "$out/scratch"
+mim3d finetune --out "$out/scratch" --like "$out/pretrained"
 
 step "5. Predict the held-out scans on their own grids, and score them"
 for run in pretrained scratch; do

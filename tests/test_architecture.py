@@ -77,7 +77,7 @@ BUDGET = {
     "datasets": 4159,
     "phantoms": 1400,
     "backbones": 575,
-    "reporting": 1933,
+    "reporting": 1938,
     "caching": 4430,
     "objective": 150,
     "weights": 1591,

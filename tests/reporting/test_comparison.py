@@ -63,6 +63,8 @@ def test_only_runs_of_one_task_data_set_and_fold_are_compared() -> None:
     assert comparisons([run("pre", command="pretrain", seed=3), *shown]) == {}
     folds = [run(f"{name}/fold_{fold}", fold=fold, seed=seed) for name, seed in (("a", 0), ("b", 1)) for fold in (0, 1)]
     assert comparisons(folds).keys() == {"b/fold_0", "b/fold_1"}
+    assert comparisons([folds[0], run("alone", fold=0, seed=2)]).keys() == {"alone"}
+    assert "fold 0 and 1" in comparisons([run("c", fold=0), run("d", fold=1)])["d"]
 
 
 @pytest.mark.parametrize("odd", ["many", -1, 10**30, {"a": 1}, [2], None])

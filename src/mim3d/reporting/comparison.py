@@ -25,13 +25,15 @@ def comparisons(runs: Sequence[NamedRun]) -> dict[str, str]:
     Returns:
         Nothing for runs of other commands, and for those that differ in nothing but weights, machine and display.
     """
-    firsts: dict[tuple[str, str, str], NamedRun] = {}
     said = {}
-    for run in runs:
-        if run.command != "finetune":
-            continue
-        fold = run.record.path.name
-        first = firsts.setdefault((run.subject, run.data, fold if _FOLD.fullmatch(fold) else ""), run)
+    shown: list[NamedRun] = []
+    for run in (run for run in runs if run.command == "finetune"):
+        alike = [each for each in shown if (each.subject, each.data) == (run.subject, run.data)]
+        same_fold = [each for each in alike if _fold_of(each) == _fold_of(run)]
+        shown.append(run)
+        # Folds of one set of runs are no comparison.
+        is_fold = _FOLD.fullmatch(run.record.path.name)
+        first = next(iter(same_fold or ([] if is_fold else alike)), run)
         differences = recipe_differences(first.record.manifest, run.record.manifest)
         if differences:
             named = [f"{cut(name)} {cut(str(one))} and {cut(str(other))}" for name, (one, other) in differences.items()]
@@ -40,3 +42,7 @@ def comparisons(runs: Sequence[NamedRun]) -> dict[str, str]:
                 "from these (mim3d finetune --like RUN takes all but weights from a run)."
             )
     return said
+
+
+def _fold_of(run: NamedRun) -> object:
+    return run.record.manifest["settings"].get("fold")
