@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3008,
+    "core": 3009,
     "kernels": 875,
     "scans": 4627,
     "nn": 575,
@@ -77,7 +77,7 @@ BUDGET = {
     "datasets": 4159,
     "phantoms": 1400,
     "backbones": 575,
-    "reporting": 1938,
+    "reporting": 1940,
     "caching": 4430,
     "objective": 150,
     "weights": 1591,

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.resources import choose_device
-from mim3d.core.run_folder import read_run
+from mim3d.core.run_folder import read_run, recipe_differences
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.prediction import box_of_scan, classes_of, prepare_scan
@@ -296,3 +297,19 @@ def test_a_backbone_of_ones_own_reaches_the_loading_of_classifiers(run, class_li
         str(foreign), str(tmp_path / "out"), input=str(class_list), backbone=card["backbone"], accelerator="cpu"
     )
     assert len(rows_of(Path(out) / "predictions.csv")) == 12
+
+
+def test_schedules_and_recipes_of_other_runs_serve_classification_too(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "data")
+    first = tune(data, tmp_path / "first", max_steps=2, validate_every=0)
+    tuned = tune(data, tmp_path / "tuned", weights=str(first), backbone=None, max_steps=20, validate_every=0)
+    derived = json.loads((tuned / "manifest.json").read_text())["derived"]
+    assert (derived["frozen_steps"], derived["warmup_steps"]) == (2, 2)
+    frozen = tune(data, tmp_path / "frozen", weights=str(first), max_steps=2, schedule="frozen", validate_every=0)
+    before, after = (load_encoder(str(run)).state_dict() for run in (first, frozen))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    scratch = Path(finetune(str(data), str(tmp_path / "scratch"), like=str(frozen), memory_limit=0))
+    one, other = (json.loads((run / "manifest.json").read_text()) for run in (frozen, scratch))
+    assert recipe_differences(one, other) == {}
+    assert other["settings"]["task"]["freeze_encoder"] is False
+    assert one["derived"]["task"] == {**other["derived"]["task"], "freeze_encoder": True}

@@ -142,13 +142,18 @@ def test_what_is_no_finished_plan_of_fine_tuning_is_refused_in_one_sentence(
     pretrained: Path, ball_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun, pretraining, broken = tmp_path / "begun", tmp_path / "pretraining", tmp_path / "broken"
-    for folder, changes in ((begun, {"inputs": {}}), (pretraining, {"command": "pretrain"}), (broken, {"inputs": 1})):
+    later = tmp_path / "later"
+    settings = {**manifest_of(pretrained)["settings"], "inventd": 1}
+    made = [(begun, {"inputs": {}}), (pretraining, {"command": "pretrain"}), (broken, {"inputs": 1})]
+    for folder, changes in (*made, (later, {"settings": settings})):
         folder.mkdir()
+        shutil.copy(pretrained / "split.json", folder)
         (folder / "manifest.json").write_text(json.dumps({**manifest_of(pretrained), **changes}))
     for like, words in (
         (begun, "stopped before its plan was finished; go on with it first"),
         (pretraining, "a run of mim3d pretrain; give the --out of a mim3d finetune; its encoder goes with --weights"),
         (broken, "is no manifest of a run"),
+        (later, "inventd"),
         (ball_set, "which is no run of fine-tuning; give the --out of a mim3d finetune"),
         (tmp_path / "absent", "which is no run of fine-tuning"),
     ):

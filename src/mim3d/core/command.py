@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.names import cut
-from mim3d.core.settings import coerce, overlay
+from mim3d.core.settings import coerce, nearest, overlay
 from mim3d.core.warned import recording
 
 P = ParamSpec("P")
@@ -68,7 +68,10 @@ def command(settings: Callable[P, Settings]) -> Callable[[Callable[[Settings], R
                 if below is None:
                     return function(settings(*args, **kwargs))
                 given = inspect.signature(from_fields).bind(*args, **kwargs).arguments
-                under = {name: coerce(value, hints[name], name) for name, value in below(given).items()}
+                lowest = below(given)
+                if unknown := [name for name in lowest if name not in hints]:
+                    raise ConfigError(f"{unknown[0]} is no setting of {function.__name__}.{nearest(unknown[0], hints)}")
+                under = {name: coerce(value, hints[name], name) for name, value in lowest.items()}
                 merged = {**under, **{name: overlay(under.get(name), value) for name, value in given.items()}}
                 return function(made(**merged))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from mim3d.core.errors import listed
-from mim3d.core.names import cut
+from mim3d.core.names import cut, printable
 from mim3d.core.run_folder import recipe_differences
 from mim3d.reporting.sources import NamedRun
 
@@ -36,7 +36,10 @@ def comparisons(runs: Sequence[NamedRun]) -> dict[str, str]:
         first = next(iter(same_fold or ([] if is_fold else alike)), run)
         differences = recipe_differences(first.record.manifest, run.record.manifest)
         if differences:
-            named = [f"{cut(name)} {cut(str(one))} and {cut(str(other))}" for name, (one, other) in differences.items()]
+            named = [
+                printable(f"{cut(name)} {cut(str(one))} and {cut(str(other))}")
+                for name, (one, other) in differences.items()
+            ]
             said[run.name] = (
                 f"{first.name} and {run.name} differ in more than weights: {listed(named, _MOST)}; scores may follow "
                 "from these (mim3d finetune --like RUN takes all but weights from a run)."

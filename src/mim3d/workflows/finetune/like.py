@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import load_json
+from mim3d.core.names import cut, printable
 from mim3d.core.progress import say
 from mim3d.core.run_folder import MANIFEST_NAME, how_to_resume, read_manifest, recipe_of
 from mim3d.core.settings import CONFIG_NAME, coerce, flat, read_yaml, to_mapping, to_named
@@ -92,7 +93,7 @@ def say_like(settings: "FinetuneSettings") -> None:
     plain["accumulation"] *= (settings.devices or 1) * (settings.num_nodes or 1)
     here = flat(plain)
     changed = [
-        f"{name} {here.get(name)} (there {value})"
+        f"{name} {here[name]} (there {printable(cut(str(value)))})"
         for name, value in there.items()
         if name not in _PATHS and name in here and here[name] != value
     ]
