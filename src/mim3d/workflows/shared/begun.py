@@ -15,7 +15,7 @@ from mim3d.training.schedule import Optimisation
 #: Passes over the scans of a planned length (the paper's 800 epochs).
 PLANNED_PASSES = 800
 
-#: Steps that a planned length has at least: with fewer, the levels of a hierarchy have hardly begun to fall
+#: Steps that a planned length has at least: a few hundred small ones bring losses just below that of a constant guess
 #: (docs/concepts/learning-rates.md).
 LEAST_STEPS = 5_000
 
