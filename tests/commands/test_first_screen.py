@@ -30,11 +30,12 @@ def lines(ball_set, tmp_path, capsys):
 def test_a_run_says_what_it_learns_from_and_what_it_does_in_a_few_lines(lines, tmp_path):
     found = lines("run", "--num_folds", "3", "--train_cases", "1", "--train_seed", "4")
     told = [line for line in found if not line.startswith("mim3d: warning")]
-    assert told[0] == "fold 0 of 3: 4 cases to learn from, 2 held out"
-    assert told[1] == "few-shot: 1 of 4 cases, 1 of 4 patients (train_cases 1, train_seed 4)"
+    assert told[0].startswith("precision: 32-true (auto; ")
+    assert told[1] == "fold 0 of 3: 4 cases to learn from, 2 held out"
+    assert told[2] == "few-shot: 1 of 4 cases, 1 of 4 patients (train_cases 1, train_seed 4)"
     assert any(line == "network: segmentation on hybrid with tokens of 4 x 4 x 4 voxels, from scratch" for line in told)
     assert any(line.startswith("training: 1 step of 1 sample, 1 pass over 1 sample; learning rate ") for line in told)
-    assert sum(not line.startswith(("step", "all", "kept", "segmenter")) for line in told) <= 9
+    assert sum(not line.startswith(("step", "all", "kept", "segmenter")) for line in told) <= 10
     derived = json.loads((tmp_path / "run" / "manifest.json").read_text())["derived"]
     assert any("weight decay acts on" in line for line in derived["derivations"])
     assert any("crops are mirrored" in line for line in derived["details"])
@@ -42,7 +43,7 @@ def test_a_run_says_what_it_learns_from_and_what_it_does_in_a_few_lines(lines, t
 
 def test_verbose_prints_the_rest_and_may_be_asked_for_on_resume(lines):
     short = lines("run", "--fold", "null")
-    assert short[0] == "no fold: 6 cases to learn from, none held out"
+    assert short[1] == "no fold: 6 cases to learn from, none held out"
     assert not any("weight decay" in line for line in short)
     # Samples per second may be 0.1.
     assert not any(
