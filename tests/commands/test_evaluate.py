@@ -180,7 +180,7 @@ def test_a_map_on_another_grid_is_left_out_or_refused_before_any_score(folders):
     with pytest.raises(DataError, match=r"b\.nii\.gz.*1 x 1 x 3 mm.*b\.nii\.gz.*1 x 1 x 2 mm"):
         run(folders, strict=True)
     assert not (folders / "s.json").exists()
-    with pytest.warns(UserWarning, match="1 of 2 cases cannot be used and are left out"):
+    with pytest.warns(UserWarning, match="1 of 2 cases cannot be used and is left out"):
         assert run(folders)["num_cases"] == 1
 
 

@@ -120,7 +120,7 @@ def test_existing_folds_are_refused_without_resume(ball_set: Path, folds: Path) 
         ({"num_folds": 1}, ConfigError, "num_folds >= 2"),
         ({"num_folds": 0}, ConfigError, "num_folds is 0, but fold all needs num_folds >= 2"),
         ({"devices": 2}, ConfigError, "one device"),
-        ({"train_cases": 5}, DataError, "there are 4 patients"),
+        ({"train_cases": 5}, DataError, "no more than 4 patients"),
         ({"task": "segmentatoin"}, ConfigError, "segmentation"),
     ],
 )

@@ -7,7 +7,16 @@ import pytest
 
 from mim3d.core.errors import DataError
 from mim3d.core.files import read_csv, write_csv
-from mim3d.core.names import MAX_NAME_BYTES, file_name, is_file_name, joined_name, printable, same_name, unescaped
+from mim3d.core.names import (
+    MAX_NAME_BYTES,
+    file_name,
+    is_file_name,
+    joined_name,
+    number_of,
+    printable,
+    same_name,
+    unescaped,
+)
 from mim3d.core.progress import Progress, say
 
 HOSTILE = [
@@ -115,3 +124,10 @@ def test_warnings_and_errors_of_the_command_line_are_harmless(tmp_path, capsys, 
     assert main(["cache", str(tmp_path / "no\x1b[31m\u202e"), "--out", str(tmp_path / "c")]) == 2
     err = capsys.readouterr().err
     assert "\\x1b[31m\\u202e" in err and all(line.isprintable() for line in err.splitlines())
+
+
+def test_a_number_has_its_noun_and_its_verb() -> None:
+    assert [number_of(n, "scan", "are") for n in (0, 1, 2)] == ["0 scans are", "1 scan is", "2 scans are"]
+    assert number_of(1, "case", "were", of=3) == "1 of 3 cases was"
+    assert number_of(1, "case", "were", of=1) == "1 of 1 case was"
+    assert number_of(2000, "copy", "have", of=3000) == "2,000 of 3,000 copies have"

@@ -82,7 +82,7 @@ def test_a_list_that_does_not_fit_the_data_is_refused_by_name(tmp_path: Path):
 
 
 def test_more_patients_than_there_are_is_refused():
-    with pytest.raises(DataError, match="train_cases is 21, but there are 20 patients"):
+    with pytest.raises(DataError, match="train_cases is 21, but there is no more than 20 patients"):
         TrainPart(train_cases=21).take(cases(20))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mim3d.core.errors import DataError, Mim3dError
 from mim3d.core.files import REMEDY, explained_write, read_csv, write_csv, write_text
-from mim3d.core.names import as_cell
+from mim3d.core.names import as_cell, number_of
 from mim3d.core.warned import LeftOutWarning, record_said
 
 #: Reasons that a sentence holds; a file has them all.
@@ -147,12 +147,8 @@ def note_left_out(num_left_out: int, num_cases: int, listed_in: Path | str) -> N
         listed_in: File that holds each of them with the reason.
     """
     if num_left_out:
-        cases = "case" if num_cases == 1 else "cases"
-        were = "was" if num_left_out == 1 else "were"
-        sentence = (
-            f"{num_left_out} of {num_cases} {cases} {were} left out, the others are done; "
-            f"the reasons are in {listed_in}."
-        )
+        were = number_of(num_left_out, "case", "were", of=num_cases)
+        sentence = f"{were} left out, the others are done; the reasons are in {listed_in}."
         _noted[str(listed_in)] = sentence
         record_said(LeftOutWarning.kind, sentence)
 

@@ -40,14 +40,28 @@ def joined_name(parts: Sequence[str]) -> str:
     return file_name(re.sub(r"[^\w.-]+", "-", "_".join(parts)))
 
 
-def number_of(number: int, noun: str) -> str:
-    """A number with its noun, as ``1 scan``, ``2 scans`` or ``3 copies``; large numbers have commas."""
+#: Verbs of several, and of one.
+_OF_ONE = {"are": "is", "were": "was", "have": "has", "start": "starts", "show": "shows", "share": "shares"}
+
+
+def number_of(number: int, noun: str, verb: str = "", *, of: int | None = None) -> str:
+    """A number with its noun, as ``1 scan``, ``2 scans`` or ``3 copies``; large numbers have commas.
+
+    Args:
+        number: How many.
+        noun: What they are, in the singular.
+        verb: What follows, in the plural: 1 and ``are`` give ``1 scan is``.
+        of: How many there are in all, for ``1 of 3 scans``.
+    """
+    verb = verb and f" {_OF_ONE[verb] if number == 1 else verb}"
+    if of is not None:
+        return f"{number:,} of {number_of(of, noun)}{verb}"
     if number != 1 and not noun.endswith("series"):
         if re.search(r"[^aeiou]y$", noun):
             noun = f"{noun[:-1]}ies"
         else:
             noun += "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
-    return f"{number:,} {noun}"
+    return f"{number:,} {noun}{verb}"
 
 
 def cut(text: str, length: int = 200) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
-from mim3d.core.names import printable
+from mim3d.core.names import number_of, printable
 from mim3d.datasets.lists import Entry, beside, read_columns, said_of_guesses
 from mim3d.scans.volumes import channels_of, scan_id, suffix_of
 
@@ -121,7 +121,7 @@ def read_description(content: Any, path: str, *, with_labels: bool = True) -> De
     number = sum(entry.get("split") is None for entry in entries.values())
     declared = content.get("numTraining")
     if isinstance(declared, int) and declared != number:
-        notes.append(f"{path}: numTraining is {declared}, but there are {number} cases to train on.")
+        notes.append(f"{path}: numTraining is {declared}, but it lists {number_of(number, 'case')} to train on.")
     labels = LabelDeclaration()
     if with_labels:
         labels = read_labels(content.get("labels"), path, content.get("regions_class_order"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from mim3d.core.errors import DataError, listed
 from mim3d.core.files import read_json
-from mim3d.core.names import printable
+from mim3d.core.names import number_of, printable
 from mim3d.core.progress import say
 from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case, CaseSet, pair_folders, read_cases, scans_in
@@ -484,7 +484,7 @@ def _not_held_out(listing: str, unpredicted: Sequence[str]) -> list[str]:
 
 def _warn_of_unmatched(found: Pairs | ClassTable, not_held_out: Sequence[str]) -> None:
     if not_held_out:
-        rest = "1 reference is" if len(not_held_out) == 1 else f"{len(not_held_out)} references are"
+        rest = number_of(len(not_held_out), "reference", "are")
         say(f"{rest} of cases that the run did not hold out, and not scored.")
     for attribute, fault in _UNMATCHED.items():
         names = [name for name in getattr(found, attribute, ()) if name not in not_held_out]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.names import number_of
 from mim3d.core.settings import nearest
 from mim3d.core.warned import LeakWarning
 from mim3d.datasets.cases import Case
@@ -88,8 +89,8 @@ def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, see
         shared = sorted({case.patient for case in split.train} & {case.patient for case in split.val})
         if shared:
             warnings.warn(
-                f"The declared split puts {len(shared)} patients into both train and val ({listed(shared)}); "
-                "validation scores will look better than they are.",
+                f"The declared split puts {number_of(len(shared), 'patient')} into both train and val "
+                f"({listed(shared)}); validation scores will look better than they are.",
                 category=LeakWarning,
                 stacklevel=2,
             )
@@ -163,8 +164,8 @@ class TrainPart:
         if self.train_cases is not None:
             if self.train_cases > len(patients):
                 raise DataError(
-                    f"train_cases is {self.train_cases}, but there are {len(patients)} patients to train on; use at "
-                    "most as many."
+                    f"train_cases is {self.train_cases}, but there is no more than "
+                    f"{number_of(len(patients), 'patient')} to train on; use at most as many."
                 )
             number = self.train_cases
         kept = set(patients[:number])

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mim3d.core.errors import DataError
 from mim3d.core.left_out import Failure, in_words
+from mim3d.core.names import number_of
 from mim3d.core.warned import LeftOutWarning
 from mim3d.datasets.cases import Case, CaseSet, LeftOut
 from mim3d.datasets.mistaken import refuse_unlearnable
@@ -62,11 +63,13 @@ def refuse_or_say(root: str, reasons: list[str], num_cases: int, *, strict: bool
         raise DataError(
             f"{root}: none of {num_cases} cases can be used: {in_words(reasons)}" if num_cases > 1 else reasons[0]
         )
-    counts = f"{len(reasons)} of {num_cases} cases"
+    counts = number_of(len(reasons), "case", of=num_cases)
     if strict:
         raise DataError(f"{root}: {counts} cannot be used (strict: nothing is left out): {in_words(reasons)}")
     warnings.warn(
-        f"{root}: {counts} cannot be used and are left out: {in_words(reasons)}", category=LeftOutWarning, stacklevel=3
+        f"{root}: {counts} cannot be used and {'is' if len(reasons) == 1 else 'are'} left out: {in_words(reasons)}",
+        category=LeftOutWarning,
+        stacklevel=3,
     )
 
 

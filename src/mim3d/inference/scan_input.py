@@ -18,6 +18,7 @@ from mim3d.backbones.contract import check_multiple, round_up
 from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.names import number_of
 from mim3d.core.settings import build_settings
 from mim3d.core.types import Named, Spacing, Triple
 from mim3d.core.warned import UnlikeTrainingWarning, WeightsWarning
@@ -133,7 +134,7 @@ def load_scan(
     num_channels = scan.num_channels if isinstance(scan, CachedScan) else len(case.images)
     if num_channels != recipe.in_channels:
         raise DataError(
-            f"{case.images[0]}: a scan of {num_channels} images (channels), but {weights} learned from "
+            f"{case.images[0]}: a scan of {number_of(num_channels, 'channel')}, but {weights} learned from "
             f"{recipe.in_channels}; give one file for each channel, in the order of training."
         )
     found: CachedScan | Prepared

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mim3d.core.errors import ConfigError, Mim3dError
+from mim3d.core.names import number_of
 from mim3d.core.resources import in_words
 
 #: Values of a window that wait on the device to be summed; beyond, the host waits for the device once.
@@ -131,8 +132,8 @@ class BadSteps:
         self._retried = list(state["retried"])
         if self.num_bad > self._limit:
             raise ConfigError(
-                f"max_bad_steps is {self._limit}, but {self.num_bad} steps of this run have gone wrong already; go on "
-                f"with --max_bad_steps {self.num_bad} or more."
+                f"max_bad_steps is {self._limit}, but {number_of(self.num_bad, 'step', 'have')} gone wrong in this run "
+                f"already; go on with --max_bad_steps {self.num_bad} or more."
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import load_json, read_json, write_csv, write_json, write_text
 from mim3d.core.left_out import note_left_out, write_tracebacks
+from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.warned import LeakWarning, WarningRow, checked_rows, record_said, recording
 from mim3d.datasets.mistaken import is_prediction_folder, run_command
@@ -53,7 +54,7 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
     traced = {name: text for name, failure in scores.failures.items() if (text := failure.traceback)}
     write_tracebacks(Path(f"{stem}.tracebacks.txt"), traced)
     note_left_out(len(scores.failures), scores.num_cases + len(scores.failures), path)
-    say(f"Scores of {scores.num_cases} case{'' if scores.num_cases == 1 else 's'}: {path}")
+    say(f"Scores of {number_of(scores.num_cases, 'case')}: {path}")
     return path
 
 

@@ -137,7 +137,8 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
     unlike = [case.id for case in cases if folder.rows.get(case.id, {}).get("warnings")]
     if unlike:
         warnings.warn(
-            f"{len(unlike)} of {len(cases)} scans are unlike those that the network learned from: {listed(unlike)}; "
+            f"{number_of(len(unlike), 'scan', 'are', of=len(cases))} unlike those that the network learned from: "
+            f"{listed(unlike)}; "
             f"{folder.path / predictor.list_name} says how.",
             category=UnlikeTrainingWarning,
             stacklevel=2,

@@ -98,7 +98,7 @@ def finetune_folds(settings: FinetuneSettings) -> str:
         say(f"summary: {out / SUMMARY_NAME}")
     if len(finished) + num_skipped < len(folders):
         again = how_to_resume("finetune", out)
-        say(f"{len(finished)} of {len(folders)} folds are finished; go on with: {again}")
+        say(f"{number_of(len(finished), 'fold', 'are', of=len(folders))} finished; go on with: {again}")
     else:
         weights = " ".join(str(run.path) for run in finished) if num_skipped else f"{out}/fold_*"
         say(f"predict with all of them: mim3d predict --weights {weights} --input SCANS --out DIR")

@@ -14,6 +14,7 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.summary import cohort_of
 from mim3d.core.errors import ConfigError, DamagedError, listed
 from mim3d.core.left_out import LeftOutList
+from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.run_folder import Run
 from mim3d.core.settings import to_mapping, to_named
@@ -254,8 +255,8 @@ def _train(
     if settings.patience and settings.patience >= num_validations:
         # The first validation is always a better one.
         warnings.warn(
-            f"patience {settings.patience} never ends this run, which validates {num_validations} times; give a "
-            "smaller one, or a smaller --validate_every.",
+            f"patience {settings.patience} never ends this run, which validates {number_of(num_validations, 'time')}; "
+            "give a smaller one, or a smaller --validate_every.",
             stacklevel=2,
         )
 

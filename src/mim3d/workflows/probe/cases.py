@@ -12,6 +12,7 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DataError, listed
+from mim3d.core.names import number_of
 from mim3d.core.progress import counted
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet
@@ -153,7 +154,8 @@ def labelled_cases(source: CaseSet | Cache, target: Target | None, data: str) ->
     missing = [case.id for case in source.cases if case.id not in ids and case.split != "test"]
     if missing:
         what = "label map" if chosen == "labels" else "class"
-        warnings.warn(f"{len(missing)} scans without a {what} are left out: {listed(missing)}.", stacklevel=2)
+        without = number_of(len(missing), "scan", "are")
+        warnings.warn(f"{without} left out for want of a {what}: {listed(missing)}.", stacklevel=2)
     return chosen, found
 
 

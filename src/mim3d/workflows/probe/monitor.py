@@ -138,8 +138,8 @@ class ProbePlan:
         patients = {case.patient for case in usable}
         if len(patients) < 2:
             raise DataError(
-                f"{self.data}: labelled scans of {len(patients)} patients are left for the probe, beside those that "
-                "fine-tuning holds out; two are needed."
+                f"{self.data}: labelled scans of {number_of(len(patients), 'patient')} are left for the probe, beside "
+                "those that fine-tuning holds out; two are needed."
             )
         # A split that is declared for fine-tuning is no split of this part.
         undeclared = [replace(case, split=None) for case in usable]
