@@ -154,7 +154,7 @@ def test_a_crop_without_air_follows_its_set_and_that_is_said(tmp_path):
     assert [modality_of(cache, name).by for name in "abc"] == ["voxels", "voxels", "set"]
     assert all(scan.modalities[0].in_hu for scan in cache)
     (remark,) = cache.remarks
-    assert "1 of 3 scans show no air" in remark.text and remark.text.endswith("c.") and not remark.refused
+    assert "1 of 3 scans shows no air" in remark.text and remark.text.endswith("c.") and not remark.refused
     # A second build finds everything as it is.
     stamps = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "cache/cases").rglob("card.json"))
     again = build_cache(read_cases(tmp_path / "data"), tmp_path / "cache", Preprocessing(intensities="8-bit"))
@@ -194,7 +194,7 @@ def test_a_whole_set_with_1024_added_is_named(tmp_path):
 def test_an_mri_declared_as_ct_is_named_and_taken_as_declared(tmp_path):
     cache = cached(tmp_path, {"a": ct(), "b": ct(1), "c": mri(), "d": crop()}, **dict.fromkeys("abcd", "CT"))
     (remark,) = cache.remarks
-    assert remark.refused and "1 of 4 scans are declared as CT but show neither air nor" in remark.text
+    assert remark.refused and "1 of 4 scans shows neither air nor tissue" in remark.text
     assert "HU has: c (darkest voxel 0)" in remark.text and modality_of(cache, "c").in_hu
     # All of them may be what lies within a mask.
     (remark,) = cached(tmp_path / "all", {"a": mri()}, a="CT").remarks

@@ -43,7 +43,7 @@ PRESETS = published_presets()
 SMALL = {"name": "hybrid", "widths": [8, 16], "depths": [1, 1], "num_heads": 2}
 SHRUNK = {"name": "segmentation", "patch_size": [16, 16, 8], "feature_dim": 8}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*are not here, the first is:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*not here, the first is:UserWarning")
 
 
 def given(**changes) -> FinetuneSettings:

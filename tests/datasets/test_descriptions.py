@@ -120,7 +120,7 @@ def test_what_nothing_uses_is_named_in_one_sentence_and_what_is_irrelevant_passe
 def test_a_number_of_cases_that_contradicts_the_files_is_said(tmp_path):
     _, said = nnunet(tmp_path, {"liver": 1}, numTraining=5)
     assert len(said) == 1
-    assert "numTraining is 5, but there are 3 cases" in said[0]
+    assert "numTraining is 5, but it lists 3 cases" in said[0]
 
 
 def test_files_that_the_description_passes_over_are_named(tmp_path):
@@ -142,7 +142,7 @@ def test_the_mapping_of_nnunet_names_its_own_files(tmp_path):
     assert (found.cases[0].label, found.cases[1].label) == (str(tmp_path / "p/seg.nrrd"), None)
     assert len(said) == 1
     assert "site is not used" in said[0]
-    with pytest.raises(DataError, match='case \'one\' of "dataset" has 1 images, but "channel_names" 2'):
+    with pytest.raises(DataError, match='case \'one\' of "dataset" has 1 image, but "channel_names" 2'):
         read(tmp_path, channel_names={"0": "CT", "1": "PET"}, labels={}, dataset={"one": {"images": ["a"]}})
 
 

@@ -548,7 +548,7 @@ def test_a_label_beyond_those_that_are_kept_is_refused_with_its_value(tmp_path, 
 def test_what_is_not_a_number_in_a_label_map_is_background(tmp_path):
     array = voxels().astype(np.float32)
     array[1, 2, 3] = np.nan
-    with pytest.raises(DataError, match=r"1 of 210 voxels are NaN.*by 0, the background"):
+    with pytest.raises(DataError, match=r"1 of 210 voxels is NaN.*by 0, the background"):
         read_volume(write_nifti(tmp_path / "label.nii.gz", array), label=True)
 
 

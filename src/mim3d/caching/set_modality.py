@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from mim3d.core.errors import DataError, listed
+from mim3d.core.names import number_of
 from mim3d.core.progress import counted
 from mim3d.datasets.cases import Case, CaseSet
 from mim3d.scans.modality import ChannelModality, decide, is_ct_set, modality_name, modality_of_channels, sign_of
@@ -98,16 +99,16 @@ def remarks_on(modalities: Modalities, minima: Mapping[str, Sequence[float]]) ->
         followers = [name for name, channel in of_scan.items() if channel.by == "set"]
         if followers:
             text = (
-                f"{len(followers)} of {len(of_scan)} scans show no air to tell CT by{where} and are taken for CT like "
-                f"the others: {listed(followers)}."
+                f"{number_of(len(followers), 'scan', 'show', of=len(of_scan))} no air to tell CT by{where}; CT is "
+                f"assumed, like the others: {listed(followers)}."
             )
             remarks.append(SetRemark(text=text, refused=False))
         doubtful = [name for name, channel in of_scan.items() if channel.is_unlike_ct]
         if doubtful:
             text = (
-                f"{len(doubtful)} of {len(of_scan)} scans{where} are declared as CT but show neither air nor tissue as "
-                f"a CT in HU has: {listed(doubtful)} (darkest voxel {minima[doubtful[0]][place]:g}). They are taken "
-                "for HU as declared; correct what is declared if they are something else."
+                f"{number_of(len(doubtful), 'scan', 'show', of=len(of_scan))} neither air nor tissue as a CT in HU has"
+                f"{where}, though declared as CT: {listed(doubtful)} (darkest voxel {minima[doubtful[0]][place]:g}). "
+                "HU are assumed as declared; correct what is declared where it is wrong."
             )
             # A whole set may hold crops of bones or what lies within a mask; few of many are likely an error.
             remarks.append(SetRemark(text=text, refused=2 * len(doubtful) < len(of_scan)))
@@ -153,8 +154,8 @@ def require_one_kind(cases: CaseSet) -> None:
     refused = [each.text for each in remarks_on(settled(tuple(chosen.values()), found), minima) if each.refused]
     if refused:
         raise DataError(
-            f"{cases.root}: {' '.join(refused)} (strict: such a set is refused; {len(found)} of {len(cases.cases)} "
-            "scans were looked at, and nothing was made)"
+            f"{cases.root}: {' '.join(refused)} (strict: such a set is refused; "
+            f"{number_of(len(found), 'scan', 'were', of=len(cases.cases))} looked at, and nothing was made)"
         )
 
 
@@ -204,4 +205,4 @@ def _on_kinds(
     found = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     remedy = "" if meant else " Correct them or leave them out; kinds that are meant are declared (modality)."
     different = " of different kinds" if len(counts) > 1 else ""
-    return f"{len(of_scan)} scans{different}{where}: {found}; {'; '.join(parts)}.{remedy}"
+    return f"{number_of(len(of_scan), 'scan')}{different}{where}: {found}; {'; '.join(parts)}.{remedy}"

@@ -44,6 +44,11 @@ def joined_name(parts: Sequence[str]) -> str:
 _OF_ONE = {"are": "is", "were": "was", "have": "has", "start": "starts", "show": "shows", "share": "shares"}
 
 
+def verb_of(number: int, verb: str) -> str:
+    """The verb that goes with a number: 1 and ``are`` give ``is``."""
+    return _OF_ONE[verb] if number == 1 else verb
+
+
 def number_of(number: int, noun: str, verb: str = "", *, of: int | None = None) -> str:
     """A number with its noun, as ``1 scan``, ``2 scans`` or ``3 copies``; large numbers have commas.
 
@@ -53,7 +58,7 @@ def number_of(number: int, noun: str, verb: str = "", *, of: int | None = None) 
         verb: What follows, in the plural: 1 and ``are`` give ``1 scan is``.
         of: How many there are in all, for ``1 of 3 scans``.
     """
-    verb = verb and f" {_OF_ONE[verb] if number == 1 else verb}"
+    verb = verb and f" {verb_of(number, verb)}"
     if of is not None:
         return f"{number:,} of {number_of(of, noun)}{verb}"
     if number != 1 and not noun.endswith("series"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import read_json
-from mim3d.core.names import file_name, is_file_name, joined_name, printable, same_name
+from mim3d.core.names import file_name, is_file_name, joined_name, number_of, printable, same_name
 from mim3d.core.settings import nearest
 from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import endings_apart, unique_ids
@@ -167,7 +167,8 @@ def read_cases(
     found = _with_modality(replace(found, cases=to_cases(cases, root)), modality, of_set)
     found = _with_patients(found, patient_pattern)
     if alike := [found.cases[row].images[0] for row in endings_apart(found.cases)]:
-        said = f"{len(alike)} scans share the name of another but for its ending, and may be copies: {listed(alike)}."
+        share = number_of(len(alike), "scan", "share")
+        said = f"{share} the name of another but for its ending, and may be copies: {listed(alike)}."
         found = replace(found, notes=(*found.notes, f"{found.root}: {said} Remove those that are."))
     if found.form in ("msd", "nnunet"):
         found = _with_folds(found)

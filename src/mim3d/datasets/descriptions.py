@@ -303,8 +303,8 @@ def _nnunet_mapping(cases: Mapping[str, Any], path: str, num_channels: int, keys
             raise DataError(f'{path}: case {case_id!r} of "dataset" needs a list "images".')
         if num_channels and len(item["images"]) != num_channels:
             raise DataError(
-                f'{path}: case {case_id!r} of "dataset" has {len(item["images"])} images, but "channel_names" '
-                f"{num_channels}."
+                f'{path}: case {case_id!r} of "dataset" has {number_of(len(item["images"]), "image")}, but '
+                f'"channel_names" {num_channels}.'
             )
         keys.unused += [printable(str(key)) for key in item if key not in ("images", "label")]
         entries[f"{path}, case {case_id}"] = {"id": case_id, "image": item["images"], "label": item.get("label")}

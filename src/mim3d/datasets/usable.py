@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mim3d.core.errors import DataError
 from mim3d.core.left_out import Failure, in_words
-from mim3d.core.names import number_of
+from mim3d.core.names import number_of, verb_of
 from mim3d.core.warned import LeftOutWarning
 from mim3d.datasets.cases import Case, CaseSet, LeftOut
 from mim3d.datasets.mistaken import refuse_unlearnable
@@ -67,7 +67,7 @@ def refuse_or_say(root: str, reasons: list[str], num_cases: int, *, strict: bool
     if strict:
         raise DataError(f"{root}: {counts} cannot be used (strict: nothing is left out): {in_words(reasons)}")
     warnings.warn(
-        f"{root}: {counts} cannot be used and {'is' if len(reasons) == 1 else 'are'} left out: {in_words(reasons)}",
+        f"{root}: {counts} cannot be used and {verb_of(len(reasons), 'are')} left out: {in_words(reasons)}",
         category=LeftOutWarning,
         stacklevel=3,
     )

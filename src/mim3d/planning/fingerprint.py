@@ -21,6 +21,7 @@ from mim3d.caching.foreground import Statistics, class_counts_of
 from mim3d.caching.preprocessing import Preprocessing, prepare
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import load_json, write_json
+from mim3d.core.names import number_of
 from mim3d.core.progress import counted
 from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import Spacing, Triple
@@ -254,7 +255,7 @@ def fingerprint_of(
     for grid in others:
         if grid.num_channels != first.num_channels:
             raise DataError(
-                f"case {grid.id} has {grid.num_channels} images (channels), but case {first.id} has "
+                f"case {grid.id} has {number_of(grid.num_channels, 'image')}, but case {first.id} has "
                 f"{first.num_channels}; list the same images for every case."
             )
     candidates = [source for source in sources if source.id in grids and source.id in set(ids)]

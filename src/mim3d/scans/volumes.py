@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError, Mim3dError, first_line
 from mim3d.core.files import atomic_file
-from mim3d.core.names import file_name
+from mim3d.core.names import file_name, number_of
 from mim3d.core.types import LARGEST_LABEL, Spacing
 from mim3d.scans.files import check_file, walk
 from mim3d.scans.grids import Grid, smallest_integer, split_channel, split_series
@@ -267,8 +267,8 @@ def read_volume(path: str | os.PathLike[str], *, label: bool = False, narrow: bo
     assert array is not None
     if num_bad:
         raise DataError(
-            f"{name}: {num_bad} of {array.size} voxels are NaN, infinite or beyond {_LARGEST:g}; replace "
-            f"them ({'by 0, the background' if label else 'for CT by -1000'}) and save the file again."
+            f"{name}: {number_of(num_bad, 'voxel', 'are', of=array.size)} NaN, infinite or beyond {_LARGEST:g}; "
+            f"replace them ({'by 0, the background' if label else 'for CT by -1000'}) and save the file again."
         )
     return Volume(array=array, grid=scan.grid)
 

@@ -287,8 +287,8 @@ class TrainedNetwork:
         """
         if len(case.images) != self.num_channels:
             raise DataError(
-                f"{case.images[0]}: {len(case.images)} images (channels) where the network was trained on "
-                f"{self.num_channels}; list the channels of a scan separated by ';' in a CSV."
+                f"{case.images[0]}: {number_of(len(case.images), 'image')} where the network was trained on "
+                f"{self.num_channels}; list the images (channels) of a scan separated by ';' in a CSV."
             )
 
 

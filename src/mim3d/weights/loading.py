@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mim3d.backbones import BACKBONES, Backbone, Encoder, Hybrid, create_recipe
 from mim3d.core.errors import CheckpointError, ConfigError, listed
-from mim3d.core.names import cut, number_of
+from mim3d.core.names import cut, number_of, verb_of
 from mim3d.core.own_code import is_dotted_path
 from mim3d.core.progress import say
 from mim3d.core.settings import find_named, update_settings
@@ -147,8 +147,8 @@ def load_into(
         )
     if unfilled:
         warnings.warn(
-            f"{path} fills {share:.1%} of the encoder; {len(unfilled)} of its {len(judged)} tensors start anew: "
-            f"{listed(unfilled, 3)}.",
+            f"{path} fills {share:.1%} of the encoder; {len(unfilled)} of its {number_of(len(judged), 'tensor')} "
+            f"{verb_of(len(unfilled), 'start')} anew: {listed(unfilled, 3)}.",
             category=WeightsWarning,
             stacklevel=2,
         )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.names import number_of, verb_of
 from mim3d.datasets.cases import Case, CaseSet, read_slice_folders, to_cases
 from mim3d.datasets.published.presets import FileNames, Preset
 from mim3d.datasets.splits import split_cases
@@ -110,8 +111,8 @@ def declare_fold(
         if not missing:
             continue
         text = (
-            f"{root}: {len(missing)} of the {len(numbers)} cases that {part} are not here, the first is "
-            f"{files.names_of(missing[0])}"
+            f"{root}: {len(missing)} of the {number_of(len(numbers), 'case')} that {part} "
+            f"{verb_of(len(missing), 'are')} not here, the first is {files.names_of(missing[0])}"
         )
         if len(missing) == len(numbers):
             raise DataError(f"{text}; without any of them there is nothing to compare, so add some of them.")
@@ -149,8 +150,9 @@ def _read_files(preset: Preset, files: FileNames, root: str) -> tuple[Case, ...]
         channels = channels_of(images[number]) if len(preset.channels) > 1 else (images[number],)
         if len(channels) != len(preset.channels):
             raise DataError(
-                f"{images[number]}: holds {len(channels)} channels, but {preset.name} has {len(preset.channels)} "
-                f"({', '.join(preset.channels)}) in one file; give the set as its owners publish it ({preset.url})."
+                f"{images[number]}: holds {number_of(len(channels), 'channel')}, but {preset.name} has "
+                f"{len(preset.channels)} ({', '.join(preset.channels)}) in one file; give the set as its "
+                f"owners publish it ({preset.url})."
             )
         # What follows "_" in a number separates several scans of one patient.
         patient = f"{preset.name} {number.partition('_')[0]}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.names import number_of, verb_of
 from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case, CaseSet, to_cases
 from mim3d.datasets.published.folds import fold_numbers
@@ -178,7 +179,8 @@ def pretraining_list(name: str, root: str | os.PathLike[str], *, log: Callable[[
         warnings.warn(sentence, stacklevel=2)
     if missing:
         warnings.warn(
-            f"{root}: {len(missing)} of the {len(LISTS[name])} sets of the list {name} are not here "
+            f"{root}: {len(missing)} of the {number_of(len(LISTS[name]), 'set')} of the list {name} "
+            f"{verb_of(len(missing), 'are')} not here "
             f"({', '.join(missing)}); what comes of it cannot be compared with the whole list.",
             stacklevel=2,
         )
@@ -187,14 +189,13 @@ def pretraining_list(name: str, root: str | os.PathLike[str], *, log: Callable[[
 
 def _summary(scans: ScanSet, folders: Sequence[str], num_images: int) -> str:
     """One line: how many scans of a set are there, and how many the list has."""
-    of_all = "" if scans.num_scans is None else f" of {scans.num_scans:,}"
     *others, last = scans.folders
     named = f"{', '.join(others)} or {last}" if others else last
     where = f" in {', '.join(folders)}" if folders else f": no folder named {named}"
     more = scans.num_scans is not None and num_images > scans.num_scans
-    counted = (
-        f"{num_images:,} scans, of which the list has {scans.num_scans:,}," if more else f"{num_images:,}{of_all} scans"
-    )
+    counted = number_of(num_images, "scan", of=None if more else scans.num_scans)
+    if more:
+        counted += f", of which the list has {scans.num_scans:,},"
     return f"{scans.name} ({scans.region}): {counted}{where}"
 
 

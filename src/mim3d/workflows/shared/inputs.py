@@ -232,7 +232,7 @@ def check_channels(cases: Sequence[Case], recipe: Backbone) -> None:
     for case in cases:
         if len(case.images) != recipe.in_channels:
             raise ConfigError(
-                f"case {case.id} has {len(case.images)} images (channels), but backbone.in_channels is "
+                f"case {case.id} has {number_of(len(case.images), 'image')}, but backbone.in_channels is "
                 f"{recipe.in_channels}; use --backbone.in_channels {len(case.images)}, or list only the images that "
                 "the network shall see."
             )
