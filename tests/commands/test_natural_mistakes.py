@@ -119,3 +119,23 @@ def test_words_without_a_flag_get_one(told):
     assert "such as --data scans, or see mim3d finetune --help" in told("finetune", "scans", "--out", "run")
     assert "such as --input scans" in told("predict", "scans", "--weights", "run")
     assert "such as --weights run" in told("export", "run", "--out", "folder")
+
+
+@pytest.mark.parametrize(
+    ("given", "both"),
+    [
+        (("--max_epochs", "3"), "max_steps (4) and max_epochs (3)"),
+        (("--optim.warmup_ratio", "0.1"), "warmup_steps and warmup_ratio"),
+    ],
+)
+def test_a_setting_that_excludes_one_of_the_run_is_refused_with_how_it_goes_on(tmp_path, told, given, both):
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "config.yaml").write_text("command: finetune\ndata: D\nmax_steps: 4\noptim: {warmup_steps: 3}\n")
+    said = told("finetune", "--out", run, "--resume", "true", *given)
+    assert f"{both} are both set" in said and "choose another --out" in said
+    assert f"leave these out: mim3d finetune --out '{run}' --resume true." in said
+    # Where no run is there, both were given now.
+    started = ("--data", "D", "--out", tmp_path / "new", "--max_steps", "4", "--optim.warmup_steps", "3")
+    new = told("finetune", *started, "--resume", "true", *given)
+    assert new == f"mim3d: {both} are both set; give only one of them."

@@ -134,7 +134,7 @@ def _run(words: list[str]) -> int:
         print(f"mim3d {__version__}")
         return 0
     # Only now: the overview of commands needs nothing of what reads settings.
-    from mim3d.cli.arguments import command_arguments, split_line
+    from mim3d.cli.arguments import command_arguments, refused_with_how_to_resume, split_line
     from mim3d.core.settings import nearest
 
     if name not in COMMANDS:
@@ -147,9 +147,11 @@ def _run(words: list[str]) -> int:
     else:
         take_noted()
         take_exit_code()
-        arguments = command_arguments(split_line(words[1:], signature), signature)
-        with recording() as warned, found_in_working_folder(own_code_in(arguments).values()):
-            signature.function(**arguments)
+        flags = split_line(words[1:], signature)
+        with refused_with_how_to_resume(flags, signature):
+            arguments = command_arguments(flags, signature)
+            with recording() as warned, found_in_working_folder(own_code_in(arguments).values()):
+                signature.function(**arguments)
         sentences = take_noted()
         if name in SAYING_AGAIN:
             _say_again([row for row in warned.rows if row["text"] not in sentences])

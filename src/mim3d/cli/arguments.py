@@ -10,15 +10,16 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
-from mim3d.core.errors import ConfigError
+from mim3d.core.errors import BothSetError, ConfigError
 from mim3d.core.files import load_json
 from mim3d.core.own_code import own_code_in
-from mim3d.core.run_folder import MANIFEST_NAME
+from mim3d.core.run_folder import MANIFEST_NAME, how_to_resume
 from mim3d.core.settings import CONFIG_NAME, coerce, describe, nearest, overlay, parse_yaml, read_yaml, update_settings
 
 _FLAG = re.compile(r"--[A-Za-z]")
@@ -265,6 +266,26 @@ def _settings_of_run(flags: Mapping[str, Any], signature: Signature) -> list[str
         return []
     config = os.path.join(str(flags.get("out", "")), CONFIG_NAME)
     return [config] if "out" in flags and os.path.isfile(config) else []
+
+
+@contextmanager
+def refused_with_how_to_resume(flags: Mapping[str, Any], signature: Signature) -> Iterator[None]:
+    """Say how a run goes on where what is given on top of its own settings excludes one of them.
+
+    Args:
+        flags: What :func:`split_line` returns.
+        signature: Signature of the command.
+    """
+    try:
+        yield
+    except BothSetError as error:
+        if not _settings_of_run(flags, signature):
+            raise
+        again = how_to_resume(signature.command, Path(flags["out"]))
+        raise ConfigError(
+            f"{error} {flags['out']} has settings of its own; to go on with those alone, leave these out: {again}. "
+            "For a new run, choose another --out."
+        ) from None
 
 
 def _as_from_its_folder(settings: dict[str, Any], path: str) -> dict[str, Any]:

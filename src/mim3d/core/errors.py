@@ -33,6 +33,13 @@ class ConfigError(Mim3dError):
     """A setting that cannot work. It is found before any work begins."""
 
 
+class BothSetError(ConfigError):
+    """Two settings that exclude each other are both set; each is given by its name, with its value where that helps."""
+
+    def __str__(self) -> str:
+        return printable(f"{' and '.join(self.args)} are both set; give only one of them.")
+
+
 class DataError(Mim3dError):
     """A scan, label, folder or list that cannot be used as it is."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.errors import BothSetError, ConfigError, DataError, listed
 from mim3d.core.names import number_of
 from mim3d.core.settings import nearest
 from mim3d.core.warned import LeakWarning
@@ -140,10 +140,7 @@ class TrainPart:
         if self.train_cases is not None and self.train_cases < 1:
             raise ConfigError(f"train_cases is {self.train_cases}; it must be at least 1.")
         if self.train_cases is not None and self.train_fraction < 1:
-            raise ConfigError(
-                f"train_fraction ({self.train_fraction}) and train_cases ({self.train_cases}) are both set; give only "
-                "one of them."
-            )
+            raise BothSetError(f"train_fraction ({self.train_fraction})", f"train_cases ({self.train_cases})")
         if self.train_seed < 0:
             raise ConfigError(f"train_seed is {self.train_seed}; it must be zero or more.")
 

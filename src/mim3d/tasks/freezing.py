@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mim3d.backbones.contract import Encoder
-from mim3d.core.errors import ConfigError
+from mim3d.core.errors import BothSetError, ConfigError
 from mim3d.objective import Objective
 
 
@@ -22,7 +22,7 @@ def check_freezing(freeze_encoder: bool, unfreeze_ratio: float | None) -> None:
     if not 0 < unfreeze_ratio <= 1:
         raise ConfigError(f"unfreeze_ratio is {unfreeze_ratio}; it must be above 0 and at most 1, such as 0.3.")
     if freeze_encoder:
-        raise ConfigError("freeze_encoder and unfreeze_ratio are both set; give only one of them.")
+        raise BothSetError("freeze_encoder", "unfreeze_ratio")
 
 
 def freezing_lines(freeze_encoder: bool, unfreeze_ratio: float | None, learns: str) -> list[str]:

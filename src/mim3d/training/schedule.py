@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields, replace
 
-from mim3d.core.errors import ConfigError
+from mim3d.core.errors import BothSetError, ConfigError
 from mim3d.core.names import number_of
 
 # AdamW's own defaults, for what neither the user nor the method or task sets.
@@ -50,7 +50,7 @@ class Optimisation:
     def __post_init__(self) -> None:
         for one, other in (("learning_rate", "base_learning_rate"), ("warmup_steps", "warmup_ratio")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise ConfigError(f"{one} and {other} are both set; give only one of them.")
+                raise BothSetError(one, other)
         rates = ("learning_rate", "base_learning_rate", "least_learning_rate")
         for name in (*rates, "weight_decay", "warmup_steps", "clip_norm"):
             value = getattr(self, name)

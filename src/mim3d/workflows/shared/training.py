@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mim3d.caching.scan import CachedScan
-from mim3d.core.errors import ConfigError
+from mim3d.core.errors import BothSetError, ConfigError
 from mim3d.core.progress import say
 from mim3d.core.resources import num_cores
 from mim3d.core.run_folder import MANIFEST_NAME, read_manifest
@@ -71,9 +71,7 @@ class TrainingSettings(LoopOptions):
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_epochs is not None:
-            raise ConfigError(
-                f"max_steps ({self.max_steps}) and max_epochs ({self.max_epochs}) are both set; give only one of them."
-            )
+            raise BothSetError(f"max_steps ({self.max_steps})", f"max_epochs ({self.max_epochs})")
         for name in ("batch_size", "max_epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
