@@ -92,7 +92,7 @@ BUDGET = {
     "exporting": 1150,
     "workflows": 5185,
     "commands": 270,
-    "cli": 794,
+    "cli": 816,
     "__main__": 15,
 }
 
