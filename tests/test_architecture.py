@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3009,
+    "core": 3035,
     "kernels": 875,
     "scans": 4627,
     "nn": 575,
