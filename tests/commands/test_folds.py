@@ -156,7 +156,7 @@ def test_a_fold_that_stops_ends_the_session_and_later_folds_wait(
     monkeypatch.setattr(module, "finetune_once", stopped)
     finetune_folds(settings(ball_set, tmp_path / "out"))
     assert seen == [0, 1]
-    assert "1 of 3 folds are finished; go on with: mim3d finetune --out" in capsys.readouterr().out
+    assert "1 of 3 folds is finished; go on with: mim3d finetune --out" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["standard_deviation"] == {"dice": None}
 
 
