@@ -11,7 +11,7 @@ SECONDS=0
 step() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
 
 step "1. Make labelled synthetic CT: scans to learn from, and scans held out"
-mim3d phantom "$out/scans" --num_cases 10 --num_test 3 --size 96 96 80 --seed 0
+mim3d phantom "$out/scans" --num_cases 10 --num_test 4 --size 96 96 80 --seed 0
 
 step "2. Cache: preprocess once, then crop without reading scans again"
 mim3d cache "$out/scans" --out "$out/cache" --window -200 300
