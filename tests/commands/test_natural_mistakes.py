@@ -2,10 +2,15 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
+from mim3d.caching.cache import open_cache
 from mim3d.cli import main
-from tests.labelled import write_ball_set
+from mim3d.core.errors import DataError
+from mim3d.workflows.probe.cases import read_source
+from mim3d.workflows.shared.inputs import read_data
+from tests.labelled import ball_scan, write_ball_set, write_scan
 
 
 @pytest.fixture
@@ -33,8 +38,32 @@ def test_a_folder_around_data_sets_is_refused_by_their_names(tmp_path, told):
     for name in ("Task04", "Task05"):
         write_ball_set(tmp_path / "sets" / name, 2)
     said = told("finetune", "--data", tmp_path / "sets", "--out", tmp_path / "run")
-    assert "holds 2 data sets (Task04, Task05)" in said and f"--data {tmp_path / 'sets' / 'Task04'}" in said
+    assert "label maps of 2 data sets (Task04, Task05)" in said and f"--data {tmp_path / 'sets' / 'Task04'}" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_several_data_sets_says_so_and_is_refused_where_labels_are_learned(tmp_path, told, capsys):
+    for name in ("Task04", "deeper/Task05"):
+        write_ball_set(tmp_path / "sets" / name, 2)
+    place = str(tmp_path / "cache")
+    assert main(["cache", str(tmp_path / "sets"), "--out", place, "--num_workers", "0"]) == 0
+    assert "a cache of all is for pre-training" in " ".join(capsys.readouterr().err.split())
+    assert any("label maps of 2 data sets" in note for note in open_cache(place).notes)
+    said = told("finetune", "--data", place, "--out", tmp_path / "run")
+    assert f"{place} holds label maps of 2 data sets (Task04, Task05)" in said
+    assert f"--data {tmp_path / 'sets' / 'Task04'}" in said
+    with pytest.raises(DataError, match=r"label maps of 2 data sets \(Task04, Task05\)"):
+        read_source(place, tmp_path / "phantoms")
+    assert not (tmp_path / "run").exists()
+    assert len(read_data(place)) == 4  # As pre-training reads it.
+
+
+def test_folders_of_patients_are_one_data_set(tmp_path):
+    for patient in range(3):
+        image, label = ball_scan(patient)
+        write_scan(tmp_path / f"p{patient}" / "images" / "scan.nii.gz", image)
+        write_scan(tmp_path / f"p{patient}" / "labels" / "scan.nii.gz", label)
+    assert len(read_data(str(tmp_path), keep_labels=True).cases) == 3
 
 
 def test_a_run_of_pretraining_cannot_predict(pretraining, ball_set, tmp_path, told):
@@ -139,3 +168,27 @@ def test_a_setting_that_excludes_one_of_the_run_is_refused_with_how_it_goes_on(t
     started = ("--data", "D", "--out", tmp_path / "new", "--max_steps", "4", "--optim.warmup_steps", "3")
     new = told("finetune", *started, "--resume", "true", *given)
     assert new == f"mim3d: {both} are both set; give only one of them."
+
+
+def test_a_report_of_what_is_no_run_says_what_it_is(tmp_path, told):
+    for name, told_as in (("cache.json", "is a cache"), ("predictions.json", "holds predictions")):
+        folder = tmp_path / name.removesuffix(".json")
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        assert f"{folder} {told_as}" in told("report", folder, "--out", tmp_path / "page.html")
+
+
+def test_scoring_against_a_run_asks_for_label_maps(pretraining, ball_set, tmp_path, told):
+    labels, out = ball_set / "labelsTr", ("--out", tmp_path / "scores.json")
+    said = told("evaluate", "--predictions", labels, "--references", pretraining, *out)
+    assert f"{pretraining} is a run of mim3d pretrain; give the folder of label maps" in said and "--input" not in said
+
+
+def test_images_are_no_references(ball_set, tmp_path, told):
+    grey = np.random.default_rng(0).integers(0, 100, (12, 12, 12)).astype(np.uint8)
+    for name in ("a", "b"):
+        write_scan(tmp_path / "grey" / f"{name}.nii.gz", grey)
+        write_scan(tmp_path / "maps" / f"{name}.nii.gz", np.where(grey > 50, 20, grey // 25).astype(np.uint8))
+    maps, out = tmp_path / "maps", tmp_path / "scores.json"
+    said = told("evaluate", "--predictions", maps, "--references", tmp_path / "grey", "--out", out)
+    assert "a.nii.gz: holds 99 values" in said and "an image" in said

@@ -39,7 +39,7 @@ _GROWTH = 8
 _LEAST_ROW_BYTES = 2000
 
 #: What a data set may declare beside its labels, and what was said of it.
-_DECLARED = ("ignore_label", "regions", "region_values", "channels", "notes")
+_DECLARED = ("ignore_label", "regions", "region_values", "channels", "notes", "label_sets")
 
 #: Columns that only those manifests have which need them.
 _RARE = ("fold", "modality", "assumed", "source_spacing_mm", "scanner")
@@ -63,6 +63,7 @@ class Cache(Sequence[CachedScan]):
         region_values: Declared label value that each region gives in predictions, or None.
         channels: Declared names of the images of every case; empty where nothing is declared.
         notes: What was said of the data set when it was read.
+        label_sets: Folders of the data sets that label maps come from, where it was made of a folder around them.
         remarks: What was said of the set when the cache was made: scans of different kinds, and what was guessed.
     """
 
@@ -76,6 +77,7 @@ class Cache(Sequence[CachedScan]):
     region_values: tuple[int, ...] | None = None
     channels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    label_sets: tuple[str, ...] = ()
     remarks: tuple[SetRemark, ...] = ()
 
     @overload
@@ -326,7 +328,7 @@ def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[str, Any]]:
             declared["regions"] = {str(name): tuple(map(int, values)) for name, values in more["regions"].items()}
         if more.get("region_values"):
             declared["region_values"] = tuple(map(int, more["region_values"]))
-        declared |= {name: tuple(map(str, more.get(name, ()))) for name in ("channels", "notes")}
+        declared |= {name: tuple(map(str, more.get(name, ()))) for name in ("channels", "notes", "label_sets")}
         values = [*declared["labels"], *declared.get("region_values", ()), declared.get("ignore_label", 0)]
         values += itertools.chain(*declared.get("regions", {}).values())
         if not all(0 <= value <= LARGEST_LABEL for value in values):

@@ -17,7 +17,7 @@ from mim3d.datasets.descriptions import read_description, read_folds
 from mim3d.datasets.ids import endings_apart, unique_ids
 from mim3d.datasets.label_maps import sort_tree
 from mim3d.datasets.lists import Entry, beside, channel_names, read_list, tables_not_read, told_classes
-from mim3d.datasets.mistaken import not_scans
+from mim3d.datasets.mistaken import not_scans, sets_of_labels
 from mim3d.datasets.patients import described, patients_by_pattern, patients_of_folders, patients_of_names
 from mim3d.scans.files import PREDICTIONS_MARK
 from mim3d.scans.image_stacks import SLICE_SUFFIXES, is_slice, natural
@@ -115,6 +115,11 @@ class CaseSet:
     def label_values(self) -> dict[int, str]:
         """Every value that a label map may hold -> name: the labels and the ignored value."""
         return with_ignored(self.labels, self.ignore_label)
+
+    @property
+    def label_sets(self) -> tuple[str, ...]:
+        """Folders of the data sets that label maps come from, where the root is a folder around data sets."""
+        return sets_of_labels(self.root, [case.label for case in self.cases if case.label is not None])
 
 
 def with_ignored(labels: Mapping[int, str], ignore_label: int | None) -> dict[int, str]:

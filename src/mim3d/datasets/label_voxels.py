@@ -3,6 +3,7 @@
 from enum import Enum
 
 import numpy as np
+import numpy.typing as npt
 
 from mim3d.scans.files import nothing_said
 from mim3d.scans.volumes import LABEL_TOLERANCE, open_scan
@@ -57,6 +58,15 @@ def voxels_of(path: str) -> Voxels:
     # Very small numbers are no zeros that were rounded.
     is_whole &= values != {0} or brightest <= 0
     return _voxels(values, num_equal / num_pairs if num_pairs else 1.0, is_whole=is_whole, is_share=is_share)
+
+
+def is_of_image(labels: npt.NDArray[np.generic], num_values: int) -> bool:
+    """Whether whole numbers (X, Y, Z) are grey values: many, and neighbours off the background seldom have the same."""
+    if num_values <= _FEW_VALUES:
+        return False
+    held = (labels[1:] != 0) & (labels[:-1] != 0)
+    num_equal = int(((labels[1:] == labels[:-1]) & held).sum())
+    return num_equal < _EQUAL_SHARE * int(held.sum())
 
 
 def _voxels(values: set[int], equal_share: float, *, is_whole: bool, is_share: bool) -> Voxels:

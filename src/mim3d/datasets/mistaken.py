@@ -1,9 +1,12 @@
 """Folders that are given in the place of others: what they are, and what to give instead, for the end of a sentence."""
 
 import glob
+import itertools
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mim3d.core.errors import DataError, listed
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from mim3d.datasets.cases import LeftOut
 
 #: Folders of images that make the folder around them a data set, with those of their labels.
-_PAIRED = (("imagesTr", "labelsTr"), ("images", "labels"))
+_PAIRED = (("imagesTr", "labelsTr"), ("images", "labels"), ("images", "masks"))
 
 #: Lists that mim3d predict leaves in its folder.
 _LISTS = ("predictions.json", "classification.json")
@@ -52,6 +55,28 @@ def not_scans(folder: str) -> str:
         f" It is a run of mim3d {command}, which goes with --weights; give scans here, or for mim3d predict leave "
         "--input out, which takes the cases that the run held out."
     )
+
+
+def not_run(folder: str) -> str | None:
+    """What a folder without a run is, as a sentence with what to give; None where that is not known."""
+    if os.path.isfile(os.path.join(folder, "cache.json")):
+        return f"{folder} is a cache, from which runs read; give a run, the --out of mim3d pretrain or mim3d finetune."
+    if is_prediction_folder(folder):
+        return (
+            f"{folder} holds predictions; score them (mim3d evaluate --predictions {folder} --references LABELS --out "
+            "SCORES.json) and give --scores SCORES.json."
+        )
+    return None
+
+
+def not_references(folder: str) -> str | None:
+    """What a folder without label maps is, as a sentence with what to give; None where that is not known."""
+    is_cache = os.path.isfile(os.path.join(folder, "cache.json"))
+    command = run_command(folder)
+    if not is_cache and command is None:
+        return None
+    what = "a cache, from which training reads" if is_cache else f"a run of mim3d {command}"
+    return f"{folder} is {what}; give the folder of label maps to score against, such as labelsTr, or the data set."
 
 
 def not_checkpoints(path: str, *, for_task: bool) -> str | None:
@@ -103,22 +128,49 @@ def not_weights(folder: str, *, for_task: bool) -> str | None:
     return None
 
 
-def refuse_several_sets(folder: str) -> None:
-    """Refuse a folder around data sets where labels are learned, since one value means another thing in each.
+def sets_of_labels(root: str, labels: Iterable[str]) -> tuple[str, ...]:
+    """The data sets around which a folder lies, by the label maps that are taken from each.
+
+    Args:
+        root: What the label maps were found in.
+        labels: Absolute paths of the label maps.
+
+    Returns:
+        Folders of the data sets in the order of their paths; none where the root is a list or a data set itself. A
+        folder with a single label map is one of a patient.
+    """
+    if not os.path.isdir(root) or is_set(root):
+        return ()
+    found: Counter[str] = Counter()
+    for folder, number in Counter(map(os.path.dirname, labels)).items():
+        above = itertools.takewhile(
+            lambda place: len(place) > len(root), map(str, (Path(folder), *Path(folder).parents))
+        )
+        found[next(filter(is_set, above), "")] += number
+    return tuple(sorted(name for name, number in found.items() if name and number > 1))
+
+
+def on_several_sets(place: str, sets: Sequence[str]) -> str:
+    """What is to be known of label maps that come from several data sets, as the beginning of a sentence."""
+    names = listed([os.path.basename(each) for each in sets])
+    return f"{place} holds label maps of {len(sets)} data sets ({names}), whose labels need not mean the same"
+
+
+def refuse_several_sets(place: str, sets: Sequence[str]) -> None:
+    """Refuse label maps of several data sets where labels are learned, since one value means another thing in each.
+
+    Args:
+        place: What the user gave: a folder or a cache.
+        sets: Folders of the data sets that its label maps come from.
 
     Raises:
-        DataError: Two folders or more in it are data sets.
+        DataError: There are two or more.
     """
-    if not os.path.isdir(folder) or is_set(folder):
-        return
-    with suppress(OSError):
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_set(entry.path))
-        if len(found) > 1:
-            raise DataError(
-                f"{folder} holds {len(found)} data sets ({listed(found)}), whose labels need not mean the same; give "
-                f"one of them, such as --data {os.path.join(folder, found[0])}, or a CSV list (image,label) of the "
-                "scans of all."
-            )
+    if len(sets) > 1:
+        raise DataError(
+            f"{on_several_sets(place, sets)}; give one of them, such as --data {sets[0]}, or a CSV list (image,label) "
+            "of the scans of all."
+        )
 
 
 def refuse_unlearnable(root: str, left_out: "Sequence[LeftOut]") -> None:

@@ -17,6 +17,7 @@ from mim3d.datasets.descriptions import LabelDeclaration, read_labels
 from mim3d.datasets.ids import endings_apart, matched_ids, unique_ids
 from mim3d.datasets.label_maps import has_pairs, in_label_folders
 from mim3d.datasets.lists import beside, channel_names, read_table
+from mim3d.datasets.mistaken import not_references
 from mim3d.datasets.usable import refuse_or_say
 from mim3d.scans.grids import file_of, resolved
 from mim3d.scans.volumes import scan_id
@@ -201,7 +202,10 @@ def _referenced(references: str | Sequence[str]) -> CaseSet:
     if os.path.isdir(references):
         # A data set has a description, or images beside its labels; any other folder is one of label maps.
         if not os.path.isfile(os.path.join(references, "dataset.json")) and pair_folders(references) is None:
-            paths = scans_in(references)
+            try:
+                paths = scans_in(references)
+            except DataError as error:
+                raise DataError(not_references(references) or str(error)) from error
             if not has_pairs(paths, os.path.abspath(references)):
                 return _label_maps(list(in_label_folders(paths, references)) or paths, references)
     elif not references.lower().endswith((".csv", ".json")):

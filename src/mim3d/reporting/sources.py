@@ -16,6 +16,7 @@ from mim3d.core.names import cut
 from mim3d.core.run_folder import MANIFEST_NAME, RunRecord, read_run
 from mim3d.core.settings import coerce
 from mim3d.core.warned import WarningRow, checked_rows
+from mim3d.datasets.mistaken import not_run
 from mim3d.reporting.rendering import run_colour
 
 #: The folder of one fold, in that of all folds of a fine-tuning.
@@ -192,6 +193,9 @@ def read_sources(runs: Sequence[str], scores: Sequence[str]) -> tuple[list[Named
         ConfigError: A path is no run, or no file of scores.
     """
     run_paths = list(dict.fromkeys(os.path.abspath(path) for path in runs))
+    for path in run_paths:
+        if not os.path.isfile(os.path.join(path, MANIFEST_NAME)) and (said := not_run(path)):
+            raise ConfigError(said)
     records = [read_run(path) for path in run_paths]
     own = [os.path.join(path, "scores.json") for path in run_paths]
     score_paths = [path for path in own if os.path.isfile(path)]

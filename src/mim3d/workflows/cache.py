@@ -1,7 +1,8 @@
 """From a data set to a cache, and what is said of it at the end."""
 
+import warnings
 from collections import defaultdict
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,8 @@ from mim3d.core.progress import say
 from mim3d.core.resources import in_words
 from mim3d.core.types import Spacing
 from mim3d.core.worker_processes import ITEM_TIMEOUT_S
-from mim3d.datasets.cases import read_cases
+from mim3d.datasets.cases import CaseSet, read_cases
+from mim3d.datasets.mistaken import on_several_sets
 from mim3d.datasets.usable import usable_cases
 
 
@@ -83,7 +85,9 @@ def cache_data_set(settings: CacheSettings) -> str:
         ConfigError: A setting cannot work, or the folder holds a cache of other settings.
     """
     preprocessing, strict = settings.preprocessing, settings.strict
-    cases = read_cases(settings.data, modality=settings.modality, patient_pattern=settings.patient_pattern)
+    cases = _with_note_on_sets(
+        read_cases(settings.data, modality=settings.modality, patient_pattern=settings.patient_pattern)
+    )
     if strict:
         cases = usable_cases(cases, strict=True)
         require_one_kind(cases)
@@ -119,3 +123,15 @@ def cache_data_set(settings: CacheSettings) -> str:
     scans = number_of(len(made), "scan")
     say(f"{made.path}: {scans}, {in_words(made.size_bytes)}, {ratio:.2f} of the size of the sources")
     return made.path
+
+
+def _with_note_on_sets(cases: CaseSet) -> CaseSet:
+    """The data set, with a note that is said and kept where its label maps come from several data sets."""
+    if len(cases.label_sets) < 2:
+        return cases
+    note = (
+        f"{on_several_sets(cases.root, cases.label_sets)}: a cache of all is for pre-training (mim3d pretrain); "
+        "mim3d finetune and mim3d probe take a cache of one of them, or of a CSV list (image,label)."
+    )
+    warnings.warn(note, stacklevel=2)
+    return replace(cases, notes=(*cases.notes, note))

@@ -12,6 +12,7 @@ from mim3d.core.left_out import Failure
 from mim3d.core.resources import available_memory_bytes, num_cores
 from mim3d.core.settings import nearest
 from mim3d.core.worker_processes import Ended, work_through
+from mim3d.datasets.label_voxels import is_of_image
 from mim3d.datasets.references import Pair
 from mim3d.metrics import LabelScore, LesionSettings, score_regions, values_in
 from mim3d.scans.volumes import read_grid, read_volume
@@ -147,6 +148,11 @@ class CaseScoring:
         held = set[int]()
         for volume in volumes:
             values = set(values_in(volume.array))
+            if self.allowed is None and volume is reference and is_of_image(reference.array, len(values)):
+                raise DataError(
+                    f"{reference.grid.path}: holds {len(values)} values that neighbouring voxels seldom share, as "
+                    "those of an image; give the label map as the reference."
+                )
             values.discard(-1 if self.ignore_label is None else self.ignore_label)
             if self.allowed is not None and not values <= self.allowed:
                 raise DataError(

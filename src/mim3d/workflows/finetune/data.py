@@ -6,7 +6,6 @@ from mim3d.caching.cache import Cache, is_cache, open_cache
 from mim3d.core.errors import DataError, listed
 from mim3d.core.progress import say
 from mim3d.datasets.cases import CaseSet
-from mim3d.datasets.mistaken import refuse_several_sets
 from mim3d.datasets.published.folds import declare_fold, read_preset
 from mim3d.datasets.published.presets import Preset, find_preset
 from mim3d.datasets.splits import Split
@@ -48,7 +47,6 @@ def read_training_data(settings: FinetuneSettings) -> TrainingData:
         DataError: Cases that are missing or cannot be used.
     """
     if settings.preset is None:
-        refuse_several_sets(settings.data)
         task = create_task(settings.task)
         source = read_data(
             settings.data, lacks=task.lacks, keep_labels=True, strict=bool(settings.strict), **settings.declared

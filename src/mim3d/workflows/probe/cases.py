@@ -16,7 +16,6 @@ from mim3d.core.names import number_of
 from mim3d.core.progress import counted
 from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case, CaseSet
-from mim3d.datasets.mistaken import refuse_several_sets
 from mim3d.datasets.splits import Split
 from mim3d.phantoms.dataset import PhantomSettings, make_set
 from mim3d.probing.items import ProbeSet, class_set, label_set
@@ -119,7 +118,6 @@ def read_source(data: str, folder: str | Path, *, strict: bool = False) -> CaseS
         DataError: No case can be used, or a list cannot be read; or with ``strict``, a case cannot be used.
     """
     if data != PHANTOM:
-        refuse_several_sets(data)
         return read_data(data, keep_labels=True, strict=strict)
     make_set(folder, PHANTOMS)
     return read_data(str(folder), keep_labels=True)

@@ -25,6 +25,7 @@ from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Spacing, Triple
 from mim3d.core.warned import LeftOutWarning
 from mim3d.datasets.cases import Case, CaseSet, read_cases
+from mim3d.datasets.mistaken import refuse_several_sets
 from mim3d.datasets.usable import Lacks, refuse_or_say, usable_cases
 from mim3d.distributed.processes import Processes
 from mim3d.inference.input_range import InputRange
@@ -50,13 +51,15 @@ def read_data(
     Args:
         data: Any form of DATA.
         lacks: What a case lacks to be used, in words; cases that lack something are left out.
-        keep_labels: Take label maps where there are some; without, they are left out altogether.
+        keep_labels: Take label maps where there are some, which must be of one data set; without, they are left out
+            altogether.
         strict: Refuse a data set of which a case cannot be used.
         modality: What made all images, where the user says it.
         patient_pattern: Regular expression that finds the patient in the name of a case.
     Raises:
         ConfigError: What only a data set can be told is said of a cache.
-        DataError: No case can be used, or a list cannot be read; or with ``strict``, a case cannot be used.
+        DataError: No case can be used, a list cannot be read, or label maps are of several data sets; or with
+            ``strict``, a case cannot be used.
     """
     if is_cache(data):
         if modality is not None or patient_pattern is not None:
@@ -65,9 +68,12 @@ def read_data(
                 "is made (mim3d cache), or give the data set itself."
             )
         cache = open_cache(data)
+        if keep_labels:
+            refuse_several_sets(data, cache.label_sets)
         # What the cache itself left out was said when it was made.
         return replace(cache, failed=()) if lacks is None else with_what_is_needed(cache, lacks, strict=strict)
     found = read_cases(data, recursive_images_only=not keep_labels, modality=modality, patient_pattern=patient_pattern)
+    refuse_several_sets(data, found.label_sets)
     return usable_cases(found, lacks=lacks, strict=strict)
 
 
