@@ -41,6 +41,8 @@ FOREIGN = {
     "torchrun": "node_rank no-python",
     "MONAI's runner": "sw_batch_size device datalist mirror_axes body_only",
     "benchmarks/scaling.py": "paper",
+    "benchmarks/finetuning.py": "dice",
+    "benchmarks/learning_rates.py": "size batch steps",
 }
 
 

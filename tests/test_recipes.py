@@ -1,5 +1,6 @@
 """Every shipped recipe is parsed, built and trained for two steps, at reduced width."""
 
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -62,8 +63,14 @@ def test_recipe_trains_two_steps(path: Path, tmp_path: Path) -> None:
     levels = recipe.get("method", {}).get("levels") if isinstance(recipe.get("method"), dict) else None
     edge = 64 if levels is None else max(levels[0]["footprint"])
     data = data_set(tmp_path / "data", (edge, edge, edge), num_cases=5)
-    if isinstance(recipe.get("task"), dict) and recipe["task"]["name"] == "classification":
+    task = recipe.get("task") if isinstance(recipe.get("task"), dict) else {}
+    if task.get("name") == "classification":
         data = list_of_classes(data)
+    if task.get("class_weights"):
+        names = dict(enumerate(["background", *task["class_weights"]]))
+        files = sorted(path.name for path in (data / "imagesTr").iterdir())
+        training = [{"image": f"imagesTr/{name}", "label": f"labelsTr/{name}"} for name in files]
+        (data / "dataset.json").write_text(json.dumps({"labels": names, "training": training}))
     words = [recipe["command"], "--config", str(path), "--data", str(data), "--out", str(tmp_path / "run")]
     words += ["--max_steps", "2", "--batch_size", "1", "--accumulation", "1", "--log_every", "1", "--num_workers", "0"]
     words += ["--precision", "32-true", *reduced(recipe)]
