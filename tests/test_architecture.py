@@ -86,7 +86,7 @@ BUDGET = {
     "loading": 1055,
     "distributed": 715,
     "training": 2635,
-    "tasks": 4324,
+    "tasks": 4326,
     "methods": 980,
     "probing": 850,
     "exporting": 1150,

@@ -196,6 +196,18 @@ def test_probabilities_are_averaged_over_every_combination_of_mirrored_axes():
     assert math.isclose(objective.probabilities(volume, (0, 2)).sum().item(), 1.0, rel_tol=1e-5)
 
 
+def test_validation_computes_in_float32_whatever_the_precision_of_the_run(monkeypatch):
+    task = Classification(cube_mm=24, size=16)
+    objective = task.build(BACKBONE, LABELS).eval()
+    found = []
+    compute = objective.probabilities
+    monkeypatch.setattr(objective, "probabilities", lambda *given: found.append(compute(*given)) or found[-1])
+    for is_mixed in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            task.validate(objective, scans_of(4), WINDOW, LABELS)
+    assert torch.equal(found[0], found[1])
+
+
 def test_a_network_learns_to_tell_sizes_apart_that_differ_in_millimetres_not_in_voxels():
     torch.manual_seed(0)
     scans = scans_of(16)

@@ -260,7 +260,8 @@ class Classification(Task):
     ) -> dict[str, float]:
         """Return AUC, accuracy, balanced accuracy and macro F1, see :func:`class_scores`.
 
-        Mirrored boxes are averaged as in prediction, so that `mim3d evaluate` finds the same scores.
+        Mirrored boxes are averaged as in prediction, and computed in float32 whatever the run's precision, so that
+        `mim3d evaluate` finds the same scores: few digits make ties, which the AUC counts half.
         """
         module: Any = objective
         device = next(module.parameters()).device
@@ -274,7 +275,8 @@ class Classification(Task):
                 for scan in scans[start : start + step]
             ]
             images = torch.cat([sample["image"] for sample in samples]).to(device)
-            probabilities.append(module.probabilities(images, self.mirror_axes).cpu().double().numpy())
+            with torch.autocast(device.type, enabled=False):
+                probabilities.append(module.probabilities(images, self.mirror_axes).cpu().double().numpy())
             classes += [int(sample["class"]) for sample in samples]
         patients = [scan.case.patient for scan in scans]
         return class_scores(np.concatenate(probabilities), np.array(classes, dtype=np.int64), patients)
