@@ -42,10 +42,10 @@ PUBLISHED_DECODER = (576, 8, 16)
 #: Floors under the paper's learning rate, by the largest width of the tokens that each is for: of the rates tried the
 #: least at which the losses fall as far as at higher ones and the probe beats a random encoder
 #: (benchmarks/learning_rates.py; docs/concepts/learning-rates.md says which widths were measured).
-RATE_FLOORS = ((96, 1e-3), (192, 1e-3), (384, 5e-4), (512, 3e-4))
+RATE_FLOORS = ((96, 1e-3), (192, 1e-3), (384, 3e-4), (512, 2e-4))
 
 #: The floor of tokens wider than those, and of backbones of other kinds.
-WIDEST_FLOOR = 2e-4
+WIDEST_FLOOR = 1e-4
 
 #: Largest width, depth and number of heads of what is learned beside the encoder.
 _LARGEST_DIM = 4096
