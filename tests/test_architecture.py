@@ -90,7 +90,7 @@ BUDGET = {
     "methods": 980,
     "probing": 850,
     "exporting": 1150,
-    "workflows": 5200,
+    "workflows": 5206,
     "commands": 270,
     "cli": 816,
     "__main__": 15,

@@ -37,6 +37,7 @@ from mim3d.workflows.finetune.run import FinetuneResult
 from mim3d.workflows.probe.monitor import EncoderKeeper
 from tests.commands.conftest import BACKBONE, TASK
 from tests.commands.test_pretrain import METHOD, pretrain_module
+from tests.labelled import write_ball_set
 
 KINDS = [each.kind for each in ResultWarning.__subclasses__()]
 
@@ -190,3 +191,16 @@ def test_the_summary_of_folds_marks_those_whose_scores_leak(tmp_path: Path, caps
     (runs[1].path / "manifest.json").unlink()
     say_scores(runs, {"dice": [0.5, 0.5]})
     assert "*" not in capsys.readouterr().out
+
+
+def test_scores_of_scans_unlike_those_of_training_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_ball_set(tmp_path / "balls", 2)
+    row = {"id": "ball_0", "prediction": "ball_0.nii.gz", "warnings": ["this scan is CT"]}
+    cases = [row, {"id": "ball_1", "prediction": "ball_1.nii.gz"}]
+    listing, scores = data / "labelsTr" / "predictions.json", tmp_path / "scores.json"
+    listing.write_text(json.dumps({"cases": cases}))
+    words = ["evaluate", "--predictions", str(listing.parent), "--references", str(data), "--out", str(scores)]
+    assert cli.main(words) == 0
+    said = "1 of 2 predicted scans is unlike those that the network learned from: ball_0"
+    assert [said in row["text"] for row in json.loads(scores.read_text())["warnings"]] == [True]
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -6,12 +6,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import load_json, read_json, write_csv, write_json, write_text
 from mim3d.core.left_out import note_left_out, write_tracebacks
-from mim3d.core.names import number_of
+from mim3d.core.names import number_of, printable
 from mim3d.core.progress import say
-from mim3d.core.warned import LeakWarning, WarningRow, checked_rows, record_said, recording
+from mim3d.core.warned import LeakWarning, UnlikeTrainingWarning, WarningRow, checked_rows, record_said, recording
 from mim3d.datasets.mistaken import is_prediction_folder, run_command
 from mim3d.datasets.references import CLASS_LIST_NAME, LIST_NAME, TABLE_NAME, is_class_table
 from mim3d.tasks import find_task
@@ -32,9 +32,9 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
     _check_settings(settings)
     with recording() as warned:
         scores = _scores(settings)
-        for row in _network_warnings(settings.predictions):
+        for row in _prediction_warnings(settings.predictions):
             record_said(row["kind"], row["text"])
-        for row in _network_warnings(settings.compare) if settings.compare else ():
+        for row in _prediction_warnings(settings.compare) if settings.compare else ():
             record_said(row["kind"], f"Of the compared predictions: {row['text']}")
     content = {**scores.content, "warnings": warned.rows} if warned.rows else scores.content
     path = os.path.abspath(settings.out)
@@ -58,13 +58,19 @@ def evaluate_predictions(settings: EvaluationSettings) -> str:
     return path
 
 
-def _network_warnings(predictions: str) -> list[WarningRow]:
-    """What the list beside predictions says of the networks that made them."""
+def _prediction_warnings(predictions: str) -> list[WarningRow]:
+    """What the list beside predictions says of the networks that made them, and of scans unlike those of training."""
     folder = predictions if os.path.isdir(predictions) else os.path.dirname(predictions)
     found: list[WarningRow] = []
     for name in (LIST_NAME, CLASS_LIST_NAME):
-        with suppress(OSError, ValueError, AttributeError):
-            found += checked_rows(load_json(os.path.join(folder, name)).get("network_warnings"))
+        with suppress(OSError, ValueError, AttributeError, LookupError, TypeError):
+            content = load_json(path := os.path.join(folder, name))
+            found += checked_rows(content.get("network_warnings"))
+            unlike = [printable(str(case["id"])) for case in content["cases"] if case.get("warnings")]
+            if unlike:
+                scans = number_of(len(unlike), "predicted scan", "are", of=len(content["cases"]))
+                text = f"{scans} unlike those that the network learned from: {listed(unlike)}; {path} says how."
+                found.append({"kind": UnlikeTrainingWarning.kind, "text": text})
     return found
 
 
