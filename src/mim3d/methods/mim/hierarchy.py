@@ -224,7 +224,7 @@ def full_levels(token_size: Triple) -> tuple[Level, ...]:
 def plan_levels(token_size: Triple, shapes: Sequence[Triple]) -> tuple[Level, ...]:
     """The deepest hierarchy that pads under a quarter of its crops, or the one that pads least.
 
-    Scans that do not hold the coarsest of all levels get fewer, none of which is shown at more than twice its size.
+    Scans that do not fill the coarsest of all levels get fewer, none of which is shown at more than twice its size.
     """
     plans = [full_levels(token_size)] if _holds_all_levels(token_size, shapes) else []
     # Small scans: shown as they are, cells of half the edge shown at twice their size, no third level (METHOD).
@@ -258,9 +258,9 @@ def _median(shapes: Sequence[Triple]) -> Triple:
 
 
 def _holds_all_levels(token_size: Triple, shapes: Sequence[Triple]) -> bool:
-    """Whether the median scan is as large as the coarsest level along every axis, give or take a token."""
-    voxels = zip(_median(shapes), full_levels(token_size)[0].footprint, token_size, strict=True)
-    return all(scan > footprint - edge for scan, footprint, edge in voxels)
+    """Whether the median scan fills three quarters of the coarsest level along every axis."""
+    footprint = full_levels(token_size)[0].footprint
+    return all(4 * scan >= 3 * voxels for scan, voxels in zip(_median(shapes), footprint, strict=True))
 
 
 def check_padding(levels: Sequence[Level], token_size: Triple, shapes: Sequence[Triple]) -> None:
