@@ -195,7 +195,7 @@ def test_an_mri_declared_as_ct_is_named_and_taken_as_declared(tmp_path):
     cache = cached(tmp_path, {"a": ct(), "b": ct(1), "c": mri(), "d": crop()}, **dict.fromkeys("abcd", "CT"))
     (remark,) = cache.remarks
     assert remark.refused and "1 of 4 scans shows neither air nor tissue" in remark.text
-    assert "HU has: c (darkest voxel 0)" in remark.text and modality_of(cache, "c").in_hu
+    assert "though declared as CT: c (darkest voxel 0)" in remark.text and modality_of(cache, "c").in_hu
     # All of them may be what lies within a mask.
     (remark,) = cached(tmp_path / "all", {"a": mri()}, a="CT").remarks
     assert not remark.refused

@@ -356,7 +356,7 @@ def test_channels_that_do_not_match_are_a_reason(segmenter_run, tmp_path):
     for name in ("a", "b"):
         write_scan(tmp_path / f"{name}.nii.gz", ball_scan(1)[0])
     (tmp_path / "two.csv").write_text("image\na.nii.gz;b.nii.gz\n")
-    with pytest.raises(DataError, match=r"2 images \(channels\).*trained on 1"):
+    with pytest.raises(DataError, match=r"2 images where the network was trained on 1"):
         predict(str(segmenter_run), str(tmp_path / "out"), input=str(tmp_path / "two.csv"))
 
 

@@ -183,7 +183,7 @@ def test_going_on_from_an_encoder_and_resuming_it(ball_set, tmp_path, capsys):
             },
             "would be padding",
         ),
-        ({"backbone": {**BACKBONE, "in_channels": 2}}, "1 images"),
+        ({"backbone": {**BACKBONE, "in_channels": 2}}, "1 image, but"),
         ({"max_steps": 2, "max_epochs": 2}, "both set"),
         ({"batch_size": 0}, "at least 1"),
         ({"accelerator": "cuda"}, "this machine shows no such device; use accelerator cpu"),

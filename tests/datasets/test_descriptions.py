@@ -193,7 +193,7 @@ def test_a_case_of_no_fold_always_trains_and_a_divided_patient_is_told():
     cases = [
         Case(id=name, images=(name,), patient=name[0], fold=fold) for name, fold in (("a1", 0), ("a2", 1), ("b", None))
     ]
-    with pytest.warns(UserWarning, match="1 patients into both"):
+    with pytest.warns(UserWarning, match="1 patient into both"):
         split = split_cases(cases, fold=0)
     assert [case.id for case in split.train] == ["a2", "b"]
 

@@ -100,7 +100,7 @@ def test_channels_are_given_as_a_list_and_counted(scan, tmp_path):
     )
     other = write_nifti(tmp_path / "b.nii.gz", noise((22, 20, 18), 1), affine_of((1.0, 1.0, 2.0)))
     assert mim3d.load_scan([scan, other], folder).image.shape == (1, 2, 24, 20, 20)
-    with pytest.raises(DataError, match=r"a scan of 1 images \(channels\), but .* learned from 2"):
+    with pytest.raises(DataError, match=r"a scan of 1 channel, but .* learned from 2"):
         mim3d.load_scan(scan, folder)
 
 

@@ -89,5 +89,5 @@ def test_channels_that_do_not_match_are_refused(tmp_path):
     case = scan_of(tmp_path)
     two = Case(id="two", images=case.images * 2, patient="two")
     segmenter = segmenter_of(Segmentation(patch_size=(16, 16, 16)))
-    with pytest.raises(DataError, match=r"2 images \(channels\).*trained on 1"):
+    with pytest.raises(DataError, match=r"2 images where the network was trained on 1"):
         predictor_of(segmenter).segment(two)

@@ -45,6 +45,16 @@ class Split:
         return Split(**parts)
 
 
+def require_split_seed(seed: int) -> None:
+    """Refuse a seed of folds that is none.
+
+    Raises:
+        ConfigError: It is negative.
+    """
+    if seed < 0:
+        raise ConfigError(f"split_seed is {seed}; it must be zero or more.")
+
+
 def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, seed: int = 0) -> Split:
     """Split cases into training and validation, never dividing a patient.
 
@@ -64,8 +74,7 @@ def split_cases(cases: Sequence[Case], *, fold: int = 0, num_folds: int = 5, see
             than two folds, or more are declared than ``num_folds``.
         DataError: There are fewer patients than folds, or a declared split leaves a part empty.
     """
-    if seed < 0:
-        raise ConfigError(f"split_seed is {seed}; it must be zero or more.")
+    require_split_seed(seed)
     folds = declared_folds(cases)
     if folds:
         if len(folds) > num_folds:

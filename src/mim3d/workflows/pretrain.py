@@ -19,7 +19,7 @@ from mim3d.core.types import Named, Spacing
 from mim3d.core.warned import LearningWarning
 from mim3d.datasets.cases import Case, CaseSet, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
-from mim3d.datasets.splits import Split
+from mim3d.datasets.splits import Split, require_split_seed
 from mim3d.datasets.usable import usable_cases
 from mim3d.loading.loader import Loader
 from mim3d.methods import METHODS, Method, create_method
@@ -94,6 +94,7 @@ class PretrainSettings(TrainingSettings):
         super().__post_init__()
         require_spacing(self.spacing_mm)
         require_share(self.min_coverage)
+        require_split_seed(self.split_seed)
         if self.probe_every is not None and self.probe is None:
             raise ConfigError(f"probe_every is {self.probe_every}, but there is no probe; give --probe DATA too.")
         if self.probe_every is not None and self.probe_every < 0:
@@ -116,11 +117,11 @@ def run_pretraining(settings: PretrainSettings) -> str:
     started_at = time.monotonic()
     settings = settings.on_processes()
     with joined_processes(settings) as processes:
-        settings, choice = settings.on_machine(processes, settings.out)
         begun = Begun.of(settings.out, resume=settings.resume)
         asked = begun.method(create_method(settings.method, settings.backbone))
         recipe = create_recipe(settings.backbone)
         asked.check_backbone(recipe)
+        settings, choice = settings.on_machine(processes, settings.out)
         source = _source(settings)
         cases = _training_cases(source, settings)
         check_channels(cases, recipe)

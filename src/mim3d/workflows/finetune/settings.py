@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import Case
-from mim3d.datasets.splits import Split, TrainPart
+from mim3d.datasets.splits import Split, TrainPart, require_split_seed
 from mim3d.scans.grids import require_spacing
 from mim3d.scans.intensity import Intensity
 from mim3d.weights import MIN_COVERAGE, InputLayers, require_share
@@ -81,6 +81,7 @@ class FinetuneSettings(TrainingSettings):
         super().__post_init__()
         require_spacing(self.spacing_mm)
         require_share(self.min_coverage)
+        require_split_seed(self.split_seed)
 
     @staticmethod
     def below(given: Mapping[str, Any]) -> dict[str, Any]:
