@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Two test workers with one thread each: torch threads of several workers would fight for the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help install test test-slow fuzz lint format demo bench clean
+.PHONY: help install test test-slow fuzz lint format demo bench gpu clean
 
 help:
 	@echo "make install    a virtual environment in $(VENV) with mim3d and its tools"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint       ruff and mypy (strict, see pyproject.toml)"
 	@echo "make format     let ruff lay out the code"
 	@echo "make bench      the benchmarks, results beside them"
+	@echo "make gpu        what one GPU does with it, in ten minutes: kernels, steps, prediction, memory, loading"
 	@echo "make clean      remove what demo and tools made (not $(VENV))"
 
 install: $(STAMP)
@@ -49,7 +50,10 @@ demo: $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh build/demo
 
 bench: $(STAMP)
-	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

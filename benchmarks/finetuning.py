@@ -105,7 +105,7 @@ def measure(size: str, num_classes: int, edge: int, rounds: int, device: torch.d
         if name in decoders:
             row["parameters"] = sum(parameter.numel() for parameter in decoders[name].parameters())
         for what in ("forward", "step"):
-            row[f"{what}_s"] = round(times[f"{name}/{what}"], 3)
+            row[f"{what}_s"] = round(times[f"{name}/{what}"], 4)
             row[f"{BASELINE}_over_{what}"] = round(times[f"{BASELINE}/{what}"] / times[f"{name}/{what}"], 2)
         rows.append(row)
         print(row, flush=True)

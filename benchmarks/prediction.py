@@ -40,7 +40,7 @@ from mim3d.backbones import create_recipe
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.preprocessing import prepare as prepare_case
 from mim3d.datasets.cases import Case
-from mim3d.inference import Windows, classes_readout, predict_scan
+from mim3d.inference import Network, Windows, classes_readout, predict_scan
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.segmentation.network import SegmentationObjective
 from mim3d.tasks.segmentation.task import Segmentation
@@ -74,8 +74,8 @@ class TimedNetwork:
 
 
 @torch.no_grad()
-def segment(method: str, network: TimedNetwork, case: Case, windows: Windows) -> np.ndarray:
-    """Classes of a scan on its own grid, from its file."""
+def segment(method: str, network: Network, case: Case, windows: Windows, device: torch.device) -> np.ndarray:
+    """Classes of a scan on its own grid, from its file; the network is on that device."""
     if method in (OURS, OURS_ALL):
         labels, _ = predict_scan(
             [network],
@@ -84,11 +84,11 @@ def segment(method: str, network: TimedNetwork, case: Case, windows: Windows) ->
             preprocessing=Preprocessing(),
             intensity=INTENSITY,
             windows=windows,
-            device=torch.device("cpu"),
+            device=device,
         )
         return labels
     prepared = prepare_case(case, Preprocessing(), with_label=False)
-    image = torch.from_numpy(INTENSITY.apply(prepared.image, prepared.statistics))
+    image = torch.from_numpy(INTENSITY.apply(prepared.image, prepared.statistics)).to(device)
     if method == MONAI:
         return monai_labels(network, image, windows)
     return nnunet_labels(network, image, windows, torch.float16 if method == NNUNET_16 else torch.float32)
@@ -107,7 +107,7 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     before_bytes = peak_memory(device)
     case = Case(id="scan", images=(arguments.scan,), patient="scan")
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    labels = segment(method, network, case, windows)
+    labels = segment(method, network, case, windows, device)
     cpu_s, wall_s = time.process_time() - start_cpu_s, time.perf_counter() - start_s
     np.save(f"{arguments.scan}.{METHODS.index(method)}.npy", labels)
     return {

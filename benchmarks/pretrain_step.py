@@ -24,7 +24,7 @@ from yardstick.machine import Row, best_seconds, describe, gemm_peak, options, p
 from yardstick.mae import MaskedAutoencoder
 
 from mim3d.kernels.masked.operator import Kernel, kernel_forced
-from mim3d.nn.blocks import ConvBlock, TransformerBlock
+from mim3d.training.launch import compile_blocks
 
 SIZES = ("nano", "tiny", "small", "base")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -99,9 +99,7 @@ def build_loss(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[]
         dense = DenseMiM(objective)
         return dense, lambda: dense(batch)[0]
     if case.compiled:
-        for module in objective.modules():
-            if isinstance(module, ConvBlock | TransformerBlock):
-                module.compile(dynamic=False)
+        compile_blocks(objective)
     return objective, lambda: objective(batch, 0.0).loss
 
 
@@ -110,21 +108,28 @@ def measure(case: Case, device: torch.device, num_steps: int, threads: int) -> d
     prepare(device, threads)
     torch.manual_seed(0)
     network, loss_of = build_loss(case, device)
+    with kernel_forced(case.kernel) if case.kernel else nullcontext():
+        loss, time_s = time_steps(network, loss_of, case.precision, device, num_steps)
+    return {"loss": loss, "time_s": time_s, "memory_gib": peak_memory(device) / 2**30}
+
+
+def time_steps(
+    network: nn.Module, loss_of: Callable[[], Tensor], precision: str, device: torch.device, num_steps: int
+) -> tuple[float, float]:
+    """Loss of the first step of AdamW, and seconds of the best of the others."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    dtype = PRECISIONS[precision]
 
     def step() -> float:
-        precision = PRECISIONS[case.precision]
-        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = loss_of()
         torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    with kernel_forced(case.kernel) if case.kernel else nullcontext():
-        loss = step()
-        time_s = best_seconds(step, device, num_steps)
-    return {"loss": loss, "time_s": time_s, "memory_gib": peak_memory(device) / 2**30}
+    loss = step()
+    return loss, best_seconds(step, device, num_steps)
 
 
 def measure_apart(case: Case, arguments: argparse.Namespace) -> dict[str, float]:

@@ -85,10 +85,14 @@ class DroppingSampler:
 
 
 def our_batches(
-    scans: Sequence[CachedScan], files: Mapping[str, Sequence[Path]], hierarchy: Hierarchy, dropped_s: Tensor
+    scans: Sequence[CachedScan],
+    files: Mapping[str, Sequence[Path]],
+    hierarchy: Hierarchy,
+    dropped_s: Tensor,
+    backbone: str = "hybrid_base",
 ) -> Batches:
     """Batches of one sample of mim3d's loader."""
-    sampler = MiM(levels=hierarchy.levels).sampler(create_recipe("hybrid_base"))
+    sampler = MiM(levels=hierarchy.levels).sampler(create_recipe(backbone))
 
     def start(num_workers: int, cold: bool) -> Iterator[Mapping[str, Any]]:
         drawing = DroppingSampler(sampler, files, dropped_s) if cold else sampler

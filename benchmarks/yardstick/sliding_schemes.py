@@ -20,7 +20,7 @@ def monai_labels(network: Network, image_CXYZ: Tensor, windows: Windows) -> np.n
     )
     logits = inferer(image_CXYZ[None], network)
     assert isinstance(logits, Tensor)
-    return torch.softmax(logits[0], 0).argmax(0).to(torch.uint8).numpy()
+    return torch.softmax(logits[0], 0).argmax(0).to(torch.uint8).cpu().numpy()
 
 
 def nnunet_labels(network: Network, image_CXYZ: Tensor, windows: Windows, dtype: torch.dtype) -> np.ndarray:
@@ -31,23 +31,23 @@ def nnunet_labels(network: Network, image_CXYZ: Tensor, windows: Windows, dtype:
     division, softmax and argmax at the end. Without mirroring.
     """
     shape = tuple(image_CXYZ.shape[1:])
-    importance = torch.from_numpy(importance_map(windows.patch_size)).to(dtype)
+    importance = torch.from_numpy(importance_map(windows.patch_size)).to(image_CXYZ.device, dtype)
     logits_KXYZ: Tensor | None = None
-    weights_XYZ = torch.zeros(shape, dtype=dtype)
+    weights_XYZ = torch.zeros(shape, dtype=dtype, device=image_CXYZ.device)
     steps = [nnunet_steps(size, edge) for size, edge in zip(shape, windows.patch_size, strict=True)]
     for place in itertools.product(*steps):
         box = tuple(slice(first, first + edge) for first, edge in zip(place, windows.patch_size, strict=True))
         scores_KXYZ = network(image_CXYZ[(slice(None), *box)][None])[0].to(dtype)
         scores_KXYZ *= importance
         if logits_KXYZ is None:
-            logits_KXYZ = torch.zeros((len(scores_KXYZ), *shape), dtype=dtype)
+            logits_KXYZ = torch.zeros((len(scores_KXYZ), *shape), dtype=dtype, device=image_CXYZ.device)
         logits_KXYZ[(slice(None), *box)] += scores_KXYZ
         weights_XYZ[box] += importance
     assert logits_KXYZ is not None
     logits_KXYZ /= weights_XYZ
     if torch.any(torch.isinf(logits_KXYZ)):
         raise ValueError("the sums of logits overflow this type")
-    return torch.softmax(logits_KXYZ.float(), 0).argmax(0).to(torch.uint8).numpy()
+    return torch.softmax(logits_KXYZ.float(), 0).argmax(0).to(torch.uint8).cpu().numpy()
 
 
 def nnunet_steps(size: int, edge: int) -> list[int]:
