@@ -85,7 +85,7 @@ BUDGET = {
     "planning": 950,
     "loading": 1055,
     "distributed": 715,
-    "training": 2635,
+    "training": 2640,
     "tasks": 4326,
     "methods": 980,
     "probing": 850,

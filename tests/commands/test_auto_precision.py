@@ -91,8 +91,8 @@ def test_the_memory_of_a_run_is_that_of_the_precision_that_auto_came_to(ball_set
 @pytest.mark.parametrize("command", [pretrained, fine_tuned])
 def test_a_precision_that_the_device_lacks_is_refused_before_the_data_are_read(tmp_path, monkeypatch, command):
     monkeypatch.setattr(precision, "_computes_in", lambda dtype, device: False)
-    with pytest.raises(ConfigError, match="precision is '16-mixed', but cpu does not compute in float16; use --precis"):
-        command(tmp_path / "no data", tmp_path / "run", precision="16-mixed")
+    with pytest.raises(ConfigError, match="precision is 'bf16-mixed', but cpu does not compute in bfloat16; use --pre"):
+        command(tmp_path / "no data", tmp_path / "run", precision="bf16-mixed")
     assert not (tmp_path / "run").exists()
 
 

@@ -134,9 +134,15 @@ def test_where_a_convolution_fails_in_a_type_the_device_lacks_it(
     def fail(*_: object) -> None:
         raise error
 
-    for asked in ("16-mixed", "bf16-mixed"):
-        require_precision(asked, "cpu")
+    require_precision("bf16-mixed", "cpu")
     monkeypatch.setattr(precision.F, "conv3d", fail)
-    with pytest.raises(ConfigError, match="cpu does not compute in float16; use --precision auto, or 32-true"):
-        require_precision("16-mixed", "cpu")
+    with pytest.raises(ConfigError, match="cpu does not compute in bfloat16; use --precision auto, or 32-true"):
+        require_precision("bf16-mixed", "cpu")
     require_precision("32-true", "cpu")
+
+
+def test_float16_on_a_cpu_is_refused_for_its_slowness() -> None:
+    with pytest.raises(
+        ConfigError, match="'16-mixed', which is for GPUs, and slower than float32 by far on a CPU; use"
+    ):
+        require_precision("16-mixed", "cpu")

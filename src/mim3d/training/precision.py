@@ -82,6 +82,12 @@ def require_precision(precision: str, accelerator: str) -> None:
         ConfigError: The device does not compute in this precision.
     """
     device, dtype = choose_accelerator(accelerator), DTYPES.get(precision)
+    if (device, dtype) == ("cpu", torch.float16):
+        # The library has kernels, but a step that takes seconds in float32 took minutes.
+        raise ConfigError(
+            f"precision is '{precision}', which is for GPUs, and slower than float32 by far on a CPU; use --precision "
+            "auto, or 32-true."
+        )
     if dtype is None or _computes_in(dtype, device):
         return
     others = "32-true or 16-mixed" if device == "cuda" else "32-true"
