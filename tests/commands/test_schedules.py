@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from mim3d.tasks.trained import load_trained
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, save_network
 from tests.commands.conftest import BACKBONE, TASK
+from tests.commands.one_and_two import trained_by_one_and_two
 
 SETTINGS = {
     "task": TASK,
@@ -190,13 +190,7 @@ def test_two_processes_follow_the_schedule_as_one_with_both_batches(
     task = "--task.patch_size 16 16 16 --task.feature_dim 8 --task.batch_dice false --schedule sawtooth"
     limits = "--max_steps 20 --num_folds 3 --num_workers 0 --log_every 1 --accelerator cpu --memory_limit 0"
     shared = f"{task} {limits} --weights {encoder}".split()
-    shared += ["--data", str(ball_set), "--cache", str(tmp_path / "cache")]
-    for name, batch, devices in (("one", "2", "1"), ("two", "1", "2")):
-        words = ["finetune", "--out", str(tmp_path / name), "--batch_size", batch, "--devices", devices, *shared]
-        done = subprocess.run([sys.executable, "-m", "mim3d", *words], capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-    losses = [[line["loss"] for line in read_run(tmp_path / name).metrics if "loss" in line] for name in ("one", "two")]
+    losses, (one, two) = trained_by_one_and_two([*shared, "--data", str(ball_set)], tmp_path, last_step=20)
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
-    one, two = (torch.load(next((tmp_path / name).rglob("step_*20.pt")), weights_only=True) for name in ("one", "two"))
     steps = [[float(moments["step"]) for moments in run["optimizer"]["state"].values()] for run in (one, two)]
     assert steps[0] == steps[1] and (min(steps[0]), max(steps[0])) == (18, 20)

@@ -1,8 +1,6 @@
 """Recipes of fine-tuning as a command: each by its flag, and what cannot work refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from mim3d.tasks.trained import load_trained
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network
 from tests.commands.conftest import BACKBONE, TASK
+from tests.commands.one_and_two import trained_by_one_and_two
 
 SETTINGS = {
     "task": TASK,
@@ -164,14 +163,8 @@ def test_two_processes_follow_every_recipe_as_one_with_both_batches(ball_set: Pa
     backbone = "--backbone hybrid --backbone.widths 8 16 --backbone.depths 1 1 --backbone.num_heads 2"
     limits = "--max_steps 6 --num_folds 3 --num_workers 0 --log_every 1 --accelerator cpu --memory_limit 0"
     shared = f"{task} {recipes} {backbone} {limits} --precision 32-true".split()
-    shared += ["--data", str(ball_set), "--cache", str(tmp_path / "cache")]
-    for name, batch, devices in (("one", "2", "1"), ("two", "1", "2")):
-        words = ["finetune", "--out", str(tmp_path / name), "--batch_size", batch, "--devices", devices, *shared]
-        done = subprocess.run([sys.executable, "-m", "mim3d", *words], capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-    one, two = (torch.load(next((tmp_path / name).rglob("step_*6.pt")), weights_only=True) for name in ("one", "two"))
+    losses, (one, two) = trained_by_one_and_two([*shared, "--data", str(ball_set)], tmp_path, last_step=6)
     assert one["average"].keys() == two["average"].keys()
-    losses = [[line["loss"] for line in read_run(tmp_path / name).metrics if "loss" in line] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     steps = [[float(moments["step"]) for moments in run["optimizer"]["state"].values()] for run in (one, two)]
     # The stem began last.

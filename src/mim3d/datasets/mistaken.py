@@ -104,7 +104,7 @@ def not_weights(folder: str, *, for_task: bool) -> str | None:
         folder: The folder.
         for_task: Whether the network of a task is asked for, so that an encoder is not enough.
     """
-    if folds := sorted(glob.glob(os.path.join(glob.escape(folder), "fold_*", "manifest.json"))):
+    if folds := sorted(glob.glob(os.path.join(glob.escape(folder), "fold_*", MANIFEST_NAME))):
         return (
             f"{folder} holds the runs of {number_of(len(folds), 'fold')}, each with its network; give one, such as "
             f"{os.path.dirname(folds[0])}, or for mim3d predict all of them: {folder}/fold_*."

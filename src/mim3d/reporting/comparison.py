@@ -1,14 +1,11 @@
 """Whether runs that stand side by side can be compared by their weights, or differ in settings besides."""
 
-import re
 from collections.abc import Sequence
 
 from mim3d.core.errors import listed
 from mim3d.core.names import cut, printable
 from mim3d.core.run_folder import recipe_differences
-from mim3d.reporting.sources import NamedRun
-
-_FOLD = re.compile(r"fold_\d{1,6}")
+from mim3d.reporting.sources import FOLD_NAME, NamedRun
 
 #: Most settings that a sentence names.
 _MOST = 8
@@ -32,7 +29,7 @@ def comparisons(runs: Sequence[NamedRun]) -> dict[str, str]:
         same_fold = [each for each in alike if _fold_of(each) == _fold_of(run)]
         shown.append(run)
         # Folds of one set of runs are no comparison.
-        is_fold = _FOLD.fullmatch(run.record.path.name)
+        is_fold = FOLD_NAME.fullmatch(run.record.path.name)
         first = next(iter(same_fold or ([] if is_fold else alike)), run)
         differences = recipe_differences(first.record.manifest, run.record.manifest)
         if differences:

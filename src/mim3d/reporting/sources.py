@@ -19,8 +19,8 @@ from mim3d.core.warned import WarningRow, checked_rows
 from mim3d.datasets.mistaken import not_run
 from mim3d.reporting.rendering import run_colour
 
-#: The folder of one fold, in that of all folds of a fine-tuning.
-_FOLD = re.compile(r"fold_(\d{1,6})")
+#: Name of the folder of one fold, in that of all folds of a fine-tuning.
+FOLD_NAME = re.compile(r"fold_(\d{1,6})")
 
 #: A score, which may not be defined, and its interval.
 Score = float | None
@@ -174,7 +174,9 @@ class ScoreSet:
 
 def with_folds(path: str) -> list[str]:
     """The runs that a folder of all folds holds, in their order; else the folder alone."""
-    folds = {int(found[1]): str(each) for each in Path(path).glob("fold_*") if (found := _FOLD.fullmatch(each.name))}
+    folds = {
+        int(found[1]): str(each) for each in Path(path).glob("fold_*") if (found := FOLD_NAME.fullmatch(each.name))
+    }
     is_run = os.path.isfile(os.path.join(path, MANIFEST_NAME))
     return [path] if is_run or not folds else [folds[number] for number in sorted(folds)]
 

@@ -370,9 +370,7 @@ def open_series(address: str) -> Stack:
 
 def patient_key(address: str) -> str | None:
     """Salted hash of the patient's identifiers in a series; None where the header names nobody."""
-    slices = _slices_of(address)
-    sound = next((item for item in slices if not item.fault), slices[0])
-    identity = "\n".join(read_identity(sound.path))
+    identity = "\n".join(read_identity(_sound_slice(address)))
     return _hash_identity(identity) if identity.strip() else None
 
 
@@ -382,8 +380,7 @@ def scanner(address: str) -> str | None:
     Returns:
         A short text; None where the header says nothing of it.
     """
-    slices = _slices_of(address)
-    header, *_ = read_header(next((item for item in slices if not item.fault), slices[0]).path)
+    header, *_ = read_header(_sound_slice(address))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -394,6 +391,12 @@ def scanner(address: str) -> str | None:
     said = " ".join(text for text in names if text.strip().lower() not in _NOTHING)
     name = " ".join(printable(said).split())[:_MOST_LETTERS].rstrip()
     return ", ".join(filter(None, (name, f"{tesla:.2g} T" if 0 < tesla < _MOST_TESLA else ""))) or None
+
+
+def _sound_slice(address: str) -> str:
+    """The file of a series whose header tells of all: the first without a fault, or else the first."""
+    slices = _slices_of(address)
+    return next((item for item in slices if not item.fault), slices[0]).path
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mim3d.caching.cache import Cache
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import load_json
-from mim3d.core.names import cut, printable
+from mim3d.core.names import cut, printable, verb_of
 from mim3d.core.progress import say
 from mim3d.core.run_folder import MANIFEST_NAME, how_to_resume, read_manifest, recipe_of
 from mim3d.core.settings import CONFIG_NAME, coerce, flat, read_yaml, to_mapping, to_named
@@ -125,7 +125,7 @@ def check_cases(settings: "FinetuneSettings", known: Collection[str], split: Spl
     if absent:
         raise DataError(
             f"{settings.like} learned from another data set than {settings.data}: {listed(absent)} "
-            f"{'is' if len(absent) == 1 else 'are'} not in the same part of it; give the --data of that run, or leave "
+            f"{verb_of(len(absent), 'are')} not in the same part of it; give the --data of that run, or leave "
             "--like out."
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mim3d.backbones.contract import Backbone
 from mim3d.core.names import number_of
-from mim3d.core.run_folder import read_manifest
+from mim3d.core.run_folder import MANIFEST_NAME, read_manifest
 from mim3d.core.settings import to_named, update_settings
 from mim3d.methods import METHODS, Method
 from mim3d.training.schedule import Optimisation
@@ -44,7 +44,7 @@ class Begun:
         Raises:
             ConfigError: A manifest that is none of a run.
         """
-        path = Path(out) / "manifest.json"
+        path = Path(out) / MANIFEST_NAME
         if not (resume and path.is_file()):
             return cls()
         manifest = read_manifest(path)
