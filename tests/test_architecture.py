@@ -76,7 +76,7 @@ BUDGET = {
     "metrics": 1325,
     "datasets": 4245,
     "phantoms": 1400,
-    "backbones": 575,
+    "backbones": 580,
     "reporting": 1944,
     "caching": 4430,
     "objective": 150,

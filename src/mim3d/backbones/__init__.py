@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mim3d.backbones.contract import Backbone, Encoder, VisibleEncoder
+from mim3d.backbones.contract import Backbone, Encoder, MaskTokenEncoder, VisibleEncoder
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.core.run_folder import DECODER_SETTINGS
 from mim3d.core.settings import require_kind, resolve
@@ -69,6 +69,7 @@ __all__ = [
     "Backbone",
     "Encoder",
     "Hybrid",
+    "MaskTokenEncoder",
     "VisibleEncoder",
     "create_model",
     "create_recipe",

@@ -103,6 +103,28 @@ class VisibleEncoder(Encoder):
         """
 
 
+class MaskTokenEncoder(Encoder):
+    """An encoder that can compute with a learned token in the places of hidden ones, as SimMIM needs (Xie et al. 2022).
+
+    Attributes:
+        stem_size: Voxels along X, Y, Z of a token of the stem, which is what the learned token replaces.
+        stem_dim: Width of such a token.
+    """
+
+    stem_size: Triple
+    stem_dim: int
+
+    @abstractmethod
+    def masked_feature_maps(self, volume_BCXYZ: Tensor, hidden_BXYZ: Tensor, token_E: Tensor) -> list[Tensor]:
+        """The maps of :meth:`feature_maps`, with hidden places shown as the learned token.
+
+        Args:
+            volume_BCXYZ: The whole volume. What it holds at hidden places must not matter.
+            hidden_BXYZ: Boolean, True where a token of the stem is hidden, ``(B, X / stem_size[0], ...)``.
+            token_E: The learned token ``(stem_dim,)``.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone(ABC):
     """Settings of an encoder: what a user writes and YAML stores.
