@@ -1,13 +1,15 @@
 """What every registered method, backbone and task must do, in every combination: a new one is tested by existing."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import default_collate
 
-from mim3d.backbones import BACKBONES, Backbone, Hybrid, VisibleEncoder, create_recipe
+from mim3d.backbones import BACKBONES, Backbone, MaskTokenEncoder, VisibleEncoder, create_recipe
+from mim3d.core.errors import ConfigError
 from mim3d.core.settings import resolve, to_named
 from mim3d.loading.samples import SampleDataset
 from mim3d.methods import METHODS, Method, create_method
@@ -19,13 +21,19 @@ from tests.array_scans import ArrayScan, random_scan
 LABELS = {0: "background", 1: "left part", 3: "right part"}
 
 
-def small(name: str) -> Backbone:
+#: Settings of each kind of backbone at a width and depth that a test can train.
+SMALL: dict[str, dict[str, Any]] = {
+    "hybrid": {"widths": (6, 12, 24), "depths": (1, 1, 1), "num_heads": 2},
+    "vit": {"token_edge": 8, "width": 24, "depth": 1, "num_heads": 2},
+}
+
+#: Every kind of backbone, not every size of it.
+KINDS = sorted(name for name, entry in BACKBONES.items() if isinstance(entry, type))
+
+
+def small(kind: str) -> Backbone:
     """The registered recipe at a width and depth that a test can train."""
-    recipe = create_recipe(name)
-    assert isinstance(recipe, Hybrid)
-    stages = range(len(recipe.widths))
-    widths = tuple(6 * 2**stage for stage in stages)
-    return replace(recipe, widths=widths, depths=tuple(1 for _ in stages), num_heads=2)
+    return create_recipe({"name": kind, **SMALL[kind]})
 
 
 def small_method(name: str, recipe: Backbone, shape: tuple[int, int, int]) -> Method:
@@ -60,8 +68,14 @@ def check_step(objective: Objective, batch: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(BACKBONES))
-def test_backbone_keeps_the_encoders_contract(name: str) -> None:
-    recipe = small(name)
+def test_settings_of_every_ready_size_are_stored_and_found_again(name: str) -> None:
+    recipe = create_recipe(name)
+    assert resolve(to_named(recipe, BACKBONES), BACKBONES, "backbone") == recipe
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backbone_keeps_the_encoders_contract(kind: str) -> None:
+    recipe = small(kind)
     assert resolve(to_named(recipe, BACKBONES), BACKBONES, "backbone") == recipe
     encoder = recipe.build().eval()
     x, y, z = (2 * voxels for voxels in recipe.input_multiple)
@@ -74,12 +88,33 @@ def test_backbone_keeps_the_encoders_contract(name: str) -> None:
     if isinstance(encoder, VisibleEncoder):
         visible = torch.arange(0, 16, 2).repeat(2, 1)
         assert encoder.encode_visible(volume, visible).shape == (2, 8, encoder.embed_dim)
+    if isinstance(encoder, MaskTokenEncoder):
+        check_mask_tokens(encoder, volume, maps)
 
 
-@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+@torch.no_grad()
+def check_mask_tokens(encoder: MaskTokenEncoder, volume: torch.Tensor, maps: list[torch.Tensor]) -> None:
+    """Hidden voxels are not seen, visible ones are, and with nothing hidden nothing changes."""
+    grid = [voxels // edge for voxels, edge in zip(volume.shape[2:], encoder.stem_size, strict=True)]
+    hidden, token = torch.zeros(2, *grid, dtype=torch.bool), torch.ones(encoder.stem_dim)
+    for shown, plain in zip(encoder.masked_feature_maps(volume, hidden, token), maps, strict=True):
+        torch.testing.assert_close(shown, plain)
+    hidden[:, : grid[0] // 2] = True
+    other = volume.clone()
+    other[:, :, : volume.shape[2] // 2] = torch.nan
+    masked = encoder.masked_feature_maps(volume, hidden, token)
+    assert all(map(torch.equal, masked, encoder.masked_feature_maps(other, hidden, token)))
+    assert not torch.allclose(masked[-1], maps[-1])
+
+
+@pytest.mark.parametrize("backbone", KINDS)
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_method_trains_every_backbone(name: str, backbone: str) -> None:
+def test_method_trains_every_backbone_that_has_what_it_needs(name: str, backbone: str) -> None:
     recipe = small(backbone)
+    if not issubclass(recipe.encoder_class, create_method(name).needs):
+        with pytest.raises(ConfigError, match=f"method {name} needs a .* which the encoder of backbone {backbone} is"):
+            create_method(name).check_backbone(recipe)
+        return
     x, y, z = (4 * voxels for voxels in recipe.input_multiple)
     scan = random_scan((x, y, z))
     method = small_method(name, recipe, scan.shape)
@@ -91,7 +126,7 @@ def test_method_trains_every_backbone(name: str, backbone: str) -> None:
     check_step(method.build(recipe), default_collate([dataset[0], dataset[1]]))
 
 
-@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+@pytest.mark.parametrize("backbone", KINDS)
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_task_trains_every_backbone(name: str, backbone: str) -> None:
     recipe = small(backbone)

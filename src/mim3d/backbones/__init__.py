@@ -4,6 +4,7 @@ from typing import Any
 
 from mim3d.backbones.contract import Backbone, Encoder, MaskTokenEncoder, VisibleEncoder
 from mim3d.backbones.hybrid import Hybrid
+from mim3d.backbones.vit import ViT
 from mim3d.core.run_folder import DECODER_SETTINGS
 from mim3d.core.settings import require_kind, resolve
 from mim3d.core.types import Named
@@ -17,6 +18,12 @@ BACKBONES: dict[str, type[Backbone] | Backbone] = {
     "hybrid_base": Hybrid(),
     "hybrid_large": Hybrid(widths=(64, 128, 256, 512), depths=(2, 2, 4, 20), num_heads=16),
     "hybrid_huge": Hybrid(widths=(96, 192, 384, 768), depths=(2, 2, 6, 28), num_heads=16),
+    "vit": ViT,
+    "vit_nano": ViT(token_edge=8, width=96, depth=4, num_heads=4),
+    "vit_tiny": ViT(width=192, num_heads=3),
+    "vit_small": ViT(width=384, num_heads=6),
+    "vit_base": ViT(),
+    "vit_large": ViT(width=1024, depth=24, num_heads=16),
 }
 
 
@@ -70,6 +77,7 @@ __all__ = [
     "Encoder",
     "Hybrid",
     "MaskTokenEncoder",
+    "ViT",
     "VisibleEncoder",
     "create_model",
     "create_recipe",

@@ -1,15 +1,16 @@
-"""The layers of MiM's hybrid network, channels last, with parameters stored in the published (Conv3d) layout.
+"""The layers of the networks, channels last, with parameters stored in the published (Conv3d) layout.
 
 Shapes: N samples or token blocks, X Y Z space, C channels, B batch, L tokens, E embedding.
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mim3d.kernels.residual_mlp import residual_mlp
+from mim3d.nn.tokens import rotate
 
 #: Longest sequence whose table of attention weights is worth its memory.
 WRITTEN_OUT_LENGTH = 512
@@ -220,10 +221,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens_BLE: Tensor) -> Tensor:
+    def forward(self, tokens_BLE: Tensor, angles_BLd: Tensor | None = None) -> Tensor:
+        """Tokens after attention; queries and keys are turned by ``angles`` where given, see :func:`rotate`."""
         batch, length, dim = tokens_BLE.shape
         qkv = self.qkv(tokens_BLE).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if angles_BLd is not None:
+            query, key = (rotate(vectors, angles_BLd[:, None]) for vectors in (query, key))
         attended = attend(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
 
@@ -246,30 +250,64 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(tokens)))
 
 
+class SwiGlu(nn.Module):
+    """A gated MLP (Shazeer 2020): one linear layer makes gates and values, another brings their product back.
+
+    Args:
+        dim: Width in and out.
+        hidden_dim: Width between.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        gate, value = self.fc1(tokens).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm ViT block (Dosovitskiy et al. 2021): x + attention(LN(x)), then x + MLP(LN(x)).
 
     Args:
         dim: Token width.
         num_heads: Attention heads.
-        mlp_ratio: Hidden width of the MLP per token width.
+        mlp_ratio: Hidden width of the MLP per token width. A gated MLP has two thirds of it, and so as many parameters.
         drop_path: Chance that a sample goes without a branch, in training.
+        mlp: Kind of the MLP.
+        layer_scale: Start of a learned factor for each channel of a branch (Touvron et al. 2021); none if not given.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        *,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim) if mlp == "gelu" else SwiGlu(dim, round(dim * mlp_ratio * 2 / 3))
         self.drop_path = DropPath(drop_path)
+        self.scale1, self.scale2 = (
+            None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)
+        )
 
-    def forward(self, tokens_BLE: Tensor) -> Tensor:
-        tokens_BLE = self._added(tokens_BLE, self.attn(self.norm1(tokens_BLE)))
-        return self._added(tokens_BLE, self.mlp(self.norm2(tokens_BLE)))
+    def forward(self, tokens_BLE: Tensor, angles_BLd: Tensor | None = None) -> Tensor:
+        tokens_BLE = self._added(tokens_BLE, self.attn(self.norm1(tokens_BLE), angles_BLd), self.scale1)
+        return self._added(tokens_BLE, self.mlp(self.norm2(tokens_BLE)), self.scale2)
 
-    def _added(self, tokens_BLE: Tensor, branch_BLE: Tensor) -> Tensor:
+    def _added(self, tokens_BLE: Tensor, branch_BLE: Tensor, scale_E: Tensor | None) -> Tensor:
         """Tokens plus a branch, which some samples may go without."""
+        if scale_E is not None:
+            branch_BLE = scale_E * branch_BLE
         if self.drop_path.active:
             branch_BLE = self.drop_path.weights(branch_BLE) * branch_BLE
         return tokens_BLE + branch_BLE

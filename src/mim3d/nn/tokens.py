@@ -82,6 +82,31 @@ def sincos_positions(grid: Triple, embed_dim: int) -> Tensor:
     return torch.from_numpy(_table(grid, embed_dim))
 
 
+def rotary_angles(grid: Triple, head_dim: int) -> Tensor:
+    """Angles ``(L, head_dim // 2)`` by which rotary positions turn pairs of channels, in raster order of the tokens.
+
+    A third of the pairs each for X, Y and Z (Su et al. 2021; axial as in Heo et al. 2024): the index times 100^(-i / n)
+    for ``n = head_dim // 6`` frequencies. Pairs left over when ``head_dim`` is no multiple of 6 are not turned.
+    """
+    return torch.from_numpy(_angles(grid, head_dim))
+
+
+def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
+    """Turn channel ``i`` and ``i + d / 2`` of vectors ``(..., d)`` as a pair by angles ``(..., d / 2)``."""
+    sine, cosine = angles.sin().to(vectors.dtype), angles.cos().to(vectors.dtype)
+    first, second = vectors.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
+@lru_cache(maxsize=32)
+def _angles(grid: Triple, head_dim: int) -> np.ndarray:
+    num_frequencies = head_dim // 6
+    frequencies = 100.0 ** (-np.arange(num_frequencies) / num_frequencies)
+    axes = np.meshgrid(*(np.arange(size, dtype=np.float64) for size in grid), indexing="ij")
+    angles = np.concatenate([axis.reshape(-1, 1) * frequencies for axis in axes], axis=1)
+    return np.pad(angles, ((0, 0), (0, head_dim // 2 - angles.shape[1]))).astype(np.float32)
+
+
 # Tables are kept as arrays: a tensor made in one mode (a dry run on fake tensors, say) must not turn up in another.
 @lru_cache(maxsize=32)
 def _table(grid: Triple, embed_dim: int) -> np.ndarray:

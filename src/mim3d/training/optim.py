@@ -12,13 +12,14 @@ from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import CheckpointError
 from mim3d.training.schedule import Schedule, average_decay
 
-_TOKEN_OR_POSITION = re.compile(r"(^|[._])(mask_token|cls_token|pos_embed|positions?|positional)([._]|$)")
+_TOKEN_OR_POSITION = re.compile(r"(^|[._])(mask_token|cls_token|registers|pos_embed|positions?|positional)([._]|$)")
 
 
 def decay_groups(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Split the trainable parameters into those with and those without weight decay, by name.
 
-    Biases, norms and every other one-dimensional tensor, mask and class tokens, and positions have no weight decay.
+    Biases, norms and every other one-dimensional tensor, mask and class tokens, registers, and positions have no weight
+    decay.
     """
     decayed: dict[str, nn.Parameter] = {}
     plain: dict[str, nn.Parameter] = {}
