@@ -7,7 +7,8 @@ import textwrap
 #: Never needed: extras, packages that drag in a CUDA build, and experiment trackers.
 OPTIONAL = (
     "torchvision timm einops blosc2 dask distributed highdicom tensorboard wandb mlflow onnx onnxscript onnxruntime "
-    "huggingface_hub triton lightning pytorch_lightning sklearn skimage pandas tqdm itk psutil pytest"
+    "huggingface_hub dynamic_network_architectures triton lightning pytorch_lightning sklearn skimage pandas tqdm itk "
+    "psutil pytest"
 ).split()
 
 #: What `import mim3d` and the parsing of a command line must not load.

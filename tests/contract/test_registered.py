@@ -24,6 +24,7 @@ LABELS = {0: "background", 1: "left part", 3: "right part"}
 #: Settings of each kind of backbone at a width and depth that a test can train.
 SMALL: dict[str, dict[str, Any]] = {
     "hybrid": {"widths": (6, 12, 24), "depths": (1, 1, 1), "num_heads": 2},
+    "resenc": {"widths": (4, 6, 8), "depths": (1, 1, 1)},
     "vit": {"token_edge": 8, "width": 24, "depth": 1, "num_heads": 2},
 }
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from mim3d.backbones.contract import Backbone, Encoder, MaskTokenEncoder, VisibleEncoder
 from mim3d.backbones.hybrid import Hybrid
+from mim3d.backbones.resenc import ResEnc
 from mim3d.backbones.vit import ViT
 from mim3d.core.run_folder import DECODER_SETTINGS
 from mim3d.core.settings import require_kind, resolve
@@ -24,6 +25,12 @@ BACKBONES: dict[str, type[Backbone] | Backbone] = {
     "vit_small": ViT(width=384, num_heads=6),
     "vit_base": ViT(),
     "vit_large": ViT(width=1024, depth=24, num_heads=16),
+    # nnU-Net's presets as it plans them for crops of at least 32, 64 and 128 voxels along each axis.
+    "resenc": ResEnc,
+    "resenc_nano": ResEnc(widths=(16, 32, 64, 128), depths=(1, 2, 2, 2)),
+    "resenc_s": ResEnc(widths=(32, 64, 128, 256), depths=(1, 3, 4, 6)),
+    "resenc_m": ResEnc(widths=(32, 64, 128, 256, 320), depths=(1, 3, 4, 6, 6)),
+    "resenc_l": ResEnc(),
 }
 
 
@@ -55,12 +62,13 @@ def create_recipe(backbone: Named, *, allow_import: bool = True) -> Backbone:
         allow_import: Whether a dotted path may be imported; false for cards that somebody else may have written.
 
     Raises:
-        ConfigError: As :func:`create_model` does.
+        ConfigError: As :func:`create_model` does, or a package that the encoder needs is missing.
     """
     if isinstance(backbone, dict):
         backbone = {key: value for key, value in backbone.items() if key not in DECODER_SETTINGS}
     found = resolve(backbone, BACKBONES, "backbone", allow_import=allow_import)
     recipe: Backbone = require_kind(found, Backbone, "backbone")
+    recipe.check_machine()
     return recipe
 
 
@@ -77,6 +85,7 @@ __all__ = [
     "Encoder",
     "Hybrid",
     "MaskTokenEncoder",
+    "ResEnc",
     "ViT",
     "VisibleEncoder",
     "create_model",

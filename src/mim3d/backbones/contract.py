@@ -1,9 +1,11 @@
 """The contract that every encoder keeps, whatever its architecture, and what some encoders can do besides."""
 
+import importlib.util
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -131,9 +133,14 @@ class Backbone(ABC):
 
     Attributes:
         in_channels: Channels of the input volume.
+        segmentation_decoder: Name of the decoder that segmentation plans for its encoder.
+        packages: Optional packages that the encoder needs, as they are imported -> the extra that installs each.
     """
 
     in_channels: int = 1
+
+    segmentation_decoder: ClassVar[str] = "unet"
+    packages: ClassVar[Mapping[str, str]] = {}
 
     @property
     @abstractmethod
@@ -149,6 +156,19 @@ class Backbone(ABC):
     def token_size(self) -> Triple:
         """Voxels of one token along X, Y, Z, by default the least input."""
         return self.input_multiple
+
+    def check_machine(self) -> None:
+        """Refuse a machine that lacks an optional package that the encoder needs.
+
+        Raises:
+            ConfigError: The sentence says how to install it.
+        """
+        for package, extra in self.packages.items():
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(
+                    f"backbone {type(self).__name__} needs the package {package.replace('_', '-')}, which is not "
+                    f"installed; use pip install 'mim3d[{extra}]'."
+                )
 
     def build(self) -> Encoder:
         """A freshly initialised network.

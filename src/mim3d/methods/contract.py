@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from torch import nn
 
-from mim3d.backbones import BACKBONES, Backbone, create_recipe
+from mim3d.backbones import BACKBONES, Backbone
 from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import ConfigError, listed
 from mim3d.core.settings import to_named
@@ -43,7 +43,8 @@ class Method(ABC):
             ConfigError: The sentence names the method, the backbone and backbones that fit.
         """
         if not issubclass(backbone.encoder_class, self.needs):
-            fitting = [name for name in BACKBONES if issubclass(create_recipe(name).encoder_class, self.needs)]
+            recipes = {name: found() if isinstance(found, type) else found for name, found in BACKBONES.items()}
+            fitting = [name for name, recipe in recipes.items() if issubclass(recipe.encoder_class, self.needs)]
             remedy = f"use a backbone such as {listed(fitting)}, or another method" if fitting else "use another method"
             raise ConfigError(
                 f"method {type(self).__name__} needs a {self.needs.__name__}, which the encoder of backbone "

@@ -2,9 +2,10 @@
 
 import torch
 
-from mim3d.backbones import BACKBONES, create_recipe
+from mim3d.backbones import BACKBONES
+from mim3d.core.errors import ConfigError
 from mim3d.core.progress import say
-from mim3d.core.settings import find_named
+from mim3d.core.settings import find_named, resolve
 from mim3d.methods import METHODS
 from mim3d.tasks import TASKS
 
@@ -29,13 +30,18 @@ def say_models() -> None:
 
 def _size(name: str) -> tuple[str, ...]:
     """Row of a backbone: parameters of its encoder in millions, channels and blocks per stage, voxels of a token."""
-    recipe = create_recipe(name)
+    recipe = resolve(name, BACKBONES, "backbone")
+    stages = [" ".join(map(str, getattr(recipe, key, ()))) for key in ("widths", "depths")]
+    token = " x ".join(map(str, recipe.token_size))
+    try:
+        recipe.check_machine()
+    except ConfigError as error:
+        return name, "-", *stages, f"{token}; {error}"
     # On this device tensors have a shape alone.
     with torch.device("meta"):
         encoder = recipe.build()
     millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-    stages = [" ".join(map(str, getattr(recipe, key, ()))) for key in ("widths", "depths")]
-    return name, f"{millions:.3g} M", *stages, " x ".join(map(str, recipe.token_size))
+    return name, f"{millions:.3g} M", *stages, token
 
 
 def _first_line(found: object) -> str:

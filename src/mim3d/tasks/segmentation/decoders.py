@@ -4,6 +4,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class SegmentationDecoder(nn.Module, ABC):
         in_channels: Channels of the input.
         strides: Down-sampling of each map, finest first, each a multiple of the one before.
         widths: Channels of each map.
-        feature_dim: Channels at full resolution.
+        feature_dim: Channels at full resolution, where the encoder has no map of it.
         num_classes: Channels of the output.
         deep_supervision: Whether the coarser levels of the decoder get heads too (Lee et al. 2015).
     """
@@ -81,15 +82,27 @@ class SegmentationDecoder(nn.Module, ABC):
         self.pyramid = FeaturePyramid(strides[0], widths[0]) if len(strides) == 1 else None
         if self.pyramid is not None:
             strides, widths = self.pyramid.strides, self.pyramid.widths
-        self._build(in_channels, strides, widths, feature_dim)
-        self.head = self._make_head(feature_dim, num_classes)
+        levels = list(zip(strides, widths, strict=True))
+        # An encoder that works at full resolution gives the skip there too; for others the decoder reads the input.
+        self.reads_input = strides[0] > 1 or len(strides) == 1
+        if self.reads_input:
+            levels.insert(0, (1, feature_dim))
+        self._build(in_channels, levels)
         # The coarsest map comes from the encoder as it is; all levels between it and full resolution are the decoder's.
-        coarser = widths[:-1] if deep_supervision else ()
-        self.deep_heads = nn.ModuleList(self._make_head(width, num_classes) for width in coarser)
+        finest, *coarser = [width for _, width in levels[:-1]]
+        self.head = self._make_head(finest, num_classes)
+        deep = coarser if deep_supervision else ()
+        self.deep_heads = nn.ModuleList(self._make_head(width, num_classes) for width in deep)
 
     @abstractmethod
-    def _build(self, in_channels: int, strides: Sequence[int], widths: Sequence[int], feature_dim: int) -> None:
-        """Make everything but the heads."""
+    def _build(self, in_channels: int, levels: Sequence[tuple[int, int]]) -> None:
+        """Make everything but the heads.
+
+        Args:
+            in_channels: Channels of the input.
+            levels: Stride and channels of every level, full resolution first: those of the encoder's maps, and where
+                ``reads_input``, one above them that is made of the input.
+        """
 
     @abstractmethod
     def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -118,15 +131,15 @@ class SegmentationDecoder(nn.Module, ABC):
 class UNetDecoder(SegmentationDecoder):
     """Skip connections joined by concatenation at every stage, and one at full resolution (as SwinUNETR has them).
 
-    The encoder's finest map has a stride above 1, so a residual block on the input itself gives the skip at full
+    Where the encoder's finest map has a stride above 1, a residual block on the input itself gives the skip at full
     resolution.
     """
 
-    def _build(self, in_channels: int, strides: Sequence[int], widths: Sequence[int], feature_dim: int) -> None:
-        self.stem = _residual(in_channels, feature_dim)
-        self.skips = nn.ModuleList(_residual(width, width) for width in widths)
+    def _build(self, in_channels: int, levels: Sequence[tuple[int, int]]) -> None:
+        maps = levels[1:] if self.reads_input else levels
+        self.stem = _residual(in_channels, levels[0][1]) if self.reads_input else None
+        self.skips = nn.ModuleList(_residual(width, width) for _, width in maps)
         self.ups = nn.ModuleList()
-        levels = [(1, feature_dim), *zip(strides, widths, strict=True)]
         for (stride, width), (coarser_stride, coarser_width) in itertools.pairwise(levels):
             factor = coarser_stride // stride
             self.ups.append(UnetrUpBlock(3, coarser_width, width, 3, factor, norm_name="instance", res_block=True))
@@ -136,7 +149,7 @@ class UNetDecoder(SegmentationDecoder):
         return UnetOutBlock(3, width, num_classes)
 
     def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        skips = [self.stem(volume_BCXYZ)]
+        skips = [] if self.stem is None else [self.stem(volume_BCXYZ)]
         skips += [block(features) for block, features in zip(self.skips, maps, strict=True)]
         features = skips.pop()
         levels: list[Tensor] = []
@@ -159,12 +172,12 @@ class AdditiveDecoder(SegmentationDecoder):
     of the normed map.
     """
 
-    def _build(self, in_channels: int, strides: Sequence[int], widths: Sequence[int], feature_dim: int) -> None:
-        self.stem = ResidualBlock(in_channels, feature_dim)
+    def _build(self, in_channels: int, levels: Sequence[tuple[int, int]]) -> None:
+        widths = [width for _, width in (levels[1:] if self.reads_input else levels)]
+        self.stem = ResidualBlock(in_channels, levels[0][1]) if self.reads_input else None
         self.norm = nn.LayerNorm(widths[0], eps=1e-6)
         self.skip = Pointwise(widths[0], widths[0])
         self.skips = nn.ModuleList(ResidualBlock(width, width) for width in widths[1:])
-        levels = [(1, feature_dim), *zip(strides, widths, strict=True)]
         self.ups = nn.ModuleList(
             nn.ConvTranspose3d(coarser_width, width, coarser_stride // stride, coarser_stride // stride, bias=False)
             for (stride, width), (coarser_stride, coarser_width) in itertools.pairwise(levels)
@@ -178,7 +191,8 @@ class AdditiveDecoder(SegmentationDecoder):
     def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         finest = self.skip(self.norm(maps[0].movedim(1, -1))).movedim(-1, 1)
         # Encoders may hold maps channels last, where convolutions are no faster, and norms and their gradients slower.
-        skips = [self.stem(volume_BCXYZ), finest.contiguous()]
+        skips = [] if self.stem is None else [self.stem(volume_BCXYZ)]
+        skips.append(finest.contiguous())
         skips += [block(features.contiguous()) for block, features in zip(self.skips, maps[1:], strict=True)]
         features = skips.pop()
         levels: list[Tensor] = []
@@ -215,5 +229,57 @@ class ResidualBlock(nn.Module):
         return F.leaky_relu(features_BCXYZ + branch, _SLOPE)
 
 
+class NnUNetDecoder(SegmentationDecoder):
+    """That of nnU-Net's residual-encoder U-Net (Isensee et al. 2021 and 2024): the encoder's maps are the skips.
+
+    A level is a transposed convolution of the coarser one, whose kernel is its stride, joined with the skip by
+    concatenation, and one convolution. The full resolution of an encoder without a map of it is a convolution on the
+    input, as nnU-Net's encoders begin.
+    """
+
+    def _build(self, in_channels: int, levels: Sequence[tuple[int, int]]) -> None:
+        self.stem = self._convolution(in_channels, levels[0][1]) if self.reads_input else None
+        self.ups = nn.ModuleList()
+        self.blocks = nn.ModuleList()
+        for (stride, width), (coarser_stride, coarser_width) in itertools.pairwise(levels):
+            factor = coarser_stride // stride
+            self.ups.append(nn.ConvTranspose3d(coarser_width, width, factor, factor))
+            self.blocks.append(self._convolution(2 * width, width))
+        self.apply(_init_convolution)
+
+    @staticmethod
+    def _convolution(dim_in: int, dim_out: int) -> nn.Module:
+        norm = nn.InstanceNorm3d(dim_out, affine=True)
+        return nn.Sequential(nn.Conv3d(dim_in, dim_out, 3, padding=1), norm, nn.LeakyReLU(_SLOPE, inplace=True))
+
+    @staticmethod
+    def _make_head(width: int, num_classes: int) -> nn.Module:
+        head = nn.Conv3d(width, num_classes, 1)
+        _init_convolution(head)
+        return head
+
+    def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        skips = [] if self.stem is None else [self.stem(volume_BCXYZ)]
+        skips += maps
+        features = skips.pop()
+        levels: list[Tensor] = []
+        for up, block in zip(reversed(self.ups), reversed(self.blocks), strict=True):
+            features = block(torch.cat([up(features), skips.pop()], 1))
+            levels.insert(0, features)
+        return levels
+
+
+def _init_convolution(module: nn.Module) -> None:
+    """The first weights of nnU-Net's convolutions (He et al. 2015)."""
+    if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+        nn.init.kaiming_normal_(module.weight, a=_SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 #: Decoders by name.
-DECODERS: dict[str, type[SegmentationDecoder]] = {"additive": AdditiveDecoder, "unet": UNetDecoder}
+DECODERS: dict[str, type[SegmentationDecoder]] = {
+    "additive": AdditiveDecoder,
+    "nnunet": NnUNetDecoder,
+    "unet": UNetDecoder,
+}

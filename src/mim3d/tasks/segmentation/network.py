@@ -123,13 +123,14 @@ class SegmentationObjective(FreezingObjective):
     def __init__(self, encoder: Encoder, *, in_channels: int, targets: Targets, settings: "Segmentation") -> None:
         super().__init__(encoder, freeze_encoder=settings.freeze_encoder, unfreeze_ratio=settings.unfreeze_ratio)
         self.targets = targets
+        assert settings.decoder is not None
         self.decoder = DECODERS[settings.decoder](
             in_channels=in_channels,
             strides=encoder.strides,
             widths=encoder.widths,
             feature_dim=settings.feature_dim,
             num_classes=len(targets.names),
-            deep_supervision=settings.deep_supervision,
+            deep_supervision=bool(settings.deep_supervision),
         )
         self.loss = SegmentationLoss(targets, settings)
 

@@ -12,7 +12,7 @@ import torch
 from mim3d.backbones.contract import Backbone, check_patch, round_up
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError
-from mim3d.core.settings import nearest
+from mim3d.core.settings import nearest, update_settings
 from mim3d.core.types import LARGEST_LABEL, Spacing, Triple
 from mim3d.datasets.published.presets import Preset
 from mim3d.inference import Windows, padding_values, sliding_logits
@@ -50,9 +50,11 @@ class Segmentation(CropTask):
         patch_size: Voxels of one crop, multiples of the encoder's token edge. None plans it: what holds the median
             training scan, at most 96 along each axis.
         positive_ratio: Share of crops centred on a voxel of a random class; the others lie anywhere.
-        decoder: What brings the encoder's maps back to full resolution: unet (as SwinUNETR has it), or additive, which
-            takes less time and memory and learns faster at first.
-        feature_dim: Number of channels of the decoder at full resolution, its most expensive level.
+        decoder: What brings the encoder's maps back to full resolution: unet (as SwinUNETR has it); additive, which
+            takes less time and memory and learns faster at first; or nnunet, that of nnU-Net. None plans it: nnunet
+            for nnU-Net's residual encoder, unet for others.
+        feature_dim: Number of channels of the decoder at full resolution, its most expensive level, where the encoder
+            has no map of it.
         augmentation: How crops are varied.
         background_in_dice: Whether the background counts in the Dice loss.
         batch_dice: Whether there is one Dice over the whole batch instead of one per crop, so that crops without a
@@ -68,7 +70,8 @@ class Segmentation(CropTask):
         region_values: Label value that each region gives in predictions, in their order; where one lies in another
             that of the later one. None derives them: the value that no later region covers.
         ignore_label: Label value of voxels that nothing is learned from, and that count in no score.
-        deep_supervision: Whether coarser levels of the decoder learn too, with weights 1/2, 1/4, ...
+        deep_supervision: Whether coarser levels of the decoder learn too, with weights 1/2, 1/4, ... None plans it:
+            with the decoder nnunet, as nnU-Net trains.
         freeze_encoder: Whether the encoder stays as it is, so that only the decoder learns.
         unfreeze_ratio: Share of training after which the whole encoder learns; until then its layers begin to, one
             after the other, from its output down to the stem. None lets all of it learn from the beginning.
@@ -81,7 +84,7 @@ class Segmentation(CropTask):
 
     patch_size: Triple | None = None
     positive_ratio: float = 0.5
-    decoder: Literal["unet", "additive"] = "unet"
+    decoder: Literal["unet", "additive", "nnunet"] | None = None
     feature_dim: int = 16
     augmentation: Augmentation = field(default_factory=Augmentation)
     background_in_dice: bool = False
@@ -95,7 +98,7 @@ class Segmentation(CropTask):
     regions: Mapping[str, tuple[int, ...]] | None = None
     region_values: tuple[int, ...] | None = None
     ignore_label: int | None = None
-    deep_supervision: bool = False
+    deep_supervision: bool | None = None
     freeze_encoder: bool = False
     unfreeze_ratio: float | None = None
     overlap: float = 0.5
@@ -216,13 +219,19 @@ class Segmentation(CropTask):
                 patch_size = (2 * x, 2 * y, 2 * z)
         augmentation.check_mirrors(self.mirror_axes, names, "label")
         planned = replace(
-            self,
+            self.with_decoder(backbone),
             patch_size=patch_size,
             augmentation=augmentation,
             spacing_mm=spacing_mm,
             partial_labels=dict(labels) if are_partial([scan.case for scan in scans], labels) else None,
         )
         return planned.checked(backbone)
+
+    def with_decoder(self, backbone: Backbone) -> Self:
+        """Return these settings with the decoder, where they leave it open, and its supervision, filled in."""
+        decoder = self.decoder or backbone.segmentation_decoder
+        deep = decoder == "nnunet" if self.deep_supervision is None else self.deep_supervision
+        return update_settings(self, {"decoder": decoder, "deep_supervision": deep}, "task")
 
     @property
     def named_values(self) -> tuple[int, ...]:
@@ -276,8 +285,9 @@ class Segmentation(CropTask):
         from mim3d.tasks.segmentation.network import SegmentationObjective
 
         targets = self.targets(labels)
+        settings = self.with_decoder(backbone)
         objective = SegmentationObjective(
-            backbone.build(), in_channels=backbone.in_channels, targets=targets, settings=self
+            backbone.build(), in_channels=backbone.in_channels, targets=targets, settings=settings
         )
         if self.patch_size is not None:
             objective.tokens_per_sample = crop_tokens(self.patch_size, backbone.token_size)
