@@ -8,7 +8,10 @@ from mim3d.methods.contract import Method
 __all__ = ["METHODS", "Method", "create_method"]
 
 #: Settings class of each method, imported when asked for.
-METHODS: dict[str, str] = {"MiM": "mim3d.methods.mim.method:MiM"}
+METHODS: dict[str, str] = {
+    "MiM": "mim3d.methods.mim.method:MiM",
+    "MAE": "mim3d.methods.mae:MAE",
+}
 
 
 def create_method(method: Named, backbone: Named = "") -> Method:

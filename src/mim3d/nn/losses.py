@@ -1,4 +1,4 @@
-"""Losses of masked pre-training: reconstruction of hidden tokens and cross-level alignment."""
+"""Losses of masked pre-training: reconstruction of hidden tokens, cross-level alignment, and a sign of collapse."""
 
 import torch
 from torch import Tensor
@@ -48,3 +48,9 @@ def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -
 def cosine_alignment(predicted_BD: Tensor, own_place_BD: Tensor) -> Tensor:
     """``2 - 2 cos(prediction of the child, stop-gradient of its place)`` (BYOL, Grill et al. 2020, equation 2)."""
     return (2 - 2 * F.cosine_similarity(predicted_BD.float(), own_place_BD.detach().float(), dim=-1)).mean()
+
+
+def spread(vectors_KD: Tensor) -> Tensor:
+    """How much the directions of vectors differ: about 1 as if drawn at random, 0 where all are the same."""
+    normed = F.normalize(vectors_KD.float(), dim=-1)
+    return normed.std(0, correction=0).mean() * normed.shape[1] ** 0.5

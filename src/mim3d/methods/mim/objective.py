@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mim3d.backbones.contract import Backbone, VisibleEncoder
 from mim3d.core.types import Triple
 from mim3d.methods.mim.hierarchy import Geometry
 from mim3d.nn.blocks import Mlp, init_linear
-from mim3d.nn.decoder import TokenDecoder
-from mim3d.nn.losses import alignment_logits, contrastive_alignment, cosine_alignment, reconstruction_loss
+from mim3d.nn.decoder import TokenDecoder, rebuilt
+from mim3d.nn.losses import alignment_logits, contrastive_alignment, cosine_alignment, reconstruction_loss, spread
 from mim3d.nn.tokens import split_tokens, split_units, take_tokens
-from mim3d.nn.volumes import patchify, resize_image, unpatchify
+from mim3d.nn.volumes import patchify, resize_image
 from mim3d.objective import Batch, Objective, StepOutput, Tokens
 
 if TYPE_CHECKING:
@@ -145,12 +144,8 @@ class MiMObjective(Objective):
 
     def _features(self, levels: Sequence[LevelBatch]) -> list[Tensor]:
         """Decoder features ``(M, L, D)`` of every level; levels of one token grid are decoded as one batch."""
-        encoded = []
-        for level in levels:
-            default = CPU_CHUNK if level.volume_MCXYZ.device.type == "cpu" else len(level.volume_MCXYZ)
-            chunk_size = self.settings.chunk_size or default
-            chunks = (torch.split(tensor, chunk_size) for tensor in (level.volume_MCXYZ, level.visible_MV))
-            encoded.append(torch.cat([self.encoder.encode_visible(*chunk) for chunk in zip(*chunks, strict=True)]))
+        chunk_size = self.settings.chunk_size
+        encoded = [encode_in_chunks(self.encoder, level.volume_MCXYZ, level.visible_MV, chunk_size) for level in levels]
         by_grid: dict[Triple, list[int]] = {}
         for index, level in enumerate(levels):
             by_grid.setdefault(level.geometry.token_grid, []).append(index)
@@ -189,19 +184,32 @@ class MiMObjective(Objective):
         levels = self.levels({key: value[:1] for key, value in batch.items()})
         pictures: dict[str, Tensor] = {}
         for level, features_MLD in zip(levels, self._features(levels), strict=True):
-            patches_1LP = patchify(level.volume_MCXYZ[:1], self.encoder.token_size).float()
             hidden_1H = level.hidden_MH[:1]
-            predicted_1HP = self.decoder.predict(features_MLD[:1], hidden_1H).float()
-            if self.settings.normalise_targets:
-                own = take_tokens(patches_1LP, hidden_1H)
-                predicted_1HP = predicted_1HP * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
-            index_1HP = hidden_1H[..., None].expand_as(predicted_1HP)
-            masked = patches_1LP.scatter(1, index_1HP, 0.0)
-            rebuilt = patches_1LP.scatter(1, index_1HP, predicted_1HP)
-            for kind, tokens in (("original", patches_1LP), ("masked", masked), ("reconstructed", rebuilt)):
-                volume = unpatchify(tokens, level.geometry.token_grid, self.encoder.token_size)
-                pictures[f"{level.geometry.level.name}/{kind}"] = volume[0, 0]
+            shown = rebuilt(
+                level.volume_MCXYZ[:1],
+                hidden_1H,
+                self.decoder.predict(features_MLD[:1], hidden_1H),
+                self.encoder.token_size,
+                normalised=self.settings.normalise_targets,
+            )
+            pictures |= {f"{level.geometry.level.name}/{kind}": picture for kind, picture in shown.items()}
         return pictures
+
+
+def encode_in_chunks(
+    encoder: VisibleEncoder, volume_MCXYZ: Tensor, visible_MV: Tensor, chunk_size: int | None = None
+) -> Tensor:
+    """Visible tokens ``(M, V, E)`` of all volumes, a few at a time.
+
+    Args:
+        encoder: The encoder.
+        volume_MCXYZ: The volumes.
+        visible_MV: Raster indices of their visible tokens.
+        chunk_size: Volumes per call; what suits the device if not given.
+    """
+    default = CPU_CHUNK if volume_MCXYZ.device.type == "cpu" else len(volume_MCXYZ)
+    chunks = (torch.split(tensor, chunk_size or default) for tensor in (volume_MCXYZ, visible_MV))
+    return torch.cat([encoder.encode_visible(*chunk) for chunk in zip(*chunks, strict=True)])
 
 
 def align(
@@ -237,12 +245,11 @@ def align(
     loss, accuracy, chance = contrastive_alignment(logits, label_K, usable)
     if predict is not None:
         loss = cosine_alignment(predict(child_KA), places.vectors_MHA[parent_K, own_K])
-    normed = F.normalize(child_KA.detach().float(), dim=-1)
     return loss, {
         "loss": loss.detach(),
         "accuracy": accuracy.detach(),
         "chance": chance.detach(),
-        "spread": normed.std(0, correction=0).mean() * normed.shape[1] ** 0.5,
+        "spread": spread(child_KA.detach()),
     }
 
 

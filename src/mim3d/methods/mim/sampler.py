@@ -1,6 +1,4 @@
-"""MiM's sampler: draws the hierarchy, its masks and one augmentation before a voxel is read."""
-
-from typing import TYPE_CHECKING
+"""Draws a hierarchy (or the single crop of a masked autoencoder), its masks and one augmentation, before any read."""
 
 import numpy as np
 
@@ -8,29 +6,29 @@ from mim3d.caching.scan import CachedScan
 from mim3d.caching.stored_voxels import reduction_of
 from mim3d.core.types import Triple
 from mim3d.loading.samples import Crop, Sample
+from mim3d.methods.masked import MaskedMethod
 from mim3d.methods.mim.hierarchy import DrawnLevel, Hierarchy
-
-if TYPE_CHECKING:
-    from mim3d.methods.mim.method import MiM
 
 #: A hierarchy with too much air is drawn anew until it was drawn so many times; the one with least air is kept.
 MAX_DRAWS = 8
 
 
-class MiMSampler:
+class HierarchySampler:
     """One sample = one hierarchy, with one geometric and one intensity draw for all its levels.
 
     Args:
         settings: Settings of the method.
         hierarchy: The checked levels.
+        pyramid: Whether reduced levels are read from the cache's coarser resolutions, and lie on their voxels.
     """
 
-    def __init__(self, settings: "MiM", hierarchy: Hierarchy) -> None:
+    def __init__(self, settings: MaskedMethod, hierarchy: Hierarchy, *, pyramid: bool = True) -> None:
         self.settings = settings
+        self.pyramid = pyramid
         self.hierarchy = hierarchy
         reductions = [reduction_of(g.level.footprint, g.level.size) for g in hierarchy.levels if g.source is None]
         # Voxels between two places of a root: deeper levels lie at multiples of their footprints from it.
-        self._step = max(reductions) if settings.pyramid else 1
+        self._step = max(reductions) if pyramid else 1
 
     def draw(self, scan: CachedScan, rng: np.random.Generator) -> Sample:
         """Draw a hierarchy inside the scan's body box, with little air where that can be had.
@@ -56,7 +54,7 @@ class MiMSampler:
             if geometry.source is not None:
                 arrays[f"corner/{name}"] = relative_corners(level, drawn[geometry.source])
         arrays["air"] = np.array([air], dtype=np.float32)
-        return Sample(images, arrays=arrays, flips=(x, y, z), gain=gain, bias=bias, pyramid=self.settings.pyramid)
+        return Sample(images, arrays=arrays, flips=(x, y, z), gain=gain, bias=bias, pyramid=self.pyramid)
 
     def _draw_hierarchy(
         self, scan: CachedScan, flips: tuple[bool, bool, bool], rng: np.random.Generator

@@ -1,0 +1,214 @@
+"""One crop of a scan, some places of which are hidden and predicted: what MAE and SimMIM have in common."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mim3d.backbones.contract import Backbone, check_multiple, size_text
+from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
+from mim3d.methods.masked import IDLE_LOSS, MaskedMethod
+from mim3d.methods.mim.hierarchy import MAX_PADDING, Hierarchy, Level, padding_ratio
+from mim3d.methods.mim.sampler import HierarchySampler
+from mim3d.nn.decoder import rebuilt
+from mim3d.nn.losses import normalise_tokens, spread
+from mim3d.nn.tokens import split_tokens, take_tokens
+from mim3d.nn.volumes import patchify
+from mim3d.objective import Batch, Objective, StepOutput, Tokens
+
+# Shape suffixes: B crops, C channels, X Y Z space, L places, H hidden places, P voxels of a place, N tokens, E width.
+
+#: Name of the crop in batches and logs (``loss/crop``).
+CROP = "crop"
+
+#: Features that vary less than this over tokens, where 1 is as if drawn at random, have collapsed.
+COLLAPSED_SPREAD = 0.01
+
+#: Scans that settings are planned for where nobody says which: a crop of the papers' size.
+_ANY_SHAPES = ((96, 96, 96),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedCropMethod(MaskedMethod):
+    """Settings of a method that hides places of a single crop.
+
+    Attributes:
+        size: Voxels of a crop along X, Y, Z; planned from the scans when left out.
+        mask_ratio: Hidden share of its places, half rounded up.
+        mask_size: Voxels along X, Y, Z of a place, which is hidden or visible as a whole; planned when left out.
+    """
+
+    size: Triple | None = None
+    mask_ratio: float = 0.75
+    mask_size: Triple | None = None
+
+    @abstractmethod
+    def own_mask_size(self, backbone: Backbone, shape: Triple) -> Triple:
+        """Voxels of a place that suit a backbone and scans of ``shape`` voxels."""
+
+    @abstractmethod
+    def check_mask_size(self, backbone: Backbone, mask_size: Triple) -> None:
+        """Refuse places that the backbone cannot hide.
+
+        Raises:
+            ConfigError: The sentence names a size that fits.
+        """
+
+    @abstractmethod
+    def largest_size(self, backbone: Backbone, mask_size: Triple) -> Triple:
+        """Voxels of a planned crop at most."""
+
+    def planned(self, backbone: Backbone, shapes: Sequence[Triple]) -> Self:
+        """These settings with the sizes of places and crops; refuses crops that are mostly padding on these scans."""
+        x, y, z = (int(median(axis)) for axis in zip(*shapes, strict=True))
+        mask_size = self.mask_size or self.own_mask_size(backbone, (x, y, z))
+        self.check_mask_size(backbone, mask_size)
+        step = least_common_size(mask_size, backbone.input_multiple)
+        fitting = _rounded((x, y, z), step, self.largest_size(backbone, mask_size))
+        size = self.size or fitting
+        check_multiple(size, step, "method.size")
+        share = padding_ratio(size, shapes)
+        if share > MAX_PADDING:
+            fits = padding_ratio(fitting, shapes) <= MAX_PADDING
+            remedy = f"use {_by(fitting)}" if fits else "use a backbone with smaller tokens, or places of fewer voxels"
+            raise ConfigError(
+                f"method.size: {share:.0%} of every {_by(size)} crop would be padding, since the scans have "
+                f"{_by((x, y, z))} voxels (median); {remedy}."
+            )
+        planned = replace(self, size=size, mask_size=mask_size)
+        planned.hierarchy(backbone)
+        return planned
+
+    def hierarchy(self, backbone: Backbone) -> Hierarchy:
+        """The crop as the only level of a hierarchy.
+
+        Raises:
+            ConfigError: Everything would be hidden, or nothing.
+        """
+        if self.size is None or self.mask_size is None:
+            return self.planned(backbone, _ANY_SHAPES).hierarchy(backbone)
+        level = Level(name=CROP, footprint=self.size, size=self.size, mask_ratio=self.mask_ratio)
+        return Hierarchy((level,), self.mask_size)
+
+    def summary(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
+        """The crop and what of it is hidden."""
+        hierarchy = self.hierarchy(backbone)
+        (crop,) = hierarchy.levels
+        return [
+            f"crop: {_by(crop.level.size)} voxels, {crop.num_hidden_units} of its {crop.num_units} places of "
+            f"{size_text(hierarchy.token_size)} voxels hidden"
+        ]
+
+    def details(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
+        """Padding."""
+        (crop,) = self.hierarchy(backbone).levels
+        return [f"padding: {padding_ratio(crop.level.footprint, shapes):.0%} of a crop on average"]
+
+    def sampler(self, backbone: Backbone) -> HierarchySampler:
+        """Draws a crop and its mask."""
+        return HierarchySampler(self, self.hierarchy(backbone))
+
+    def idle_parts(self, final_logs: dict[str, float]) -> list[str]:
+        """A reconstruction no better than a constant guess; an encoder whose features are all alike."""
+        loss, guess = final_logs.get(f"loss/{CROP}"), final_logs.get(f"guess/{CROP}")
+        sentences = []
+        if loss is not None and guess is not None and loss > IDLE_LOSS * guess:
+            sentences.append(
+                f"the reconstruction is idle: its loss ended at {loss:.3f}, and that of a constant guess is "
+                f"{guess:.3f}; train longer, or raise the learning rate"
+            )
+        if final_logs.get(f"spread/{CROP}", 1.0) < COLLAPSED_SPREAD:
+            sentences.append(
+                f"the encoder has collapsed: its features are nearly the same everywhere (spread "
+                f"{final_logs[f'spread/{CROP}']:.4f}, where 1 is as if drawn at random); lower the learning rate"
+            )
+        return sentences
+
+
+class MaskedCropObjective(Objective):
+    """Predicts the voxels of hidden places.
+
+    Args:
+        settings: Settings of the method.
+        backbone: The encoder's recipe.
+        normalised: Whether the target is each place's voxels at mean 0 and variance 1.
+        error: Mean difference of prediction and target, such as that of squares.
+    """
+
+    def __init__(
+        self,
+        settings: MaskedCropMethod,
+        backbone: Backbone,
+        *,
+        normalised: bool,
+        error: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.encoder = backbone.build()
+        self.normalised, self.error = normalised, error
+        hierarchy = settings.hierarchy(backbone)
+        (self.crop,) = hierarchy.levels
+        self.mask_size = hierarchy.token_size
+        num_hidden = self.crop.num_hidden_units
+        self.tokens_per_sample = (Tokens(CROP, 1, self.crop.num_units - num_hidden, num_hidden),)
+
+    @abstractmethod
+    def predict(self, volume_BCXYZ: Tensor, hidden_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted voxels ``(B, H, P)`` of the hidden places, as :func:`patchify` orders them, and features.
+
+        The features of the encoder ``(B, N, E)`` are for logs alone.
+        """
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """Error over hidden voxels. Logged beside it: that of a constant guess, the spread of the features, and air."""
+        volume_BCXYZ, hidden_BL = (batch[key].flatten(0, 1) for key in (CROP, f"hidden/{CROP}"))
+        predicted_BHP, features_BNE = self.predict(volume_BCXYZ, hidden_BL)
+        target_BHP = take_tokens(patchify(volume_BCXYZ, self.mask_size), self.places(hidden_BL)[1]).float()
+        if self.normalised:
+            target_BHP = normalise_tokens(target_BHP)
+        loss = self.error(predicted_BHP.float(), target_BHP)
+        logs = {
+            f"loss/{CROP}": loss.detach(),
+            f"guess/{CROP}": self.error(target_BHP.mean().expand_as(target_BHP), target_BHP),
+            f"spread/{CROP}": spread(features_BNE.detach().flatten(0, 1)),
+        }
+        if "air" in batch:
+            logs["air"] = batch["air"].mean()
+        return StepOutput(loss, logs)
+
+    def places(self, hidden_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Raster indices of the visible places and of the hidden ones."""
+        return split_tokens(hidden_BL, self.crop.num_hidden_units)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Original, masked and reconstructed first crop, first channel, as ``(X, Y, Z)``."""
+        volume, hidden = (batch[key][:1].flatten(0, 1)[:1] for key in (CROP, f"hidden/{CROP}"))
+        predicted, _ = self.predict(volume, hidden)
+        shown = rebuilt(volume, self.places(hidden)[1], predicted, self.mask_size, normalised=self.normalised)
+        return {f"{CROP}/{kind}": picture for kind, picture in shown.items()}
+
+
+def least_common_size(one: Triple, other: Triple) -> Triple:
+    """The least common multiples along X, Y, Z."""
+    x, y, z = map(math.lcm, one, other)
+    return x, y, z
+
+
+def _rounded(shape: Triple, step: Triple, most: Triple) -> Triple:
+    """The multiples of ``step`` nearest to a shape, at least one and at most those within ``most``."""
+    x, y, z = (
+        max(1, min(largest // edge, round(voxels / edge))) * edge
+        for voxels, edge, largest in zip(shape, step, most, strict=True)
+    )
+    return x, y, z
+
+
+def _by(size: Triple) -> str:
+    return "x".join(str(voxels) for voxels in size)
