@@ -6,7 +6,8 @@ import pytest
 
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.datasets.cases import Case
-from mim3d.datasets.splits import TrainPart
+from mim3d.datasets.splits import TrainPart, split_by_list
+from mim3d.workflows.shared.held_out import choose_split
 
 
 def cases(number: int, classes: int = 1, first: int = 0) -> list[Case]:
@@ -79,6 +80,22 @@ def test_a_list_that_does_not_fit_the_data_is_refused_by_name(tmp_path: Path):
             TrainPart(train_list=str(path)).take(cases(20), cases(10, first=20))
     with pytest.raises(DataError, match=r"nowhere.txt: cannot be read"):
         TrainPart(train_list=str(tmp_path / "nowhere.txt")).take(cases(20))
+
+
+def test_a_list_holds_out_whole_patients_in_place_of_a_fold(tmp_path: Path):
+    path = tmp_path / "held_out.txt"
+    path.write_text("p1_0\np3\n")
+    split = choose_split(cases(6), fold=0, num_folds=5, held_out_list=str(path), part=TrainPart(train_cases=2))
+    assert [case.id for case in split.val] == ["p1_0", "p1_1", "p3_0", "p3_1"]
+    assert len({case.patient for case in split.train}) == 2
+    assert not {case.patient for case in split.train} & {"p1", "p3"}
+
+
+def test_a_list_that_holds_out_everything_is_refused(tmp_path: Path):
+    path = tmp_path / "held_out.txt"
+    path.write_text("p0\np1\n")
+    with pytest.raises(DataError, match="holds out every case"):
+        split_by_list(cases(2), str(path))
 
 
 def test_more_patients_than_there_are_is_refused():

@@ -32,7 +32,7 @@ _OWN_FLAGS = {"config": tuple[str, ...], "allow_code": bool, "debug": bool, "hel
 _USUAL_FLAGS = ("data", "input", "predictions", "references", "weights", "out")
 
 #: Settings that name a file or folder.
-PATH_SETTINGS = ("data", "weights", "like", "cache", "plan", "train_list", "probe")
+PATH_SETTINGS = ("data", "weights", "like", "cache", "plan", "train_list", "held_out_list", "probe")
 
 #: Names that no parameter of a command may have.
 RESERVED = (*_OWN_FLAGS, "command")

@@ -164,7 +164,7 @@ class TrainPart:
             DataError: The list cannot be read, names an unknown case, or leaves nothing; or there are fewer patients
                 than are asked for.
         """
-        cases = tuple(train) if self.train_list is None else _named_cases(self.train_list, train, others)
+        cases = tuple(train) if self.train_list is None else named_cases(self.train_list, train, others)
         patients = shuffled_patients(cases, self.train_seed)
         number = max(1, int(self.train_fraction * len(patients) + 0.5))
         if self.train_cases is not None:
@@ -178,8 +178,42 @@ class TrainPart:
         return tuple(case for case in cases if case.patient in kept)
 
 
-def _named_cases(path: str, train: Sequence[Case], others: Sequence[Case]) -> tuple[Case, ...]:
-    """The training cases that the lines of a text file name by their ids or patients."""
+def split_by_list(cases: Sequence[Case], path: str) -> Split:
+    """Hold out the cases that a text file names, with all other cases of their patients; the rest trains.
+
+    Args:
+        cases: All cases of the data set; those that it declares as "test" are left out.
+        path: Text file with ids of cases or patients, one per line.
+
+    Raises:
+        DataError: The list cannot be read, names an unknown case, or leaves nothing on one of both sides.
+    """
+    usable = [case for case in cases if case.split != "test"]
+    tests = [case for case in cases if case.split == "test"]
+    patients = {case.patient for case in named_cases(path, usable, tests, part="to hold out, only declared tests")}
+    split = Split(
+        train=tuple(case for case in usable if case.patient not in patients),
+        val=tuple(case for case in usable if case.patient in patients),
+    )
+    if not split.train:
+        raise DataError(f"{path} holds out every case, so none is left to train on; name fewer.")
+    return split
+
+
+def named_cases(
+    path: str, wanted: Sequence[Case], others: Sequence[Case], part: str = "to train on, only held-out ones"
+) -> tuple[Case, ...]:
+    """The cases that the lines of a text file name by their ids or patients.
+
+    Args:
+        path: Text file with one name per line.
+        wanted: The cases that are chosen from.
+        others: The other cases of the data set, which may be named but are not chosen.
+        part: What ``wanted`` and ``others`` are, for the sentence about a list that names none of the former.
+
+    Raises:
+        DataError: The list cannot be read, names an unknown case, or none of those wanted.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = {line.strip() for line in file if line.strip()}
@@ -187,18 +221,15 @@ def _named_cases(path: str, train: Sequence[Case], others: Sequence[Case]) -> tu
         raise DataError(f"{path}: cannot be read as a list of names ({error}).") from error
     if not names:
         raise DataError(f"{path}: names nothing; write one case or patient per line.")
-    known = {name for case in (*train, *others) for name in (case.id, case.patient)}
+    known = {name for case in (*wanted, *others) for name in (case.id, case.patient)}
     for name in names - known:
         raise DataError(
             f"{path} names '{name}', which is no case or patient of the data set."
             f"{nearest(name, known) if len(known) < 1000 else ''}"
         )
-    kept = tuple(case for case in train if case.id in names or case.patient in names)
+    kept = tuple(case for case in wanted if case.id in names or case.patient in names)
     if not kept:
-        raise DataError(
-            f"{path} names no case to train on, only held-out ones ({listed(sorted(names))}); name others, or choose "
-            "another fold."
-        )
+        raise DataError(f"{path} names no case {part} ({listed(sorted(names))}); name others, or choose another fold.")
     return kept
 
 

@@ -11,7 +11,7 @@ import torch
 from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.caching.cache import Cache
 from mim3d.caching.summary import cohort_of
-from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.errors import BothSetError, ConfigError, DataError
 from mim3d.core.progress import say
 from mim3d.core.run_folder import Run, read_run
 from mim3d.core.settings import to_named
@@ -19,7 +19,7 @@ from mim3d.core.types import Named, Spacing
 from mim3d.core.warned import LearningWarning
 from mim3d.datasets.cases import Case, CaseSet, read_cases
 from mim3d.datasets.published.pretraining_lists import pretraining_list
-from mim3d.datasets.splits import Split, require_split_seed
+from mim3d.datasets.splits import Split, require_split_seed, split_by_list
 from mim3d.datasets.usable import usable_cases
 from mim3d.loading.loader import Loader
 from mim3d.methods import METHODS, Method, create_method
@@ -61,6 +61,7 @@ class PretrainSettings(TrainingSettings):
         spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; each scan keeps its own if not given.
         intensity: Mapping of intensities to network input; planned from the scans if not given.
         fold: Leave out the cases that `mim3d finetune --fold` of this number holds out; all cases train if not given.
+        held_out_list: File with the ids of cases or patients to leave out, one per line, in place of a fold.
         num_folds: Number of folds that `fold` counts.
         split_seed: Seed of the folds, as in fine-tuning.
         probe: Labelled scans, or `phantom`, to score features on; OUT/encoder is then the best, encoder_last the last.
@@ -83,6 +84,7 @@ class PretrainSettings(TrainingSettings):
     spacing_mm: Spacing | None = None
     intensity: Intensity | None = None
     fold: int | None = None
+    held_out_list: str | None = None
     num_folds: int = 5
     split_seed: int = 0
     probe: str | None = None
@@ -95,6 +97,8 @@ class PretrainSettings(TrainingSettings):
         require_spacing(self.spacing_mm)
         require_share(self.min_coverage)
         require_split_seed(self.split_seed)
+        if self.held_out_list is not None and self.fold is not None:
+            raise BothSetError(f"fold ({self.fold})", f"held_out_list ({self.held_out_list})")
         if self.probe_every is not None and self.probe is None:
             raise ConfigError(f"probe_every is {self.probe_every}, but there is no probe; give --probe DATA too.")
         if self.probe_every is not None and self.probe_every < 0:
@@ -129,7 +133,8 @@ def run_pretraining(settings: PretrainSettings) -> str:
         method = asked.planned(recipe, shapes)
         num_held_out = len(source.cases) - len(cases)
         if settings.fold is not None or num_held_out:
-            say(fold_line(settings.fold, settings.num_folds, source.cases, len(cases), num_held_out))
+            numbers = len(cases), num_held_out
+            say(fold_line(settings.fold, settings.num_folds, source.cases, *numbers, settings.held_out_list))
         say(network_line(to_named(method, METHODS)["name"], recipe, settings.weights))
         summary, details = method.summary(recipe, shapes), method.details(recipe, shapes)
         say_what_is_learned(summary, details, verbose=settings.verbose)
@@ -167,7 +172,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         scans = _learned(every, cases, strict=settings.strict)
         chosen = {case.id for case in cases}
         split = Split(tuple(cases), tuple(case for case in source.cases if case.id not in chosen))
-        words = split_in_words(split, settings.fold, settings.num_folds)
+        words = split_in_words(split, settings.fold, settings.num_folds, settings.held_out_list)
         run.note({"cohort": {"train": cohort_of(scans)}, "split": words})
         if run.writes:
             write_seen(run.path, seen_from(identities_of(scans), settings.weights))
@@ -216,7 +221,9 @@ def _source(settings: PretrainSettings) -> CaseSet | Cache:
 
 
 def _training_cases(source: CaseSet | Cache, settings: PretrainSettings) -> Sequence[Case]:
-    """All cases but those held out: by a declared split, or by the fold that fine-tuning would hold out."""
+    """All cases but those held out: by a list, a declared split, or the fold that fine-tuning would hold out."""
+    if settings.held_out_list is not None:
+        return split_by_list(source.cases, settings.held_out_list).train
     kept = [case for case in source.cases if case.split in (None, "train")]
     if settings.fold is not None:
         # Cases that belong to no task must not shift its folds here.

@@ -37,10 +37,13 @@ _EITHER = (
 _LEARNS: Mapping[str, Any] = {"freeze_encoder": False, "unfreeze_ratio": None}
 
 #: Settings by which cases are split.
-_OF_SPLIT = ("fold", "num_folds", "split_seed", "train_fraction", "train_cases", "train_list", "train_seed")
+_OF_SPLIT = (
+    *("fold", "held_out_list", "num_folds", "split_seed"),
+    *("train_fraction", "train_cases", "train_list", "train_seed"),
+)
 
 #: Settings of a recipe that name a file or folder.
-_PATHS = ("data", "cache", "train_list")
+_PATHS = ("data", "cache", "train_list", "held_out_list")
 
 
 def settings_below(given: Mapping[str, Any]) -> dict[str, Any]:

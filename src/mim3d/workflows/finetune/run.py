@@ -121,7 +121,7 @@ def finetune_once(settings: FinetuneSettings, *, every_fold: bool = False) -> Fi
         write_split(run, split)
         parts = {"train": split.train, "held out": split.val}
         cohort = {name: cohort_of(scans.subset(part)) for name, part in parts.items() if part}
-        words = split_in_words(split, settings.single_fold, settings.num_folds)
+        words = split_in_words(split, settings.single_fold, settings.num_folds, settings.held_out_list)
         run.note({"cohort": cohort, "split": words, **choice})
         learned, strict = scans.subset(split.train), bool(settings.strict)
         if split.val:

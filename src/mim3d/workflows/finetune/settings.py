@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
+from mim3d.core.errors import ConfigError
 from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split, TrainPart, require_split_seed
@@ -37,6 +38,7 @@ class FinetuneSettings(TrainingSettings):
         spacing_mm: Voxel size along X, Y, Z in millimetres; that of the weights if not given, else planned.
         intensity: Mapping of intensities to network input; that of the weights if not given, else planned.
         fold: Which of the folds is held out, from 0; all for each in turn; null trains on all cases.
+        held_out_list: File with the ids of cases or patients to validate on, one per line, in place of a fold.
         num_folds: Number of folds that patients are split into; a split or folds that the data set declares win.
         split_seed: Seed by which patients are split into folds.
         train_fraction: Share of the training patients that is used; smaller shares are part of larger ones.
@@ -68,6 +70,7 @@ class FinetuneSettings(TrainingSettings):
     spacing_mm: Spacing | None = None
     intensity: Intensity | None = None
     fold: int | Literal["all"] | None = 0
+    held_out_list: str | None = None
     num_folds: int = 5
     split_seed: int = 0
     train_fraction: float = 1.0
@@ -82,6 +85,8 @@ class FinetuneSettings(TrainingSettings):
         require_spacing(self.spacing_mm)
         require_share(self.min_coverage)
         require_split_seed(self.split_seed)
+        if self.held_out_list is not None and self.fold == "all":
+            raise ConfigError("fold is all, but held_out_list names one part to validate on; give one of them.")
 
     @staticmethod
     def below(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,13 +99,13 @@ class FinetuneSettings(TrainingSettings):
 
     @property
     def single_fold(self) -> int | None:
-        """The fold of one run.
+        """The fold of one run; None where a list takes its place.
 
         Raises:
             AssertionError: For the settings of all folds, which are no run of their own.
         """
         assert self.fold != "all"
-        return self.fold
+        return self.fold if self.held_out_list is None else None
 
     def split(self, cases: Sequence[Case], unreadable: Sequence[Case] = ()) -> Split:
         """The cases to train on and those that are held out.
@@ -125,4 +130,5 @@ class FinetuneSettings(TrainingSettings):
             part=part,
             split_seed=self.split_seed,
             unreadable=unreadable,
+            held_out_list=self.held_out_list,
         )

@@ -158,7 +158,14 @@ def labelled_cases(source: CaseSet | Cache, target: Target | None, data: str) ->
 
 
 def choose_cases(
-    source: CaseSet | Cache, data: str, target: Target | None, *, fold: int, num_folds: int, split_seed: int
+    source: CaseSet | Cache,
+    data: str,
+    target: Target | None,
+    *,
+    fold: int,
+    num_folds: int,
+    split_seed: int,
+    held_out_list: str | None = None,
 ) -> ProbeCases:
     """Labelled cases of DATA, split as `mim3d finetune` splits them.
 
@@ -168,5 +175,12 @@ def choose_cases(
     """
     chosen, cases = labelled_cases(source, target, data)
     unreadable = [each for each in unreadable_of(source) if chosen == "classes" or each.label is not None]
-    split = choose_split(cases, fold=fold, num_folds=num_folds, split_seed=split_seed, unreadable=unreadable)
+    split = choose_split(
+        cases,
+        fold=fold,
+        num_folds=num_folds,
+        split_seed=split_seed,
+        unreadable=unreadable,
+        held_out_list=held_out_list,
+    )
     return ProbeCases(source, chosen, split)

@@ -64,6 +64,7 @@ class ProbeSettings:
         spacing_mm: Voxel size along X, Y, Z in millimetres; that of the first weights if not given.
         intensity: Mapping of intensities to network input; that of each of the weights if not given, else planned.
         fold: Which of the folds is held out and scored on, from 0, the same as those of `mim3d finetune`.
+        held_out_list: File with the ids of cases or patients to score on, one per line, in place of a fold.
         num_folds: Number of folds that the patients are split into; a declared split wins over folds.
         split_seed: Seed by which patients are split into folds.
         probing: How features are taken and classified.
@@ -90,6 +91,7 @@ class ProbeSettings:
     spacing_mm: Spacing | None = None
     intensity: Intensity | None = None
     fold: int = 0
+    held_out_list: str | None = None
     num_folds: int = 5
     split_seed: int = 0
     probing: Probing = Probing()
@@ -118,9 +120,11 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
             fold=settings.fold,
             num_folds=settings.num_folds,
             split_seed=settings.split_seed,
+            held_out_list=settings.held_out_list,
         )
         parts = cases.split
-        say(fold_line(settings.fold, settings.num_folds, cases.cases, len(parts.train), len(parts.val)))
+        numbers = len(parts.train), len(parts.val)
+        say(fold_line(settings.fold, settings.num_folds, cases.cases, *numbers, settings.held_out_list))
         encoders: dict[str, Initialisation] = {}
         device = choose_device(settings.accelerator)
         for path in settings.paths:

@@ -35,7 +35,14 @@ def say_what_is_learned(summary: Sequence[str], details: Sequence[str], *, verbo
         say(line)
 
 
-def fold_line(fold: int | None, num_folds: int, every: Sequence[Case], num_learned: int, num_held_out: int) -> str:
+def fold_line(
+    fold: int | None,
+    num_folds: int,
+    every: Sequence[Case],
+    num_learned: int,
+    num_held_out: int,
+    held_out_list: str | None = None,
+) -> str:
     """How many cases are learned from and held out, and by what.
 
     Args:
@@ -44,8 +51,11 @@ def fold_line(fold: int | None, num_folds: int, every: Sequence[Case], num_learn
         every: All cases of the data set.
         num_learned: Number of cases to learn from.
         num_held_out: Number of cases that are held out.
+        held_out_list: File that names them, where one is given in place of a fold.
     """
     parts = f"{number_of(num_learned, 'case')} to learn from, {num_held_out or 'none'} held out"
+    if held_out_list is not None:
+        return f"held out by {held_out_list}: {parts}"
     if fold is None and not num_held_out:
         return f"no fold: {parts}"
     if fold is None or any(case.split == "val" for case in every):
@@ -59,7 +69,8 @@ def say_split(settings: "FinetuneSettings", every: Sequence[Case], unreadable: S
     """Print which cases fine-tuning learns from: the fold, and where few are taken of it, how many and by what."""
     whole = replace(settings, train_fraction=1.0, train_cases=None, train_list=None)
     full = whole.split(every, unreadable)
-    say(fold_line(settings.single_fold, settings.num_folds, every, len(full.train), len(full.val)))
+    numbers = len(full.train), len(full.val)
+    say(fold_line(settings.single_fold, settings.num_folds, every, *numbers, settings.held_out_list))
     asked = {name: getattr(settings, name) for name in ("train_fraction", "train_cases", "train_list")}
     given = [f"{name} {value}" for name, value in asked.items() if value != getattr(whole, name)]
     if given:

@@ -10,7 +10,7 @@ from mim3d.core.names import cut, is_entry_name
 from mim3d.core.run_folder import GO_ON, Run
 from mim3d.core.settings import coerce
 from mim3d.datasets.cases import Case
-from mim3d.datasets.splits import Split, TrainPart, split_cases
+from mim3d.datasets.splits import Split, TrainPart, split_by_list, split_cases
 
 SPLIT_NAME = "split.json"
 LIST_NAME = "held_out.csv"
@@ -60,6 +60,7 @@ def choose_split(
     part: TrainPart = TrainPart(),
     split_seed: int = 0,
     unreadable: Sequence[Case] = (),
+    held_out_list: str | None = None,
 ) -> Split:
     """Split the cases of a data set, and keep a part of those to train on.
 
@@ -74,12 +75,15 @@ def choose_split(
         split_seed: Seed by which patients are split into folds.
         unreadable: Further cases, whose files cannot be read: counted in folds and parts, so that mending a file moves
             no other case, and then left out.
+        held_out_list: Text file that names the held-out cases or patients, in place of a fold.
     Raises:
         ConfigError: A fold that does not exist, or a negative seed.
         DataError: Cases that cannot be split, a part that cannot be taken, or one of which no case is readable.
     """
     cases = [*cases, *unreadable]
-    if fold is None:
+    if held_out_list is not None:
+        split = split_by_list(cases, held_out_list)
+    elif fold is None:
         split = Split(train=tuple(case for case in cases if case.split in (None, "train")), val=())
     else:
         split = split_cases(cases, fold=fold, num_folds=num_folds, seed=split_seed)
@@ -90,10 +94,12 @@ def choose_split(
     return Split(train=train, val=split.val).without(unreadable)
 
 
-def split_in_words(split: Split, fold: int | None, num_folds: int) -> str:
-    """By what cases are held out: the data set's own split or folds, or those that were drawn."""
+def split_in_words(split: Split, fold: int | None, num_folds: int, held_out_list: str | None = None) -> str:
+    """By what cases are held out: a list, the data set's own split or folds, or those that were drawn."""
     if not split.val:
         return "none held out"
+    if held_out_list is not None:
+        return f"named in {held_out_list}"
     if any(case.split in ("val", "test") for case in split.val):
         return "declared split"
     if any(case.fold is not None for case in split.val):
