@@ -18,6 +18,7 @@ _HOMES = {
     "evaluate": "mim3d.commands.evaluate",
     "export": "mim3d.commands.export",
     "probe": "mim3d.commands.probe",
+    "compare": "mim3d.commands.compare",
     "report": "mim3d.commands.report",
     "models": "mim3d.commands.models",
     "create_model": "mim3d.backbones",
@@ -34,6 +35,7 @@ __all__ = [
     "CachedDataset",
     "__version__",
     "cache",
+    "compare",
     "create_model",
     "evaluate",
     "export",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from mim3d.backbones import create_model, list_models
     from mim3d.caching.cache import open_cache
     from mim3d.commands.cache import cache
+    from mim3d.commands.compare import compare
     from mim3d.commands.evaluate import evaluate
     from mim3d.commands.export import export
     from mim3d.commands.finetune import finetune

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from mim3d.cli.arguments import Signature
 
 #: Commands that print much after a warning, so that it is said again at the end: so many of them, as files have all.
-SAYING_AGAIN = ("pretrain", "finetune", "predict", "evaluate", "probe")
+SAYING_AGAIN = ("pretrain", "finetune", "predict", "evaluate", "probe", "compare")
 MOST_SAID_AGAIN = 10
 
 #: Commands that keep what they have done when they are stopped, and go on from there.
-GOING_ON = ("phantom", "cache", "pretrain", "finetune", "predict")
+GOING_ON = ("phantom", "cache", "pretrain", "finetune", "predict", "compare")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ COMMANDS = {
     "predict": Command("mim3d.commands.predict:predict", "Segment or classify scans, each on its own grid."),
     "evaluate": Command("mim3d.commands.evaluate:evaluate", "Score label maps or classes against references."),
     "probe": Command("mim3d.commands.probe:probe", "Score frozen features by simple classifiers."),
+    "compare": Command("mim3d.commands.compare:compare", "Compare methods, weights and networks on your data."),
     "export": Command("mim3d.commands.export:export", "Bring a network into the formats of other programs."),
     "report": Command("mim3d.commands.report:report", "Write one HTML page on one or more runs.", ("runs",)),
     "models": Command("mim3d.commands.models:models", "List backbones with their size, methods and tasks."),

@@ -237,7 +237,8 @@ def command_arguments(flags: Mapping[str, Any], signature: Signature) -> dict[st
     merged = _merged(layers, signature)
     below = getattr(signature.function, "below", None)
     if below is not None and not own and (lowest := below(merged)):
-        files, layers = [str(merged["like"]), *files], [lowest, *layers]
+        from_run = merged.get("like") or os.path.join(str(merged.get("out")), CONFIG_NAME)
+        files, layers = [str(from_run), *files], [lowest, *layers]
         merged = _merged(layers, signature)
     missing = [name for name in signature.required if name not in merged]
     if missing:

@@ -28,10 +28,24 @@ def is_dotted_path(name: object) -> bool:
 
 
 def own_code_in(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The dotted paths among the settings of a command, by the names of the settings."""
+    """The dotted paths among the settings of a command, by the names of the settings; of arms and recipes too."""
+    inner: dict[str, Any] = {name: settings.get(name) for name in ("finetune", "pretrain")}
+    arms = settings.get("arms")
+    inner |= {f"arms[{n}]": arm for n, arm in enumerate(arms)} if isinstance(arms, (list, tuple)) else {}
+    # An arm that is a word may be a dotted path with a backbone behind it.
+    inner = {
+        name: dict(zip(("method", "backbone"), value.split(":"), strict=False)) if isinstance(value, str) else value
+        for name, value in inner.items()
+    }
+    found = {
+        f"{name}.{kind}": path
+        for name, value in inner.items()
+        if isinstance(value, Mapping)
+        for kind, path in own_code_in(value).items()
+    }
     named = {kind: settings.get(kind) for kind in CODE_SETTINGS}
     paths = {kind: value.get("name") if isinstance(value, Mapping) else value for kind, value in named.items()}
-    return {kind: path for kind, path in paths.items() if isinstance(path, str) and is_dotted_path(path)}
+    return found | {kind: path for kind, path in paths.items() if isinstance(path, str) and is_dotted_path(path)}
 
 
 @dataclass(frozen=True)

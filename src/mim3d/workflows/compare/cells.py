@@ -1,0 +1,115 @@
+"""The cells of a comparison: each a run of a command with its settings, known by a digest of them, with one result."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mim3d.core.errors import ConfigError
+from mim3d.core.files import load_json, write_json
+from mim3d.core.names import cut, is_entry_name, joined_name
+from mim3d.core.run_folder import FREE_ON_RESUME
+from mim3d.core.settings import build_settings, to_mapping
+from mim3d.workflows.finetune.settings import FinetuneSettings
+from mim3d.workflows.pretrain import PretrainSettings
+from mim3d.workflows.probe.run import ProbeSettings
+
+Kind = Literal["pretrain", "probe", "finetune"]
+
+#: Settings class of each kind of cell, in the order in which those of one arm are run.
+KINDS: dict[Kind, type] = {"pretrain": PretrainSettings, "probe": ProbeSettings, "finetune": FinetuneSettings}
+
+#: Settings that say where and how fast, or whose content a digest holds in their place.
+_NOT_COMPARED = FREE_ON_RESUME | {"data", "weights", "train_list", "held_out_list", "accelerator", "fold"}
+
+#: Characters of the digest in an id.
+_DIGITS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        kind: The command that it is a run of; fine-tuning is followed by prediction and scores.
+        arm: Name of its arm.
+        fold: Number of its fold.
+        labels: Amount of labels, as the user wrote it; empty for pre-training and probes.
+        num_patients: Number of labelled patients; 0 for pre-training.
+        seed: Its seed.
+        settings: Settings of the command.
+        needs: Id of the pre-training that comes before it; None where there is none.
+        test: List of the cases that are tested; empty for pre-training.
+        id: Name of its run, which ends in the digest of all that its result follows from.
+    """
+
+    kind: Kind
+    arm: str
+    fold: int
+    labels: str = ""
+    num_patients: int = 0
+    seed: int
+    settings: PretrainSettings | ProbeSettings | FinetuneSettings
+    needs: str | None = None
+    test: str = ""
+    id: str = ""
+
+    def with_id(self, identity: Mapping[str, Any]) -> "Cell":
+        """The cell under its name.
+
+        Args:
+            identity: What its result follows from besides its settings: the arm, the data and the cases of each part.
+        """
+        values = {name: value for name, value in to_mapping(self.settings).items() if name not in _NOT_COMPARED}
+        content = {"kind": self.kind, "settings": values, "needs": self.needs, **identity}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:_DIGITS]
+        parts = [self.kind, self.arm, f"fold{self.fold}", self.labels.replace("%", "pct"), f"seed{self.seed}", digest]
+        return replace(self, id=joined_name([part for part in parts if part]))
+
+    def to_row(self) -> dict[str, Any]:
+        """The cell as the plan holds it."""
+        row: dict[str, Any] = to_mapping(self)
+        return row
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Cell":
+        """A cell of a plan.
+
+        Raises:
+            ConfigError: It is none.
+        """
+        kind = KINDS.get(row.get("kind", ""))
+        if kind is None or not is_entry_name(str(row.get("id"))):
+            raise ConfigError(f"{cut(repr(row.get('kind')))} with the id {cut(repr(row.get('id')))} is no cell.")
+        return build_settings(cls, {**row, "settings": build_settings(kind, row["settings"], "settings")}, "cell")
+
+
+def result_path(out: Path, cell: Cell) -> Path:
+    """File of the result of a cell in the folder of its comparison."""
+    return out / "cells" / f"{cell.id}.json"
+
+
+def read_result(out: Path, cell: Cell) -> dict[str, Any] | None:
+    """The result of a cell, whether it was finished or missed; None where there is none, or one that cannot be read."""
+    content: Any = None
+    with suppress(OSError, ValueError):
+        content = load_json(result_path(out, cell))
+    whole = isinstance(content, dict) and content.get("status") in ("done", "failed") and content.get("cell") == cell.id
+    return content if whole else None
+
+
+def is_done(out: Path, cell: Cell) -> bool:
+    """Whether a cell is finished; one that failed is not."""
+    result = read_result(out, cell)
+    return result is not None and result["status"] == "done"
+
+
+def write_result(out: Path, cell: Cell, content: Mapping[str, Any]) -> None:
+    """Write the result of a cell, whole or not at all."""
+    path = result_path(out, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"cell": cell.id, "kind": cell.kind, "arm": cell.arm, "fold": cell.fold, "labels": cell.labels}
+    write_json(path, {**about, "num_patients": cell.num_patients, "seed": cell.seed, **content}, indent=1)

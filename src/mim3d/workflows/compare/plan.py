@@ -1,0 +1,306 @@
+"""The plan of a comparison: one contract for all arms, settled once, and the cells that follow from it."""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mim3d.backbones import BACKBONES, Backbone
+from mim3d.backbones.contract import round_up
+from mim3d.caching.build import build_cache
+from mim3d.caching.cache import Cache
+from mim3d.caching.preprocessing import Preprocessing
+from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.files import load_json, write_json
+from mim3d.core.progress import say
+from mim3d.core.settings import build_settings, to_mapping, to_named
+from mim3d.core.types import Triple
+from mim3d.datasets.cases import Case
+from mim3d.datasets.published.folds import declare_fold
+from mim3d.datasets.published.presets import find_preset
+from mim3d.datasets.splits import Split, declared_folds
+from mim3d.tasks import TASKS, create_task
+from mim3d.tasks.contract import CropTask, Task
+from mim3d.training.precision import choose_precision
+from mim3d.workflows.compare.arms import Arm, read_arms
+from mim3d.workflows.compare.cells import Cell
+from mim3d.workflows.compare.settings import CompareSettings
+from mim3d.workflows.compare.subsets import Amount, FoldPart, require_distinct
+from mim3d.workflows.finetune.data import TrainingData, read_training_data
+from mim3d.workflows.finetune.planning import plan_finetuning
+from mim3d.workflows.finetune.settings import FinetuneSettings
+from mim3d.workflows.shared.held_out import choose_split
+from mim3d.workflows.shared.initialisation import Initialisation
+from mim3d.workflows.shared.inputs import given_scans, unreadable_of
+from mim3d.workflows.shared.leakage import check_leakage, check_pretraining, identities_of
+
+PLAN_NAME = "plan.json"
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared, settled.
+
+    Attributes:
+        settings: The settings, with their recipes read.
+        arms: The arms.
+        finetune: Fine-tuning that all arms share; what the plan of the data set gave is filled in.
+        cache: The prepared scans.
+        folds: The parts of each fold.
+        notes: What is to be said of the data beside every table.
+        cells: The cells, in the order in which they are run.
+    """
+
+    settings: CompareSettings
+    arms: Sequence[Arm]
+    finetune: FinetuneSettings
+    cache: Cache
+    folds: Sequence[FoldPart]
+    notes: Sequence[str] = ()
+    cells: Sequence[Cell] = field(default_factory=tuple)
+
+    @property
+    def out(self) -> Path:
+        """Folder of the comparison."""
+        return Path(self.settings.out)
+
+    @property
+    def amounts(self) -> list[Amount]:
+        """The amounts of labels."""
+        return [Amount.of(each) for each in self.settings.labels]
+
+    @property
+    def task(self) -> Task:
+        """What is learned from labels."""
+        return create_task(self.finetune.task)
+
+    @property
+    def shapes(self) -> list[Triple]:
+        """Voxels of every prepared scan."""
+        return [scan.shape for scan in self.cache]
+
+    def save(self) -> None:
+        """Write all that running a cell, or making the tables, needs to know."""
+        rows = [
+            {
+                "name": arm.name,
+                "kind": arm.kind,
+                "method": None if arm.method is None else arm.method["name"],
+                "weights": arm.weights,
+                "backbone": to_named(arm.recipe(), BACKBONES)["name"],
+            }
+            for arm in self.arms
+        ]
+        content = {
+            "format": PLAN_FORMAT,
+            "data": self.settings.data,
+            "data_digest": data_digest(self.cache.cases),
+            "cache_digest": self.cache.digest,
+            "task": to_mapping(self.finetune.task),
+            "finetune": to_mapping(self.finetune),
+            "settled_for": settled_for(self.settings, self.arms),
+            "arms": rows,
+            "labels": [amount.text for amount in self.amounts],
+            "folds": [fold.number for fold in self.folds],
+            "num_tested": len({case.patient for fold in self.folds for case in fold.test}),
+            "patients": {case.id: case.patient for fold in self.folds for case in fold.test},
+            "notes": list(self.notes),
+            "cells": [cell.to_row() for cell in self.cells],
+        }
+        write_json(self.out / PLAN_NAME, content, indent=1)
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """The plan that a folder holds.
+
+    Raises:
+        ConfigError: It holds none.
+    """
+    content: Any = None
+    try:
+        content = load_json(out / PLAN_NAME)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out} holds no plan of a comparison; give --data and --arms to make one.") from error
+    if not isinstance(content, dict) or content.get("format") != PLAN_FORMAT or not isinstance(content["cells"], list):
+        raise ConfigError(f"{out / PLAN_NAME} is no plan of this version of mim3d; choose another --out.")
+    return content
+
+
+def cells_of(plan: Mapping[str, Any]) -> list[Cell]:
+    """The cells of a plan that was read."""
+    return [Cell.of_row(row) for row in plan["cells"]]
+
+
+def data_digest(cases: Sequence[Case]) -> str:
+    """What a data set is known by before a voxel is read: names, patients and classes of its cases."""
+    rows = sorted((case.id, case.patient, case.class_name or "", case.label is not None) for case in cases)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep what the commands print from the screen of the comparison."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def settle(settings: CompareSettings) -> Plan:
+    """Read arms and data, and settle everything that all arms share; no cell is made yet.
+
+    Raises:
+        ConfigError: Settings that cannot work, two arms that are the same, or a folder of another data set.
+        CheckpointError: Weights that cannot be read.
+        DataError: Data that cannot be used, or too few for the amounts of labels.
+    """
+    if settings.data is None:
+        raise ConfigError(f"{settings.out} holds no comparison to go on with; give --data and --arms.")
+    before = read_plan(Path(settings.out)) if (Path(settings.out) / PLAN_NAME).is_file() else None
+    finetune: dict[str, Any] = settings.finetune if isinstance(settings.finetune, dict) else {}
+    asked = build_settings(
+        FinetuneSettings,
+        {
+            **{name: value for name, value in finetune.items() if name not in ("max_steps", "max_epochs")},
+            **{name: getattr(settings, name) for name in ("data", "out", "preset", "accelerator")},
+            **{name: getattr(settings, name) for name in ("modality", "patient_pattern")},
+            "fold": None,
+        },
+        "finetune",
+    )
+    pretrain: dict[str, Any] = settings.pretrain if isinstance(settings.pretrain, dict) else {}
+    with quietly():
+        read = read_training_data(asked)
+    every = read.source.cases
+    arms = read_arms(settings.arms, settings.backbone, pretrain.get("method"), len(every[0].images))
+    folds = _folds(settings, read)
+    require_distinct(folds, [Amount.of(each) for each in settings.labels], settings.seeds, read.task)
+    settled = _from_plan(before, settings, arms) or _planned(read, arms, folds[0])
+    cache = _cache(settings, read, settled)
+    if before is not None and before["cache_digest"] != cache.digest:
+        raise ConfigError(
+            f"{settings.out} holds a comparison on other scans or labels than {settings.data} holds now "
+            f"(it was made on {before['data']}); choose another --out, or restore them."
+        )
+    folds = [fold.only({case.id for case in cache.cases}) for fold in folds]
+    require_distinct(folds, [Amount.of(each) for each in settings.labels], settings.seeds, read.task)
+    settled = replace(settled, data=cache.path, spacing_mm=None, preset=None, modality=None, patient_pattern=None)
+    plan = Plan(settings=settings, arms=arms, finetune=settled, cache=cache, folds=folds)
+    return replace(plan, notes=[*read.source.notes, *_leaks(plan)])
+
+
+def settled_for(settings: CompareSettings, arms: Sequence[Arm]) -> str:
+    """What the shared settings follow from, besides the data."""
+    content = [settings.finetune, settings.preset, _common_multiple([arm.recipe() for arm in arms])]
+    return hashlib.sha256(json.dumps(to_mapping(content), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _from_plan(before: Mapping[str, Any] | None, settings: CompareSettings, arms: Sequence[Arm]) -> Any:
+    """The shared settings of the plan before, whose batch followed from the memory that was free then."""
+    if before is None or before.get("settled_for") != settled_for(settings, arms):
+        return None
+    return build_settings(FinetuneSettings, before["finetune"], f"{settings.out}/{PLAN_NAME}")
+
+
+def _folds(settings: CompareSettings, read: TrainingData) -> list[FoldPart]:
+    """The parts of the folds that are asked for."""
+    source = read.source
+    declared = any(case.split == "val" for case in source.cases)
+    if settings.preset is not None:
+        known = range(find_preset(settings.preset).num_folds)
+    elif declared:
+        known = range(1)
+    else:
+        known = range(settings.num_folds)
+        known = range(len(numbers)) if (numbers := declared_folds(source.cases)) == list(range(len(numbers))) else known
+        if not numbers:
+            known = range(settings.num_folds)
+    wanted = tuple(known) if settings.folds is None else settings.folds
+    if unknown := [fold for fold in wanted if fold not in known]:
+        what = "one declared split, which is fold 0" if declared else f"the folds 0 to {len(known) - 1}"
+        raise ConfigError(f"folds has {unknown[0]}, but there are {what}; leave it out.")
+    return [FoldPart.of(fold, _split(settings, read, fold), settings.split_seed) for fold in wanted]
+
+
+def _split(settings: CompareSettings, read: TrainingData, fold: int) -> Split:
+    cases: Sequence[Case] = read.source.cases
+    with warnings.catch_warnings():
+        if settings.preset is not None:
+            # Every fold would name the same missing cases; the first reading has.
+            warnings.simplefilter("ignore")
+            preset = find_preset(settings.preset)
+            cases = declare_fold(preset, str(settings.data), cases, fold, strict=False)
+        return choose_split(
+            cases,
+            fold=fold,
+            num_folds=settings.num_folds,
+            split_seed=settings.split_seed,
+            unreadable=unreadable_of(read.source),
+        )
+
+
+def _planned(read: TrainingData, arms: Sequence[Arm], fold: FoldPart) -> FinetuneSettings:
+    """Fine-tuning for all arms, planned from the scans that may be learned from in the first fold."""
+    recipes = [arm.recipe() for arm in arms]
+    split = Split(train=(*fold.learning, *fold.choosing), val=())
+    with quietly():
+        planned = plan_finetuning(read.source, split, Initialisation(recipes[0]), read.settings, read.task)
+    task: Any = planned.task
+    if isinstance(read.task, CropTask) and read.task.patch_size is None:
+        # What was planned for one network is rounded up to what all of them can take.
+        task = replace(task, patch_size=round_up(task.patch_size, _common_multiple(recipes)))
+    settings = replace(planned.settings, task=to_named(task, TASKS), plan=None, resume=False)
+    if settings.precision == "auto":
+        # Settled once, lest cells of one comparison compute in different ways.
+        settings = replace(settings, precision=choose_precision(settings.accelerator).precision)
+    return settings
+
+
+def _common_multiple(recipes: Sequence[Backbone]) -> Triple:
+    x, y, z = (math.lcm(*(recipe.input_multiple[axis] for recipe in recipes)) for axis in range(3))
+    return x, y, z
+
+
+def _cache(settings: CompareSettings, read: TrainingData, settled: FinetuneSettings) -> Cache:
+    """The scans of all cells, prepared once."""
+    if isinstance(read.source, Cache):
+        return given_scans(read.source, read.source.cases, settled.spacing_mm)
+    place = settings.cache or os.path.join(settings.out, "cache")
+    preprocessing = Preprocessing(spacing_mm=settled.spacing_mm)
+    cache = build_cache(read.source, place, preprocessing, num_workers=settled.num_workers)
+    for row in cache.failed[:3]:
+        say(f"left out: {row['reason']}")
+    return cache
+
+
+def _leaks(plan: Plan) -> list[str]:
+    """Refuse weights that learned from tested scans, and say which scans are tested and learned from in one fold.
+
+    Raises:
+        DataError: Weights of an arm did; the sentence names both.
+    """
+    notes: list[str] = []
+    for fold in plan.folds:
+        tested = identities_of(plan.cache.subset(fold.test))
+        others = identities_of(plan.cache.subset((*fold.learning, *fold.choosing)))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            check_leakage(others, tested, strict=False)
+        notes += [f"fold {fold.number}: {each.message}" for each in said]
+        for arm in plan.arms:
+            if arm.weights is None:
+                continue
+            try:
+                with quietly():
+                    check_pretraining(arm.weights, tested, strict=True)
+            except (CheckpointError, DataError) as error:
+                raise type(error)(
+                    f"arm {arm.name}, fold {fold.number}: {error} Leave the arm out, or give weights that learned from "
+                    "none of the tested scans."
+                ) from error
+    return notes
