@@ -68,16 +68,16 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3035,
+    "core": 3055,
     "kernels": 875,
     "scans": 4627,
     "nn": 760,
     "tracking": 550,
-    "metrics": 1325,
-    "datasets": 4245,
+    "metrics": 1440,
+    "datasets": 4280,
     "phantoms": 1400,
     "backbones": 995,
-    "reporting": 1944,
+    "reporting": 2200,
     "caching": 4430,
     "objective": 150,
     "weights": 1591,
@@ -90,9 +90,9 @@ BUDGET = {
     "methods": 1400,
     "probing": 850,
     "exporting": 1150,
-    "workflows": 5216,
+    "workflows": 7440,
     "commands": 270,
-    "cli": 816,
+    "cli": 820,
     "__main__": 15,
 }
 

@@ -21,6 +21,7 @@ def test_the_commands_are_those_that_work():
         "predict",
         "evaluate",
         "probe",
+        "compare",
         "export",
         "report",
         "models",

@@ -19,7 +19,7 @@ def report(
 
     Args:
         runs: Folders of runs, such as a pre-training and the fine-tunings to compare, or of all folds of one; the first
-            is compared with.
+            is compared with. Folders of mim3d compare are shown as their tables.
         out: The page to write, ending in .html.
         scores: Files of scores by `mim3d evaluate`, beside the RUN/scores.json that are found.
         cases: Ids of the cases to show; seven from the worst to the best if not given.

@@ -23,6 +23,7 @@ from mim3d.core.progress import say
 from mim3d.core.settings import flat
 from mim3d.core.warned import ComparisonWarning, UnfinishedWarning, merged
 from mim3d.reporting import overlays, scan_images
+from mim3d.reporting.arms import CONTENT_NAME, comparison_section, read_comparison
 from mim3d.reporting.charts import curve_names, curves_chart
 from mim3d.reporting.cohort import cohort
 from mim3d.reporting.comparison import comparisons
@@ -45,7 +46,7 @@ def write_report(
     """Write a report to a file, print its path, and return it.
 
     Args:
-        runs: Folders of runs, or of all folds of a fine-tuning.
+        runs: Folders of runs, of all folds of a fine-tuning, or of comparisons.
         out: File of the page, ending in .html.
         scores: Files of scores besides those of the runs.
         cases: Ids of the cases to show; some from the worst to the best if none is named.
@@ -61,12 +62,15 @@ def write_report(
     if os.path.isdir(out):
         raise ConfigError(f"out is {out}, which is a folder; give the name of a file.")
     path = os.path.abspath(out)
-    runs = [run for given in runs for run in with_folds(given)]
-    marks = [name_digest(os.path.realpath(run)) for run in runs]
+    compared = [given for given in runs if os.path.isfile(os.path.join(given, CONTENT_NAME))]
+    runs = [run for given in runs if given not in compared for run in with_folds(given)]
+    marks = [name_digest(os.path.realpath(run)) for run in (*compared, *runs)]
     _require_own(out, marks, overwrite=overwrite)
     shown_runs, shown_scores = read_sources(runs, scores)
     sections = _sections(shown_runs, shown_scores, cases)
-    names = [run.name for run in shown_runs]
+    if shown := comparison_section([read_comparison(folder) for folder in compared]):
+        sections.insert(0, ("comparison", "Comparison", shown))
+    names = [*(Path(os.path.abspath(folder)).name for folder in compared), *(run.name for run in shown_runs)]
     page = render(
         "report.html",
         runs=" ".join(marks),
@@ -94,13 +98,13 @@ def _sections(
     curves = _curves(runs)
     sections: dict[str, tuple[str, dict[str, Any]]] = {
         "warnings": ("Warnings", {"sources": list(said.items())} if said else {}),
-        "runs": ("Runs", _runs(runs, has_scores=bool(sets))),
+        "runs": ("Runs", _runs(runs, has_scores=bool(sets)) if runs else {}),
         "cohort": ("Cohort", cohort(runs, sets)),
         "scores": ("Scores", score_tables(sets)),
         "segmentations": ("Segmentations", segmentations([each for each in sets if not each.is_of_classes], cases)),
         "curves": ("Learning curves", {"kinds": curves} if curves else {}),
         "images": ("Images from training", {"runs": images} if images else {}),
-        "settings": ("Settings and environment", _settings(runs)),
+        "settings": ("Settings and environment", _settings(runs) if runs else {}),
     }
     return [(anchor, title, shown) for anchor, (title, shown) in sections.items() if shown]
 

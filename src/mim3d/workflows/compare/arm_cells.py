@@ -12,7 +12,7 @@ from mim3d.datasets.cases import Case
 from mim3d.methods import METHODS
 from mim3d.workflows.compare.arms import Arm
 from mim3d.workflows.compare.cells import Cell
-from mim3d.workflows.compare.plan import Plan
+from mim3d.workflows.compare.plan import ComparisonPlan
 from mim3d.workflows.compare.subsets import Amount, FoldPart
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.pretrain import PretrainSettings
@@ -22,7 +22,7 @@ from mim3d.workflows.probe.run import ProbeSettings
 _SMALL: Mapping[str, Any] = {"pictures_every": 0, "keep_checkpoints": 1}
 
 
-def pretraining_of(plan: Plan, arm: Arm, seed: int) -> PretrainSettings:
+def pretraining_of(plan: ComparisonPlan, arm: Arm, seed: int) -> PretrainSettings:
     """Pre-training of an arm, without its length and the cases that it leaves out.
 
     Raises:
@@ -48,7 +48,7 @@ def pretraining_of(plan: Plan, arm: Arm, seed: int) -> PretrainSettings:
     return build_settings(PretrainSettings, values, "pretrain")
 
 
-def finetuning_of(plan: Plan, arm: Arm, seed: int) -> FinetuneSettings:
+def finetuning_of(plan: ComparisonPlan, arm: Arm, seed: int) -> FinetuneSettings:
     """Fine-tuning of an arm from scratch or its own weights, without its length and the cases of its parts."""
     recipe: dict[str, Any] = plan.settings.finetune if isinstance(plan.settings.finetune, dict) else {}
     small = {name: value for name, value in _SMALL.items() if name not in recipe}
@@ -61,7 +61,7 @@ def finetuning_of(plan: Plan, arm: Arm, seed: int) -> FinetuneSettings:
     return replace(plan.finetune, seed=seed, resume=True, max_steps=None, max_epochs=None, **changes)
 
 
-def with_cells(plan: Plan, steps: Mapping[str, int]) -> Plan:
+def with_cells(plan: ComparisonPlan, steps: Mapping[str, int]) -> ComparisonPlan:
     """The plan with its cells, and the lists of cases that they read written.
 
     Args:
@@ -91,7 +91,7 @@ class ArmCells:
         steps: Steps of each kind and arm, see :func:`with_cells`.
     """
 
-    plan: Plan
+    plan: ComparisonPlan
     arm: Arm
     fold: FoldPart
     identity: Mapping[str, Any]

@@ -16,7 +16,7 @@ from mim3d.core.settings import to_mapping
 from mim3d.workflows.compare.arm_cells import finetuning_of, pretraining_of
 from mim3d.workflows.compare.arms import Arm
 from mim3d.workflows.compare.cells import Cell, Kind, read_result
-from mim3d.workflows.compare.plan import Plan, quietly
+from mim3d.workflows.compare.plan import ComparisonPlan, quietly
 from mim3d.workflows.finetune.run import finetune_once
 from mim3d.workflows.pretrain import PretrainSettings, run_pretraining
 
@@ -25,7 +25,7 @@ MEASURED_STEPS = 8
 WARM_UP_STEPS = 3
 
 
-def steps_of(plan: Plan) -> dict[str, int]:
+def steps_of(plan: ComparisonPlan) -> dict[str, int]:
     """Steps of each kind and arm, by ``KIND ARM``; minutes are turned into steps, once, and recorded.
 
     Raises:
@@ -39,7 +39,7 @@ def steps_of(plan: Plan) -> dict[str, int]:
     return found
 
 
-def _steps(plan: Plan, kind: Kind, arm: Arm, planned: int | None) -> int:
+def _steps(plan: ComparisonPlan, kind: Kind, arm: Arm, planned: int | None) -> int:
     given = plan.settings
     steps, minutes = getattr(given, f"{kind}_steps"), getattr(given, f"{kind}_minutes")
     recipe = getattr(given, kind) or {}
@@ -57,7 +57,7 @@ def _steps(plan: Plan, kind: Kind, arm: Arm, planned: int | None) -> int:
     return planned
 
 
-def seconds_per_step(plan: Plan, kind: Kind, arm: Arm) -> float:
+def seconds_per_step(plan: ComparisonPlan, kind: Kind, arm: Arm) -> float:
     """Seconds of a step of an arm on this machine, measured on a few steps once and recorded in OUT/measured.
 
     Fine-tuning is measured from scratch: arms on one network have the same steps, whatever they begin with.
@@ -116,7 +116,7 @@ def measured(folder: Path) -> float:
     return batch / median(rates) if rates else 1.0
 
 
-def say_cells(plan: Plan) -> None:
+def say_cells(plan: ComparisonPlan) -> None:
     """Print every cell, what has become of it, and the time that those which are left will take."""
     times = [expected_s(plan, cell) for cell in plan.cells]
     left_s = 0.0
@@ -131,7 +131,7 @@ def say_cells(plan: Plan) -> None:
     say(f"{len(plan.cells)} cells, about {in_time(left_s)} of work left, one after the other")
 
 
-def expected_s(plan: Plan, cell: Cell) -> tuple[float, str]:
+def expected_s(plan: ComparisonPlan, cell: Cell) -> tuple[float, str]:
     """Seconds that a cell will take, and what that follows from."""
     alike = [
         result["total_s"]

@@ -6,7 +6,7 @@ from mim3d.training.launch import check_machine
 from mim3d.training.precision import require_precision
 from mim3d.workflows.compare.arm_cells import finetuning_of, pretraining_of
 from mim3d.workflows.compare.arms import Arm
-from mim3d.workflows.compare.plan import Plan, quietly
+from mim3d.workflows.compare.plan import ComparisonPlan, quietly
 from mim3d.workflows.finetune.schedules import optimisation
 from mim3d.workflows.shared.initialisation import initialise
 from mim3d.workflows.shared.inputs import check_channels
@@ -18,7 +18,7 @@ from mim3d.workflows.shared.memory import (
 )
 
 
-def check_arms(plan: Plan) -> None:
+def check_arms(plan: ComparisonPlan) -> None:
     """Refuse an arm that does not fit its network, the data or this machine.
 
     Raises:
@@ -38,7 +38,7 @@ def check_arms(plan: Plan) -> None:
             raise type(error)(f"arm {arm.name}: {error}") from error
 
 
-def _check_finetuning(plan: Plan, arm: Arm) -> None:
+def _check_finetuning(plan: ComparisonPlan, arm: Arm) -> None:
     fold = plan.folds[0]
     learned = plan.cache.subset(fold.labelled(plan.amounts[-1], plan.settings.seeds[0]).train)
     settings = finetuning_of(plan, arm, plan.settings.seeds[0])
@@ -63,7 +63,7 @@ def _check_finetuning(plan: Plan, arm: Arm) -> None:
     )
 
 
-def _check_pretraining(plan: Plan, arm: Arm, method: Method) -> None:
+def _check_pretraining(plan: ComparisonPlan, arm: Arm, method: Method) -> None:
     recipe = arm.recipe()
     method.check_backbone(recipe)
     planned = method.planned(recipe, plan.shapes)

@@ -18,8 +18,9 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.files import load_json, write_json
+from mim3d.core.names import cut
 from mim3d.core.progress import say
-from mim3d.core.settings import build_settings, to_mapping, to_named
+from mim3d.core.settings import build_settings, nearest, to_mapping, to_named
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.datasets.published.folds import declare_fold
@@ -45,7 +46,7 @@ PLAN_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ComparisonPlan:
     """What is compared, settled.
 
     Attributes:
@@ -151,7 +152,7 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def settle(settings: CompareSettings) -> Plan:
+def settle(settings: CompareSettings) -> ComparisonPlan:
     """Read arms and data, and settle everything that all arms share; no cell is made yet.
 
     Raises:
@@ -178,6 +179,10 @@ def settle(settings: CompareSettings) -> Plan:
         read = read_training_data(asked)
     every = read.source.cases
     arms = read_arms(settings.arms, settings.backbone, pretrain.get("method"), len(every[0].images))
+    if settings.reference is not None and settings.reference not in (names := [arm.name for arm in arms]):
+        raise ConfigError(
+            f"reference: there is no arm '{cut(settings.reference)}'.{nearest(settings.reference, names)}"
+        )
     folds = _folds(settings, read)
     require_distinct(folds, [Amount.of(each) for each in settings.labels], settings.seeds, read.task)
     settled = _from_plan(before, settings, arms) or _planned(read, arms, folds[0])
@@ -190,7 +195,7 @@ def settle(settings: CompareSettings) -> Plan:
     folds = [fold.only({case.id for case in cache.cases}) for fold in folds]
     require_distinct(folds, [Amount.of(each) for each in settings.labels], settings.seeds, read.task)
     settled = replace(settled, data=cache.path, spacing_mm=None, preset=None, modality=None, patient_pattern=None)
-    plan = Plan(settings=settings, arms=arms, finetune=settled, cache=cache, folds=folds)
+    plan = ComparisonPlan(settings=settings, arms=arms, finetune=settled, cache=cache, folds=folds)
     return replace(plan, notes=[*read.source.notes, *_leaks(plan)])
 
 
@@ -278,7 +283,7 @@ def _cache(settings: CompareSettings, read: TrainingData, settled: FinetuneSetti
     return cache
 
 
-def _leaks(plan: Plan) -> list[str]:
+def _leaks(plan: ComparisonPlan) -> list[str]:
     """Refuse weights that learned from tested scans, and say which scans are tested and learned from in one fold.
 
     Raises:

@@ -1,0 +1,258 @@
+"""Comparisons: one contract for all arms, honest parts, results that survive a kill, refusals before any work."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mim3d.caching.cache import open_cache
+from mim3d.cli import main
+from mim3d.commands.compare import compare
+from mim3d.commands.report import report
+from mim3d.core.errors import ConfigError, DataError, Mim3dError
+from mim3d.workflows.compare.cells import read_result
+from mim3d.workflows.compare.plan import cells_of, read_plan
+from tests.commands.conftest import BACKBONE, TASK
+from tests.labelled import write_ball_set
+
+SMALL_MIM = {"name": "MiM", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+RECIPE = {
+    "task": TASK,
+    "precision": "32-true",
+    "intensity": {"kind": "zscore"},
+    "batch_size": 1,
+    "num_workers": 0,
+    "validate_every": 1,
+    "log_every": 1,
+}
+
+
+def settings(data: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "data": str(data),
+        "arms": ("scratch", "MiM"),
+        "labels": ("50%", "100%"),
+        "folds": (0,),
+        "num_folds": 3,
+        "seeds": (0,),
+        "backbone": BACKBONE,
+        "finetune": RECIPE,
+        "pretrain": {"method": SMALL_MIM, "num_workers": 0, "log_every": 1},
+        "finetune_steps": 2,
+        "pretrain_steps": 2,
+        "num_bootstrap": 200,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six scans, none of which is like another."""
+    return write_ball_set(tmp_path_factory.mktemp("data") / "balls")
+
+
+@pytest.fixture(scope="module")
+def compared(balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison."""
+    out = tmp_path_factory.mktemp("runs") / "compared"
+    compare(str(out), **settings(balls))
+    return out
+
+
+def content(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "comparison.json").read_text())
+    return found
+
+
+def names_in(path: str) -> set[str]:
+    return set(Path(path).read_text().split())
+
+
+def test_a_comparison_ends_in_one_row_for_each_arm_and_amount(compared: Path):
+    found = content(compared)
+    assert [(row["arm"], row["labels"], row["num_done"]) for row in found["rows"]] == [
+        ("scratch", "50%", 1),
+        ("MiM", "50%", 1),
+        ("scratch", "100%", 1),
+        ("MiM", "100%", 1),
+    ]
+    assert not found["misses"] and all(row["mean"] is not None for row in found["rows"])
+    assert {row["arm"] for row in found["probes"]} == {"MiM"}
+    for name in ("comparison.csv", "comparison.md", "comparison.tex", "report.html"):
+        assert "MiM" in (compared / name).read_text()
+
+
+def test_tested_patients_are_seen_by_nothing_and_labels_are_nested(compared: Path):
+    cells = cells_of(read_plan(compared))
+    tested = {line.split(",")[0] for line in (compared / "lists" / "fold0_tested.csv").read_text().splitlines()[1:]}
+    (pretraining,) = [cell for cell in cells if cell.kind == "pretrain"]
+    digests = {scan.case.id: scan.source_digest for scan in open_cache(compared / "cache")}
+    seen = json.loads((compared / "runs" / pretraining.id / "seen.json").read_text())["scans"]
+    assert tested <= names_in(pretraining.settings.held_out_list)
+    assert seen and not {row["digest"] for row in seen} & {digests[name] for name in tested}
+    parts = {
+        (cell.labels, name): names_in(getattr(cell.settings, name))
+        for cell in cells
+        if cell.kind == "finetune"
+        for name in ("train_list", "held_out_list")
+    }
+    for name in ("train_list", "held_out_list"):
+        assert parts["50%", name] <= parts["100%", name]
+        assert not parts["100%", name] & tested
+    assert not parts["100%", "train_list"] & parts["100%", "held_out_list"]
+    # What chooses checkpoints is not pre-trained on either.
+    assert parts["100%", "held_out_list"] <= names_in(pretraining.settings.held_out_list)
+
+
+def test_arms_share_all_of_fine_tuning_but_what_they_begin_with(compared: Path):
+    cells = [cell for cell in cells_of(read_plan(compared)) if cell.kind == "finetune" and cell.labels == "100%"]
+    one, other = (json.loads(json.dumps(cell.to_row()["settings"])) for cell in cells)
+    changed = {name for name in one if one[name] != other[name]}
+    assert changed == {"out", "weights", "backbone", "schedule"}
+
+
+def test_running_again_runs_nothing_and_makes_the_same_table(compared: Path):
+    before = content(compared)
+    times = {path: path.stat().st_mtime_ns for path in (compared / "cells").glob("*.json")}
+    compare(str(compared))
+    assert {path: path.stat().st_mtime_ns for path in (compared / "cells").glob("*.json")} == times
+    assert content(compared) == before
+
+
+def test_the_table_is_made_anew_from_results_alone(compared: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(compared, copy, ignore=shutil.ignore_patterns("runs", "cache", "comparison.*"))
+    compare(str(copy), table_only=True, reference="MiM")
+    rows = {(row["arm"], row["labels"]): row for row in content(copy)["rows"]}
+    before = {(row["arm"], row["labels"]): row for row in content(compared)["rows"]}
+    assert rows["scratch", "50%"]["mean"] == before["scratch", "50%"]["mean"]
+    assert rows["scratch", "50%"]["difference"] == pytest.approx(-before["MiM", "50%"]["difference"])
+    page = report([str(copy)], str(tmp_path / "page.html"))
+    assert "Wilcoxon" in Path(page).read_text()
+
+
+def test_a_failed_cell_is_a_miss_and_stops_no_other(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = tmp_path / "copy"
+    shutil.copytree(compared, copy, ignore=shutil.ignore_patterns("cells"))
+    cells = {(cell.kind, cell.arm, cell.labels): cell for cell in cells_of(read_plan(copy))}
+    broken = cells["finetune", "scratch", "50%"]
+    plan = json.loads((copy / "plan.json").read_text())
+    for row in plan["cells"]:
+        if row["id"] == broken.id:
+            row["settings"]["train_list"] = str(tmp_path / "nowhere.txt")
+    (copy / "plan.json").write_text(json.dumps(plan))
+    assert main(["compare", "--out", str(copy), "--cell", broken.id]) == 2
+    result = read_result(copy, broken)
+    assert result is not None and "nowhere.txt" in result["reason"]
+    other = cells["pretrain", "MiM", ""]
+    assert main(["compare", "--out", str(copy), "--cell", cells["finetune", "MiM", "50%"].id]) == 2
+    assert f"needs {other.id}" in capsys.readouterr().err
+    compare(str(copy), table_only=True)
+    found = {row["cell"]: row["reason"] for row in content(copy)["misses"]}
+    assert "nowhere.txt" in found[broken.id] and found[other.id] == "not run yet"
+
+
+def test_a_comparison_that_was_killed_goes_on_to_the_same_table(balls: Path, compared: Path, tmp_path: Path):
+    out = tmp_path / "killed"
+    config = tmp_path / "compare.yaml"
+    given = json.loads(json.dumps(settings(balls)))
+    config.write_text(yaml.safe_dump(given))
+    words = [sys.executable, "-m", "mim3d", "compare", "--out", str(out), "--config", str(config)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < end and not list(out.glob("cells/finetune_MiM*.log")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    compare(str(out))
+    assert content(out)["rows"] == content(compared)["rows"]
+
+
+def test_a_dry_run_measures_and_trains_no_cell(balls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "dry"
+    other = {"name": "other", "backbone": {**BACKBONE, "widths": [8, 24]}}
+    compare(str(out), **settings(balls, arms=("scratch", other)), dry_run=True)
+    said = capsys.readouterr().out
+    assert said.count("to do, about") == 4 and "measured on 8 steps" in said and "4 cells, about" in said
+    assert not (out / "runs").exists()
+
+
+def test_minutes_become_steps_once(balls: Path, tmp_path: Path):
+    out = tmp_path / "minutes"
+    given = settings(balls, arms=("scratch", {"name": "again", "backbone": {**BACKBONE, "widths": [8, 24]}}))
+    del given["finetune_steps"]
+    compare(str(out), **given, finetune_minutes=0.02, dry_run=True)
+    steps = {cell.arm: cell.settings.max_steps for cell in cells_of(read_plan(out))}
+    compare(str(out), dry_run=True)
+    assert {cell.arm: cell.settings.max_steps for cell in cells_of(read_plan(out))} == steps
+    assert all(steps.values())
+
+
+def test_slurm_scripts_have_one_command_for_each_cell(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(compared, copy, ignore=shutil.ignore_patterns("cells"))
+    compare(str(copy), slurm=True)
+    said = capsys.readouterr().out
+    for cell in cells_of(read_plan(copy)):
+        assert said.count(f"--cell {cell.id}") == 1
+    assert "afterany:$first" in said and not list((copy / "cells").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ("scratch",)}, "arms has 1 of the at least two"),
+        ({"arms": ("scratch", "MiN")}, "arm 'MiN' is no method.*Did you mean 'MiM'"),
+        ({"arms": ("MiM", {"name": "same", "method": "MiM"})}, "'MiM' and 'same' are the same"),
+        ({"arms": ("scratch", "scratch")}, "Two arms are called 'scratch'"),
+        ({"arms": ("scratch", {"method": "MiM", "weights": "/nowhere"})}, "a method and weights"),
+        ({"arms": ("scratch", {"metod": "MiM"})}, "no key 'metod'.*'method'"),
+        ({"labels": ("10%",)}, "labels 10%: fold 0 has 4 patients.*at least 2"),
+        ({"labels": ("9",)}, "labels 9: fold 0 has 4 patients"),
+        ({"labels": ("50%", "2")}, "are both 2 of the 4 patients"),
+        ({"labels": ("half",)}, "labels has 'half'"),
+        ({"folds": (3,)}, "folds has 3, but there are the folds 0 to 2"),
+        ({"seeds": (1, 1)}, "seeds names the same twice"),
+        ({"finetune_minutes": 1.0}, "finetune_steps.*finetune_minutes"),
+        ({"pretrain_steps": None}, "budget of pre-training is open"),
+        ({"finetune": {**RECIPE, "seed": 1}}, "finetune.seed is for the comparison itself"),
+        ({"finetune": {**RECIPE, "bach_size": 1}}, "finetune has no setting 'bach_size'.*batch_size"),
+        ({"finetune": "nowhere.yaml"}, "nowhere.yaml, which is no file"),
+        ({"arms": ("scratch", {"name": "wide", "backbone": {**BACKBONE, "widths": [8, 15]}})}, "wide"),
+        ({"accelerator": "cuda"}, "cuda"),
+        ({"reference": "MAE"}, "there is no arm 'MAE'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_run(balls: Path, tmp_path: Path, changes: dict[str, Any], message: str):
+    with pytest.raises(Mim3dError, match=message):
+        compare(str(tmp_path / "refused"), **settings(balls, **changes))
+    assert not (tmp_path / "refused" / "runs").exists()
+
+
+def test_a_folder_of_another_data_set_is_refused(compared: Path, tmp_path: Path):
+    other = write_ball_set(tmp_path / "others", num_cases=7)
+    with pytest.raises(ConfigError, match="holds a comparison on other scans or labels"):
+        compare(str(compared), data=str(other))
+
+
+def test_a_folder_with_other_work_is_refused(segmenter_run: Path, balls: Path):
+    with pytest.raises(ConfigError, match="holds no comparison, but other work"):
+        compare(str(segmenter_run), **settings(balls))
+
+
+def test_weights_that_learned_from_tested_scans_are_refused(segmenter_run: Path, balls: Path, tmp_path: Path):
+    with pytest.raises(DataError, match=r"arm pre, fold 0.*in the pre-training data of .*learned from none"):
+        compare(
+            str(tmp_path / "leaking"),
+            **settings(balls, arms=("scratch", {"name": "pre", "weights": str(segmenter_run)})),
+        )
