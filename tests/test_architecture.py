@@ -69,14 +69,14 @@ FACTS = ("datasets.published.sets.",)
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
     "core": 3055,
-    "kernels": 875,
+    "kernels": 965,
     "scans": 4627,
-    "nn": 760,
+    "nn": 905,
     "tracking": 550,
     "metrics": 1440,
     "datasets": 4280,
     "phantoms": 1400,
-    "backbones": 995,
+    "backbones": 1295,
     "reporting": 2200,
     "caching": 4430,
     "objective": 150,

@@ -25,6 +25,7 @@ LABELS = {0: "background", 1: "left part", 3: "right part"}
 SMALL: dict[str, dict[str, Any]] = {
     "hybrid": {"widths": (6, 12, 24), "depths": (1, 1, 1), "num_heads": 2},
     "resenc": {"widths": (4, 6, 8), "depths": (1, 1, 1)},
+    "swin": {"feature_size": 6, "depths": (1, 2), "num_heads": (1, 2), "window_size": 3},
     "vit": {"token_edge": 8, "width": 24, "depth": 1, "num_heads": 2},
 }
 

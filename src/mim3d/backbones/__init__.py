@@ -5,6 +5,7 @@ from typing import Any
 from mim3d.backbones.contract import Backbone, Encoder, MaskTokenEncoder, VisibleEncoder
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.backbones.resenc import ResEnc
+from mim3d.backbones.swin import Swin
 from mim3d.backbones.vit import ViT
 from mim3d.core.run_folder import DECODER_SETTINGS
 from mim3d.core.settings import require_kind, resolve
@@ -19,6 +20,12 @@ BACKBONES: dict[str, type[Backbone] | Backbone] = {
     "hybrid_base": Hybrid(),
     "hybrid_large": Hybrid(widths=(64, 128, 256, 512), depths=(2, 2, 4, 20), num_heads=16),
     "hybrid_huge": Hybrid(widths=(96, 192, 384, 768), depths=(2, 2, 6, 28), num_heads=16),
+    "swin": Swin,
+    "swin_nano": Swin(feature_size=24, depths=(2, 2, 2), num_heads=(3, 6, 12)),
+    "swin_tiny": Swin(feature_size=24),
+    "swin_small": Swin(feature_size=48),
+    "swin_base": Swin(feature_size=96),
+    "swin_large": Swin(feature_size=192),
     "vit": ViT,
     "vit_nano": ViT(token_edge=8, width=96, depth=4, num_heads=4),
     "vit_tiny": ViT(width=192, num_heads=3),
@@ -86,6 +93,7 @@ __all__ = [
     "Hybrid",
     "MaskTokenEncoder",
     "ResEnc",
+    "Swin",
     "ViT",
     "VisibleEncoder",
     "create_model",

@@ -1,6 +1,7 @@
 """The contract that every encoder keeps, whatever its architecture, and what some encoders can do besides."""
 
 import importlib.util
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -242,6 +243,17 @@ def round_up(size: Sequence[float], multiple: Triple, largest: int | None = None
     limits = (max(1, largest // step) if largest else math.inf for step in multiple)
     x, y, z = (int(min(have, limit)) * step for have, limit, step in zip(whole, limits, multiple, strict=True))
     return x, y, z
+
+
+def drop_paths_of(drop_path: float, depths: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+    """Chance that a block is left out, by stage: l / L of the last one's for block l of L (Huang et al. 2016).
+
+    Args:
+        drop_path: Chance of the last block.
+        depths: Blocks per stage.
+    """
+    total, number = sum(depths), itertools.count(1)
+    return tuple(tuple(drop_path * next(number) / total for _ in range(depth)) for depth in depths)
 
 
 def size_text(size: Triple) -> str:

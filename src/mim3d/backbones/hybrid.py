@@ -4,7 +4,6 @@ Zhuang et al., "MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Im
 names and shapes are those of the published checkpoints.
 """
 
-import itertools
 import re
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mim3d.backbones.contract import Backbone, VisibleEncoder, check_multiple
+from mim3d.backbones.contract import Backbone, VisibleEncoder, check_multiple, drop_paths_of
 from mim3d.backbones.layouts import VisibleBlocks
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
@@ -84,12 +83,6 @@ class Hybrid(Backbone):
         edge: int = 2 ** len(self.widths)
         return edge, edge, edge
 
-    @property
-    def drop_paths(self) -> tuple[tuple[float, ...], ...]:
-        """``drop_path`` of each stage's blocks: l / L of the last one's for block l of L (Huang et al. 2016, eq. 4)."""
-        total, number = sum(self.depths), itertools.count(1)
-        return tuple(tuple(self.drop_path * next(number) / total for _ in range(depth)) for depth in self.depths)
-
 
 class HybridEncoder(VisibleEncoder):
     """Convolution stages at strides 2, 4, ..., then ViT blocks on tokens of the last stride.
@@ -106,7 +99,7 @@ class HybridEncoder(VisibleEncoder):
         self.widths = recipe.widths
         self.embed_dim = recipe.widths[-1]
         dims_in = (recipe.in_channels, *recipe.widths[:-1])
-        stages = zip(dims_in, recipe.widths, recipe.drop_paths, strict=True)
+        stages = zip(dims_in, recipe.widths, drop_paths_of(recipe.drop_path, recipe.depths), strict=True)
         for stage, (dim_in, dim, drop_paths) in enumerate(stages, start=1):
             self.add_module(f"patch_embed{stage}", PatchEmbed(dim_in, dim))
             last = stage == self.num_stages
