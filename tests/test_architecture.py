@@ -87,7 +87,7 @@ BUDGET = {
     "distributed": 715,
     "training": 2640,
     "tasks": 4405,
-    "methods": 1400,
+    "methods": 1540,
     "probing": 850,
     "exporting": 1150,
     "workflows": 7440,

@@ -49,7 +49,8 @@ def list_of_classes(folder: Path) -> Path:
 
 def reduced(recipe: dict) -> list[str]:
     backbone = recipe.get("backbone", "hybrid_nano")
-    decoder = DECODER if recipe["command"] == "pretrain" else []
+    has_decoder = recipe["command"] == "pretrain" and recipe["method"]["name"] != "SimMIM"
+    decoder = DECODER if has_decoder else []
     if str(backbone).startswith("vit"):
         return ["--backbone.width", "12", "--backbone.depth", "1", *REDUCED, *decoder]
     if isinstance(backbone, dict):

@@ -11,6 +11,7 @@ __all__ = ["METHODS", "Method", "create_method"]
 METHODS: dict[str, str] = {
     "MiM": "mim3d.methods.mim.method:MiM",
     "MAE": "mim3d.methods.mae:MAE",
+    "SimMIM": "mim3d.methods.simmim:SimMIM",
 }
 
 
