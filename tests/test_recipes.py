@@ -11,8 +11,11 @@ from mim3d.cli import main
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import read_yaml
 from mim3d.methods.mim.hierarchy import Hierarchy
+from mim3d.workflows.compare.running import planned
+from mim3d.workflows.compare.settings import CompareSettings
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+COMPARISONS = [path for path in RECIPES if path.stem.startswith("compare_")]
 
 #: The same number of stages at a width that any machine trains.
 REDUCED = ["--backbone.num_heads", "2"]
@@ -60,7 +63,22 @@ def reduced(recipe: dict) -> list[str]:
     return ["--backbone.widths", *widths, "--backbone.depths", *depths, *REDUCED, *decoder]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_recipe_of_a_comparison_is_planned(path: Path, tmp_path: Path) -> None:
+    data = data_set(tmp_path / "data", (36, 48, 36), num_cases=40)
+    recipe = {name: value for name, value in read_yaml(path).items() if name != "command"}
+    # Nothing is measured of memory, which takes a second for each arm.
+    for kind in ("finetune", "pretrain"):
+        recipe[kind] = {**recipe[kind], "memory_limit": 0, "precision": "32-true", "num_workers": 0}
+    plan = planned(
+        CompareSettings(str(tmp_path / "out"), **{**recipe, "data": str(data), "seeds": (0,)}).with_recipes()
+    )
+    named = [each["name"] if isinstance(each, dict) else each for each in recipe["arms"]]
+    assert {cell.arm for cell in plan.cells} == set(named)
+    assert sum(cell.kind == "finetune" for cell in plan.cells) == len(named) * len(plan.folds) * len(recipe["labels"])
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path not in COMPARISONS], ids=lambda path: path.stem)
 def test_recipe_trains_two_steps(path: Path, tmp_path: Path) -> None:
     recipe = read_yaml(path)
     levels = recipe.get("method", {}).get("levels") if isinstance(recipe.get("method"), dict) else None
