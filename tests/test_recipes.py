@@ -54,6 +54,8 @@ def reduced(recipe: dict) -> list[str]:
     backbone = recipe.get("backbone", "hybrid_nano")
     has_decoder = recipe["command"] == "pretrain" and recipe["method"]["name"] != "SimMIM"
     decoder = DECODER if has_decoder else []
+    if str(backbone).startswith("resenc"):
+        return ["--backbone.widths", "4", "6", "8", "--backbone.depths", "1", "1", "1", "--method.dim", "16"]
     if str(backbone).startswith("vit"):
         return ["--backbone.width", "12", "--backbone.depth", "1", *REDUCED, *decoder]
     if isinstance(backbone, dict):

@@ -109,6 +109,9 @@ class Objective(nn.Module, ABC):
             progress: Share of training that is done: 0 at the first step, 1 at the last.
         """
 
+    def after_weights(self) -> None:
+        """Learn that the encoder was filled with weights, as a teacher does that begins alike; nothing by default."""
+
     def after_step(self, progress: float) -> None:
         """Update what is not trained by gradient, such as a momentum teacher or a queue; nothing by default.
 

@@ -118,7 +118,7 @@ def test_help_lists_the_settings_of_what_is_chosen_and_names_the_rest(capsys):
     text = help_of(capsys, "finetune", "--task", "classification", "--backbone=hybrid_small")
     assert "settings of task classification (others: segmentation;" in text and "--task.cube_mm" in text
     assert "settings of backbone hybrid_small" in text and "default 24 48 96 192" in text
-    assert "settings of method MiM:" in help_of(capsys, "pretrain", "--method", "MiM")
+    assert "settings of method MiM (others: " in help_of(capsys, "pretrain", "--method", "MiM")
     assert "settings of" not in help_of(capsys, "evaluate")
     assert main(["finetune", "--task", "clasification", "--help"]) == REFUSED
     assert "Did you mean 'classification'?" in capsys.readouterr().err

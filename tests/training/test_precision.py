@@ -7,7 +7,7 @@ import torch
 
 from mim3d.core.errors import ConfigError
 from mim3d.training import precision
-from mim3d.training.launch import allow_tf32, launch
+from mim3d.training.launch import allow_tf32, launch, spare_thin_convolutions
 from mim3d.training.precision import choose_precision, measured_speedups, require_precision
 from mim3d.training.settings import LoopSettings
 
@@ -146,3 +146,23 @@ def test_float16_on_a_cpu_is_refused_for_its_slowness() -> None:
         ConfigError, match="'16-mixed', which is for GPUs, and slower than float32 by far on a CPU; use"
     ):
         require_precision("16-mixed", "cpu")
+
+
+@pytest.mark.parametrize(("size", "dtype"), [((2, 4, 4), torch.float32), ((4, 2, 2), torch.bfloat16)])
+def test_convolutions_whose_gradient_is_wrong_in_bfloat16_compute_in_float32(
+    size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv3d(8, 8, 3, padding=1))
+    volume, names = torch.randn(2, 8, *size), list(network.state_dict())
+    network(volume).sum().backward()
+    expected = network[0].weight.grad.clone()
+    network.zero_grad()
+    spare_thin_convolutions(network)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = network(volume)
+    features.float().sum().backward()
+    assert (features.dtype, list(network.state_dict())) == (dtype, names)
+    if dtype == torch.float32:
+        assert torch.equal(network[0].weight.grad, expected)
+    torch.testing.assert_close(network[0].weight.grad, expected, rtol=0.02, atol=0.1)

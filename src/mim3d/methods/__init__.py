@@ -12,6 +12,7 @@ METHODS: dict[str, str] = {
     "MiM": "mim3d.methods.mim.method:MiM",
     "MAE": "mim3d.methods.mae:MAE",
     "SimMIM": "mim3d.methods.simmim:SimMIM",
+    "VoCo": "mim3d.methods.voco.method:VoCo",
 }
 
 

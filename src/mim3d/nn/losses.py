@@ -1,10 +1,13 @@
-"""Losses of masked pre-training: reconstruction of hidden tokens, cross-level alignment, and a sign of collapse."""
+"""Losses of pre-training: reconstruction of hidden tokens, cross-level alignment, overlaps; and a sign of collapse."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Shape suffixes: B batch, H hidden, P voxels of a patch, K places, D width.
+# Shape suffixes: B batch, H hidden, P voxels of a patch, R crops, K places or base crops, D width.
+
+#: Keeps the logarithm of :func:`overlap_losses` finite.
+_EPSILON = 1e-6
 
 
 def normalise_tokens(target_BHP: Tensor, eps: float = 1e-6) -> Tensor:
@@ -54,3 +57,21 @@ def spread(vectors_KD: Tensor) -> Tensor:
     """How much the directions of vectors differ: about 1 as if drawn at random, 0 where all are the same."""
     normed = F.normalize(vectors_KD.float(), dim=-1)
     return normed.std(0, correction=0).mean() * normed.shape[1] ** 0.5
+
+
+def overlap_losses(similarity_BRK: Tensor, overlap_BRK: Tensor) -> tuple[Tensor, Tensor]:
+    """VoCo's positive and negative loss, means over the batch (Wu, Zhuang & Chen 2024).
+
+    The similarity of a crop with a base crop should be the share of its volume that lies there: the distance of the two
+    counts by that share, and any similarity with a base crop that is not touched counts by its square.
+
+    Args:
+        similarity_BRK: Similarity of each crop with each base crop, from 0 to 1.
+        overlap_BRK: Share of each crop's volume in each base crop.
+    """
+    # Rounding makes similarities of nearly the same vectors exceed 1.
+    log_BRK = torch.log((1 - (overlap_BRK - similarity_BRK).abs()).clamp(min=0) + _EPSILON)
+    positive_B = -(overlap_BRK * log_BRK).sum((1, 2)) / overlap_BRK.sum((1, 2))
+    apart_BRK = overlap_BRK == 0
+    negative_B = (similarity_BRK.square() * apart_BRK).sum((1, 2)) / apart_BRK.sum((1, 2)).clamp(min=1)
+    return positive_B.mean(), negative_B.mean()

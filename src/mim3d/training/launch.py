@@ -3,6 +3,7 @@
 This is the only place that sets up Lightning Fabric.
 """
 
+import functools
 import logging
 import random
 import warnings
@@ -229,6 +230,24 @@ def compile_blocks(module: nn.Module) -> int:
     for block in blocks:
         block.compile(dynamic=False)
     return len(blocks)
+
+
+def spare_thin_convolutions(module: nn.Module) -> None:
+    """Let dense convolutions of maps thinner than their kernel compute in float32 on a CPU, whatever the precision.
+
+    In bfloat16 the library's gradient of their weights holds memory that nobody wrote, infinite values among it (oneDNN
+    of torch 2.13, with the first axis of the map shorter than the kernel; every other shape is right).
+    """
+    for part in module.modules():
+        if type(part) is nn.Conv3d and part.kernel_size[0] > 1:
+            part.forward = functools.partial(_convolved, part)  # type: ignore[method-assign]
+
+
+def _convolved(convolution: nn.Conv3d, features: Tensor) -> Tensor:
+    if features.shape[2] >= convolution.kernel_size[0]:
+        return nn.Conv3d.forward(convolution, features)
+    with torch.autocast("cpu", enabled=False):
+        return nn.Conv3d.forward(convolution, features.float())
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

@@ -14,7 +14,15 @@ from mim3d.distributed.heartbeat import BETWEEN, COMPUTING, READING, Heartbeat, 
 from mim3d.distributed.stopping import StopRequests
 from mim3d.objective import Batch, Objective, StepContext
 from mim3d.training.checkpoint import Checkpoints
-from mim3d.training.launch import DeviceBatches, FabricModule, StepModule, compile_blocks, launch, seed_step
+from mim3d.training.launch import (
+    DeviceBatches,
+    FabricModule,
+    StepModule,
+    compile_blocks,
+    launch,
+    seed_step,
+    spare_thin_convolutions,
+)
 from mim3d.training.memory import is_out_of_memory
 from mim3d.training.meter import NonFiniteError, gradient_terms, skip_if_not_finite, spread_non_finite
 from mim3d.training.optim import build_optimizer, clip_gradients, set_learning_rate
@@ -74,6 +82,8 @@ def train(
         checkpoints.require_space(objective, averaged=plan.schedule.ema_decay > 0)
     if loop.compile:
         compile_blocks(objective)
+    if fabric.device.type == "cpu" and loop.precision != "32-true":
+        spare_thin_convolutions(objective)
     model = fabric.setup_module(StepModule(objective))
     optimizer: Any = fabric.setup_optimizers(build_optimizer(objective, plan.schedule, loop.precision))
     hooks = Hooks(validate, best_by, on_checkpoint, loop.patience or None)

@@ -182,6 +182,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         if settings.weights is not None:
             filled = load_into(objective.encoder, settings.weights, min_coverage=settings.min_coverage)
             say(f"{settings.weights}: {filled}")
+            objective.after_weights()
         loader = settings.loader(scans, method.sampler(recipe), mapping, on_damage=adding_to(left_out, scans))
         if run.writes and (slow := loader.slow_levels):
             say(f"note: {slow}")

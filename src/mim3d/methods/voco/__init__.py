@@ -1,0 +1,1 @@
+"""VoCo, volume contrast."""
