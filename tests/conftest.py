@@ -22,5 +22,6 @@ def _float32_unless_asked() -> Iterator[None]:
     """Every machine computes the same numbers, and none spends a second of a test on measuring itself."""
     with pytest.MonkeyPatch.context() as patch:
         choice = PrecisionChoice("32-true", "in tests always")
-        patch.setattr("mim3d.training.precision.choose_precision", lambda accelerator: choice)
+        for user in ("training.precision", "tasks.segmentation.prediction"):
+            patch.setattr(f"mim3d.{user}.choose_precision", lambda accelerator: choice)
         yield

@@ -23,6 +23,7 @@ from mim3d.datasets.cases import Case, read_cases, scans_in
 from mim3d.datasets.splits import Split
 from mim3d.scans.volumes import read_volume
 from mim3d.tasks.contract import PredictionSettings, Predictor
+from mim3d.training.precision import PrecisionChoice
 from mim3d.workflows.predict import PredictionFolder, _predict_all, alone_in, input_cases
 from mim3d.workflows.shared.held_out import held_out_cases, write_split
 from mim3d.workflows.shared.scan_sources import ScanFiles
@@ -35,6 +36,49 @@ def listing(out: Path) -> dict:
 
 def dice(predicted: np.ndarray, reference: np.ndarray) -> float:
     return 2 * ((predicted > 0) & (reference > 0)).sum() / ((predicted > 0).sum() + (reference > 0).sum())
+
+
+def choose_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = PrecisionChoice("bf16-mixed", "as if measured")
+    monkeypatch.setattr("mim3d.tasks.segmentation.prediction.choose_precision", lambda accelerator: choice)
+
+
+def test_auto_predicts_in_what_the_device_is_good_at_and_says_so(segmenter_run, scans, tmp_path, monkeypatch, capsys):
+    exact = Path(predict(str(segmenter_run), str(tmp_path / "exact"), str(scans), precision="32-true"))
+    choose_bfloat16(monkeypatch)
+    dtypes: list[torch.dtype] = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, out: dtypes.append(out.dtype) if isinstance(module, torch.nn.Conv3d) else None
+    )
+    out = Path(predict(str(segmenter_run), str(tmp_path / "out"), str(scans)))
+    hook.remove()
+    assert set(dtypes) == {torch.bfloat16}
+    assert "precision: bf16-mixed (auto; as if measured)" in capsys.readouterr().out
+    assert listing(out)["precision"] == "bf16-mixed" and listing(exact)["precision"] == "32-true"
+    for name in ("new_0.nii.gz", "new_1.nii.gz", "new_2.nii.gz"):
+        own, other = (np.asarray(nibabel.load(folder / name).dataobj) for folder in (out, exact))
+        assert (own == other).mean() > 0.99
+
+
+def test_a_folder_that_was_begun_keeps_its_precision(segmenter_run, scans, tmp_path, monkeypatch):
+    first = scans / "new_0.nii.gz"
+    out = Path(predict(str(segmenter_run), str(tmp_path / "out"), str(first)))
+    choose_bfloat16(monkeypatch)
+    predict(str(segmenter_run), str(out), str(scans))
+    assert listing(out)["precision"] == "32-true" and len(listing(out)["cases"]) == 3
+    with pytest.raises(ConfigError, match="holds predictions of precision 32-true"):
+        predict(str(segmenter_run), str(out), str(scans), precision="bf16-mixed")
+    # Lists from before precision was a setting are of float32.
+    content = listing(out)
+    del content["precision"]
+    write_json(out / "predictions.json", content)
+    predict(str(segmenter_run), str(out), str(scans))
+    assert listing(out)["precision"] == "32-true"
+
+
+def test_a_precision_that_the_device_lacks_is_refused(segmenter_run, scans, tmp_path):
+    with pytest.raises(ConfigError, match="'16-mixed', which is for GPUs"):
+        predict(str(segmenter_run), str(tmp_path / "out"), str(scans), precision="16-mixed", accelerator="cpu")
 
 
 @pytest.fixture

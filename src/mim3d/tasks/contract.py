@@ -310,6 +310,9 @@ class PredictionSettings:
         format: Format of label maps: nii.gz, nrrd, mha, dicom_seg (for DICOM series; needs the extra `dicom`), or auto:
             as the source, NIfTI for DICOM series. A dicom_seg file carries the patient's name and number on purpose,
             which ties it to the patient in an archive.
+        precision: Precision of the networks that segment: 32-true, bf16-mixed or 16-mixed; auto is bf16-mixed where
+            this device is good at it, else 32-true, and what a folder was begun with. Scores are summed, and classes of
+            whole scans computed, in float32.
     """
 
     overlap: float | None = None
@@ -320,6 +323,7 @@ class PredictionSettings:
     largest_component: bool | list[str] = False
     min_component_ml: float = 0.0
     format: Format = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
 
 
 class Predictor(ABC):

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from mim3d.scans.volumes import scan_id
 from mim3d.tasks import TASKS
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
+from mim3d.training.precision import DTYPES
 from mim3d.workflows.shared.held_out import held_out_by_all
 from mim3d.workflows.shared.scan_sources import ScanFiles
 
@@ -39,6 +40,9 @@ WRITE_EVERY = 20
 
 #: File of a folder of predictions that holds where errors were raised that nobody foresaw.
 TRACEBACKS_NAME = "failed_tracebacks.txt"
+
+#: Precision of predictions from before it was a setting.
+PRECISION_OF_OLD = "32-true"
 
 #: Scans unlike those of training that are named while predicting.
 MOST_NAMED = 5
@@ -90,6 +94,8 @@ def predict_scans(settings: PredictSettings) -> str:
     weights = [settings.weights] if isinstance(settings.weights, str) else settings.weights
     device = choose_device(settings.accelerator)
     networks = load_ensemble(weights, task=settings.task, backbone=settings.backbone, device=device)
+    if settings.precision == "auto" and not settings.overwrite:
+        settings = replace(settings, precision=_precision_begun(Path(settings.out) / "predictions.json"))
     predictor = networks[0].task.predictor(networks, settings)
     if settings.input is None:
         found = held_out_by_all(weights)
@@ -117,6 +123,16 @@ def predict_scans(settings: PredictSettings) -> str:
         folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
         folder.only_held_out = settings.input is None
         return _predict_all(predictor, folder)
+
+
+def _precision_begun(path: Path) -> Any:
+    """The precision that a list of predictions was begun in; auto where there is no such list."""
+    if not path.is_file():
+        return "auto"
+    with suppress(DataError, AttributeError):
+        found = read_json(str(path)).get("precision", PRECISION_OF_OLD)
+        return found if found in DTYPES or found == PRECISION_OF_OLD else "auto"
+    return "auto"
 
 
 def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
@@ -297,7 +313,7 @@ class PredictionFolder:
         """Go on with what is there unless it is to be replaced; whether its list says all that was begun."""
         path = self.path / self.predictor.list_name
         try:
-            content = read_json(str(path))
+            content = {"precision": PRECISION_OF_OLD, **read_json(str(path))}
             known = {name: content[name] for name in self.predictor.must_match}
             rows = {str(row["id"]): row for row in content["cases"] if isinstance(row["images"], list)}
             # Lists of earlier versions name no images of scans that failed, and none that were begun.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from mim3d.caching.preprocessing import Prepared
 from mim3d.core.errors import ConfigError, DataError
@@ -25,6 +26,7 @@ from mim3d.scans.volumes import channels_of, format_of_file, write_volume
 from mim3d.tasks.contract import PredictionSettings, Predictor, TrainedNetwork
 from mim3d.tasks.segmentation.targets import Targets
 from mim3d.tasks.trained import require_alike
+from mim3d.training.precision import DTYPES, choose_precision, require_precision
 from mim3d.weights import full_path
 
 #: Suffix of a scan -> suffix of its label map. All others (NIfTI, DICOM) give compressed NIfTI.
@@ -43,7 +45,15 @@ class SegmentationPredictor(Predictor):
     """
 
     done = "segmented"
-    must_match = ("weights_digest", "overlap", "mirror_axes", "body_only", "largest_component", "min_component_ml")
+    must_match = (
+        "weights_digest",
+        "precision",
+        "overlap",
+        "mirror_axes",
+        "body_only",
+        "largest_component",
+        "min_component_ml",
+    )
     memory_remedy = "use a smaller --batch_size, or fine-tune at a larger spacing_mm"
 
     def __init__(self, networks: Sequence[TrainedNetwork], settings: PredictionSettings) -> None:
@@ -69,6 +79,14 @@ class SegmentationPredictor(Predictor):
                 f"min_component_ml is {settings.min_component_ml}; it must be 0 (keeps all) or more, in millilitres."
             )
         self.largest = self._labels_of_one_component()
+        self.precision: str = settings.precision
+        self._why = ""
+        device = self.first.device.type
+        if self.precision == "auto":
+            choice = choose_precision(device)
+            self.precision, self._why = choice.precision, f"precision: {choice.precision} (auto; {choice.reason})"
+        else:
+            require_precision(self.precision, device)
 
     def _labels_of_one_component(self) -> tuple[int, ...]:
         """Return the label values of which the largest component alone is kept."""
@@ -99,6 +117,7 @@ class SegmentationPredictor(Predictor):
         return {
             "weights": paths[0] if len(paths) == 1 else paths,
             "weights_digest": self.digest,
+            "precision": self.precision,
             "overlap": self.windows.overlap,
             "mirror_axes": list(self.windows.mirror_axes),
             "body_only": self.windows.body_only,
@@ -107,18 +126,22 @@ class SegmentationPredictor(Predictor):
             "labels": {str(value): name for value, name in self.first.labels.items()},
             "channels": list(self.targets.names),
             "regions": {name: list(values) for name, values in (self.first.task.regions or {}).items()},
-            **({"resampling": self.notes[0]} if self.notes else {}),
+            **({"resampling": self._resampling} if self._resampling else {}),
         }
 
     @property
     def notes(self) -> Sequence[str]:
+        return [note for note in (self._why, self._resampling) if note]
+
+    @property
+    def _resampling(self) -> str:
         """How probabilities come to the scans' own grids, where the networks have a voxel size of their own."""
         spacing_mm = self.first.preprocessing.spacing_mm
         if spacing_mm is None:
-            return ()
+            return ""
         return (
             f"probabilities are computed at {' x '.join(f'{mm:.4g}' for mm in spacing_mm)} mm and interpolated "
-            "linearly to each scan's own grid, averaged where its voxels are larger; labels are decided there",
+            "linearly to each scan's own grid, averaged where its voxels are larger; labels are decided there"
         )
 
     def accepted(self, cases: Sequence[Case]) -> Sequence[Case]:
@@ -212,7 +235,7 @@ class SegmentationPredictor(Predictor):
         """
         self.first.check_channels(case)
         return predict_scan(
-            [network.module.logits for network in self.networks],
+            [partial(self._logits, network) for network in self.networks],
             case,
             readout=readout_of(self.targets),
             preprocessing=self.first.preprocessing,
@@ -224,6 +247,12 @@ class SegmentationPredictor(Predictor):
             in_hu=self.first.in_hu,
             on_prepared=on_prepared,
         )
+
+    def _logits(self, network: TrainedNetwork, window_BCXYZ: Tensor) -> Tensor:
+        dtype = DTYPES.get(self.precision)
+        with torch.autocast(window_BCXYZ.device.type, dtype, enabled=dtype is not None):
+            logits: Tensor = network.module.logits(window_BCXYZ)
+        return logits
 
 
 def readout_of(targets: Targets) -> Readout:
