@@ -184,7 +184,8 @@ def main() -> None:
     if not arguments.quick:
         about = {"size": [x, y, z], "patch": arguments.patch, "backbone": arguments.backbone, "classes": NUM_CLASSES}
         machine = {**describe(torch.device("cpu")), **about}
-        write_results("prediction_cpu", machine, [*rows, *(ratio.row() for ratio in ratios)])
+        name = "prediction_cpu" if arguments.backbone == "hybrid_nano" else f"prediction_{arguments.backbone}_cpu"
+        write_results(name, machine, [*rows, *(ratio.row() for ratio in ratios)])
 
 
 if __name__ == "__main__":
