@@ -85,12 +85,18 @@ BUDGET = {
     "planning": 950,
     "loading": 1055,
     "distributed": 715,
+<<<<<<< HEAD
     "training": 2670,
-    "tasks": 4405,
+    "tasks": 4440,
     "methods": 2005,
+=======
+    "training": 2670,
+    "tasks": 4440,
+    "methods": 2005,
+>>>>>>> 0449c37 (Budget of tasks and workflows: the precision of a prediction)
     "probing": 850,
     "exporting": 1150,
-    "workflows": 7440,
+    "workflows": 7450,
     "commands": 270,
     "cli": 820,
     "__main__": 15,
