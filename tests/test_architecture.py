@@ -85,15 +85,9 @@ BUDGET = {
     "planning": 950,
     "loading": 1055,
     "distributed": 715,
-<<<<<<< HEAD
     "training": 2670,
     "tasks": 4440,
     "methods": 2005,
-=======
-    "training": 2670,
-    "tasks": 4440,
-    "methods": 2005,
->>>>>>> 0449c37 (Budget of tasks and workflows: the precision of a prediction)
     "probing": 850,
     "exporting": 1150,
     "workflows": 7450,
