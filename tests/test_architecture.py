@@ -69,9 +69,9 @@ FACTS = ("datasets.published.sets.",)
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
     "core": 3055,
-    "kernels": 965,
+    "kernels": 970,
     "scans": 4627,
-    "nn": 905,
+    "nn": 920,
     "tracking": 550,
     "metrics": 1440,
     "datasets": 4280,
@@ -87,7 +87,7 @@ BUDGET = {
     "distributed": 715,
     "training": 2670,
     "tasks": 4440,
-    "methods": 2005,
+    "methods": 2440,
     "probing": 850,
     "exporting": 1150,
     "workflows": 7450,

@@ -52,12 +52,14 @@ def list_of_classes(folder: Path) -> Path:
 
 def reduced(recipe: dict) -> list[str]:
     backbone = recipe.get("backbone", "hybrid_nano")
-    has_decoder = recipe["command"] == "pretrain" and recipe["method"]["name"] != "SimMIM"
+    has_decoder = recipe["command"] == "pretrain" and recipe["method"]["name"] not in ("SimMIM", "SwinUNETRSSL")
     decoder = DECODER if has_decoder else []
     if str(backbone).startswith("resenc"):
         return ["--backbone.widths", "4", "6", "8", "--backbone.depths", "1", "1", "1", "--method.dim", "16"]
     if str(backbone).startswith("vit"):
         return ["--backbone.width", "12", "--backbone.depth", "1", *REDUCED, *decoder]
+    if str(backbone).startswith("swin"):
+        return ["--backbone.feature_size", "6", "--backbone.depths", "1", "1", "--backbone.num_heads", "1", "2"]
     if isinstance(backbone, dict):
         widths, depths = ["6", "12"], ["1", "1"]
     else:

@@ -131,6 +131,22 @@ def test_attention_with_a_learned_bias_equals_the_scores_written_out(
         torch.testing.assert_close(grad, reference)
 
 
+def test_attention_in_bfloat16_has_the_gradients_of_float32_up_to_rounding() -> None:
+    narrow = [torch.randn(20, 2, 9, 8).bfloat16().requires_grad_() for _ in range(3)]
+    narrow.append(torch.randn(2, 9, 9, requires_grad=True))
+    wide = [each.detach().float().requires_grad_() for each in narrow]
+    direction = torch.randn(20, 2, 9, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = biased_attention(*narrow)
+        grads = torch.autograd.grad((found * direction).sum(), narrow)
+    expected = plain_attention(*wide)
+    assert found.dtype == grads[0].dtype == torch.bfloat16
+    assert grads[3].dtype == torch.float32
+    pairs = zip((found, *grads), (expected, *torch.autograd.grad((expected * direction).sum(), wide)), strict=True)
+    for one, other in pairs:
+        assert float((one.float() - other).detach().norm()) <= 0.02 * float(other.norm())
+
+
 def test_attention_keeps_no_scores_for_the_backward_pass() -> None:
     query, key, value = (torch.rand(64, 2, 30, 4, requires_grad=True) for _ in range(3))
     bias = torch.rand(2, 30, 30, requires_grad=True)

@@ -27,7 +27,7 @@ def biased_attention(query_NHQd: Tensor, key_NHKd: Tensor, value_NHKd: Tensor, b
     """
     bias_HQK = bias_HQK.to(query_NHQd.dtype)
     learns = torch.is_grad_enabled() and bias_HQK.requires_grad
-    if learns and query_NHQd.device.type == "cpu" and query_NHQd.dtype in (torch.float32, torch.float64):
+    if learns and query_NHQd.device.type == "cpu":
         attended: Tensor = _biased_attention(query_NHQd, key_NHKd, value_NHKd, bias_HQK)
         return attended
     return F.scaled_dot_product_attention(query_NHQd, key_NHKd, value_NHKd, bias_HQK[None])
@@ -37,7 +37,8 @@ def biased_attention(query_NHQd: Tensor, key_NHKd: Tensor, value_NHKd: Tensor, b
 def _biased_attention(query_NHQd: Tensor, key_NHKd: Tensor, value_NHKd: Tensor, bias_HQK: Tensor) -> Tensor:
     # Detached, since the fused kernel passes a bias that asks for a gradient on to the slower one.
     query, key, value, bias = (tensor.detach() for tensor in (query_NHQd, key_NHKd, value_NHKd, bias_HQK))
-    return F.scaled_dot_product_attention(query, key, value, bias[None]).contiguous()
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(query, key, value, bias[None]).contiguous()
 
 
 @torch.library.custom_op("mim3d::biased_attention_backward", mutates_args=())
@@ -49,27 +50,31 @@ def _biased_attention_backward(
     value_NHKd: Tensor,
     bias_HQK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys, values and bias."""
+    """Gradients of queries, keys, values and bias, computed in float32 or better."""
+    wide = torch.promote_types(query_NHQd.dtype, torch.float32)
     scale = query_NHQd.shape[-1] ** -0.5
     # New and contiguous, whatever the layout of what they belong to, so that parts of them are views.
     grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query_NHQd, key_NHKd, value_NHKd))
+    bias_HQK = bias_HQK.to(wide)
     grad_bias = torch.zeros_like(bias_HQK)
     # The gradient of a softmax is its output times what comes in, less the mean of that under the softmax.
-    mean_NHQ1 = (grad_NHQd * attended_NHQd).sum(-1, keepdim=True)
+    mean_NHQ1 = (grad_NHQd.to(wide) * attended_NHQd).sum(-1, keepdim=True)
     size = chunk_length(query_NHQd.device, bias_HQK.numel() * bias_HQK.itemsize)
     for rows in (slice(start, start + size) for start in range(0, len(query_NHQd), size)):
-        grad, query, key, value, mean, *grads = (
-            tensor[rows].flatten(0, 1)
-            for tensor in (grad_NHQd, query_NHQd, key_NHKd, value_NHKd, mean_NHQ1, grad_query, grad_key, grad_value)
+        grad, query, key, value, mean = (
+            tensor[rows].flatten(0, 1).to(wide) for tensor in (grad_NHQd, query_NHQd, key_NHKd, value_NHKd, mean_NHQ1)
         )
+        to_query, to_key, to_value = (tensor[rows].flatten(0, 1) for tensor in (grad_query, grad_key, grad_value))
         bias = bias_HQK.expand(len(query) // len(bias_HQK), -1, -1, -1).flatten(0, 1)
-        weights = torch.baddbmm(bias, query, key.mT, alpha=scale).softmax(-1)
-        torch.bmm(weights.mT, grad, out=grads[2])
-        weights *= torch.bmm(grad, value.mT).sub_(mean)
-        torch.bmm(weights, key, out=grads[0])
-        torch.bmm(weights.mT, query, out=grads[1])
+        # Autocast would narrow some of these operations, and leave others.
+        with torch.autocast("cpu", enabled=False):
+            weights = torch.baddbmm(bias, query, key.mT, alpha=scale).softmax(-1)
+            to_value.copy_(torch.bmm(weights.mT, grad))
+            weights *= torch.bmm(grad, value.mT).sub_(mean)
+            to_query.copy_(torch.bmm(weights, key).mul_(scale))
+            to_key.copy_(torch.bmm(weights.mT, query).mul_(scale))
         grad_bias += weights.reshape(-1, *bias_HQK.shape).sum(0)
-    return grad_query.mul_(scale), grad_key.mul_(scale), grad_value, grad_bias
+    return grad_query, grad_key, grad_value, grad_bias.to(query_NHQd.dtype)
 
 
 @_biased_attention.register_fake

@@ -13,6 +13,7 @@ METHODS: dict[str, str] = {
     "MAE": "mim3d.methods.mae:MAE",
     "SimMIM": "mim3d.methods.simmim:SimMIM",
     "VoCo": "mim3d.methods.voco.method:VoCo",
+    "SwinUNETRSSL": "mim3d.methods.swinunetr_ssl.method:SwinUNETRSSL",
 }
 
 

@@ -1,4 +1,4 @@
-"""Losses of pre-training: reconstruction of hidden tokens, cross-level alignment, overlaps; and a sign of collapse."""
+"""Losses of pre-training: reconstruction of hidden tokens, alignment, overlaps, contrast, and signs of collapse."""
 
 import torch
 from torch import Tensor
@@ -75,3 +75,32 @@ def overlap_losses(similarity_BRK: Tensor, overlap_BRK: Tensor) -> tuple[Tensor,
     apart_BRK = overlap_BRK == 0
     negative_B = (similarity_BRK.square() * apart_BRK).sum((1, 2)) / apart_BRK.sum((1, 2)).clamp(min=1)
     return positive_B.mean(), negative_B.mean()
+
+
+def view_contrast(vectors_VD: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of telling the other view of a crop from the views of other crops (NT-Xent, Chen et al. 2020).
+
+    Args:
+        vectors_VD: Vectors of one view of every crop, then of the other view of every crop, in the same order.
+        temperature: What cosines are divided by.
+    """
+    normed_VD = F.normalize(vectors_VD.float(), dim=-1)
+    views_V = torch.arange(len(normed_VD), device=normed_VD.device)
+    itself_VV = views_V[:, None] == views_V
+    logits_VV = (normed_VD @ normed_VD.T / temperature).masked_fill(itself_VV, float("-inf"))
+    return F.cross_entropy(logits_VV, views_V.roll(len(views_V) // 2))
+
+
+def pair_cosines(vectors_VD: Tensor) -> dict[str, Tensor]:
+    """Mean cosine of two views of one crop (``positive``), and of two crops' where there are two (``negative``).
+
+    Args:
+        vectors_VD: As :func:`view_contrast` takes them.
+    """
+    first_BD, second_BD = F.normalize(vectors_VD.float(), dim=-1).chunk(2)
+    cosines = {"positive": (first_BD * second_BD).sum(-1).mean()}
+    if len(first_BD) > 1:
+        normed_VD, crop_V = torch.cat([first_BD, second_BD]), torch.arange(len(first_BD)).repeat(2)
+        different_VV = (crop_V[:, None] != crop_V).to(normed_VD)
+        cosines["negative"] = (normed_VD @ normed_VD.T * different_VV).sum() / different_VV.sum()
+    return cosines

@@ -115,7 +115,8 @@ class WindowAttention(nn.Module):
         if any(filled):
             # Empty tokens are zeros before the linear layer, and so its bias after it.
             pad = [amount for size in reversed(filled) for amount in (0, size)]
-            qkv = F.pad(F.linear(tokens_BXYZE, self.qkv.weight), (0, 0, *pad)) + self.qkv.bias
+            qkv = F.pad(F.linear(tokens_BXYZE, self.qkv.weight), (0, 0, *pad))
+            qkv = qkv + self.qkv.bias.to(qkv.dtype)
         else:
             qkv = self.qkv(tokens_BXYZE)
         places = self._places_in(window, places_WW)

@@ -1,0 +1,174 @@
+"""SwinUNETR's pre-training (Tang et al., "Self-Supervised Pre-Training of Swin Transformers", CVPR 2022)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Self
+
+from mim3d.backbones.contract import Backbone, check_multiple
+from mim3d.core.errors import ConfigError
+from mim3d.core.types import Triple
+from mim3d.methods.contract import Method
+from mim3d.methods.mim.hierarchy import MAX_PADDING, padding_ratio
+from mim3d.methods.swinunetr_ssl.objective import ThreeTasksObjective
+from mim3d.methods.swinunetr_ssl.views import BodyCrops, CutOut
+from mim3d.training.schedule import Optimisation
+
+#: Largest edge of a planned crop, the paper's.
+PUBLISHED_EDGE = 96
+
+#: A loss above this share of a guess's has learned nothing.
+IDLE_SHARE = 0.98
+
+#: Features that vary less than this over views, where 1 is as if drawn at random, have collapsed.
+COLLAPSED_SPREAD = 0.01
+
+#: Most boxes that are drawn for a view, and largest width of the contrast.
+_MOST_BOXES, _LARGEST_DIM = 4096, 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinUNETRSSL(Method):
+    """Settings of SwinUNETR's pre-training: two turned views of a crop with boxes cut out, and three tasks.
+
+    Attributes:
+        size: Voxels of a crop along X, Y, Z, as many along X as along Y; planned from the scans when left out.
+        cut_ratio: Largest share of a view's voxels that is cut out; every view draws its own, from 0 up to it.
+        box_ratio: Least and largest edge of a box that is cut out, as a share of each axis.
+        swap_prob: Chance that a box shows another crop of the batch instead of noise. A batch of one crop has noise
+            alone.
+        contrast_dim: Width of the vectors that views are told from each other by.
+        temperature: Temperature of the contrast.
+        loss_weights: Weights of inpainting, rotation and contrast.
+        max_air: A crop of whose voxels a larger share is air is drawn anew, up to 8 times in all, and the one with
+            least air is kept; null keeps every first draw.
+    """
+
+    size: Triple | None = None
+    cut_ratio: float = 0.3
+    box_ratio: tuple[float, float] = (0.05, 0.25)
+    swap_prob: float = 0.5
+    contrast_dim: int = 512
+    temperature: float = 0.5
+    loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    max_air: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (self.size[0] != self.size[1] or min(self.size) < 1):
+            raise ConfigError(
+                f"method.size {list(self.size)} must be as long along X as along Y, since crops are turned in that "
+                f"plane; use {self.size[0]} {self.size[0]} {self.size[2]}."
+            )
+        if not 0 <= self.cut_ratio <= 0.9:
+            raise ConfigError(f"method.cut_ratio ({self.cut_ratio}) must lie between 0 (none) and 0.9.")
+        if not 0 < self.box_ratio[0] <= self.box_ratio[1] <= 1:
+            raise ConfigError(
+                f"method.box_ratio {list(self.box_ratio)} must be two shares of an axis, such as 0.05 0.25."
+            )
+        if not 0 <= self.swap_prob <= 1:
+            raise ConfigError(f"method.swap_prob ({self.swap_prob}) is no probability; use 0 to 1.")
+        if not 1 <= self.contrast_dim <= _LARGEST_DIM:
+            raise ConfigError(f"method.contrast_dim ({self.contrast_dim}) must be between 1 and {_LARGEST_DIM}.")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise ConfigError(f"method.temperature ({self.temperature}) must lie between 0.001 and 1000, such as 0.5.")
+        if not all(0 <= weight <= 1e6 for weight in self.loss_weights) or not any(self.loss_weights):
+            raise ConfigError(
+                f"method.loss_weights {list(self.loss_weights)} must be zero or more, not all of them zero."
+            )
+        if self.max_air is not None and not 0 <= self.max_air <= 1:
+            raise ConfigError(f"method.max_air ({self.max_air}) is no share; use 0 to 1, or null for no limit.")
+
+    @property
+    def optimisation(self) -> Optimisation:
+        """AdamW of the paper: rate 4e-4, weight decay 0.1, 500 steps of warm-up, gradients of norm 1 at most."""
+        return Optimisation(learning_rate=4e-4, weight_decay=0.1, warmup_steps=500, clip_norm=1.0)
+
+    @property
+    def cut_out(self) -> CutOut:
+        """What is cut out of views."""
+        return CutOut(self.cut_ratio, self.box_ratio, self.swap_prob)
+
+    def crop_size(self, backbone: Backbone) -> Triple:
+        """Voxels of a crop: as planned, else the largest within the paper's."""
+        edge = PUBLISHED_EDGE
+        return self.size or _fitting(backbone.input_multiple, (edge, edge, edge))
+
+    def planned(self, backbone: Backbone, shapes: Sequence[Triple]) -> Self:
+        """These settings with the size of a crop; refuses crops that are mostly padding on these scans."""
+        x, y, z = (int(median(axis)) for axis in zip(*shapes, strict=True))
+        fitting = _fitting(backbone.input_multiple, (x, y, z))
+        size = self.size or fitting
+        check_multiple(size, backbone.input_multiple, "method.size")
+        share = padding_ratio(size, shapes)
+        if share > MAX_PADDING:
+            fits = padding_ratio(fitting, shapes) <= MAX_PADDING
+            remedy = f"use {_by(fitting)}" if fits else "use a backbone whose input may be smaller"
+            raise ConfigError(
+                f"method.size: {share:.0%} of every {_by(size)} crop would be padding, since the scans have "
+                f"{x}x{y}x{z} voxels (median); {remedy}."
+            )
+        boxes = self.cut_out.num_boxes(size)
+        if boxes > _MOST_BOXES:
+            raise ConfigError(
+                f"method.box_ratio {list(self.box_ratio)}: to cut out {self.cut_ratio:.0%} of a view took {boxes} such "
+                f"boxes, and {_MOST_BOXES} are the most; use larger boxes, such as 0.05 0.25."
+            )
+        return replace(self, size=size)
+
+    def summary(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
+        """The crop and what is made of it, and what the contrast compares."""
+        low, high = self.box_ratio
+        return [
+            f"two views of a crop of {_by(self.crop_size(backbone))} voxels, turned in plane, up to "
+            f"{self.cut_ratio:.0%} of each cut out in boxes of {low:.0%} to {high:.0%} of an axis",
+            "contrast: with the views of the other crops of a batch, in each process on its own",
+        ]
+
+    def details(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
+        """Padding."""
+        return [f"padding: {padding_ratio(self.crop_size(backbone), shapes):.0%} of a crop on average"]
+
+    def sampler(self, backbone: Backbone) -> BodyCrops:
+        """Draws a crop."""
+        return BodyCrops(self.crop_size(backbone), self.max_air)
+
+    def build(self, backbone: Backbone) -> ThreeTasksObjective:
+        """Encoder and three heads."""
+        self.check_backbone(backbone)
+        return ThreeTasksObjective(self, backbone)
+
+    def idle_parts(self, final_logs: dict[str, float]) -> list[str]:
+        """Tasks no better solved than by a guess, a contrast without negatives, features that have collapsed."""
+        sentences = []
+        for task, weight in zip(("inpainting", "rotation", "contrast"), self.loss_weights, strict=True):
+            loss, guess = final_logs.get(f"loss/{task}"), final_logs.get(f"guess/{task}")
+            if loss is None or guess is None or not weight:
+                continue
+            if task == "contrast" and guess == 0:
+                sentences.append(
+                    "contrast is idle: a batch of one crop has no other to tell it from; use --batch_size 2 or more"
+                )
+            elif loss > IDLE_SHARE * guess:
+                sentences.append(
+                    f"{task} is idle: its loss ended at {loss:.3f}, and that of a guess is {guess:.3f}; train longer, "
+                    "or raise the learning rate"
+                )
+        if final_logs.get("spread/features", 1.0) < COLLAPSED_SPREAD:
+            sentences.append(
+                f"the features have collapsed: their spread over views ended at {final_logs['spread/features']:.4f} "
+                "(1 is as if drawn at random); lower the learning rate"
+            )
+        return sentences
+
+
+def _fitting(multiple: Triple, shape: Triple) -> Triple:
+    """The largest multiples within a shape, at least one and at most those within the paper's crop; X as long as Y."""
+    plane = math.lcm(*multiple[:2])
+    edges = ((plane, min(shape[:2])), (plane, min(shape[:2])), (multiple[2], shape[2]))
+    x, y, z = (max(1, min(PUBLISHED_EDGE // step, voxels // step)) * step for step, voxels in edges)
+    return x, y, z
+
+
+def _by(size: Triple) -> str:
+    return "x".join(map(str, size))
