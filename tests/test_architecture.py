@@ -69,7 +69,7 @@ FACTS = ("datasets.published.sets.",)
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
     "core": 3055,
-    "kernels": 970,
+    "kernels": 980,
     "scans": 4627,
     "nn": 920,
     "tracking": 550,

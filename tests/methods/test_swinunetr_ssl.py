@@ -28,6 +28,7 @@ from mim3d.objective import Batch, StepContext
 from mim3d.scans.intensity import Intensity
 from mim3d.training.launch import seed_step
 from mim3d.training.loop import train
+from mim3d.training.memory import StepMemory
 from mim3d.training.optim import build_optimizer, set_learning_rate
 from mim3d.training.schedule import Optimisation, make_schedule
 from mim3d.training.settings import LoopSettings
@@ -204,7 +205,7 @@ def test_loss_and_gradients_are_those_of_a_plain_implementation() -> None:
         grads = torch.autograd.grad(loss, list(objective.parameters()))
         found.append((loss, grads))
     (ours, grads), (plain, plain_grads) = found
-    assert float(ours) == pytest.approx(float(plain), rel=1e-5)
+    assert float(ours.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
     for (name, _), grad, reference in zip(objective.named_parameters(), grads, plain_grads, strict=True):
         assert float((grad - reference).abs().max()) <= 1e-5 * max(float(reference.abs().max()), 1e-2), name
 
@@ -281,6 +282,15 @@ def test_pictures_show_a_view_whole_cut_and_inpainted() -> None:
         ("view/whole", "view/cut", "view/inpainted"), (16, 16, 8)
     )
     assert not torch.equal(pictures["view/whole"], pictures["view/cut"])
+
+
+def test_memory_is_known_beforehand() -> None:
+    objective, batch = made()
+    sample = {key: (tuple(value.shape[1:]), value.dtype) for key, value in batch.items()}
+    loop = LoopSettings(max_steps=1, accelerator="cpu")
+    need = StepMemory(lambda: METHOD.build(RECIPE), sample, loop, Optimisation(learning_rate=1e-3)).need(2, 1)
+    values = sum(value.numel() for value in [*objective.parameters(), *objective.buffers()])
+    assert need.parameters == pytest.approx(4 * values, rel=0.05)
 
 
 OPTIM = Optimisation(learning_rate=1e-2, weight_decay=0.0)

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from mim3d.kernels.machine import chunk_length
 
+#: Heads of fewer channels are narrow: the library's matrix product has no good kernel for as few columns.
+_NARROW_HEAD = 16
+
 # Shape suffixes: N sequences, n sequences of one chunk, H heads, Q queries, K keys, d channels of a head.
 
 
@@ -69,12 +72,19 @@ def _biased_attention_backward(
         # Autocast would narrow some of these operations, and leave others.
         with torch.autocast("cpu", enabled=False):
             weights = torch.baddbmm(bias, query, key.mT, alpha=scale).softmax(-1)
-            to_value.copy_(torch.bmm(weights.mT, grad))
+            to_value.copy_(_product(weights.mT, grad))
             weights *= torch.bmm(grad, value.mT).sub_(mean)
-            to_query.copy_(torch.bmm(weights, key).mul_(scale))
-            to_key.copy_(torch.bmm(weights.mT, query).mul_(scale))
+            to_query.copy_(_product(weights, key).mul_(scale))
+            to_key.copy_(_product(weights.mT, query).mul_(scale))
         grad_bias += weights.reshape(-1, *bias_HQK.shape).sum(0)
     return grad_query, grad_key, grad_value, grad_bias.to(query_NHQd.dtype)
+
+
+def _product(weights: Tensor, narrow: Tensor) -> Tensor:
+    """``weights @ narrow``; as the transpose of a product where heads are so narrow that this takes a third of it."""
+    if narrow.shape[-1] >= _NARROW_HEAD:
+        return torch.bmm(weights, narrow)
+    return torch.bmm(narrow.mT, weights.mT).mT
 
 
 @_biased_attention.register_fake

@@ -93,7 +93,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads, self.window, self.shifted = num_heads, window, shifted
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 3, num_heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        nn.init.normal_(self.relative_position_bias_table, std=0.02)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
