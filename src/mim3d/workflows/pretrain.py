@@ -146,7 +146,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             pretraining_variants(method, recipe),
             sample,
             optim,
-            smaller="a smaller backbone or smaller levels of the hierarchy",
+            smaller="a smaller backbone or smaller crops (MiM: levels)",
             validation_bytes=0 if probe is None else probe.num_bytes(recipe.in_channels),
             less_validation="leave --probe out, or give it scans with fewer channels",
         )
