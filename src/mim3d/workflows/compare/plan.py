@@ -20,7 +20,7 @@ from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.files import load_json, write_json
 from mim3d.core.names import cut
 from mim3d.core.progress import say
-from mim3d.core.settings import build_settings, nearest, to_mapping, to_named
+from mim3d.core.settings import build_settings, coerce, nearest, to_mapping, to_named
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.datasets.published.folds import declare_fold
@@ -43,6 +43,16 @@ from mim3d.workflows.shared.leakage import check_leakage, check_pretraining, ide
 
 PLAN_NAME = "plan.json"
 PLAN_FORMAT = 1
+
+#: What is read of a plan, which somebody else may have written: entry -> type.
+_PLAN: Mapping[str, Any] = {
+    **dict.fromkeys(("arms", "cells"), list[dict[str, Any]]),
+    **dict.fromkeys(("labels", "notes"), list[str]),
+    "data": str,
+    "folds": list[int],
+    "num_tested": int,
+    "patients": dict[str, str],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +139,11 @@ def read_plan(out: Path) -> dict[str, Any]:
         content = load_json(out / PLAN_NAME)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{out} holds no plan of a comparison; give --data and --arms to make one.") from error
-    if not isinstance(content, dict) or content.get("format") != PLAN_FORMAT or not isinstance(content["cells"], list):
+    if not isinstance(content, dict) or content.get("format") != PLAN_FORMAT:
         raise ConfigError(f"{out / PLAN_NAME} is no plan of this version of mim3d; choose another --out.")
-    return content
+    return content | {
+        name: coerce(content.get(name), hint, f"{out / PLAN_NAME}: {name}") for name, hint in _PLAN.items()
+    }
 
 
 def cells_of(plan: Mapping[str, Any]) -> list[Cell]:
@@ -187,7 +199,7 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
     require_distinct(folds, [Amount.of(each) for each in settings.labels], settings.seeds, read.task)
     settled = _from_plan(before, settings, arms) or _planned(read, arms, folds[0])
     cache = _cache(settings, read, settled)
-    if before is not None and before["cache_digest"] != cache.digest:
+    if before is not None and before.get("cache_digest") != cache.digest:
         raise ConfigError(
             f"{settings.out} holds a comparison on other scans or labels than {settings.data} holds now "
             f"(it was made on {before['data']}); choose another --out, or restore them."

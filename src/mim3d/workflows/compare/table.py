@@ -39,8 +39,12 @@ def write_tables(out: Path, settings: CompareSettings) -> None:
     Raises:
         ConfigError: There is no plan, or no arm of the name that is the reference.
     """
-    results = Results.read(out)
-    content = results.content(settings.reference, settings.target_dice, Bootstrap(num_bootstrap=settings.num_bootstrap))
+    results, bootstrap = Results.read(out), Bootstrap(num_bootstrap=settings.num_bootstrap)
+    try:
+        content = results.content(settings.reference, settings.target_dice, bootstrap)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        # Somebody changed them: what mim3d writes has all of it.
+        raise ConfigError(f"{out / 'cells'}: a result is not as mim3d compare wrote it ({error!r}).") from error
     write_json(out / CONTENT_NAME, content, indent=1, allow_nan=False)
     write_csv(out / "comparison.csv", *comparison_rows(content))
     tables = comparison_tables(content)
