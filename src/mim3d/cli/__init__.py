@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mim3d.cli.arguments import Signature
 
 #: Commands that print much after a warning, so that it is said again at the end: so many of them, as files have all.
-SAYING_AGAIN = ("pretrain", "finetune", "predict", "evaluate", "probe", "compare")
+SAYING_AGAIN = ("pretrain", "finetune", "predict", "evaluate", "probe")
 MOST_SAID_AGAIN = 10
 
 #: Commands that keep what they have done when they are stopped, and go on from there.

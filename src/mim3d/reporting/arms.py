@@ -30,6 +30,7 @@ Ends = tuple[Score, Score] | None
 _WHOLE: Mapping[str, Any] = {
     "score": str,
     "reference": str,
+    "target": float | None,
     "num_bootstrap": int,
     "num_tested": int,
     "data": str,
@@ -163,8 +164,8 @@ def _score_table(content: Mapping[str, Any]) -> PaperTable:
 def _goals(content: Mapping[str, Any]) -> str:
     """The scores of validation to which steps are counted, in words."""
     goals = {row["labels"]: row["target"] for row in content["rows"]}
-    if len(set(goals.values())) == 1 and len(goals) > 1:
-        return number(next(iter(goals.values())), 3)
+    if content["target"] is not None:
+        return number(content["target"], 3)
     each = ", ".join(f"{number(goal, 3)} ({labels})" for labels, goal in goals.items())
     return f"the best of {content['reference']}: {each}"
 

@@ -2,9 +2,11 @@
 
 import math
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +61,7 @@ def run_cell(cell: Cell, cells: Mapping[str, Cell], out: Path) -> Outcome:
         started = time.monotonic()
         resumed = (out / "runs" / cell.id).exists()
         try:
-            with recording() as warned, _logged(out / "cells" / f"{cell.id}.log"):
+            with _logged(out / "cells" / f"{cell.id}.log"), recording() as warned:
                 found = _WORK[cell.kind](cell, out / "runs" / cell.id)
         except _StoppedError:
             return "stopped"
@@ -75,9 +77,15 @@ def run_cell(cell: Cell, cells: Mapping[str, Cell], out: Path) -> Outcome:
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Let what the commands print go into a file, behind what is there."""
-    with open(path, "a", encoding="utf-8") as file, redirect_stdout(file):
-        yield
+    """Let what the commands print and warn of go into a file, behind what is there; a bar stays on the terminal."""
+
+    def show(message: Warning | str, *_about: Any, **_named: Any) -> None:
+        file.write(f"warning: {message}\n")
+
+    with open(path, "a", encoding="utf-8") as file, warnings.catch_warnings(), redirect_stdout(file):
+        warnings.showwarning = show
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(file):
+            yield
 
 
 def _pretrain(cell: Cell, folder: Path) -> dict[str, Any]:

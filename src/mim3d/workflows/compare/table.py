@@ -28,6 +28,12 @@ from mim3d.workflows.compare.settings import CompareSettings
 
 REPORT_NAME = "report.html"
 
+#: Misses, and notes, that are printed.
+_MOST_SAID = 5
+
+#: Warnings of runs that change how the results of an arm are to be read.
+_TOLD = ("leak", "weights", "learning", "left out")
+
 
 def write_tables(out: Path, settings: CompareSettings) -> None:
     """Write comparison.json, .csv, .md, .tex and the report of a comparison, and print its table.
@@ -54,8 +60,12 @@ def write_tables(out: Path, settings: CompareSettings) -> None:
     for row in tables[0].rows:
         shown.add_row(*row)
     print_tables([shown])
-    for miss in content["misses"][:5]:
+    for miss in content["misses"][:_MOST_SAID]:
         say(f"missing: {miss['cell']}: {miss['reason']}")
+    for note in content["notes"][:_MOST_SAID]:
+        say(f"note: {note}")
+    if (more := len(content["misses"]) + len(content["notes"])) > _MOST_SAID:
+        say(f"all {more} misses and notes are in the report")
     say(f"tables: {out / 'comparison'}.csv, .md, .tex")
     write_report([str(out)], str(out / REPORT_NAME), [], overwrite=True)
 
@@ -129,6 +139,7 @@ class Results:
             "data": self.plan["data"],
             "score": "auc" if is_classes else "dice",
             "reference": first,
+            "target": target,
             "num_bootstrap": bootstrap.num_bootstrap,
             "conventions": CONVENTIONS,
             "labels": self.plan["labels"],
@@ -229,7 +240,7 @@ class Results:
             f"{cell.arm}: {row['text']}": None
             for cell, result in self.done()
             for row in result.get("warnings", ())
-            if row.get("kind") in ("leak", "weights", "left out")
+            if row.get("kind") in _TOLD
         }
         said |= {
             f"{cell.id}: {result['not_predicted']}": None
