@@ -17,8 +17,9 @@ from mim3d.cli import main
 from mim3d.commands.compare import compare
 from mim3d.commands.report import report
 from mim3d.core.errors import ConfigError, DataError, Mim3dError
-from mim3d.workflows.compare.cells import read_result
+from mim3d.workflows.compare.cells import Cell, read_result
 from mim3d.workflows.compare.plan import cells_of, read_plan
+from mim3d.workflows.compare.settings import CompareSettings
 from tests.commands.conftest import BACKBONE, TASK
 from tests.labelled import write_ball_set
 
@@ -71,6 +72,10 @@ def content(out: Path) -> dict[str, Any]:
     return found
 
 
+def planned(out: Path) -> list[Cell]:
+    return cells_of(read_plan(out), CompareSettings(str(out)))
+
+
 def names_in(path: str) -> set[str]:
     return set(Path(path).read_text().split())
 
@@ -90,7 +95,7 @@ def test_a_comparison_ends_in_one_row_for_each_arm_and_amount(compared: Path):
 
 
 def test_tested_patients_are_seen_by_nothing_and_labels_are_nested(compared: Path):
-    cells = cells_of(read_plan(compared))
+    cells = planned(compared)
     tested = {line.split(",")[0] for line in (compared / "lists" / "fold0_tested.csv").read_text().splitlines()[1:]}
     (pretraining,) = [cell for cell in cells if cell.kind == "pretrain"]
     digests = {scan.case.id: scan.source_digest for scan in open_cache(compared / "cache")}
@@ -112,7 +117,7 @@ def test_tested_patients_are_seen_by_nothing_and_labels_are_nested(compared: Pat
 
 
 def test_arms_share_all_of_fine_tuning_but_what_they_begin_with(compared: Path):
-    cells = [cell for cell in cells_of(read_plan(compared)) if cell.kind == "finetune" and cell.labels == "100%"]
+    cells = [cell for cell in planned(compared) if cell.kind == "finetune" and cell.labels == "100%"]
     one, other = (json.loads(json.dumps(cell.to_row()["settings"])) for cell in cells)
     changed = {name for name in one if one[name] != other[name]}
     assert changed == {"out", "weights", "backbone", "schedule"}
@@ -124,6 +129,28 @@ def test_running_again_runs_nothing_and_makes_the_same_table(compared: Path):
     compare(str(compared))
     assert {path: path.stat().st_mtime_ns for path in (compared / "cells").glob("*.json")} == times
     assert content(compared) == before
+
+
+def test_a_version_that_names_cells_otherwise_keeps_their_results(compared: Path, monkeypatch: pytest.MonkeyPatch):
+    names = [cell.id for cell in planned(compared)]
+    monkeypatch.setattr("mim3d.workflows.compare.cells._DIGITS", 12)
+    compare(str(compared))
+    assert [cell.id for cell in planned(compared)] == names
+    compare(str(compared), split_seed=1, slurm=True)
+    assert not {cell.id for cell in planned(compared)} & {name for name in names if "finetune" in name}
+    monkeypatch.undo()
+    compare(str(compared), split_seed=0)
+    assert [cell.id for cell in planned(compared)] == names
+
+
+def test_a_plan_that_names_code_is_refused(compared: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(compared, copy, ignore=shutil.ignore_patterns("runs", "cache"))
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["cells"][0]["settings"]["task"] = "somebody.elses.Task"
+    (copy / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match=r"names the task 'somebody\.elses\.Task', which the settings do not"):
+        compare(str(copy), cell=plan["cells"][0]["id"])
 
 
 def test_the_table_is_made_anew_from_results_alone(compared: Path, tmp_path: Path):
@@ -141,7 +168,7 @@ def test_the_table_is_made_anew_from_results_alone(compared: Path, tmp_path: Pat
 def test_a_failed_cell_is_a_miss_and_stops_no_other(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     copy = tmp_path / "copy"
     shutil.copytree(compared, copy, ignore=shutil.ignore_patterns("cells"))
-    cells = {(cell.kind, cell.arm, cell.labels): cell for cell in cells_of(read_plan(copy))}
+    cells = {(cell.kind, cell.arm, cell.labels): cell for cell in planned(copy)}
     broken = cells["finetune", "scratch", "50%"]
     plan = json.loads((copy / "plan.json").read_text())
     for row in plan["cells"]:
@@ -176,6 +203,17 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_table(balls: Path, com
     assert content(out)["rows"] == content(compared)["rows"]
 
 
+def test_cells_run_in_processes_of_their_own(compared: Path, capsys: pytest.CaptureFixture[str]):
+    before = content(compared)
+    cell = next(cell for cell in planned(compared) if (cell.kind, cell.arm) == ("finetune", "scratch"))
+    (compared / "cells" / f"{cell.id}.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "src"))
+        compare(str(compared), jobs=2)
+    assert f"done (1 of 1): {cell.id}" in capsys.readouterr().out
+    assert content(compared)["rows"] == before["rows"]
+
+
 def test_a_dry_run_measures_and_trains_no_cell(balls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "dry"
     other = {"name": "other", "backbone": {**BACKBONE, "widths": [8, 24]}}
@@ -190,9 +228,9 @@ def test_minutes_become_steps_once(balls: Path, tmp_path: Path):
     given = settings(balls, arms=("scratch", {"name": "again", "backbone": {**BACKBONE, "widths": [8, 24]}}))
     del given["finetune_steps"]
     compare(str(out), **given, finetune_minutes=0.02, dry_run=True)
-    steps = {cell.arm: cell.settings.max_steps for cell in cells_of(read_plan(out))}
+    steps = {cell.arm: cell.settings.max_steps for cell in planned(out)}
     compare(str(out), dry_run=True)
-    assert {cell.arm: cell.settings.max_steps for cell in cells_of(read_plan(out))} == steps
+    assert {cell.arm: cell.settings.max_steps for cell in planned(out)} == steps
     assert all(steps.values())
 
 
@@ -203,7 +241,7 @@ def test_slurm_scripts_have_one_command_for_each_cell(
     shutil.copytree(compared, copy, ignore=shutil.ignore_patterns("cells"))
     compare(str(copy), slurm=True)
     said = capsys.readouterr().out
-    for cell in cells_of(read_plan(copy)):
+    for cell in planned(copy):
         assert said.count(f"--cell {cell.id}") == 1
     assert "afterany:$first" in said and not list((copy / "cells").glob("*.json"))
 

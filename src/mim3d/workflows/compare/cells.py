@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.core.errors import ConfigError
-from mim3d.core.files import load_json, write_json
+from mim3d.core.files import load_json, plain_text, write_json
 from mim3d.core.names import cut, is_entry_name, joined_name
 from mim3d.core.run_folder import FREE_ON_RESUME
-from mim3d.core.settings import build_settings, to_mapping
+from mim3d.core.settings import build_settings, to_mapping, to_named
+from mim3d.methods import METHODS, create_method
+from mim3d.tasks import TASKS, create_task
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.pretrain import PretrainSettings
 from mim3d.workflows.probe.run import ProbeSettings
@@ -68,6 +71,27 @@ class Cell:
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:_DIGITS]
         parts = [self.kind, self.arm, f"fold{self.fold}", self.labels.replace("%", "pct"), f"seed{self.seed}", digest]
         return replace(self, id=joined_name([part for part in parts if part]))
+
+    @property
+    def key(self) -> tuple[str, str, int, str, int]:
+        """What one cell of a plan is told from the others by."""
+        return self.kind, self.arm, self.fold, self.labels, self.seed
+
+    def content(self) -> dict[str, Any]:
+        """All that it computes, as far as its plan tells: settings with the defaults of this version, and its lists."""
+        values = {name: value for name, value in to_mapping(self.settings).items() if name not in _NOT_COMPARED}
+        named: tuple[tuple[str, Callable[[Any], Any], Mapping[str, Any]], ...] = (
+            ("task", create_task, TASKS),
+            ("method", create_method, METHODS),
+            ("backbone", create_recipe, BACKBONES),
+        )
+        for name, create, registry in named:
+            if values.get(name) is not None:
+                values[name] = to_named(create(values[name]), registry)
+        paths = {name: getattr(self.settings, name, None) for name in ("train_list", "held_out_list")}
+        for name, path in {**paths, "test": self.test or None}.items():
+            values[name] = None if path is None else plain_text(path)
+        return values | {"needs": self.needs, "weights": getattr(self.settings, "weights", None)}
 
     def to_row(self) -> dict[str, Any]:
         """The cell as the plan holds it."""

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.files import load_json, write_json
 from mim3d.core.names import cut
+from mim3d.core.own_code import own_code_in
 from mim3d.core.progress import say
 from mim3d.core.settings import build_settings, coerce, nearest, to_mapping, to_named
 from mim3d.core.types import Triple
@@ -67,6 +68,7 @@ class ComparisonPlan:
         folds: The parts of each fold.
         notes: What is to be said of the data beside every table.
         cells: The cells, in the order in which they are run.
+        earlier: Id and content of the cells that the folder's plan of before has, by what tells them apart.
     """
 
     settings: CompareSettings
@@ -75,7 +77,8 @@ class ComparisonPlan:
     cache: Cache
     folds: Sequence[FoldPart]
     notes: Sequence[str] = ()
-    cells: Sequence[Cell] = field(default_factory=tuple)
+    cells: Sequence[Cell] = ()
+    earlier: Mapping[Any, tuple[str, Any]] = field(default_factory=dict)
 
     @property
     def out(self) -> Path:
@@ -146,9 +149,23 @@ def read_plan(out: Path) -> dict[str, Any]:
     }
 
 
-def cells_of(plan: Mapping[str, Any]) -> list[Cell]:
-    """The cells of a plan that was read."""
-    return [Cell.of_row(row) for row in plan["cells"]]
+def cells_of(plan: Mapping[str, Any], settings: CompareSettings) -> list[Cell]:
+    """The cells of a plan that was read.
+
+    Args:
+        plan: The plan.
+        settings: The settings of this call, which name the code of the user's own that may be imported.
+
+    Raises:
+        ConfigError: A cell is none, or names code that the settings do not.
+    """
+    cells = [Cell.of_row(row) for row in plan["cells"]]
+    allowed = set(own_code_in(settings.to_config()).values())
+    for cell in cells:
+        for name, code in own_code_in(vars(cell.settings)).items():
+            if code not in allowed:
+                raise ConfigError(f"{PLAN_NAME}: cell {cell.id} names the {name} '{code}', which the settings do not.")
+    return cells
 
 
 def data_digest(cases: Sequence[Case]) -> str:
@@ -206,8 +223,13 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
         )
     folds = [fold.only({case.id for case in cache.cases}) for fold in folds]
     require_distinct(folds, [Amount.of(each) for each in settings.labels], settings.seeds, read.task)
+    earlier: dict[Any, tuple[str, Any]] = {}
+    if before is not None:
+        # Of another version of mim3d, whose settings are not these.
+        with suppress(ConfigError, DataError):
+            earlier = {cell.key: (cell.id, cell.content()) for cell in cells_of(before, settings)}
     settled = replace(settled, data=cache.path, spacing_mm=None, preset=None, modality=None, patient_pattern=None)
-    plan = ComparisonPlan(settings=settings, arms=arms, finetune=settled, cache=cache, folds=folds)
+    plan = ComparisonPlan(settings=settings, arms=arms, finetune=settled, cache=cache, folds=folds, earlier=earlier)
     return replace(plan, notes=[*read.source.notes, *_leaks(plan)])
 
 

@@ -44,9 +44,8 @@ def run_comparison(settings: CompareSettings) -> str:
     """
     out = Path(settings.out)
     if settings.cell is not None:
-        return _run_one(settings.cell, out)
+        return _run_one(settings.cell, settings)
     if settings.table_only:
-        cells_of(read_plan(out))
         write_tables(out, settings)
         return settings.out
     settings = settings.with_recipes()
@@ -77,13 +76,14 @@ def command_of(settings: CompareSettings) -> list[str]:
     return ["compare", "--out", os.path.abspath(settings.out), *allowed]
 
 
-def _run_one(name: str, out: Path) -> str:
+def _run_one(name: str, settings: CompareSettings) -> str:
     """Run one cell, as a job of a cluster does.
 
     Raises:
         ConfigError: There is no such cell, or its pre-training is not there yet.
     """
-    cells = {cell.id: cell for cell in cells_of(read_plan(out))}
+    out = Path(settings.out)
+    cells = {cell.id: cell for cell in cells_of(read_plan(out), settings)}
     if name not in cells:
         raise ConfigError(f"{out} has no cell {name}.{nearest(name, cells)}")
     outcome = run_cell(cells[name], cells, out)
@@ -148,6 +148,7 @@ def _side_by_side(plan: ComparisonPlan, left: Sequence[Cell]) -> dict[str, Outco
     outcomes: dict[str, Outcome] = {}
     ids = {cell.id for cell in left}
     words = [sys.executable, "-m", "mim3d", *command_of(plan.settings)]
+    (plan.out / "cells").mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, num_cores() // plan.settings.jobs))}
     try:
         while waiting or working:

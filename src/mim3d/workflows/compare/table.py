@@ -45,7 +45,7 @@ def write_tables(out: Path, settings: CompareSettings) -> None:
     Raises:
         ConfigError: There is no plan, or no arm of the name that is the reference.
     """
-    results, bootstrap = Results.read(out), Bootstrap(num_bootstrap=settings.num_bootstrap)
+    results, bootstrap = Results.read(out, settings), Bootstrap(num_bootstrap=settings.num_bootstrap)
     try:
         content = results.content(settings.reference, settings.target_dice, bootstrap)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -85,10 +85,10 @@ class Results:
     found: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def read(cls, out: Path) -> "Results":
+    def read(cls, out: Path, settings: CompareSettings) -> "Results":
         """Read the folder of a comparison."""
         plan = read_plan(out)
-        cells = cells_of(plan)
+        cells = cells_of(plan, settings)
         read = {cell.id: read_result(out, cell) for cell in cells}
         return cls(plan, cells, {name: result for name, result in read.items() if result is not None})
 
