@@ -90,7 +90,7 @@ BUDGET = {
     "methods": 2440,
     "probing": 850,
     "exporting": 1150,
-    "workflows": 7450,
+    "workflows": 7570,
     "commands": 270,
     "cli": 820,
     "__main__": 15,

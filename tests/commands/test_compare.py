@@ -19,6 +19,7 @@ from mim3d.commands.report import report
 from mim3d.core.errors import ConfigError, DataError, Mim3dError
 from mim3d.workflows.compare.cells import Cell, read_result
 from mim3d.workflows.compare.plan import cells_of, read_plan
+from mim3d.workflows.compare.running import _outcome_of
 from mim3d.workflows.compare.settings import CompareSettings
 from tests.commands.conftest import BACKBONE, TASK
 from tests.labelled import write_ball_set
@@ -212,6 +213,16 @@ def test_cells_run_in_processes_of_their_own(compared: Path, capsys: pytest.Capt
         compare(str(compared), jobs=2)
     assert f"done (1 of 1): {cell.id}" in capsys.readouterr().out
     assert content(compared)["rows"] == before["rows"]
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(75, "stopped"), (-15, "stopped"), (-9, "failed"), (1, "failed")])
+def test_a_process_that_ends_without_a_result_is_a_miss_unless_it_was_asked_to_stop(
+    compared: Path, tmp_path: Path, code: int, outcome: str
+):
+    cell = planned(compared)[0]
+    assert _outcome_of(tmp_path, cell, code) == outcome
+    result = read_result(tmp_path, cell)
+    assert (result is not None) == (outcome == "failed")
 
 
 def test_a_dry_run_measures_and_trains_no_cell(balls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

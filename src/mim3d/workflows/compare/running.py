@@ -9,7 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mim3d.core.errors import ConfigError, note_exit_code, take_exit_code
+from mim3d.core.errors import (
+    INTERRUPTED,
+    TERMINATED,
+    TO_BE_CONTINUED,
+    ConfigError,
+    note_exit_code,
+    take_exit_code,
+)
 from mim3d.core.left_out import take_noted
 from mim3d.core.names import number_of
 from mim3d.core.own_code import own_code_in
@@ -29,6 +36,9 @@ from mim3d.workflows.compare.table import write_tables
 
 #: Seconds between two looks at the processes that work on cells.
 _LOOK_S = 0.2
+
+#: Exit codes of a command that was asked to stop.
+_STOPPED = (TO_BE_CONTINUED, INTERRUPTED, TERMINATED)
 
 #: Exit code of a command for one cell that failed; its result says why.
 CELL_FAILED = 2
@@ -181,8 +191,9 @@ def _outcome_of(out: Path, cell: Cell, code: int) -> Outcome:
     """What became of a cell of another process, which may have ended without a word."""
     if is_done(out, cell):
         return "done"
-    if code < 0 and -code not in STOP_SIGNALS:
-        reason = f"its process was ended by {signal.Signals(-code).name}; memory may have run out."
-        write_result(out, cell, {"status": "failed", "reason": reason})
-        return "failed"
-    return "failed" if code == CELL_FAILED and read_result(out, cell) is not None else "stopped"
+    if code in _STOPPED or -code in STOP_SIGNALS:
+        return "stopped"
+    if code != CELL_FAILED or read_result(out, cell) is None:
+        how = f"was ended by {signal.Signals(-code).name}; memory may have run out" if code < 0 else "ended early"
+        write_result(out, cell, {"status": "failed", "reason": f"its process {how} (cells/{cell.id}.log)."})
+    return "failed"
