@@ -40,7 +40,7 @@ class VoCo(Method):
         intensity_bias: And shifted by at most this.
         crop_flip_prob: Probability of a flip of each random crop along each axis, beside those of the sample.
         crop_bias: Each random crop is shifted by at most this in intensity.
-        chunk_size: Crops per encoder call; what suits the device when left out (4 on a CPU, else all).
+        chunk_size: Crops per encoder call; all when left out, which is quicker, on CPUs too.
     """
 
     crop_size: Triple | None = None

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 # Shape suffixes: B samples, K base crops and R random crops of each, N crops, C channels, X Y Z space, D projection.
 
-#: Crops per encoder call on a CPU, whose caches hold the features of few; elsewhere all at once.
-CPU_CHUNK = 4
-
 
 class CropProjection(nn.Module):
     """Two linear layers; between them each unit is normalised over all crops at hand, as in the published code.
@@ -111,8 +108,7 @@ class VoCoObjective(Objective):
     def _vectors(self, network: Iterable[nn.Module], crops_NCXYZ: Tensor) -> tuple[Tensor, Tensor]:
         """All maps of the encoder, pooled and concatenated, ``(N, E)``, and what is projected of them, of length 1."""
         encoder, project = network
-        default = CPU_CHUNK if crops_NCXYZ.device.type == "cpu" else len(crops_NCXYZ)
-        chunks = torch.split(crops_NCXYZ, self.settings.chunk_size or default)
+        chunks = torch.split(crops_NCXYZ, self.settings.chunk_size or len(crops_NCXYZ))
         features_NE = torch.cat([torch.cat([each.mean((2, 3, 4)) for each in encoder(chunk)], 1) for chunk in chunks])
         return features_NE, F.normalize(project(features_NE).float(), dim=-1)
 
