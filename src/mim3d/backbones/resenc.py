@@ -5,7 +5,6 @@ that ``--weights`` takes those of a network that was planned with as many stages
 """
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mim3d.backbones.contract import Backbone, Encoder, check_multiple
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
+from mim3d.nn.blocks import InstanceNorm
 
 # Shape suffixes: B batch, C channels, X Y Z space.
 
@@ -74,17 +74,6 @@ class ResEnc(Backbone):
         """The stride of the last stage along each axis."""
         edge: int = 2 ** (len(self.widths) - 1)
         return edge, edge, edge
-
-
-class InstanceNorm(nn.InstanceNorm3d):
-    """Instance norm that also takes a map of a single voxel, as of the least input: its bias is all that is left."""
-
-    def forward(self, features_BCXYZ: Tensor) -> Tensor:
-        """Features of the same shape."""
-        if math.prod(features_BCXYZ.shape[2:]) > 1:
-            return super().forward(features_BCXYZ)
-        # Not the function of torch.nn.functional, which refuses a single value for the same reason.
-        return torch.group_norm(features_BCXYZ, self.num_features, self.weight, self.bias, self.eps)
 
 
 class ResEncEncoder(Encoder):

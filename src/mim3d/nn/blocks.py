@@ -3,6 +3,7 @@
 Shapes: N samples or token blocks, X Y Z space, C channels, B batch, L tokens, E embedding.
 """
 
+import math
 from typing import Literal, Protocol
 
 import torch
@@ -230,6 +231,20 @@ class Attention(nn.Module):
             query, key = (rotate(vectors, angles_BLd[:, None]) for vectors in (query, key))
         attended = attend(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+
+
+class InstanceNorm(nn.InstanceNorm3d):
+    """Instance norm ``(N, C, X, Y, Z)`` as a group norm with one channel a group where that is better.
+
+    On a CPU it takes half the time, and it takes a map of a single voxel, of which the bias is left. On a GPU autocast
+    would make float32 of what it gives.
+    """
+
+    def forward(self, features_NCXYZ: Tensor) -> Tensor:
+        if features_NCXYZ.device.type != "cpu" and math.prod(features_NCXYZ.shape[2:]) > 1:
+            return super().forward(features_NCXYZ)
+        # Not the function of torch.nn.functional, which refuses a single voxel as well.
+        return torch.group_norm(features_NCXYZ, self.num_features, self.weight, self.bias, self.eps)
 
 
 class Mlp(nn.Module):

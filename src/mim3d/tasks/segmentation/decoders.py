@@ -10,7 +10,7 @@ from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mim3d.nn.blocks import Pointwise
+from mim3d.nn.blocks import InstanceNorm, Pointwise
 
 # Shape suffixes: B samples, C channels of the input, K channels of the output, X Y Z space.
 
@@ -249,7 +249,7 @@ class NnUNetDecoder(SegmentationDecoder):
 
     @staticmethod
     def _convolution(dim_in: int, dim_out: int) -> nn.Module:
-        norm = nn.InstanceNorm3d(dim_out, affine=True)
+        norm = InstanceNorm(dim_out, affine=True)
         return nn.Sequential(nn.Conv3d(dim_in, dim_out, 3, padding=1), norm, nn.LeakyReLU(_SLOPE, inplace=True))
 
     @staticmethod
