@@ -17,19 +17,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from yardstick.apart import print_table
+from yardstick.dense_mae import DenseMAE
 from yardstick.machine import Row, describe, options, peak_memory, prepare, write_results
 from yardstick.monai_mae import MonaiMAE
+from yardstick.plain_voco import PlainVoCo
 
-from mim3d.backbones import ViT, create_recipe
+from mim3d.backbones import ResEnc, ViT, create_recipe
 from mim3d.methods.mae import MAE
+from mim3d.methods.voco.method import VoCo
+from mim3d.objective import Batch
 from mim3d.training.optim import build_optimizer
 from mim3d.training.schedule import Optimisation, make_schedule
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIDES = ("mim3d", "counterpart")
+
+#: Voxels of a crop and of a hidden place along each axis where every place is computed.
+DENSE_EDGE, MASK_SIZE = 64, (16, 16, 16)
+VOCO = VoCo(crop_size=(32, 32, 32), cells=(2, 2, 2))
 
 Loss = Callable[[], Tensor]
 #: Size, samples of a step and device -> the network, and what computes its loss on a fixed batch.
@@ -96,7 +105,84 @@ def monai_mae(size: str, batch_size: int, device: torch.device) -> tuple[nn.Modu
     return network, lambda: network(volumes)
 
 
+def resenc_of(size: str) -> ResEnc:
+    """nnU-Net's residual encoder, for crops of ``DENSE_EDGE``."""
+    recipe = create_recipe(size)
+    assert isinstance(recipe, ResEnc)
+    return recipe
+
+
+def dense_batch(mask_edge: int, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Crops of ``DENSE_EDGE`` and masks of blocks."""
+    length = (DENSE_EDGE // mask_edge) ** 3
+    volumes, hidden = batch_of((length, round(MAE().mask_ratio * length)), DENSE_EDGE, batch_size)
+    return volumes.to(device), hidden.to(device)
+
+
+def our_dense_mae(size: str, batch_size: int, device: torch.device) -> tuple[nn.Module, Loss]:
+    """MAE on a network of convolutions, which computes every place."""
+    recipe, edges = resenc_of(size), (DENSE_EDGE,) * 3
+    objective = MAE(size=edges, mask_size=MASK_SIZE).planned(recipe, [edges]).build(recipe).to(device)
+    volumes, hidden = dense_batch(MASK_SIZE[0], batch_size, device)
+    batch = {"crop": volumes, "hidden/crop": hidden}
+    return objective, lambda: objective(batch, 0.0).loss
+
+
+def plain_dense_mae(size: str, batch_size: int, device: torch.device) -> tuple[nn.Module, Loss]:
+    """nnU-Net's network with zeros in hidden places."""
+    network = DenseMAE(resenc_of(size), MASK_SIZE[0]).to(device)
+    volumes, hidden = dense_batch(MASK_SIZE[0], batch_size, device)
+    return network, lambda: network(volumes.flatten(0, 1), hidden.flatten(0, 1))
+
+
+def voco_batch(batch_size: int, device: torch.device) -> Batch:
+    """Base crops, random crops and their overlaps."""
+    rng, grid = np.random.default_rng(0), VOCO.grid()
+    places = rng.integers(0, np.array(grid.footprint) - np.array(grid.crop_size) + 1, (batch_size * VOCO.num_crops, 3))
+    overlaps = torch.from_numpy(grid.overlaps(places)).reshape(batch_size, VOCO.num_crops, -1)
+    numbers = {"base": grid.num_bases, "crop": VOCO.num_crops}
+    generator = torch.Generator().manual_seed(0)
+    crops = {
+        key: torch.rand(batch_size, number, 1, *grid.crop_size, generator=generator) for key, number in numbers.items()
+    }
+    return {key: value.to(device) for key, value in {**crops, "overlap": overlaps}.items()}
+
+
+def our_voco(size: str, batch_size: int, device: torch.device) -> tuple[nn.Module, Loss]:
+    """VoCo, the movement of its teacher included."""
+    objective, batch = VOCO.build(create_recipe(size)).to(device), voco_batch(batch_size, device)
+
+    def loss_of() -> Tensor:
+        with torch.no_grad():
+            objective.after_step(0.0)
+        return objective.forward(batch, 0.0).loss
+
+    return objective, loss_of
+
+
+def plain_voco(size: str, batch_size: int, device: torch.device) -> tuple[nn.Module, Loss]:
+    """A straightforward step of the same sizes."""
+    network, batch = PlainVoCo(create_recipe(size).build(), VOCO.dim).to(device), voco_batch(batch_size, device)
+    return network, lambda: network(batch["crop"], batch["base"], batch["overlap"])
+
+
 PARTS = {
+    "voco": Part(
+        "a straightforward VoCo step",
+        mark=1.0,
+        sizes=("resenc_nano", "hybrid_nano"),
+        small="resenc_nano",
+        batch_size=1,
+        build=(our_voco, plain_voco),
+    ),
+    "dense_mae": Part(
+        "nnU-Net's network as a dense masked autoencoder",
+        mark=1.0,
+        sizes=("resenc_nano", "resenc_s"),
+        small="resenc_nano",
+        batch_size=1,
+        build=(our_dense_mae, plain_dense_mae),
+    ),
     "mae": Part(
         "MONAI's MaskedAutoEncoderViT",
         mark=1.3,

@@ -71,7 +71,7 @@ BUDGET = {
     "core": 3055,
     "kernels": 980,
     "scans": 4627,
-    "nn": 920,
+    "nn": 936,
     "tracking": 550,
     "metrics": 1440,
     "datasets": 4280,
