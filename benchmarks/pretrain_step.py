@@ -21,9 +21,11 @@ from yardstick.batches import hybrid, mim_with_children, random_batch
 from yardstick.dense_mim import DenseMiM
 from yardstick.flops import count_flops
 from yardstick.machine import Row, best_seconds, describe, gemm_peak, options, peak_memory, prepare, write_results
-from yardstick.mae import MaskedAutoencoder
 
+from mim3d.backbones import create_recipe
 from mim3d.kernels.masked.operator import Kernel, kernel_forced
+from mim3d.methods.mae import MAE
+from mim3d.objective import Batch, Objective
 from mim3d.training.launch import compile_blocks
 
 SIZES = ("nano", "tiny", "small", "base")
@@ -89,10 +91,11 @@ def build_loss(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[]
     recipe = replace(hybrid(case.size), recompute=case.recompute)
     method = mim_with_children(recipe.token_size, case.num_children)
     if case.network == "mae":
-        edge = method.hierarchy(recipe).levels[0].level.size[0]
-        volumes = torch.rand(case.batch_size * case.num_volumes, 1, edge, edge, edge, device=device)
-        autoencoder = MaskedAutoencoder().to(device)
-        return autoencoder, partial(autoencoder, volumes)
+        vit, size = create_recipe("vit_base"), method.hierarchy(recipe).levels[0].level.size
+        autoencoding = MAE(size=size).planned(vit, [size])
+        crops = random_batch(autoencoding, vit, case.batch_size * case.num_volumes)
+        autoencoder = autoencoding.build(vit).to(device)
+        return autoencoder, partial(loss_of_batch, autoencoder, {key: value.to(device) for key, value in crops.items()})
     batch = {name: value.to(device) for name, value in random_batch(method, recipe, case.batch_size).items()}
     objective = method.build(recipe).to(device)
     if case.network == "dense":
@@ -100,7 +103,12 @@ def build_loss(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[]
         return dense, lambda: dense(batch)[0]
     if case.compiled:
         compile_blocks(objective)
-    return objective, lambda: objective(batch, 0.0).loss
+    return objective, partial(loss_of_batch, objective, batch)
+
+
+def loss_of_batch(objective: Objective, batch: Batch) -> Tensor:
+    """Loss of a fixed batch."""
+    return objective(batch, 0.0).loss
 
 
 def measure(case: Case, device: torch.device, num_steps: int, threads: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Ready sizes of the hybrid backbone, and random hierarchies of MiM for them, without scans."""
+"""Ready sizes of the hybrid backbone, and random hierarchies of MiM or crops of MAE for networks, without scans."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import torch
 
 from mim3d.backbones import Backbone, Hybrid, create_recipe
 from mim3d.core.types import Triple
+from mim3d.methods.masked_crop import MaskedCropMethod
 from mim3d.methods.mim.hierarchy import full_levels
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.sampler import relative_corners
@@ -26,7 +27,7 @@ def mim_with_children(token_size: Triple, num_children: int) -> MiM:
     return MiM(levels=(*(replace(level, num_children=num_children) for level in parents), last))
 
 
-def random_batch(method: MiM, recipe: Backbone, batch_size: int, seed: int = 0) -> Batch:
+def random_batch(method: MiM | MaskedCropMethod, recipe: Backbone, batch_size: int, seed: int = 0) -> Batch:
     """Noise, and masks and children drawn as in training; as the loader would collate them."""
     rng = np.random.default_rng(seed)
     hierarchy = method.hierarchy(recipe)

@@ -1,7 +1,7 @@
 """SimMIM: the mask token stands in place of hidden blocks, only their voxels count, and a plain form agrees."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ class CoarseEncoder(MaskTokenEncoder):
         super().__init__()
         self.recipe, self.strides, self.widths = recipe, (2, 8), (6, 10)
         self.stem_size, self.stem_dim = (2, 2, 2), 6
-        self.stem, self.down = nn.Conv3d(1, 6, 2, stride=2), nn.Conv3d(6, 10, 6, stride=4, padding=1)
+        self.stem, self.down = nn.Conv3d(recipe.in_channels, 6, 2, stride=2), nn.Conv3d(6, 10, 6, stride=4, padding=1)
 
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
         finer = self.stem(volume_BCXYZ)
@@ -89,10 +89,15 @@ def test_the_mask_token_is_seen_in_place_of_hidden_voxels(recipe: Backbone, mask
     assert not torch.allclose(objective.predict(volume, hidden)[0], predicted)
 
 
-@pytest.mark.parametrize(("recipe", "mask_size"), CASES)
+@pytest.mark.parametrize(
+    ("recipe", "mask_size"), [*CASES, (replace(VIT, in_channels=2), (8, 8, 8)), (Coarse(in_channels=2), (4, 4, 4))]
+)
 def test_loss_and_gradients_are_those_of_a_plain_implementation(recipe: Backbone, mask_size: Triple) -> None:
     """Every voxel is predicted, place by place of the map, and the error of hidden ones is averaged."""
     objective, batch = simmim(recipe, mask_size)
+    # A second channel, where the backbone has one.
+    second = batch["crop"].flip(-1)[:, :, : recipe.in_channels - 1]
+    batch["crop"] = torch.cat([batch["crop"], second], dim=2)
     volumes, mask = batch["crop"].flatten(0, 1), hidden_voxels(objective, batch)
     encoder, stride = objective.encoder, objective.stride
     stem = encoder.stem_size[0]
@@ -101,8 +106,8 @@ def test_loss_and_gradients_are_those_of_a_plain_implementation(recipe: Backbone
     for sample, place in itertools.product(range(2), itertools.product(*map(range, features.shape[2:]))):
         row = features[sample, :, place[0], place[1], place[2]] @ objective.pred.weight.T + objective.pred.bias
         x, y, z = (slice(stride * first, stride * (first + 1)) for first in place)
-        predicted[sample, 0, x, y, z] = row.reshape(stride, stride, stride)
-    expected = ((predicted - volumes).abs() * mask).sum() / mask.sum()
+        predicted[sample, :, x, y, z] = row.reshape(stride, stride, stride, -1).movedim(-1, 0)
+    expected = ((predicted - volumes).abs() * mask).sum() / mask.sum() / recipe.in_channels
     ours = objective(batch, 0.0).loss
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     names, parameters = zip(*objective.named_parameters(), strict=True)
