@@ -254,7 +254,7 @@ def test_slurm_scripts_have_one_command_for_each_cell(
     said = capsys.readouterr().out
     for cell in planned(copy):
         assert said.count(f"--cell {cell.id}") == 1
-    assert "afterany:$first" in said and not list((copy / "cells").glob("*.json"))
+    assert "\n#SBATCH --array=0-0\n" in said and "afterany:$first" in said and not list((copy / "cells").glob("*.json"))
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,13 @@ def _finetune(cell: Cell, folder: Path) -> dict[str, Any]:
     predictions, scores = folder / "predictions", folder / "scores.json"
     not_predicted = ""
     try:
-        predict_scans(PredictSettings(str(folder), str(predictions), cell.test, accelerator=settings.accelerator))
+        # In the precision of training, which was settled once for all cells.
+        precision: Any = settings.precision
+        predict_scans(
+            PredictSettings(
+                str(folder), str(predictions), cell.test, accelerator=settings.accelerator, precision=precision
+            )
+        )
     except DataError as error:
         # Those that could be are scored; the others count as empty predictions.
         not_predicted = str(error)

@@ -53,7 +53,8 @@ def write_scripts(plan: ComparisonPlan, command: Sequence[str]) -> None:
         after = "--dependency=afterany:$first " if submits else ""
         submit = f"sbatch --parsable {after}{shlex.quote(str(path))}"
         submits.append(submit if after or name == "cells" else f"first=$({submit})")
-        say(path.read_text(encoding="utf-8"))
+        for line in path.read_text(encoding="utf-8").splitlines():
+            say(line)
     if not submits:
         say("every cell is done; write the tables with --table_only true")
         return
