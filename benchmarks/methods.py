@@ -25,9 +25,11 @@ from yardstick.dense_mae import DenseMAE
 from yardstick.machine import Row, describe, options, peak_memory, prepare, write_results
 from yardstick.monai_mae import MonaiMAE
 from yardstick.plain_voco import PlainVoCo
+from yardstick.tutorial_swin import TutorialSwinSSL
 
-from mim3d.backbones import ResEnc, ViT, create_recipe
+from mim3d.backbones import ResEnc, Swin, ViT, create_recipe
 from mim3d.methods.mae import MAE
+from mim3d.methods.swinunetr_ssl.method import SwinUNETRSSL
 from mim3d.methods.voco.method import VoCo
 from mim3d.objective import Batch
 from mim3d.training.optim import build_optimizer
@@ -166,6 +168,29 @@ def plain_voco(size: str, batch_size: int, device: torch.device) -> tuple[nn.Mod
     return network, lambda: network(batch["crop"], batch["base"], batch["overlap"])
 
 
+def swin_of(size: str) -> tuple[Swin, int]:
+    """An encoder of SwinUNETR, and the edge of a crop: the paper's, or for narrow ones two of the coarsest tokens."""
+    recipe = create_recipe(size)
+    assert isinstance(recipe, Swin)
+    return recipe, 96 if recipe.feature_size >= 48 else 64
+
+
+def our_swin(size: str, batch_size: int, device: torch.device) -> tuple[nn.Module, Loss]:
+    """SwinUNETR's pre-training, all views in one pass."""
+    recipe, edge = swin_of(size)
+    objective = SwinUNETRSSL(size=(edge, edge, edge)).build(recipe).to(device)
+    batch = {"crop": batch_of((1, 0), edge, batch_size)[0].to(device)}
+    return objective, lambda: objective(batch, 0.0).loss
+
+
+def tutorial_swin(size: str, batch_size: int, device: torch.device) -> tuple[nn.Module, Loss]:
+    """The same with MONAI's encoder, one view after the other."""
+    recipe, edge = swin_of(size)
+    network = TutorialSwinSSL(recipe).to(device)
+    volumes = batch_of((1, 0), edge, batch_size)[0].flatten(0, 1).to(device)
+    return network, lambda: network(volumes)
+
+
 PARTS = {
     "voco": Part(
         "a straightforward VoCo step",
@@ -192,6 +217,14 @@ PARTS = {
         build=(our_mae, monai_mae),
         # It puts tokens of bfloat16 into a tensor of float32 under autocast, which torch refuses (MONAI 1.6.1).
         counterpart_precisions=("float32",),
+    ),
+    "swinunetr_ssl": Part(
+        "MONAI's SwinUNETR pre-training step, as its tutorial takes it",
+        mark=1.5,
+        sizes=("swin_tiny", "swin_small"),
+        small="swin_tiny",
+        batch_size=2,
+        build=(our_swin, tutorial_swin),
     ),
 }
 
