@@ -33,7 +33,7 @@ _PLACE, _SMALL_PLACE = 16, 8
 
 @dataclass(frozen=True, kw_only=True)
 class MAE(MaskedCropMethod, MaskedAutoencoding):
-    """Settings of MAE, the masked autoencoder: hidden places of a crop are reconstructed from the visible ones.
+    """Settings of MAE, the masked autoencoder: hidden places of a crop are reconstructed from visible ones.
 
     An encoder that can be shown visible tokens alone (hybrid, vit) computes nothing else; its hidden places are its
     tokens. Any other (of convolutions, say) sees the whole crop with hidden places filled, and a convolutional decoder

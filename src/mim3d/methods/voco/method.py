@@ -27,7 +27,7 @@ _LARGEST_DIM = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class VoCo(Method):
-    """Settings of VoCo, volume contrast: random crops are told by how much they overlap with the crops of a grid.
+    """Settings of VoCo, volume contrast: how much random crops overlap with the crops of a grid is told.
 
     Attributes:
         crop_size: Voxels of a crop; planned where left out: 64 along each axis, or less where scans are small.
