@@ -96,6 +96,9 @@ def read_arms(
         if arm.name in names:
             raise ConfigError(f"Two arms are called '{arm.name}'; give one of them another name, as {{name: ...}}.")
         try:
+            # Told before a scan is read.
+            if (own := arm.created_method()) is not None:
+                own.check_backbone(arm.recipe())
             key = json.dumps(arm.identity(), sort_keys=True)
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name}: {error}") from error

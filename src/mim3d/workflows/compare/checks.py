@@ -65,7 +65,6 @@ def _check_finetuning(plan: ComparisonPlan, arm: Arm) -> None:
 
 def _check_pretraining(plan: ComparisonPlan, arm: Arm, method: Method) -> None:
     recipe = arm.recipe()
-    method.check_backbone(recipe)
     planned = method.planned(recipe, plan.shapes)
     settings = pretraining_of(plan, arm, plan.settings.seeds[0])
     require_memory(
