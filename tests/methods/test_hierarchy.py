@@ -7,12 +7,12 @@ import pytest
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
+from mim3d.methods.crops import padding_ratio
 from mim3d.methods.mim.hierarchy import (
     Hierarchy,
     Level,
     check_padding,
     full_levels,
-    padding_ratio,
     plan_levels,
     why_fewer_levels,
 )

@@ -13,10 +13,10 @@ from mim3d.core.errors import ConfigError
 from mim3d.loading.loader import Loader
 from mim3d.loading.samples import SampleDataset
 from mim3d.methods import create_method
+from mim3d.methods.crops import draw_origin
 from mim3d.methods.mim.hierarchy import Level
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.objective import MiMObjective, slice_volumes
-from mim3d.methods.mim.sampler import draw_origin
 from mim3d.nn.losses import reconstruction_loss
 from mim3d.nn.tokens import take_tokens
 from mim3d.nn.volumes import flip, patchify, resize_image

@@ -10,9 +10,9 @@ from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import ConfigError
 from mim3d.datasets.cases import read_cases
 from mim3d.loading.samples import SampleDataset, level_of
+from mim3d.methods.crops import MAX_DRAWS, draw_origin
 from mim3d.methods.mim.hierarchy import Level
 from mim3d.methods.mim.method import MiM
-from mim3d.methods.mim.sampler import MAX_DRAWS, draw_origin
 from mim3d.nn.volumes import flip, resize_image
 from mim3d.scans.intensity import Intensity
 from tests.array_scans import random_scan

@@ -245,6 +245,12 @@ def round_up(size: Sequence[float], multiple: Triple, largest: int | None = None
     return x, y, z
 
 
+def common_multiple(*sizes: Triple) -> Triple:
+    """The least common multiples of sizes along X, Y, Z."""
+    x, y, z = (math.lcm(*axis) for axis in zip(*sizes, strict=True))
+    return x, y, z
+
+
 def drop_paths_of(drop_path: float, depths: Sequence[int]) -> tuple[tuple[float, ...], ...]:
     """Chance that a block is left out, by stage: l / L of the last one's for block l of L (Huang et al. 2016).
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mim3d.backbones.contract import Backbone, Encoder, check_multiple
+from mim3d.backbones.contract import Backbone, Encoder, check_multiple, drop_paths_of
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.nn.blocks import InstanceNorm
@@ -123,9 +123,9 @@ class ResEncEncoder(Encoder):
                 # It holds its layers a second time, in their order: not in files, which must hold no tensor twice.
                 module.__dict__["all_modules"] = module._modules.pop("all_modules")
         if recipe.drop_path:
-            blocks = [block for stage in self.stages for block in stage.blocks]
-            for number, block in enumerate(blocks, start=1):
-                block.drop_path.drop_prob = recipe.drop_path * number / len(blocks)
+            for stage, drop_paths in zip(self.stages, drop_paths_of(recipe.drop_path, recipe.depths), strict=True):
+                for block, drop_path in zip(stage.blocks, drop_paths, strict=True):
+                    block.drop_path.drop_prob = drop_path
 
     def feature_maps(self, volume_BCXYZ: Tensor) -> list[Tensor]:
         """Maps ``(B, widths[i], X / strides[i], ...)`` of all stages, that of full resolution first.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mim3d.backbones.contract import Backbone, MaskTokenEncoder, VisibleEncoder, check_multiple
+from mim3d.backbones.contract import Backbone, MaskTokenEncoder, VisibleEncoder, check_multiple, drop_paths_of
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.nn.blocks import Projection, TransformerBlock, init_linear
@@ -129,12 +129,11 @@ class ViTEncoder(VisibleEncoder, MaskTokenEncoder):
                 recipe.width,
                 recipe.num_heads,
                 recipe.mlp_ratio,
-                # l / L of the last one's for block l of L (Huang et al. 2016, eq. 4).
-                recipe.drop_path * number / recipe.depth,
+                drop_path,
                 mlp=recipe.mlp,
                 layer_scale=recipe.layer_scale,
             )
-            for number in range(1, recipe.depth + 1)
+            for drop_path in drop_paths_of(recipe.drop_path, recipe.depths)[0]
         )
         self.norm = nn.LayerNorm(recipe.width, eps=1e-6)
         self.apply(init_linear)

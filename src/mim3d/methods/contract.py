@@ -16,6 +16,12 @@ from mim3d.loading.samples import Sampler
 from mim3d.objective import Objective
 from mim3d.training.schedule import Optimisation
 
+#: What is learned by a loss that stays above this share of that of a guess has learned nothing.
+IDLE_SHARE = 0.98
+
+#: Features that vary less than this, where 1 is as if drawn at random, have collapsed.
+COLLAPSED_SPREAD = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):

@@ -1,4 +1,4 @@
-"""What methods share that hide places of scans and predict them: how samples are drawn, the decoder, the least rate."""
+"""What methods share that hide places of scans and predict them: largest share of air, decoder, least rate."""
 
 import math
 from dataclasses import dataclass
@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from mim3d.backbones import Hybrid, ViT
 from mim3d.backbones.contract import Backbone
 from mim3d.core.errors import ConfigError
-from mim3d.methods.contract import Method
-
-#: A reconstruction whose loss stays above this share of that of a constant guess has learned nothing.
-IDLE_LOSS = 0.98
+from mim3d.methods.crops import AIR_SHARE, VariedMethod, require_share
 
 #: Width, blocks and heads of the decoder in proportion to each ready size, known by the widths of its stages.
 DECODERS = {
@@ -40,31 +37,20 @@ LARGEST_DIM = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedMethod(Method):
+class MaskedMethod(VariedMethod):
     """Settings of a method that hides places of crops, drawn at random.
 
     Attributes:
-        flip_prob: Probability of a flip along each axis, one draw for all crops of a sample.
-        intensity_gain: The intensities of a sample are multiplied by 1 plus or minus at most this.
-        intensity_bias: And shifted by at most this.
         max_air: A sample of whose voxels (those that are read; the mean over its crops) a larger share is air is drawn
             anew, up to 8 times in all, and the one with least air is kept; null keeps every first draw, as the paper
             does.
     """
 
-    flip_prob: float = 0.5
-    intensity_gain: float = 0.1
-    intensity_bias: float = 0.1
     max_air: float | None = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("intensity_gain", "intensity_bias"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"method.{name} ({getattr(self, name)}) must lie between 0 (none) and 1.")
-        if not 0 <= self.flip_prob <= 1:
-            raise ConfigError(f"method.flip_prob ({self.flip_prob}) is no probability; use 0 to 1.")
-        if self.max_air is not None and not 0 <= self.max_air <= 1:
-            raise ConfigError(f"method.max_air ({self.max_air}) is no share; use 0 to 1, or null for no limit.")
+        super().__post_init__()
+        require_share("max_air", self.max_air, AIR_SHARE)
 
     def least_learning_rate(self, backbone: Backbone) -> float:
         """The floor for tokens of this width."""

@@ -1,20 +1,19 @@
 """One crop of a scan, some places of which are hidden and predicted: what MAE and SimMIM have in common."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from mim3d.backbones.contract import Backbone, check_multiple, size_text
-from mim3d.core.errors import ConfigError
+from mim3d.backbones.contract import Backbone, check_multiple, common_multiple, size_text
 from mim3d.core.types import Triple
-from mim3d.methods.masked import IDLE_LOSS, MaskedMethod
-from mim3d.methods.mim.hierarchy import MAX_PADDING, Hierarchy, Level, padding_ratio
+from mim3d.methods.contract import COLLAPSED_SPREAD, IDLE_SHARE
+from mim3d.methods.crops import by_text, check_crop, median_shape, padding_ratio
+from mim3d.methods.masked import MaskedMethod
+from mim3d.methods.mim.hierarchy import Hierarchy, Level
 from mim3d.methods.mim.sampler import HierarchySampler
 from mim3d.nn.decoder import rebuilt
 from mim3d.nn.losses import normalise_tokens, spread
@@ -26,9 +25,6 @@ from mim3d.objective import Batch, Objective, StepOutput, Tokens
 
 #: Name of the crop in batches and logs (``loss/crop``).
 CROP = "crop"
-
-#: Features that vary less than this over tokens, where 1 is as if drawn at random, have collapsed.
-COLLAPSED_SPREAD = 0.01
 
 #: Scans that settings are planned for where nobody says which: a crop of the papers' size.
 _ANY_SHAPES = ((96, 96, 96),)
@@ -66,21 +62,15 @@ class MaskedCropMethod(MaskedMethod):
 
     def planned(self, backbone: Backbone, shapes: Sequence[Triple]) -> Self:
         """These settings with the sizes of places and crops; refuses crops that are mostly padding on these scans."""
-        x, y, z = (int(median(axis)) for axis in zip(*shapes, strict=True))
-        mask_size = self.mask_size or self.own_mask_size(backbone, (x, y, z))
+        shape = median_shape(shapes)
+        mask_size = self.mask_size or self.own_mask_size(backbone, shape)
         self.check_mask_size(backbone, mask_size)
-        step = least_common_size(mask_size, backbone.input_multiple)
-        fitting = _rounded((x, y, z), step, self.largest_size(backbone, mask_size))
+        step = common_multiple(mask_size, backbone.input_multiple)
+        fitting = _rounded(shape, step, self.largest_size(backbone, mask_size))
         size = self.size or fitting
         check_multiple(size, step, "method.size")
-        share = padding_ratio(size, shapes)
-        if share > MAX_PADDING:
-            fits = padding_ratio(fitting, shapes) <= MAX_PADDING
-            remedy = f"use {_by(fitting)}" if fits else "use a backbone with smaller tokens, or places of fewer voxels"
-            raise ConfigError(
-                f"method.size: {share:.0%} of every {_by(size)} crop would be padding, since the scans have "
-                f"{_by((x, y, z))} voxels (median); {remedy}."
-            )
+        otherwise = "use a backbone with smaller tokens, or places of fewer voxels"
+        check_crop("method.size", size, fitting, shapes, otherwise=otherwise)
         planned = replace(self, size=size, mask_size=mask_size)
         planned.hierarchy(backbone)
         return planned
@@ -101,7 +91,7 @@ class MaskedCropMethod(MaskedMethod):
         hierarchy = self.hierarchy(backbone)
         (crop,) = hierarchy.levels
         return [
-            f"crop: {_by(crop.level.size)} voxels, {crop.num_hidden_units} of its {crop.num_units} places of "
+            f"crop: {by_text(crop.level.size)} voxels, {crop.num_hidden_units} of its {crop.num_units} places of "
             f"{size_text(hierarchy.token_size)} voxels hidden"
         ]
 
@@ -118,7 +108,7 @@ class MaskedCropMethod(MaskedMethod):
         """A reconstruction no better than a constant guess; an encoder whose features are all alike."""
         loss, guess = final_logs.get(f"loss/{CROP}"), final_logs.get(f"guess/{CROP}")
         sentences = []
-        if loss is not None and guess is not None and loss > IDLE_LOSS * guess:
+        if loss is not None and guess is not None and loss > IDLE_SHARE * guess:
             sentences.append(
                 f"the reconstruction is idle: its loss ended at {loss:.3f}, and that of a constant guess is "
                 f"{guess:.3f}; train longer, or raise the learning rate"
@@ -195,12 +185,6 @@ class MaskedCropObjective(Objective):
         return {f"{CROP}/{kind}": picture for kind, picture in shown.items()}
 
 
-def least_common_size(one: Triple, other: Triple) -> Triple:
-    """The least common multiples along X, Y, Z."""
-    x, y, z = map(math.lcm, one, other)
-    return x, y, z
-
-
 def _rounded(shape: Triple, step: Triple, most: Triple) -> Triple:
     """The multiples of ``step`` nearest to a shape, at least one and at most those within ``most``."""
     x, y, z = (
@@ -208,7 +192,3 @@ def _rounded(shape: Triple, step: Triple, most: Triple) -> Triple:
         for voxels, edge, largest in zip(shape, step, most, strict=True)
     )
     return x, y, z
-
-
-def _by(size: Triple) -> str:
-    return "x".join(str(voxels) for voxels in size)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mim3d.backbones.contract import Backbone, MaskTokenEncoder, size_text
+from mim3d.backbones.contract import Backbone, MaskTokenEncoder, common_multiple, size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
-from mim3d.methods.masked_crop import MaskedCropMethod, MaskedCropObjective, least_common_size
+from mim3d.methods.masked_crop import MaskedCropMethod, MaskedCropObjective
 from mim3d.nn.blocks import init_linear
 from mim3d.nn.tokens import split_units, take_tokens
 from mim3d.nn.volumes import from_blocks, patchify, unpatchify
@@ -53,7 +53,7 @@ class SimMIM(MaskedCropMethod):
     def own_mask_size(self, backbone: Backbone, shape: Triple) -> Triple:
         """32^3 voxels, in small scans 16^3; the next larger ones that hold whole tokens."""
         edge = _BLOCK if min(shape) >= 2 * _BLOCK else _SMALL_BLOCK
-        return least_common_size((edge, edge, edge), self._outline(backbone).stem_size)
+        return common_multiple((edge, edge, edge), self._outline(backbone).stem_size)
 
     def check_mask_size(self, backbone: Backbone, mask_size: Triple) -> None:
         """A block holds whole tokens of the stem, and whole places of the coarsest map or an equal part of one."""
@@ -65,7 +65,7 @@ class SimMIM(MaskedCropMethod):
                 f"method.mask_size is {size_text(mask_size)}, but a block must hold whole tokens of "
                 f"{size_text(encoder.stem_size)} voxels, and whole places of the coarsest feature map of this backbone "
                 f"({stride} voxels) or an equal part of one; use "
-                f"{size_text(least_common_size(encoder.stem_size, (stride, stride, stride)))}, or leave mask_size out."
+                f"{size_text(common_multiple(encoder.stem_size, (stride, stride, stride)))}, or leave mask_size out."
             )
 
     def largest_size(self, backbone: Backbone, mask_size: Triple) -> Triple:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from mim3d.backbones.contract import check_multiple, size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.names import number_of
 from mim3d.core.types import Triple
+from mim3d.methods.crops import by_text, check_crop, median_shape, padding_ratio
 from mim3d.nn.tokens import draw_hidden_units, num_hidden, unit_index, unit_mask
 from mim3d.nn.volumes import token_grid
 
@@ -24,9 +24,6 @@ MAX_LEVELS = 4
 
 #: A planned hierarchy pads at most this share of a crop, averaged over the scans.
 PLANNED_PADDING = 0.25
-
-#: More padding than this share is refused.
-MAX_PADDING = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,12 +198,6 @@ def _unit_grid(level: Level, child: Level, token_size: Triple) -> Triple:
     return units[0], units[1], units[2]
 
 
-def padding_ratio(footprint: Triple, shapes: Sequence[Triple]) -> float:
-    """Share of a crop of ``footprint`` voxels that lies outside the scan, averaged over scans of ``shapes``."""
-    inside = np.minimum(np.array(footprint), np.array(shapes)) / np.array(footprint)
-    return float(1 - inside.prod(axis=1).mean())
-
-
 def full_levels(token_size: Triple) -> tuple[Level, ...]:
     """The paper's three levels, in proportion to the token: 192/96/16 for tokens of 16, 64/32/8 for tokens of 8.
 
@@ -228,7 +219,7 @@ def plan_levels(token_size: Triple, shapes: Sequence[Triple]) -> tuple[Level, ..
     """
     plans = [full_levels(token_size)] if _holds_all_levels(token_size, shapes) else []
     # Small scans: shown as they are, cells of half the edge shown at twice their size, no third level (METHOD).
-    per_axis = list(zip(_median(shapes), token_size, strict=True))
+    per_axis = list(zip(median_shape(shapes), token_size, strict=True))
     x, y, z = (max(4, min(8, int(voxels / edge) // 2 * 2)) * edge for voxels, edge in per_axis)
     coarse = Level(name="coarse", footprint=(x, y, z), size=(x, y, z), mask_ratio=0.5, num_children=4)
     plans.append((coarse, Level(name="middle", footprint=(x // 2, y // 2, z // 2), size=(x, y, z), mask_ratio=0.6)))
@@ -246,21 +237,16 @@ def why_fewer_levels(levels: Sequence[Level], token_size: Triple, shapes: Sequen
     if len(levels) >= len(full) or tuple(levels) != plan_levels(token_size, shapes):
         return []
     return [
-        f"planned {number_of(len(levels), 'level')}, not {len(full)}: the scans have {_by(_median(shapes))} voxels "
-        f"(median), and {len(full)} levels need {_by(full[0].footprint)} for tokens of {_by(token_size)}; a level that "
-        "exceeds the scans, or shows so little of them so large, stays idle"
+        f"planned {number_of(len(levels), 'level')}, not {len(full)}: the scans have {by_text(median_shape(shapes))} "
+        f"voxels (median), and {len(full)} levels need {by_text(full[0].footprint)} for tokens of "
+        f"{by_text(token_size)}; a level that exceeds the scans, or shows so little of them so large, stays idle"
     ]
-
-
-def _median(shapes: Sequence[Triple]) -> Triple:
-    x, y, z = (int(median(axis)) for axis in zip(*shapes, strict=True))
-    return x, y, z
 
 
 def _holds_all_levels(token_size: Triple, shapes: Sequence[Triple]) -> bool:
     """Whether the median scan fills three quarters of the coarsest level along every axis."""
     footprint = full_levels(token_size)[0].footprint
-    return all(4 * scan >= 3 * voxels for scan, voxels in zip(_median(shapes), footprint, strict=True))
+    return all(4 * scan >= 3 * voxels for scan, voxels in zip(median_shape(shapes), footprint, strict=True))
 
 
 def check_padding(levels: Sequence[Level], token_size: Triple, shapes: Sequence[Triple]) -> None:
@@ -269,24 +255,14 @@ def check_padding(levels: Sequence[Level], token_size: Triple, shapes: Sequence[
     Raises:
         ConfigError: Above ``MAX_PADDING``, with a hierarchy that fits or the smallest scan it would need.
     """
-    footprint = levels[0].footprint
-    share = padding_ratio(footprint, shapes)
-    if share <= MAX_PADDING:
-        return
     fitting = plan_levels(token_size, shapes)
-    remedy = f"use smaller tokens: scans this small hold fewer than 2 tokens of {size_text(token_size)} voxels per axis"
-    if padding_ratio(fitting[0].footprint, shapes) <= MAX_PADDING:
-        remedy = f"a hierarchy that fits is {describe_levels(fitting)} (leave method.levels out to have it planned)"
-    raise ConfigError(
-        f"method.levels: {share:.0%} of every {_by(footprint)} crop would be padding, since the scans have "
-        f"{_by(_median(shapes))} voxels (median); {remedy}."
+    fits = f"a hierarchy that fits is {describe_levels(fitting)} (leave method.levels out to have it planned)"
+    tokens = f"tokens: scans this small hold fewer than 2 tokens of {size_text(token_size)} voxels per axis"
+    check_crop(
+        "method.levels", levels[0].footprint, fitting[0].footprint, shapes, otherwise=f"use smaller {tokens}", fits=fits
     )
 
 
 def describe_levels(levels: Sequence[Level]) -> str:
     """Footprints and sizes of a hierarchy in one line."""
-    return ", ".join(f"{level.name} {_by(level.footprint)} shown as {_by(level.size)}" for level in levels)
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(str(voxels) for voxels in size)
+    return ", ".join(f"{level.name} {by_text(level.footprint)} shown as {by_text(level.size)}" for level in levels)

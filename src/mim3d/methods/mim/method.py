@@ -9,14 +9,15 @@ from mim3d.backbones.contract import Backbone, VisibleEncoder
 from mim3d.core.errors import ConfigError
 from mim3d.core.names import number_of
 from mim3d.core.types import Triple
-from mim3d.methods.masked import IDLE_LOSS, LARGEST_DIM, MaskedAutoencoding
+from mim3d.methods.contract import IDLE_SHARE
+from mim3d.methods.crops import by_text, padding_ratio
+from mim3d.methods.masked import LARGEST_DIM, MaskedAutoencoding
 from mim3d.methods.mim.hierarchy import (
     Hierarchy,
     Level,
     check_padding,
     describe_levels,
     full_levels,
-    padding_ratio,
     plan_levels,
     why_fewer_levels,
 )
@@ -105,9 +106,8 @@ class MiM(MaskedAutoencoding):
         lines = []
         work = [geometry.num_volumes * math.prod(geometry.token_grid) for geometry in hierarchy.levels]
         for geometry, tokens in zip(hierarchy.levels, work, strict=True):
-            grid = "x".join(str(count) for count in geometry.token_grid)
             lines.append(
-                f"level {geometry.level.name}: {grid} tokens, {geometry.num_hidden_units} of "
+                f"level {geometry.level.name}: {by_text(geometry.token_grid)} tokens, {geometry.num_hidden_units} of "
                 f"{number_of(geometry.num_units, 'unit')} hidden, {number_of(geometry.num_volumes, 'volume')}, "
                 f"{tokens / sum(work):.0%} of the tokens"
             )
@@ -135,5 +135,5 @@ class MiM(MaskedAutoencoding):
             f"level {name} is idle: its reconstruction loss ended at {final_logs[f'loss/{name}']:.3f} "
             "(1 is nothing learned); train longer, raise the learning rate, or leave the level out"
             for name in names
-            if final_logs.get(f"loss/{name}", 0.0) > IDLE_LOSS
+            if final_logs.get(f"loss/{name}", 0.0) > IDLE_SHARE
         ]

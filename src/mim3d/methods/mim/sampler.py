@@ -4,13 +4,10 @@ import numpy as np
 
 from mim3d.caching.scan import CachedScan
 from mim3d.caching.stored_voxels import reduction_of
-from mim3d.core.types import Triple
 from mim3d.loading.samples import Crop, Sample
+from mim3d.methods.crops import draw_origin, with_little_air
 from mim3d.methods.masked import MaskedMethod
 from mim3d.methods.mim.hierarchy import DrawnLevel, Hierarchy
-
-#: A hierarchy with too much air is drawn anew until it was drawn so many times; the one with least air is kept.
-MAX_DRAWS = 8
 
 
 class HierarchySampler:
@@ -37,16 +34,8 @@ class HierarchySampler:
         ``place/<level>`` places ``(n,)``, ``corner/<level>`` first voxels ``(n, 3)`` in the ancestor a level is
         sliced from, and ``air`` ``(1,)``, the share of air in the volumes read from the scan.
         """
-        x, y, z = (bool(flip) for flip in rng.random(3) < self.settings.flip_prob)
-        gain = 1 + self.settings.intensity_gain * rng.uniform(-1, 1)
-        bias = self.settings.intensity_bias * rng.uniform(-1, 1)
-        max_air = self.settings.max_air
-        images, drawn, air = self._draw_hierarchy(scan, (x, y, z), rng)
-        for _ in range(MAX_DRAWS - 1):
-            if max_air is None or air <= max_air:
-                break
-            other = self._draw_hierarchy(scan, (x, y, z), rng)
-            images, drawn, air = min((images, drawn, air), other, key=lambda candidate: candidate[2])
+        flips, gain, bias = self.settings.variation(rng)
+        (images, drawn), air = with_little_air(lambda: self._draw_hierarchy(scan, flips, rng), self.settings.max_air)
         arrays: dict[str, np.ndarray] = {}
         for geometry, level in zip(self.hierarchy.levels, drawn, strict=True):
             name = geometry.level.name
@@ -54,11 +43,11 @@ class HierarchySampler:
             if geometry.source is not None:
                 arrays[f"corner/{name}"] = relative_corners(level, drawn[geometry.source])
         arrays["air"] = np.array([air], dtype=np.float32)
-        return Sample(images, arrays=arrays, flips=(x, y, z), gain=gain, bias=bias, pyramid=self.pyramid)
+        return Sample(images, arrays=arrays, flips=flips, gain=gain, bias=bias, pyramid=self.pyramid)
 
     def _draw_hierarchy(
         self, scan: CachedScan, flips: tuple[bool, bool, bool], rng: np.random.Generator
-    ) -> tuple[dict[str, tuple[Crop, ...]], list[DrawnLevel], float]:
+    ) -> tuple[tuple[dict[str, tuple[Crop, ...]], list[DrawnLevel]], float]:
         """One hierarchy: what is read of the scan, its levels, and the mean share of air in the volumes read."""
         whole = self.hierarchy.levels[0].level.footprint
         root = draw_origin(scan.shape, scan.body_box, whole, rng, self._step)
@@ -72,30 +61,10 @@ class HierarchySampler:
                 origins = np.array(root) + np.where(flips, mirrored, level.offsets)
                 images[geometry.level.name] = tuple(Crop((x, y, z), footprint, size) for x, y, z in origins.tolist())
         bodies = [scan.foreground_ratio(read.origin, read.footprint) for reads in images.values() for read in reads]
-        return images, drawn, 1 - sum(bodies) / len(bodies)
+        return (images, drawn), 1 - sum(bodies) / len(bodies)
 
 
 def relative_corners(level: DrawnLevel, ancestor: DrawnLevel) -> np.ndarray:
     """First voxels ``(n, 3)`` of each volume within its ancestor; descendants of one ancestor lie side by side."""
     per_ancestor = len(level.offsets) // len(ancestor.offsets)
     return level.offsets - np.repeat(ancestor.offsets, per_ancestor, axis=0)
-
-
-def draw_origin(
-    shape: Triple, body_box: tuple[Triple, Triple], footprint: Triple, rng: np.random.Generator, step: int = 1
-) -> Triple:
-    """First voxel of a random crop: inside the scan and the body box where it fits, else covering them.
-
-    With ``step`` it is a multiple of that along every axis, the next one below where none lies in that range.
-    """
-    origin = []
-    for voxels, start, stop, size in zip(shape, *body_box, footprint, strict=True):
-        low, high = sorted((start, stop - size))
-        if voxels >= size:
-            low, high = max(low, 0), min(high, voxels - size)
-        else:
-            low, high = voxels - size, 0
-        last = high // step
-        first = min(-(-low // step), last)
-        origin.append(step * int(rng.integers(first, last + 1)))
-    return origin[0], origin[1], origin[2]

@@ -3,26 +3,27 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Self
 
 from mim3d.backbones.contract import Backbone, check_multiple
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
-from mim3d.methods.contract import Method
-from mim3d.methods.mim.hierarchy import MAX_PADDING, padding_ratio
+from mim3d.methods.contract import COLLAPSED_SPREAD, IDLE_SHARE, Method
+from mim3d.methods.crops import (
+    AIR_SHARE,
+    PROBABILITY,
+    by_text,
+    check_crop,
+    median_shape,
+    padding_ratio,
+    require_share,
+)
 from mim3d.methods.swinunetr_ssl.objective import ThreeTasksObjective
 from mim3d.methods.swinunetr_ssl.views import BodyCrops, CutOut
 from mim3d.training.schedule import Optimisation
 
 #: Largest edge of a planned crop, the paper's.
 PUBLISHED_EDGE = 96
-
-#: A loss above this share of a guess's has learned nothing.
-IDLE_SHARE = 0.98
-
-#: Features that vary less than this over views, where 1 is as if drawn at random, have collapsed.
-COLLAPSED_SPREAD = 0.01
 
 #: Most boxes that are drawn for a view, and largest width of the contrast.
 _MOST_BOXES, _LARGEST_DIM = 4096, 2**16
@@ -66,8 +67,7 @@ class SwinUNETRSSL(Method):
             raise ConfigError(
                 f"method.box_ratio {list(self.box_ratio)} must be two shares of an axis, such as 0.05 0.25."
             )
-        if not 0 <= self.swap_prob <= 1:
-            raise ConfigError(f"method.swap_prob ({self.swap_prob}) is no probability; use 0 to 1.")
+        require_share("swap_prob", self.swap_prob, PROBABILITY)
         if not 1 <= self.contrast_dim <= _LARGEST_DIM:
             raise ConfigError(f"method.contrast_dim ({self.contrast_dim}) must be between 1 and {_LARGEST_DIM}.")
         if not 1e-3 <= self.temperature <= 1e3:
@@ -76,8 +76,7 @@ class SwinUNETRSSL(Method):
             raise ConfigError(
                 f"method.loss_weights {list(self.loss_weights)} must be zero or more, not all of them zero."
             )
-        if self.max_air is not None and not 0 <= self.max_air <= 1:
-            raise ConfigError(f"method.max_air ({self.max_air}) is no share; use 0 to 1, or null for no limit.")
+        require_share("max_air", self.max_air, AIR_SHARE)
 
     @property
     def optimisation(self) -> Optimisation:
@@ -91,23 +90,14 @@ class SwinUNETRSSL(Method):
 
     def crop_size(self, backbone: Backbone) -> Triple:
         """Voxels of a crop: as planned, else the largest within the paper's."""
-        edge = PUBLISHED_EDGE
-        return self.size or _fitting(backbone.input_multiple, (edge, edge, edge))
+        return self.size or _fitting(backbone.input_multiple, (PUBLISHED_EDGE,) * 3)
 
     def planned(self, backbone: Backbone, shapes: Sequence[Triple]) -> Self:
         """These settings with the size of a crop; refuses crops that are mostly padding on these scans."""
-        x, y, z = (int(median(axis)) for axis in zip(*shapes, strict=True))
-        fitting = _fitting(backbone.input_multiple, (x, y, z))
+        fitting = _fitting(backbone.input_multiple, median_shape(shapes))
         size = self.size or fitting
         check_multiple(size, backbone.input_multiple, "method.size")
-        share = padding_ratio(size, shapes)
-        if share > MAX_PADDING:
-            fits = padding_ratio(fitting, shapes) <= MAX_PADDING
-            remedy = f"use {_by(fitting)}" if fits else "use a backbone whose input may be smaller"
-            raise ConfigError(
-                f"method.size: {share:.0%} of every {_by(size)} crop would be padding, since the scans have "
-                f"{x}x{y}x{z} voxels (median); {remedy}."
-            )
+        check_crop("method.size", size, fitting, shapes, otherwise="use a backbone whose input may be smaller")
         boxes = self.cut_out.num_boxes(size)
         if boxes > _MOST_BOXES:
             raise ConfigError(
@@ -120,7 +110,7 @@ class SwinUNETRSSL(Method):
         """The crop and what is made of it, and what the contrast compares."""
         low, high = self.box_ratio
         return [
-            f"two views of a crop of {_by(self.crop_size(backbone))} voxels, turned in plane, up to "
+            f"two views of a crop of {by_text(self.crop_size(backbone))} voxels, turned in plane, up to "
             f"{self.cut_ratio:.0%} of each cut out in boxes of {low:.0%} to {high:.0%} of an axis",
             "contrast: with the views of the other crops of a batch, in each process on its own",
         ]
@@ -168,7 +158,3 @@ def _fitting(multiple: Triple, shape: Triple) -> Triple:
     edges = ((plane, min(shape[:2])), (plane, min(shape[:2])), (multiple[2], shape[2]))
     x, y, z = (max(1, min(PUBLISHED_EDGE // step, voxels // step)) * step for step, voxels in edges)
     return x, y, z
-
-
-def _by(size: Triple) -> str:
-    return "x".join(map(str, size))

@@ -10,7 +10,7 @@ from torch import Tensor
 from mim3d.caching.scan import CachedScan
 from mim3d.core.types import Triple
 from mim3d.loading.samples import Crop, Sample
-from mim3d.methods.mim.sampler import MAX_DRAWS, draw_origin
+from mim3d.methods.crops import draw_origin, with_little_air
 
 # Shape suffixes: B crops, V = 2 B views, C channels, X Y Z space, M boxes of a view, n voxels along an axis.
 
@@ -153,14 +153,10 @@ class BodyCrops:
 
     def draw(self, scan: CachedScan, rng: np.random.Generator) -> Sample:
         """Batch keys: ``crop``, the image, and ``air``, the share of it outside the body."""
-        best: tuple[float, Triple] | None = None
-        for _ in range(MAX_DRAWS):
+
+        def once() -> tuple[Triple, float]:
             origin = draw_origin(scan.shape, scan.body_box, self.size, rng)
-            air = 1 - scan.foreground_ratio(origin, self.size)
-            if best is None or air < best[0]:
-                best = air, origin
-            if self.max_air is None or best[0] <= self.max_air:
-                break
-        assert best is not None
-        air_1 = np.array([best[0]], dtype=np.float32)
-        return Sample({CROP: (Crop(best[1], self.size, self.size),)}, arrays={"air": air_1})
+            return origin, 1 - scan.foreground_ratio(origin, self.size)
+
+        origin, air = with_little_air(once, self.max_air)
+        return Sample({CROP: (Crop(origin, self.size, self.size),)}, arrays={"air": np.array([air], dtype=np.float32)})

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 
 from mim3d.backbones.contract import check_multiple, size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
-from mim3d.methods.mim.hierarchy import MAX_PADDING, padding_ratio
+from mim3d.methods.crops import MAX_PADDING, by_text, median_shape, padding_ratio
 
 #: The paper's base crops and their number along X, Y, Z.
 PUBLISHED_EDGE = 64
@@ -66,7 +65,7 @@ class CropGrid:
 
     def describe(self) -> str:
         """The grid in words, for a line of a run."""
-        return f"{_by(self.cells)} base crops of {_by(self.crop_size)} voxels"
+        return f"{by_text(self.cells)} base crops of {by_text(self.crop_size)} voxels"
 
 
 def plan_grid(multiple: Triple, shapes: Sequence[Triple], crop_size: Triple | None, cells: Triple | None) -> CropGrid:
@@ -81,8 +80,7 @@ def plan_grid(multiple: Triple, shapes: Sequence[Triple], crop_size: Triple | No
     Raises:
         ConfigError: The scans are too small, or hold too little of what was asked for.
     """
-    x, y, z = (int(median(axis)) for axis in zip(*shapes, strict=True))
-    scan: Triple = (x, y, z)
+    scan = median_shape(shapes)
     if crop_size is not None:
         check_multiple(crop_size, multiple, "method.crop_size")
         candidates = [crop_size]
@@ -99,10 +97,11 @@ def plan_grid(multiple: Triple, shapes: Sequence[Triple], crop_size: Triple | No
                 return grid
     if crop_size is not None and cells is not None:
         return _given(grids[0], shapes, scan)
-    asked = f"method.cells {_by(cells)}" if cells else f"VoCo needs {MIN_BASES} base crops side by side"
+    given_size = "" if crop_size is None else f", and method.crop_size is {by_text(crop_size)}"
+    asked = f"method.cells {by_text(cells)}" if cells else f"VoCo needs {MIN_BASES} base crops side by side"
     raise ConfigError(
-        f"{asked}, and the scans, of {_by(scan)} voxels (median), do not hold them: crops are multiples of "
-        f"{size_text(multiple)} voxels with this backbone{_given_size(crop_size)}; use a backbone with smaller tokens, "
+        f"{asked}, and the scans, of {by_text(scan)} voxels (median), do not hold them: crops are multiples of "
+        f"{size_text(multiple)} voxels with this backbone{given_size}; use a backbone with smaller tokens, "
         "prepare the scans with a smaller spacing_mm, or take another method."
     )
 
@@ -120,15 +119,7 @@ def _given(grid: CropGrid, shapes: Sequence[Triple], scan: Triple) -> CropGrid:
     if grid.num_bases < MIN_BASES or share > MAX_PADDING:
         why = f"{share:.0%} of it would be padding" if share > MAX_PADDING else f"it has fewer than {MIN_BASES}"
         raise ConfigError(
-            f"method.cells and method.crop_size ask for {grid.describe()}, but {why}, since the scans have {_by(scan)} "
-            "voxels (median); leave both out to have them planned."
+            f"method.cells and method.crop_size ask for {grid.describe()}, but {why}, since the scans have "
+            f"{by_text(scan)} voxels (median); leave both out to have them planned."
         )
     return grid
-
-
-def _given_size(crop_size: Triple | None) -> str:
-    return "" if crop_size is None else f", and method.crop_size is {_by(crop_size)}"
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

@@ -8,15 +8,12 @@ from mim3d.backbones.contract import Backbone
 from mim3d.core.errors import ConfigError
 from mim3d.core.names import number_of
 from mim3d.core.types import Triple
-from mim3d.methods.contract import Method
-from mim3d.methods.mim.hierarchy import padding_ratio
+from mim3d.methods.contract import COLLAPSED_SPREAD
+from mim3d.methods.crops import AMOUNT, PROBABILITY, VariedMethod, padding_ratio, require_share
 from mim3d.methods.voco.grid import PUBLISHED_CELLS, PUBLISHED_EDGE, CropGrid, plan_grid
 from mim3d.methods.voco.objective import VoCoObjective
 from mim3d.methods.voco.sampler import VoCoSampler
 from mim3d.training.schedule import Optimisation
-
-#: Features of crops that differ less than this (1 is as if drawn at random) tell no places apart.
-COLLAPSED_SPREAD = 0.01
 
 #: Crops that are no more alike to the base crops that they overlap than to others have learned nothing.
 LEAST_MARGIN = 0.02
@@ -26,7 +23,7 @@ _LARGEST_DIM = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
-class VoCo(Method):
+class VoCo(VariedMethod):
     """Settings of VoCo, volume contrast: how much random crops overlap with the crops of a grid is told.
 
     Attributes:
@@ -35,9 +32,6 @@ class VoCo(Method):
         num_crops: Random crops per sample.
         dim: Width of the projection, hidden and out.
         momentum: Share of itself that the teacher keeps at every step.
-        flip_prob: Probability of a flip along each axis, one draw for the whole sample.
-        intensity_gain: The sample's intensities are multiplied by 1 plus or minus at most this.
-        intensity_bias: And shifted by at most this.
         crop_flip_prob: Probability of a flip of each random crop along each axis, beside those of the sample.
         crop_bias: Each random crop is shifted by at most this in intensity.
         chunk_size: Crops per encoder call; all when left out, which is quicker, on CPUs too.
@@ -48,9 +42,6 @@ class VoCo(Method):
     num_crops: int = 4
     dim: int = 2048
     momentum: float = 0.9
-    flip_prob: float = 0.5
-    intensity_gain: float = 0.1
-    intensity_bias: float = 0.1
     crop_flip_prob: float = 0.2
     crop_bias: float = 0.1
     chunk_size: int | None = None
@@ -63,12 +54,9 @@ class VoCo(Method):
                 raise ConfigError(f"method.{name} ({getattr(self, name)}) must be between 1 and {most}.")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"method.momentum ({self.momentum}) must be 0 or more and below 1, such as 0.9.")
-        for name in ("flip_prob", "crop_flip_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"method.{name} ({getattr(self, name)}) is no probability; use 0 to 1.")
-        for name in ("intensity_gain", "intensity_bias", "crop_bias"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"method.{name} ({getattr(self, name)}) must lie between 0 (none) and 1.")
+        super().__post_init__()
+        require_share("crop_flip_prob", self.crop_flip_prob, PROBABILITY)
+        require_share("crop_bias", self.crop_bias, AMOUNT)
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ConfigError(f"method.chunk_size ({self.chunk_size}) must be at least 1 crop.")
 
@@ -79,8 +67,7 @@ class VoCo(Method):
 
     def grid(self) -> CropGrid:
         """The planned grid; the paper's where nothing was planned."""
-        edge = PUBLISHED_EDGE
-        return CropGrid(self.cells or PUBLISHED_CELLS, self.crop_size or (edge, edge, edge))
+        return CropGrid(self.cells or PUBLISHED_CELLS, self.crop_size or (PUBLISHED_EDGE,) * 3)
 
     def planned(self, backbone: Backbone, shapes: Sequence[Triple]) -> Self:
         """These settings with a grid; refuses scans that do not hold one."""

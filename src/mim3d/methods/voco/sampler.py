@@ -6,7 +6,7 @@ import numpy as np
 
 from mim3d.caching.scan import CachedScan
 from mim3d.loading.samples import Crop, Sample
-from mim3d.methods.mim.sampler import draw_origin
+from mim3d.methods.crops import draw_origin
 from mim3d.methods.voco.grid import CropGrid
 
 if TYPE_CHECKING:
@@ -32,16 +32,14 @@ class VoCoSampler:
         each base crop. The whole sample is flipped or not, so that the overlaps stay what they are.
         """
         settings, grid = self.settings, self.grid
-        x, y, z = (bool(flip) for flip in rng.random(3) < settings.flip_prob)
-        gain = 1 + settings.intensity_gain * rng.uniform(-1, 1)
-        bias = settings.intensity_bias * rng.uniform(-1, 1)
+        flips, gain, bias = settings.variation(rng)
         root = np.array(draw_origin(scan.shape, scan.body_box, grid.footprint, rng))
         spare = np.array(grid.footprint) - np.array(grid.crop_size)
         places_R3 = rng.integers(0, spare + 1, (settings.num_crops, 3))
         return Sample(
             images={"base": self._crops(root + grid.corners()), "crop": self._crops(root + places_R3)},
             arrays={"overlap": grid.overlaps(places_R3)},
-            flips=(x, y, z),
+            flips=flips,
             gain=gain,
             bias=bias,
         )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mim3d.backbones import BACKBONES, Backbone
-from mim3d.backbones.contract import round_up
+from mim3d.backbones import BACKBONES
+from mim3d.backbones.contract import common_multiple, round_up
 from mim3d.caching.build import build_cache
 from mim3d.caching.cache import Cache
 from mim3d.caching.preprocessing import Preprocessing
@@ -235,7 +234,7 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
 
 def settled_for(settings: CompareSettings, arms: Sequence[Arm]) -> str:
     """What the shared settings follow from, besides the data."""
-    content = [settings.finetune, settings.preset, _common_multiple([arm.recipe() for arm in arms])]
+    content = [settings.finetune, settings.preset, common_multiple(*(arm.recipe().input_multiple for arm in arms))]
     return hashlib.sha256(json.dumps(to_mapping(content), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -255,10 +254,8 @@ def _folds(settings: CompareSettings, read: TrainingData) -> list[FoldPart]:
     elif declared:
         known = range(1)
     else:
-        known = range(settings.num_folds)
-        known = range(len(numbers)) if (numbers := declared_folds(source.cases)) == list(range(len(numbers))) else known
-        if not numbers:
-            known = range(settings.num_folds)
+        numbers = declared_folds(source.cases)
+        known = range(len(numbers) if numbers and numbers == list(range(len(numbers))) else settings.num_folds)
     wanted = tuple(known) if settings.folds is None else settings.folds
     if unknown := [fold for fold in wanted if fold not in known]:
         what = "one declared split, which is fold 0" if declared else f"the folds 0 to {len(known) - 1}"
@@ -292,17 +289,14 @@ def _planned(read: TrainingData, arms: Sequence[Arm], fold: FoldPart) -> Finetun
     task: Any = planned.task
     if isinstance(read.task, CropTask) and read.task.patch_size is None:
         # What was planned for one network is rounded up to what all of them can take.
-        task = replace(task, patch_size=round_up(task.patch_size, _common_multiple(recipes)))
+        task = replace(
+            task, patch_size=round_up(task.patch_size, common_multiple(*(recipe.input_multiple for recipe in recipes)))
+        )
     settings = replace(planned.settings, task=to_named(task, TASKS), plan=None, resume=False)
     if settings.precision == "auto":
         # Settled once, lest cells of one comparison compute in different ways.
         settings = replace(settings, precision=choose_precision(settings.accelerator).precision)
     return settings
-
-
-def _common_multiple(recipes: Sequence[Backbone]) -> Triple:
-    x, y, z = (math.lcm(*(recipe.input_multiple[axis] for recipe in recipes)) for axis in range(3))
-    return x, y, z
 
 
 def _cache(settings: CompareSettings, read: TrainingData, settled: FinetuneSettings) -> Cache:
