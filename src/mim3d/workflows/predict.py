@@ -23,6 +23,7 @@ from mim3d.core.types import Named
 from mim3d.core.warned import UnlikeTrainingWarning, checked_rows, merged
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.ids import distinct_names, unique_ids
+from mim3d.datasets.references import LIST_NAME
 from mim3d.datasets.usable import fault_of, refuse_or_say
 from mim3d.scans.files import PREDICTIONS_MARK
 from mim3d.scans.grids import is_there, resolved, split_channel
@@ -30,7 +31,7 @@ from mim3d.scans.volumes import scan_id
 from mim3d.tasks import TASKS
 from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
-from mim3d.training.precision import DTYPES
+from mim3d.training.settings import PRECISIONS
 from mim3d.workflows.shared.held_out import held_out_by_all
 from mim3d.workflows.shared.scan_sources import ScanFiles
 
@@ -95,7 +96,7 @@ def predict_scans(settings: PredictSettings) -> str:
     device = choose_device(settings.accelerator)
     networks = load_ensemble(weights, task=settings.task, backbone=settings.backbone, device=device)
     if settings.precision == "auto" and not settings.overwrite:
-        settings = replace(settings, precision=_precision_begun(Path(settings.out) / "predictions.json"))
+        settings = replace(settings, precision=_precision_begun(Path(settings.out) / LIST_NAME))
     predictor = networks[0].task.predictor(networks, settings)
     if settings.input is None:
         found = held_out_by_all(weights)
@@ -127,12 +128,11 @@ def predict_scans(settings: PredictSettings) -> str:
 
 def _precision_begun(path: Path) -> Any:
     """The precision that a list of predictions was begun in; auto where there is no such list."""
-    if not path.is_file():
-        return "auto"
-    with suppress(DataError, AttributeError):
-        found = read_json(str(path)).get("precision", PRECISION_OF_OLD)
-        return found if found in DTYPES or found == PRECISION_OF_OLD else "auto"
-    return "auto"
+    found: Any = None
+    if path.is_file():
+        with suppress(DataError, AttributeError):
+            found = read_json(str(path)).get("precision", PRECISION_OF_OLD)
+    return found if found in PRECISIONS else "auto"
 
 
 def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:

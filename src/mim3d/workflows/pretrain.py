@@ -170,12 +170,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             strict=settings.strict,
         )
         scans = _learned(every, cases, strict=settings.strict)
-        chosen = {case.id for case in cases}
-        split = Split(tuple(cases), tuple(case for case in source.cases if case.id not in chosen))
-        words = split_in_words(split, settings.fold, settings.num_folds, settings.held_out_list)
-        run.note({"cohort": {"train": cohort_of(scans)}, "split": words})
-        if run.writes:
-            write_seen(run.path, seen_from(identities_of(scans), settings.weights))
+        _note_scans(run, scans, settings, cases, source.cases)
         mapping = settings.intensity or plan_intensity(scans)
         torch.manual_seed(settings.seed)
         objective = method.build(recipe)
@@ -207,6 +202,18 @@ def run_pretraining(settings: PretrainSettings) -> str:
         if run.writes:
             left_out.note()
         return _close(run, method, objective, result, keeper)
+
+
+def _note_scans(
+    run: Run, scans: Cache, settings: PretrainSettings, cases: Sequence[Case], every: Sequence[Case]
+) -> None:
+    """Note in a run what it learns from, and by what the other cases of the data set are held out."""
+    chosen = {case.id for case in cases}
+    split = Split(tuple(cases), tuple(case for case in every if case.id not in chosen))
+    words = split_in_words(split, settings.fold, settings.num_folds, settings.held_out_list)
+    run.note({"cohort": {"train": cohort_of(scans)}, "split": words})
+    if run.writes:
+        write_seen(run.path, seen_from(identities_of(scans), settings.weights))
 
 
 def _source(settings: PretrainSettings) -> CaseSet | Cache:

@@ -8,14 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mim3d.backbones import BACKBONES
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import load_json, write_json
 from mim3d.core.progress import say
-from mim3d.core.run_folder import read_lines
-from mim3d.core.settings import to_mapping
+from mim3d.core.run_folder import read_run
+from mim3d.core.settings import to_mapping, to_named
 from mim3d.workflows.compare.arm_cells import finetuning_of, pretraining_of
 from mim3d.workflows.compare.arms import Arm
-from mim3d.workflows.compare.cells import Cell, Kind, read_result
+from mim3d.workflows.compare.cells import Cell, Kind, read_result, samples_per_step
 from mim3d.workflows.compare.plan import ComparisonPlan, quietly
 from mim3d.workflows.finetune.run import finetune_once
 from mim3d.workflows.pretrain import PretrainSettings, run_pretraining
@@ -62,13 +63,11 @@ def seconds_per_step(plan: ComparisonPlan, kind: Kind, arm: Arm) -> float:
 
     Fine-tuning is measured from scratch: arms on one network have the same steps, whatever they begin with.
     """
-    amount = plan.amounts[-1]
-    fold = plan.folds[0]
-    split = fold.labelled(amount, plan.settings.seeds[0])
+    split = plan.folds[0].labelled(plan.amounts[-1], plan.settings.seeds[0])
     if kind == "pretrain":
         settings: Any = pretraining_of(plan, arm, 0)
     else:
-        scratch = replace(arm, method=None, weights=None, backbone=_plain_backbone(arm))
+        scratch = replace(arm, method=None, weights=None, backbone=to_named(arm.recipe(), BACKBONES))
         settings = finetuning_of(plan, scratch, 0)
     values = {name: value for name, value in to_mapping(settings).items() if name not in ("out", "data")}
     key = hashlib.sha256(json.dumps([kind, values, plan.cache.digest], sort_keys=True).encode()).hexdigest()[:10]
@@ -79,11 +78,10 @@ def seconds_per_step(plan: ComparisonPlan, kind: Kind, arm: Arm) -> float:
     folder = plan.out / "measured" / f"{kind}_{key}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lists = {"train_list": split.train} if kind == "finetune" else {}
-    for name, cases in lists.items():
-        file = folder.with_suffix(f".{name}.txt")
-        file.write_text("".join(f"{case.id}\n" for case in cases), encoding="utf-8")
-        settings = replace(settings, **{name: str(file)}, fold=None)
+    learned = folder.with_suffix(".train_list.txt")
+    if kind == "finetune":
+        learned.write_text("".join(f"{case.id}\n" for case in split.train), encoding="utf-8")
+        settings = replace(settings, train_list=str(learned), fold=None)
     settings = replace(settings, out=str(folder), max_steps=MEASURED_STEPS, log_every=1, resume=False)
     with quietly():
         if isinstance(settings, PretrainSettings):
@@ -92,28 +90,16 @@ def seconds_per_step(plan: ComparisonPlan, kind: Kind, arm: Arm) -> float:
             finetune_once(settings)
     seconds = measured(folder)
     write_json(path, {"seconds_per_step": seconds, "steps": MEASURED_STEPS, "kind": kind, "arm": arm.name})
-    for left in path.parent.glob(f"{folder.name}.*.txt"):
-        left.unlink()
+    learned.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     return seconds
 
 
-def _plain_backbone(arm: Arm) -> dict[str, Any]:
-    from mim3d.backbones import BACKBONES
-    from mim3d.core.settings import to_named
-
-    return to_named(arm.recipe(), BACKBONES)
-
-
 def measured(folder: Path) -> float:
     """Seconds of a step in a run that logged every step: the median without the first ones, and without pauses."""
-    lines = read_lines(folder / "metrics.jsonl")
-    batch = 1
-    manifest = load_json(folder / "manifest.json")
-    for name in ("batch_size", "accumulation"):
-        batch *= manifest["settings"].get(name) or 1
-    rates = [line["samples_per_s"] for line in lines[WARM_UP_STEPS:] if line.get("samples_per_s")]
-    return batch / median(rates) if rates else 1.0
+    run = read_run(folder)
+    rates = [line["samples_per_s"] for line in run.metrics[WARM_UP_STEPS:] if line.get("samples_per_s")]
+    return samples_per_step(run) / median(rates) if rates else 1.0
 
 
 def say_cells(plan: ComparisonPlan) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import load_json, plain_text, write_json
 from mim3d.core.names import cut, is_entry_name, joined_name
-from mim3d.core.run_folder import FREE_ON_RESUME
+from mim3d.core.run_folder import FREE_ON_RESUME, RunRecord
 from mim3d.core.settings import build_settings, to_mapping, to_named
 from mim3d.methods import METHODS, create_method
 from mim3d.tasks import TASKS, create_task
@@ -66,8 +67,7 @@ class Cell:
         Args:
             identity: What its result follows from besides its settings: the arm, the data and the cases of each part.
         """
-        values = {name: value for name, value in to_mapping(self.settings).items() if name not in _NOT_COMPARED}
-        content = {"kind": self.kind, "settings": values, "needs": self.needs, **identity}
+        content = {"kind": self.kind, "settings": self._compared(), "needs": self.needs, **identity}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:_DIGITS]
         parts = [self.kind, self.arm, f"fold{self.fold}", self.labels.replace("%", "pct"), f"seed{self.seed}", digest]
         return replace(self, id=joined_name([part for part in parts if part]))
@@ -79,7 +79,7 @@ class Cell:
 
     def content(self) -> dict[str, Any]:
         """All that it computes, as far as its plan tells: settings with the defaults of this version, and its lists."""
-        values = {name: value for name, value in to_mapping(self.settings).items() if name not in _NOT_COMPARED}
+        values = self._compared()
         named: tuple[tuple[str, Callable[[Any], Any], Mapping[str, Any]], ...] = (
             ("task", create_task, TASKS),
             ("method", create_method, METHODS),
@@ -92,6 +92,9 @@ class Cell:
         for name, path in {**paths, "test": self.test or None}.items():
             values[name] = None if path is None else plain_text(path)
         return values | {"needs": self.needs, "weights": getattr(self.settings, "weights", None)}
+
+    def _compared(self) -> dict[str, Any]:
+        return {name: value for name, value in to_mapping(self.settings).items() if name not in _NOT_COMPARED}
 
     def to_row(self) -> dict[str, Any]:
         """The cell as the plan holds it."""
@@ -109,6 +112,11 @@ class Cell:
         if kind is None or not is_entry_name(str(row.get("id"))):
             raise ConfigError(f"{cut(repr(row.get('kind')))} with the id {cut(repr(row.get('id')))} is no cell.")
         return build_settings(cls, {**row, "settings": build_settings(kind, row["settings"], "settings")}, "cell")
+
+
+def samples_per_step(run: RunRecord) -> int:
+    """Samples that a process of a run takes to a step."""
+    return math.prod(int(run.manifest["settings"].get(name) or 1) for name in ("batch_size", "accumulation"))
 
 
 def result_path(out: Path, cell: Cell) -> Path:

@@ -1,6 +1,5 @@
 """One cell, from its settings to its result: the commands that it is made of are called, never written anew."""
 
-import math
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from mim3d.core.run_folder import read_run, warnings_of
 from mim3d.core.warned import UnfinishedWarning, recording
 from mim3d.tasks import create_task
 from mim3d.tasks.evaluation import EvaluationSettings
-from mim3d.workflows.compare.cells import Cell, is_done, read_result, write_result
+from mim3d.workflows.compare.cells import Cell, is_done, read_result, samples_per_step, write_result
 from mim3d.workflows.evaluate import evaluate_predictions
 from mim3d.workflows.finetune.run import finetune_once
 from mim3d.workflows.finetune.settings import FinetuneSettings
@@ -173,13 +172,12 @@ def _facts(folder: Path) -> dict[str, Any]:
     derived, lines = run.manifest.get("derived", {}), run.metrics
     times = [float(line["time_s"]) for line in lines if isinstance(line.get("time_s"), (int, float))]
     need = derived.get("memory_need_bytes")
-    batch = math.prod(int(run.manifest["settings"].get(name) or 1) for name in ("batch_size", "accumulation"))
     rates = sorted(line["samples_per_s"] for line in lines if line.get("samples_per_s"))
     return {
         "steps": lines[-1]["step"] if lines else None,
         # The clock starts anew with every session: their last times add up.
         "train_s": round(sum(a for a, b in zip(times, [*times[1:], 0.0], strict=False) if b < a), 1),
-        "step_s": round(batch / rates[len(rates) // 2], 4) if rates else None,
+        "step_s": round(samples_per_step(run) / rates[len(rates) // 2], 4) if rates else None,
         "memory_bytes": sum(need.values()) if isinstance(need, dict) else derived.get("peak_memory_bytes"),
         "run": os.path.join("runs", folder.name),
     }

@@ -101,9 +101,8 @@ def _run_one(name: str, settings: CompareSettings) -> str:
     if outcome == "waiting":
         raise ConfigError(f"cell {name} needs {cells[name].needs}, which has no result yet; run that one first.")
     if outcome == "failed":
-        result = read_result(out, cells[name])
         note_exit_code(CELL_FAILED)
-        say(f"{name}: missed: {'' if result is None else result['reason']}")
+        say(f"{name}: {_missed(out, cells[name])}")
     else:
         say(f"{name}: {outcome}")
     return str(out)
@@ -146,10 +145,14 @@ def _in_turn(plan: ComparisonPlan, left: Sequence[Cell], cells: Mapping[str, Cel
 
 def _say_outcome(out: Path, cell: Cell, outcome: Outcome) -> None:
     if outcome == "failed":
-        result = read_result(out, cell)
-        say(f"  missed: {'' if result is None else result['reason']}")
+        say(f"  {_missed(out, cell)}")
     elif outcome == "busy":
         say("  another process works on it")
+
+
+def _missed(out: Path, cell: Cell) -> str:
+    result = read_result(out, cell)
+    return f"missed: {'' if result is None else result['reason']}"
 
 
 def _side_by_side(plan: ComparisonPlan, left: Sequence[Cell]) -> dict[str, Outcome]:
