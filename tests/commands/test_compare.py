@@ -55,16 +55,10 @@ def settings(data: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six scans, none of which is like another."""
-    return write_ball_set(tmp_path_factory.mktemp("data") / "balls")
-
-
-@pytest.fixture(scope="module")
-def compared(balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compared(ball_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished comparison."""
     out = tmp_path_factory.mktemp("runs") / "compared"
-    compare(str(out), **settings(balls))
+    compare(str(out), **settings(ball_set))
     return out
 
 
@@ -187,10 +181,10 @@ def test_a_failed_cell_is_a_miss_and_stops_no_other(compared: Path, tmp_path: Pa
     assert "nowhere.txt" in found[broken.id] and found[other.id] == "not run yet"
 
 
-def test_a_comparison_that_was_killed_goes_on_to_the_same_table(balls: Path, compared: Path, tmp_path: Path):
+def test_a_comparison_that_was_killed_goes_on_to_the_same_table(ball_set: Path, compared: Path, tmp_path: Path):
     out = tmp_path / "killed"
     config = tmp_path / "compare.yaml"
-    given = json.loads(json.dumps(settings(balls)))
+    given = json.loads(json.dumps(settings(ball_set)))
     config.write_text(yaml.safe_dump(given))
     words = [sys.executable, "-m", "mim3d", "compare", "--out", str(out), "--config", str(config)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
@@ -225,18 +219,18 @@ def test_a_process_that_ends_without_a_result_is_a_miss_unless_it_was_asked_to_s
     assert (result is not None) == (outcome == "failed")
 
 
-def test_a_dry_run_measures_and_trains_no_cell(balls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dry_run_measures_and_trains_no_cell(ball_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "dry"
     other = {"name": "other", "backbone": {**BACKBONE, "widths": [8, 24]}}
-    compare(str(out), **settings(balls, arms=("scratch", other)), dry_run=True)
+    compare(str(out), **settings(ball_set, arms=("scratch", other)), dry_run=True)
     said = capsys.readouterr().out
     assert said.count("to do, about") == 4 and "measured on 8 steps" in said and "4 cells, about" in said
     assert not (out / "runs").exists()
 
 
-def test_minutes_become_steps_once(balls: Path, tmp_path: Path):
+def test_minutes_become_steps_once(ball_set: Path, tmp_path: Path):
     out = tmp_path / "minutes"
-    given = settings(balls, arms=("scratch", {"name": "again", "backbone": {**BACKBONE, "widths": [8, 24]}}))
+    given = settings(ball_set, arms=("scratch", {"name": "again", "backbone": {**BACKBONE, "widths": [8, 24]}}))
     del given["finetune_steps"]
     compare(str(out), **given, finetune_minutes=0.02, dry_run=True)
     steps = {cell.arm: cell.settings.max_steps for cell in planned(out)}
@@ -282,9 +276,11 @@ def test_slurm_scripts_have_one_command_for_each_cell(
         ({"reference": "MAE"}, "there is no arm 'MAE'"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_run(balls: Path, tmp_path: Path, changes: dict[str, Any], message: str):
+def test_what_cannot_work_is_refused_before_any_run(
+    ball_set: Path, tmp_path: Path, changes: dict[str, Any], message: str
+):
     with pytest.raises(Mim3dError, match=message):
-        compare(str(tmp_path / "refused"), **settings(balls, **changes))
+        compare(str(tmp_path / "refused"), **settings(ball_set, **changes))
     assert not (tmp_path / "refused" / "runs").exists()
 
 
@@ -294,14 +290,14 @@ def test_a_folder_of_another_data_set_is_refused(compared: Path, tmp_path: Path)
         compare(str(compared), data=str(other))
 
 
-def test_a_folder_with_other_work_is_refused(segmenter_run: Path, balls: Path):
+def test_a_folder_with_other_work_is_refused(segmenter_run: Path, ball_set: Path):
     with pytest.raises(ConfigError, match="holds no comparison, but other work"):
-        compare(str(segmenter_run), **settings(balls))
+        compare(str(segmenter_run), **settings(ball_set))
 
 
-def test_weights_that_learned_from_tested_scans_are_refused(segmenter_run: Path, balls: Path, tmp_path: Path):
+def test_weights_that_learned_from_tested_scans_are_refused(segmenter_run: Path, ball_set: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"arm pre, fold 0.*in the pre-training data of .*learned from none"):
         compare(
             str(tmp_path / "leaking"),
-            **settings(balls, arms=("scratch", {"name": "pre", "weights": str(segmenter_run)})),
+            **settings(ball_set, arms=("scratch", {"name": "pre", "weights": str(segmenter_run)})),
         )

@@ -34,6 +34,7 @@ from mim3d.training.schedule import Optimisation, make_schedule
 from mim3d.training.settings import LoopSettings
 from tests.array_scans import random_scan
 from tests.distributed.launching import ended, start
+from tests.killing import killed_after
 
 RECIPE = Swin(feature_size=8, depths=(2, 1), num_heads=(2, 4), window_size=3)
 METHOD = SwinUNETRSSL(size=(16, 16, 8), contrast_dim=6)
@@ -308,20 +309,10 @@ def learn(out: Path, **settings: object) -> ThreeTasksObjective:
     return objective
 
 
-def test_a_run_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     whole = learn(tmp_path / "whole").state_dict()
-    after_step, calls = ThreeTasksObjective.after_step, []
-
-    def killed(self: ThreeTasksObjective, progress: float) -> None:
-        after_step(self, progress)
-        calls.append(progress)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ThreeTasksObjective, "after_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(ThreeTasksObjective, 3):
         learn(tmp_path / "stopped")
-    monkeypatch.undo()
     resumed = learn(tmp_path / "stopped").state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 

@@ -30,6 +30,7 @@ from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 from tests.array_scans import random_scan
 from tests.distributed.launching import ended, start
+from tests.killing import killed_after
 
 RECIPE = Hybrid(widths=(4, 8), depths=(1, 1), num_heads=2)
 METHOD = VoCo(crop_size=(8, 8, 8), cells=(2, 2, 1), num_crops=3, dim=16)
@@ -250,20 +251,10 @@ def learn(out: Path, **settings: object) -> VoCoObjective:
     return objective
 
 
-def test_a_resumed_run_has_the_same_teacher_and_all_processes_have_one(tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_teacher_and_all_processes_have_one(tmp_path):
     whole = learn(tmp_path / "whole").state_dict()
-    after_step, calls = VoCoObjective.after_step, []
-
-    def killed(self: VoCoObjective, progress: float) -> None:
-        after_step(self, progress)
-        calls.append(progress)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(VoCoObjective, "after_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(VoCoObjective, 3):
         learn(tmp_path / "stopped")
-    monkeypatch.undo()
     resumed = learn(tmp_path / "stopped").state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     assert not torch.equal(whole["teacher.1.fc1.weight"], whole["project.fc1.weight"])

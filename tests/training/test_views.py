@@ -22,6 +22,7 @@ from mim3d.training.memory import StepMemory
 from mim3d.training.schedule import Optimisation
 from mim3d.training.settings import LoopSettings
 from tests.distributed.launching import ended, start
+from tests.killing import killed_after
 from tests.training.toy_training import FEATURES, ToyBackbone, ToyEncoder, ToySource, comparable
 
 CPU = torch.device("cpu")
@@ -111,20 +112,10 @@ def test_micro_batches_of_a_step_and_steps_have_views_of_their_own(
 
 
 def test_a_resumed_run_draws_the_same_views_and_has_the_same_teacher(
-    tmp_path: Path, uninterrupted: tuple[TwoViews, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, uninterrupted: tuple[TwoViews, list[dict[str, Any]]]
 ) -> None:
-    after_step, calls = TwoViews.after_step, []
-
-    def killed(self: TwoViews, progress: float) -> None:
-        after_step(self, progress)
-        calls.append(progress)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TwoViews, "after_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            learn(tmp_path / "run")
+    with killed_after(TwoViews, 6):
+        learn(tmp_path / "run")
     objective, metrics = learn(tmp_path / "run")
     assert metrics == uninterrupted[1]
     assert_same(objective, uninterrupted[0])
