@@ -9,7 +9,7 @@ held-out scans, beside an encoder drawn at random. The first rate is the paper's
 Equal steps at each rate, one seed.
 
 A row in benchmarks/results/learning_rates_*.json is replaced by one of the same size, data, batch, steps and rate, and
-all others stay, so that the table is made in parts. The floors in mim3d/methods/mim/method.py were read from it.
+all others stay, so that the table is made in parts. The floors in mim3d/methods/masked.py were read from it.
 """
 
 import argparse

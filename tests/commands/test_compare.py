@@ -118,6 +118,13 @@ def test_arms_share_all_of_fine_tuning_but_what_they_begin_with(compared: Path):
     assert changed == {"out", "weights", "backbone", "schedule"}
 
 
+def test_a_difference_beside_weights_stands_in_every_table(compared: Path):
+    note = "The schedule of fine-tuning differs between arms (default: scratch; sawtooth: MiM)."
+    assert note in content(compared)["notes"]
+    for name in ("comparison.md", "comparison.tex", "report.html"):
+        assert note in (compared / name).read_text()
+
+
 def test_running_again_runs_nothing_and_makes_the_same_table(compared: Path):
     before = content(compared)
     times = {path: path.stat().st_mtime_ns for path in (compared / "cells").glob("*.json")}

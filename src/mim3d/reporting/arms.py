@@ -105,7 +105,7 @@ def numbered(numbers: int | Sequence[int]) -> str:
 
 
 def comparison_tables(content: Mapping[str, Any]) -> list[PaperTable]:
-    """The tables for a paper: scores and differences, costs, probes, and what is missing."""
+    """The tables for a paper: scores and differences, costs, probes, what is missing, and notes."""
     tables = [_score_table(content), _cost_table(content)]
     if content["probes"]:
         rows = [
@@ -124,6 +124,9 @@ def comparison_tables(content: Mapping[str, Any]) -> list[PaperTable]:
     if content["misses"]:
         rows = [[row["cell"], row["reason"]] for row in content["misses"]]
         tables.append(PaperTable("misses", "Runs without a result.", ["Run", "Reason"], rows))
+    if content["notes"]:
+        rows = [[note] for note in content["notes"]]
+        tables.append(PaperTable("notes", "What changes how these numbers are to be read.", ["Note"], rows))
     return tables
 
 
@@ -202,7 +205,6 @@ def comparison_section(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "caption": "Scores against labels, with intervals.",
                 "legend": [(arm["name"], run_colour(place)) for place, arm in enumerate(content["arms"])],
                 "tables": comparison_tables(content),
-                "notes": content["notes"],
             }
             for content in contents
         ]

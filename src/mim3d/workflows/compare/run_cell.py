@@ -129,10 +129,13 @@ def _finetune(cell: Cell, folder: Path) -> dict[str, Any]:
         )
     )
     content = load_json(scores)
-    lines = read_run(folder).metrics
-    best_by = f"val/{task.best_by}"
+    run = read_run(folder)
+    lines, best_by = run.metrics, f"val/{task.best_by}"
     return {
         **_facts(folder),
+        # Where arms may differ in more than weights and backbone: the table says so.
+        "schedule": run.manifest["settings"].get("schedule"),
+        "decoder": run.manifest["settings"]["task"].get("decoder"),
         "predict_s": predict_s,
         "step": trained.step,
         "best_by": task.best_by,

@@ -149,7 +149,7 @@ class Results:
             "rows": rows,
             "probes": self._probes(),
             "misses": self._misses(),
-            "notes": [*self.plan["notes"], *self._said()],
+            "notes": [*self.plan["notes"], *self._unlike(), *self._said()],
         }
 
     def _about(self, arm: str, labels: str) -> dict[str, Any]:
@@ -233,6 +233,19 @@ class Results:
                     {"cell": cell.id, "kind": cell.kind, "arm": cell.arm, "labels": cell.labels, "reason": reason}
                 )
         return rows
+
+    def _unlike(self) -> list[str]:
+        """In what fine-tuning of the arms differed beside weights and backbone."""
+        notes = []
+        for name in ("schedule", "decoder"):
+            arms: dict[str, dict[str, None]] = defaultdict(dict)
+            for cell, result in self.done(kind="finetune"):
+                if value := result.get(name):
+                    arms[value][cell.arm] = None
+            if len(arms) > 1:
+                each = "; ".join(f"{value}: {', '.join(names)}" for value, names in arms.items())
+                notes.append(f"The {name} of fine-tuning differs between arms ({each}).")
+        return notes
 
     def _said(self) -> list[str]:
         """What runs of an arm warned of that changes how their results are to be read, each once with its arm."""
