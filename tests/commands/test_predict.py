@@ -174,10 +174,10 @@ def test_whatever_is_raised_for_one_scan_the_others_are_done(segmenter_run, scan
 
     segment = SegmentationPredictor.segment
 
-    def odd(self, case, **options):
-        if case.id == "new_1":
+    def odd(self, prepared, **options):
+        if Path(prepared.grid.path).name == "new_1.nii.gz":
             raise ValueError("cannot unpack")
-        return segment(self, case, **options)
+        return segment(self, prepared, **options)
 
     monkeypatch.setattr(SegmentationPredictor, "segment", odd)
     inputs = [str(path) for path in sorted(scans.iterdir())]
@@ -341,6 +341,20 @@ def test_a_failure_of_an_earlier_call_stays_listed(segmenter_run, tmp_path):
     content = listing(out)
     assert [row["images"] for row in content["failed"]] == [[str(first)]]
     assert [row["images"] for row in content["cases"]] == [[str(second)]]
+
+
+def test_scans_of_one_call_get_what_each_gets_alone(segmenter_run, scans, tmp_path):
+    together = Path(predict(str(segmenter_run), str(tmp_path / "out"), str(scans), probabilities=True))
+    for name in ("new_0", "new_1", "new_2"):
+        scan = str(scans / f"{name}.nii.gz")
+        alone = Path(predict(str(segmenter_run), str(tmp_path / name), scan, probabilities=True))
+        for file in (f"{name}.nii.gz", f"{name}_probabilities.nii.gz"):
+            one, other = (np.asarray(nibabel.load(folder / file).dataobj) for folder in (together, alone))
+            assert np.array_equal(one, other)
+        (row,) = listing(alone)["cases"]
+        assert row in listing(together)["cases"]
+    assert [row["id"] for row in listing(together)["cases"]] == ["new_0", "new_1", "new_2"]
+    assert not list(together.glob(".*.partial"))
 
 
 class InstantPredictor(Predictor):

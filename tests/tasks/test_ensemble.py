@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mim3d.backbones import create_recipe
-from mim3d.caching.preprocessing import Preprocessing, prepare
+from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import DataError
 from mim3d.datasets.cases import Case
 from mim3d.inference import padding_values, sliding_logits
@@ -54,8 +54,8 @@ def test_label_values_and_probabilities_are_those_of_the_networks_targets(tmp_pa
     segmenter = segmenter_of(Segmentation(patch_size=(16, 16, 16), regions=regions))
     predictor, case = predictor_of(segmenter), scan_of(tmp_path)
     filled = np.empty((22, 20, 18, len(predictor.targets.names)), dtype=np.float32)
-    labels, _ = predictor.segment(case, probability_target=lambda grid, channels: filled)
-    prepared = prepare(case, Preprocessing(), with_label=False)
+    prepared = predictor.read(case)
+    labels = predictor.segment(prepared, probability_target=lambda grid, channels: filled)
     with torch.no_grad():
         logits = sliding_logits(
             segmenter.module.logits,
@@ -78,7 +78,9 @@ def test_an_ensemble_of_regions_averages_their_probabilities(tmp_path):
     case, found = scan_of(tmp_path), []
     for chosen in ([members[0]], [members[1]], members):
         filled = np.empty((22, 20, 18, 3), dtype=np.float32)
-        predictor_of(*chosen).segment(case, probability_target=lambda grid, k, to=filled: to)
+        predictor_of(*chosen).segment(
+            predictor_of(*chosen).read(case), probability_target=lambda grid, k, to=filled: to
+        )
         found.append(filled)
     assert np.abs(found[0] - found[1]).max() > 0.01
     # One window covers the scan, so that it does not matter what is blended.
@@ -90,4 +92,4 @@ def test_channels_that_do_not_match_are_refused(tmp_path):
     two = Case(id="two", images=case.images * 2, patient="two")
     segmenter = segmenter_of(Segmentation(patch_size=(16, 16, 16)))
     with pytest.raises(DataError, match=r"2 images where the network was trained on 1"):
-        predictor_of(segmenter).segment(two)
+        predictor_of(segmenter).read(two)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mim3d.caching.foreground import Foreground, Statistics, foreground_of, statistics_of, threshold_of
 from mim3d.caching.resampling import Axes, plan_resampling, resample_labels, resample_linear, target_grid
-from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.errors import ConfigError, DataError, TooLargeError, listed
 from mim3d.core.types import Spacing
 from mim3d.datasets.cases import Case
 from mim3d.scans.files import available_memory_bytes
@@ -135,7 +135,7 @@ def prepare(
         needed_bytes = math.prod(shape) * (2 * len(case.images) + (case.label is not None))
         if needed_bytes > available_memory_bytes():
             spacing = " x ".join(f"{mm:g}" for mm in spacing_mm)
-            raise DataError(
+            raise TooLargeError(
                 f"{case.images[0]}: at {spacing} mm it has {times(shape)} voxels ({needed_bytes / 2**30:.1f} GiB when "
                 "resampled), more than the memory available; use a larger spacing_mm, or check its header."
             )

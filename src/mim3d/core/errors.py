@@ -44,6 +44,10 @@ class DataError(Mim3dError):
     """A scan, label, folder or list that cannot be used as it is."""
 
 
+class TooLargeError(DataError):
+    """A scan, or what is computed of it, is larger than the memory that is left for it."""
+
+
 class DamagedError(DataError):
     """What a cache stores of one scan is missing or damaged. Its other scans can still be used."""
 

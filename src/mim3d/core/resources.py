@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,24 @@ _RECLAIMABLE = (("total_inactive_file", "inactive_file"), ("total_active_file", 
 
 #: Name that a user gives -> kind of device.
 KINDS = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda", "mps": "mps"}
+
+
+#: Share of the available memory that this thread, or what else runs in its context, may count on.
+_share: ContextVar[float] = ContextVar("share of memory", default=1.0)
+
+
+@contextmanager
+def sharing_memory(share: float) -> Iterator[None]:
+    """Let this thread count on a share of the available memory alone, as others need the rest at the same time.
+
+    Args:
+        share: The share, above 0 and at most 1.
+    """
+    token = _share.set(share)
+    try:
+        yield
+    finally:
+        _share.reset(token)
 
 
 def in_words(num_bytes: int) -> str:
@@ -47,12 +67,14 @@ def available_memory_bytes(root: Path = _ROOT) -> int | None:
         root: Folder that the system's files lie in. It is another than ``/`` in tests alone.
 
     Returns:
-        Bytes. None where the system does not say; without ``/proc`` all memory of the machine counts as available.
+        Bytes, of which a thread in :func:`sharing_memory` is told its share. None where the system does not say;
+        without ``/proc`` all memory of the machine counts as available.
     """
     limits = list(_left_in_groups(root))
     free_kib = _fields(root / "proc/meminfo").get("MemAvailable")
     free = total_memory_bytes() if free_kib is None else free_kib * 1024
-    return min(limits if free is None else [*limits, free], default=None)
+    least = min(limits if free is None else [*limits, free], default=None)
+    return None if least is None else int(least * _share.get())
 
 
 def total_memory_bytes() -> int | None:

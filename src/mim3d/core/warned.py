@@ -1,9 +1,11 @@
 """Warnings that change how a result is to be read: said when they arise, kept with the result, and said again last."""
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,56 @@ def record_said(kind: str, text: str) -> None:
     """Record what was, or will be, said by other means than a warning, under the kind of a :class:`ResultWarning`."""
     for each in _recordings:
         each.add(kind, text)
+
+
+#: What the warnings of a thread are held in, as ``held``, where it does not show them at once.
+_of_thread = threading.local()
+
+#: Shows a warning that was held.
+Held = Callable[[], None]
+
+
+@contextmanager
+def holding_apart() -> Iterator[None]:
+    """As long as the block runs, threads may hold what they warn of, each for itself: see :func:`held_warnings`."""
+    show = warnings.showwarning
+
+    def hold(*warning: Any, **named: Any) -> None:
+        held: list[Held] | None = getattr(_of_thread, "held", None)
+        if held is None:
+            show(*warning, **named)
+        else:
+            held.append(partial(show, *warning, **named))
+
+    warnings.showwarning = hold
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+
+
+@contextmanager
+def held_warnings() -> Iterator[list[Held]]:
+    """Hold what this thread warns of, in a block of :func:`holding_apart`; each is shown by a call of what is held."""
+    before: list[Held] | None = getattr(_of_thread, "held", None)
+    _of_thread.held = held = list[Held]()
+    try:
+        yield held
+    finally:
+        _of_thread.held = before
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Show nothing of what this thread warns of; where warnings are held apart, others are heard as ever."""
+    if getattr(_of_thread, "held", None) is not None:
+        # What is held in here is dropped. `catch_warnings` changes what all threads do.
+        with held_warnings():
+            yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def keep_recorded(keep: Callable[[Sequence[WarningRow]], None]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mim3d.caching.foreground import Statistics
 from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.resampling import AxisResampling, plan_resampling
-from mim3d.core.errors import DataError
+from mim3d.core.errors import TooLargeError
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.inference.readout import Network, Readout, ensemble_of, mirrored_logits
@@ -45,9 +45,54 @@ def predict_scan(
     probability_target: ProbabilityTarget | None = None,
     on_windows: Callable[[int, int], None] | None = None,
     in_hu: Sequence[bool] = (),
-    on_prepared: Callable[[Prepared], None] | None = None,
 ) -> tuple[npt.NDArray[np.integer], Grid]:
-    """Segment a scan from its files.
+    """Segment a scan from its files: read it, and do :func:`predict_prepared`.
+
+    Args:
+        networks: As for :func:`predict_prepared`, as what is not named here.
+        case: The scan's files; a label is not read.
+        readout: What the channels of the networks mean.
+        preprocessing: How the scan is prepared, as in training.
+        intensity: How intensities are mapped to network input, as in training.
+        windows: How the scan is covered.
+        device: Device that computes windows.
+        probability_target: Gives the array that probabilities are written to; None for none.
+        on_windows: Called with the number of windows that are done and their number in all.
+        in_hu: For each channel whether training was on CT in HU; it decides for scans that show nothing.
+
+    Returns:
+        Label values ``(X, Y, Z)`` uint8 or int32 on the RAS+ form of the scan's own grid, and that grid.
+
+    Raises:
+        DataError: The scan cannot be used, or its scores do not fit into memory.
+    """
+    prepared = prepare(case, preprocessing, with_label=False, set_in_hu=in_hu)
+    labels_XYZ = predict_prepared(
+        networks,
+        prepared,
+        readout=readout,
+        intensity=intensity,
+        windows=windows,
+        device=device,
+        probability_target=probability_target,
+        on_windows=on_windows,
+    )
+    return labels_XYZ, prepared.grid
+
+
+@torch.no_grad()
+def predict_prepared(
+    networks: Sequence[Network],
+    prepared: Prepared,
+    *,
+    readout: Readout,
+    intensity: Intensity,
+    windows: Windows,
+    device: torch.device,
+    probability_target: ProbabilityTarget | None = None,
+    on_windows: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.integer]:
+    """Segment a scan that was read.
 
     Logits of one network are blended and become probabilities then; of several networks the probabilities of every
     window are averaged and blended. Probabilities, not label values, are interpolated to the scan's own grid.
@@ -59,38 +104,32 @@ def predict_scan(
 
     Args:
         networks: The networks, in evaluation mode, on ``device``; several are an ensemble.
-        case: The scan's files; a label is not read.
+        prepared: The scan, without a crop to the body.
         readout: What the channels of the networks mean.
-        preprocessing: How the scan is prepared, as in training.
         intensity: How intensities are mapped to network input, as in training.
         windows: How the scan is covered.
         device: Device that computes windows.
         probability_target: Gives the array that probabilities are written to; None for none.
         on_windows: Called with the number of windows that are done and their number in all.
-        in_hu: For each channel whether training was on CT in HU; it decides for scans that show nothing.
-        on_prepared: Called with the scan as it was read.
 
     Returns:
-        Label values ``(X, Y, Z)`` uint8 or int32 on the RAS+ form of the scan's own grid, and that grid.
+        Label values ``(X, Y, Z)`` uint8 or int32 on the RAS+ form of the scan's own grid.
 
     Raises:
-        DataError: The scan cannot be used, or its scores do not fit into memory.
+        TooLargeError: The scores of the scan do not fit into memory.
     """
-    prepared = prepare(case, preprocessing, with_label=False, set_in_hu=in_hu)
-    if on_prepared is not None:
-        on_prepared(prepared)
     grid, (x, y, z) = prepared.grid, prepared.image.shape[1:]
     shape = (x, y, z)
     places = body_windows(shape, prepared.foreground, windows) if windows.body_only else windows.places(shape)
     sweep = Sweep.over(places, windows.patch_size, shape)
-    _check_memory(case, grid, sweep, readout.num_channels, device)
+    _check_memory(grid, sweep, readout.num_channels, device)
     axes = plan_resampling(shape, prepared.spacing_mm, grid.ras_shape, grid.spacing_mm)
 
     def part_of(part: tuple[slice, ...]) -> Tensor:
         # The scan itself stays as it is stored.
         return torch.from_numpy(np.ascontiguousarray(intensity.apply(prepared.image[part], prepared.statistics)))
 
-    labels_XYZ = sweep_labels(
+    return sweep_labels(
         networks,
         sweep,
         part_of,
@@ -102,7 +141,6 @@ def predict_scan(
         probabilities_XYZK=None if probability_target is None else probability_target(grid, readout.num_channels),
         on_windows=on_windows,
     )
-    return labels_XYZ, grid
 
 
 @torch.no_grad()
@@ -212,14 +250,14 @@ def padding_values(intensity: Intensity, statistics: Sequence[Statistics]) -> li
     return [float(value) for value in intensity.apply(lows[:, None, None, None], statistics).ravel()]
 
 
-def _check_memory(case: Case, grid: Grid, sweep: Sweep, num_channels: int, device: torch.device) -> None:
+def _check_memory(grid: Grid, sweep: Sweep, num_channels: int, device: torch.device) -> None:
     """Refuse a scan whose label map and scores do not fit beside it."""
     held_bytes = sweep.slab_bytes(num_channels) if device.type == "cpu" else 0
     needed_bytes = held_bytes + 4 * min(8 * CHUNK_SCORES, num_channels * math.prod(sweep.shape))
     needed_bytes += math.prod(grid.shape)
     if needed_bytes > available_memory_bytes():
-        raise DataError(
-            f"{case.images[0]}: the scores of {num_channels} classes on {' x '.join(map(str, sweep.shape))} voxels "
+        raise TooLargeError(
+            f"{grid.path}: the scores of {num_channels} classes on {' x '.join(map(str, sweep.shape))} voxels "
             f"need {needed_bytes / 2**30:.1f} GiB at a time, more than the memory available; use a machine with more, "
             "or fine-tune at a larger spacing_mm."
         )

@@ -13,7 +13,7 @@ from typing import Any
 from isal import isal_zlib as _isal_zlib
 
 from mim3d.core import resources
-from mim3d.core.errors import DataError
+from mim3d.core.errors import DataError, TooLargeError
 from mim3d.scans.grids import times
 
 # Without types, so that mypy does not check calls into it.
@@ -129,12 +129,12 @@ def check_memory(path: str, shape: Sequence[int], itemsize: int) -> int:
         itemsize: Bytes per voxel.
 
     Raises:
-        DataError: The voxels do not fit into the memory that is available.
+        TooLargeError: The voxels do not fit into the memory that is available.
     """
     size_bytes = math.prod(shape) * itemsize
     available = available_memory_bytes()
     if 2 * size_bytes > available:
-        raise DataError(
+        raise TooLargeError(
             f"{path}: the header claims {times(shape)} voxels ({size_bytes / 2**30:.1f} GiB, up to twice that while "
             f"they are prepared), and {available / 2**30:.1f} GiB are available; check the header or crop the scan."
         )

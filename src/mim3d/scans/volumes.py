@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mim3d.core.errors import DataError, Mim3dError, first_line
+from mim3d.core.errors import DataError, Mim3dError, TooLargeError, first_line
 from mim3d.core.files import atomic_file
 from mim3d.core.names import file_name, number_of
 from mim3d.core.types import LARGEST_LABEL, Spacing
@@ -187,7 +187,7 @@ def explained_read(address: str) -> Iterator[None]:
     except Mim3dError:
         raise
     except MemoryError as error:
-        raise DataError(f"{address}: larger than the memory left for it; crop it, or give more memory.") from error
+        raise TooLargeError(f"{address}: larger than the memory left for it; crop it, or give more memory.") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)[:200]}"
         raise DataError(

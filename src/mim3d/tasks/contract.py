@@ -381,7 +381,7 @@ class Predictor(ABC):
         return {}
 
     def read(self, case: Case) -> Any:
-        """Return what :meth:`predict` takes of a scan, where scans are read before several are predicted at a time.
+        """Return what :meth:`predict` takes of a scan. It runs in a thread of its own, while other scans are predicted.
 
         Raises:
             DataError: The scan cannot be used.
@@ -391,8 +391,8 @@ class Predictor(ABC):
     @abstractmethod
     def predict(
         self, cases: Sequence[Case], inputs: Sequence[Any], folder: Path, on_windows: Callable[[int, int], None]
-    ) -> list[dict[str, Any]]:
-        """Predict scans, write their files, and return what the list shall say of each beside its id and files.
+    ) -> Sequence[Any]:
+        """Predict scans, and return what :meth:`write` takes of each: unless it is overridden, what the list shall say.
 
         Args:
             cases: The scans.
@@ -401,8 +401,24 @@ class Predictor(ABC):
             on_windows: Called with the number of windows that are done and their number in all.
 
         Raises:
-            DataError: A scan cannot be used, or a file cannot be written.
+            DataError: A scan cannot be used.
         """
+
+    def write(self, case: Case, answer: Any, folder: Path) -> Mapping[str, Any]:
+        """Write the files of a scan, and return what the list shall say of it beside its id and files.
+
+        It runs in a thread of its own, while other scans are predicted.
+
+        Args:
+            case: The scan.
+            answer: What :meth:`predict` returned for it.
+            folder: Folder that the files of :meth:`files_of` are written to.
+
+        Raises:
+            DataError: A file cannot be written.
+        """
+        entry: Mapping[str, Any] = answer
+        return entry
 
     def write_tables(self, folder: Path, rows: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str]) -> None:
         """Write tables of all scans beside the list; nothing by default.

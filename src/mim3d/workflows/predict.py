@@ -33,6 +33,7 @@ from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
 from mim3d.training.settings import PRECISIONS
 from mim3d.workflows.shared.held_out import held_out_by_all
+from mim3d.workflows.shared.overlap import Stages, is_too_large, outcome_of, run_overlapped
 from mim3d.workflows.shared.scan_sources import ScanFiles
 
 #: A list of all scans is written again once this many times its own time has gone since: one for each of ten thousand
@@ -140,11 +141,10 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
     cases = folder.cases
     remaining = [case for case in cases if not folder.is_finished(case)]
     step = predictor.scans_per_call
+    groups = [remaining[start : start + step] for start in range(0, len(remaining), step)]
     try:
         with Progress(f"{{done}} of {number_of(len(remaining), 'scan')}", len(remaining)) as progress:
-            for start in range(0, len(remaining), step):
-                _predict(remaining[start : start + step], predictor, folder, progress)
-                folder.write_if_due()
+            run_overlapped(groups, _PredictionStages(predictor, folder, progress))
             # The name of the last scan would stay beside the bar.
             progress.update(progress.done)
     finally:
@@ -171,53 +171,85 @@ def _predict_all(predictor: Predictor, folder: "PredictionFolder") -> str:
     return str(folder.path)
 
 
-def _predict(cases: Sequence[Case], predictor: Predictor, folder: "PredictionFolder", progress: Progress) -> None:
-    """Predict the scans of one call of the networks; what keeps one from being predicted is recorded."""
+#: Scans of one call of the networks, each with what was read or computed of it, or the error that kept it from that.
+_Outcomes = list[tuple[Case, Any]]
 
-    def fail(case: Case, error: Exception) -> None:
-        failure = Failure.of(error, case.images[0])
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            failure = Failure(f"{case.images[0]}: not enough memory; {predictor.memory_remedy}.")
-        folder.fail(case, failure)
-        progress.say(f"not {predictor.done}: {failure.reason}")
 
-    read: list[tuple[Case, Any]] = []
-    for case in cases:
-        progress.update(progress.done, case.id)
-        try:
-            read.append((case, predictor.read(case)))
-        except Exception as error:  # Whatever a reader raises, it must not stop the other scans.
-            fail(case, error)
-            progress.update(progress.done + 1, case.id)
-    if not read:
-        return
+class _PredictionStages(Stages[Sequence[Case], _Outcomes, _Outcomes, None]):
+    """Scans that go through the networks in one call; what keeps one of them from being predicted is recorded.
 
-    def attempt(part: Sequence[tuple[Case, Any]]) -> None:
-        num_before, chosen = progress.done, [case for case, _ in part]
+    Args:
+        predictor: What reads, predicts and writes.
+        folder: What holds the results. The thread that writes has it alone.
+        progress: What is shown of the scans that are computed. The thread that computes moves it.
+    """
+
+    def __init__(self, predictor: Predictor, folder: "PredictionFolder", progress: Progress) -> None:
+        self._predictor, self._folder, self._progress = predictor, folder, progress
+
+    def prepare(self, item: Sequence[Case]) -> _Outcomes:
+        """Read scans."""
+        return [(case, outcome_of(self._predictor.read, case)) for case in item]
+
+    def compute(self, item: Sequence[Case], ready: _Outcomes) -> _Outcomes:
+        """Predict the scans that could be read, all in one call; one by one where that fails."""
+        start = self._progress.done
+        read = [(case, inputs) for case, inputs in ready if not isinstance(inputs, Exception)]
+        lost = [(case, error) for case, error in ready if isinstance(error, Exception)]
+        answers = [*lost, *(self._predicted(read, start + len(lost)) if read else ())]
+        self._progress.update(start + len(item), item[-1].id)
+        return answers
+
+    def _predicted(self, part: _Outcomes, start: float) -> _Outcomes:
+        chosen = [case for case, _ in part]
 
         def watch(done: int, total: int) -> None:
-            progress.update(num_before + done / max(total, done, 1), chosen[-1].id)
+            self._progress.update(start + len(part) * done / max(total, done, 1), chosen[-1].id)
 
-        try:
-            answers = predictor.predict(chosen, [inputs for _, inputs in part], folder.path, watch)
-            for case, answer in zip(chosen, answers, strict=True):
-                folder.add(case, answer)
-                said = answer.get("warnings", ())
-                # Of a foreign set the list says all, and the last line how many.
-                folder.num_unlike += bool(said)
-                if folder.num_unlike <= MOST_NAMED:
-                    for text in said:
-                        progress.say(f"warning: {case.images[0]}: {text}")
-        except Exception as error:
-            if len(part) > 1:
-                # One of them is to blame, or they do not fit into memory together.
-                for each in part:
-                    attempt([each])
-                return
-            fail(chosen[0], error)
-        progress.update(num_before + len(chosen), chosen[-1].id)
+        self._progress.update(self._progress.done, chosen[-1].id)
+        inputs = [inputs for _, inputs in part]
+        answers = outcome_of(self._predictor.predict, chosen, inputs, self._folder.path, watch)
+        if not isinstance(answers, Exception):
+            return list(zip(chosen, answers, strict=True))
+        if len(part) == 1:
+            return [(chosen[0], answers)]
+        # One of them is to blame, or they do not fit into memory together.
+        return [answer for place, each in enumerate(part) for answer in self._predicted([each], start + place)]
 
-    attempt(read)
+    def finish(self, item: Sequence[Case], done: _Outcomes) -> None:
+        """Write scans, and record those that could not be read, predicted or written."""
+        for case, answer in done:
+            result = answer if isinstance(answer, Exception) else outcome_of(self._written, case, answer)
+            if isinstance(result, Exception):
+                self._fail(case, result)
+
+    def _written(self, case: Case, answer: Any) -> None:
+        entry = self._predictor.write(case, answer, self._folder.path)
+        self._folder.add(case, entry)
+        said = entry.get("warnings", ())
+        # Of a foreign set the list says all, and the last line how many.
+        self._folder.num_unlike += bool(said)
+        if self._folder.num_unlike <= MOST_NAMED:
+            for text in said:
+                self._progress.say(f"warning: {case.images[0]}: {text}")
+
+    def _fail(self, case: Case, error: Exception) -> None:
+        failure = Failure.of(error, case.images[0])
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            failure = Failure(f"{case.images[0]}: not enough memory; {self._predictor.memory_remedy}.")
+        self._folder.fail(case, failure)
+        self._progress.say(f"not {self._predictor.done}: {failure.reason}")
+
+    def record(self, item: Sequence[Case], result: Exception | None) -> None:
+        """Write the list now and then."""
+        if result is not None:
+            for case in item:
+                self._fail(case, result)
+        self._folder.write_if_due()
+
+    def lacks_memory(self, outcome: _Outcomes | Exception) -> bool:
+        """Whether memory was short for a scan of a call."""
+        return any(is_too_large(each) for _, each in outcome) if isinstance(outcome, list) else is_too_large(outcome)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import operator
 import os
 import re
 import stat
+import threading
 import time
 import warnings
 import zlib
@@ -32,6 +33,7 @@ from pydicom.uid import (
 )
 
 from mim3d.core.errors import DataError
+from mim3d.core.warned import silenced
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
@@ -221,11 +223,15 @@ class _DeflatedError(Exception):
         self.content = content
 
 
+#: Held by the thread that reads a header.
+_settings_in_use = threading.RLock()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep pydicom from warning of odd bytes: that is no concern of the user, and may quote the patient."""
-    with disable_value_validation(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    # pydicom's settings are those of all threads.
+    with _settings_in_use, disable_value_validation(), silenced():
         yield
 
 

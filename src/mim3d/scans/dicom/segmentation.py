@@ -8,7 +8,6 @@ Segments have codes of SNOMED CT where their names are known (:mod:`mim3d.scans.
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import atomic_file
 from mim3d.core.names import printable
+from mim3d.core.warned import silenced
 from mim3d.scans.dicom.headers import read_header
 from mim3d.scans.dicom.series import Stack, open_series
 from mim3d.scans.dicom.terminology import colour_of, meaning_of
@@ -85,9 +85,8 @@ def write_dicom_seg(
     try:
         if not all(name.isascii() for name in names.values()):
             _write_in_unicode(sources[0])
-        with warnings.catch_warnings(), atomic_file(path) as part:
-            # Libraries quote what they find odd in a header, a patient's name for one; that belongs into no log.
-            warnings.simplefilter("ignore")
+        # Libraries quote what they find odd in a header, a patient's name for one; that belongs into no log.
+        with silenced(), atomic_file(path) as part:
             segmentation = Segmentation(
                 source_images=sources,
                 pixel_array=pixels,
@@ -133,8 +132,7 @@ def _sources_of(series: str) -> tuple[Stack, list[Any]]:
         )
     headers, odd = [], list[str]()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silenced():
             for path in paths:
                 header, *_ = read_header(path, every=True)
                 odd += _tidy(header, spacing_of(stack.grid.affine)[2])

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mim3d.core.errors import DataError
 from mim3d.core.names import printable
+from mim3d.core.warned import silenced
 from mim3d.scans import files
 from mim3d.scans.dicom.headers import Slice, name_form, read_header, read_identity, read_slices, read_stray
 from mim3d.scans.grids import LPS_TO_RAS, Grid, check_affine, smallest_integer, split_series, times
@@ -382,8 +383,7 @@ def scanner(address: str) -> str | None:
     """
     header, *_ = read_header(_sound_slice(address))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silenced():
             names = [str(header.get(name) or "") for name in ("Manufacturer", "ManufacturerModelName")]
             tesla = float(header.get("MagneticFieldStrength") or 0)
     except Exception:  # Values are converted when they are asked for, and raise anything; a scan is as good without.

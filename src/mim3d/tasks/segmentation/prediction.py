@@ -3,8 +3,8 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mim3d.caching.preprocessing import Prepared
+from mim3d.caching.preprocessing import Prepared, prepare
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case
-from mim3d.inference import ProbabilityTarget, Readout, classes_readout, predict_scan
+from mim3d.inference import ProbabilityTarget, Readout, classes_readout, predict_prepared
 from mim3d.scans.components import remove_components
 from mim3d.scans.grids import Grid, split_channel
 from mim3d.scans.nifti import ProbabilityFile
@@ -31,6 +31,23 @@ from mim3d.weights import full_path
 
 #: Suffix of a scan -> suffix of its label map. All others (NIfTI, DICOM) give compressed NIfTI.
 SUFFIXES = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segmented:
+    """A scan that was segmented, before its files are written.
+
+    Attributes:
+        labels_XYZ: Label values ``(X, Y, Z)`` on the RAS+ form of the scan's own grid.
+        grid: That grid.
+        probabilities: The file of its probabilities, filled; None where they are not asked for.
+        noted: What the list says of it.
+    """
+
+    labels_XYZ: npt.NDArray[np.integer]
+    grid: Grid
+    probabilities: ProbabilityFile | None
+    noted: Mapping[str, Any]
 
 
 class SegmentationPredictor(Predictor):
@@ -172,80 +189,85 @@ class SegmentationPredictor(Predictor):
         names = {"prediction": f"{case.id}{suffix}"}
         return {**names, "probabilities": f"{case.id}_probabilities.nii.gz"} if self.settings.probabilities else names
 
-    def read(self, case: Case) -> None:
-        """Check what a DICOM-SEG takes from the series of the scan, where one is asked for, before it is segmented.
+    def read(self, case: Case) -> Prepared:
+        """Return the scan as in training, once it is known that a DICOM-SEG can be made where one is asked for.
 
         Raises:
-            DataError: No DICOM-SEG can refer to the scan.
+            DataError: The scan cannot be used, has another number of channels, or no DICOM-SEG can refer to it.
         """
         if self.settings.format == "dicom_seg":
             from mim3d.scans.dicom.segmentation import require_source
 
             require_source(case.images[0])
+        self.first.check_channels(case)
+        return prepare(case, self.first.preprocessing, with_label=False, set_in_hu=self.first.in_hu)
 
     def predict(
         self, cases: Sequence[Case], inputs: Sequence[Any], folder: Path, on_windows: Callable[[int, int], None]
-    ) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = []
-        for case in cases:
+    ) -> list[Segmented]:
+        answers: list[Segmented] = []
+        for case, prepared in zip(cases, inputs, strict=True):
             files = self.files_of(case)
             kept = ProbabilityFile(folder / files["probabilities"]) if "probabilities" in files else None
-            with kept or nullcontext():
-                noted: dict[str, Any] = {}
-                labels, grid = self.segment(
-                    case,
-                    probability_target=None if kept is None else kept.target,
-                    on_windows=on_windows,
-                    on_prepared=partial(_note, noted, self.first),
-                )
+            with ExitStack() as unless_kept:
                 if kept is not None:
-                    kept.save()
-            min_ml = self.settings.min_component_ml
-            remove_components(labels, spacing_mm=grid.spacing_mm, largest=self.largest, min_ml=min_ml)
-            if self.settings.format == "dicom_seg":
-                from mim3d.scans.dicom.segmentation import write_dicom_seg
+                    unless_kept.enter_context(kept)
+                labels = self.segment(
+                    prepared, probability_target=None if kept is None else kept.target, on_windows=on_windows
+                )
+                unless_kept.pop_all()
+            noted = _noted(self.first, prepared)
+            answers.append(Segmented(labels_XYZ=labels, grid=prepared.grid, probabilities=kept, noted=noted))
+        return answers
 
-                # What the network can give: a label that was ignored in training is no segment.
-                names = {value: self.first.labels.get(value, str(value)) for value in self.targets.label_values}
-                algorithm = f"mim3d {self.digest[:12]}"
-                write_dicom_seg(folder / files["prediction"], labels, case.images[0], names, algorithm=algorithm)
-            else:
-                write_volume(folder / files["prediction"], labels, grid)
-            entries.append(({"assumed": list(grid.assumed)} if grid.assumed else {}) | noted)
-        return entries
+    def write(self, case: Case, answer: Segmented, folder: Path) -> Mapping[str, Any]:
+        """Clean a label map, write it and the probabilities, and return what the list shall say.
+
+        Raises:
+            DataError: A file cannot be written.
+        """
+        labels, grid, path = answer.labels_XYZ, answer.grid, folder / self.files_of(case)["prediction"]
+        if answer.probabilities is not None:
+            with answer.probabilities as kept:
+                kept.save()
+        min_ml = self.settings.min_component_ml
+        remove_components(labels, spacing_mm=grid.spacing_mm, largest=self.largest, min_ml=min_ml)
+        if self.settings.format == "dicom_seg":
+            from mim3d.scans.dicom.segmentation import write_dicom_seg
+
+            # What the network can give: a label that was ignored in training is no segment.
+            names = {value: self.first.labels.get(value, str(value)) for value in self.targets.label_values}
+            write_dicom_seg(path, labels, case.images[0], names, algorithm=f"mim3d {self.digest[:12]}")
+        else:
+            write_volume(path, labels, grid)
+        return answer.noted
 
     def segment(
         self,
-        case: Case,
+        prepared: Prepared,
         *,
         probability_target: ProbabilityTarget | None = None,
         on_windows: Callable[[int, int], None] | None = None,
-        on_prepared: Callable[[Prepared], None] | None = None,
-    ) -> tuple[npt.NDArray[np.integer], Grid]:
-        """Return label values ``(X, Y, Z)`` of a scan on the RAS+ form of its own grid, and that grid.
+    ) -> npt.NDArray[np.integer]:
+        """Return label values ``(X, Y, Z)`` of a scan on the RAS+ form of its own grid.
 
         Args:
-            case: The scan's files.
+            prepared: What :meth:`read` returns.
             probability_target: Gives the array that probabilities are written to; None for none.
             on_windows: Called with the number of windows that are done and their number in all.
-            on_prepared: Called with the scan as it was read.
 
         Raises:
-            DataError: The scan cannot be used, or has another number of channels.
+            DataError: The scores of the scan do not fit into memory.
         """
-        self.first.check_channels(case)
-        return predict_scan(
+        return predict_prepared(
             [partial(self._logits, network) for network in self.networks],
-            case,
+            prepared,
             readout=readout_of(self.targets),
-            preprocessing=self.first.preprocessing,
             intensity=self.first.intensity,
             windows=self.windows,
             device=self.first.device,
             probability_target=probability_target,
             on_windows=on_windows,
-            in_hu=self.first.in_hu,
-            on_prepared=on_prepared,
         )
 
     def _logits(self, network: TrainedNetwork, window_BCXYZ: Tensor) -> Tensor:
@@ -268,12 +290,15 @@ def readout_of(targets: Targets) -> Readout:
     )
 
 
-def _note(noted: dict[str, Any], network: TrainedNetwork, prepared: Prepared) -> None:
-    """Note what of a scan is unlike training, and the voxel size of its scores where that is not the scan's own."""
-    if said := network.warnings_on(prepared):
-        noted["warnings"] = said
-    if prepared.spacing_mm != prepared.grid.spacing_mm:
-        noted["computed_mm"] = list(prepared.spacing_mm)
+def _noted(network: TrainedNetwork, prepared: Prepared) -> dict[str, Any]:
+    """Return what the list says: what was assumed, what is unlike training, and another voxel size of the scores."""
+    is_resampled = prepared.spacing_mm != prepared.grid.spacing_mm
+    noted = {
+        "assumed": list(prepared.grid.assumed),
+        "warnings": network.warnings_on(prepared),
+        "computed_mm": list(prepared.spacing_mm) if is_resampled else [],
+    }
+    return {name: said for name, said in noted.items() if said}
 
 
 def is_dicom(case: Case) -> bool:
