@@ -68,7 +68,7 @@ FACTS = ("datasets.published.sets.",)
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3130,
+    "core": 3155,
     "kernels": 980,
     "scans": 4640,
     "nn": 936,

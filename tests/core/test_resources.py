@@ -1,10 +1,20 @@
-"""Memory as the system and its control groups count it, read from sample files."""
+"""Memory and cores as the system and its control groups count them, read from sample files."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from mim3d.core.resources import available_memory_bytes, in_words, peak_memory_bytes, resident_memory_bytes
+from mim3d.core import resources
+from mim3d.core.resources import (
+    available_memory_bytes,
+    choose_device,
+    in_words,
+    num_cores,
+    peak_memory_bytes,
+    resident_memory_bytes,
+)
 
 GIB = 2**30
 
@@ -69,6 +79,38 @@ def test_groups_of_the_first_version_count_too(tmp_path):
         "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{5 * GIB}\n",
     }
     assert available_memory_bytes(write(tmp_path, files)) == 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 64),
+        ({"sys/fs/cgroup/job/cpu.max": "max 100000\n"}, 64),
+        ({"sys/fs/cgroup/job/cpu.max": "400000 100000\n"}, 4),
+        ({"sys/fs/cgroup/job/cpu.max": "50000 100000\n"}, 1),
+        ({"sys/fs/cgroup/job/cpu.max": "250000 100000\n", "sys/fs/cgroup/cpu.max": "800000 100000\n"}, 3),
+        ({"sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "200000", "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000"}, 2),
+        ({"sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000"}, 64),
+    ],
+)
+def test_cores_are_those_that_every_group_grants(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(64)), raising=False)
+    assert num_cores(write(tmp_path, {"proc/self/cgroup": "4:cpu,cpuacct:/job\n0::/job\n", **files})) == expected
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 1), ("3", 3)])
+def test_threads_are_no_more_than_the_granted_cores_unless_told(monkeypatch, asked, expected):
+    monkeypatch.setattr(resources, "num_cores", lambda: 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        choose_device("cpu")
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_the_process_holds_and_has_held(tmp_path):

@@ -1,5 +1,6 @@
 """What the machine has: cores, memory as the system and its control groups count it, and devices to compute on."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,9 +56,26 @@ def in_words(num_bytes: int) -> str:
     return f"{size:.1f} GiB" if size < 1000 else f"{size / 1024:.1f} TiB"
 
 
-def num_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def num_cores(root: Path = _ROOT) -> int:
+    """Number of cores that this process may use: those it may run on, and no more than its control groups grant.
+
+    Args:
+        root: Folder that the system's files lie in. It is another than ``/`` in tests alone.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([allowed, *_cores_of_groups(root)])
+
+
+def limit_threads() -> None:
+    """Let PyTorch compute by no more threads than there are cores for this process, unless OMP_NUM_THREADS is set.
+
+    PyTorch counts the machine's cores. In a container that is granted four of 64, its threads would wait for each
+    other.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (granted := num_cores()):
+        torch.set_num_threads(granted)
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int | None:
@@ -115,13 +133,26 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                 yield max(0, limit - used + cached)
 
 
-def _groups(root: Path) -> list[Path]:
+def _cores_of_groups(root: Path) -> Iterator[int]:
+    """Cores that each control group around this process grants, by its share of time, rounded up."""
+    for group in _groups(root, "cpu"):
+        try:
+            quota, period = (root / "sys/fs/cgroup" / group / "cpu.max").read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            older = root / "sys/fs/cgroup/cpu" / group
+            quota, period = (str(_number(older / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+        if quota.isdigit() and period.isdigit() and int(quota) and int(period):
+            yield math.ceil(int(quota) / int(period))
+
+
+def _groups(root: Path, controller: str = "memory") -> list[Path]:
     """This process's groups and those above, as folders below a mount; a container may see only the topmost."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    named = [line.split(":", 2)[2] for line in lines if line.split(":")[1:2] in ([""], ["memory"])]
+    fields = [line.split(":", 2) for line in lines if line.count(":") >= 2]
+    named = [path for _, names, path in fields if names == "" or controller in names.split(",")]
     paths = [Path(*(part for part in name.split("/") if part not in ("", ".."))) for name in named]
     return list(dict.fromkeys(group for path in [*paths, Path()] for group in (path, *path.parents)))
 
@@ -153,7 +184,7 @@ def choose_accelerator(name: str) -> str:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device for an ``accelerator`` setting, once it is known to be there.
+    """The device for an ``accelerator`` setting, once it is known to be there; threads are limited on the way.
 
     Args:
         name: One of :data:`KINDS`, or ``auto`` for the fastest kind that this machine has.
@@ -170,6 +201,7 @@ def choose_device(name: str) -> "torch.device":
         raise ConfigError(
             f"accelerator is '{name}', but this machine shows no such device; use accelerator {there}, or auto."
         )
+    limit_threads()
     return torch.device(kind)
 
 
