@@ -15,6 +15,7 @@ _HOMES = {
     "pretrain": "mim3d.commands.pretrain",
     "finetune": "mim3d.commands.finetune",
     "predict": "mim3d.commands.predict",
+    "embed": "mim3d.commands.embed",
     "evaluate": "mim3d.commands.evaluate",
     "export": "mim3d.commands.export",
     "probe": "mim3d.commands.probe",
@@ -37,6 +38,7 @@ __all__ = [
     "cache",
     "compare",
     "create_model",
+    "embed",
     "evaluate",
     "export",
     "finetune",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from mim3d.caching.cache import open_cache
     from mim3d.commands.cache import cache
     from mim3d.commands.compare import compare
+    from mim3d.commands.embed import embed
     from mim3d.commands.evaluate import evaluate
     from mim3d.commands.export import export
     from mim3d.commands.finetune import finetune

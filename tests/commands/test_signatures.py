@@ -19,6 +19,7 @@ def test_the_commands_are_those_that_work():
         "pretrain",
         "finetune",
         "predict",
+        "embed",
         "evaluate",
         "probe",
         "compare",
@@ -101,7 +102,11 @@ def test_a_python_call_takes_paths_and_numbers_of_numpy(tmp_path):
 def test_only_what_a_command_is_about_may_be_given_by_position_in_python(name):
     parameters = inspect.signature(getattr(mim3d, name)).parameters.values()
     by_position = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    natural = {"predict": ["weights", "out", "input"], "probe": ["weights", "data", "out"]}
+    natural = {
+        "predict": ["weights", "out", "input"],
+        "embed": ["scans", "weights", "out"],
+        "probe": ["weights", "data", "out"],
+    }
     assert by_position == natural.get(name, [p.name for p in parameters if p.default is inspect.Parameter.empty])
 
 

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from mim3d.cli.arguments import Signature
 
 #: Commands that print much after a warning, so that it is said again at the end: so many of them, as files have all.
-SAYING_AGAIN = ("pretrain", "finetune", "predict", "evaluate", "probe")
+SAYING_AGAIN = ("pretrain", "finetune", "predict", "embed", "evaluate", "probe")
 MOST_SAID_AGAIN = 10
 
 #: Commands that keep what they have done when they are stopped, and go on from there.
-GOING_ON = ("phantom", "cache", "pretrain", "finetune", "predict", "compare")
+GOING_ON = ("phantom", "cache", "pretrain", "finetune", "predict", "embed", "compare")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ COMMANDS = {
     "pretrain": Command("mim3d.commands.pretrain:pretrain", "Learn an encoder from unlabelled scans."),
     "finetune": Command("mim3d.commands.finetune:finetune", "Learn a task from labels, with or without an encoder."),
     "predict": Command("mim3d.commands.predict:predict", "Segment or classify scans, each on its own grid."),
+    "embed": Command("mim3d.commands.embed:embed", "Turn scans into a table of features.", ("scans",)),
     "evaluate": Command("mim3d.commands.evaluate:evaluate", "Score label maps or classes against references."),
     "probe": Command("mim3d.commands.probe:probe", "Score frozen features by simple classifiers."),
     "compare": Command("mim3d.commands.compare:compare", "Compare methods, weights and networks on your data."),

@@ -142,6 +142,54 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Label maps of scans.
+
+    Attributes:
+        paths: Label map of each scan that has one, by the id of the scan.
+        labels: Declared label value -> name; empty where nothing is declared.
+        ignore_label: Declared value of voxels that nothing is known of.
+    """
+
+    paths: Mapping[str, str]
+    labels: Mapping[int, str]
+    ignore_label: int | None
+
+
+def masks_of(masks: str, cases: Sequence[Case]) -> Masks:
+    """Match label maps with scans: by the files of the scans where both sides name them, else by id, as for scores.
+
+    Args:
+        masks: Folder of label maps, with a `predictions.json` that is followed where there is one; label files; or any
+            form of DATA with labels.
+        cases: The scans.
+
+    Raises:
+        DataError: There are no label maps, none belongs to a scan, or one could belong to several.
+    """
+    is_listed = os.path.isfile(os.path.join(masks, LIST_NAME))
+    found = _predicted(masks)[0] if is_listed else _referenced(masks)
+    by_files = {resolved(case.images): case.id for case in found.cases if case.images}
+    matched = {case.id: by_files[key] for case in cases if (key := resolved(case.images)) in by_files}
+    taken = set(matched.values())
+    ours = [case.id for case in cases if case.id not in matched]
+    matched |= matched_ids(ours, [c.id for c in found.cases if c.id not in taken], ("the scans", "the masks"))
+    if not matched:
+        raise DataError(
+            f"{masks}: no mask is named like a scan; the masks are {listed(sorted(c.id for c in found.cases))}, the "
+            f"scans {listed(sorted(ours))}."
+        )
+    differing = [
+        f"{name} with {other}" for name, other in sorted(matched.items()) if name != other and other not in taken
+    ]
+    if differing:
+        warnings.warn(f"Masks of other names than their scans: {listed(differing)}.", stacklevel=3)
+    path_of = {case.id: str(case.label) for case in found.cases}
+    paths = {name: path_of[other] for name, other in matched.items()}
+    return Masks(paths=paths, labels=found.labels, ignore_label=found.ignore_label)
+
+
 def differing_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[str]:
     """The label values that two sides name differently, for a sentence: ``1 is 'liver' and 'spleen'``."""
     both = sorted(ours.keys() & theirs.keys())

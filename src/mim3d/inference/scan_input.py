@@ -3,7 +3,7 @@
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mim3d.backbones.contract import check_multiple, round_up
+from mim3d.backbones.contract import Backbone, check_multiple, round_up
 from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.names import number_of
-from mim3d.core.settings import build_settings
+from mim3d.core.settings import build_settings, coerce
 from mim3d.core.types import Named, Spacing, Triple
 from mim3d.core.warned import UnlikeTrainingWarning, WeightsWarning
 from mim3d.datasets.cases import Case, read_cases
@@ -100,6 +100,104 @@ class ScanInput:
             yield origin, self.crop(origin, size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LearnedInput:
+    """What the encoder of some weights takes, as far as these say it.
+
+    Attributes:
+        weights: Where they lie, as the user named it.
+        recipe: Settings of the encoder.
+        preprocessing: The voxel size that it learned from; each scan's own where nothing says it.
+        intensity: How intensities were mapped; None where nothing says it.
+        input_range: What it learned from, in ranges; None where nothing says it.
+        window_size: Voxels of what it saw at a time; None where nothing says it.
+    """
+
+    weights: str
+    recipe: Backbone
+    preprocessing: Preprocessing
+    intensity: Intensity | None
+    input_range: InputRange | None
+    window_size: Triple | None
+
+    @classmethod
+    def of(cls, weights: str | Path, backbone: Named | None = None) -> "LearnedInput":
+        """What the card of some weights says; of those without one nothing but the encoder is known.
+
+        Raises:
+            CheckpointError: The weights cannot be read, or do not say which encoder they are of.
+            ConfigError: The backbone is unknown.
+        """
+        recipe, card = recipe_of(weights, backbone), read_card(weights)
+        with card_settings(weights):
+            known, mapped = card.get("input_range"), card.get("intensity")
+            return cls(
+                weights=str(weights),
+                recipe=recipe,
+                preprocessing=build_settings(Preprocessing, {"spacing_mm": card.get("spacing_mm")}, "card"),
+                intensity=None if mapped is None else build_settings(Intensity, mapped, "intensity"),
+                input_range=None if known is None else build_settings(InputRange, known, "input_range"),
+                window_size=_seen_size(card),
+            )
+
+    @property
+    def in_hu(self) -> tuple[bool, ...]:
+        """For each channel whether it learned from CT in HU; empty where nothing says it."""
+        return () if self.input_range is None else self.input_range.in_hu
+
+    def check_channels(self, num_channels: int, name: str) -> None:
+        """Refuse a scan of another number of channels than the encoder learned from.
+
+        Args:
+            num_channels: Its channels.
+            name: Its first file, for the message.
+
+        Raises:
+            DataError: The sentence names both numbers.
+        """
+        if num_channels != self.recipe.in_channels:
+            raise DataError(
+                f"{name}: a scan of {number_of(num_channels, 'channel')}, but {self.weights} learned from "
+                f"{self.recipe.in_channels}; give one file for each channel, in the order of training."
+            )
+
+    def warnings_on(self, prepared: Prepared) -> list[str]:
+        """Sentences on what of a scan lies far outside of what the encoder learned from."""
+        return [] if self.input_range is None else self.input_range.warnings_on(prepared)
+
+    def scan(self, found: CachedScan | Prepared, intensity: Intensity) -> ScanInput:
+        """A scan as the encoder takes it.
+
+        Args:
+            found: The scan, in a cache or in memory.
+            intensity: How its intensities are mapped.
+        """
+        x, y, z = found.shape if isinstance(found, CachedScan) else found.image.shape[1:]
+        return ScanInput(
+            shape=(x, y, z),
+            spacing_mm=found.spacing_mm,
+            affine=found.affine,
+            intensity=intensity,
+            multiple=self.recipe.input_multiple,
+            padding=tuple(padding_values(intensity, found.statistics)),
+            part_of=partial(_part_of, found, intensity),
+        )
+
+
+def _seen_size(card: Mapping[str, Any]) -> Triple | None:
+    """Voxels of what an encoder saw at a time, in pre-training or for its task; None where its card does not say."""
+    task = card.get("task") or {}
+    found = card.get("input_size") or task.get("patch_size") or task.get("size")
+    size: Triple | None = coerce([found] * 3 if isinstance(found, int) else found, Triple | None, "input_size")
+    return size
+
+
+def usual_intensity(found: CachedScan | Prepared) -> Intensity:
+    """The mapping of intensities for weights that do not say it: the window of CT, else the z-score."""
+    is_ct = all(channel.in_hu for channel in found.modalities)
+    return Intensity() if is_ct else Intensity(kind="zscore", window=None)
+
+
 def load_scan(
     scan: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | CachedScan,
     weights: str | Path,
@@ -124,48 +222,29 @@ def load_scan(
         CheckpointError: The weights cannot be read, or do not say which encoder they are of.
         ConfigError: The modality or the backbone is unknown.
     """
-    recipe, card = recipe_of(weights, backbone), read_card(weights)
-    with card_settings(weights):
-        preprocessing = build_settings(Preprocessing, {"spacing_mm": card.get("spacing_mm")}, "card")
-        known, mapped = card.get("input_range"), card.get("intensity")
-        learned = None if known is None else build_settings(InputRange, known, "input_range")
-        intensity = None if mapped is None else build_settings(Intensity, mapped, "intensity")
+    learned = LearnedInput.of(weights, backbone)
     case = scan.case if isinstance(scan, CachedScan) else _case_of(scan, modality)
     num_channels = scan.num_channels if isinstance(scan, CachedScan) else len(case.images)
-    if num_channels != recipe.in_channels:
-        raise DataError(
-            f"{case.images[0]}: a scan of {number_of(num_channels, 'channel')}, but {weights} learned from "
-            f"{recipe.in_channels}; give one file for each channel, in the order of training."
-        )
+    learned.check_channels(num_channels, case.images[0])
     found: CachedScan | Prepared
     if isinstance(scan, CachedScan):
-        _check_spacing(scan, preprocessing.spacing_mm, weights)
-        found, shape = scan, scan.shape
+        _check_spacing(scan, learned.preprocessing.spacing_mm, weights)
+        found = scan
     else:
-        in_hu = () if learned is None else learned.in_hu
-        found = prepare(case, preprocessing, with_label=False, set_in_hu=in_hu)
-        x, y, z = found.image.shape[1:]
-        shape = (x, y, z)
-        for text in () if learned is None else learned.warnings_on(found):
+        found = prepare(case, learned.preprocessing, with_label=False, set_in_hu=learned.in_hu)
+        for text in learned.warnings_on(found):
             warnings.warn(f"{case.images[0]}: {text}", category=UnlikeTrainingWarning, stacklevel=2)
+    intensity = learned.intensity
     if intensity is None:
-        is_ct = all(channel.in_hu for channel in found.modalities)
-        intensity = Intensity() if is_ct else Intensity(kind="zscore", window=None)
+        intensity = usual_intensity(found)
         warnings.warn(
-            f"{weights} does not say how scans were prepared; {'the window of CT' if is_ct else 'a z-score'} and the "
-            "scan's own voxel size are used.",
+            f"{weights} does not say how scans were prepared; "
+            f"{'the window of CT' if intensity.kind == 'window' else 'a z-score'} and the scan's own voxel size are "
+            "used.",
             category=WeightsWarning,
             stacklevel=2,
         )
-    return ScanInput(
-        shape=shape,
-        spacing_mm=found.spacing_mm,
-        affine=found.affine,
-        intensity=intensity,
-        multiple=recipe.input_multiple,
-        padding=tuple(padding_values(intensity, found.statistics)),
-        part_of=partial(_part_of, found, intensity),
-    )
+    return learned.scan(found, intensity)
 
 
 def _part_of(scan: CachedScan | Prepared, intensity: Intensity, part: tuple[slice, ...]) -> Tensor:

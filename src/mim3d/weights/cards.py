@@ -83,6 +83,7 @@ _ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "backbone": (_is_named, "a name, or a mapping with a name and settings"),
     "input_multiple": (_is_size, "three whole numbers of voxels"),
     "patch_size": (_is_size, "three whole numbers of voxels"),
+    "input_size": (_is_size, "three whole numbers of voxels"),
     "orientation": (_is_text, "text"),
     "spacing_mm": (_is_spacing, f"null, or three numbers of millimetres above 0 and at most {LARGEST_VOXEL_MM:g}"),
     "intensity": (lambda value: value is None or isinstance(value, dict), "a mapping of settings"),

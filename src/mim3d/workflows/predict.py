@@ -496,6 +496,7 @@ def input_cases(
     with_labels: bool = False,
     modality: str | None = None,
     channels: Sequence[str] = (),
+    flag: str = "--input",
 ) -> list[Case]:
     """Find the scans behind files, folders, DICOM trees and lists; labels are left out unless asked for.
 
@@ -507,7 +508,7 @@ def input_cases(
     """
     names = [inputs] if isinstance(inputs, str) else list(inputs)
     if not names:
-        raise DataError("--input is empty; name files, folders or lists of scans.")
+        raise DataError(f"{flag} is empty; name files, folders or lists of scans.")
     found: list[tuple[str, Case]] = []
     for name in names:
         if len(names) > 1 and not os.path.exists(name):
@@ -518,7 +519,7 @@ def input_cases(
             found += [(name, case) for case in read.cases]
     twice = [images for images, count in Counter(case.images for _, case in found).items() if count > 1]
     if twice:
-        raise DataError(f"{twice[0][0]} is named twice by --input; name every scan once.")
+        raise DataError(f"{twice[0][0]} is named twice by {flag}; name every scan once.")
     counts = Counter(same_name(case.id) for _, case in found)
     cases = [
         case

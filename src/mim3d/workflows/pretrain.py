@@ -14,7 +14,7 @@ from mim3d.caching.summary import cohort_of
 from mim3d.core.errors import BothSetError, ConfigError, DataError
 from mim3d.core.progress import say
 from mim3d.core.run_folder import Run, read_run
-from mim3d.core.settings import to_named
+from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Named, Spacing
 from mim3d.core.warned import LearningWarning
 from mim3d.datasets.cases import Case, CaseSet, read_cases
@@ -38,7 +38,7 @@ from mim3d.workflows.shared.first_screen import fold_line, network_line, say_wha
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task, split_in_words
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
 from mim3d.workflows.shared.leakage import check_leakage, identities_of, seen_from, write_seen
-from mim3d.workflows.shared.memory import pretraining_sample, pretraining_variants, require_memory
+from mim3d.workflows.shared.memory import largest_image, pretraining_sample, pretraining_variants, require_memory
 from mim3d.workflows.shared.training import TrainingSettings, joined_processes
 
 #: Lines of metrics from which a part may be called idle.
@@ -181,7 +181,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         loader = settings.loader(scans, method.sampler(recipe), mapping, on_damage=adding_to(left_out, scans))
         if run.writes and (slow := loader.slow_levels):
             say(f"note: {slow}")
-        card = encoder_card(recipe, mapping, scans)
+        card = {**encoder_card(recipe, mapping, scans), "input_size": to_mapping(largest_image(sample))}
         keeper = EncoderKeeper(run, card)
         if probe is not None:
             items = probe.prepared(run, settings, objective.encoder, card) if run.writes else None

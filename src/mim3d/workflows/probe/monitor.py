@@ -22,7 +22,7 @@ from mim3d.core.warned import UnfinishedWarning, WarningRow, published
 from mim3d.datasets.cases import Case, CaseSet
 from mim3d.datasets.splits import Split, split_cases
 from mim3d.objective import Objective
-from mim3d.probing.items import ProbeSet
+from mim3d.probing.items import LARGEST_PLANNED_EDGE, ProbeSet
 from mim3d.probing.probe import Probed, probe_encoder, random_encoder, without_encoder
 from mim3d.probing.settings import Probing
 from mim3d.training.checkpoint import load_best
@@ -33,6 +33,7 @@ from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task
 from mim3d.workflows.shared.initialisation import Initialisation
 from mim3d.workflows.shared.inputs import check_channels, unreadable_of
 from mim3d.workflows.shared.leakage import SEEN_NAME
+from mim3d.workflows.shared.memory import largest_image
 from mim3d.workflows.shared.training import TrainingSettings
 
 #: The score by which the best encoder is kept.
@@ -96,9 +97,7 @@ class ProbePlan:
         """
         if data is None:
             return None
-        images = [shape[2:] for shape, kind in sample.values() if len(shape) == 5 and kind.is_floating_point]
-        x, y, z = max(images, key=math.prod)
-        plan = cls(data, every, None, folds, (x, y, z), seed)
+        plan = cls(data, every, None, folds, largest_image(sample) or (LARGEST_PLANNED_EDGE,) * 3, seed)
         if data == PHANTOM:
             if recipe.in_channels != 1:
                 raise ConfigError(

@@ -1,5 +1,6 @@
 """Before a run begins: the memory it will need, and where that is not there, the settings with which it fits."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
@@ -64,6 +65,13 @@ def pretraining_sample(method: Method, recipe: Backbone, shape: Triple) -> Sampl
     """Shapes and types of one sample, drawn as if from a scan of ``shape`` voxels."""
     scan = cast(CachedScan, ScanOutline(shape))
     return method.sampler(recipe).draw(scan, np.random.default_rng(0)).shapes(recipe.in_channels)
+
+
+def largest_image(sample: SampleShapes) -> Triple | None:
+    """Voxels of the largest volume of a sample that the encoder sees; None where it has no volumes."""
+    images = [shape[2:] for shape, kind in sample.values() if len(shape) == 5 and kind.is_floating_point]
+    x, y, z = max(images, key=math.prod, default=(0, 0, 0))
+    return (x, y, z) if images else None
 
 
 def finetuning_variants(build: Callable[[Backbone], Objective], recipe: Backbone) -> StepVariants:
