@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from mim3d.backbones import Hybrid, ViT
-from mim3d.backbones.contract import Backbone, Encoder
+from mim3d.backbones.contract import Backbone, Encoder, VisibleEncoder
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.loading.samples import SampleDataset
@@ -66,7 +66,8 @@ def batch_of(method: MiM | MaskedCropMethod, recipe: Backbone, samples: int = 2)
 
 def mae(recipe: Backbone, **changes: Any) -> tuple[Any, Batch]:
     """An objective in float64 and a batch."""
-    method = MAE(**{"size": (8, 16, 16), **DECODER, **changes}).planned(recipe, [(40, 40, 40)])
+    own = DECODER if issubclass(recipe.encoder_class, VisibleEncoder) else {}
+    method = MAE(**{"size": (8, 16, 16), **own, **changes}).planned(recipe, [(40, 40, 40)])
     torch.manual_seed(0)
     objective = method.build(recipe).double()
     batch = {
@@ -258,6 +259,31 @@ def test_large_scans_get_the_papers_crop() -> None:
 def test_settings_that_cannot_work_are_refused(recipe: Backbone, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         MAE(**{**DECODER, **changes}).planned(recipe, [HIPPOCAMPUS])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "said"),
+    [
+        (
+            Stages(),
+            {"decoder_depth": 4},
+            r"decoder_depth \(4\) means nothing for a backbone of feature maps.*leave it",
+        ),
+        (
+            HYBRID,
+            {"mask_fill": "zero"},
+            r"mask_fill \(zero\) means nothing for an encoder .* hybrid is",
+        ),
+        (VIT, {"skip_connections": False}, r"skip_connections \(False\) means nothing"),
+    ],
+)
+def test_settings_that_would_be_passed_over_are_refused(recipe: Backbone, changes: dict[str, Any], said: str) -> None:
+    method = MAE(**changes)
+    for ask in (method.check_backbone, method.build):
+        with pytest.raises(ConfigError, match=said):
+            ask(recipe)
+    planned = MAE().planned(recipe, [HIPPOCAMPUS])
+    planned.check_backbone(recipe)
 
 
 def test_logs_tell_health_from_collapse() -> None:

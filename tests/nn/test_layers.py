@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from mim3d.nn.blocks import Pointwise, Projection
+from mim3d.nn.blocks import InstanceNorm, Pointwise, Projection, SingleVoxelNorm
 from mim3d.nn.tokens import sincos_positions
 from mim3d.nn.volumes import from_blocks, patchify, to_blocks, unpatchify
 
@@ -29,3 +29,17 @@ def test_positions_differ_everywhere_and_leftover_channels_are_zero() -> None:
     assert positions.shape == (24, 20)
     assert (positions[:, 18:] == 0).all()
     assert len(torch.unique(positions, dim=0)) == 24
+
+
+def test_instance_norms_take_a_single_voxel_and_do_not_depend_on_the_layout() -> None:
+    torch.manual_seed(0)
+    volume = torch.randn(2, 16, 5, 6, 7)
+    for kind in (SingleVoxelNorm, InstanceNorm):
+        norm = kind(16, affine=True)
+        torch.nn.init.normal_(norm.bias)
+        torch.testing.assert_close(norm(volume[:1, :, :1, :1, :1]).flatten(), norm.bias, atol=1e-3, rtol=0)
+        torch.testing.assert_close(norm(volume), F.instance_norm(volume, weight=norm.weight, bias=norm.bias))
+    # In bfloat16 convolutions give maps channels last, for which group norms have a gradient that takes far longer.
+    for dtype in (torch.float32, torch.bfloat16):
+        normed = norm(volume.to(dtype, memory_format=torch.channels_last_3d))
+        assert normed.is_contiguous() and torch.equal(normed, norm(volume.to(dtype)))

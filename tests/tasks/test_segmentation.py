@@ -114,6 +114,17 @@ def test_every_parameter_of_encoder_stages_and_decoder_gets_a_gradient(backbone,
     assert all(parameter.grad is not None for parameter in objective.parameters())
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("backbone", [Pools(), Pools(strides=(4,), widths=(6,)), Pools(strides=(1, 2), widths=(3, 4))])
+def test_a_crop_of_a_single_token_trains_in_a_batch_of_one(backbone, decoder):
+    objective = Segmentation(feature_dim=4, decoder=decoder).build(backbone, LABELS)
+    size = backbone.input_multiple
+    batch = {"image": torch.randn(1, 1, 1, *size), "label": torch.randint(0, 2, (1, 1, *size)) * 2}
+    loss = objective(batch, 0.0).loss
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in objective.parameters())
+
+
 def test_a_perfect_prediction_has_almost_no_loss_and_terms_are_logged_by_name():
     objective = Segmentation(feature_dim=4).build(Pools(), LABELS)
     label = torch.tensor([0, 2, 5])[torch.randint(0, 3, (2, 1, 8, 8, 8))]

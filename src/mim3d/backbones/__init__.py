@@ -21,7 +21,7 @@ BACKBONES: dict[str, type[Backbone] | Backbone] = {
     "hybrid_large": Hybrid(widths=(64, 128, 256, 512), depths=(2, 2, 4, 20), num_heads=16),
     "hybrid_huge": Hybrid(widths=(96, 192, 384, 768), depths=(2, 2, 6, 28), num_heads=16),
     "swin": Swin,
-    "swin_nano": Swin(feature_size=24, depths=(2, 2, 2), num_heads=(3, 6, 12)),
+    "swin_nano": Swin(feature_size=24, depths=(2, 2), num_heads=(3, 6)),
     "swin_tiny": Swin(feature_size=24),
     "swin_small": Swin(feature_size=48),
     "swin_base": Swin(feature_size=96),

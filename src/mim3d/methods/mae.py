@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mim3d.backbones import BACKBONES
 from mim3d.backbones.contract import Backbone, VisibleEncoder, size_text
 from mim3d.core.errors import ConfigError
+from mim3d.core.settings import to_named
 from mim3d.core.types import Triple
 from mim3d.methods.masked import MaskedAutoencoding
 from mim3d.methods.masked_crop import MaskedCropMethod, MaskedCropObjective
@@ -59,6 +61,20 @@ class MAE(MaskedCropMethod, MaskedAutoencoding):
             warmup_ratio=0.05,
         )
 
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse settings that mean nothing for the decoder of this backbone."""
+        super().check_backbone(backbone)
+        idle, why = ["decoder_dim", "decoder_depth", "decoder_num_heads"], "a backbone of feature maps"
+        if issubclass(backbone.encoder_class, VisibleEncoder):
+            idle, why = ["mask_fill", "skip_connections"], "an encoder that is shown visible tokens alone"
+        for name in idle:
+            if getattr(self, name) != getattr(MAE, name):
+                kind = to_named(backbone, BACKBONES)["name"]
+                raise ConfigError(
+                    f"method.{name} ({getattr(self, name)}) means nothing for {why}, as that of backbone {kind} is; "
+                    "leave it out."
+                )
+
     def own_mask_size(self, backbone: Backbone, shape: Triple) -> Triple:
         """The token of an encoder that is shown visible ones alone; else 16^3, in small scans 8^3."""
         if issubclass(backbone.encoder_class, VisibleEncoder):
@@ -102,6 +118,7 @@ class MAE(MaskedCropMethod, MaskedAutoencoding):
 
     def build(self, backbone: Backbone) -> MaskedCropObjective:
         """Encoder and decoder."""
+        self.check_backbone(backbone)
         if issubclass(backbone.encoder_class, VisibleEncoder):
             return MAEObjective(self, backbone)
         return DenseMAEObjective(self, backbone)

@@ -97,6 +97,10 @@ class MiM(MaskedAutoencoding):
         lines += why_fewer_levels(levels, backbone.token_size, shapes)
         if any(min(geometry.token_grid) < 4 for geometry in hierarchy.levels):
             lines.append("note: a level with fewer than 4 tokens along an axis has little to tell hidden places by")
+        if self.alignment == "cosine" and (self.temperature, self.negatives) != (MiM.temperature, MiM.negatives):
+            lines.append(
+                "note: temperature and negatives are of the contrastive alignment; the cosine form has neither"
+            )
         return lines
 
     def details(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:

@@ -10,7 +10,7 @@ from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mim3d.nn.blocks import InstanceNorm, Pointwise
+from mim3d.nn.blocks import InstanceNorm, Pointwise, SingleVoxelNorm
 
 # Shape suffixes: B samples, C channels of the input, K channels of the output, X Y Z space.
 
@@ -143,6 +143,11 @@ class UNetDecoder(SegmentationDecoder):
         for (stride, width), (coarser_stride, coarser_width) in itertools.pairwise(levels):
             factor = coarser_stride // stride
             self.ups.append(UnetrUpBlock(3, coarser_width, width, 3, factor, norm_name="instance", res_block=True))
+        # MONAI's blocks refuse a map of a single voxel, which the coarsest is where a crop is one token.
+        for block in [block for block in self.modules() if not isinstance(block, SingleVoxelNorm)]:
+            for name, norm in block.named_children():
+                if isinstance(norm, nn.InstanceNorm3d):
+                    setattr(block, name, SingleVoxelNorm(norm.num_features, norm.eps, affine=norm.affine))
 
     @staticmethod
     def _make_head(width: int, num_classes: int) -> nn.Module:
@@ -214,11 +219,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv3d(dim_in, dim_out, 3, padding=1, bias=False)
         self.conv2 = nn.Conv3d(dim_out, dim_out, 3, padding=1, bias=False)
-        # A group norm with one channel a group is an instance norm that also takes a map of a single voxel.
-        self.norm1, self.norm2 = (nn.GroupNorm(dim_out, dim_out) for _ in range(2))
+        self.norm1, self.norm2 = (InstanceNorm(dim_out, affine=True) for _ in range(2))
         same = dim_in == dim_out
         self.residual = None if same else nn.Conv3d(dim_in, dim_out, 1, bias=False)
-        self.norm3 = None if same else nn.GroupNorm(dim_out, dim_out)
+        self.norm3 = None if same else InstanceNorm(dim_out, affine=True)
 
     def forward(self, features_BCXYZ: Tensor) -> Tensor:
         """Features ``(B, dim_out, X, Y, Z)``."""
