@@ -61,10 +61,11 @@ SHORT_FILES = {
     "__main__": "python -m mim3d",
     "core.types": "names of types for every room",
     "core.errors": "the errors of every room",
+    "workflows.weights": "what weights are is said by their room",
 }
 
 #: Folders of facts, one short file each.
-FACTS = ("datasets.published.sets.",)
+FACTS = ("datasets.published.sets.", "weights.families.")
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
@@ -80,8 +81,8 @@ BUDGET = {
     "reporting": 2200,
     "caching": 4430,
     "objective": 150,
-    "weights": 1592,
-    "inference": 1616,
+    "weights": 2485,
+    "inference": 1620,
     "planning": 950,
     "loading": 1055,
     "distributed": 715,
@@ -90,7 +91,7 @@ BUDGET = {
     "methods": 2461,
     "probing": 850,
     "exporting": 1150,
-    "workflows": 9116,
+    "workflows": 9185,
     "commands": 270,
     "cli": 820,
     "__main__": 15,

@@ -1,7 +1,8 @@
 """mim3d: masked pre-training and fine-tuning for 3-D medical images.
 
 The commands of the command line are functions here under the same names and with the same arguments:
-``mim3d.pretrain(data=..., out=...)``. Nothing heavy is imported before it is used.
+``mim3d.pretrain(data=..., out=...)``. Only ``weights`` is a room here, as which it has :func:`mim3d.weights.describe`.
+Nothing heavy is imported before it is used.
 """
 
 import importlib

@@ -16,7 +16,8 @@ from mim3d.nn.decoder import TokenDecoder
 from mim3d.nn.losses import reconstruction_loss
 from mim3d.nn.tokens import split_tokens, take_tokens
 from mim3d.nn.volumes import patchify
-from mim3d.weights import to_own_names
+from mim3d.weights.families.mim import MIM
+from mim3d.weights.states import HeldWeights
 
 
 def small_encoder(**changes: object) -> HybridEncoder:
@@ -132,7 +133,7 @@ def published(shared_data: object) -> dict[str, object]:
     """The published network with its recorded weights, and what it gave."""
     folder = shared_data.parent / "vectors"
     state = {key: torch.from_numpy(value) for key, value in np.load(folder / "pretrain_small_state.npz").items()}
-    own = to_own_names(state)
+    own = MIM.own_tensors(HeldWeights(state))
     encoder = create_model("hybrid_tiny", depths=(1, 1, 1, 2))
     decoder = TokenDecoder(96, 48, 1, 3, 4096)
     for module, prefix in ((encoder, "encoder."), (decoder, "decoder.")):

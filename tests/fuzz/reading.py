@@ -22,7 +22,8 @@ from mim3d.datasets.cases import read_cases
 from mim3d.datasets.usable import usable_cases
 from mim3d.scans.volumes import channels_of, find_scans, read_grid, read_volume
 from mim3d.tasks.trained import load_trained
-from mim3d.weights import read_state, to_own_names
+from mim3d.weights import read_weights
+from mim3d.weights.families import recognised
 from mim3d.workflows.finetune.planning import read_plan
 from mim3d.workflows.shared.leakage import read_seen
 
@@ -87,7 +88,9 @@ def _network(path: str) -> Iterator[Any]:
 
 
 def _state(path: str) -> Iterator[Any]:
-    state = to_own_names(read_state(path))
+    held = read_weights(path)
+    known = recognised(held)
+    state = held.tensors if known is None else known.tensors
     for name in sorted(state):
         yield repr((name, tuple(state[name].shape), state[name].dtype))
 

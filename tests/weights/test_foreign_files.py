@@ -25,7 +25,8 @@ from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.settings import to_named
 from mim3d.nn.tokens import sincos_positions
 from mim3d.weights import load_encoder, load_into, read_card, save_network
-from mim3d.weights.states import read_state, to_own_names
+from mim3d.weights.families.mim import MIM
+from mim3d.weights.states import HeldWeights, read_state
 from mim3d.workflows.shared.initialisation import initialise
 
 SETTINGS = {"widths": (6, 12, 24), "depths": (1, 1, 2), "num_heads": 2}
@@ -234,10 +235,10 @@ def test_files_of_another_kind_say_what_they_are(tmp_path: Path) -> None:
 def test_a_table_of_positions_may_have_a_row_for_a_class_token(row: int) -> None:
     table = sincos_positions((2, 2, 2), 24)
     state = under("module.") | {"module.pos_embed": torch.cat([torch.zeros(row, 24), table])[None]}
-    assert to_own_names(state).keys() == under("encoder.").keys()
+    assert MIM.own_tensors(HeldWeights(state)).keys() == under("encoder.").keys()
     learned = {**state, "module.pos_embed": torch.randn(1, 8 + row, 24)}
     with pytest.raises(CheckpointError, match="learned its positions"):
-        to_own_names(learned)
+        MIM.own_tensors(HeldWeights(learned))
 
 
 def test_weights_that_are_not_finite_are_refused_and_change_nothing(tmp_path: Path) -> None:
@@ -280,7 +281,7 @@ def test_heads_that_nothing_shows_are_never_guessed(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "own.pt")
     with pytest.raises(CheckpointError, match=r"--backbone\.num_heads"):
         initialise(None, str(tmp_path / "own.pt"), 1)
-    with pytest.warns(UserWarning, match=r"show widths \[6, 12, 24\] and depths \[1, 1, 2\]"):
+    with pytest.warns(UserWarning, match=r"show widths \[6, 12, 24\], depths \[1, 1, 2\]"):
         loaded = load_encoder(tmp_path / "own.pt", {"num_heads": 2})
     assert loaded.recipe == encoder_of().recipe
     with pytest.warns(UserWarning, match="blocks that the file may have lost"):

@@ -70,6 +70,7 @@ COMMANDS = {
     "compare": Command("mim3d.commands.compare:compare", "Compare methods, weights and networks on your data."),
     "export": Command("mim3d.commands.export:export", "Bring a network into the formats of other programs."),
     "report": Command("mim3d.commands.report:report", "Write one HTML page on one or more runs.", ("runs",)),
+    "weights": Command("mim3d.commands.weights:weights", "Say what a file of weights is.", ("file",)),
     "models": Command("mim3d.commands.models:models", "List backbones with their size, methods and tasks."),
 }
 

@@ -19,7 +19,7 @@ from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.names import number_of
-from mim3d.core.settings import build_settings, coerce
+from mim3d.core.settings import build_settings, coerce, to_mapping
 from mim3d.core.types import Named, Spacing, Triple
 from mim3d.core.warned import UnlikeTrainingWarning, WeightsWarning
 from mim3d.datasets.cases import Case, read_cases
@@ -29,6 +29,7 @@ from mim3d.inference.windows import cut_window
 from mim3d.scans.grids import times
 from mim3d.scans.intensity import Intensity
 from mim3d.weights.cards import card_settings, read_card
+from mim3d.weights.description import origin_of
 from mim3d.weights.loading import recipe_of
 
 #: Voxel sizes count as one where they agree to this share, as rounded headers do.
@@ -122,13 +123,16 @@ class LearnedInput:
 
     @classmethod
     def of(cls, weights: str | Path, backbone: Named | None = None) -> "LearnedInput":
-        """What the card of some weights says; of those without one nothing but the encoder is known.
+        """What the card of some weights says; of those without one, what is known of their family, if they have one.
 
         Raises:
             CheckpointError: The weights cannot be read, or do not say which encoder they are of.
             ConfigError: The backbone is unknown.
         """
         recipe, card = recipe_of(weights, backbone), read_card(weights)
+        if (origin := origin_of(weights)) is not None:
+            expects = to_mapping(origin.expects)
+            card = {"spacing_mm": expects["spacing_mm"], "intensity": expects["intensity"]}
         with card_settings(weights):
             known, mapped = card.get("input_range"), card.get("intensity")
             return cls(

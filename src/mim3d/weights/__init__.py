@@ -4,6 +4,8 @@ Wherever weights are asked for, a run, an exported folder, a file or a Hugging F
 """
 
 from mim3d.weights.cards import card_settings, read_card, require_described
+from mim3d.weights.description import WeightsDescription, WeightsOrigin, describe, origin_of
+from mim3d.weights.families import FAMILIES, ExpectedInput, Family
 from mim3d.weights.folders import (
     CARD_FORMAT,
     CARD_NAME,
@@ -26,32 +28,39 @@ from mim3d.weights.loading import (
     recipe_of_card,
     require_share,
 )
-from mim3d.weights.states import PREFIXES, WRAPPERS, read_state, to_own_names
+from mim3d.weights.states import PREFIXES, WRAPPERS, read_state, read_weights
 
 __all__ = [
     "CARD_FORMAT",
     "CARD_NAME",
+    "FAMILIES",
     "MIN_COVERAGE",
     "PREFIXES",
     "RUN_NETWORKS",
     "WEIGHTS_NAME",
     "WRAPPERS",
     "CoverageReport",
+    "ExpectedInput",
+    "Family",
     "InputLayers",
+    "WeightsDescription",
+    "WeightsOrigin",
     "adapt_input",
     "card_settings",
+    "describe",
     "full_path",
     "is_hub_id",
     "load_encoder",
     "load_into",
     "locate",
+    "origin_of",
     "read_card",
     "read_state",
+    "read_weights",
     "recipe_of",
     "recipe_of_card",
     "require_described",
     "require_share",
     "save_network",
-    "to_own_names",
     "weights_digest",
 ]

@@ -156,6 +156,12 @@ def read_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dic
     return card
 
 
+def has_card(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> bool:
+    """Whether weights are our own: a card lies beside them or within their file, readable or not."""
+    file = card_path(path, networks)
+    return file.name == CARD_NAME or _card_within(file) is not None
+
+
 def _require_small(num_bytes: int) -> None:
     if num_bytes > _LARGEST_BYTES:
         raise ValueError(f"{num_bytes:,} bytes, more than any card has")

@@ -1,16 +1,15 @@
 """Weights into modules, with a report of what fitted; encoders ready to use."""
 
-import re
 import warnings
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mim3d.backbones import BACKBONES, Backbone, Encoder, Hybrid, create_recipe
+from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
 from mim3d.core.errors import CheckpointError, ConfigError, listed
 from mim3d.core.names import cut, number_of, verb_of
 from mim3d.core.own_code import is_dotted_path
@@ -18,15 +17,17 @@ from mim3d.core.progress import say
 from mim3d.core.settings import find_named, update_settings
 from mim3d.core.types import Named
 from mim3d.core.warned import WeightsWarning
-from mim3d.weights.cards import card_settings, read_card, require_described
+from mim3d.weights.cards import card_settings, has_card, read_card, require_described
+from mim3d.weights.families import RecognisedWeights, recognised, unknown_layout
+from mim3d.weights.families.mim import alike
 from mim3d.weights.folders import RUN_NETWORKS
-from mim3d.weights.states import oddity, read_state, to_own_names, without_prefix_of
+from mim3d.weights.states import oddity, read_weights, without_prefix_of
 
 #: Share of an encoder's values that a file must fill before it counts as loaded.
 MIN_COVERAGE = 0.9
 
-#: Sizes of the published networks, whose number of heads is known from the publication.
-_PUBLISHED = ("hybrid_tiny", "hybrid_small", "hybrid_base")
+#: Settings of a backbone that change nothing of what it computes with given weights.
+_OF_TRAINING = ("recompute", "drop_path", "in_channels", "layer_scale")
 
 #: What becomes of the layers that read the input where the number of channels differs, see :func:`adapt_input`.
 InputLayers = Literal["mean", "repeat", "new"]
@@ -99,8 +100,9 @@ def load_into(
     target = module.state_dict()
     inside_encoder = isinstance(module, Encoder)
     own = {key if inside_encoder else key.removeprefix("encoder."): key for key in target}
-    state = to_own_names(read_state(path, networks))
-    state = without_prefix_of(state, {*target, *own})
+    held = read_weights(path, networks)
+    known = None if has_card(path, networks) else recognised(held)
+    state = without_prefix_of(held.tensors, {*target, *own}) if known is None else known.tensors
     if inside_encoder:
         state = {key.removeprefix("encoder."): value for key, value in state.items()}
     elif not any(key.startswith("encoder.") for key in state):
@@ -113,30 +115,17 @@ def load_into(
             "plain numbers that a network learns; save the network as it was trained, in single or half precision."
         )
     state, adapted = adapt_input(module, state, input_layers)
-    fits = {key: value for key, value in state.items() if key in target and target[key].shape == value.shape}
-
-    def num_values(keys: Set[str]) -> int:
-        return sum(target[key].numel() for key in keys)
-
-    report = CoverageReport(
-        matched=tuple(sorted(fits)),
-        missing=tuple(sorted(target.keys() - state.keys())),
-        mismatched=tuple(
-            f"{key}: {tuple(state[key].shape)} for {tuple(target[key].shape)}"
-            for key in sorted(state.keys() & target.keys() - fits.keys())
-        ),
-        left_over=tuple(sorted(state.keys() - target.keys())),
-        coverage=num_values(fits.keys()) / max(1, num_values(target.keys())),
-        adapted=adapted,
-    )
+    fits, report = fitting(target, state, adapted)
     judged = {key for key in target if inside_encoder or key.startswith("encoder.")} or set(target)
     unfilled = sorted(judged - fits.keys())
-    share = num_values(judged & fits.keys()) / max(1, num_values(judged))
+    share = _num_values(target, judged & fits.keys()) / max(1, _num_values(target, judged))
     if share < min_coverage:
         example = next(iter(report.mismatched or report.missing), "none")
+        what = "" if known is None else f" It is {known.family.name}{f' with {known.size}' if known.size else ''}."
         raise CheckpointError(
             f"{path} fills only {share:.1%} of the encoder ({report}; first: {cut(example)}); it belongs to another "
-            f"backbone or settings, or is not whole. min_coverage is the share it must fill, now {min_coverage:g}."
+            f"backbone or settings, or is not whole.{what} min_coverage is the share it must fill, now "
+            f"{min_coverage:g}."
         )
     # As the module will hold them: what double precision holds may be too large.
     broken = [key for key, value in fits.items() if not torch.isfinite(value.to(target[key].dtype)).all()]
@@ -152,8 +141,57 @@ def load_into(
             category=WeightsWarning,
             stacklevel=2,
         )
+    elif known is not None:
+        _warn_of_settings(module, known, path)
     module.load_state_dict(fits, strict=False)
     return report
+
+
+def fitting(
+    target: Mapping[str, Tensor], state: Mapping[str, Tensor], adapted: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], CoverageReport]:
+    """The tensors that a module has a place for, by name and shape, and the report on all of them.
+
+    Args:
+        target: The state of the module; tensors without values will do.
+        state: Tensors by the names of the module.
+        adapted: Names of those that were made to fit another number of input channels.
+    """
+    fits = {key: value for key, value in state.items() if key in target and target[key].shape == value.shape}
+    return fits, CoverageReport(
+        matched=tuple(sorted(fits)),
+        missing=tuple(sorted(target.keys() - state.keys())),
+        mismatched=tuple(
+            f"{key}: {tuple(state[key].shape)} for {tuple(target[key].shape)}"
+            for key in sorted(state.keys() & target.keys() - fits.keys())
+        ),
+        left_over=tuple(sorted(state.keys() - target.keys())),
+        coverage=_num_values(target, fits.keys()) / max(1, _num_values(target, target.keys())),
+        adapted=adapted,
+    )
+
+
+def _num_values(target: Mapping[str, Tensor], keys: Set[str]) -> int:
+    return sum(target[key].numel() for key in keys)
+
+
+def _warn_of_settings(module: nn.Module, known: RecognisedWeights, path: str | Path) -> None:
+    """Warn where weights fill a network whose settings make it compute something else than theirs."""
+    encoder = module if isinstance(module, Encoder) else getattr(module, "encoder", None)
+    recipe = getattr(encoder, "recipe", None)
+    shown = ((name, value, getattr(recipe, name, value)) for name, value in known.shown.items())
+    other = [
+        f"{name} {own} where theirs is {value}"
+        for name, value, own in shown
+        if name not in _OF_TRAINING and own != (tuple(value) if isinstance(value, list) else value)
+    ]
+    if other:
+        warnings.warn(
+            f"{path} is {known.family.name}, but the encoder has {listed(other, 3)}; it computes something else than "
+            "they learned.",
+            category=WeightsWarning,
+            stacklevel=3,
+        )
 
 
 def adapt_input(
@@ -226,7 +264,7 @@ def recipe_of(path: str | Path, backbone: Named | None = None) -> Backbone:
     changes = {"name": backbone} if isinstance(backbone, str) else dict(backbone or {})
     if "name" in changes:
         return create_recipe(changes)
-    return _recipe_of_shapes(to_own_names(read_state(path)), path, changes)
+    return _recipe_of_family(path, changes)
 
 
 def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | None = None) -> Backbone:
@@ -266,45 +304,35 @@ def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | 
     return update_settings(own, changes, "backbone of the weights")
 
 
-def _recipe_of_shapes(state: Mapping[str, Tensor], path: str | Path, changes: Mapping[str, Any]) -> Backbone:
-    """The settings of a hybrid encoder without a card: what shapes show, and what the user says of the rest.
+def _recipe_of_family(path: str | Path, changes: Mapping[str, Any]) -> Backbone:
+    """The settings of an encoder without a card: what shapes show, what its family fixes, and what the user says.
 
-    Shapes show widths and depths, but neither the number of attention heads, which changes what is computed, nor
-    whether blocks at the end were lost. Both are known for the sizes that were published, in the published layout.
+    Neither shows the number of attention heads of a transformer, which changes what is computed, nor whether blocks at
+    the end were lost. Both are known for the sizes that were published.
     """
-    as_published = any(key.startswith("encoder.") for key in state) and "decoder.mask_token" in state
-    names = without_prefix_of(state, ("patch_embed1.proj.weight", "norm.weight"))
-    widths: list[int] = []
-    depths: list[int] = []
-    while (weight := names.get(f"patch_embed{len(widths) + 1}.proj.weight")) is not None and weight.ndim == 5:
-        widths.append(weight.shape[0])
-        blocks = re.compile(rf"blocks{len(widths)}\.(\d{{1,4}})\.")
-        depths.append(1 + max((int(found[1]) for key in names if (found := blocks.match(key))), default=-1))
-    if not widths:
+    held = read_weights(path)
+    found = recognised(held)
+    if found is None:
         raise CheckpointError(
-            f"{path} has no card and no names of tensors that mim3d knows (first: {cut(', '.join(list(state)[:3]))}); "
-            "say which backbone it belongs to with --backbone."
+            f"{path} has no card and no names of tensors that mim3d knows ({unknown_layout(held)}); say which backbone "
+            "it belongs to with --backbone."
         )
-    in_channels = names["patch_embed1.proj.weight"].shape[1]
-    alike = [
-        (name, recipe)
-        for name, recipe in BACKBONES.items()
-        if isinstance(recipe, Hybrid) and (recipe.widths, recipe.depths) == (tuple(widths), tuple(depths))
-    ]
-    for name, recipe in alike:
-        if as_published and name in _PUBLISHED and not changes:
-            return replace(recipe, in_channels=in_channels)
-    if "num_heads" not in changes:
-        named = f"--backbone {alike[0][0]}, whose shapes these are" if alike else "--backbone.num_heads"
+    family, shown = found.family, found.shown
+    if unfit := found.unfit:
+        raise CheckpointError(f"{path} is {family.name}{unfit}.")
+    unknown = [name for name in found.open if name not in changes]
+    if unknown:
+        names = alike(shown) if family.backbone == "hybrid" else []
+        named = f"--backbone {names[0]}, whose shapes these are" if names else f"--backbone.{unknown[0]}"
         raise CheckpointError(
-            f"{path} has no card, and its tensors (widths {widths}, depths {depths}) do not show the number of "
-            f"attention heads, which changes what the encoder computes; give {named}."
+            f"{path} has no card, and its tensors ({found.size}) do not show the number of attention heads, which "
+            f"changes what the encoder computes; give {named}."
         )
-    warnings.warn(
-        f"{path} has no card; its tensors show widths {widths} and depths {depths}, and blocks that the file may have "
-        "lost at the end cannot be known.",
-        category=WeightsWarning,
-        stacklevel=2,
-    )
-    shown = {"widths": widths, "depths": depths, "in_channels": in_channels}
-    return create_recipe({"name": "hybrid", **shown, **changes})
+    if any(name not in shown for name in family.open):
+        warnings.warn(
+            f"{path} has no card; its tensors show {found.size}, and blocks that the file may have lost at the end "
+            "cannot be known.",
+            category=WeightsWarning,
+            stacklevel=2,
+        )
+    return create_recipe({"name": family.backbone, **shown, **changes})

@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from mim3d.core.errors import CheckpointError
 from mim3d.core.names import cut
 from mim3d.core.warned import WeightsWarning
-from mim3d.nn.tokens import sincos_positions
 from mim3d.weights.folders import RUN_NETWORKS, weights_file
 from mim3d.weights.pickles import PassedOver, PickledArray, load_torch_file, tensors_of_module
 from mim3d.weights.plain import read_plain
@@ -56,8 +56,35 @@ _LONGEST_LIST = 1000
 _MOST_PARTS = 200_000
 
 
+@dataclass(frozen=True)
+class HeldWeights:
+    """What a weights file holds of a network.
+
+    Attributes:
+        tensors: Tensors by name, unwrapped and without prefixes that all names share.
+        place: Keys of the file that lead to them.
+        prefix: What all their names began with.
+        beside: What lies at the top of the file by key, the weights among it. Objects are stand-ins.
+    """
+
+    tensors: dict[str, Tensor]
+    place: tuple[str, ...] = ()
+    prefix: str = ""
+    beside: Mapping[Any, Any] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """Every tensor as the file has it: the keys that lead there, a colon, and its name with all prefixes."""
+        return [f"{'.'.join(self.place)}:{self.prefix}{name}" for name in self.tensors]
+
+
 def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> dict[str, Tensor]:
-    """All tensors of a weights file by name, unwrapped and without framework prefixes; never runs code from the file.
+    """All tensors of a weights file by name, as :func:`read_weights` finds them."""
+    return read_weights(path, networks).tensors
+
+
+def read_weights(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> HeldWeights:
+    """The tensors of a weights file, and where in it they lie; never runs code from the file.
 
     Objects beside the weights are passed over, whatever they are. A network that was pickled as a whole is read by its
     parameters and buffers.
@@ -73,7 +100,7 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
     file = weights_file(path, networks)
     plain = read_plain(file)
     if plain:
-        return without_framework_prefixes(plain)
+        return _held(plain, (), {})
     content, programs = (plain, ()) if plain is not None else load_torch_file(file)
     if programs:
         warnings.warn(
@@ -81,11 +108,22 @@ def read_state(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> di
             "not run it, but other software may.",
             stacklevel=2,
         )
-    return without_framework_prefixes(_unwrapped(content, file))
+    place, state = _unwrapped(content, file)
+    return _held(state, place, _inner(content))
 
 
-def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
-    """The set of tensors that is the network's, of all that a file holds."""
+def _held(state: Mapping[str, Tensor], place: tuple[str, ...], beside: Mapping[Any, Any]) -> HeldWeights:
+    """Tensors without what wrappers leave inside of names, and without prefixes that all names share."""
+    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in state}
+    shared = ""
+    while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in names.values())), None):
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+        shared += prefix
+    return HeldWeights({names[key]: value for key, value in state.items()}, place, shared, beside)
+
+
+def _unwrapped(content: Any, file: Path) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """The set of tensors that is the network's, of all that a file holds, and the keys that lead to it."""
     found = list(_sets_of_tensors(content, file))
     # Every network has a tensor of more than one axis. Beside one, arrays of numpy are losses and the like.
     if not any(value.ndim > 1 for _, state in found for value in state.values()):
@@ -102,7 +140,7 @@ def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
     most = max((len(state) for _, state in known), default=0)
     known = [(place, state) for place, state in known if len(state) * 4 > most]
     if known:
-        return min(known, key=lambda one: (WRAPPERS.index(one[0][-1]), len(one[0])))[1]
+        return min(known, key=lambda one: (WRAPPERS.index(one[0][-1]), len(one[0])))
     # Single tensors at the top may be a loss beside the weights.
     largest = max(found, key=lambda one: len(one[1]))
     rivals = [place for place, state in found if len(state) * 2 > len(largest[1])]
@@ -112,7 +150,7 @@ def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
             f"{file} holds several sets of tensors ({named}), and none by a usual name such as {WRAPPERS[1]}; save the "
             "one that you mean alone."
         )
-    return largest[1]
+    return largest
 
 
 def _kind(value: Any) -> str:
@@ -160,14 +198,6 @@ def _sets_of_tensors(
             waiting += [((*place, key), one) for key, one in named.items() if not key.lower().startswith(_NO_WEIGHTS)]
 
 
-def without_framework_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without what wrappers leave inside of names, and without prefixes that all names share."""
-    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in state}
-    while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in names.values())), None):
-        names = {key: name.removeprefix(prefix) for key, name in names.items()}
-    return {names[key]: value for key, value in state.items()}
-
-
 def without_prefix_of(state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
     """Tensors without the prefix under which most of the known names are found; others keep their names.
 
@@ -195,30 +225,6 @@ def without_prefix_of(state: Mapping[str, Tensor], known: Collection[str]) -> di
     return named | {key: value for key, value in state.items() if not key.startswith(prefix) and key not in named}
 
 
-def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the tensors of a published MiM checkpoint as ours: ``encoder.*``, ``decoder.*``; others stay as they are.
-
-    Raises:
-        CheckpointError: Its position embeddings are not the fixed ones that mim3d computes.
-    """
-    published = without_prefix_of(state, ("patch_embed1.proj.weight", "pos_embed"))
-    if "patch_embed1.proj.weight" not in published or "pos_embed" not in published:
-        return dict(state)
-    named: dict[str, Tensor] = {}
-    for key, value in published.items():
-        if key in ("pos_embed", "decoder_pos_embed"):
-            _check_positions(key, value)
-        elif key == "mask_token":
-            named["decoder.mask_token"] = value
-        elif key.startswith("decoder_"):
-            named[f"decoder.{key.removeprefix('decoder_')}"] = value
-        elif key.startswith("aggregate_"):
-            named[key] = value
-        else:
-            named[f"encoder.{key}"] = value
-    return named
-
-
 def oddity(value: Tensor, target: Tensor) -> str:
     """Why the values of a tensor cannot be taken as they are, in words; empty for plain numbers as the target's."""
     if value.is_meta:
@@ -229,19 +235,3 @@ def oddity(value: Tensor, target: Tensor) -> str:
         return "sparse values"
     plain = value.dtype in _PLAIN if target.is_floating_point() else not value.dtype.is_floating_point
     return "" if plain else f"values of type {str(value.dtype).removeprefix('torch.')}"
-
-
-def _check_positions(key: str, value: Tensor) -> None:
-    """Refuse a table of positions that is not the fixed one, which mim3d computes itself."""
-    rows, width = (value.shape[1], value.shape[2]) if value.ndim == 3 else (0, 0)
-    # A class token, which the encoder does not have, has the first row.
-    for first in (0, 1):
-        edge = round(max(0, rows - first) ** (1 / 3))
-        if edge > 0 and edge**3 == rows - first:
-            expected = sincos_positions((edge, edge, edge), width)
-            if torch.allclose(value[0, first:].float(), expected, atol=1e-4 if value.dtype == torch.float32 else 1e-2):
-                return
-    raise CheckpointError(
-        f"{key} of the file, of shape {tuple(value.shape)}, is not the fixed sine-cosine embedding of a grid of equal "
-        "edges, with or without a class token; the network learned its positions, which mim3d's does not have."
-    )

@@ -171,6 +171,8 @@ def _prepare(
         inputs=weights_input(settings.weights),
         resume=settings.resume,
     )
+    if initial.origin is not None:
+        run.note({"weights_origin": initial.origin})
     save_plan(run, planned)
     if processes.is_first:
         processes.announce("plan", "saved")
@@ -278,6 +280,8 @@ def _train(
         left_out.note()
     named = {str(value): name for value, name in labels.items()}
     card = {**encoder_card(recipe, mapping, training_scans), "task": to_named(task, TASKS), "labels": named}
+    if initial.origin is not None:
+        card["weights_origin"] = to_mapping(initial.origin)
     return _close(run, objective, result, task.network, card)
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
@@ -13,10 +14,26 @@ from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import CaseSet
 from mim3d.planning.plan import plan_intensity
 from mim3d.scans.intensity import Intensity
-from mim3d.weights import MIN_COVERAGE, InputLayers, load_into, read_card, recipe_of, recipe_of_card
+from mim3d.scans.volumes import read_grid
+from mim3d.weights import (
+    MIN_COVERAGE,
+    InputLayers,
+    WeightsOrigin,
+    load_into,
+    origin_of,
+    read_card,
+    recipe_of,
+    recipe_of_card,
+)
 
 #: Backbone where neither a name nor weights are given.
 DEFAULT_BACKBONE = "hybrid_base"
+
+#: Scans whose headers tell how large their voxels are.
+MOST_HEADERS = 10
+
+#: Times that voxels may be larger or smaller than those an encoder learned at, without a word.
+FAR_OFF = 2.5
 
 #: What each way of adapting them does to the layers that read the input.
 _ADAPTED: dict[InputLayers, str] = {
@@ -36,6 +53,7 @@ class Initialisation:
         own_spacing_mm: Voxel size that the encoder learned from; None where its weights do not say it.
         own_intensity: Mapping of intensities that it learned from; None where its weights do not say it.
         gives_way: Whether its voxel size counts for nothing, since the recipe of another run is followed.
+        origin: Where foreign weights come from; None for our own, for unknown ones and from scratch.
     """
 
     recipe: Backbone
@@ -43,6 +61,7 @@ class Initialisation:
     own_spacing_mm: Spacing | None = None
     own_intensity: Intensity | None = None
     gives_way: bool = False
+    origin: WeightsOrigin | None = None
 
     @classmethod
     def of_card(cls, recipe: Backbone, encoder: Encoder | None, card: Mapping[str, Any]) -> "Initialisation":
@@ -75,6 +94,8 @@ class Initialisation:
                 "features see structures at another size.",
                 stacklevel=2,
             )
+        elif own is not None and self.origin is not None and isinstance(source, CaseSet):
+            _warn_of_other_voxels(own, source)
         return chosen
 
     def intensity(self, asked: Intensity | None, scans: Cache) -> Intensity:
@@ -84,12 +105,20 @@ class Initialisation:
         """
         planned, own = plan_intensity(scans), self.own_intensity
         if own is None:
+            values = "unknown" if self.origin is None else self.origin.expects.values
+            if values != "unknown":
+                warnings.warn(
+                    f"the encoder learned from intensities as {values}, which mim3d does not map so; "
+                    f"{_described(asked or planned)} is used.",
+                    stacklevel=2,
+                )
             return asked or planned
         if asked not in (None, own) or (asked is None and planned.kind != own.kind):
             other = f"{_described(asked)} was asked for" if asked else f"{_described(planned)} suits these scans"
+            remedy = "" if asked or self.origin is None else f" --intensity.kind {planned.kind} maps them so."
             warnings.warn(
                 f"the encoder learned from intensities mapped by {_described(own)}, but {other}; "
-                f"{_described(asked or own)} is used.",
+                f"{_described(asked or own)} is used.{remedy}",
                 stacklevel=2,
             )
         return asked or own
@@ -127,7 +156,15 @@ def initialise(
             recipe = replace(recipe, in_channels=num_channels)
     encoder = recipe.build()
     say(f"{weights}: {load_into(encoder, weights, input_layers=input_layers, min_coverage=min_coverage)}")
-    return Initialisation.of_card(recipe, encoder, read_card(weights))
+    initial = Initialisation.of_card(recipe, encoder, read_card(weights))
+    origin = origin_of(weights)
+    if origin is None:
+        return initial
+    say(f"{weights}: {origin}; the plan follows it, and flags such as --spacing_mm and --intensity change it")
+    if origin.remark:
+        say(f"note: {origin.remark}")
+    expects = origin.expects
+    return replace(initial, own_spacing_mm=expects.spacing_mm, own_intensity=expects.intensity, origin=origin)
 
 
 def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone, int | None]:
@@ -151,6 +188,18 @@ def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone,
         return own, own.in_channels
     own = recipe_of_card(card, weights, name)
     return update_settings(own, named, "backbone of the weights"), own.in_channels
+
+
+def _warn_of_other_voxels(own: Spacing, source: CaseSet) -> None:
+    """Warn where scans must be resampled far from their own voxel size to the one that an encoder learned at."""
+    sizes = [read_grid(case.images[0]).spacing_mm for case in source.cases[:MOST_HEADERS]]
+    x, y, z = (median(axis) for axis in zip(*sizes, strict=True))
+    if any(max(have / want, want / have) > FAR_OFF for have, want in zip((x, y, z), own, strict=True)):
+        warnings.warn(
+            f"the encoder learned at spacing_mm {_plain(own)}, but the scans have {_plain((x, y, z))} (median); they "
+            "are resampled that far, unless --spacing_mm says otherwise.",
+            stacklevel=4,
+        )
 
 
 def _plain(spacing_mm: Spacing | None) -> str:

@@ -1,0 +1,191 @@
+"""What a file of weights is, in words: of which family, how large, how much of it an encoder takes, what it expects."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim3d.backbones import create_recipe
+from mim3d.core.names import number_of
+from mim3d.weights.cards import has_card, read_card
+from mim3d.weights.families import ExpectedInput, RecognisedWeights, recognised, unknown_layout
+from mim3d.weights.folders import RUN_NETWORKS, weights_file
+from mim3d.weights.loading import fitting, recipe_of_card
+from mim3d.weights.states import HeldWeights, read_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOrigin:
+    """Where foreign weights come from, and what their network expects.
+
+    Attributes:
+        family: Name of their family.
+        source: Where it was published.
+        licence: Terms of use; ``unknown`` where no one says them.
+        commercial: False where the terms exclude commercial use.
+        remark: What a user must know besides.
+        expects: What the network expects of its input.
+    """
+
+    family: str
+    source: str
+    licence: str
+    commercial: bool
+    remark: str
+    expects: ExpectedInput
+
+    @classmethod
+    def of(cls, found: RecognisedWeights) -> "WeightsOrigin":
+        """The origin of weights of a known family."""
+        family = found.family
+        return cls(
+            family=family.name,
+            source=family.source,
+            licence=family.licence,
+            commercial=family.commercial,
+            remark=family.remark,
+            expects=found.expects,
+        )
+
+    def __str__(self) -> str:
+        terms = "" if self.commercial else f"; licence: {self.licence}"
+        return f"{self.family}{terms}; its network expects {self.expects}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsDescription:
+    """What a file of weights is.
+
+    Attributes:
+        file: The file.
+        family: Name of the family; ``mim3d`` for our own, empty where none is known.
+        rows: All that is known, in words, by what it is of; in order.
+        origin: Where foreign weights come from; None for our own and for unknown ones.
+        card: The card of our own weights; empty for foreign ones.
+    """
+
+    file: str
+    family: str
+    rows: Mapping[str, str]
+    origin: WeightsOrigin | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.rows))
+        return "\n".join(f"{name:<{width}}  {said}" for name, said in self.rows.items())
+
+
+def origin_of(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> WeightsOrigin | None:
+    """Where foreign weights come from; None for our own, and for those of no known family.
+
+    Args:
+        path: A run, an export folder, a weights file or a Hugging Face id.
+        networks: Folders of a run to look for, the preferred first.
+
+    Raises:
+        CheckpointError: The weights cannot be read.
+    """
+    found = None if has_card(path, networks) else recognised(read_weights(path, networks))
+    return None if found is None else WeightsOrigin.of(found)
+
+
+def describe(path: str | Path) -> WeightsDescription:
+    """What a file of weights is: family, network, size, coverage, expected input and licence, as far as it is known.
+
+    Args:
+        path: A run, an export folder, a weights file or a Hugging Face id.
+
+    Raises:
+        CheckpointError: The weights cannot be read.
+    """
+    file, held = str(weights_file(path)), read_weights(path)
+    if card := read_card(path):
+        return WeightsDescription(file=file, family="mim3d", rows=_of_card(path, file, held, card), card=card)
+    found = recognised(held)
+    rows = {"file": file}
+    if found is None:
+        rows |= {"family": f"unknown: {unknown_layout(held)}", "size": _size(held), "found": _place(held)}
+        return WeightsDescription(file=file, family="", rows=rows)
+    origin = WeightsOrigin.of(found)
+    rows |= {"family": origin.family, "source": origin.source, "licence": origin.licence}
+    rows |= {**_network(found), "size": _size(held), "found": _place(held)}
+    rows |= {f"expects {name}": said for name, said in origin.expects.rows().items()}
+    if origin.remark:
+        rows["note"] = origin.remark
+    return WeightsDescription(file=file, family=origin.family, rows=rows, origin=origin)
+
+
+def _network(found: RecognisedWeights) -> dict[str, str]:
+    """The network of a known family and how much of it the file fills, or why no encoder can be made of the file."""
+    if found.unfit:
+        return {"network": f"none of mim3d's{found.unfit}"}
+    open_, settings = found.open, dict(found.shown)
+    said = f"{found.family.backbone}: {found.size}"
+    if open_:
+        said += f"; give --backbone.{open_[0]}, which its tensors do not show"
+        # A stand-in of the same shapes: one head divides every width.
+        settings |= dict.fromkeys(open_, 1)
+    with torch.device("meta"):
+        target = create_recipe({"name": found.family.backbone, **settings}).build().state_dict()
+    inside = found.encoder
+    _, report = fitting(target, inside)
+    others = len(found.tensors) - len(inside)
+    millions = sum(value.numel() for value in target.values()) / 1e6
+    return {
+        "network": said,
+        "encoder": f"{millions:.3g} M values; {report}, and {number_of(others, 'tensor')} of other parts",
+    }
+
+
+def _size(held: HeldWeights) -> str:
+    tensors = held.tensors.values()
+    kinds = sorted({str(value.dtype).removeprefix("torch.") for value in tensors})
+    total = sum(value.numel() for value in tensors)
+    return f"{number_of(len(held.tensors), 'tensor')}, {total:,} values ({', '.join(kinds)})"
+
+
+def _place(held: HeldWeights) -> str:
+    place = f"under {'.'.join(held.place)}" if held.place else "at the top of the file"
+    return f"{place}, each name behind {held.prefix}" if held.prefix else place
+
+
+def _of_card(path: str | Path, file: str, held: HeldWeights, card: Mapping[str, Any]) -> dict[str, str]:
+    """What our own card says: the network, what it does, and how its input is made."""
+    named = card["backbone"]
+    settings = ", ".join(f"{name} {value}" for name, value in named.items() if name != "name")
+    rows = {"file": file, "family": f"mim3d {card.get('mim3d_version', 'of an unknown version')}"}
+    rows["network"] = f"{named['name']}{f': {settings}' if settings else ''}"
+    if named["name"].partition(".")[1] == "":
+        with torch.device("meta"):
+            target = recipe_of_card(card, path).build().state_dict()
+        inside = {name.removeprefix("encoder."): value for name, value in held.tensors.items()}
+        _, report = fitting(target, inside)
+        rows["encoder"] = f"{sum(value.numel() for value in target.values()) / 1e6:.3g} M values; {report}"
+    rows |= {"size": _size(held), "found": _place(held)}
+    if "task" in card:
+        rows["task"] = f"{card['task']['name']}, labels: {', '.join(card.get('labels', {}).values()) or 'none'}"
+    spacing, intensity = card.get("spacing_mm"), card.get("intensity")
+    rows["expects voxel size"] = "of each scan" if spacing is None else f"{' x '.join(map(str, spacing))} mm"
+    rows["expects orientation"] = str(card.get("orientation", "unknown"))
+    rows["expects intensities"] = "unknown" if intensity is None else _mapped(intensity)
+    rows["expects channels"] = ", ".join(card.get("channel_names") or []) or str(named.get("in_channels", 1))
+    for name in ("step", "scores", "warnings"):
+        if card.get(name):
+            rows[name] = _plain(card[name])
+    return rows
+
+
+def _mapped(intensity: Mapping[str, Any]) -> str:
+    if intensity["kind"] == "zscore":
+        return "z-score of each scan"
+    return f"{' to '.join(f'{bound:g}' for bound in intensity['window'])} mapped to 0 to 1"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    if isinstance(value, list):
+        return "; ".join(str(one.get("text", one)) if isinstance(one, dict) else str(one) for one in value)
+    return str(value)

@@ -1,0 +1,100 @@
+"""Families of published weights, one small table each: a new one is a file here and a line in ``FAMILIES``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mim3d.core.names import cut, number_of
+from mim3d.weights.families.family import ExpectedInput, Family
+from mim3d.weights.families.mim import MIM, OWN_HYBRID
+from mim3d.weights.families.suprem import SUPREM_SEGRESNET, SUPREM_SWIN, SUPREM_UNET
+from mim3d.weights.families.swinunetr import MONAI_SWINUNETR, OWN_SWIN, SWINUNETR_PRETRAINING
+from mim3d.weights.families.voco import VOCO_10K, VOCO_LARGE
+from mim3d.weights.states import HeldWeights
+
+#: Every family; of those that a file could be of, the first counts.
+FAMILIES: tuple[Family, ...] = (
+    MIM,
+    OWN_HYBRID,
+    VOCO_LARGE,
+    SUPREM_SWIN,
+    SWINUNETR_PRETRAINING,
+    VOCO_10K,
+    MONAI_SWINUNETR,
+    OWN_SWIN,
+    SUPREM_UNET,
+    SUPREM_SEGRESNET,
+)
+
+
+@dataclass(frozen=True)
+class RecognisedWeights:
+    """Weights of a family that is known.
+
+    Attributes:
+        family: The family.
+        tensors: Tensors by our names: ``encoder.*``, and all others.
+        shown: Settings of the backbone that shapes show, or that the family fixes.
+        expects: What the network expects of its input.
+    """
+
+    family: Family
+    tensors: dict[str, Tensor]
+    shown: dict[str, Any]
+    expects: ExpectedInput
+
+    @property
+    def encoder(self) -> dict[str, Tensor]:
+        """Tensors of the encoder, without its prefix."""
+        start = "encoder."
+        return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+
+    @property
+    def open(self) -> list[str]:
+        """Settings that neither shapes nor the family say."""
+        return [name for name in self.family.open if name not in self.shown]
+
+    @property
+    def unfit(self) -> str:
+        """Why no encoder can be made of the file, as the end of a sentence; empty where one can."""
+        family = self.family
+        if not family.backbone:
+            return f": {family.why_not}, so its weights cannot be used here"
+        lost = family.whole(self.shown)
+        if not lost and family.last and family.last not in self.encoder:
+            lost = f"no {family.last}, the end of the encoder"
+        return f", but holds {lost}; it is not whole, so copy it again" if lost else ""
+
+    @property
+    def size(self) -> str:
+        """The settings in words, without the number of channels, which fits the data."""
+        return ", ".join(f"{name} {value}" for name, value in self.shown.items() if name != "in_channels")
+
+
+def recognised(held: HeldWeights) -> RecognisedWeights | None:
+    """The family of weights, by names and shapes; None where none fits."""
+    for family in FAMILIES:
+        if family.is_of(held):
+            tensors = family.own_tensors(held)
+            found = RecognisedWeights(family, tensors, {}, family.expects_in_file(held) or family.expects)
+            found.shown.update(family.settings(found.encoder) if family.backbone else {})
+            return found
+    return None
+
+
+def unknown_layout(held: HeldWeights) -> str:
+    """What weights of no known family look like, and the nearest of them, in words."""
+    names = list(held.tensors)
+    # The first, the middle and the last one show more than three in a row.
+    chosen = [names[place] for place in dict.fromkeys((0, len(names) // 2, len(names) - 1))]
+    shown = ", ".join(f"{cut(name, 60)} {tuple(held.tensors[name].shape)}" for name in chosen)
+    told = f"{number_of(len(names), 'tensor')} such as {shown}"
+    nearest = max(FAMILIES, key=lambda family: family.nearness(held))
+    if nearest.nearness(held) <= 0:
+        return f"{told}; none of the families of weights that mim3d knows is near"
+    lacks = nearest.lacks(held)
+    return f"{told}; the nearest family is {nearest.name}{f', but the file lacks {lacks[0]}' if lacks else ''}"
+
+
+__all__ = ["FAMILIES", "ExpectedInput", "Family", "RecognisedWeights", "recognised", "unknown_layout"]

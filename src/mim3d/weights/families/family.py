@@ -1,0 +1,175 @@
+"""What a family of published weights is: how its files are known, what of them is ours, what its network expects."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mim3d.core.types import Spacing
+from mim3d.scans.intensity import Intensity
+from mim3d.weights.states import HeldWeights, without_prefix_of
+
+#: Tensors by name.
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedInput:
+    """How the scans were prepared that a network learned from, as far as its authors say it.
+
+    Attributes:
+        modality: What made the scans: ``CT``, ``MR``, or words for several kinds; ``unknown`` where nobody says it.
+        spacing_mm: Voxel size along X, Y, Z; None where there is no single one, or it is not known.
+        spacing: The same in words, where there is no single one.
+        orientation: Orientation of the axes of an array, or what is known of it.
+        intensity: Mapping of intensities; None where mim3d has none such, or it is not known.
+        values: The same in words, where mim3d has none such.
+        channels: Channels of the input, in words.
+    """
+
+    modality: str = "unknown"
+    spacing_mm: Spacing | None = None
+    spacing: str = "unknown"
+    orientation: str = "unknown"
+    intensity: Intensity | None = None
+    values: str = "unknown"
+    channels: str = "one"
+
+    def rows(self) -> dict[str, str]:
+        """What is known, in words, by what it is of."""
+        return {
+            "modality": self.modality,
+            "voxel size": self.spacing if self.spacing_mm is None else f"{_numbers(self.spacing_mm)} mm",
+            "orientation": self.orientation,
+            "intensities": self._intensities(),
+            "channels": self.channels,
+        }
+
+    def _intensities(self) -> str:
+        if self.intensity is None:
+            return self.values
+        if self.intensity.kind == "zscore" or self.intensity.window is None:
+            return "z-score of each scan"
+        low, high = self.intensity.window
+        return f"{low:g} to {high:g} HU mapped to 0 to 1"
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {said}" for name, said in self.rows().items())
+
+
+def _numbers(values: Spacing) -> str:
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+def _whole(_: Any) -> str:
+    return ""
+
+
+def _unchanged(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A layout of weights, and what is known of all files that have it.
+
+    Attributes:
+        name: Name for people.
+        anchors: Names of tensors that every encoder of the family has, without prefixes. What stands before the most of
+            them is taken off.
+        axes: Axes of the first anchor's tensor.
+        marks: Patterns of paths (see :attr:`HeldWeights.paths`), of which a file has one each.
+        absent: Patterns of paths that no file has.
+        keys: Keys at the top of every file.
+        encoder: Pattern with which names of the encoder begin.
+        drops: Patterns of names that hold nothing learned, or the same a second time.
+        renames: Patterns in names of the encoder, and what stands there in ours; one after the other.
+        others: The same in names of all else.
+        convert: Makes tensors of ours of those of the file, once they are renamed.
+        last: Name, after renaming, that a file lacks if its end was lost.
+        backbone: Name of our backbone that is the same network; empty for none.
+        settings: The settings of that backbone which shapes show, or that the family fixes.
+        open: Settings that change what is computed and that shapes do not show, unless ``settings`` gives them.
+        whole: Says what an encoder lacks that every one of the family has; empty for nothing.
+        expects: What its network expects of its input.
+        expects_in_file: The same as the file itself says it; None where it does not.
+        why_not: Why no backbone of ours is the network, where there is none.
+        remark: What a user must know besides.
+        licence: Terms of use; ``unknown`` where no one says them.
+        commercial: False where the terms exclude commercial use.
+        source: Where it was published.
+    """
+
+    name: str
+    anchors: tuple[str, ...]
+    source: str
+    axes: int = 5
+    marks: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    encoder: str = ""
+    drops: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
+    convert: Callable[[Tensors], Tensors] = _unchanged
+    last: str = ""
+    backbone: str = ""
+    settings: Callable[[Tensors], dict[str, Any]] = dict
+    open: tuple[str, ...] = ()
+    whole: Callable[[Mapping[str, Any]], str] = _whole
+    expects: ExpectedInput = ExpectedInput()
+    expects_in_file: Callable[[HeldWeights], ExpectedInput | None] = _nothing
+    why_not: str = ""
+    remark: str = ""
+    licence: str = "unknown"
+    commercial: bool = True
+
+    def lacks(self, held: HeldWeights) -> list[str]:
+        """The signs of the family that a file lacks, in words; empty for a file of the family."""
+        names, paths = _names_of(self, held), held.paths
+        ends = {
+            anchor: [key for key in names if key == anchor or key.endswith(f".{anchor}")] for anchor in self.anchors
+        }
+        missing = [f"a tensor {anchor}" for anchor, found in ends.items() if not found]
+        if not missing and all(held.tensors[key].ndim != self.axes for key in ends[self.anchors[0]]):
+            missing.append(f"{self.anchors[0]} of {self.axes} axes")
+        missing += [f"the key {key}" for key in self.keys if key not in held.beside]
+        unmatched = [mark for mark in self.marks if not any(re.search(mark, path) for path in paths)]
+        missing += ["tensors as " + mark.replace(r"\b", "").replace("\\.", ".").lstrip("^:") for mark in unmatched]
+        return missing
+
+    def is_of(self, held: HeldWeights) -> bool:
+        """Whether a file is of the family: it has every sign, and nothing that no file of it has."""
+        return not self.lacks(held) and not any(re.search(one, path) for one in self.absent for path in held.paths)
+
+    def nearness(self, held: HeldWeights) -> float:
+        """Share of the family's signs that a file has, 0 to 1."""
+        return 1 - len(self.lacks(held)) / len((*self.anchors, *self.keys, *self.marks))
+
+    def own_tensors(self, held: HeldWeights) -> Tensors:
+        """The tensors of a file by our names: ``encoder.*``, and all others as they are called there."""
+        kept = {name: held.tensors[name] for name in _names_of(self, held)}
+        bare = without_prefix_of(kept, self.anchors)
+        inside, outside = {}, {}
+        for name, value in bare.items():
+            if re.match(self.encoder, name):
+                inside[_renamed(name, self.renames)] = value
+            else:
+                outside[_renamed(name, self.others)] = value
+        return {f"encoder.{name}": value for name, value in self.convert(inside).items()} | outside
+
+
+def _names_of(family: Family, held: HeldWeights) -> list[str]:
+    return [name for name in held.tensors if not any(re.search(drop, name) for drop in family.drops)]
+
+
+def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name

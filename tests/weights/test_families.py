@@ -1,0 +1,232 @@
+"""Published layouts of weights: known by names and shapes, and the same network once they are loaded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets.swin_unetr import PatchMerging, PatchMergingV2, SwinUNETR
+from torch import Tensor, nn
+
+from benchmarks.yardstick.monai_swin import _rearranged
+from mim3d.backbones import create_model
+from mim3d.cli import main
+from mim3d.core.errors import CheckpointError
+from mim3d.datasets.cases import CaseSet, read_cases
+from mim3d.scans.intensity import Intensity
+from mim3d.tasks import create_task
+from mim3d.weights import describe, load_encoder, origin_of, read_weights, save_network
+from mim3d.weights.families import recognised
+from mim3d.workflows.finetune.planning import fixed_choices
+from mim3d.workflows.finetune.settings import FinetuneSettings
+from mim3d.workflows.shared.initialisation import initialise
+from tests.labelled import write_scan
+
+VOLUME = torch.rand(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+class EarlyMerging(PatchMergingV2):
+    """MONAI's merging before 1.5, which reads two of the eight neighbours twice."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        order = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
+        return self.reduction(self.norm(torch.cat([tokens[:, i::2, j::2, k::2] for i, j, k in order], -1)))
+
+
+def swinunetr(merging: type[nn.Module] = EarlyMerging, *, v2: bool = False) -> SwinUNETR:
+    """MONAI's network with random weights."""
+    import monai.networks.nets.swin_unetr as module
+
+    module.rearrange = _rearranged
+    torch.manual_seed(0)
+    return SwinUNETR(1, 2, feature_size=12, num_heads=(2, 3, 4, 6), downsample=merging, use_v2=v2).eval()
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def first_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace("mlp.linear", "mlp.fc"): value for key, value in state.items()}
+
+
+HEADS = {
+    "rotation_head.weight": torch.ones(4, 192),
+    "contrastive_head.weight": torch.ones(8, 192),
+    "conv.weight": torch.ones(1, 192, 1, 1, 1),
+}
+
+
+def pretraining_first(network: SwinUNETR) -> Any:
+    names = first_names(network.swinViT.state_dict())
+    return {"epoch": 1, "state_dict": under("module.", names | HEADS), "optimizer": {"state": {}}}
+
+
+def pretraining_new(network: SwinUNETR) -> Any:
+    return {"state_dict": under("module.", under("swinViT.", network.swinViT.state_dict()) | HEADS)}
+
+
+def pretraining_older(network: SwinUNETR) -> Any:
+    return {"state_dict": under("swin_vit.", first_names(network.swinViT.state_dict())) | HEADS}
+
+
+def voco_large(network: SwinUNETR) -> Any:
+    kept = {key: value for key, value in network.state_dict().items() if not key.startswith(("decoder", "out."))}
+    heads = {f"{side}.layer1.0.weight": torch.ones(8, 12) for side in ("student", "teacher")}
+    return under("backbone.", kept) | heads
+
+
+def voco_training(network: SwinUNETR) -> Any:
+    state = network.swinViT.state_dict()
+    student = {key: value + 1 if value.is_floating_point() else value for key, value in state.items()}
+    both = under("student.swinViT.", student) | under("teacher.swinViT.", state)
+    return {"global_step": 3, "state_dict": both, "optimizer": {}}
+
+
+def suprem(network: SwinUNETR) -> Any:
+    state = under("module.backbone.", network.state_dict()) | {"module.organ_embedding": torch.ones(2, 4)}
+    return {"net": state, "optimizer": {}, "scheduler": {}, "epoch": 3}
+
+
+#: Name of the layout -> how files of it are made, how its network merges, and the family that is found.
+SWIN: dict[str, tuple[Callable[[SwinUNETR], Any], type[nn.Module], bool, str]] = {
+    "pretraining_first": (pretraining_first, EarlyMerging, False, "SwinUNETR pre-training"),
+    "pretraining_new": (pretraining_new, EarlyMerging, False, "SwinUNETR pre-training"),
+    "pretraining_older": (pretraining_older, EarlyMerging, False, "SwinUNETR pre-training"),
+    "monai": (lambda network: network.state_dict(), PatchMerging, False, "MONAI SwinUNETR"),
+    "monai_v2": (lambda network: {"model": network.state_dict()}, PatchMerging, True, "MONAI SwinUNETR"),
+    "voco_10k": (lambda network: under("swinViT.", network.swinViT.state_dict()), EarlyMerging, True, "VoCo 10k"),
+    "voco_training": (voco_training, EarlyMerging, True, "VoCo 10k"),
+    "voco_large": (voco_large, EarlyMerging, True, "VoCo large-scale"),
+    "suprem": (suprem, EarlyMerging, False, "SuPreM Swin UNETR"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The file holds several networks")
+@pytest.mark.parametrize("layout", SWIN)
+def test_a_swin_of_every_layout_gives_the_maps_of_its_own_network(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, merging, v2, family = SWIN[layout]
+    network = swinunetr(merging, v2=v2)
+    torch.save(make(network), tmp_path / "w.pt")
+    found = recognised(read_weights(tmp_path / "w.pt"))
+    assert found is not None
+    assert found.family.name.startswith(family)
+    encoder = load_encoder(tmp_path / "w.pt")
+    assert "100.0% of the values" in capsys.readouterr().out
+    with torch.no_grad():
+        for ours, theirs in zip(encoder(VOLUME), network.swinViT(VOLUME, normalize=True), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def saved(path: Path, content: Any) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def test_a_backbone_that_is_named_otherwise_than_the_family_fixes_is_warned_of(tmp_path: Path) -> None:
+    file = saved(tmp_path / "w.pt", suprem(swinunetr()))
+    with pytest.warns(UserWarning, match="SuPreM.*downsample merging where theirs is published.*something else"):
+        load_encoder(file, {"name": "swin", "feature_size": 12, "num_heads": [2, 3, 4, 6]})
+    assert load_encoder(file, {"downsample": "merging"}).recipe.downsample == "merging"
+
+
+def test_a_file_without_its_end_and_one_of_another_size_are_named(tmp_path: Path) -> None:
+    state = pretraining_new(swinunetr())["state_dict"]
+    half = saved(tmp_path / "half.pt", {"state_dict": dict(list(state.items())[: len(state) // 2])})
+    with pytest.raises(CheckpointError, match=r"half\.pt is .*SwinUNETR, but holds 2 of the 4 stages.*it is not whole"):
+        load_encoder(half)
+    whole = saved(tmp_path / "w.pt", {"state_dict": state})
+    for backbone in ("swin_small", "hybrid_nano"):
+        with pytest.raises(CheckpointError, match=r"fills only .*It is SwinUNETR pre-training.*feature_size 12"):
+            load_encoder(whole, backbone)
+
+
+@pytest.mark.parametrize("network", ["unet", "segresnet"])
+def test_a_network_that_no_backbone_is_says_which_it_is(tmp_path: Path, network: str) -> None:
+    names = {
+        "unet": ("module.backbone.down_tr64.ops.0.conv1.weight", "module.backbone.down_tr512.ops.1.conv1.weight"),
+        "segresnet": ("module.convInit.conv.weight", "module.down_layers.0.1.conv1.conv.weight"),
+    }
+    file = saved(tmp_path / "w.pt", {"net": {name: torch.ones(4, 1, 3, 3, 3) for name in names[network]}})
+    with pytest.raises(CheckpointError, match=r"SuPreM.* which no backbone of mim3d is, so its weights cannot be used"):
+        load_encoder(file)
+    assert "none of mim3d's: it is" in describe(file).rows["network"]
+
+
+def test_an_unknown_layout_shows_its_names_and_the_nearest_family(tmp_path: Path) -> None:
+    state = {"patch_embed.proj.weight": torch.ones(8, 3, 4, 4), "head.weight": torch.ones(3, 8)}
+    file = saved(tmp_path / "w.pt", {"model": state})
+    told = r"2 tensors such as patch_embed\.proj\.weight \(8, 3, 4, 4\), head\.weight \(3, 8\); the nearest family is"
+    with pytest.raises(CheckpointError, match=told):
+        load_encoder(file)
+    assert describe(file).rows["family"].startswith("unknown: 2 tensors")
+    other = saved(tmp_path / "other.pt", {"a": torch.ones(2, 2)})
+    assert describe(other).rows["family"].endswith("none of the families of weights that mim3d knows is near")
+
+
+def test_a_description_says_family_size_coverage_input_and_licence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = saved(tmp_path / "w.pt", suprem(swinunetr()))
+    assert main(["weights", file]) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "SuPreM Swin UNETR",
+        "not for commercial use",
+        "swin: feature_size 12, depths [2, 2, 2, 2]",
+        "100.0% of the values",
+        "under net, each name behind module.",
+        "expects voxel size   1.5 x 1.5 x 1.5 mm",
+        "-175 to 250 HU mapped to 0 to 1",
+    ):
+        assert part in said
+    assert main(["weights", file, "--json", "true"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["origin"]["expects"]["spacing_mm"] == [1.5, 1.5, 1.5]
+    assert told["origin"]["commercial"] is False
+
+
+def test_our_own_weights_are_described_by_their_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = create_model("hybrid_nano")
+    card = {"backbone": "hybrid_nano", "spacing_mm": [1.0, 1.0, 2.0], "intensity": {"kind": "zscore", "window": None}}
+    save_network(tmp_path / "own", encoder, card)
+    assert main(["weights", str(tmp_path / "own")]) == 0
+    said = capsys.readouterr().out
+    assert "hybrid_nano" in said
+    assert "100.0% of the values" in said
+    assert "1.0 x 1.0 x 2.0 mm" in said
+    assert "z-score of each scan" in said
+    assert origin_of(tmp_path / "own") is None
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> CaseSet:
+    """Scans of voxels of 1 x 1 x 6 mm."""
+    for number in range(2):
+        write_scan(tmp_path / "scans" / f"{number}.nii.gz", np.ones((8, 8, 4), np.int16), np.diag([1.0, 1.0, 6.0, 1.0]))
+    return read_cases(str(tmp_path / "scans"))
+
+
+def test_fine_tuning_plans_from_what_the_family_expects_and_says_so(
+    tmp_path: Path, cases: CaseSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    initial = initialise(None, saved(tmp_path / "w.pt", suprem(swinunetr())), 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "SuPreM Swin UNETR (Li et al. 2024); licence: not for commercial use" in said
+    assert "voxel size 1.5 x 1.5 x 1.5 mm, orientation RAS+, intensities -175 to 250 HU" in said
+    assert initial.own_intensity == Intensity(window=(-175.0, 250.0))
+    with pytest.warns(UserWarning, match=r"learned at spacing_mm 1.5 1.5 1.5, but the scans have 1 1 6 \(median\)"):
+        assert initial.spacing_mm(None, cases) == (1.5, 1.5, 1.5)
+    with pytest.warns(UserWarning, match="prepared at 2 2 2"):
+        assert initial.spacing_mm((2.0, 2.0, 2.0), cases) == (2.0, 2.0, 2.0)
+    asked = FinetuneSettings("data", out="out")
+    fixed = fixed_choices(cases, create_task("segmentation"), asked, initial)
+    assert fixed.values["spacing_mm"] == (1.5, 1.5, 1.5)
+    assert fixed.by == {"spacing_mm": "of the encoder", "intensity": "of the encoder"} | {
+        name: by for name, by in fixed.by.items() if name not in ("spacing_mm", "intensity")
+    }
