@@ -8,10 +8,11 @@ from mim3d.inference.prediction import (
     scores_bytes,
     sliding_logits,
 )
-from mim3d.inference.readout import Network, Readout, classes_readout, mirrored_logits
+from mim3d.inference.readout import HeadedNetwork, Network, Readout, classes_readout, mirrored_logits
 from mim3d.inference.windows import Windows, window_weights
 
 __all__ = [
+    "HeadedNetwork",
     "Network",
     "ProbabilityTarget",
     "Readout",

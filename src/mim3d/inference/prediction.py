@@ -5,7 +5,6 @@ Rows of a sweep become label values and probabilities on the scan's own grid as 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from mim3d.caching.resampling import AxisResampling, plan_resampling
 from mim3d.core.errors import TooLargeError
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
-from mim3d.inference.readout import Network, Readout, ensemble_of, mirrored_logits
+from mim3d.inference.outputs import Outputs, Resampled
+from mim3d.inference.readout import HeadedNetwork, Network, Readout, ensemble_of, mirrored_logits
 from mim3d.inference.sweep import CHUNK_SCORES, Sweep, run_sweep
 from mim3d.inference.windows import Windows, body_windows, cut_window
 from mim3d.scans.files import available_memory_bytes
@@ -27,6 +27,9 @@ from mim3d.scans.grids import Grid
 from mim3d.scans.intensity import Intensity
 
 # Shape suffixes: B windows, C channels, K classes, X Y Z space; R rows along the sweep, U V the two axes across it.
+
+#: Where the scores that are held of one network would take more, its features are held in their place.
+MOST_SCORE_BYTES = 2**31
 
 #: Gives, for the grid of a scan and a number of channels, an array ``(X, Y, Z, K)`` float32 along RAS+ axes to fill.
 ProbabilityTarget = Callable[[Grid, int], npt.NDArray[np.float32]]
@@ -101,6 +104,8 @@ def predict_prepared(
     ``4 * edge * covered voxels across * (classes + 1)`` bytes, whatever the length of the scan along its sweep
     (:meth:`mim3d.inference.sweep.Sweep.slab_bytes`), besides what a batch of windows takes and about 0.3 GiB for rows
     on their way. 512 x 512 x 1000 voxels with 14 classes and windows of 96^3: 1.5 GB of scores instead of 14.7 GB.
+    Where the scores of one network would take more than 2 GiB, the features of its last layer are held in their place
+    (:func:`blended_by_features`): with 139 classes and 16 features 1.3 GB instead of 11 GB.
 
     Args:
         networks: The networks, in evaluation mode, on ``device``; several are an ensemble.
@@ -122,7 +127,9 @@ def predict_prepared(
     shape = (x, y, z)
     places = body_windows(shape, prepared.foreground, windows) if windows.body_only else windows.places(shape)
     sweep = Sweep.over(places, windows.patch_size, shape)
-    _check_memory(grid, sweep, readout.num_channels, device)
+    head = blended_by_features(networks, sweep)
+    num_held = readout.num_channels if head is None else head.num_features
+    _check_memory(grid, sweep, readout.num_channels, num_held, device)
     axes = plan_resampling(shape, prepared.spacing_mm, grid.ras_shape, grid.spacing_mm)
 
     def part_of(part: tuple[slice, ...]) -> Tensor:
@@ -171,19 +178,21 @@ def sweep_labels(
         probabilities_XYZK: Array to be filled with the probability of each channel; None for none.
         on_windows: Called with the number of windows that are done and their number in all.
     """
+    head = blended_by_features(networks, sweep)
     outputs = Outputs(
         sweep,
         readout,
         np.zeros([len(axis.index) for axis in axes], dtype=readout.decide(torch.tensor(readout.empty)).numpy().dtype),
         probabilities_XYZK,
         has_probabilities=len(networks) > 1,
+        head=head,
     )
     resampled = None if all(axis.is_identity for axis in axes) else Resampled(outputs, axes)
     run_sweep(
         sweep,
         windows,
         lambda place: cut_window(part_of, place, sweep.patch_size, sweep.shape, padding),
-        ensemble_of(networks, windows.mirror_axes, readout.activate),
+        ensemble_of(networks if head is None else [head.features], windows.mirror_axes, readout.activate),
         outputs.take if resampled is None else resampled.take,
         device=device,
         on_windows=None if on_windows is None else lambda done: on_windows(done, len(sweep.places)),
@@ -250,9 +259,23 @@ def padding_values(intensity: Intensity, statistics: Sequence[Statistics]) -> li
     return [float(value) for value in intensity.apply(lows[:, None, None, None], statistics).ravel()]
 
 
-def _check_memory(grid: Grid, sweep: Sweep, num_channels: int, device: torch.device) -> None:
+def blended_by_features(networks: Sequence[Network], sweep: Sweep) -> HeadedNetwork | None:
+    """Return the network whose features are blended in the place of its logits; None where logits are.
+
+    The last layer is linear and sees one voxel at a time: of blended features it makes the blended logits, but for
+    rounding. That is done where the logits are more than the features and take much memory, and for a single network,
+    as the probabilities of several are not linear.
+    """
+    if len(networks) != 1 or not isinstance(networks[0], HeadedNetwork):
+        return None
+    network, (num_scores, num_features) = networks[0], networks[0].weight_KF.shape
+    is_large = sweep.slab_bytes(num_scores) > MOST_SCORE_BYTES
+    return network if is_large and num_features < num_scores else None
+
+
+def _check_memory(grid: Grid, sweep: Sweep, num_channels: int, num_held: int, device: torch.device) -> None:
     """Refuse a scan whose label map and scores do not fit beside it."""
-    held_bytes = sweep.slab_bytes(num_channels) if device.type == "cpu" else 0
+    held_bytes = sweep.slab_bytes(num_held) if device.type == "cpu" else 0
     needed_bytes = held_bytes + 4 * min(8 * CHUNK_SCORES, num_channels * math.prod(sweep.shape))
     needed_bytes += math.prod(grid.shape)
     if needed_bytes > available_memory_bytes():
@@ -261,129 +284,3 @@ def _check_memory(grid: Grid, sweep: Sweep, num_channels: int, device: torch.dev
             f"need {needed_bytes / 2**30:.1f} GiB at a time, more than the memory available; use a machine with more, "
             "or fine-tune at a larger spacing_mm."
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Outputs:
-    """Label values of a scan, and probabilities where they are asked for.
-
-    Attributes:
-        sweep: The sweep that rows come from.
-        readout: What the channels mean.
-        labels_XYZ: Zeros along RAS+ axes on the scan's own grid, to be filled with label values.
-        probabilities_XYZK: Array to be filled with the probability of each channel; None for none.
-        has_probabilities: Whether scores that were blended are probabilities already, not logits.
-    """
-
-    sweep: Sweep
-    readout: Readout
-    labels_XYZ: npt.NDArray[Any]
-    probabilities_XYZK: npt.NDArray[Any] | None
-    has_probabilities: bool
-
-    def __post_init__(self) -> None:
-        if self.probabilities_XYZK is not None:
-            self.probabilities_XYZK[...] = self.readout.empty
-
-    def take(self, first: int, sums_RKUV: Tensor, weights_RUV: Tensor) -> None:
-        """Take finished rows that lie on the scan's own grid; see :data:`mim3d.inference.sweep.Finish`."""
-        scores = sums_RKUV
-        # Sums that are all zero decide for the first class, background: voxels without a window need no look.
-        if not self.readout.order_is_enough or self.probabilities_XYZK is not None:
-            scores = self.probabilities_of(sums_RKUV, weights_RUV)
-        self.write(first, self.sweep.across, scores)
-
-    def probabilities_of(self, sums_RKUV: Tensor, weights_RUV: Tensor) -> Tensor:
-        """Return probabilities ``(R, K, U, V)`` of weighted sums of scores; those of nothing where no window was."""
-        tiny = torch.finfo(weights_RUV.dtype).tiny
-        scores = sums_RKUV / weights_RUV.clamp_min(tiny)[:, None]
-        probabilities = scores if self.has_probabilities else self.readout.activate(scores, 1)
-        is_empty = weights_RUV == 0
-        if bool(is_empty.any()):
-            for channel, value in enumerate(self.readout.empty):
-                probabilities[:, channel][is_empty] = value
-        return probabilities
-
-    def write(self, first: int, where: tuple[slice, ...], scores_RKUV: Tensor) -> None:
-        """Write rows from ``first`` on: what their scores decide, and the scores where probabilities are asked for."""
-        rows = slice(first, first + len(scores_RKUV))
-        decided = self.readout.decide(scores_RKUV.movedim(1, 0))
-        self.labels_XYZ.transpose(self.sweep.order)[(rows, *where)] = decided.cpu().numpy()
-        if self.probabilities_XYZK is not None:
-            target = self.probabilities_XYZK.transpose(*self.sweep.order, 3)
-            target[(rows, *where)] = scores_RKUV.movedim(1, -1).cpu().numpy()
-
-
-class Resampled:
-    """Takes rows of another spacing and interpolates their probabilities to the scan's own grid.
-
-    Row by row across the sweep first, then along it as soon as all rows that a new row is a mean of are there; besides
-    them nothing is held.
-
-    Args:
-        outputs: What is filled, on the scan's own grid.
-        axes: How the three axes are resampled, from the grid of the sweep to the scan's own.
-    """
-
-    def __init__(self, outputs: Outputs, axes: tuple[AxisResampling, ...]) -> None:
-        sweep = outputs.sweep
-        self._outputs = outputs
-        self._along = axes[sweep.axis]
-        across = [(place, axes[axis]) for place, axis in enumerate(sweep.order[1:], start=1)]
-        # The axis that shrinks most goes first: less work for the other.
-        self._across = sorted(across, key=lambda item: item[1].zoom)
-        self._where = tuple(slice(0, len(axes[axis].index)) for axis in sweep.order[1:])
-        index, rows = self._along.index, sweep.rows
-        # New rows that are a mean of rows without a window alone are background, as everything was to begin with.
-        reached = np.flatnonzero(((index >= rows.start) & (index < rows.stop)).any(axis=1))
-        self._next, self._stop = int(reached[0]), int(reached[-1]) + 1
-        # Rows of the sweep by their number, on the new grid across it, and a row that no window touches.
-        self._held: dict[int, Tensor] = {}
-        self._empty: Tensor | None = None
-
-    def take(self, first: int, sums_RKUV: Tensor, weights_RUV: Tensor) -> None:
-        """Take finished rows; see :data:`mim3d.inference.sweep.Finish`."""
-        sweep = self._outputs.sweep
-        shape = [sweep.shape[axis] for axis in sweep.order[1:]]
-        empty_K = torch.tensor(self._outputs.readout.empty, device=sums_RKUV.device)
-        empty_KUV = empty_K[:, None, None].repeat(1, *shape)
-        if self._empty is None:
-            self._empty = self._interpolated(empty_KUV)
-        for row, probabilities_KUV in enumerate(self._outputs.probabilities_of(sums_RKUV, weights_RUV), start=first):
-            plane_KUV = empty_KUV.clone()
-            plane_KUV[(slice(None), *sweep.across)] = probabilities_KUV
-            self._held[row] = self._interpolated(plane_KUV)
-            self._write_upto(row)
-
-    def close(self) -> None:
-        """Write the rows that wait for rows beyond the last window."""
-        self._write_upto(self._along.num_in)
-
-    def _interpolated(self, plane_KUV: Tensor) -> Tensor:
-        """Resample a plane across the sweep, axis by axis: ``sum_k weight[:, k] * plane[index[:, k]]``."""
-        for place, axis in self._across:
-            if axis.is_identity:
-                continue
-            shape = [-1 if other == place else 1 for other in range(3)]
-            total = None
-            for index, weight in zip(axis.index.T, axis.weight.T, strict=True):
-                part = plane_KUV.index_select(place, torch.from_numpy(index).to(plane_KUV.device))
-                part *= torch.from_numpy(weight).to(plane_KUV.device).reshape(shape)
-                total = part if total is None else total.add_(part)
-            assert total is not None
-            plane_KUV = total
-        return plane_KUV
-
-    def _write_upto(self, row: int) -> None:
-        """Write every new row that is a mean of rows up to ``row``, and forget what no later one needs."""
-        index, weight = self._along.index, self._along.weight
-        assert self._empty is not None
-        while self._next < self._stop and index[self._next].max() <= row:
-            mean_KUV = torch.zeros_like(self._empty)
-            for at, share in zip(index[self._next].tolist(), weight[self._next].tolist(), strict=True):
-                if share:
-                    mean_KUV.add_(self._held.get(at, self._empty), alpha=share)
-            self._outputs.write(self._next, self._where, mean_KUV[None])
-            self._next += 1
-        needed = index[self._next].min() if self._next < self._stop else row
-        self._held = {at: plane_KUV for at, plane_KUV in self._held.items() if at >= needed}

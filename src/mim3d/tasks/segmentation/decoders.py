@@ -115,8 +115,21 @@ class SegmentationDecoder(nn.Module, ABC):
 
     def forward(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """Logits ``(B, K, X, Y, Z)`` from the input and the encoder's maps ``(B, widths[i], X / strides[i], ...)``."""
-        logits: Tensor = self.head(self._levels(volume_BCXYZ, self._pyramid_of(maps))[0])
+        logits: Tensor = self.head(self.finest(volume_BCXYZ, maps))
         return logits
+
+    def finest(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Features ``(B, F, X, Y, Z)`` of full resolution, which the head makes logits of."""
+        return self._levels(volume_BCXYZ, self._pyramid_of(maps))[0]
+
+    @property
+    def linear_head(self) -> tuple[Tensor, Tensor] | None:
+        """Weight ``(K, F)`` and bias ``(K,)`` of the head; None where it is more than a linear layer of each voxel."""
+        layers = [layer for layer in self.head.modules() if not list(layer.children())]
+        layer = layers[0] if len(layers) == 1 else None
+        if not isinstance(layer, nn.Conv3d) or layer.kernel_size != (1, 1, 1) or layer.groups > 1 or layer.bias is None:
+            return None
+        return layer.weight.detach().flatten(1).float(), layer.bias.detach().float()
 
     def heads_of(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """Logits of every head, finest first: ``(B, K, X / stride, ...)``, stride 1 before the encoder's strides."""

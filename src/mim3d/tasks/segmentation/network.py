@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mim3d.backbones.contract import Encoder
 from mim3d.objective import Batch, StepOutput
 from mim3d.tasks.freezing import FreezingObjective
-from mim3d.tasks.segmentation.decoders import DECODERS
+from mim3d.tasks.segmentation.decoders import DECODERS, SegmentationDecoder
 from mim3d.tasks.segmentation.targets import Targets, channels_of
 
 if TYPE_CHECKING:
@@ -138,6 +138,20 @@ class SegmentationObjective(FreezingObjective):
         """Return logits ``(B, K, X, Y, Z)`` of the input; its axes must be multiples of the encoder's token edge."""
         logits: Tensor = self.decoder(volume_BCXYZ, self.features(volume_BCXYZ))
         return logits
+
+    def finest_features(self, volume_BCXYZ: Tensor) -> Tensor:
+        """Return what the last layer of the decoder sees of the input, ``(B, F, X, Y, Z)``."""
+        features: Tensor = self.decoder.finest(volume_BCXYZ, self.features(volume_BCXYZ))
+        return features
+
+    @property
+    def linear_head(self) -> tuple[Tensor, Tensor] | None:
+        """Weight ``(K, F)`` and bias ``(K,)`` that make the logits of the finest features; None where more does."""
+        is_plain = (
+            type(self).logits is SegmentationObjective.logits
+            and type(self.decoder).forward is SegmentationDecoder.forward
+        )
+        return self.decoder.linear_head if is_plain else None
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """Return the weighted sum of the terms of the loss, each logged; with deep supervision their mean over heads.

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mim3d.caching.preprocessing import Prepared, prepare
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case
-from mim3d.inference import ProbabilityTarget, Readout, classes_readout, predict_prepared
+from mim3d.inference import HeadedNetwork, Network, ProbabilityTarget, Readout, classes_readout, predict_prepared
 from mim3d.scans.components import remove_components
 from mim3d.scans.grids import Grid, split_channel
 from mim3d.scans.nifti import ProbabilityFile
@@ -260,7 +259,7 @@ class SegmentationPredictor(Predictor):
             DataError: The scores of the scan do not fit into memory.
         """
         return predict_prepared(
-            [partial(self._logits, network) for network in self.networks],
+            [self._computed(network) for network in self.networks],
             prepared,
             readout=readout_of(self.targets),
             intensity=self.first.intensity,
@@ -270,11 +269,24 @@ class SegmentationPredictor(Predictor):
             on_windows=on_windows,
         )
 
-    def _logits(self, network: TrainedNetwork, window_BCXYZ: Tensor) -> Tensor:
-        dtype = DTYPES.get(self.precision)
-        with torch.autocast(window_BCXYZ.device.type, dtype, enabled=dtype is not None):
-            logits: Tensor = network.module.logits(window_BCXYZ)
-        return logits
+    def _computed(self, network: TrainedNetwork) -> Network:
+        """Return a network in the precision of the prediction, with its last layer apart where that is linear."""
+
+        def in_precision(compute: Network) -> Network:
+            dtype = DTYPES.get(self.precision)
+
+            def computed(window_BCXYZ: Tensor) -> Tensor:
+                with torch.autocast(window_BCXYZ.device.type, dtype, enabled=dtype is not None):
+                    return compute(window_BCXYZ)
+
+            return computed
+
+        logits = in_precision(network.module.logits)
+        head = getattr(network.module, "linear_head", None)
+        if head is None:
+            return logits
+        features = in_precision(network.module.finest_features)
+        return HeadedNetwork(logits=logits, features=features, weight_KF=head[0], bias_K=head[1])
 
 
 def readout_of(targets: Targets) -> Readout:
