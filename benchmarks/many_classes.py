@@ -1,8 +1,8 @@
 """What a scan of 512 x 512 x 400 voxels costs with 139 classes: memory, and time besides the network.
 
 Run: ``OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/many_classes.py`` (or ``make bench``), half an hour on one
-core; ``--quick`` takes a minute and writes nothing. The same network (``hybrid_nano``, additive decoder, untrained) in each
-row, in a process of its own, from the file of a phantom CT to the file of its label map:
+core; ``--quick`` takes a minute and writes nothing. The same network (``hybrid_nano``, additive decoder, untrained) in
+each row, in a process of its own, from the file of a phantom CT to the file of its label map:
 
 * on the scan's own grid, and in voxels of twice its size, from where probabilities are interpolated to it;
 * with the features of the last layer blended in the place of the logits, as mim3d does where the logits are many, and
