@@ -78,7 +78,7 @@ class Outputs:
             lines = slice(start, min(start + step, num_lines))
             weights = weights_RUV[row, lines]
             sums_NK = self.head.summed_logits(sums_RXUV[row, :, lines].flatten(1), weights.flatten())
-            yield row, lines, sums_NK.unflatten(0, weights.shape).movedim(-1, 0)[None], weights[None]
+            yield row, lines, sums_NK.view(*weights.shape, -1).movedim(-1, 0)[None], weights[None]
 
     def probabilities_of(self, sums_RKUV: Tensor, weights_RUV: Tensor) -> Tensor:
         """Return probabilities ``(R, K, U, V)`` of weighted sums of scores; those of nothing where no window was."""
