@@ -81,7 +81,7 @@ BUDGET = {
     "reporting": 2200,
     "caching": 4430,
     "objective": 150,
-    "weights": 2500,
+    "weights": 2640,
     "inference": 1815,
     "planning": 950,
     "loading": 1055,

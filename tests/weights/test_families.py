@@ -230,3 +230,93 @@ def test_fine_tuning_plans_from_what_the_family_expects_and_says_so(
     assert fixed.by == {"spacing_mm": "of the encoder", "intensity": "of the encoder"} | {
         name: by for name, by in fixed.by.items() if name not in ("spacing_mm", "intensity")
     }
+
+
+def resenc_unet(kernels: Any = 3) -> nn.Module:
+    """nnU-Net's network with random weights, whose norms are not those that it begins with."""
+    from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+
+    torch.manual_seed(0)
+    network = ResidualEncoderUNet(
+        1, 3, [4, 8, 16], nn.Conv3d, kernels, [1, 2, 2], [1, 2, 1], 2, [1, 1], True, nn.InstanceNorm3d,
+        {"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+    )  # fmt: skip
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return network.eval()
+
+
+#: A configuration of a plan as nnU-Net writes it, along Z, Y, X.
+CONFIGURATION = {"spacing": [3.0, 1.0, 0.8], "normalization_schemes": ["ZScoreNormalization"]}
+PLANS = {"configurations": {"3d_fullres": CONFIGURATION}, "transpose_backward": [0, 1, 2]}
+
+
+def nnunet_file(state: dict[str, Tensor], **plan: Any) -> Any:
+    plans = {**PLANS, "configurations": {"3d_fullres": {**CONFIGURATION, **plan}}}
+    arguments = {"plans": plans, "configuration": "3d_fullres", "device": torch.device("cpu")}
+    return {"network_weights": state, "init_args": arguments, "trainer_name": "nnUNetTrainer", "current_epoch": 3}
+
+
+def nnssl_file(state: dict[str, Tensor]) -> Any:
+    one_mm = {"onemmiso": {**CONFIGURATION, "spacing": [1, 1, 1]}}
+    plan = {"pretrain_plan": {"configurations": one_mm}, "key_to_encoder": "encoder.stages"}
+    return {"network_weights": state, "nnssl_adaptation_plan": plan}
+
+
+@pytest.mark.parametrize(
+    ("make", "family", "spacing"),
+    [
+        (nnunet_file, "nnU-Net residual encoder", (0.8, 1.0, 3.0)),
+        (nnssl_file, "nnssl ResEnc", (1.0, 1.0, 1.0)),
+        (dict, "nnU-Net residual encoder", None),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_residual_encoder_gives_the_maps_of_nnunets_network(
+    tmp_path: Path, make: Callable[..., Any], family: str, spacing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = resenc_unet()
+    file = saved(tmp_path / "w.pth", make(network.state_dict()))
+    encoder = load_encoder(file)
+    assert "100.0% of the values" in capsys.readouterr().out
+    with torch.no_grad():
+        for ours, theirs in zip(encoder(VOLUME), network.encoder(VOLUME), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    origin = origin_of(file)
+    assert origin is not None
+    assert origin.family.startswith(family)
+    assert origin.expects.spacing_mm == spacing
+    assert origin.expects.intensity == (None if spacing is None else Intensity(kind="zscore", window=None))
+
+
+def test_what_mim3d_exported_along_other_axes_is_turned_back(tmp_path: Path) -> None:
+    state = resenc_unet().state_dict()
+    turned = {key: value.transpose(2, 4) if value.ndim == 5 else value for key, value in state.items()}
+    file = saved(tmp_path / "w.pth", {**nnssl_file(turned), "mim3d": {"axes": "ZYX"}})
+    assert torch.equal(load_encoder(file).stem.convs[0].conv.weight, state["encoder.stem.convs.0.conv.weight"])
+
+
+def test_networks_of_nnunet_that_are_none_of_ours_say_why(tmp_path: Path) -> None:
+    flat = saved(tmp_path / "flat.pth", nnunet_file(resenc_unet([[1, 3, 3], 3, 3]).state_dict()))
+    with pytest.raises(CheckpointError, match=r"kernels of \(1, 3, 3\), mim3d's \(3, 3, 3\) alone"):
+        load_encoder(flat)
+    strides = {"arch_kwargs": {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}}
+    slabs = saved(tmp_path / "slabs.pth", nnunet_file(resenc_unet().state_dict(), architecture=strides))
+    with pytest.raises(CheckpointError, match=r"its plan has strides \[\[1, 1, 1\], \[1, 2, 2\]"):
+        load_encoder(slabs)
+    plain = {f"encoder.stages.{stage}.0.convs.0.conv.weight": torch.ones(4, 4, 3, 3, 3) for stage in range(2)}
+    with pytest.raises(CheckpointError, match=r"PlainConvUNet.*no residual blocks"):
+        load_encoder(saved(tmp_path / "plain.pth", nnunet_file(plain)))
+    primus = {"down_projection.proj.weight": torch.ones(12, 1, 8, 8, 8), "eva.pos_embed": torch.ones(1, 8, 12)}
+    primus |= {f"eva.blocks.0.{name}.weight": torch.ones(12, 12) for name in ("attn.q_proj", "mlp.norm")}
+    with pytest.raises(CheckpointError, match=r"Primus.*norm their hidden channels"):
+        load_encoder(saved(tmp_path / "primus.pth", nnssl_file(primus)))
+    assert "none of mim3d's: its MLPs" in describe(tmp_path / "primus.pth").rows["network"]
+
+
+def test_a_mapping_of_intensities_that_mim3d_has_not_is_named(tmp_path: Path) -> None:
+    schemes = {"normalization_schemes": ["CTNormalization"]}
+    origin = origin_of(saved(tmp_path / "w.pth", nnunet_file(resenc_unet().state_dict(), **schemes)))
+    assert origin is not None
+    assert origin.expects.intensity is None
+    assert "nnU-Net's CTNormalization" in str(origin)

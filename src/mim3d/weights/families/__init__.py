@@ -8,6 +8,8 @@ from torch import Tensor
 from mim3d.core.names import cut, number_of
 from mim3d.weights.families.family import ExpectedInput, Family
 from mim3d.weights.families.mim import MIM, OWN_HYBRID
+from mim3d.weights.families.nnssl import NNSSL_RESENC, PRIMUS
+from mim3d.weights.families.nnunet import NNUNET_PLAIN, NNUNET_RESENC
 from mim3d.weights.families.suprem import SUPREM_SEGRESNET, SUPREM_SWIN, SUPREM_UNET
 from mim3d.weights.families.swinunetr import MONAI_SWINUNETR, OWN_SWIN, SWINUNETR_PRETRAINING
 from mim3d.weights.families.voco import VOCO_10K, VOCO_LARGE
@@ -25,6 +27,10 @@ FAMILIES: tuple[Family, ...] = (
     OWN_SWIN,
     SUPREM_UNET,
     SUPREM_SEGRESNET,
+    NNSSL_RESENC,
+    NNUNET_RESENC,
+    PRIMUS,
+    NNUNET_PLAIN,
 )
 
 
@@ -34,12 +40,14 @@ class RecognisedWeights:
 
     Attributes:
         family: The family.
+        held: What the file holds.
         tensors: Tensors by our names: ``encoder.*``, and all others.
         shown: Settings of the backbone that shapes show, or that the family fixes.
         expects: What the network expects of its input.
     """
 
     family: Family
+    held: HeldWeights
     tensors: dict[str, Tensor]
     shown: dict[str, Any]
     expects: ExpectedInput
@@ -61,10 +69,11 @@ class RecognisedWeights:
         family = self.family
         if not family.backbone:
             return f": {family.why_not}, so its weights cannot be used here"
-        lost = family.whole(self.shown)
-        if not lost and family.last and family.last not in self.encoder:
-            lost = f"no {family.last}, the end of the encoder"
-        return f", but holds {lost}; it is not whole, so copy it again" if lost else ""
+        inside = self.encoder
+        said = family.unfit(self.shown, inside, self.held)
+        if not said and family.last and family.last not in inside:
+            return f", but holds no {family.last}, the end of the encoder; it is not whole, so copy it again"
+        return said
 
     @property
     def size(self) -> str:
@@ -77,7 +86,7 @@ def recognised(held: HeldWeights) -> RecognisedWeights | None:
     for family in FAMILIES:
         if family.is_of(held):
             tensors = family.own_tensors(held)
-            found = RecognisedWeights(family, tensors, {}, family.expects_in_file(held) or family.expects)
+            found = RecognisedWeights(family, held, tensors, {}, family.expects_in_file(held) or family.expects)
             found.shown.update(family.settings(found.encoder) if family.backbone else {})
             return found
     return None

@@ -67,11 +67,11 @@ def _nothing(_: Any) -> None:
     return None
 
 
-def _whole(_: Any) -> str:
+def _fit(_: Any, __: Any, ___: Any) -> str:
     return ""
 
 
-def _unchanged(tensors: Tensors) -> Tensors:
+def _unchanged(tensors: Tensors, _: HeldWeights) -> Tensors:
     return tensors
 
 
@@ -96,7 +96,8 @@ class Family:
         backbone: Name of our backbone that is the same network; empty for none.
         settings: The settings of that backbone which shapes show, or that the family fixes.
         open: Settings that change what is computed and that shapes do not show, unless ``settings`` gives them.
-        whole: Says what an encoder lacks that every one of the family has; empty for nothing.
+        unfit: Says, as the end of a sentence, why an encoder of given settings, with its tensors, cannot be ours; empty
+            where it can.
         expects: What its network expects of its input.
         expects_in_file: The same as the file itself says it; None where it does not.
         why_not: Why no backbone of ours is the network, where there is none.
@@ -117,12 +118,12 @@ class Family:
     drops: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     others: tuple[tuple[str, str], ...] = ()
-    convert: Callable[[Tensors], Tensors] = _unchanged
+    convert: Callable[[Tensors, HeldWeights], Tensors] = _unchanged
     last: str = ""
     backbone: str = ""
     settings: Callable[[Tensors], dict[str, Any]] = dict
     open: tuple[str, ...] = ()
-    whole: Callable[[Mapping[str, Any]], str] = _whole
+    unfit: Callable[[Mapping[str, Any], Tensors, HeldWeights], str] = _fit
     expects: ExpectedInput = ExpectedInput()
     expects_in_file: Callable[[HeldWeights], ExpectedInput | None] = _nothing
     why_not: str = ""
@@ -162,7 +163,7 @@ class Family:
                 inside[_renamed(name, self.renames)] = value
             else:
                 outside[_renamed(name, self.others)] = value
-        return {f"encoder.{name}": value for name, value in self.convert(inside).items()} | outside
+        return {f"encoder.{name}": value for name, value in self.convert(inside, held).items()} | outside
 
 
 def _names_of(family: Family, held: HeldWeights) -> list[str]:

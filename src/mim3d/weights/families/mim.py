@@ -12,6 +12,7 @@ from mim3d.core.errors import CheckpointError
 from mim3d.nn.tokens import sincos_positions
 from mim3d.scans.intensity import CT_WINDOW_HU, Intensity
 from mim3d.weights.families.family import ExpectedInput, Family, Tensors
+from mim3d.weights.states import HeldWeights
 
 #: Sizes of the published networks, whose number of heads is known from the publication.
 _PUBLISHED = ("hybrid_tiny", "hybrid_small", "hybrid_base")
@@ -47,7 +48,7 @@ def settings_of_published_mim(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**shown, **({"num_heads": heads[0]} if heads else {})}
 
 
-def _without_positions(tensors: Tensors) -> Tensors:
+def _without_positions(tensors: Tensors, _: HeldWeights) -> Tensors:
     """Tensors without the table of positions, which is computed.
 
     Raises:

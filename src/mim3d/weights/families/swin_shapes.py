@@ -53,10 +53,12 @@ def settings_of_published_swin(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**settings_of_swin(tensors), "downsample": "published"}
 
 
-def lost_stages(shown: Mapping[str, Any]) -> str:
-    """What a Swin encoder lacks of the four stages that SwinUNETR has."""
+def lost_stages(shown: Mapping[str, Any], *_: Any) -> str:
+    """What a Swin encoder lacks of the four stages that SwinUNETR has, as the end of a sentence."""
     found = len(shown["depths"])
-    return "" if found == 4 else f"{found} of the 4 stages that SwinUNETR has"
+    if found == 4:
+        return ""
+    return f", but holds {found} of the 4 stages that SwinUNETR has; it is not whole, so copy it again"
 
 
 def _in_stage(stage: int) -> re.Pattern[str]:

@@ -28,7 +28,7 @@ SWINUNETR_PRETRAINING = Family(
     last=LAST,
     backbone="swin",
     settings=settings_of_published_swin,
-    whole=lost_stages,
+    unfit=lost_stages,
     expects=ExpectedInput(
         modality="CT",
         spacing_mm=(1.5, 1.5, 2.0),
@@ -53,7 +53,7 @@ MONAI_SWINUNETR = Family(
     last=LAST,
     backbone="swin",
     settings=settings_of_swin,
-    whole=lost_stages,
+    unfit=lost_stages,
     remark=(
         "neighbours are merged as MONAI does since 1.5; for weights that were trained before, give "
         "--backbone.downsample published"
@@ -68,6 +68,6 @@ OWN_SWIN = replace(
     name="mim3d's Swin without its card, or MONAI's SwinTransformer",
     marks=(),
     last="",
-    whole=Family.whole,
+    unfit=Family.unfit,
     source="mim3d, or https://github.com/Project-MONAI/MONAI (monai.networks.nets.swin_unetr.SwinTransformer)",
 )
