@@ -1,7 +1,7 @@
 """The loop over scans: each is read, its tokens are pooled, and its rows are kept; what cannot be used is listed."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from mim3d.workflows.embed.settings import EmbeddingPlan, EmbedSettings
 from mim3d.workflows.embed.store import FeatureStore, stamp
 from mim3d.workflows.predict import input_cases
 from mim3d.workflows.shared.feature_tables import WHOLE_SCAN, FeatureTable
+from mim3d.workflows.shared.overlap import Stages, run_overlapped
 
 #: Scans unlike those of training that are named while embedding.
 MOST_NAMED = 5
@@ -234,52 +235,66 @@ def _embed_all(
     stamps = {case.id: stamp(case, source.masks.get(case.id), source.describe(case)) for case in cases}
     remaining = [case for case in cases if not store.is_finished(case, stamps[case.id])]
     with Progress(f"{{done}} of {number_of(len(remaining), 'scan')}", len(remaining)) as progress:
-        num_unlike = 0
-        for number, (case, scan) in enumerate(each_read(remaining, work.read, progress)):
-            try:
-                if isinstance(scan, Exception):
-                    raise scan
-
-                def watch(done: int, total: int, before: int = number, name: str = case.id) -> None:
-                    progress.update(before + done / max(total, done, 1), name)
-
-                rows = work.rows(scan, watch)
-            except Exception as error:  # Whatever is raised, it must not stop the other scans.
-                failure = Failure.of(error, case.images[0])
-                if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-                    failure = Failure(
-                        f"{case.images[0]}: not enough memory; use a smaller --batch_size or --window_size."
-                    )
-                store.fail(case, failure)
-                progress.say(f"not embedded: {failure.reason}")
-            else:
-                store.add({**stamps[case.id], "warnings": list(scan.warnings)}, rows)
-                num_unlike += bool(scan.warnings)
-                for text in scan.warnings if num_unlike <= MOST_NAMED else ():
-                    progress.say(f"warning: {case.images[0]}: {text}")
-            progress.update(number + 1, case.id)
+        places = {case.id: place for place, case in enumerate(remaining)}
+        run_overlapped(remaining, _EmbeddingStages(work, store, stamps, progress, places))
         # The name of the last scan would stay beside the bar.
-        progress.update(progress.done)
+        progress.update(len(remaining))
     return _concluded(work, cases, store, said, len(remaining))
 
 
-def each_read(
-    cases: Sequence[Case], read: Callable[[Case], ReadScan], progress: Progress
-) -> Iterator[tuple[Case, "ReadScan | Exception"]]:
-    """Scans one after the other, each as it was read or with what kept it from being read.
+class _EmbeddingStages(Stages[Case, ReadScan, tuple[FeatureTable, tuple[str, ...]], None]):
+    """Scans that are read, embedded and kept; what keeps one from being embedded is recorded.
 
     Args:
-        cases: The scans.
-        read: Reads one.
-        progress: Shows the name of the one that is read.
+        work: What reads and embeds.
+        store: What holds the results. The thread that writes has it alone.
+        stamps: What tells each scan from others, by id.
+        progress: What is shown of the scans that are computed. The thread that computes moves it.
+        places: Number of each scan, by id, from 0.
     """
-    for case in cases:
-        progress.update(progress.done, case.id)
-        try:
-            scan: ReadScan | Exception = read(case)
-        except Exception as error:
-            scan = error
-        yield case, scan
+
+    def __init__(
+        self,
+        work: Embedding,
+        store: FeatureStore,
+        stamps: Mapping[str, Mapping[str, Any]],
+        progress: Progress,
+        places: Mapping[str, int],
+    ) -> None:
+        self._work, self._store, self._stamps, self._progress = work, store, stamps, progress
+        self._places = places
+        self._num_unlike = 0
+
+    def prepare(self, item: Case) -> ReadScan:
+        """Read a scan."""
+        return self._work.read(item)
+
+    def compute(self, item: Case, ready: ReadScan) -> tuple[FeatureTable, tuple[str, ...]]:
+        """Embed a scan; its rows, and what is to be said of it."""
+        start = self._places[item.id]
+
+        def watch(done: int, total: int) -> None:
+            self._progress.update(start + done / max(total, done, 1), item.id)
+
+        self._progress.update(start, item.id)
+        return self._work.rows(ready, watch), ready.warnings
+
+    def finish(self, item: Case, done: tuple[FeatureTable, tuple[str, ...]]) -> None:
+        """Keep the rows of a scan."""
+        rows, said = done
+        self._store.add({**self._stamps[item.id], "warnings": list(said)}, rows)
+        self._num_unlike += bool(said)
+        for text in said if self._num_unlike <= MOST_NAMED else ():
+            self._progress.say(f"warning: {item.images[0]}: {text}")
+
+    def record(self, item: Case, result: Exception | None) -> None:
+        """Record why a scan could not be embedded."""
+        if result is not None:
+            failure = Failure.of(result, item.images[0])
+            if isinstance(result, (MemoryError, torch.OutOfMemoryError)):
+                failure = Failure(f"{item.images[0]}: not enough memory; use a smaller --batch_size or --window_size.")
+            self._store.fail(item, failure)
+            self._progress.say(f"not embedded: {failure.reason}")
 
 
 def _concluded(
