@@ -14,6 +14,9 @@ def probe(settings: ProbeSettings) -> dict[str, Any]:
     an encoder of the same settings drawn at random, intensities (mean and deviation of each token or box), and the
     place of each token in its crop.
 
+    With --features and --labels in place of weights and data, the rows of `mim3d embed` are told apart by a column of
+    classes or fitted to one of numbers, each patient scored once over all folds, beside what other columns say alone.
+
     Returns:
         All scores and intervals, as in the file.
 

@@ -36,6 +36,14 @@ CONVENTIONS = {
     "mean_cosine": "Mean cosine between two different training items.",
 }
 
+#: The same of scores of numbers.
+NUMBER_CONVENTIONS = {
+    "r2": "1 less the squared errors over the squared distances from the mean of the items that are scored.",
+    "mae": "Mean absolute error, in the unit of the numbers.",
+    "pearson": "Correlation of answers and truth; not defined for answers that are all the same.",
+    "ci95": resampling.CONVENTION,
+}
+
 #: Rows whose singular values are taken, evenly spaced: what more of them add is small.
 MAX_ROWS = 4096
 
@@ -93,12 +101,60 @@ class Scored:
         return [plain(value) for value in found]
 
 
-def intervals(scored: Scored, bootstrap: Bootstrap) -> dict[str, list[float] | None]:
+@dataclass(frozen=True, eq=False)
+class ScoredNumbers:
+    """What a regression made of held-out items.
+
+    Attributes:
+        answers_N: Numbers that it gives.
+        truth_N: The true ones.
+        patients: Whose item each is.
+    """
+
+    answers_N: Floats
+    truth_N: Floats
+    patients: tuple[str, ...]
+
+    @property
+    def num_patients(self) -> int:
+        """P."""
+        return len(set(self.patients))
+
+    def statistics(self, counts_BP: Floats) -> dict[str, Floats]:
+        """Every score (B,), each patient counted so many times."""
+        weights_BN = counts_BP[:, grouped(self.patients)[1]]
+        total_B = weights_BN.sum(1)
+
+        def mean(values_N: Floats) -> Floats:
+            return np.asarray(weights_BN @ values_N / total_B)
+
+        # Around a value of their own size, so that squares cancel nothing.
+        answers_N, truth_N = self.answers_N - self.truth_N.mean(), self.truth_N - self.truth_N.mean()
+        spread_B = mean(truth_N**2) - mean(truth_N) ** 2
+        of_answers_B = mean(answers_N**2) - mean(answers_N) ** 2
+        shared_B = mean(answers_N * truth_N) - mean(answers_N) * mean(truth_N)
+        varies_B = (spread_B > 0) & (of_answers_B > 1e-12 * mean(answers_N**2))
+        errors_N = answers_N - truth_N
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {
+                "r2": np.where(spread_B > 0, 1 - mean(errors_N**2) / spread_B, np.nan),
+                "mae": mean(np.abs(errors_N)),
+                "pearson": np.where(varies_B, shared_B / np.sqrt(spread_B * of_answers_B), np.nan),
+            }
+
+    def values(self) -> dict[str, float]:
+        """Every score."""
+        return {name: float(value[0]) for name, value in self.statistics(np.ones((1, self.num_patients))).items()}
+
+
+def intervals(scored: Scored | ScoredNumbers, bootstrap: Bootstrap) -> dict[str, list[float] | None]:
     """The interval of each score; None where none can be made."""
     return bootstrap.intervals(scored.num_patients, scored.statistics)
 
 
-def differences(ours: Scored, theirs: Scored, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+def differences(
+    ours: Scored | ScoredNumbers, theirs: Scored | ScoredNumbers, bootstrap: Bootstrap
+) -> dict[str, dict[str, Any]]:
     """Each score of ours less theirs on the same patients, with its paired interval."""
     first, second = ours.values(), theirs.values()
 

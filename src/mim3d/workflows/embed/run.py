@@ -306,7 +306,7 @@ def _concluded(
         where = "" if store.out is None else f"; {store.description} says how"
         warnings.warn(
             f"{number_of(len(unlike), 'scan', 'are', of=len(cases))} unlike those that the encoder learned from, or "
-            f"lack something: {listed(unlike)}{where}.",
+            f"have an empty mask: {listed(unlike)}{where}.",
             category=UnlikeTrainingWarning,
             stacklevel=2,
         )

@@ -5,10 +5,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
-
-from rich.text import Text
 
 from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
@@ -16,7 +13,6 @@ from mim3d.caching.summary import CacheSummary
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import read_json, write_json
 from mim3d.core.left_out import note_left_out
-from mim3d.core.names import printable
 from mim3d.core.progress import counted, say
 from mim3d.core.resources import choose_device
 from mim3d.core.settings import to_mapping, to_named
@@ -29,22 +25,22 @@ from mim3d.probing.scores import CONVENTIONS, Scored, differences, intervals
 from mim3d.probing.settings import Probing
 from mim3d.reporting.sources import short_names
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks.evaluation import print_tables, printed_table
 from mim3d.weights import MIN_COVERAGE, InputLayers, locate, weights_digest
 from mim3d.workflows.probe.cases import ProbeCases, Target, choose_cases, read_source
+from mim3d.workflows.probe.from_features import FeatureProbe, probe_features
+from mim3d.workflows.probe.labelled import Kind
+from mim3d.workflows.probe.printing import CLASSIFIERS, LEAK_MARK, show_encoders, show_tables
 from mim3d.workflows.shared.first_screen import fold_line
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
 from mim3d.workflows.shared.inputs import check_channels
 from mim3d.workflows.shared.leakage import check_leakage, check_pretraining, identities_of
 
-#: Names of both classifiers, as fields of :class:`Probed`, and for people.
-CLASSIFIERS = {"linear": "Linear", "neighbours": "k-NN"}
-
-#: Follows the name of features of an encoder that learned from held-out scans.
-LEAK_MARK = " *"
-
-#: Sets of features in one table of labels.
-COLUMNS_AT_ONCE = 4
+#: Settings that mean something to tables of features alone, and to encoders alone.
+OF_TABLES = ("features", "labels", "label_column", "label_kind", "region")
+OF_ENCODERS = (
+    *("weights", "data", "target", "backbone", "input_layers", "min_coverage", "cache", "spacing_mm", "intensity"),
+    *("accelerator", "num_workers", "seed", "strict"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,12 @@ class ProbeSettings:
         weights: Encoder: a run, an exported folder or a published checkpoint; several are compared in one table.
         data: Labelled scans: MSD or nnU-Net raw folder, folder of images and labels, CSV or JSON list, a cache, or
             `phantom` for synthetic CT made on the spot.
+        features: Tables of `mim3d embed` in place of weights and data; several are compared.
+        labels: Table (CSV) of labels for them: id, case or image, a column with the label, and patient, split, fold or
+            region where it has them. Its other columns of numbers are compared with the features.
+        label_column: Column of the label, for `features`; needed where several could be meant.
+        label_kind: What labels are, for `features`: classes or numbers; by what they look like if not given.
+        region: Which rows of `features`, such as the name of a label; whole scans if not given.
         out: File for all scores and intervals, .json; none is written if not given.
         target: What is classified: labels (of tokens) or classes (of scans); what most scans have if not given.
         backbone: Encoder of foreign weights, a name of list_models(); that of the weights if not given.
@@ -63,7 +65,8 @@ class ProbeSettings:
         cache: Folder for the cache of prepared scans; a temporary one if not given.
         spacing_mm: Voxel size along X, Y, Z in millimetres; that of the first weights if not given.
         intensity: Mapping of intensities to network input; that of each of the weights if not given, else planned.
-        fold: Which of the folds is held out and scored on, from 0, the same as those of `mim3d finetune`.
+        fold: Which of the folds is held out and scored on, from 0, the same as those of `mim3d finetune`; 0 if not
+            given, and of `features` all, each in turn.
         held_out_list: File with the ids of cases or patients to score on, one per line, in place of a fold.
         num_folds: Number of folds that the patients are split into; a declared split wins over folds.
         split_seed: Seed by which patients are split into folds.
@@ -79,10 +82,15 @@ class ProbeSettings:
         ConfigError: For a value that cannot work.
     """
 
-    weights: str | list[str]
-    data: str
+    weights: str | list[str] | None = None
+    data: str | None = None
     out: str | None = None
     _: KW_ONLY
+    features: str | list[str] | None = None
+    labels: str | None = None
+    label_column: str | None = None
+    label_kind: Kind | None = None
+    region: str | None = None
     target: Target | None = None
     backbone: Named | None = None
     input_layers: InputLayers = "mean"
@@ -90,7 +98,7 @@ class ProbeSettings:
     cache: str | None = None
     spacing_mm: Spacing | None = None
     intensity: Intensity | None = None
-    fold: int = 0
+    fold: int | None = None
     held_out_list: str | None = None
     num_folds: int = 5
     split_seed: int = 0
@@ -105,26 +113,83 @@ class ProbeSettings:
     @property
     def paths(self) -> list[str]:
         """The weights, one or several."""
-        return [self.weights] if isinstance(self.weights, str) else list(self.weights)
+        return [self.weights] if isinstance(self.weights, str) else list(self.weights or ())
+
+    @property
+    def tables(self) -> list[str]:
+        """The tables of features, one or several; empty where encoders are probed."""
+        return [self.features] if isinstance(self.features, str) else list(self.features or ())
+
+    def written(self) -> dict[str, Any]:
+        """What a file of scores says of these settings, as plain values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        passed_over = {"out", "cache", "num_workers", "overwrite", *(OF_ENCODERS if self.tables else OF_TABLES)}
+        plain: dict[str, Any] = to_mapping({name: value for name, value in values.items() if name not in passed_over})
+        return plain
 
 
 def run_probe(settings: ProbeSettings) -> dict[str, Any]:
-    """Probe every encoder and what was not learned; print the table, and write it where a file is given."""
+    """Probe encoders, or features that are there already; print the tables, and write them where a file is given."""
+    if settings.features is not None or settings.labels is not None:
+        return _probe_tables(settings)
     _check(settings)
+    return _probe_encoders(settings, str(settings.data), settings.fold or 0)
+
+
+def _probe_tables(settings: ProbeSettings) -> dict[str, Any]:
+    """Probe tables of features."""
+    given = [name for name in OF_ENCODERS if getattr(settings, name) != getattr(ProbeSettings, name)]
+    if given:
+        raise ConfigError(
+            f"{given[0]} is a setting for encoders, but features are there already: leave it out, or give --weights "
+            "and --data alone."
+        )
+    if not settings.tables or settings.labels is None:
+        raise ConfigError("mim3d probe needs both --features and --labels: a table of mim3d embed, and one of labels.")
+    if len(set(settings.tables)) < len(settings.tables):
+        raise ConfigError("features names the same table twice; name each once.")
+    _check_out(settings, {"features": to_mapping(settings.features), "labels": settings.labels})
+    probe = FeatureProbe(
+        features=tuple(settings.tables),
+        labels=settings.labels,
+        label_column=settings.label_column,
+        label_kind=settings.label_kind,
+        region=settings.region,
+        fold=settings.fold,
+        num_folds=settings.num_folds,
+        split_seed=settings.split_seed,
+        held_out_list=settings.held_out_list,
+        temperature=settings.probing.temperature,
+        bootstrap=Bootstrap(num_bootstrap=settings.num_bootstrap, seed=0),
+    )
+    content = probe_features(probe, settings.written())
+    show_tables(content)
+    _write(settings.out, content)
+    return content
+
+
+def _write(out: str | None, content: Mapping[str, Any]) -> None:
+    if out is not None:
+        write_json(out, content, indent=1, allow_nan=False)
+        say(f"scores: {out}")
+
+
+def _probe_encoders(settings: ProbeSettings, data: str, fold: int) -> dict[str, Any]:
+    """Probe every encoder and what was not learned."""
     bootstrap = Bootstrap(num_bootstrap=settings.num_bootstrap, seed=0)
     with recording() as warned, tempfile.TemporaryDirectory(prefix="mim3d-probe-") as scratch:
         cases = choose_cases(
-            read_source(settings.data, Path(scratch) / "phantom", strict=settings.strict),
-            settings.data,
+            read_source(data, Path(scratch) / "phantom", strict=settings.strict),
+            data,
             settings.target,
-            fold=settings.fold,
+            fold=fold,
             num_folds=settings.num_folds,
             split_seed=settings.split_seed,
             held_out_list=settings.held_out_list,
         )
         parts = cases.split
         numbers = len(parts.train), len(parts.val)
-        say(fold_line(settings.fold, settings.num_folds, cases.cases, *numbers, settings.held_out_list))
+        say(fold_line(fold, settings.num_folds, cases.cases, *numbers, settings.held_out_list))
         encoders: dict[str, Initialisation] = {}
         device = choose_device(settings.accelerator)
         for path in settings.paths:
@@ -156,21 +221,20 @@ def run_probe(settings: ProbeSettings) -> dict[str, Any]:
             for row in failed:
                 say(f"left out: {row['reason']}")
         note_left_out(len(failed), len(scans) + len(failed), settings.out or "the lines above")
-    written = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    about = {name: value for name, value in written.items() if name not in ("out", "cache", "num_workers", "overwrite")}
-    content = content_of(rows, to_mapping(about), bootstrap)
+    content = content_of(rows, {**settings.written(), "fold": fold}, bootstrap)
     if warned.rows:
         content["warnings"] = warned.rows
     if failed:
         content["cases_left_out"] = [{"id": row["id"], "reason": row["reason"]} for row in failed]
-    show(content)
-    if settings.out is not None:
-        write_json(settings.out, content, indent=1, allow_nan=False)
-        say(f"scores: {settings.out}")
+    show_encoders(content)
+    _write(settings.out, content)
     return content
 
 
 def _check(settings: ProbeSettings) -> None:
+    if settings.weights is None or settings.data is None:
+        missing = " and ".join(f"--{name}" for name in ("weights", "data") if getattr(settings, name) is None)
+        raise ConfigError(f"mim3d probe needs {missing}, or --features and --labels; see mim3d probe --help.")
     if not settings.paths:
         raise ConfigError("weights is empty; name a run, an exported folder or a weights file.")
     if len(set(settings.paths)) < len(settings.paths):
@@ -181,6 +245,10 @@ def _check(settings: ProbeSettings) -> None:
         raise ConfigError(f"num_workers is {settings.num_workers}; it must be 0 or more.")
     if settings.seed < 0:
         raise ConfigError(f"seed is {settings.seed}; it must be zero or more.")
+    _check_out(settings, {"weights": to_mapping(settings.weights), "data": settings.data})
+
+
+def _check_out(settings: ProbeSettings, source: Mapping[str, Any]) -> None:
     out = settings.out
     if out is None:
         return
@@ -189,26 +257,25 @@ def _check(settings: ProbeSettings) -> None:
     folder = os.path.dirname(os.path.abspath(out))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ConfigError(f"out is {out}, but {folder} is no folder that can be written to; choose another.")
-    _require_own(out, settings)
+    _require_own(out, source, overwrite=settings.overwrite)
 
 
-def _require_own(out: str, settings: ProbeSettings) -> None:
-    """Refuse to replace a file that holds no scores of a probe, or those of other weights or data unless asked to."""
+def _require_own(out: str, source: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Refuse to replace a file that holds no scores of a probe, or those of another source unless asked to."""
     if not os.path.exists(out):
         return
     try:
         content = read_json(out)
-        found = {key: content["settings"][key] for key in ("weights", "data")}
+        known = content["settings"]
+        found = {key: known[key] for key in (source if source.keys() <= known.keys() else ("weights", "data"))}
         is_probe = content["kind"] == "probe"
     except (DataError, KeyError, TypeError):
         is_probe = False
     if not is_probe:
         raise ConfigError(f"{out} exists and holds no scores of a probe; choose another --out.")
-    if not settings.overwrite and found != {"weights": to_mapping(settings.weights), "data": settings.data}:
-        raise ConfigError(
-            f"{out} holds scores of {found['weights']} on {found['data']}; choose another --out, or use "
-            "--overwrite true."
-        )
+    if not overwrite and found != source:
+        first, second = found.values()
+        raise ConfigError(f"{out} holds scores of {first} on {second}; choose another --out, or use --overwrite true.")
 
 
 @dataclass(frozen=True)
@@ -317,72 +384,3 @@ def _classifier(row: Row, name: str, bootstrap: Bootstrap) -> dict[str, Any]:
         "per_class_f1": dict(zip(row.items.names, scored.f1(), strict=True)),
         "less": {other: differences(scored, getattr(probed, name), bootstrap) for other, probed in row.against.items()},
     }
-
-
-def show(content: Mapping[str, Any]) -> None:
-    """Print scores, intervals and differences, measures of collapse, and F1 of every label, on 80 columns."""
-    rows = content["features"]
-    names = ["balanced_accuracy", "f1_macro", *(["auc"] if content["target"] == "classes" else [])]
-    heads = {"balanced_accuracy": "acc.", "f1_macro": "F1", "auc": "AUC"}
-    _print(
-        f"{content['num_scans']['held_out']} held-out scans, {content['num_scans']['training']} to learn from "
-        "(acc.: balanced accuracy)",
-        "Features",
-        [f"{title}\n{heads[name]}" for title in CLASSIFIERS.values() for name in names],
-        [[row["name"], *(_number(row[kind][name]) for kind in CLASSIFIERS for name in names)] for row in rows],
-    )
-    # A line for features, and one for the difference to each row that they are compared with.
-    lines = []
-    for row in rows:
-        scored, cells = [row[kind] for kind in CLASSIFIERS], [row["name"]]
-        for each in scored:
-            cells += [_number(each["balanced_accuracy"]), _interval(each["ci95"]["balanced_accuracy"])]
-        lines.append(cells)
-        for other in scored[0]["less"]:
-            cells = [f"  difference to {'a random encoder' if other == 'random' else other}"]
-            for each in scored:
-                less = each["less"][other]["balanced_accuracy"]
-                cells += [f"{less['difference']:+.3f}", _interval(less["ci95"])]
-            lines.append(cells)
-    _print(
-        "Balanced accuracy: 95 % intervals over patients, and paired differences",
-        "Features",
-        [head for title in CLASSIFIERS.values() for head in (title, "95 % interval")],
-        lines,
-    )
-    if any(row["name"].endswith(LEAK_MARK) for row in rows):
-        say("* learned from held-out scans, so its scores say nothing about new patients")
-    spreads = [(row["name"], row["num_features"], row["collapse"]) for row in rows if row["collapse"]]
-    _print(
-        "Spread of the features to learn from: 1 is even, 0 is collapsed",
-        "Features",
-        ["Number", "Spread", "Rank", "Cosine"],
-        [
-            [name, str(num), f"{c['feature_std']:.3f}", f"{c['effective_rank']:.1f}", f"{c['mean_cosine']:.3f}"]
-            for name, num, c in spreads
-        ],
-    )
-    labels = list(dict.fromkeys(name for row in rows for name in row["items"]))
-    for start in range(0, len(rows), COLUMNS_AT_ONCE):
-        part = rows[start : start + COLUMNS_AT_ONCE]
-        _print(
-            f"F1 of each {'label' if content['target'] == 'labels' else 'class'}, linear",
-            "",
-            ["\n".join(wrap(row["name"], 11)) for row in part],
-            [[name, *(_number(row["linear"]["per_class_f1"].get(name)) for row in part)] for name in labels],
-        )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _interval(ends: Sequence[float] | None) -> str:
-    return "-" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
-
-
-def _print(title: str, first: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = printed_table(title, first, columns)
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    print_tables([table])
