@@ -22,6 +22,7 @@ import torch
 from yardstick.machine import RESULTS, Row, describe, options, prepare, write_results
 
 import mim3d
+from mim3d.core.errors import DataError
 from mim3d.core.run_folder import read_run
 from mim3d.methods.mim.method import MiM
 from mim3d.phantoms.dataset import PhantomSettings, make_set
@@ -73,11 +74,17 @@ def measure(name: str, data: str, size: str, rates: list[float], args: argparse.
     with tempfile.TemporaryDirectory() as scratch:
         runs = [Path(scratch) / f"{rate:g}" for rate in rates]
         logged = [pretrained(run, data, size, rate, args) for run, rate in zip(runs, rates, strict=True)]
-        *learned, random = [None] * (len(runs) + 1) if args.no_probe else accuracies(runs, data)
+        found: list[Row | None] = [None] * (len(runs) + 1)
+        if not args.no_probe:
+            try:
+                found = [*accuracies(runs, data)]
+            except DataError as error:
+                # Hours of training are worth keeping where tokens are too wide for the labels.
+                print(f"no probe: {error}")
     about = {"size": size, "data": name, "batch": args.batch, "steps": args.steps}
     return [
-        {**about, "learning_rate": rate, **row, "probe": probe, "probe_random": random}
-        for rate, row, probe in zip(rates, logged, learned, strict=True)
+        {**about, "learning_rate": rate, **row, "probe": probe, "probe_random": found[-1]}
+        for rate, row, probe in zip(rates, logged, found[:-1], strict=True)
     ]
 
 
