@@ -14,6 +14,7 @@ from mim3d.nn.tokens import rotary_angles, rotate, sincos_positions
 from mim3d.training.optim import decay_groups
 
 SMALL = {"token_edge": 4, "width": 24, "depth": 2, "num_heads": 2}
+LEARNED = {"positions": "learned", "position_grid": (3, 2, 2)}
 PRIMUS = {"positions": "rotary", "num_registers": 3, "mlp": "swiglu", "layer_scale": 0.1}
 
 
@@ -62,7 +63,7 @@ def test_it_is_the_transformer_of_its_paper() -> None:
     torch.testing.assert_close(encoder.feature_maps(volume), [expected])
 
 
-@pytest.mark.parametrize("changes", [{}, PRIMUS], ids=["plain", "primus"])
+@pytest.mark.parametrize("changes", [{}, PRIMUS, LEARNED], ids=["plain", "primus", "learned"])
 def test_visible_tokens_do_not_see_hidden_voxels(changes: dict[str, Any]) -> None:
     encoder, volume = vit(**changes), volume_of(8, 8, 12)
     visible = torch.tensor([[0, 3, 7, 11], [1, 2, 5, 8]])
@@ -74,7 +75,7 @@ def test_visible_tokens_do_not_see_hidden_voxels(changes: dict[str, Any]) -> Non
     assert not torch.allclose(encoder.encode_visible(volume + 1, visible), tokens)
 
 
-@pytest.mark.parametrize("changes", [{}, PRIMUS], ids=["plain", "primus"])
+@pytest.mark.parametrize("changes", [{}, PRIMUS, LEARNED], ids=["plain", "primus", "learned"])
 def test_with_nothing_hidden_the_tokens_are_those_of_the_map(changes: dict[str, Any]) -> None:
     encoder, volume = vit(**changes), volume_of(8, 8, 12)
     tokens = encoder.encode_visible(volume, torch.arange(12).expand(2, -1))
@@ -156,7 +157,7 @@ def test_ready_sizes_have_the_parameters_of_their_paper(name: str, millions: flo
         ({"depth": 0}, "depth is 0"),
         ({"num_registers": -1}, "num_registers is -1"),
         ({"layer_scale": 0.0}, "layer_scale is 0.0"),
-        ({"positions": "learned"}, "positions"),
+        ({"positions": "none"}, "positions"),
         ({"drop_path": 1.0}, "drop_path is 1.0"),
         ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
     ],

@@ -1,5 +1,6 @@
 """Published layouts of weights: known by names and shapes, and the same network once they are loaded."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,12 @@ from mim3d.backbones import create_model
 from mim3d.cli import main
 from mim3d.core.errors import CheckpointError
 from mim3d.datasets.cases import CaseSet, read_cases
+from mim3d.nn.tokens import sincos_positions
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
 from mim3d.weights import describe, load_encoder, origin_of, read_weights, save_network
 from mim3d.weights.families import recognised
+from mim3d.weights.states import HeldWeights
 from mim3d.workflows.finetune.planning import fixed_choices
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.initialisation import initialise
@@ -320,3 +323,172 @@ def test_a_mapping_of_intensities_that_mim3d_has_not_is_named(tmp_path: Path) ->
     assert origin is not None
     assert origin.expects.intensity is None
     assert "nnU-Net's CTNormalization" in str(origin)
+
+
+class PlainTransformer(nn.Module):
+    """A vision transformer of torch's own layers, of volumes or pictures, with a class token and learned positions."""
+
+    def __init__(self, axes: int = 3, edge: int = 8, grid: int = 2, channels: int = 1, width: int = 24) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        convolution = nn.Conv3d if axes == 3 else nn.Conv2d
+        self.embed = convolution(channels, width, edge, edge)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, 1 + grid**axes, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, 4, 4 * width, 0.0, nn.functional.gelu, 1e-6, batch_first=True, norm_first=True
+            )
+            for _ in range(4)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        self.eval()
+
+    def forward(self, image: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Tokens after the last norm, without the class token."""
+        tokens = self.embed(image).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = tokens + (self.positions if positions is None else positions)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.norm(tokens)[:, 1:]
+
+    def published(self) -> dict[str, Tensor]:
+        """Its tensors in the names of timm and MAE."""
+        names = {"in_proj_": "qkv.", "self_attn.": "attn.", "out_proj.": "proj.", "linear": "mlp.fc"}
+        state = {"cls_token": self.token, "pos_embed": self.positions}
+        state |= {f"patch_embed.proj.{name}": value for name, value in self.embed.state_dict().items()}
+        for name, value in self.layers.state_dict().items():
+            for theirs, published in names.items():
+                name = name.replace(theirs, published)
+            state[f"blocks.{name}"] = value
+        return state | {f"norm.{name}": value for name, value in self.norm.state_dict().items()}
+
+
+def with_decoder(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    decoder = {"mask_token": torch.ones(1, 1, 12), "decoder_pos_embed": torch.ones(1, 9, 12)}
+    return state | decoder | {"decoder_blocks.0.norm1.weight": torch.ones(12), "decoder_pred.weight": torch.ones(8, 12)}
+
+
+def mae_file(network: PlainTransformer) -> Any:
+    return {"model": with_decoder(network.published()), "args": argparse.Namespace(model="mae"), "epoch": 1}
+
+
+def hi_end_file(network: PlainTransformer) -> Any:
+    state = network.published()
+    with torch.no_grad():
+        # Its class token has no position.
+        network.positions[:, 0] = 0
+    table = state.pop("pos_embed")[:, 1:]
+    beside = {"encoder_to_decoder.0.weight": torch.ones(2, 2), "decoder.norm.weight": torch.ones(2)}
+    return {
+        "epoch": 1,
+        "state_dict": under("module.", under("encoder.", state) | {"encoder_pos_embed": table} | beside),
+    }
+
+
+def three_dino_file(network: PlainTransformer) -> Any:
+    """Blocks in chunks, and factors of branches beside them, which the network has in its weights."""
+    state = {}
+    for name, value in network.published().items():
+        if name.startswith("blocks."):
+            number = int(name.split(".")[1])
+            name = name.replace(f"blocks.{number}.", f"blocks.{number // 2}.{number}.")
+            for branch, scale in (("attn.proj.", "ls1"), ("mlp.fc2.", "ls2")):
+                if branch in name:
+                    factors = torch.linspace(0.5, 2, len(value))
+                    state[f"{name.partition(branch)[0]}{scale}.gamma"] = factors
+                    value = value / (factors[:, None] if value.ndim == 2 else factors)
+        state[f"backbone.{name}"] = value
+    return {"teacher": state | {"backbone.mask_token": torch.ones(1, 24), "dino_head.mlp.0.weight": torch.ones(2, 2)}}
+
+
+SMALL_VOLUME = VOLUME[..., :16, :16, :16]
+
+
+@pytest.mark.parametrize(
+    ("make", "family"), [(mae_file, "MAE of volumes"), (hi_end_file, "Hi-End-MAE"), (three_dino_file, "3DINO")]
+)
+def test_a_transformer_of_every_layout_gives_the_tokens_of_its_own_network(
+    tmp_path: Path, make: Callable[[PlainTransformer], Any], family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = PlainTransformer()
+    file = saved(tmp_path / "w.pth", make(network))
+    with pytest.raises(CheckpointError, match=r"do not show the number of attention heads.*--backbone\.num_heads"):
+        load_encoder(file)
+    with pytest.warns(UserWarning, match="blocks that the file may have lost"):
+        encoder = load_encoder(file, {"num_heads": 4})
+    assert "100.0% of the values" in capsys.readouterr().out
+    with torch.no_grad():
+        tokens = encoder(SMALL_VOLUME)[0].flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, network(SMALL_VOLUME), atol=1e-5, rtol=1e-5)
+    origin = origin_of(file)
+    assert origin is not None
+    assert origin.family.startswith(family)
+
+
+def test_positions_for_crops_of_another_size_are_interpolated_as_in_3dino(tmp_path: Path) -> None:
+    network = PlainTransformer()
+    file = saved(tmp_path / "w.pth", three_dino_file(network))
+    with pytest.warns(UserWarning, match="may have lost"):
+        encoder = load_encoder(file, {"num_heads": 4})
+    table = network.positions[:, 1:].reshape(1, 2, 2, 2, -1).permute(0, 4, 1, 2, 3)
+    table = nn.functional.interpolate(table, scale_factor=(3.1 / 2,) * 3, mode="trilinear")
+    positions = torch.cat([network.positions[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+    volume = VOLUME[..., :24, :24, :24]
+    with torch.no_grad():
+        tokens = encoder(volume)[0].flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, network(volume, positions), atol=1e-5, rtol=1e-5)
+
+
+def test_fixed_positions_are_computed_and_fit_any_grid(tmp_path: Path) -> None:
+    network = PlainTransformer()
+    with torch.no_grad():
+        network.positions[0, 1:] = sincos_positions((2, 2, 2), 24)
+    with pytest.warns(UserWarning, match="may have lost"):
+        encoder = load_encoder(saved(tmp_path / "w.pth", mae_file(network)), {"num_heads": 4})
+    assert encoder.recipe.positions == "sincos"
+    with torch.no_grad():
+        tokens = encoder(SMALL_VOLUME)[0].flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, network(SMALL_VOLUME), atol=1e-5, rtol=1e-5)
+
+
+def test_a_transformer_of_pictures_is_made_as_deep_as_wide(tmp_path: Path) -> None:
+    network = PlainTransformer(axes=2, channels=3)
+    file = saved(tmp_path / "w.pth", mae_file(network))
+    with pytest.warns(UserWarning, match="may have lost"):
+        encoder = load_encoder(file, {"num_heads": 4})
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        tokens = encoder(picture[..., None].expand(-1, -1, -1, -1, 8))[0].flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, network(picture), atol=1e-5, rtol=1e-5)
+        # A grey picture is seen by one channel as it is by three.
+        with pytest.warns(UserWarning, match=r"may have lost|learned from 3 channels"):
+            grey = initialise({"num_heads": 4}, file, 1).encoder
+        assert grey is not None
+        volume = picture[:, :1, :, :, None].expand(-1, -1, -1, -1, 8)
+        tokens = grey.eval()(volume)[0].flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, network(picture[:, :1].expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5)
+
+
+def test_heads_of_published_transformers_are_known_and_lost_blocks_named(tmp_path: Path) -> None:
+    """Shapes alone: no values are needed to know a network."""
+    names = PlainTransformer(width=24).published()
+    wide = {}
+    for name, value in names.items():
+        shape = [size * 32 if size in (24, 72, 96) else size for size in value.shape]
+        for number in range(12) if name.startswith("blocks.0.") else [0]:
+            wide[name.replace("blocks.0.", f"blocks.{number}.")] = torch.empty(shape, device="meta")
+    wide = {
+        name: value for name, value in wide.items() if not name.startswith("blocks.") or int(name.split(".")[1]) < 12
+    }
+    found = recognised(HeldWeights({**wide, "pos_embed": torch.ones(1, 9, 768), "cls_token": torch.ones(1, 1, 768)}))
+    assert found is not None
+    assert found.shown["num_heads"] == 12
+    assert found.unfit == ""
+    lost = {name: value for name, value in wide.items() if not name.startswith("blocks.11.")}
+    found = recognised(HeldWeights({**lost, "pos_embed": torch.ones(1, 9, 768), "cls_token": torch.ones(1, 1, 768)}))
+    assert found is not None
+    assert found.unfit == ", but holds 11 of its 12 blocks; it is not whole, so copy it again"

@@ -4,6 +4,7 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021. Rotary positions
 are settings; with tokens of 8^3 they give the form of Primus (Wald et al., arXiv 2503.01835, 2025).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from mim3d.backbones.contract import Backbone, MaskTokenEncoder, VisibleEncoder,
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.nn.blocks import Projection, TransformerBlock, init_linear
-from mim3d.nn.tokens import rotary_angles, sincos_positions
+from mim3d.nn.tokens import resized_positions, rotary_angles, sincos_positions
 from mim3d.nn.volumes import to_blocks, token_grid
 
 # Shape suffixes: B batch, C channels, X Y Z space, L all tokens, V visible tokens, R registers, E embedding, d half of
@@ -37,7 +38,8 @@ class ViT(Backbone):
         num_heads: Attention heads of each block.
         mlp_ratio: Hidden per token channels of every MLP; ``swiglu`` has two thirds of them, and so as many parameters.
         positions: ``sincos`` adds fixed sines and cosines to the tokens; ``rotary`` turns queries and keys, so that
-            attention sees where tokens lie from each other alone.
+            attention sees where tokens lie from each other alone; ``learned`` adds a table that is learned.
+        position_grid: Tokens along X, Y, Z that a learned table has; for any other grid it is interpolated.
         num_registers: Learned tokens beside those of the volume, which attention may use as a store (Darcet et al.
             2024).
         mlp: ``gelu`` or the gated ``swiglu``.
@@ -52,7 +54,8 @@ class ViT(Backbone):
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
-    positions: Literal["sincos", "rotary"] = "sincos"
+    positions: Literal["sincos", "rotary", "learned"] = "sincos"
+    position_grid: Triple = (6, 6, 6)
     num_registers: int = 0
     mlp: Literal["gelu", "swiglu"] = "gelu"
     layer_scale: float | None = None
@@ -70,6 +73,10 @@ class ViT(Backbone):
         ):
             if not least <= (value := getattr(self, name)) <= most:
                 raise ConfigError(f"backbone {name} is {value}; it must be from {least} to {most}.")
+        if not all(1 <= tokens <= 64 for tokens in self.position_grid):
+            raise ConfigError(
+                f"position_grid is {list(self.position_grid)}; it must be three numbers of tokens from 1 to 64."
+            )
         if not 0 < self.mlp_ratio <= 64:
             raise ConfigError(f"mlp_ratio is {self.mlp_ratio}; it must be above 0 and at most 64, such as 4.")
         if not 0 <= self.drop_path < 1:
@@ -123,6 +130,8 @@ class ViTEncoder(VisibleEncoder, MaskTokenEncoder):
         self.embed_dim = self.stem_dim = recipe.width
         self.stem_size = recipe.token_size
         self.registers = nn.Parameter(torch.empty(recipe.num_registers, recipe.width)) if recipe.num_registers else None
+        num_positions = math.prod(recipe.position_grid) if recipe.positions == "learned" else 0
+        self.position_table = nn.Parameter(torch.empty(num_positions, recipe.width)) if num_positions else None
         self.embed = Projection(recipe.in_channels, recipe.width, recipe.token_edge)
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -139,6 +148,8 @@ class ViTEncoder(VisibleEncoder, MaskTokenEncoder):
         self.apply(init_linear)
         if self.registers is not None:
             nn.init.normal_(self.registers, std=0.02)
+        if self.position_table is not None:
+            nn.init.normal_(self.position_table, std=0.02)
 
     def encode_visible(self, volume_BCXYZ: Tensor, visible_BV: Tensor) -> Tensor:
         """Tokens ``(B, V, E)`` of the visible places; nothing is computed at hidden ones."""
@@ -178,7 +189,10 @@ class ViTEncoder(VisibleEncoder, MaskTokenEncoder):
     def _transform(self, tokens_BVE: Tensor, grid: Triple, visible_BV: Tensor | None = None) -> Tensor:
         """Embedded tokens with their positions through all blocks, normed; all of the grid, or the visible ones."""
         angles_BVd = None
-        if self.recipe.positions == "sincos":
+        if self.position_table is not None:
+            table_LE = resized_positions(self.position_table, self.recipe.position_grid, grid)
+            tokens_BVE = tokens_BVE + _at(table_LE.to(tokens_BVE), visible_BV)
+        elif self.recipe.positions == "sincos":
             tokens_BVE = tokens_BVE + _at(sincos_positions(grid, self.embed_dim).to(tokens_BVE), visible_BV)
         else:
             angles_Ld = rotary_angles(grid, self.embed_dim // self.recipe.num_heads)

@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mim3d.core.types import Triple
 
@@ -80,6 +81,23 @@ def sincos_positions(grid: Triple, embed_dim: int) -> Tensor:
     ``n = embed_dim // 6`` frequencies. Channels left over when ``embed_dim`` is no multiple of 6 are zero.
     """
     return torch.from_numpy(_table(grid, embed_dim))
+
+
+def resized_positions(table_LE: Tensor, own: Triple, grid: Triple) -> Tensor:
+    """Learned embeddings ``(L, E)`` of a grid from a table of those of another, by trilinear interpolation.
+
+    As DINOv2 does it, a tenth of a token is added to the size that is asked for, along axes that differ.
+
+    Args:
+        table_LE: Embeddings in raster order of the grid ``own``.
+        own: Tokens along X, Y, Z that the table has.
+        grid: Tokens along X, Y, Z that are asked for.
+    """
+    if own == grid:
+        return table_LE
+    scales = [1.0 if have == want else (want + 0.1) / have for have, want in zip(own, grid, strict=True)]
+    table_1EXYZ = table_LE.T.reshape(1, -1, *own)
+    return functional.interpolate(table_1EXYZ, scale_factor=scales, mode="trilinear")[0].flatten(1).T
 
 
 def rotary_angles(grid: Triple, head_dim: int) -> Tensor:

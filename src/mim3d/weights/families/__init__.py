@@ -7,11 +7,14 @@ from torch import Tensor
 
 from mim3d.core.names import cut, number_of
 from mim3d.weights.families.family import ExpectedInput, Family
+from mim3d.weights.families.hi_end_mae import HI_END_MAE
+from mim3d.weights.families.mae import MAE_2D, MAE_3D
 from mim3d.weights.families.mim import MIM, OWN_HYBRID
 from mim3d.weights.families.nnssl import NNSSL_RESENC, PRIMUS
 from mim3d.weights.families.nnunet import NNUNET_PLAIN, NNUNET_RESENC
 from mim3d.weights.families.suprem import SUPREM_SEGRESNET, SUPREM_SWIN, SUPREM_UNET
 from mim3d.weights.families.swinunetr import MONAI_SWINUNETR, OWN_SWIN, SWINUNETR_PRETRAINING
+from mim3d.weights.families.three_dino import THREE_DINO
 from mim3d.weights.families.voco import VOCO_10K, VOCO_LARGE
 from mim3d.weights.states import HeldWeights
 
@@ -27,6 +30,10 @@ FAMILIES: tuple[Family, ...] = (
     OWN_SWIN,
     SUPREM_UNET,
     SUPREM_SEGRESNET,
+    HI_END_MAE,
+    THREE_DINO,
+    MAE_3D,
+    MAE_2D,
     NNSSL_RESENC,
     NNUNET_RESENC,
     PRIMUS,
