@@ -39,6 +39,7 @@ FOREIGN = {
     "a placeholder": "flag",
     "SLURM": "gpus-per-node gpus-per-task ntasks ntasks-per-node kill-on-bad-exit signal requeue open-mode",
     "torchrun": "node_rank no-python",
+    "docker": "chown rm network read-only tmpfs user volume gpus build-arg target entrypoint file tag shm-size",
     "MONAI's runner": "sw_batch_size device datalist mirror_axes body_only",
     "benchmarks/scaling.py": "paper",
     "benchmarks/finetuning.py": "dice",

@@ -1,0 +1,32 @@
+# mim3d on a CPU: `segment` (the default) and `embed`, from /input to /output with the weights in /weights.
+# Build in the root of the repository: docker build -f docker/cpu.Dockerfile -t mim3d:cpu .
+# The image runs offline and as a user without rights; docs/how-to/container.md says how.
+
+FROM python:3.12.11-slim-bookworm AS build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/mim3d
+ENV PATH="/opt/mim3d/bin:$PATH"
+WORKDIR /src
+COPY constraints.txt ./
+# The build for CPUs is a tenth of the size of the one with CUDA.
+RUN pip install --index-url https://download.pytorch.org/whl/cpu --constraint constraints.txt torch
+COPY pyproject.toml README.md LICENSE ./
+COPY src ./src
+RUN pip install --constraint constraints.txt ".[dicom]"
+
+FROM python:3.12.11-slim-bookworm AS run
+COPY --from=build /opt/mim3d /opt/mim3d
+COPY docker/segment docker/embed /usr/local/bin/
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin mim3d \
+    && install --directory --owner mim3d /input /output /weights
+# Any user may be named by `docker run --user`: what is cached goes where all may write.
+ENV PATH="/opt/mim3d/bin:$PATH" HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HF_HUB_OFFLINE=1
+USER 10001
+WORKDIR /tmp
+
+FROM run AS embed
+ENTRYPOINT ["embed"]
+
+FROM run AS segment
+ENTRYPOINT ["segment"]
