@@ -27,6 +27,7 @@ _HOMES = {
     "list_models": "mim3d.backbones",
     "load_encoder": "mim3d.weights",
     "load_scan": "mim3d.inference.scan_input",
+    "ScanArray": "mim3d.workflows.embed.arrays",
     "CachedDataset": "mim3d.loading.monai_dataset",
     "open_cache": "mim3d.caching.cache",
 }
@@ -35,6 +36,7 @@ _ROOMS = ("backbones", "caching", "datasets", "metrics", "weights")
 
 __all__ = [
     "CachedDataset",
+    "ScanArray",
     "__version__",
     "cache",
     "compare",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from mim3d.inference.scan_input import load_scan
     from mim3d.loading.monai_dataset import CachedDataset
     from mim3d.weights import load_encoder
+    from mim3d.workflows.embed.arrays import ScanArray
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -164,6 +165,13 @@ def test_each_label_of_a_mask_has_a_row_named_as_declared(ball_set, weights, tmp
     np.testing.assert_array_equal(alone.values, table.values[kept])
 
 
+def test_one_mask_belongs_to_the_one_scan_whatever_it_is_called(ball_set, weights, tmp_path):
+    shutil.copy(ball_set / "labelsTr" / "ball_0.nii.gz", tmp_path / "organs.nii.gz")
+    scan = str(ball_set / "imagesTr" / "ball_0.nii.gz")
+    table = embed(scan, weights, masks=str(tmp_path / "organs.nii.gz"), **WINDOW)
+    assert table.keys["region"] == ["scan", "2", "5"]
+
+
 def test_a_mask_that_is_empty_or_on_another_grid_is_told(ball_set, weights, tmp_path):
     shutil.copytree(ball_set / "imagesTr", tmp_path / "scans")
     masks = tmp_path / "masks"
@@ -250,3 +258,31 @@ def test_weights_that_do_not_fit_and_scans_of_other_channels_are_refused(scans, 
     (tmp_path / "two.csv").write_text(f"image\n{image};{image}\n")
     with pytest.raises(DataError, match=r"a scan of 2 channels, but .* learned from 1"):
         embed(str(tmp_path / "two.csv"), weights)
+
+
+def test_arrays_are_embedded_as_the_files_that_hold_them(scans, weights, tmp_path):
+    images = [nibabel.load(scans / f"ball_{number}.nii.gz") for number in range(2)]
+    arrays = [mim3d.ScanArray(each.get_fdata(dtype=np.float32), each.affine, f"a{n}") for n, each in enumerate(images)]
+    table = mim3d.embed(arrays, weights, **WINDOW)
+    files = mim3d.embed([scans / "ball_0.nii.gz", scans / "ball_1.nii.gz"], weights, **WINDOW)
+    assert table.keys["id"] == ["a0", "a1"] and not any(map(os.path.exists, table.keys["image"]))
+    np.testing.assert_array_equal(table.values, files.values)
+    table.save(tmp_path / "f.npz")
+    np.testing.assert_array_equal(read_table(str(tmp_path / "f.npz")).values, table.values)
+    whole = mim3d.ScanArray((images[0].get_fdata() * 10).astype(np.int64), images[0].affine)
+    assert np.isfinite(mim3d.embed(whole, weights, **WINDOW).values).all()
+
+
+def test_arrays_that_cannot_be_scans_are_refused(weights, tmp_path):
+    good = mim3d.ScanArray(np.ones((4, 4, 4)), np.eye(4))
+    for make, sentence in (
+        (lambda: mim3d.ScanArray(np.ones((4, 4)), np.eye(4)), r"has the shape \(4, 4\)"),
+        (lambda: mim3d.ScanArray(np.ones((4, 4, 4)), np.eye(3)), "affine of array has the shape"),
+        (lambda: mim3d.ScanArray(np.ones((4, 4, 4)), np.eye(4), "../x"), "cannot be the name of a file"),
+        (lambda: mim3d.embed(np.ones((4, 4, 4)), weights), r"scans is ndarray, but it takes paths, or arrays as"),
+        (lambda: mim3d.embed([good, good], weights), "Several arrays have the id array"),
+        (lambda: mim3d.embed([good, "a.nii"], weights), "both paths and arrays"),
+        (lambda: mim3d.embed(good, weights, str(tmp_path / "f.csv")), "leave it out, and save the table"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            make()

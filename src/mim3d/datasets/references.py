@@ -172,6 +172,9 @@ def masks_of(masks: str, cases: Sequence[Case]) -> Masks:
     found = _predicted(masks)[0] if is_listed else _referenced(masks)
     by_files = {resolved(case.images): case.id for case in found.cases if case.images}
     matched = {case.id: by_files[key] for case in cases if (key := resolved(case.images)) in by_files}
+    if len(cases) == len(found.cases) == 1 and os.path.isfile(masks):
+        # Whatever they are called; that they lie on one grid is seen when they are read.
+        matched = {cases[0].id: found.cases[0].id}
     taken = set(matched.values())
     ours = [case.id for case in cases if case.id not in matched]
     matched |= matched_ids(ours, [c.id for c in found.cases if c.id not in taken], ("the scans", "the masks"))

@@ -1,10 +1,12 @@
 """The loop over scans: each is read, its tokens are pooled, and its rows are kept; what cannot be used is listed."""
 
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from mim3d.inference.features import Regions, body_region, pool_features
 from mim3d.inference.scan_input import usual_intensity
 from mim3d.training.precision import DTYPES, require_precision
 from mim3d.weights import full_path, load_encoder, weights_digest
+from mim3d.workflows.embed.arrays import ScanArray, named_scans
 from mim3d.workflows.embed.regions import EmptyMaskError, RegionSource, ScanRegions
 from mim3d.workflows.embed.settings import EmbeddingPlan, EmbedSettings
 from mim3d.workflows.embed.store import FeatureStore, stamp
@@ -68,10 +71,10 @@ def embed_scans(settings: EmbedSettings) -> FeatureTable:
         raise ConfigError("mim3d embed needs --out, such as --out features.parquet.")
     device = choose_device(settings.accelerator)
     require_precision(settings.precision, device.type)
-    with recording() as warned:
+    with recording() as warned, tempfile.TemporaryDirectory(prefix="mim3d-embed-") as folder:
         encoder = load_encoder(settings.weights, settings.backbone).to(device)
         plan = EmbeddingPlan.of(settings, encoder.strides, encoder.widths)
-        cases = input_cases(settings.scans, modality=settings.modality, flag="SCANS")
+        cases = _cases(settings, Path(folder))
         if settings.strict:
             _refuse_unusable(cases, settings, plan)
         source = RegionSource.of(cases, settings.masks, settings.boxes)
@@ -96,6 +99,19 @@ def embed_scans(settings: EmbedSettings) -> FeatureTable:
             settings.out, settings.format, identity, columns, overwrite=settings.overwrite
         ) as store:
             return _embed_all(work, cases, store, warned.rows)
+
+
+def _cases(settings: EmbedSettings, folder: Path) -> list[Case]:
+    """The scans that are meant; arrays are written into a folder."""
+    scans = named_scans(settings.scans)
+    arrays = [scan for scan in scans if isinstance(scan, ScanArray)]
+    if arrays:
+        return [
+            Case(id=each.id, images=tuple(each.write(folder)), patient=each.id, modality=settings.modality)
+            for each in arrays
+        ]
+    paths = [scan for scan in scans if isinstance(scan, str)]
+    return input_cases(paths if len(paths) != 1 else paths[0], modality=settings.modality, flag="SCANS")
 
 
 def _refuse_unusable(cases: Sequence[Case], settings: EmbedSettings, plan: EmbeddingPlan) -> None:

@@ -14,6 +14,7 @@ from mim3d.inference.features import Tiling
 from mim3d.inference.scan_input import LearnedInput
 from mim3d.scans.grids import require_spacing
 from mim3d.scans.intensity import Intensity
+from mim3d.workflows.embed.arrays import ScanArray, named_scans
 from mim3d.workflows.shared.feature_tables import WHOLE_SCAN, format_of_table, require_package
 
 #: Edge in voxels of the windows for weights that do not say what they saw.
@@ -28,7 +29,8 @@ class EmbedSettings:
     """Settings of `mim3d embed`.
 
     Attributes:
-        scans: Scans: files, folders, DICOM trees, CSV or JSON lists, data sets.
+        scans: Scans: files, folders, DICOM trees, CSV or JSON lists, data sets; in Python arrays too, each a
+            mim3d.ScanArray.
         weights: Encoder: a run, an exported folder, a weights file or a Hugging Face id.
         out: Table to write, by its ending: .parquet, .csv, .npz, or a folder .h5 with a file for each scan. In Python
             none is needed.
@@ -53,7 +55,7 @@ class EmbedSettings:
         overwrite: Do scans again that are finished, and replace features of other weights or settings.
     """
 
-    scans: str | list[str]
+    scans: Any
     weights: str
     out: str | None = None
     _: KW_ONLY
@@ -75,6 +77,8 @@ class EmbedSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if self.out is not None and any(isinstance(scan, ScanArray) for scan in named_scans(self.scans)):
+            raise ConfigError("out is given, but arrays have no file to go on with; leave it out, and save the table.")
         for spacing_mm in self.spacings_mm:
             require_spacing(spacing_mm)
         if len(set(self.spacings_mm)) < len(self.spacings_mm):

@@ -71,6 +71,15 @@ class FeatureTable:
             )
         return self.to_arrow().to_pandas()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table, in the format of the ending of its name.
+
+        Raises:
+            ConfigError: The ending is that of no format.
+            DataError: The place cannot be written to.
+        """
+        write_table(self, os.fspath(path), format_of_table(os.fspath(path)))
+
     def rows(self, places: Sequence[int] | npt.NDArray[Any]) -> "FeatureTable":
         """Some of the rows, in the order of their places."""
         at = np.asarray(places, dtype=np.int64)
