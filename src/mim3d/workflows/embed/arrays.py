@@ -54,7 +54,7 @@ class ScanArray:
         for number, channel in enumerate(voxels):
             name = f"{self.id}.nii" if len(voxels) == 1 else f"{self.id}_{number:04d}.nii"
             paths.append(str(folder / name))
-            nibabel.save(nibabel.Nifti1Image(channel, self.affine), paths[-1])  # type: ignore[attr-defined]
+            nibabel.save(nibabel.Nifti1Image(channel, self.affine), paths[-1])  # type: ignore[no-untyped-call]
         return paths
 
 
