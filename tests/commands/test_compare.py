@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +218,9 @@ def test_cells_run_in_processes_of_their_own(compared: Path, capsys: pytest.Capt
     assert content(compared)["rows"] == before["rows"]
 
 
-@pytest.mark.parametrize(("code", "outcome"), [(75, "stopped"), (-15, "stopped"), (-9, "failed"), (1, "failed")])
+@pytest.mark.parametrize(
+    ("code", "outcome"), [(75, "stopped"), (-15, "stopped"), (-9, "failed"), (1, "failed"), (0, "busy")]
+)
 def test_a_process_that_ends_without_a_result_is_a_miss_unless_it_was_asked_to_stop(
     compared: Path, tmp_path: Path, code: int, outcome: str
 ):
@@ -224,6 +228,106 @@ def test_a_process_that_ends_without_a_result_is_a_miss_unless_it_was_asked_to_s
     assert _outcome_of(tmp_path, cell, code) == outcome
     result = read_result(tmp_path, cell)
     assert (result is not None) == (outcome == "failed")
+
+
+def test_cells_of_a_pre_training_that_another_process_works_on_are_left_to_it(
+    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    copy = copied(compared, tmp_path)
+    (pretraining,) = [cell for cell in planned(copy) if cell.kind == "pretrain"]
+    (copy / "cells").mkdir()
+    asked: list[str] = []
+
+    class Child:
+        returncode = 0
+
+        def __init__(self, words: list[str], **_: Any) -> None:
+            asked.append(words[-1])
+
+        def __class_getitem__(cls, _: type) -> type:
+            return cls
+
+        def poll(self) -> int:
+            return 0
+
+        terminate = wait = poll
+
+    monkeypatch.setattr("mim3d.workflows.compare.running.subprocess.Popen", Child)
+    compare(str(copy), jobs=2)
+    assert pretraining.id in asked and not [name for name in asked if "MiM" in name and name != pretraining.id]
+    assert not list((copy / "cells").glob("*.json"))
+
+
+def copied(compared: Path, tmp_path: Path) -> Path:
+    """The folder of a comparison without results and runs, somewhere else."""
+    copy = tmp_path / "copy of it"
+    shutil.copytree(compared, copy, ignore=shutil.ignore_patterns("cells", "runs"))
+    return copy
+
+
+def test_a_folder_that_was_moved_keeps_to_itself(compared: Path, tmp_path: Path):
+    copy = copied(compared, tmp_path)
+    for cell in planned(copy):
+        settings = cell.settings
+        paths = [settings.out, settings.data, getattr(settings, "train_list", None), settings.held_out_list, cell.test]
+        paths += [settings.weights] if cell.needs else []
+        assert all(path.startswith(f"{copy}/") for path in paths if path), paths
+        assert Path(settings.out).parts[len(copy.parts) :][:2] == ("runs", cell.id)
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["cells"][0]["settings"]["out"] = str(tmp_path / "elsewhere")
+    (copy / "plan.json").write_text(json.dumps(plan))
+    first = planned(copy)[0]
+    assert first.settings.out == str(copy / "runs" / first.id)
+
+
+def test_a_damaged_result_is_as_none(compared: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(compared, copy, ignore=shutil.ignore_patterns("runs", "cache", "comparison.*"))
+    cell = next(cell for cell in planned(copy) if cell.kind == "finetune")
+    path = copy / "cells" / f"{cell.id}.json"
+    kept = path.read_text()
+    assert read_result(copy, cell)
+    for damage in DAMAGES:
+        path.write_text(damage(kept))
+        assert read_result(copy, cell) is None, path.read_text()[:200]
+    compare(str(copy), table_only=True, num_bootstrap=0)
+    found = content(copy)
+    assert [(miss["cell"], miss["reason"]) for miss in found["misses"]] == [(cell.id, "not run yet")]
+    assert [row["num_done"] for row in found["rows"]] == [0, 1, 1, 1]
+
+
+DAMAGES: tuple[Callable[[str], str], ...] = (
+    lambda text: text[: len(text) // 2],
+    lambda text: "",
+    lambda text: "[]",
+    lambda text: json.dumps({**json.loads(text), "cases": None}),
+    lambda text: json.dumps({**json.loads(text), "cases": [{"id": "ball_0"}]}),
+    lambda text: json.dumps({**json.loads(text), "validation": [[1, "high"]]}),
+    lambda text: json.dumps({**json.loads(text), "task": "other"}),
+    lambda text: re.sub(r'"dice": [0-9.e-]+', '"dice": NaN', text),
+)
+
+
+def test_scripts_of_slurm_run_every_cell_once_from_any_folder_name(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By bash itself, with a program in place of srun that writes down what it was asked for."""
+    copy = copied(compared, tmp_path)
+    compare(str(copy), slurm=True)
+    programs, said = tmp_path / "bin", tmp_path / "said"
+    programs.mkdir()
+    (programs / "srun").write_text(f'#!/bin/bash\nprintf "%s|" "$@" >> "{said}"\necho >> "{said}"\n')
+    (programs / "srun").chmod(0o755)
+    for name in ("pretraining", "cells"):
+        script = copy / f"{name}.sbatch"
+        last = int(re.search(r"--array=0-(\d+)", script.read_text())[1])
+        assert "copy\\ of\\ it/cells/%x" in script.read_text()
+        for task in range(last + 1):
+            environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task)}
+            subprocess.run(["bash", str(script)], env=environment, check=True)
+    cells = sorted(planned(copy), key=lambda cell: cell.kind != "pretrain")
+    lines = [line.split("|")[:-1] for line in said.read_text().splitlines()]
+    assert lines == [["mim3d", "compare", "--out", str(copy), "--cell", cell.id] for cell in cells]
 
 
 def test_a_dry_run_measures_and_trains_no_cell(ball_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -271,6 +375,9 @@ def test_slurm_scripts_have_one_command_for_each_cell(
         ({"labels": ("9",)}, "labels 9: fold 0 has 4 patients"),
         ({"labels": ("50%", "2")}, "are both 2 of the 4 patients"),
         ({"labels": ("half",)}, "labels has 'half'"),
+        ({"arms": ({"name": "\u202ea", "method": "MiM"}, {"name": "\u202ea"})}, r"Two arms are called '\\u202ea'"),
+        ({"num_bootstrap": 50}, "num_bootstrap is 50, which makes no interval"),
+        ({"target_dice": 85.0}, "target_dice is 85; it is a share"),
         ({"folds": (3,)}, "folds has 3, but there are the folds 0 to 2"),
         ({"seeds": (1, 1)}, "seeds names the same twice"),
         ({"finetune_minutes": 1.0}, "finetune_steps.*finetune_minutes"),
@@ -292,9 +399,14 @@ def test_what_cannot_work_is_refused_before_any_run(
 
 
 def test_a_folder_of_another_data_set_is_refused(compared: Path, tmp_path: Path):
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in compared.rglob("*") if path.is_file()}
+
+    before = files()
     other = write_ball_set(tmp_path / "others", num_cases=7)
     with pytest.raises(ConfigError, match="holds a comparison on other scans or labels"):
         compare(str(compared), data=str(other))
+    assert files() == before
 
 
 def test_a_folder_with_other_work_is_refused(segmenter_run: Path, ball_set: Path):

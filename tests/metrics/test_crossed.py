@@ -1,8 +1,10 @@
 """Scores of patients under several seeds, against plain loops and scipy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu, wilcoxon
+from scipy.stats import mannwhitneyu, norm, wilcoxon
 
 from mim3d.metrics.bootstrap import Bootstrap
 from mim3d.metrics.crossed import CrossedClasses, CrossedScores
@@ -60,5 +62,79 @@ def test_auc_of_classes_is_the_mean_over_seeds_of_the_mann_whitney_statistic():
     )
     wins = [mannwhitneyu(seed[classes == 1], seed[classes == 0]).statistic / 36 for seed in positive]
     assert scores.mean() == pytest.approx(np.mean(wins))
-    drawn = scores.drawn(Bootstrap(num_bootstrap=500))
-    assert drawn.shape == (500,) and 0 <= np.nanmin(drawn) <= scores.mean() <= np.nanmax(drawn) <= 1
+    low, high = scores.interval(Bootstrap(num_bootstrap=500)) or (1, 0)
+    assert 0 <= low <= scores.mean() <= high <= 1
+    assert scores.interval(Bootstrap(num_bootstrap=0)) is None
+
+
+def two_arms(cases_per_patient: int, num_seeds: int) -> tuple[CrossedClasses, CrossedClasses]:
+    """Two classifiers of forty cases; patients have cases of both classes where they have several."""
+    rng, classes = np.random.default_rng(7), np.arange(40) % 2
+    arms = []
+    for gain in (0.5, 0.2):
+        positive = np.round(1 / (1 + np.exp(-rng.normal(gain * classes, 0.7, (num_seeds, 40)))), 1)
+        probabilities = np.stack([1 - positive, positive], axis=2)
+        patients = np.arange(40) // cases_per_patient
+        arms.append(CrossedClasses(probabilities_SNK=probabilities, classes_N=classes, patients_N=patients, positive=1))
+    return arms[0], arms[1]
+
+
+def wins(scores: np.ndarray) -> np.ndarray:
+    """Which of the odd cases (rows) beat which of the even ones (columns), half a win for a tie."""
+    return np.array([[(a > b) + (a == b) / 2 for b in scores[::2]] for a in scores[1::2]])
+
+
+def test_p_of_classes_is_that_of_delong_where_each_patient_has_one_case():
+    one, two = two_arms(1, num_seeds=1)
+    tables = [wins(arm.probabilities_SNK[0, :, 1]) for arm in (one, two)]
+    of_positive = np.cov([table.mean(1) for table in tables])
+    of_negative = np.cov([table.mean(0) for table in tables])
+    covariance = (of_positive + of_negative) / 20
+    difference = tables[0].mean() - tables[1].mean()
+    z = difference / np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    found, ends, p = one.against(two, Bootstrap(num_bootstrap=2000))
+    assert found == pytest.approx(difference) and p == pytest.approx(2 * norm.sf(abs(z))) and 0.001 < p < 0.5
+    assert ends is not None and ends[0] < difference < ends[1]
+
+
+def test_p_of_patients_with_several_cases_and_seeds_is_about_that_of_drawing_patients_anew():
+    one, two = two_arms(4, num_seeds=2)
+    difference, _, p = one.against(two, Bootstrap(num_bootstrap=0))
+    first, second = (np.mean([wins(seed[:, 1]) for seed in arm.probabilities_SNK], axis=0) for arm in (one, two))
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(2000):
+        # Two of the four cases of each patient are positive.
+        cases = (2 * rng.integers(10, size=10)[:, None] + np.arange(2)).ravel()
+        drawn.append((first - second)[np.ix_(cases, cases)].mean())
+    assert 2 * norm.sf(abs(difference) / np.std(drawn)) == pytest.approx(p, rel=0.3)
+
+
+def test_classes_are_compared_on_the_cases_and_seeds_that_both_have():
+    one, two = two_arms(2, num_seeds=2)
+    expected = one.against(two, Bootstrap(num_bootstrap=200))
+    cases = np.concatenate([np.arange(40), np.arange(4)])
+    longer = [
+        CrossedClasses(
+            probabilities_SNK=np.concatenate([arm.probabilities_SNK[:, cases], np.ones((1, 44, 2)) / 2]),
+            classes_N=np.concatenate([arm.classes_N, np.zeros(4, np.int64)]),
+            patients_N=np.concatenate([arm.patients_N, np.zeros(4, np.int64)]),
+            positive=1,
+        )
+        for arm in (one, two)
+    ]
+    longer[0].probabilities_SNK[2] = longer[1].probabilities_SNK[:, 40:] = np.nan
+    found = longer[0].against(longer[1], Bootstrap(num_bootstrap=0))
+    assert (found[0], found[2]) == pytest.approx((expected[0], expected[2]))
+    assert one.against(one, Bootstrap(num_bootstrap=200)) == (0.0, [0.0, 0.0], 1.0)
+    never = replace(two, probabilities_SNK=np.full_like(two.probabilities_SNK, np.nan))
+    assert one.against(never, Bootstrap(num_bootstrap=200)) == (None, None, None)
+
+
+def test_several_classes_have_a_p_and_perfect_classifiers_none():
+    rng, classes = np.random.default_rng(2), np.arange(30) % 3
+    one, two, best, worst = (
+        CrossedClasses(probabilities_SNK=each[None], classes_N=classes, patients_N=np.arange(30), positive=None)
+        for each in (rng.dirichlet(np.ones(3), 30), rng.dirichlet(np.ones(3), 30), np.eye(3)[classes], np.ones((30, 3)))
+    )
+    assert 0 < (one.against(two, Bootstrap(num_bootstrap=0))[2] or 0) < 1
+    assert best.against(worst, Bootstrap(num_bootstrap=0)) == (0.5, None, None)

@@ -18,6 +18,8 @@ def weighted_auc(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_], weights
     The Mann-Whitney statistic over its greatest value, with half a win for a tie (Hanley and McNeil 1982); NaN where a
     weighting leaves one side empty.
     """
+    if not scores_N.size:
+        return np.full(len(weights_BN), np.nan)
     order = np.argsort(scores_N, kind="stable")
     ordered = scores_N[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -29,6 +31,19 @@ def weighted_auc(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_], weights
     below = np.cumsum(lost, axis=1) - lost
     with np.errstate(invalid="ignore"):
         return np.asarray((won * (below + lost / 2)).sum(1) / (won.sum(1) * lost.sum(1)))
+
+
+def placements(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_]) -> Floats:
+    """Of each case, the share of the other side's cases that are ordered rightly against it, with half for a tie.
+
+    Their mean over either side is the AUC. DeLong et al. (1988) call them its structural components.
+    """
+    sides = np.sort(scores_N[~is_positive_N]), np.sort(scores_N[is_positive_N])
+    below, above = (
+        (np.searchsorted(side, scores_N) + np.searchsorted(side, scores_N, "right")) / 2 / max(len(side), 1)
+        for side in sides
+    )
+    return np.where(is_positive_N, below, 1 - above)
 
 
 def roc_points(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:

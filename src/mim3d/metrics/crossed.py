@@ -1,12 +1,14 @@
 """Scores of patients under several seeds: means, intervals over patients and seeds, and paired differences."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mim3d.metrics.bootstrap import Bootstrap, Floats, Interval, interval
-from mim3d.metrics.class_statistics import Ints, defined_mean, weighted_auc
-from mim3d.metrics.paired import signed_rank_p
+from mim3d.metrics.class_statistics import Ints, defined_mean, placements, weighted_auc
+from mim3d.metrics.paired import ROUNDING, signed_rank_p
 
 CONVENTIONS = {
     "mean": "Mean over patients and seeds; a patient's score is the mean over labels and cases, where defined.",
@@ -18,9 +20,13 @@ CONVENTIONS = {
     "difference": "Mean of the arm less the reference, over the patients and seeds that both have; ci95 as above.",
     "p": (
         "Two-sided Wilcoxon signed-rank test of the patients' differences, each the mean over seeds; zero differences "
-        "are dropped. p_holm is corrected over all tests of the table (Holm 1979). None for classes."
+        "are dropped. p_holm is corrected over all tests of the table (Holm 1979)."
     ),
-    "auc": "Classes: AUC of all tested cases together, for each seed, and the mean over seeds.",
+    "auc": (
+        "Classes: AUC of all tested cases together, for each seed, and the mean over seeds. Differences are over the "
+        "cases and seeds that both have. p is two-sided, of DeLong's paired test (DeLong et al. 1988), for patients "
+        "with several cases as Obuchowski (1997) extends it; what it is made of is averaged over seeds (and classes)."
+    ),
 }
 
 
@@ -87,9 +93,9 @@ class CrossedClasses:
         probabilities_NK = self.probabilities_SNK[seed]
         known = ~np.isnan(probabilities_NK).any(1)
         weights_BN = counts_BP[:, self.patients_N[known]]
-        classes = range(probabilities_NK.shape[1]) if self.positive is None else [self.positive]
         each = [
-            weighted_auc(probabilities_NK[known, name], self.classes_N[known] == name, weights_BN) for name in classes
+            weighted_auc(probabilities_NK[known, name], self.classes_N[known] == name, weights_BN)
+            for name in self._scored()
         ]
         return defined_mean(np.stack(each, axis=1))
 
@@ -98,7 +104,54 @@ class CrossedClasses:
         whole = np.ones((1, int(self.patients_N.max()) + 1))
         return CrossedScores(np.stack([self.auc(s, whole) for s in range(len(self.probabilities_SNK))], axis=1)).mean()
 
-    def drawn(self, bootstrap: Bootstrap) -> Floats:
+    def interval(self, bootstrap: Bootstrap) -> Interval:
+        """The interval of the mean over patients and seeds; None where fewer than two patients are known."""
+        return interval(self._drawn(bootstrap)) if self._has_interval(bootstrap) else None
+
+    def against(self, other: "CrossedClasses", bootstrap: Bootstrap) -> tuple[float | None, Interval, float | None]:
+        """The mean less that of another arm on the cases and seeds that both have, its interval, and p."""
+        unknown_SN1 = np.isnan(self.probabilities_SNK + other.probabilities_SNK).any(2, keepdims=True)
+        ours, theirs = (
+            replace(each, probabilities_SNK=np.where(unknown_SN1, np.nan, each.probabilities_SNK))
+            for each in (self, other)
+        )
+        first, second = ours.mean(), theirs.mean()
+        if first is None or second is None:
+            return None, None, None
+        ends = None
+        if ours._has_interval(bootstrap):
+            ends = interval(ours._drawn(bootstrap) - theirs._drawn(bootstrap))
+        return first - second, ends, _delong_p(ours, theirs)
+
+    def influence(self, seed: int) -> Floats:
+        """How far each patient (P,) moves the AUC of a seed: sums of placements less their mean, over those of a side.
+
+        The sum of their squares is the variance of the AUC: that of DeLong et al. (1988) where each patient has one
+        case. NaN where a side has fewer than two patients.
+        """
+        probabilities_NK = self.probabilities_SNK[seed]
+        known = ~np.isnan(probabilities_NK).any(1)
+        patients, each = self.patients_N[known], []
+        for name in self._scored():
+            is_positive = self.classes_N[known] == name
+            placed = placements(probabilities_NK[known, name], is_positive)
+            moved = np.zeros(int(self.patients_N.max()) + 1)
+            for side in (is_positive, ~is_positive):
+                num_patients = len(np.unique(patients[side]))
+                spare = num_patients / (num_patients - 1) if num_patients > 1 else np.nan
+                left = np.where(side, placed - (placed[side].mean() if side.any() else np.nan), 0.0)
+                moved += np.bincount(patients, left, len(moved)) * spare**0.5 / max(side.sum(), 1)
+            each.append(moved)
+        return np.mean(each, axis=0)
+
+    def _scored(self) -> Sequence[int]:
+        return range(self.probabilities_SNK.shape[2]) if self.positive is None else [self.positive]
+
+    def _has_interval(self, bootstrap: Bootstrap) -> bool:
+        known_N = ~np.isnan(self.probabilities_SNK).any(2).all(0)
+        return bool(bootstrap.num_bootstrap) and len(np.unique(self.patients_N[known_N])) > 1
+
+    def _drawn(self, bootstrap: Bootstrap) -> Floats:
         """AUC (num_bootstrap,) with patients and seeds drawn anew, the same ones for every arm."""
         num_seeds = len(self.probabilities_SNK)
         rng = np.random.default_rng([bootstrap.seed, num_seeds])
@@ -112,3 +165,17 @@ class CrossedClasses:
             return drawn
 
         return bootstrap.resampled(int(self.patients_N.max()) + 1, means)
+
+
+def _delong_p(ours: CrossedClasses, theirs: CrossedClasses) -> float | None:
+    """Two-sided p that the AUCs of the same cases are the same; None where their difference has no variance."""
+    seeds = range(len(ours.probabilities_SNK))
+    moved_SP = np.stack([ours.influence(seed) - theirs.influence(seed) for seed in seeds])
+    whole = np.ones((1, moved_SP.shape[1]))
+    apart_S = np.array([float((ours.auc(seed, whole) - theirs.auc(seed, whole))[0]) for seed in seeds])
+    defined = ~np.isnan(apart_S)
+    difference, variance = float(apart_S[defined].mean()), float((moved_SP[defined].mean(0) ** 2).sum())
+    if abs(difference) < ROUNDING:
+        return 1.0
+    # Without any variance, as of classifiers that are never wrong, there is nothing to test by.
+    return math.erfc(abs(difference) / math.sqrt(2 * variance)) if variance > ROUNDING**2 else None

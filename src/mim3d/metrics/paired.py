@@ -14,6 +14,9 @@ from mim3d.metrics.label_scores import LabelScore
 PAIRED_NAMES = ("dice", "hd95_mm", "nsd", "volume_error_ml", "volume_error_ratio")
 PAIRED_LESION_NAMES = ("sensitivity", "precision", "f1", "false_positives")
 
+#: Smaller differences of equal scores that were averaged apart are rounding, no ranks.
+ROUNDING = 1e-12
+
 CONVENTIONS = {
     "difference": (
         "The score of predictions less that of compare, per case, then the mean over cases; ci95 is its bootstrap "
@@ -114,8 +117,7 @@ def signed_rank_p(differences: Floats) -> float | None:
 
     if not differences.size:
         return None
-    # Differences of equal scores that were averaged apart are rounding, no ranks.
-    moved = differences[np.abs(differences) > 1e-12]
+    moved = differences[np.abs(differences) > ROUNDING]
     return float(wilcoxon(moved).pvalue) if moved.size else 1.0
 
 

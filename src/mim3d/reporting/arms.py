@@ -16,6 +16,7 @@ from mim3d.reporting.rendering import Theme, chart, chart_text, number, run_colo
 CONTENT_NAME = "comparison.json"
 
 _TITLES = {"dice": "Dice", "auc": "AUC"}
+_TESTS = {"dice": "the Wilcoxon signed-rank test", "auc": "DeLong's paired test"}
 
 #: Columns of the table in CSV.
 _COLUMNS = (
@@ -155,8 +156,9 @@ def _score_table(content: Mapping[str, Any]) -> PaperTable:
     starred = any(row["num_done"] < row["num_cells"] for row in content["rows"])
     interval = " [95 % interval over patients and seeds]" if content["num_bootstrap"] else ""
     caption = (
-        f"{title} of {content['num_tested']} tested patients{interval}; difference to {content['reference']}; p of the "
-        "Wilcoxon signed-rank test over patients, corrected after Holm over the whole table; steps after which "
+        f"{title} of {content['num_tested']} tested patients{interval}; difference to {content['reference']}; p of "
+        f"{_TESTS.get(content['score'], 'a paired test')} over patients, corrected after Holm over the whole table; "
+        "steps after which "
         f"validation reaches {_goals(content)}."
         + (" *: of the runs that are done alone, so not comparable with complete rows." if starred else "")
     )

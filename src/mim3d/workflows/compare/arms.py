@@ -8,7 +8,7 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, create_recipe
 from mim3d.core.errors import ConfigError
-from mim3d.core.names import cut
+from mim3d.core.names import cut, printable
 from mim3d.core.own_code import is_dotted_path
 from mim3d.core.settings import nearest, overlay, parse_yaml, to_named
 from mim3d.core.types import Named
@@ -127,7 +127,7 @@ def _read_arm(given: str | dict[str, Any], backbone: Named | None, method: Named
     else:
         below = {"in_channels": num_channels, **(_named(backbone) or {"name": DEFAULT_BACKBONE})}
         own_backbone = below if own_backbone is None else overlay(below, {"in_channels": num_channels, **own_backbone})
-    name = str(content.get("name") or _default_name(own_method, weights, _named(content.get("backbone"))))
+    name = printable(str(content.get("name") or _default_name(own_method, weights, _named(content.get("backbone")))))
     return Arm(name=name, method=own_method, weights=weights, backbone=own_backbone)
 
 

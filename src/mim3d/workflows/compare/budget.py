@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +76,8 @@ def seconds_per_step(plan: ComparisonPlan, kind: Kind, arm: Arm) -> float:
     if path.is_file():
         return float(load_json(path)["seconds_per_step"])
     say(f"measuring {MEASURED_STEPS} steps: {kind} {arm.name}")
-    folder = plan.out / "measured" / f"{kind}_{key}"
+    # Another process may measure the same.
+    folder = plan.out / "measured" / f"{kind}_{key}_{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     learned = folder.with_suffix(".train_list.txt")

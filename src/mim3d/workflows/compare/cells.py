@@ -14,7 +14,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.files import load_json, plain_text, write_json
 from mim3d.core.names import cut, is_entry_name, joined_name
 from mim3d.core.run_folder import FREE_ON_RESUME, RunRecord
-from mim3d.core.settings import build_settings, to_mapping, to_named
+from mim3d.core.settings import build_settings, coerce, to_mapping, to_named
 from mim3d.methods import METHODS, create_method
 from mim3d.tasks import TASKS, create_task
 from mim3d.workflows.finetune.settings import FinetuneSettings
@@ -31,6 +31,39 @@ _NOT_COMPARED = FREE_ON_RESUME | {"data", "weights", "train_list", "held_out_lis
 
 #: Characters of the digest in an id.
 _DIGITS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Segmented:
+    """Scores of a case: label -> score -> value."""
+
+    id: str
+    labels: dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Classified:
+    """Probabilities of a case."""
+
+    id: str
+    patient: str
+    true_class: str
+    probabilities: list[float] | None
+
+
+#: What is read of a result, which somebody else may have changed: entry -> type, by status.
+_RESULTS: Mapping[str, Mapping[str, Any]] = {
+    "failed": {"status": Literal["failed"], "reason": str},
+    "done": {
+        **dict.fromkeys(("steps", "train_s", "step_s", "memory_bytes", "total_s"), float | None),
+        "warnings": list[dict[str, Any]] | None,
+    },
+}
+_FINETUNED: Mapping[str, Any] = {"validation": list[tuple[int, float]], "not_predicted": str | None}
+_SCORED: Mapping[str, Mapping[str, Any]] = {
+    "segmentation": {"cases": list[_Segmented]},
+    "classification": {"classes": list[str], "positive": str, "cases": list[_Classified]},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +104,24 @@ class Cell:
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:_DIGITS]
         parts = [self.kind, self.arm, f"fold{self.fold}", self.labels.replace("%", "pct"), f"seed{self.seed}", digest]
         return replace(self, id=joined_name([part for part in parts if part]))
+
+    def under(self, out: Path) -> "Cell":
+        """The cell with its paths in the folder of a comparison, which may have been moved or come from elsewhere."""
+        place = Path("runs") / self.id / ("probe.json" if self.kind == "probe" else "")
+        before = str(self.settings.out).removesuffix(str(place))
+
+        def moved(path: str | None) -> str | None:
+            if not path or before in ("", str(self.settings.out)) or not path.startswith(before):
+                return path
+            return str(out / path.removeprefix(before))
+
+        names = ("data", "weights", "train_list", "held_out_list")
+        paths: dict[str, Any] = {
+            name: moved(getattr(self.settings, name)) for name in names if hasattr(self.settings, name)
+        }
+        return replace(
+            self, settings=replace(self.settings, **paths, out=str(out / place)), test=moved(self.test) or ""
+        )
 
     @property
     def key(self) -> tuple[str, str, int, str, int]:
@@ -126,11 +177,17 @@ def result_path(out: Path, cell: Cell) -> Path:
 
 def read_result(out: Path, cell: Cell) -> dict[str, Any] | None:
     """The result of a cell, whether it was finished or missed; None where there is none, or one that cannot be read."""
-    content: Any = None
-    with suppress(OSError, ValueError):
-        content = load_json(result_path(out, cell))
-    whole = isinstance(content, dict) and content.get("status") in ("done", "failed") and content.get("cell") == cell.id
-    return content if whole else None
+    with suppress(OSError, ValueError, TypeError, LookupError, ConfigError):
+        content = coerce(load_json(result_path(out, cell)), dict[str, Any], "it")
+        # What is no number there would be none in the tables.
+        json.dumps(content, allow_nan=False)
+        known = _RESULTS["done" if content.get("status") == "done" else "failed"]
+        if content.get("status") == "done" and cell.kind == "finetune":
+            known = {**known, **_FINETUNED, **_SCORED[content["task"]]}
+        for name, hint in known.items():
+            coerce(content.get(name), hint, name)
+        return content if content["cell"] == cell.id else None
+    return None
 
 
 def is_done(out: Path, cell: Cell) -> bool:

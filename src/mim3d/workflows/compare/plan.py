@@ -20,7 +20,7 @@ from mim3d.core.files import load_json, write_json
 from mim3d.core.names import cut
 from mim3d.core.own_code import own_code_in
 from mim3d.core.progress import say
-from mim3d.core.settings import build_settings, coerce, nearest, to_mapping, to_named
+from mim3d.core.settings import build_settings, coerce, nearest, overlay, to_mapping, to_named
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.datasets.published.folds import declare_fold
@@ -67,6 +67,7 @@ class ComparisonPlan:
         folds: The parts of each fold.
         notes: What is to be said of the data beside every table.
         cells: The cells, in the order in which they are run.
+        source_digest: What the data set is known by before its scans are prepared.
         earlier: Id and content of the cells that the folder's plan of before has, by what tells them apart.
     """
 
@@ -77,6 +78,7 @@ class ComparisonPlan:
     folds: Sequence[FoldPart]
     notes: Sequence[str] = ()
     cells: Sequence[Cell] = ()
+    source_digest: str = ""
     earlier: Mapping[Any, tuple[str, Any]] = field(default_factory=dict)
 
     @property
@@ -115,6 +117,7 @@ class ComparisonPlan:
             "format": PLAN_FORMAT,
             "data": self.settings.data,
             "data_digest": data_digest(self.cache.cases),
+            "source_digest": self.source_digest,
             "cache_digest": self.cache.digest,
             "task": to_mapping(self.finetune.task),
             "finetune": to_mapping(self.finetune),
@@ -158,7 +161,7 @@ def cells_of(plan: Mapping[str, Any], settings: CompareSettings) -> list[Cell]:
     Raises:
         ConfigError: A cell is none, or names code that the settings do not.
     """
-    cells = [Cell.of_row(row) for row in plan["cells"]]
+    cells = [Cell.of_row(row).under(Path(settings.out)) for row in plan["cells"]]
     allowed = set(own_code_in(settings.to_config()).values())
     for cell in cells:
         for name, code in own_code_in(vars(cell.settings)).items():
@@ -213,13 +216,12 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
         )
     folds = _folds(settings, read)
     require_distinct(folds, [Amount.of(each) for each in settings.labels], settings.seeds, read.task)
+    source_digest = data_digest(every)
+    # Asked before anything is prepared, which would take the scans of the comparison out of its cache.
+    _require_same(before, "source_digest", source_digest, settings)
     settled = _from_plan(before, settings, arms) or _planned(read, arms, folds[0])
     cache = _cache(settings, read, settled)
-    if before is not None and before.get("cache_digest") != cache.digest:
-        raise ConfigError(
-            f"{settings.out} holds a comparison on other scans or labels than {settings.data} holds now "
-            f"(it was made on {before['data']}); choose another --out, or restore them."
-        )
+    _require_same(before, "cache_digest", cache.digest, settings)
     folds = [fold.only({case.id for case in cache.cases}) for fold in folds]
     require_distinct(folds, [Amount.of(each) for each in settings.labels], settings.seeds, read.task)
     earlier: dict[Any, tuple[str, Any]] = {}
@@ -227,9 +229,32 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
         # Of another version of mim3d, whose settings are not these.
         with suppress(ConfigError, DataError):
             earlier = {cell.key: (cell.id, cell.content()) for cell in cells_of(before, settings)}
+    passed_over = [
+        f"pretrain.{name} is passed over: pre-training shares that of fine-tuning, which finetune.{name} sets."
+        for name in ("intensity", "precision", "spacing_mm")
+        if (own := pretrain.get(name)) is not None
+        and overlay(shared := to_mapping(getattr(settled, name)), to_mapping(own)) != shared
+    ]
     settled = replace(settled, data=cache.path, spacing_mm=None, preset=None, modality=None, patient_pattern=None)
-    plan = ComparisonPlan(settings=settings, arms=arms, finetune=settled, cache=cache, folds=folds, earlier=earlier)
-    return replace(plan, notes=[*read.source.notes, *_leaks(plan)])
+    plan = ComparisonPlan(
+        settings=settings,
+        arms=arms,
+        finetune=settled,
+        cache=cache,
+        folds=folds,
+        source_digest=source_digest,
+        earlier=earlier,
+    )
+    return replace(plan, notes=[*read.source.notes, *passed_over, *_leaks(plan)])
+
+
+def _require_same(before: Mapping[str, Any] | None, name: str, digest: str, settings: CompareSettings) -> None:
+    """Refuse other data than the folder's plan was made on, as far as it says."""
+    if before is not None and before.get(name, digest) != digest:
+        raise ConfigError(
+            f"{settings.out} holds a comparison on other scans or labels than {settings.data} holds now "
+            f"(it was made on {before['data']}); choose another --out, or restore them."
+        )
 
 
 def settled_for(settings: CompareSettings, arms: Sequence[Arm]) -> str:

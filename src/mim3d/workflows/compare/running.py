@@ -171,7 +171,7 @@ def _side_by_side(plan: ComparisonPlan, left: Sequence[Cell]) -> dict[str, Outco
                     cell = next(cell for cell in left if cell.id == name)
                     outcomes[name] = _outcome_of(plan.out, cell, process.returncode)
                     say(f"{outcomes[name]} ({len(outcomes)} of {len(left)}): {name}")
-            ready = [c for c in waiting if c.needs is None or c.needs not in ids or c.needs in outcomes]
+            ready = [c for c in waiting if c.needs not in ids or outcomes.get(str(c.needs)) in ("done", "failed")]
             for cell in ready[: plan.settings.jobs - len(working)]:
                 waiting.remove(cell)
                 with open(plan.out / "cells" / f"{cell.id}.log", "ab") as log:
@@ -194,6 +194,9 @@ def _outcome_of(out: Path, cell: Cell, code: int) -> Outcome:
     """What became of a cell of another process, which may have ended without a word."""
     if is_done(out, cell):
         return "done"
+    if code == 0:
+        # Another process works on it, and writes its result.
+        return "busy"
     if code in _STOPPED or -code in STOP_SIGNALS:
         return "stopped"
     if code != CELL_FAILED or read_result(out, cell) is None:

@@ -13,6 +13,7 @@ from mim3d.core.own_code import own_code_in
 from mim3d.core.settings import CONFIG_NAME, nearest, overlay, read_yaml, to_mapping
 from mim3d.core.types import Named
 from mim3d.methods import METHODS
+from mim3d.metrics import Bootstrap
 from mim3d.workflows.compare.arms import SCRATCH
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.pretrain import PretrainSettings
@@ -121,6 +122,9 @@ class CompareSettings:
                 raise ConfigError(f"{kind}_steps is {steps}; it must be at least 1.")
             if minutes is not None and not minutes > 0:
                 raise ConfigError(f"{kind}_minutes is {minutes:g}; it must be above 0.")
+        if self.target_dice is not None and not 0 < self.target_dice <= 1:
+            raise ConfigError(f"target_dice is {self.target_dice:g}; it is a share above 0 and up to 1, such as 0.85.")
+        Bootstrap(num_bootstrap=self.num_bootstrap)
         if self.jobs < 1:
             raise ConfigError(f"jobs is {self.jobs}; it must be at least 1.")
         asked = [name for name in ("dry_run", "table_only", "slurm", "cell") if getattr(self, name)]

@@ -1,6 +1,7 @@
 """Scripts that run the cells of a comparison as arrays of jobs under SLURM, one command for each cell."""
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ _SCRIPT = """\
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output={out}/cells/%x_%A_%a.log
+#SBATCH --output={logs}/cells/%x_%A_%a.log
 
 set -euo pipefail
 commands=(
@@ -74,4 +75,6 @@ def script(name: str, cells: Sequence[Cell], command: Sequence[str], out: str) -
         out: Absolute folder of the comparison.
     """
     lines = [f"  {shlex.quote(shlex.join(['mim3d', *command, '--cell', cell.id]))}" for cell in cells]
-    return _SCRIPT.format(name=name, last=len(cells) - 1, out=out, commands="\n".join(lines))
+    # Of paths sbatch reads a percent sign as a pattern, and a space as the end.
+    logs = re.sub(r"([\\\s\"'])", r"\\\1", out).replace("%", "%%")
+    return _SCRIPT.format(name=name, last=len(cells) - 1, logs=logs, commands="\n".join(lines))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.names import number_of
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split, shuffled_patients
@@ -142,6 +142,8 @@ def require_distinct(folds: Sequence[FoldPart], amounts: Sequence[Amount], seeds
                 split = fold.labelled(amount, seed)
                 try:
                     task.check_split(split)
+                    if task.needs == "class":
+                        _require_classes(fold, split)
                 except DataError as error:
                     raise DataError(f"labels {amount.text}, fold {fold.number}, seed {seed}: {error}") from error
             number = amount.of_patients(fold.num_patients)
@@ -151,3 +153,13 @@ def require_distinct(folds: Sequence[FoldPart], amounts: Sequence[Amount], seeds
                     f"of fold {fold.number}; leave one of them out."
                 )
             seen[number] = amount.text
+
+
+def _require_classes(fold: FoldPart, split: Split) -> None:
+    """Refuse labelled cases that lack a class: classifiers of other classes than others cannot be compared."""
+    every = {str(case.class_name) for case in (*fold.learning, *fold.choosing, *fold.test)}
+    if lacking := sorted(every - {str(case.class_name) for case in split.train}):
+        raise DataError(
+            f"class {listed(lacking)} is not among the cases to learn from, but among others of the data set; ask for "
+            "more labels, use other seeds or more folds, or leave the class out."
+        )

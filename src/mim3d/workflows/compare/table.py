@@ -15,7 +15,6 @@ from mim3d.core.files import write_csv, write_json, write_text
 from mim3d.core.progress import say
 from mim3d.core.settings import nearest
 from mim3d.metrics import Bootstrap
-from mim3d.metrics.bootstrap import interval, plain
 from mim3d.metrics.crossed import CONVENTIONS, CrossedClasses, CrossedScores
 from mim3d.metrics.paired import holm
 from mim3d.reporting.arms import CONTENT_NAME, comparison_rows, comparison_tables
@@ -281,7 +280,7 @@ class ArmScores:
             known = self.classes
             return {
                 "mean": None if known is None else known.mean(),
-                "ci95": None if known is None else interval(known.drawn(bootstrap)),
+                "ci95": None if known is None else known.interval(bootstrap),
             }
         own = self.crossed["dice"]
         others = {key: scores.mean() for key, scores in self.crossed.items() if key != "dice"}
@@ -290,11 +289,10 @@ class ArmScores:
     def against(self, other: "ArmScores", bootstrap: Bootstrap) -> dict[str, Any]:
         """Difference to another arm, its interval, and p."""
         if not self.crossed:
-            one, two = self.classes, other.classes
-            if one is None or two is None or (first := one.mean()) is None or (second := two.mean()) is None:
+            if self.classes is None or other.classes is None:
                 return {"difference": None, "difference_ci95": None, "p": None}
-            ends = interval(one.drawn(bootstrap) - two.drawn(bootstrap))
-            return {"difference": plain(first - second), "difference_ci95": ends, "p": None}
+            difference, ends, p = self.classes.against(other.classes, bootstrap)
+            return {"difference": difference, "difference_ci95": ends, "p": p}
         less = self.crossed["dice"].less(other.crossed["dice"])
         return {
             "difference": less.mean(),

@@ -1,0 +1,96 @@
+"""Comparisons of classifiers: scored by AUC, tested by DeLong's paired test, and whole where a run is missing."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mim3d.commands.compare import compare
+from mim3d.core.errors import DataError
+from mim3d.datasets.cases import Case
+from mim3d.tasks import create_task
+from mim3d.workflows.compare.subsets import Amount, FoldPart, require_distinct
+from tests.commands.conftest import BACKBONE
+from tests.commands.test_classify import TASK, write_set
+
+SETTINGS: dict[str, Any] = {
+    "arms": ("scratch", {"name": "wider", "backbone": {**BACKBONE, "widths": [8, 24]}}),
+    "seeds": (0, 1),
+    "backbone": BACKBONE,
+    "finetune": {
+        "task": TASK,
+        "precision": "32-true",
+        "intensity": {"kind": "zscore"},
+        "optim": {"learning_rate": 1e-2},
+        "batch_size": 2,
+        "num_workers": 0,
+        "validate_every": 1,
+    },
+    "finetune_steps": 2,
+    "folds": (0,),
+    "num_folds": 2,
+}
+
+
+def content(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "comparison.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison of eight patients with two scans each."""
+    folder = tmp_path_factory.mktemp("classes")
+    data = write_set(folder / "data", num_cases=16, noise=150.0)
+    compare(str(folder / "out"), data=str(data), num_bootstrap=200, **SETTINGS)
+    return folder / "out"
+
+
+def auc(cases: list[dict[str, Any]]) -> float:
+    sides = [[case["probabilities"][1] for case in cases if case["true_class"] == name] for name in ("bright", "dark")]
+    return float(np.mean([(high > low) + (high == low) / 2 for high in sides[1] for low in sides[0]]))
+
+
+def test_classes_are_scored_by_auc_with_intervals_differences_and_p(compared: Path):
+    found = content(compared)
+    assert found["score"] == "auc" and [row["num_done"] for row in found["rows"]] == [2, 2]
+    results = [json.loads(path.read_text()) for path in sorted((compared / "cells").glob("finetune*.json"))]
+    means = {
+        arm: np.mean([auc(result["cases"]) for result in results if result["arm"] == arm])
+        for arm in ("scratch", "wider")
+    }
+    first, second = found["rows"]
+    assert (first["mean"], second["mean"]) == pytest.approx((means["scratch"], means["wider"]))
+    assert second["difference"] == pytest.approx(means["wider"] - means["scratch"])
+    assert 0 < second["p"] == second["p_holm"] <= 1
+    assert second["ci95"] and second["difference_ci95"]
+    table = (compared / "comparison.md").read_text()
+    assert "AUC of 4 tested patients" in table and "DeLong's paired test" in table and "Wilcoxon" not in table
+
+
+def test_a_missing_run_of_a_classifier_leaves_the_table_whole(compared: Path):
+    missing = next((compared / "cells").glob("finetune_wider*seed1*.json"))
+    kept = missing.read_text()
+    missing.unlink()
+    compare(str(compared), table_only=True, num_bootstrap=0)
+    first, second = content(compared)["rows"]
+    missing.write_text(kept)
+    assert (first["num_done"], second["num_done"]) == (2, 1) and second["ci95"] is None
+    paths = [next((compared / "cells").glob(f"finetune_{arm}*seed0*.json")) for arm in ("wider", "scratch")]
+    wider, scratch = (auc(json.loads(path.read_text())["cases"]) for path in paths)
+    assert second["difference"] == pytest.approx(wider - scratch)
+
+
+def test_labels_that_lack_a_class_are_refused():
+    def part(*names: str) -> tuple[Case, ...]:
+        ids = [f"{name}_{place}_{names}" for place, name in enumerate(names)]
+        rows = zip(ids, names, strict=True)
+        return tuple(Case(id=i, images=(i,), label=i, patient=i, class_name=name) for i, name in rows)
+
+    fold = FoldPart(number=1, learning=part("dark", "bright"), choosing=part("dark"), test=part("grey", "dark"))
+    with pytest.raises(DataError, match="labels 100%, fold 1, seed 0: class grey is not among the cases to learn from"):
+        require_distinct([fold], [Amount.of("100%")], [0], create_task(TASK))
+    require_distinct([replace(fold, test=part("dark"))], [Amount.of("100%")], [0], create_task(TASK))
