@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.yardstick.monai_swin import _rearranged
 from mim3d.backbones import create_model
 from mim3d.cli import main
-from mim3d.core.errors import CheckpointError
+from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.datasets.cases import CaseSet, read_cases
 from mim3d.nn.tokens import sincos_positions
 from mim3d.scans.intensity import Intensity
@@ -492,3 +493,29 @@ def test_heads_of_published_transformers_are_known_and_lost_blocks_named(tmp_pat
     found = recognised(HeldWeights({**lost, "pos_embed": torch.ones(1, 9, 768), "cls_token": torch.ones(1, 1, 768)}))
     assert found is not None
     assert found.unfit == ", but holds 11 of its 12 blocks; it is not whole, so copy it again"
+
+
+def test_damaged_shapes_are_never_an_error_of_another_kind(tmp_path: Path) -> None:
+    files = [suprem(swinunetr()), three_dino_file(PlainTransformer()), nnssl_file(resenc_unet().state_dict())]
+    for number, content in enumerate(files):
+        place = next(name for name, value in content.items() if isinstance(value, dict) and len(value) > 9)
+        for every, (name, value) in enumerate(content[place].items()):
+            if every % 37 == number:
+                wrong = {**content[place], name: value.new_zeros([0] * (value.ndim + every % 2))}
+                file = saved(tmp_path / "w.pt", {**content, place: wrong})
+                for act in (describe, load_encoder):
+                    with suppress(CheckpointError, ConfigError):
+                        act(file)
+
+
+@pytest.mark.parametrize("said", [None, "learned from CT, but z-score suits these"])
+def test_a_modality_that_is_not_that_of_the_scans_is_said(
+    tmp_path: Path, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = PlainTransformer()
+    with pytest.warns(UserWarning, match="may have lost"):
+        initial = initialise({"num_heads": 4}, saved(tmp_path / "w.pt", hi_end_file(network)), 1)
+    planned = Intensity(kind="zscore", window=None) if said else Intensity()
+    monkeypatch.setattr("mim3d.workflows.shared.initialisation.plan_intensity", lambda scans: planned)
+    with pytest.warns(UserWarning, match=said) if said else nullcontext():
+        assert initial.intensity(None, None) == planned

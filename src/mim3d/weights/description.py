@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mim3d.backbones import create_recipe
-from mim3d.core.names import number_of
+from mim3d.core.names import cut, number_of
 from mim3d.weights.cards import has_card, read_card
 from mim3d.weights.families import ExpectedInput, RecognisedWeights, recognised, unknown_layout
 from mim3d.weights.folders import RUN_NETWORKS, weights_file
@@ -171,6 +171,9 @@ def _of_card(path: str | Path, file: str, held: HeldWeights, card: Mapping[str, 
     rows["expects orientation"] = str(card.get("orientation", "unknown"))
     rows["expects intensities"] = "unknown" if intensity is None else _mapped(intensity)
     rows["expects channels"] = ", ".join(card.get("channel_names") or []) or str(named.get("in_channels", 1))
+    origin = card.get("weights_origin")
+    if isinstance(origin, dict):
+        rows["began with"] = f"{cut(str(origin.get('family')), 80)}; licence: {cut(str(origin.get('licence')), 200)}"
     for name in ("step", "scores", "warnings"):
         if card.get(name):
             rows[name] = _plain(card[name])

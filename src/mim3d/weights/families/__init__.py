@@ -1,6 +1,6 @@
 """Families of published weights, one small table each: a new one is a file here and a line in ``FAMILIES``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -92,10 +92,12 @@ def recognised(held: HeldWeights) -> RecognisedWeights | None:
     """The family of weights, by names and shapes; None where none fits."""
     for family in FAMILIES:
         if family.is_of(held):
-            tensors = family.own_tensors(held)
-            found = RecognisedWeights(family, held, tensors, {}, family.expects_in_file(held) or family.expects)
-            found.shown.update(family.settings(found.encoder) if family.backbone else {})
-            return found
+            expects = family.expects_in_file(held) or family.expects
+            found = RecognisedWeights(family, held, family.own_tensors(held), {}, expects)
+            if not family.backbone:
+                return found
+            shown = family.settings(found.encoder)
+            return replace(found, shown=shown, expects=expects.of_channels(shown["in_channels"]))
     return None
 
 

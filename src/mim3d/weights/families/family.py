@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +26,7 @@ class ExpectedInput:
         orientation: Orientation of the axes of an array, or what is known of it.
         intensity: Mapping of intensities; None where mim3d has none such, or it is not known.
         values: The same in words, where mim3d has none such.
-        channels: Channels of the input, in words.
+        channels: Channels of the input, in words; empty where tensors show them alone.
     """
 
     modality: str = "unknown"
@@ -35,7 +35,11 @@ class ExpectedInput:
     orientation: str = "unknown"
     intensity: Intensity | None = None
     values: str = "unknown"
-    channels: str = "one"
+    channels: str = ""
+
+    def of_channels(self, number: int) -> "ExpectedInput":
+        """The same with the number of channels that tensors show."""
+        return replace(self, channels=self.channels or str(number))
 
     def rows(self) -> dict[str, str]:
         """What is known, in words, by what it is of."""
@@ -44,7 +48,7 @@ class ExpectedInput:
             "voxel size": self.spacing if self.spacing_mm is None else f"{_numbers(self.spacing_mm)} mm",
             "orientation": self.orientation,
             "intensities": self._intensities(),
-            "channels": self.channels,
+            "channels": self.channels or "unknown",
         }
 
     def _intensities(self) -> str:
@@ -133,17 +137,22 @@ class Family:
 
     def lacks(self, held: HeldWeights) -> list[str]:
         """The signs of the family that a file lacks, in words; empty for a file of the family."""
-        names, paths = _names_of(self, held), held.paths
-        ends = {
-            anchor: [key for key in names if key == anchor or key.endswith(f".{anchor}")] for anchor in self.anchors
-        }
-        missing = [f"a tensor {anchor}" for anchor, found in ends.items() if not found]
-        if not missing and all(held.tensors[key].ndim != self.axes for key in ends[self.anchors[0]]):
-            missing.append(f"{self.anchors[0]} of {self.axes} axes")
+        names, paths = set(_names_of(self, held)), held.paths
+        first = self.anchors[0]
+        prefixes = {name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}")}
+        whole = [prefix for prefix in prefixes if all(f"{prefix}{anchor}" in names for anchor in self.anchors)]
+        missing: list[str] = []
+        if not whole:
+            found = {anchor for anchor in self.anchors if any(f".{name}".endswith(f".{anchor}") for name in names)}
+            missing = [f"a tensor {anchor}" for anchor in self.anchors if anchor not in found]
+            missing = missing or [f"{' and '.join(self.anchors)} under one prefix"]
+        elif any(held.tensors[f"{prefix}{first}"].ndim != self.axes for prefix in whole):
+            missing.append(f"{first} of {self.axes} axes")
         missing += [f"the key {key}" for key in self.keys if key not in held.beside]
         unmatched = [mark for mark in self.marks if not any(re.search(mark, path) for path in paths)]
-        missing += ["tensors as " + mark.replace(r"\b", "").replace("\\.", ".").lstrip("^:") for mark in unmatched]
-        return missing
+        return missing + [
+            "tensors as " + mark.replace(r"\b", "").replace("\\.", ".").lstrip("^:") for mark in unmatched
+        ]
 
     def is_of(self, held: HeldWeights) -> bool:
         """Whether a file is of the family: it has every sign, and nothing that no file of it has."""

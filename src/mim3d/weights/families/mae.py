@@ -43,12 +43,13 @@ def inflated(tensors: Tensors, held: HeldWeights) -> Tensors:
     """
     kernel = tensors["embed.weight"]
     tensors["embed.weight"] = kernel[..., None].expand(*kernel.shape, kernel.shape[-1]) / kernel.shape[-1]
-    token, table = tensors.get("cls_token"), tensors.pop("pos_embed", None)
-    if table is not None and table.ndim == 3:
+    token, table = tensors.get("cls_token"), tensors.get("pos_embed")
+    if table is not None and table.ndim == 3 and table.shape[1] > 0 and table.shape[::2] == (1, len(kernel)):
         first = 1 if token is not None and round((table.shape[1] - 1) ** 0.5) ** 2 == table.shape[1] - 1 else 0
-        if first and token is not None:
+        if first and token is not None and token.shape == table[:, :1].shape:
             tensors["cls_token"] = token + table[:, :1]
         tensors["position_table"] = table[0, first:]
+        del tensors["pos_embed"]
     return to_own_vit(tensors, held)
 
 

@@ -27,7 +27,7 @@ def settings_of_resenc(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Settings of our ResEnc, by the tensors of an encoder by our names."""
     widths: list[int] = []
     depths: list[int] = []
-    while (weight := tensors.get(f"stages.{len(widths)}.blocks.0.conv1.conv.weight")) is not None:
+    while (weight := tensors.get(f"stages.{len(widths)}.blocks.0.conv1.conv.weight")) is not None and weight.ndim == 5:
         blocks = re.compile(rf"stages\.{len(widths)}\.blocks\.(\d{{1,4}})\.")
         depths.append(1 + max(int(found[1]) for name in tensors if (found := blocks.match(name))))
         widths.append(weight.shape[0])

@@ -33,7 +33,8 @@ def settings_of_vit(heads: Mapping[tuple[int, int], int]) -> Callable[[Tensors],
 
     def read(tensors: Tensors) -> dict[str, Any]:
         width, in_channels, edge, *_ = tensors["embed.weight"].shape
-        depth = 1 + max(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,4})\.", name)))
+        blocks = (int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,4})\.", name)))
+        depth = 1 + max(blocks, default=-1)
         shown: dict[str, Any] = {"width": width, "depth": depth, "token_edge": edge, "in_channels": in_channels}
         shown |= {"num_heads": heads[width, depth]} if (width, depth) in heads else {}
         hidden, back = (tensors.get(f"blocks.0.mlp.fc{number}.weight") for number in (1, 2))
@@ -81,16 +82,21 @@ def to_own_vit(tensors: Tensors, _: HeldWeights) -> Tensors:
 
     Attention does not see the order of tokens, so that a class token is a register that has a position.
     """
-    token, more = tensors.pop("cls_token", None), tensors.pop("register_tokens", None)
-    table = tensors.pop("pos_embed", None)
-    if table is not None and table.ndim == 3:
+    width = len(tensors["embed.weight"])
+    token, more, table = (
+        tensors.pop(name)
+        if name in tensors and tensors[name].ndim == 3 and tensors[name].shape[::2] == (1, width)
+        else None
+        for name in ("cls_token", "register_tokens", "pos_embed")
+    )
+    if table is not None:
         rows_LE = table[0]
         first = 1 if token is not None and _edge(len(rows_LE) - 1) ** 3 == len(rows_LE) - 1 else 0
         if first and token is not None:
             token = token + rows_LE[:1]
         if not _is_fixed(rows_LE[first:]):
             tensors["position_table"] = rows_LE[first:]
-    extra = [one.reshape(-1, one.shape[-1]) for one in (token, more) if one is not None]
+    extra = [one[0] for one in (token, more) if one is not None]
     return {**tensors, **({"registers": torch.cat(extra)} if extra else {})}
 
 
@@ -101,7 +107,7 @@ def _edge(number: int) -> int:
 def _is_fixed(rows_LE: Tensor) -> bool:
     """Whether positions are the sines and cosines that mim3d computes, of a grid of equal edges."""
     edge = _edge(len(rows_LE))
-    if edge**3 != len(rows_LE):
+    if edge == 0 or edge**3 != len(rows_LE):
         return False
     expected = sincos_positions((edge, edge, edge), rows_LE.shape[1])
     return torch.allclose(rows_LE.float(), expected, atol=1e-5 if rows_LE.dtype == torch.float32 else 1e-2)

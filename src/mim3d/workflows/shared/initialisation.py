@@ -29,6 +29,9 @@ from mim3d.weights import (
 #: Backbone where neither a name nor weights are given.
 DEFAULT_BACKBONE = "hybrid_base"
 
+#: Modality of scans that a kind of intensities never suits.
+_NOT_OF = {"window": "MR", "zscore": "CT"}
+
 #: Scans whose headers tell how large their voxels are.
 MOST_HEADERS = 10
 
@@ -112,6 +115,12 @@ class Initialisation:
                     f"{_described(asked or planned)} is used.",
                     stacklevel=2,
                 )
+            elif self.origin is not None and self.origin.expects.modality[:2] == _NOT_OF[planned.kind]:
+                warnings.warn(
+                    f"the encoder learned from {self.origin.expects.modality}, but {_described(planned)} suits these "
+                    "scans, as it does those of another modality; its features may say little of them.",
+                    stacklevel=2,
+                )
             return asked or planned
         if asked not in (None, own) or (asked is None and planned.kind != own.kind):
             other = f"{_described(asked)} was asked for" if asked else f"{_described(planned)} suits these scans"
@@ -160,7 +169,7 @@ def initialise(
     origin = origin_of(weights)
     if origin is None:
         return initial
-    say(f"{weights}: {origin}; the plan follows it, and flags such as --spacing_mm and --intensity change it")
+    say(f"{weights}: {origin}; the plan follows what is known, flags such as --spacing_mm change it")
     if origin.remark:
         say(f"note: {origin.remark}")
     expects = origin.expects
