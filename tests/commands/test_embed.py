@@ -83,7 +83,7 @@ def test_a_bad_scan_is_listed_and_stops_no_other(scans, weights, tmp_path, capsy
     assert [row["id"] for row in rows] == ["ball_1"] and "ball_1.nii.gz" in rows[0]["reason"]
     assert list(read_table(str(out)).keys["id"]) == ["ball_0", "ball_2"]
     (scans / "ball_1.nii.gz").write_bytes(whole)
-    assert main(words) == 0
+    assert main([*words, "--layer", "-1"]) == 0
     assert "3 of 3 scans embedded, 2 of them before" in capsys.readouterr().out
     assert list(read_table(str(out)).keys["id"]) == ["ball_0", "ball_1", "ball_2"]
     assert not (tmp_path / "failed.csv").exists()
@@ -210,6 +210,12 @@ def test_boxes_in_voxels_and_in_millimetres_are_the_same_whatever_the_orientatio
     assert one.keys["region"] == ["scan", "nodule"]
     assert one["volume_ml"][1] == pytest.approx(12 * 8 * 4 * 1.2 / 1000)
     np.testing.assert_array_equal(one.values, other.values)
+    (tmp_path / "v.csv").write_text(f"id,{','.join(names)}\na,3,4,5,40,12,9\n")
+    with pytest.warns(UserWarning, match=r"1 of 1 scan has remarks .* a box that was cut"):
+        embed(str(tmp_path / "a.nii.gz"), weights, boxes=str(tmp_path / "v.csv"), **WINDOW)
+    (tmp_path / "v.csv").write_text(f"id,{','.join(names)}\na,30,4,5,40,12,9\n")
+    with pytest.raises(DataError, match=r"the box box_1 \(30, 4, 5, 40, 12, 9 voxels\) lies outside of it"):
+        embed(str(tmp_path / "a.nii.gz"), weights, boxes=str(tmp_path / "v.csv"), **WINDOW)
 
 
 def test_several_voxel_sizes_and_layers_have_columns_of_their_own(scans, weights):

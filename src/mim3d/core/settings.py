@@ -159,7 +159,7 @@ def _coerce_items(value: Any, hint: Any, where: str) -> list[Any] | tuple[Any, .
 
 def _coerce_union(value: Any, hint: Any, where: str) -> Any:
     members = get_args(hint)
-    if value == "null" and type(None) in members:
+    if isinstance(value, str) and value == "null" and type(None) in members:
         return None
     for member in members:
         if isinstance(member, type) and type(value) is member and _is_bounded(value):
@@ -263,7 +263,8 @@ def describe(hint: Any) -> str:
     if isinstance(hint, type) and hint in plain:
         return plain[hint]
     if kind in (Union, types.UnionType):
-        words = [describe(argument) for argument in arguments]
+        # What only Python can give is none of a user's words.
+        words = [describe(argument) for argument in arguments if argument is not Any]
         return (", or " if any("each" in word for word in words) else " or ").join(words)
     if kind is Literal:
         return "one of " + ", ".join(map(str, arguments))

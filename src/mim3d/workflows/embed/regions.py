@@ -38,8 +38,11 @@ class Box:
     ends: tuple[float, ...]
     in_mm: bool
 
-    def in_voxels(self, grid: Grid) -> npt.NDArray[np.int64]:
+    def in_voxels(self, grid: Grid) -> tuple[npt.NDArray[np.int64], bool]:
         """First and last voxel (excluded), (3, 2), along the RAS+ axes of a scan: those whose centres lie in the box.
+
+        Returns:
+            The voxels, and whether the box was cut as it reaches beyond the scan.
 
         Raises:
             DataError: The box lies outside of the scan.
@@ -56,6 +59,7 @@ class Box:
         # A box that is thinner than a voxel is the voxel around it.
         middle = np.rint(places[:3].mean(1)).astype(np.int64)
         first, last = np.where(first < last, first, middle), np.where(first < last, last, middle + 1)
+        is_cut = bool((first < 0).any() or (last > grid.ras_shape).any())
         first, last = np.maximum(first, 0), np.minimum(last, grid.ras_shape)
         if (first >= last).any():
             unit = "mm" if self.in_mm else "voxels"
@@ -64,7 +68,7 @@ class Box:
                 f"{grid.path}: the box {self.name} ({ends} {unit}) lies outside of it ({grid.describe()}); correct the "
                 "box, and whether it is in voxels or millimetres."
             )
-        return np.stack([first, last], axis=1)
+        return np.stack([first, last], axis=1), is_cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,7 @@ class ScanRegions:
         array: Label map (X, Y, Z) along RAS+ axes; None for boxes.
         values: Label value of each region; empty for boxes.
         boxes: (R, 3, 2) voxels of each box; None for labels.
+        notes: Sentences on what of them was changed.
     """
 
     names: tuple[str, ...]
@@ -84,6 +89,7 @@ class ScanRegions:
     array: npt.NDArray[Any] | None = None
     values: tuple[int, ...] = ()
     boxes: npt.NDArray[np.int64] | None = None
+    notes: tuple[str, ...] = ()
 
     def on(self, prepared: Prepared) -> Regions:
         """The regions on a scan as it is prepared, by the voxels of the scan's own grid."""
@@ -155,8 +161,12 @@ class RegionSource:
         """
         if case.id in self.boxes:
             grid, boxes = read_grid(case.images[0]), self.boxes[case.id]
-            places = np.stack([box.in_voxels(grid) for box in boxes])
-            return ScanRegions(tuple(box.name for box in boxes), grid, boxes=places)
+            places, cut = zip(*(box.in_voxels(grid) for box in boxes), strict=True)
+            beyond = [box.name for box, is_cut in zip(boxes, cut, strict=True) if is_cut]
+            notes = (
+                (f"Boxes reach beyond the scan and are cut: {listed(beyond)}; check their units.",) if beyond else ()
+            )
+            return ScanRegions(tuple(box.name for box in boxes), grid, boxes=np.stack(places), notes=notes)
         if case.id not in self.masks:
             return None
         volume = read_volume(self.masks[case.id], label=True, narrow=True)

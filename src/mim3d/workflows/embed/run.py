@@ -181,6 +181,7 @@ class Embedding:
             prepare(case, preparation, with_label=False, set_in_hu=learned.in_hu)
             for preparation in self.plan.preparations
         )
+        said += regions.notes if regions is not None else ()
         return ReadScan(case, prepared, regions, (*learned.warnings_on(prepared[0]), *said))
 
     def rows(self, scan: ReadScan, on_windows: Callable[[int, int], None]) -> FeatureTable:
@@ -319,10 +320,10 @@ def _concluded(
     """Write the table, and say what is in it and where; its rows."""
     unlike = [case.id for case in cases if case.id in store.finished and store.finished[case.id].about["warnings"]]
     if unlike:
-        where = "" if store.out is None else f"; {store.description} says how"
+        where = "" if store.out is None else f"; {store.description} has them"
         warnings.warn(
-            f"{number_of(len(unlike), 'scan', 'are', of=len(cases))} unlike those that the encoder learned from, or "
-            f"have an empty mask: {listed(unlike)}{where}.",
+            f"{number_of(len(unlike), 'scan', 'have', of=len(cases))} remarks (unlike those that the encoder learned "
+            f"from, an empty mask, or a box that was cut): {listed(unlike)}{where}.",
             category=UnlikeTrainingWarning,
             stacklevel=2,
         )

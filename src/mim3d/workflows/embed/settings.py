@@ -1,6 +1,7 @@
 """Settings of embedding, and what they come to for given weights."""
 
 import os
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +56,7 @@ class EmbedSettings:
         overwrite: Do scans again that are finished, and replace features of other weights or settings.
     """
 
-    scans: Any
+    scans: str | list[str] | Any
     weights: str
     out: str | None = None
     _: KW_ONLY
@@ -162,7 +163,6 @@ class EmbeddingPlan:
         """
         return {
             "weights_digest": digest,
-            "layer": settings.layer,
             "levels": list(self.levels),
             "spacing_mm": to_mapping([each.spacing_mm for each in self.preparations]),
             "intensity": to_mapping(self.intensity),
@@ -182,8 +182,9 @@ def _levels_of(layer: int | str, strides: tuple[int, ...], widths: tuple[int, ..
     """
     if layer in ("last", "all"):
         return tuple(range(len(strides))) if layer == "all" else (len(strides) - 1,)
-    if isinstance(layer, int) and -len(strides) <= layer < len(strides):
-        return (layer % len(strides),)
+    with suppress(ValueError):
+        if -len(strides) <= int(layer) < len(strides):
+            return (int(layer) % len(strides),)
     pairs = enumerate(zip(strides, widths, strict=True))
     maps = ", ".join(f"{number} (stride {stride}, {width} channels)" for number, (stride, width) in pairs)
     raise ConfigError(

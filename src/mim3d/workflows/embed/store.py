@@ -109,7 +109,9 @@ class FeatureStore:
         with lock_file(store._parts / "lock") as descriptor:
             if not try_lock(descriptor):
                 raise ConfigError(f"Another process embeds into {out}; wait for it to end, or choose another --out.")
-            remove_partial(store.home)
+            if store.form == "h5":
+                # Beside a table other processes may write.
+                remove_partial(store.home)
             store._resume(overwrite=overwrite)
             try:
                 yield store
