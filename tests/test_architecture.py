@@ -69,7 +69,7 @@ FACTS = ("datasets.published.sets.", "weights.families.")
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3155,
+    "core": 3156,
     "kernels": 980,
     "scans": 4640,
     "nn": 967,
@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2461,
     "probing": 1040,
     "exporting": 1150,
-    "workflows": 10150,
+    "workflows": 10162,
     "commands": 295,
     "cli": 820,
     "__main__": 15,
