@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, default=None, help="voxels of the phantoms")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="what is written")
     parser.add_argument("--turns", type=int, default=2, help="how often each way is measured")
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="threads of the network")
     arguments: argparse.Namespace = parser.parse_args()
     x, y, z = arguments.size or ((48, 48, 40) if arguments.quick else (192, 192, 160))
     num_scans, edge, turns = (3, 16, 1) if arguments.quick else (10, 64, arguments.turns)
@@ -180,7 +181,8 @@ def main() -> None:
         x_mm, y_mm, z_mm = read_grid(scans[0].path).spacing_mm
         network = network_of((2 * x_mm, 2 * y_mm, 2 * z_mm), edge)
         print(f"{num_scans} scans of {x} x {y} x {z} voxels, {os.cpu_count()} cores")
-        every = [(kind, threads) for kind in arguments.kinds for threads in dict.fromkeys((1, num_cores()))]
+        counts = arguments.threads or dict.fromkeys((1, num_cores()))
+        every = [(kind, threads) for kind in arguments.kinds for threads in counts]
         rows = [measure(kind, threads, cases, network, turns) for kind, threads in every]
     ratios = ratios_of(rows)
     print_ratios("overlap of reading, computing and writing", ratios)

@@ -19,8 +19,8 @@ COPY --from=build /opt/mim3d /opt/mim3d
 COPY docker/segment docker/embed /usr/local/bin/
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin mim3d \
     && install --directory --owner mim3d /input /output /weights
-# Any user may be named by `docker run --user`: what is cached goes where all may write.
-ENV PATH="/opt/mim3d/bin:$PATH" HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+# Any user may be named by `docker run --user`: what is cached goes where all may write, and libraries ask for a name.
+ENV PATH="/opt/mim3d/bin:$PATH" HOME=/tmp USER=mim3d MPLCONFIGDIR=/tmp/matplotlib PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_OFFLINE=1 NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001
 WORKDIR /tmp

@@ -399,3 +399,15 @@ def test_resume_from_another_folder_finds_what_the_run_was_started_on(config, tm
     assert called("train", "--out", str(out), "--resume", "true")["data"] == str(tmp_path / "began" / "D")
     monkeypatch.chdir(tmp_path / "began")
     assert called("train", "--out", str(out), "--resume", "true")["data"] == "D"
+
+
+def test_a_user_whom_the_machine_has_no_name_for_gets_one(monkeypatch):
+    def unknown() -> str:
+        if name := os.environ.get("USER"):
+            return name
+        raise KeyError("getpwuid(): uid not found: 10001")
+
+    monkeypatch.setenv("USER", "")
+    monkeypatch.setattr("getpass.getuser", unknown)
+    cli.main(["--help"])
+    assert os.environ["USER"] == "user"

@@ -1,5 +1,6 @@
 """The command line: a name leads to one function; its signature and docstring are the flags and the help."""
 
+import getpass
 import importlib
 import os
 import re
@@ -87,12 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is imported: its compiled part warns its developers, such as every process of DDP that all
     # parameters were used. What it warns of in Python is not touched.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _name_the_user()
     with lasting_streams():
         code = _exit_code_of(words)
     if argv is None:
         # How it ended is known; while the process comes to its end nothing is left to be stopped.
         ignore_signals(STOP_SIGNALS)
     return code
+
+
+def _name_the_user() -> None:
+    """Give a user without a name, as by `docker run --user 1234`, one in this process: MONAI asks for it on import."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = "user"
 
 
 def _exit_code_of(words: list[str]) -> int:
