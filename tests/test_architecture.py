@@ -93,7 +93,7 @@ BUDGET = {
     "exporting": 1150,
     "workflows": 10162,
     "commands": 295,
-    "cli": 820,
+    "cli": 832,
     "__main__": 15,
 }
 
