@@ -90,7 +90,7 @@ BUDGET = {
     "tasks": 4532,
     "methods": 2461,
     "probing": 1040,
-    "exporting": 1150,
+    "exporting": 1700,
     "workflows": 10162,
     "commands": 295,
     "cli": 832,

@@ -36,7 +36,7 @@ Make = Callable[..., Path]
 def make(tmp_path: Path) -> Make:
     def made(kind: str, task: dict[str, Any] | None = None, channels: int = 1, **changes: Any) -> Path:
         torch.manual_seed(0)
-        recipe = create_recipe({**BACKBONE, "in_channels": channels})
+        recipe = create_recipe({**(changes.pop("backbone", None) or BACKBONE), "in_channels": channels})
         card: dict[str, Any] = {
             "backbone": to_named(recipe, BACKBONES),
             "input_multiple": list(recipe.input_multiple),

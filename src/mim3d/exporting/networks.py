@@ -138,6 +138,13 @@ def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None, 
     )
 
 
+def encoder_of(network: Exported) -> Encoder:
+    """Return the encoder of a network, which may be one itself."""
+    encoder = network.module if isinstance(network.module, Encoder) else network.module.encoder
+    assert isinstance(encoder, Encoder)
+    return encoder
+
+
 def _checked(patch_size: Triple | None, multiple: Triple) -> Triple:
     if patch_size is None or len(patch_size) != 3:
         shown = "not known" if patch_size is None else list(patch_size)

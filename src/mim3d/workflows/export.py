@@ -12,16 +12,23 @@ from mim3d.core.settings import nearest
 from mim3d.core.types import Named, Triple
 from mim3d.exporting.hub_folder import check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import require_segmenter, write_monai_bundle
+from mim3d.exporting.monai_weights import INDEX_NAME, require_monai_network, write_monai_weights
 from mim3d.exporting.networks import load_exported
+from mim3d.exporting.nnunet import PLAN_NAME, Axes, require_resenc, write_nnunet
 from mim3d.exporting.programs import check_onnx, write_onnx, write_torch_program
 from mim3d.workflows.shared.leakage import SEEN_NAME, seen_file
 
-#: Formats of programs -> what writes them.
-WRITERS = {"onnx": write_onnx, "torch-export": write_torch_program, "monai": write_monai_bundle}
-FORMATS = ("safetensors", *WRITERS)
+#: Formats but safetensors and nnunet, which have settings of their own -> what writes them.
+WRITERS = {
+    "onnx": write_onnx,
+    "torch-export": write_torch_program,
+    "monai": write_monai_bundle,
+    "monai-weights": write_monai_weights,
+}
+FORMATS = ("safetensors", *WRITERS, "nnunet")
 
 #: Of each format a file, below its folder, by which an earlier export is known.
-MARKS = ("card.json", "metadata.json", "configs/metadata.json")
+MARKS = ("card.json", "metadata.json", "configs/metadata.json", INDEX_NAME, PLAN_NAME)
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,15 @@ class ExportSettings:
     Attributes:
         weights: Run, exported folder, weights file or Hugging Face id (owner/name, hf://owner/name@revision).
         out: Folder for the export; of several formats each gets a folder of its name inside.
-        format: Format, or several: safetensors (a folder ready for Hugging Face), onnx, torch-export (.pt2) or monai (a
-            bundle of a segmenter); several may be named.
+        format: Format, or several: safetensors (a folder ready for Hugging Face), onnx, torch-export (.pt2), monai (a
+            bundle of a segmenter), monai-weights (a swin for SwinUNETR, a vit for ViT and UNETR) or nnunet (a resenc
+            that nnU-Net fine-tunes from).
         network: Kind of network: encoder, segmenter or classifier; the run's own if not given. The encoder of a
             fine-tuned run can be taken out of it.
-        patch_size: Voxels of a program's input along X, Y, Z; those of training if not given (96 for an encoder).
+        patch_size: Voxels of a program's input along X, Y, Z, or of the crops that nnU-Net is to train on; those of
+            training if not given (96 for an encoder).
+        axes: Order of the axes of exported kernels (nnunet): XYZ, as they are; or ZYX, turned so that nnU-Net, whose
+            arrays run so, computes the same features of a scan.
         license: Id of the licence of the weights, as Hugging Face lists them, such as cc-by-4.0; none is named if not
             given.
         modality: What the scans are, such as CT or T1-weighted MRI, for the README or the metadata.
@@ -52,6 +63,7 @@ class ExportSettings:
     format: str | list[str] = "safetensors"
     network: str | None = None
     patch_size: Triple | None = None
+    axes: Axes = "XYZ"
     license: str | None = None
     modality: str | None = None
     include_seen: bool = False
@@ -91,6 +103,10 @@ def export_network(settings: ExportSettings) -> str:
     network = replace(network, license=settings.license, modality=settings.modality)
     if "monai" in names:
         require_segmenter(network, weights)
+    if "monai-weights" in names:
+        require_monai_network(network, weights)
+    if "nnunet" in names:
+        require_resenc(network, weights)
     seen = seen_file(network.located) if settings.include_seen else None
     if settings.include_seen and seen is None:
         raise ConfigError(f"{weights} came without {SEEN_NAME}; leave out --include_seen.")
@@ -100,6 +116,8 @@ def export_network(settings: ExportSettings) -> str:
             scratch = all_or_none.enter_context(atomic_folder(target))
             if name in WRITERS:
                 WRITERS[name](network, scratch)
+            elif name == "nnunet":
+                write_nnunet(network, scratch, settings.axes)
             else:
                 write_hub_folder(network, scratch, seen)
     for name, target in targets.items():
@@ -117,7 +135,7 @@ def _check_formats(formats: Sequence[str], patch_size: Triple | None, include_se
     if patch_size is not None and list(formats) == ["safetensors"]:
         raise ConfigError(
             f"patch_size is {list(patch_size)}, but safetensors takes windows as in training, whatever is exported; "
-            "leave it out, or name a format of programs: onnx, torch-export or monai."
+            "leave it out, or name another format too: onnx, torch-export, monai, monai-weights or nnunet."
         )
     if include_seen and "safetensors" not in formats:
         raise ConfigError(
