@@ -1,12 +1,13 @@
 """An encoder as weights that MONAI's own networks load by name: ``SwinUNETR``, ``ViT`` and ``UNETR``.
 
-The files are made of MONAI's networks, filled with our tensors and compared with ours, so that they have every name that
-the installed version asks for.
+The files are made of MONAI's networks, filled with our tensors and compared with ours, so that they have every name
+that the installed version asks for.
 """
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from mim3d.backbones import Swin, ViT
 from mim3d.backbones.contract import Encoder
-from mim3d.core.errors import CheckpointError
+from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.files import write_json, write_text
 from mim3d.core.types import Triple
 from mim3d.exporting.networks import EncoderProgram, Exported, encoder_of, formula
@@ -106,6 +107,19 @@ def monai_networks(encoder: Encoder, patch_size: Triple) -> list[MonaiNetwork]:
     return found
 
 
+def check_einops() -> None:
+    """Refuse where the package is missing without which MONAI's networks of transformers cannot run.
+
+    Raises:
+        ConfigError: The sentence says how to install it.
+    """
+    if find_spec("einops") is None:
+        raise ConfigError(
+            "--format monai-weights runs MONAI's network, which needs the package einops; install with: pip install "
+            "'mim3d[monai]'."
+        )
+
+
 def require_monai_network(network: Exported, weights: str) -> None:
     """Refuse an encoder that MONAI has no network for.
 
@@ -115,10 +129,10 @@ def require_monai_network(network: Exported, weights: str) -> None:
     encoder = encoder_of(network)
     if not monai_networks(encoder, network.patch_size):
         raise CheckpointError(
-            f"{weights} has an encoder of the backbone {network.card['backbone']['name']}, and none of MONAI's networks "
-            "computes the same: --format monai-weights is for swin with four stages and a merging of today's MONAI, and "
-            "for vit with sincos positions, plain MLPs, no registers and no layer scale; use --format safetensors, onnx "
-            "or torch-export."
+            f"{weights} has an encoder of the backbone {network.card['backbone']['name']}, and none of MONAI's "
+            "networks computes the same: --format monai-weights is for swin with four stages and a merging of today's "
+            "MONAI, and for vit with sincos positions, plain MLPs, no registers and no layer scale; use --format "
+            "safetensors, onnx or torch-export."
         )
 
 
@@ -172,7 +186,7 @@ def _monai_names(encoder: Encoder, patch_size: Triple) -> Iterator[tuple[str, Te
     if isinstance(encoder.recipe, Swin):
         yield from encoder.state_dict().items()
         return
-    edge, width = encoder.recipe.token_size[0], encoder.recipe.widths[0]
+    edge, width = encoder.recipe.token_size[0], encoder.widths[0]
     grid = (patch_size[0] // edge, patch_size[1] // edge, patch_size[2] // edge)
     yield "patch_embedding.position_embeddings", sincos_positions(grid, width)[None]
     renamed = {
@@ -189,6 +203,12 @@ def _monai_names(encoder: Encoder, patch_size: Triple) -> Iterator[tuple[str, Te
 
 
 def _compare(network: Exported, encoder: Encoder, part: nn.Module, name: str) -> None:
+    """Run MONAI's network beside ours.
+
+    Raises:
+        CheckpointError: It computes something else.
+    """
+
     def run(image: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
             if isinstance(encoder.recipe, Swin):

@@ -118,7 +118,7 @@ def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None, 
     usual = round_up((ENCODER_EDGE,) * 3, multiple, ENCODER_EDGE)
     own = {key: value for key, value in card.items() if key not in OF_THE_TASK}
     task = card.get("task")
-    size = None if task is None else task.get("patch_size")
+    size = card.get("input_size") if task is None else task.get("patch_size")
     trained_size = None if size is None else (int(size[0]), int(size[1]), int(size[2]))
     return Exported(
         kind="encoder",
