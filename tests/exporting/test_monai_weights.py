@@ -11,7 +11,7 @@ import torch
 import mim3d
 from mim3d.commands.export import export
 from mim3d.core.errors import CheckpointError, ConfigError
-from mim3d.exporting import monai_weights
+from mim3d.exporting import named_for_monai
 
 SWIN = {"name": "swin", "feature_size": 12, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 2, 2], "window_size": 3}
 VIT = {"name": "vit", "width": 24, "depth": 2, "num_heads": 2, "token_edge": 8}
@@ -93,6 +93,6 @@ def test_what_monai_has_no_network_for_is_refused(make, tmp_path, backbone):
 
 
 def test_a_missing_package_of_monai_is_named(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(monai_weights, "find_spec", lambda name: None)
+    monkeypatch.setattr(named_for_monai, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"einops; install with: pip install 'mim3d\[monai\]'"):
         export(str(make("encoder", backbone=SWIN)), str(tmp_path / "out"), format="monai-weights")

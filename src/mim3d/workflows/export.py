@@ -12,7 +12,7 @@ from mim3d.core.settings import nearest
 from mim3d.core.types import Named, Triple
 from mim3d.exporting.hub_folder import check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import require_segmenter, write_monai_bundle
-from mim3d.exporting.monai_weights import INDEX_NAME, check_einops, require_monai_network, write_monai_weights
+from mim3d.exporting.named_for_monai import INDEX_NAME, check_einops, require_monai_network, write_monai_weights
 from mim3d.exporting.networks import load_exported
 from mim3d.exporting.nnunet import PLAN_NAME, Axes, require_resenc, write_nnunet
 from mim3d.exporting.programs import check_onnx, write_onnx, write_torch_program

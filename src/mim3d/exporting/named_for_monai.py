@@ -37,13 +37,13 @@ class MonaiNetwork:
 
     Attributes:
         name: Name of its class in ``monai.networks.nets``.
-        arguments: Settings that it must be built with.
+        built_with: Settings that it must be built with.
         others: Settings that are the user's own, with an example.
         prefix: Where the encoder lies in it: the beginning of its tensors' names.
     """
 
     name: str
-    arguments: Mapping[str, Any]
+    built_with: Mapping[str, Any]
     others: Mapping[str, Any]
     prefix: str
 
@@ -55,14 +55,14 @@ class MonaiNetwork:
     @property
     def call(self) -> str:
         """How it is built, as code."""
-        given = {**self.arguments, **self.others}
+        given = {**self.built_with, **self.others}
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def build(self) -> nn.Module:
         """Build it as MONAI has it."""
         import monai.networks.nets
 
-        network: nn.Module = getattr(monai.networks.nets, self.name)(**self.arguments, **self.others)
+        network: nn.Module = getattr(monai.networks.nets, self.name)(**self.built_with, **self.others)
         return network.eval()
 
 
@@ -77,7 +77,7 @@ def monai_networks(encoder: Encoder, patch_size: Triple) -> list[MonaiNetwork]:
     if isinstance(recipe, Swin):
         if len(recipe.depths) != 4 or recipe.downsample == "published" or recipe.feature_size % 12:
             return []
-        arguments: dict[str, Any] = {
+        built_with: dict[str, Any] = {
             "in_channels": recipe.in_channels,
             "feature_size": recipe.feature_size,
             "depths": recipe.depths,
@@ -87,12 +87,12 @@ def monai_networks(encoder: Encoder, patch_size: Triple) -> list[MonaiNetwork]:
             "downsample": recipe.downsample,
             "use_v2": recipe.v2,
         }
-        return [MonaiNetwork(name="SwinUNETR", arguments=arguments, others={"out_channels": 2}, prefix="swinViT.")]
+        return [MonaiNetwork(name="SwinUNETR", built_with=built_with, others={"out_channels": 2}, prefix="swinViT.")]
     if not isinstance(recipe, ViT) or recipe.positions != "sincos" or recipe.num_registers:
         return []
     if recipe.mlp != "gelu" or recipe.layer_scale is not None:
         return []
-    arguments = {
+    built_with = {
         "in_channels": recipe.in_channels,
         "img_size": tuple(patch_size),
         "hidden_size": recipe.width,
@@ -100,10 +100,10 @@ def monai_networks(encoder: Encoder, patch_size: Triple) -> list[MonaiNetwork]:
         "num_heads": recipe.num_heads,
         "qkv_bias": True,
     }
-    vit = {**arguments, "patch_size": recipe.token_edge, "num_layers": recipe.depth}
-    found = [MonaiNetwork(name="ViT", arguments=vit, others={}, prefix="")]
+    vit = {**built_with, "patch_size": recipe.token_edge, "num_layers": recipe.depth}
+    found = [MonaiNetwork(name="ViT", built_with=vit, others={}, prefix="")]
     if (recipe.depth, recipe.token_edge) == (_UNETR_DEPTH, _UNETR_EDGE):
-        found.append(MonaiNetwork(name="UNETR", arguments=arguments, others={"out_channels": 2}, prefix="vit."))
+        found.append(MonaiNetwork(name="UNETR", built_with=built_with, others={"out_channels": 2}, prefix="vit."))
     return found
 
 
@@ -158,7 +158,7 @@ def write_monai_weights(network: Exported, folder: Path) -> None:
         torch.save({f"{target.prefix}{key}": value for key, value in part.state_dict().items()}, packed)
         (folder / target.file).write_bytes(packed.getbuffer())
         _compare(network, encoder, part, target.file)
-    index = {target.file: {"network": target.name, "arguments": dict(target.arguments)} for target in targets}
+    index = {target.file: {"network": target.name, "arguments": dict(target.built_with)} for target in targets}
     write_json(folder / INDEX_NAME, index)
     spacing = network.card.get("spacing_mm")
     readme = render(
