@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mim3d.backbones.swin import STEM_EDGE, Swin
 
 
-def rearranged(features: Tensor, pattern: str) -> Tensor:
+def _rearranged(features: Tensor, pattern: str) -> Tensor:
     """The axes of a tensor in another order: all that MONAI uses einops for here."""
     before, after = (side.split() for side in pattern.split("->"))
     return features.permute([before.index(axis) for axis in after])
@@ -16,7 +16,7 @@ def rearranged(features: Tensor, pattern: str) -> Tensor:
 
 def monai_swin(recipe: Swin, **settings: Any) -> nn.Module:
     """MONAI's encoder with the settings of ours, without einops."""
-    swin_unetr.rearrange = rearranged
+    swin_unetr.rearrange = _rearranged
     return swin_unetr.SwinTransformer(
         in_chans=recipe.in_channels,
         embed_dim=recipe.feature_size,
