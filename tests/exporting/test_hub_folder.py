@@ -2,19 +2,27 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import mim3d
+from mim3d.caching.fingerprints import ScanIdentity, fingerprint_of
+from mim3d.caching.marks import Marks, marks_of
 from mim3d.commands.export import export
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.warned import LeakWarning
 from mim3d.tasks.trained import load_trained
 from mim3d.weights import read_card
 from mim3d.workflows.export import WRITERS
+from mim3d.workflows.shared.leakage import check_pretraining, read_seen, seen_from, write_seen
 
 LOADERS = {"encoder": mim3d.load_encoder, "segmenter": load_trained, "classifier": load_trained}
 
@@ -96,20 +104,128 @@ def test_an_earlier_export_is_put_back_where_the_new_one_cannot_take_its_place(m
 def test_nothing_private_goes_along(make, tmp_path):
     out = tmp_path / "out"
     export(str(make("segmenter")), str(out))
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "card.json", "config.json", "README.md"}
+    names = {"model.safetensors", "card.json", "config.json", "README.md", "seen.json"}
+    assert {path.name for path in out.iterdir()} == names
     for name in ("card.json", "config.json", "README.md"):
         assert str(tmp_path) not in (out / name).read_text() and "mueller" not in (out / name).read_text()
     assert "license" not in (out / "README.md").read_text().split("---\n")[1]
 
 
-def test_the_list_of_scans_is_published_when_asked_for(make, tmp_path):
+def write_list(run, folder="encoder"):
+    """A list of two scans, one of them of an earlier version, without marks; their voxels."""
+    rng = np.random.default_rng(0)
+    scans = [rng.normal(size=(24, 24, 24)).astype(np.float32) for _ in range(2)]
+    rows = [
+        {
+            "digest": f"{number:064x}",
+            "fingerprint": fingerprint_of(scan, (1.0, 1.0, 1.0), np.eye(4)).to_text(),
+            **({} if number else {"marks": marks_of(scan, (1.0, 1.0, 1.0), np.eye(4)).to_text()}),
+        }
+        for number, scan in enumerate(scans)
+    ]
+    path = run / folder / "seen.json"
+    path.unlink()
+    path.write_text(json.dumps({"format": 1, "complete": True, "scans": rows}))
+    return scans
+
+
+def test_the_list_of_scans_goes_along_as_salted_hashes(make, tmp_path):
     run = make("encoder")
+    scans = write_list(run)
+    lists = []
+    for name in ("one", "two"):
+        export(str(run), str(tmp_path / name))
+        lists.append(json.loads((tmp_path / name / "seen.json").read_text())["scans"])
+    given = json.loads((run / "encoder" / "seen.json").read_text())["scans"]
+    # Nothing of the list at home, no images, and nothing by which two published lists could be compared.
+    told = [{str(value) for row in rows for value in row.values()} for rows in (*lists, given)]
+    assert not (told[0] & told[1] or told[0] & told[2]) and "fingerprint" not in lists[0][0]
+    text = (tmp_path / "one" / "README.md").read_text()
+    assert "`seen.json` lists the 2 scans it learned from by salted hashes" in text
+    assert "Of 1 of them the same file alone is found" in text
+    again = ScanIdentity(
+        id="mine",
+        digest="f" * 64,
+        fingerprint=fingerprint_of(scans[0], (1.0, 1.0, 1.0), np.eye(4)),
+        marks=marks_of(scans[0] * 7 + 3, (1.0, 1.0, 1.0), np.eye(4)),
+    )
+    same_file = replace(again, id="file", digest=given[1]["digest"], marks=Marks())
+    other = replace(again, id="other", marks=Marks())
+    with pytest.warns(LeakWarning, match=r"2 of 3 held-out cases are .*: mine \(the same scan.*, file \(identical\)"):
+        check_pretraining(str(tmp_path / "one"), [again, same_file, other], strict=False)
+    # Exported again, it is the same list.
+    export(str(tmp_path / "one"), str(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "seen.json").read_text())["scans"] == lists[0]
+
+
+def test_a_run_that_goes_on_from_a_published_list_keeps_it(make, tmp_path):
+    run = make("encoder")
+    scans = write_list(run)
+    export(str(run), str(tmp_path / "out"))
+    own = ScanIdentity(id="own", digest="a" * 64, fingerprint=fingerprint_of(scans[1], (1.0, 1.0, 1.0), np.eye(4)))
+    seen = seen_from([own], str(tmp_path / "out"))
+    write_seen(tmp_path, seen)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "out" / "model.safetensors").read_bytes())
+    assert {(scan.digest, scan.salt) for scan in read_seen(tmp_path).scans} == {
+        (scan.digest, scan.salt) for scan in seen.scans
+    }
+    assert len(seen.scans) == 3
+
+
+def test_the_list_of_scans_is_published_with_images_when_asked_for(make, tmp_path):
+    run = make("encoder")
+    write_list(run)
     export(str(run), str(tmp_path / "out"), include_seen=True)
-    assert (tmp_path / "out" / "seen.json").read_bytes() == (run / "seen.json").read_bytes()
-    assert "`seen.json` lists" in (tmp_path / "out" / "README.md").read_text()
+    lists = [json.loads((folder / "seen.json").read_text()) for folder in (tmp_path / "out", run / "encoder")]
+    assert lists[0] == lists[1]
+    assert "`seen.json` lists digests and coarse fingerprints" in (tmp_path / "out" / "README.md").read_text()
+    export(str(run), str(tmp_path / "bare"), include_seen=False)
+    assert not (tmp_path / "bare" / "seen.json").exists()
+    assert "No list of the scans" in (tmp_path / "bare" / "README.md").read_text()
     (run / "encoder" / "seen.json").unlink()
     with pytest.raises(ConfigError, match=r"without seen\.json; leave out --include_seen"):
         export(str(run), str(tmp_path / "other"), include_seen=True)
+
+
+def test_the_readme_says_what_was_learned_and_at_what_cost(make, tmp_path):
+    run = make("segmenter")
+    cohort = {"num_scans": 30, "num_patients": 28, "modalities": [{"CT": 30}]}
+    derived = {"cohort": {"train": cohort}, "effective_batch": 4, "world_size": 2, "device": "cuda"}
+    derived |= {"split": "named in /home/mueller/held_out.txt"}
+    manifest = {"command": "finetune", "settings": {"task": {"name": "segmentation"}}, "inputs": {}, "derived": derived}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    lines = [{"step": 10, "time_s": 1800.0}, {"step": 20, "time_s": 1800.0}, {"step": 30, "time_s": 900.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"dice": 0.9, "num_cases": 7, "ci95": {"dice": [0.85, 0.94]}}
+    scores = {"labels": {"2": "liver"}, "mean": {"dice": 0.9}, "mean_ci95": {"dice": [0.85, 0.94]}}
+    scores |= {"per_label": {"liver": row}, "cases": [{"id": "a", "labels": {}}]}
+    (run / "scores.json").write_text(json.dumps(scores))
+    out = tmp_path / "out"
+    export(str(run), str(out))
+    text = (out / "README.md").read_text()
+    # A session that was resumed counts from its beginning: 1800 s, then 900 s, on two devices.
+    for said in ("30 scans of 28 patients", "CT (30)", "1.5 device hours (2 x cuda)", "120 samples in 30 steps"):
+        assert said in text
+    assert "0.900 (0.850 to 0.940)" in text and "named in a list" in text and "mueller" not in text
+    # It travels on with the card.
+    export(str(out), str(tmp_path / "again"))
+    assert "1.5 device hours" in (tmp_path / "again" / "README.md").read_text()
+    export(str(run), str(tmp_path / "encoder"), network="encoder")
+    assert "0.900" not in (tmp_path / "encoder" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "segmenter"])
+def test_the_lines_of_the_readme_run(make, tmp_path, monkeypatch, kind):
+    export(str(make(kind)), str(tmp_path / "out"))
+    (tmp_path / "SCANS").mkdir()
+    scan = np.random.default_rng(0).normal(size=(12, 12, 12)).astype(np.float32) * 100
+    for name in ("SCAN.nii.gz", "SCANS/one.nii.gz"):
+        nibabel.save(nibabel.Nifti1Image(scan, np.eye(4)), tmp_path / name)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("PATH_OR_OWNER/NAME", "out"), names)
+    assert (tmp_path / "PREDICTIONS" / "one.nii.gz").is_file() if kind == "segmenter" else len(names["maps"]) == 2
 
 
 def test_foreign_weights_without_a_card_get_one(tmp_path):
@@ -132,7 +248,6 @@ def test_foreign_weights_without_a_card_get_one(tmp_path):
         ({"format": "torch-export", "patch_size": (8, 8, 10)}, r"patch_size axis Z \(10\).* use 8 or 12"),
         ({"format": []}, r"format is empty"),
         ({"patch_size": (8, 8, 8)}, r"patch_size is \[8, 8, 8\], but safetensors takes windows as in training"),
-        ({"format": "onnx", "include_seen": True}, r"include_seen is true, but onnx has no place for the list"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, tmp_path, changes, message):

@@ -21,6 +21,7 @@ from mim3d.caching.card_checks import check_row
 from mim3d.caching.fingerprints import Fingerprint
 from mim3d.caching.foreground import Statistics
 from mim3d.caching.layout import ByteSource, PackedCase
+from mim3d.caching.marks import Marks
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.caching.scan import CachedScan, Card
 from mim3d.caching.set_modality import SetRemark
@@ -42,7 +43,7 @@ _LEAST_ROW_BYTES = 2000
 _DECLARED = ("ignore_label", "regions", "region_values", "channels", "notes", "label_sets")
 
 #: Columns that only those manifests have which need them.
-_RARE = ("fold", "modality", "assumed", "source_spacing_mm", "scanner")
+_RARE = ("fold", "modality", "assumed", "source_spacing_mm", "scanner", "marks")
 
 #: Columns that older caches lack: what is labelled, what reduced levels were clipped to, what each channel is.
 _ADDED = {"labelled", "level_windows", "modalities", *_RARE}
@@ -150,6 +151,21 @@ class Cache(Sequence[CachedScan]):
                 path = os.path.join(self.path, layout.MANIFEST)
                 raise DataError(f"{path}: the row of case {case_id!r} cannot be used ({error})") from None
         return texts
+
+    def marks(self) -> dict[str, Marks]:
+        """Case id -> marks, of all scans in the folder that have them; read when asked for.
+
+        Raises:
+            DataError: The manifest is missing or damaged.
+        """
+        table = read_columns(self.path, ["id", "marks"])
+        if "marks" not in table.column_names:
+            return {}
+        texts = dict(zip(table["id"].to_pylist(), table["marks"].to_pylist(), strict=True))
+        try:
+            return {case_id: Marks.from_text(text) for case_id, text in texts.items() if text is not None}
+        except DataError as error:
+            raise DataError(f"{os.path.join(self.path, layout.MANIFEST)} cannot be used ({error})") from None
 
     def say_remarks(self, *, strict: bool) -> None:
         """Warn of what was remarked of the set when its cache was made, such as scans of different kinds.
@@ -286,8 +302,8 @@ def _read_manifest(root: str) -> tuple[tuple[CachedScan, ...], dict[str, Any]]:
     Raises:
         DataError: The manifest is damaged or larger than memory, or a row points outside the cache's folder.
     """
-    # Fingerprints make up most of a manifest, and are read when asked for.
-    table = read_columns(root, [name for name in _schema().names if name != "fingerprint"])
+    # Fingerprints and marks make up most of a manifest, and are read when asked for.
+    table = read_columns(root, [name for name in _schema().names if name not in ("fingerprint", "marks")])
     path = os.path.join(root, layout.MANIFEST)
 
     def scan_of(row: Mapping[str, Any]) -> CachedScan:
@@ -417,6 +433,7 @@ def _schema() -> Any:
         "num_voxels": pa.list_(pa.struct([("value", pa.int64()), ("count", pa.int64())])),
         "foreground": pa.string(),
         "fingerprint": pa.string(),
+        "marks": pa.string(),
         "folder": pa.string(),
         "pack": pa.string(),
         "members": pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])),

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from mim3d.caching.fingerprints import Fingerprint
 from mim3d.caching.foreground import Statistics
+from mim3d.caching.marks import Marks
 from mim3d.caching.preprocessing import MAX_LEVELS
 from mim3d.caching.stored_voxels import INTEGER_TYPES
 from mim3d.core.errors import DataError
@@ -141,6 +142,13 @@ def _fingerprint(value: Any, card: Mapping[str, Any]) -> bool:
         return False
 
 
+def _marks(value: Any, card: Mapping[str, Any]) -> bool:
+    try:
+        return value is None or isinstance(Marks.from_text(value), Marks)
+    except DataError:
+        return False
+
+
 #: Entry -> whether a value can stand there, in view of the entries before it, and what does.
 _Rules = Mapping[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]]
 
@@ -172,6 +180,7 @@ _CARD: _Rules = {
     "num_voxels": (_counts, f"label values from 0 to {LARGEST_LABEL}, each once and with its number of voxels"),
     "foreground": (lambda value, card: _text(value), "text"),
     "fingerprint": (_fingerprint, "what mim3d writes there"),
+    "marks": (_marks, "null, or what mim3d writes there"),
     "digest": (_digest, "a SHA-256 of 64 digits"),
     "source_digest": (_digest, "a SHA-256 of 64 digits"),
     "source_bytes": (lambda value, card: _whole(value, 0, 2**62), "a number of bytes"),
@@ -182,6 +191,7 @@ _OPTIONAL = (
     "modalities",
     "level_windows",
     "fingerprint",
+    "marks",
     "labelled",
     "fold",
     "modality",

@@ -100,7 +100,13 @@ def build_case(case: Case, settings: BuildSettings) -> CaseResult:
             folder = _folder_name(case, _digested(source, overruled))
             if folder in settings.packed or _is_finished(os.path.join(settings.out, layout.CASES, folder)):
                 return result(folder=folder, digests=entries)
-        prepared = prepare(case, settings.preprocessing, labels=settings.labels, set_in_hu=settings.set_in_hu or ())
+        prepared = prepare(
+            case,
+            settings.preprocessing,
+            labels=settings.labels,
+            set_in_hu=settings.set_in_hu or (),
+            with_marks=True,
+        )
         require_unchanged(entries)
         is_stored = True
         card = _digested(source, _overruled(prepared))

@@ -18,13 +18,15 @@ import base64
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from mim3d.caching.marks import Marks, salted_digest
+from mim3d.caching.marks import alike as _alike
 from mim3d.core.errors import DataError
 from mim3d.core.types import Spacing
 from mim3d.scans.modality import DARKEST_CT_HU, sign_of
@@ -286,12 +288,22 @@ class ScanIdentity:
     Attributes:
         id: Id of the case; empty where it is not to be known.
         digest: SHA-256 of its content. The same digest means the same scan.
-        fingerprint: What it looks like.
+        fingerprint: What it looks like; None in a published list, which holds no images.
+        marks: What it is recognised by in published lists; none in lists of earlier versions.
+        salt: Hexadecimal digits with which digest and marks were hashed again; empty where they were not.
     """
 
     id: str
     digest: str
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint | None
+    marks: Marks = field(default_factory=Marks)
+    salt: str = ""
+
+    def salted(self, salt: str) -> "ScanIdentity":
+        """The scan as it stands in a published list with a salt."""
+        return replace(
+            self, digest=salted_digest(self.digest, salt), fingerprint=None, marks=self.marks.salted(salt), salt=salt
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,31 +329,50 @@ def find_leaks(training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity
     A held-out scan is named once for each training scan of the same content, and for each of the nearest few that look
     the same.
     """
+    leaks: list[tuple[int, float, int, How]] = []
+    for salt in {scan.salt for scan in training}:
+        rows = [row for row, scan in enumerate(training) if scan.salt == salt]
+        others = [scan.salted(salt) for scan in held_out] if salt else held_out
+        found = _found([training[row] for row in rows], others)
+        leaks += [(column, distance, rows[row], how) for column, distance, row, how in found]
+    return [
+        Leak(training=training[row].id, held_out=held_out[column].id, how=how, distance=distance)
+        for column, distance, row, how in sorted(leaks)
+    ]
+
+
+def _found(training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity]) -> Iterator[tuple[int, float, int, How]]:
+    """Leaks among scans of one salt: place of the held-out scan, distance, place of the training scan, and how."""
     if not training or not held_out:
-        return []
+        return
     places = defaultdict(list)
     for row, scan in enumerate(training):
         places[scan.digest].append(row)
     identical = {(row, column) for column, scan in enumerate(held_out) for row in places.get(scan.digest, ())}
-    near = [pair for pair in _candidates(training, held_out) if pair not in identical]
-    apart = distances([(training[row].fingerprint, held_out[column].fingerprint) for row, column in near])
-    found: list[tuple[int, float, int, How]] = [(column, 0.0, row, "identical") for row, column in identical]
-    for (row, column), distance in zip(near, apart, strict=True):
-        if distance <= 1:
-            found.append((column, float(distance), row, "the same scan, converted"))
-    return [
-        Leak(training=training[row].id, held_out=held_out[column].id, how=how, distance=distance)
-        for column, distance, row, how in sorted(found)
-    ]
+    yield from ((column, 0.0, row, "identical") for row, column in identical)
+    if training[0].salt:
+        near = _alike([scan.marks for scan in training], [scan.marks for scan in held_out])
+    else:
+        pairs = [pair for pair in _candidates(training, held_out) if pair not in identical]
+        prints = [(_print_of(training[row]), _print_of(held_out[column])) for row, column in pairs]
+        near = zip(pairs, map(float, distances(prints)), strict=True)
+    for (row, column), distance in near:
+        if distance <= 1 and (row, column) not in identical:
+            yield column, distance, row, "the same scan, converted"
+
+
+def _print_of(scan: ScanIdentity) -> Fingerprint:
+    assert scan.fingerprint is not None, "only published lists have none"
+    return scan.fingerprint
 
 
 def _candidates(training: Sequence[ScanIdentity], held_out: Sequence[ScanIdentity]) -> Iterator[tuple[int, int]]:
     """For each held-out scan the training scans that resemble it most, as places in both sequences."""
-    own = _Stack([scan.fingerprint for scan in training])
+    own = _Stack([_print_of(scan) for scan in training])
     # Coarse features (N, 2, 216), whose products are good enough for a first choice.
     features = own.features(slice(None), [_COARSE] * 3, _COARSE_WEIGHT)
     for start in range(0, len(held_out), _CHUNK):
-        other = _Stack([scan.fingerprint for scan in held_out[start : start + _CHUNK]])
+        other = _Stack([_print_of(scan) for scan in held_out[start : start + _CHUNK]])
         others = other.features(slice(None), [_COARSE] * 3, _COARSE_WEIGHT)
         alike = others[:, 0] @ features[:, 0].T
         # Where one of both scans alone is in HU, the other may have been saved through either of its windows.

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.caching.foreground import Foreground, Statistics, foreground_of, statistics_of, threshold_of
+from mim3d.caching.marks import Marks, marks_of
 from mim3d.caching.resampling import Axes, plan_resampling, resample_labels, resample_linear, target_grid
 from mim3d.core.errors import ConfigError, DataError, TooLargeError, listed
 from mim3d.core.types import Spacing
@@ -83,6 +84,7 @@ class Prepared:
         modalities: What each channel is.
         grid: Grid of the first image as stored; a crop does not change it.
         foreground: Foreground of ``image`` as it is here.
+        marks: What the first channel is recognised by, as it was before resampling; None where it was not asked for.
     """
 
     image: npt.NDArray[Any]
@@ -93,6 +95,7 @@ class Prepared:
     modalities: tuple[ChannelModality, ...]
     grid: Grid
     foreground: Foreground
+    marks: Marks | None = None
 
 
 def prepare(
@@ -102,6 +105,7 @@ def prepare(
     with_label: bool = True,
     labels: Mapping[int, str] | None = None,
     set_in_hu: Sequence[bool] = (),
+    with_marks: bool = False,
 ) -> Prepared:
     """Read a case, check it, and resample it where asked.
 
@@ -122,6 +126,7 @@ def prepare(
         with_label: Whether to read the label too, where the case has one.
         labels: Declared label values; empty or None allows all.
         set_in_hu: For each channel whether the other scans of its set are CT; it decides where nothing else does.
+        with_marks: Whether to find what the scan is recognised by, see ``caching/marks.py``.
 
     Raises:
         DataError: A file that cannot be used, grids that disagree, label values that are not declared, or a scan
@@ -140,7 +145,8 @@ def prepare(
                 "resampled), more than the memory available; use a larger spacing_mm, or check its header."
             )
     axes = plan_resampling(grid.ras_shape, grid.spacing_mm, shape, spacing_mm)
-    image = _read_images(case.images, grid, axes)
+    marks: list[Marks] = []
+    image = _read_images(case.images, grid, axes, marks if with_marks else None)
     label = _read_label(case.label, grid, axes, labels or {}) if with_label and case.label is not None else None
     modalities = _modalities(case, image, set_in_hu)
     in_hu = [channel.in_hu for channel in modalities]
@@ -154,6 +160,7 @@ def prepare(
         modalities=modalities,
         grid=grid,
         foreground=foreground_of(image, thresholds),
+        marks=next(iter(marks), None),
     )
     return _cropped(prepared, thresholds) if preprocessing.body_crop else prepared
 
@@ -167,12 +174,15 @@ def _modalities(case: Case, image: npt.NDArray[Any], set_in_hu: Sequence[bool]) 
     )
 
 
-def _read_images(paths: Sequence[str], grid: Grid, axes: Axes) -> npt.NDArray[Any]:
-    """(C, X, Y, Z) resampled, in one type that holds every channel: integers without loss, else float32."""
+def _read_images(paths: Sequence[str], grid: Grid, axes: Axes, marks: list[Marks] | None) -> npt.NDArray[Any]:
+    """(C, X, Y, Z) resampled, in one type that holds every channel: integers without loss, else float32.
+
+    The marks of the first channel are added to a list that is given.
+    """
     image = np.empty(0)
     low, high = math.inf, -math.inf
     for place, path in enumerate(paths):
-        channel = _read_channel(path, grid, axes)
+        channel = _read_channel(path, grid, axes, marks if place == 0 else None)
         low, high = min(low, channel.min().item()), max(high, channel.max().item())
         dtype: np.dtype[Any] = np.dtype(np.float32)
         if channel.dtype.kind in "iu":
@@ -189,10 +199,12 @@ def _read_images(paths: Sequence[str], grid: Grid, axes: Axes) -> npt.NDArray[An
     return image
 
 
-def _read_channel(path: str, grid: Grid, axes: Axes) -> npt.NDArray[Any]:
+def _read_channel(path: str, grid: Grid, axes: Axes, marks: list[Marks] | None) -> npt.NDArray[Any]:
     """One image, resampled: integers keep their type, all else is float32."""
     volume = read_volume(path)
     require_same_grid(grid, volume.grid)
+    if marks is not None:
+        marks.append(marks_of(volume.array, grid.spacing_mm, grid.ras_affine))
     dtype = volume.array.dtype if volume.array.dtype.kind in "iu" else np.dtype(np.float32)
     channel: npt.NDArray[Any] = resample_linear(volume.array, axes, dtype)
     return channel

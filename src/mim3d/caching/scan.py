@@ -65,6 +65,7 @@ def card_of(
         "fingerprint": fingerprint_of(
             prepared.image[0], prepared.spacing_mm, prepared.affine, prepared.modalities[0].in_hu
         ).to_text(),
+        **({} if prepared.marks is None else {"marks": prepared.marks.to_text()}),
     }
 
 

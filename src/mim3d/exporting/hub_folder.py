@@ -1,6 +1,7 @@
 """A network as a folder that can be pushed to Hugging Face as it is, with a README, and that mim3d reads back."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -12,12 +13,28 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json, write_text
 from mim3d.core.warned import checked_rows
 from mim3d.exporting.networks import Exported, formula, millimetres
+from mim3d.exporting.origin import ENTRY, score_rows, stage_rows
 from mim3d.reporting.rendering import render
 from mim3d.tasks import TASKS
 from mim3d.weights import save_network
 
 #: Ids of licences as Hugging Face spells them.
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedScans:
+    """What a published list of scans holds.
+
+    Attributes:
+        number: Number of scans.
+        has_images: Whether it holds fingerprints, which are coarse images, or salted marks alone.
+        by_digest: Number of scans that are known by the digest of their files alone.
+    """
+
+    number: int
+    has_images: bool
+    by_digest: int
 
 
 def check_license(license: str | None) -> None:
@@ -33,17 +50,17 @@ def check_license(license: str | None) -> None:
         )
 
 
-def write_hub_folder(network: Exported, folder: Path, seen: Path | None) -> None:
+def write_hub_folder(network: Exported, folder: Path, listed: ListedScans | None) -> None:
     """Write ``model.safetensors``, ``card.json``, ``config.json`` and ``README.md`` into a folder.
 
     Args:
         network: The network.
         folder: Folder to write to; it exists and is empty.
-        seen: The list of scans that the network learned from, to be published too; None leaves it out.
+        listed: What the list of scans beside it holds, for the README; None where there is none.
     """
     card = network.card
     own = {key: value for key, value in card.items() if key != "format"}
-    save_network(folder, network.module, own, beside=[] if seen is None else [seen], remedy=None)
+    save_network(folder, network.module, own, remedy=None)
     # What programs that know Hugging Face look for: the library and the architecture with its sizes.
     config = {
         "library_name": "mim3d",
@@ -56,15 +73,15 @@ def write_hub_folder(network: Exported, folder: Path, seen: Path | None) -> None
         "mim3d_version": card.get("mim3d_version"),
     }
     write_json(folder / "config.json", config)
-    write_text(folder / "README.md", model_card(network, has_seen=seen is not None))
+    write_text(folder / "README.md", model_card(network, listed))
 
 
-def model_card(network: Exported, *, has_seen: bool) -> str:
+def model_card(network: Exported, listed: ListedScans | None) -> str:
     """Return the README: Markdown with YAML front matter, as Hugging Face reads it; no patients, no paths.
 
     Args:
         network: The network.
-        has_seen: Whether the list of scans that it learned from lies beside it.
+        listed: What the list of scans that it learned from holds; None where none lies beside it.
     """
     card, form = network.card, network.form
     front_matter = {
@@ -88,7 +105,11 @@ def model_card(network: Exported, *, has_seen: bool) -> str:
         scores={name: f"{value:.4f}" for name, value in (card.get("scores") or {}).items()},
         warnings=checked_rows(card.get("warnings")),
         digest=card.get("data_digest"),
-        has_seen=has_seen,
+        license=network.license,
+        stages=stage_rows(card.get(ENTRY) or ()),
+        evaluation=score_rows(card.get("evaluation")),
+        num_evaluated=(card.get("evaluation") or {}).get("num_cases"),
+        listed=listed,
         own_code=own_code,
     )
 

@@ -21,7 +21,7 @@ from mim3d.weights import RUN_NETWORKS, load_encoder, locate, read_card
 ENCODER_EDGE = 96
 
 #: Entries of a card that speak of the task and say nothing of an encoder taken out of it.
-OF_THE_TASK = ("task", "labels", "step", "scores")
+OF_THE_TASK = ("task", "labels", "step", "scores", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -37,6 +37,9 @@ TOLERANCE = 5e-4
 #: Seed of the inputs that are compared.
 SEED = 20
 
+#: Entries of a card that go along with a program.
+_OF_CARD = ("backbone", "data_digest", "mim3d_version", "scores", "learnt", "evaluation")
+
 #: Packages that ONNX files are made and compared with.
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -358,7 +361,7 @@ def described(
             for name in form.outputs
         ],
         "parity": {name: {"absolute": value.absolute, "relative": value.relative} for name, value in parity.items()},
-        "card": {key: card[key] for key in ("backbone", "data_digest", "mim3d_version", "scores") if key in card},
+        "card": {key: card[key] for key in _OF_CARD if key in card},
     }
     if form.channels:
         content["channels"] = list(form.channels)

@@ -94,11 +94,13 @@ _ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "step": (_is_whole, "a whole number of steps"),
     "scores": (_is_scores, "a mapping of names to numbers"),
     "probe": (_is_scores, "a mapping of names to numbers"),
+    "learnt": (lambda value: isinstance(value, list), "a list of stages"),
+    "evaluation": (lambda value: isinstance(value, dict), "a mapping of scores"),
     "warnings": (lambda value: isinstance(value, list), "a list of warnings"),
 }
 
 #: Entries whose numbers decide nothing, and may be NaN where a score is not defined.
-_SHOWN = ("scores", "probe")
+_SHOWN = ("scores", "probe", "learnt", "evaluation")
 
 
 def card_path(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:

@@ -10,13 +10,14 @@ from mim3d.core.files import atomic_folder
 from mim3d.core.progress import say
 from mim3d.core.settings import nearest
 from mim3d.core.types import Named, Triple
-from mim3d.exporting.hub_folder import check_license, write_hub_folder
+from mim3d.exporting.hub_folder import ListedScans, check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import require_segmenter, write_monai_bundle
 from mim3d.exporting.named_for_monai import INDEX_NAME, check_einops, require_monai_network, write_monai_weights
 from mim3d.exporting.networks import load_exported
 from mim3d.exporting.nnunet import PLAN_NAME, Axes, require_resenc, write_nnunet
+from mim3d.exporting.origin import ENTRY, evaluation_of, stages_of
 from mim3d.exporting.programs import check_onnx, write_onnx, write_torch_program
-from mim3d.workflows.shared.leakage import SEEN_NAME, seen_file
+from mim3d.workflows.shared.leakage import SEEN_NAME, Seen, published, read_seen, seen_file, write_seen
 
 #: Formats but safetensors and nnunet, which have settings of their own -> what writes them.
 WRITERS = {
@@ -50,8 +51,9 @@ class ExportSettings:
         license: Id of the licence of the weights, as Hugging Face lists them, such as cc-by-4.0; none is named if not
             given.
         modality: What the scans are, such as CT or T1-weighted MRI, for the README or the metadata.
-        include_seen: Publish seen.json too (safetensors): digests and fingerprints of the scans it learned from, so
-            that others are warned when they test on one. Whoever has a scan can tell from it whether it was among them.
+        include_seen: List of the scans it learned from, by which others are warned when they test on one. If not given,
+            it holds salted digests and marks, which show nothing of a scan (whoever has a scan can tell from it whether
+            it was among them); true adds fingerprints, which are coarse images, false leaves the list out.
         task: Name or dotted path of the task, where the card names one that is not mim3d's own; its code is imported.
         backbone: Encoder, where the card names a class that is not mim3d's own; its code is imported.
         overwrite: Replace an earlier export in OUT.
@@ -66,7 +68,7 @@ class ExportSettings:
     axes: Axes = "XYZ"
     license: str | None = None
     modality: str | None = None
-    include_seen: bool = False
+    include_seen: bool | None = None
     task: str | None = None
     backbone: Named | None = None
     overwrite: bool = False
@@ -89,7 +91,7 @@ def export_network(settings: ExportSettings) -> str:
             else than its network.
     """
     names, weights = settings.formats, settings.weights
-    _check_formats(names, settings.patch_size, settings.include_seen)
+    _check_formats(names, settings.patch_size)
     folder = Path(settings.out)
     targets = {name: folder / name if len(names) > 1 else folder for name in names}
     check_license(settings.license)
@@ -102,16 +104,17 @@ def export_network(settings: ExportSettings) -> str:
     network = load_exported(
         weights, settings.network, settings.patch_size, task=settings.task, backbone=settings.backbone
     )
-    network = replace(network, license=settings.license, modality=settings.modality)
+    evaluation = evaluation_of(network.located) if "task" in network.card else None
+    known = {ENTRY: stages_of(network.located, network.card), "evaluation": evaluation}
+    card = {**network.card, **{name: value for name, value in known.items() if value}}
+    network = replace(network, card=card, license=settings.license, modality=settings.modality)
     if "monai" in names:
         require_segmenter(network, weights)
     if "monai-weights" in names:
         require_monai_network(network, weights)
     if "nnunet" in names:
         require_resenc(network, weights)
-    seen = seen_file(network.located) if settings.include_seen else None
-    if settings.include_seen and seen is None:
-        raise ConfigError(f"{weights} came without {SEEN_NAME}; leave out --include_seen.")
+    seen = _list_of_scans(network.located, weights, settings.include_seen)
     with ExitStack() as all_or_none:
         # A command that is killed, or fails in one format, leaves none, so that it can simply be run again.
         for name, target in targets.items():
@@ -121,13 +124,39 @@ def export_network(settings: ExportSettings) -> str:
             elif name == "nnunet":
                 write_nnunet(network, scratch, settings.axes)
             else:
-                write_hub_folder(network, scratch, seen)
+                write_hub_folder(network, scratch, _described(seen))
+            if seen is not None:
+                write_seen(scratch, seen, remedy=None)
     for name, target in targets.items():
         say(f"{name}: {network.kind} in {target}")
     return str(folder)
 
 
-def _check_formats(formats: Sequence[str], patch_size: Triple | None, include_seen: bool) -> None:
+def _list_of_scans(located: Path, weights: str, asked: bool | None) -> Seen | None:
+    """The list of scans in the form that is published; None where there is none, or it is to be left out.
+
+    Raises:
+        ConfigError: It was asked for, but there is none.
+        CheckpointError: It is damaged.
+    """
+    path = seen_file(located)
+    if path is None and asked:
+        raise ConfigError(f"{weights} came without {SEEN_NAME}; leave out --include_seen.")
+    seen = None if path is None or asked is False else read_seen(located)
+    return seen if seen is None or asked else published(seen)
+
+
+def _described(seen: Seen | None) -> ListedScans | None:
+    if seen is None:
+        return None
+    return ListedScans(
+        number=len(seen.scans),
+        has_images=any(scan.fingerprint is not None for scan in seen.scans),
+        by_digest=sum(scan.fingerprint is None and not scan.marks.number for scan in seen.scans),
+    )
+
+
+def _check_formats(formats: Sequence[str], patch_size: Triple | None) -> None:
     """Refuse formats that there are not, and settings that none of them has a use for."""
     for name in formats:
         if name not in FORMATS:
@@ -138,11 +167,6 @@ def _check_formats(formats: Sequence[str], patch_size: Triple | None, include_se
         raise ConfigError(
             f"patch_size is {list(patch_size)}, but safetensors takes windows as in training, whatever is exported; "
             "leave it out, or name another format too: onnx, torch-export, monai, monai-weights or nnunet."
-        )
-    if include_seen and "safetensors" not in formats:
-        raise ConfigError(
-            f"include_seen is true, but {' and '.join(formats)} has no place for the list; leave it out, or name "
-            "safetensors too."
         )
 
 

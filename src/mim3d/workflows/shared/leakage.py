@@ -1,10 +1,11 @@
 """Says when a held-out scan was learned from: by the encoder it starts from, or by the same run under another name.
 
-A pre-trained network carries ``seen.json``: digest and fingerprint of every scan it learned from, and nothing else of
-them, neither names nor places.
+A pre-trained network carries ``seen.json``: digest, fingerprint and marks of every scan it learned from, and nothing
+else of them, neither names nor places. An exported one carries salted digests and marks, which show nothing of a scan.
 """
 
 import os
+import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from mim3d.caching.cache import Cache
 from mim3d.caching.fingerprints import Fingerprint, Leak, ScanIdentity, find_leaks
+from mim3d.caching.marks import Marks
 from mim3d.core.errors import CheckpointError, DataError, listed
 from mim3d.core.files import load_json, write_json
 from mim3d.core.progress import say
@@ -21,6 +23,8 @@ from mim3d.weights import WEIGHTS_NAME, locate
 
 SEEN_NAME = "seen.json"
 SEEN_FORMAT = 1
+#: Of lists with salted scans, which earlier versions cannot read.
+PUBLISHED_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -28,7 +32,7 @@ class Seen:
     """The scans that a network learned from.
 
     Attributes:
-        scans: Each with digest and fingerprint; their ids are empty.
+        scans: Each with what it is known by; their ids are empty.
         complete: False where it went on from weights that came without such a list.
     """
 
@@ -42,12 +46,13 @@ def identities_of(scans: Cache) -> list[ScanIdentity]:
     Raises:
         DataError: The cache's manifest is damaged.
     """
-    texts = scans.fingerprints()
+    texts, marks = scans.fingerprints(), scans.marks()
     return [
         ScanIdentity(
             id=scan.case.id,
             digest=scan.source_digest,
             fingerprint=Fingerprint.from_text(texts[scan.case.id]),
+            marks=marks.get(scan.case.id, Marks()),
         )
         for scan in scans
     ]
@@ -65,11 +70,26 @@ def seen_from(scans: Sequence[ScanIdentity], weights: str | None) -> Seen:
     return Seen(scans=tuple(known.values()), complete=earlier is not None and earlier.complete)
 
 
-def write_seen(folder: Path, seen: Seen) -> None:
+def write_seen(folder: Path, seen: Seen, remedy: str | None = GO_ON) -> None:
     """Write ``seen.json`` into a folder; sorted, so that not even the order of the scans is given away."""
-    rows = sorted((scan.digest, scan.fingerprint.to_text()) for scan in seen.scans)
-    scans = [{"digest": digest, "fingerprint": text} for digest, text in rows]
-    write_json(folder / SEEN_NAME, {"format": SEEN_FORMAT, "complete": seen.complete, "scans": scans}, remedy=GO_ON)
+    rows = sorted((_row_of(scan) for scan in seen.scans), key=lambda row: row["digest"])
+    format = PUBLISHED_FORMAT if any(scan.salt for scan in seen.scans) else SEEN_FORMAT
+    write_json(folder / SEEN_NAME, {"format": format, "complete": seen.complete, "scans": rows}, remedy=remedy)
+
+
+def _row_of(scan: ScanIdentity) -> dict[str, str]:
+    row = {"digest": scan.digest}
+    if scan.fingerprint is not None:
+        row["fingerprint"] = scan.fingerprint.to_text()
+    if scan.marks.number:
+        row["marks"] = scan.marks.to_text()
+    return {**row, "salt": scan.salt} if scan.salt else row
+
+
+def published(seen: Seen) -> Seen:
+    """The list as it may be published: digests and marks with a salt of its own, no fingerprints."""
+    salt = secrets.token_hex(16)
+    return replace(seen, scans=tuple(scan if scan.salt else scan.salted(salt) for scan in seen.scans))
 
 
 def seen_file(located: Path) -> Path | None:
@@ -90,10 +110,16 @@ def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
         return None
     try:
         content = load_json(path)
-        if content["format"] != SEEN_FORMAT:
-            raise CheckpointError(f"{path} is of format {content['format']}, not {SEEN_FORMAT}; update mim3d.")
+        if content["format"] not in (SEEN_FORMAT, PUBLISHED_FORMAT):
+            raise CheckpointError(f"{path} is of format {content['format']}, not {PUBLISHED_FORMAT}; update mim3d.")
         scans = tuple(
-            ScanIdentity(id="", digest=str(row["digest"]), fingerprint=Fingerprint.from_text(row["fingerprint"]))
+            ScanIdentity(
+                id="",
+                digest=str(row["digest"]),
+                fingerprint=None if row.get("salt") else Fingerprint.from_text(row["fingerprint"]),
+                marks=Marks.from_text(row["marks"]) if row.get("marks") else Marks(),
+                salt=bytes.fromhex(row.get("salt", "")).hex(),
+            )
             for row in content["scans"]
         )
         return Seen(scans=scans, complete=bool(content["complete"]))
