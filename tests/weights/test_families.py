@@ -519,3 +519,18 @@ def test_a_modality_that_is_not_that_of_the_scans_is_said(
     monkeypatch.setattr("mim3d.workflows.shared.initialisation.plan_intensity", lambda scans: planned)
     with pytest.warns(UserWarning, match=said) if said else nullcontext():
         assert initial.intensity(None, None) == planned
+
+
+@pytest.mark.parametrize("prefix", ["module.backbone.", "module.", ""])
+def test_mim_of_a_published_size_needs_no_word_pre_trained_or_fine_tuned(tmp_path: Path, prefix: str) -> None:
+    network = create_model("hybrid_tiny")
+    state = {**network.state_dict(), "pos_embed": sincos_positions((2, 2, 2), 96)[None]}
+    others = {"module.decoder5.conv.weight" if prefix else "decoder_pred.weight": torch.ones(2, 2)}
+    file = saved(tmp_path / "w.pth", {"state_dict": under(prefix, state) | others, "epoch": 3})
+    encoder = load_encoder(file)
+    assert encoder.recipe == network.recipe
+    volume = VOLUME[..., :16, :16, :16]
+    with torch.no_grad():
+        for ours, theirs in zip(encoder(volume), network.eval()(volume), strict=True):
+            assert torch.equal(ours, theirs)
+    assert describe(file).rows["expects intensities"] == "-1000 to 1000 HU mapped to 0 to 1"
