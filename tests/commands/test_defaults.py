@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from mim3d import pretrain
+from mim3d.backbones import create_recipe
 from mim3d.core.files import read_json, write_json
 from mim3d.core.run_folder import read_run
 from mim3d.core.settings import read_yaml, write_yaml
 from mim3d.methods import create_method
+from mim3d.methods.mim.method import MiM
+from mim3d.training.schedule import Optimisation
 from mim3d.workflows.shared.begun import Begun
 from tests.commands.conftest import BACKBONE
 
@@ -26,6 +29,12 @@ def test_a_run_without_flags_has_a_rate_that_learns_and_the_papers_rule_by_its_n
     assert any("floor for this network, since 0.0001 (base) x 1" in line for line in derived["derivations"])
     assert "planned 2 levels, not 3" in shown.out
     assert any(line.startswith("planned 2 levels, not 3") for line in derived["summary"])
+    manifest = read_json(tmp_path / "run" / "manifest.json")
+    manifest["settings"]["optim"]["least_learning_rate"] = 5e-4
+    write_json(tmp_path / "run" / "manifest.json", manifest)
+    begun, asked = Begun.of(str(tmp_path / "run"), resume=True), (Optimisation(), MiM(), create_recipe("hybrid_nano"))
+    assert begun.optimisation(*asked).least_learning_rate == 5e-4
+    assert Begun().optimisation(*asked).least_learning_rate == 1e-3
     with pytest.warns(UserWarning, match="next to nothing"):
         paper = learn(ball_set, tmp_path / "paper", optim={"base_learning_rate": 1e-4})
     assert read_run(paper).manifest["derived"]["learning_rate"] == pytest.approx(1e-4 / 256)

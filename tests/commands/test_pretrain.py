@@ -18,6 +18,7 @@ from mim3d.core.settings import read_yaml
 from mim3d.datasets.cases import read_cases
 from mim3d.datasets.splits import split_cases
 from mim3d.methods.mim.hierarchy import Hierarchy, Level
+from mim3d.methods.voco.objective import VoCoObjective
 from mim3d.tracking import Tracking
 from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card
@@ -168,6 +169,15 @@ def test_going_on_from_an_encoder_and_resuming_it(ball_set, tmp_path, capsys):
     assert "100.0% of the values" in capsys.readouterr().out
     learn(ball_set, tmp_path / "second", weights=str(first), resume=True)
     assert len(read_run(tmp_path / "second").metrics) == 2
+
+
+def test_a_teacher_begins_as_the_weights_that_training_goes_on_from(ball_set, tmp_path, monkeypatch):
+    first, seen = learn(ball_set, tmp_path / "first"), []
+    monkeypatch.setattr(VoCoObjective, "after_step", lambda objective, _: seen.append(objective))
+    method = {"name": "VoCo", "crop_size": [8, 8, 8], "cells": [2, 2, 1], "dim": 8}
+    learn(ball_set, tmp_path / "second", method=method, weights=str(first), max_steps=1)
+    teacher, weights = seen[0].teacher[0].state_dict(), load_encoder(first).state_dict()
+    assert all(torch.equal(teacher[name], value) for name, value in weights.items())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from mim3d.backbones import Hybrid, ViT
+from mim3d.backbones import Hybrid, ViT, create_recipe
 from mim3d.backbones.contract import Backbone, Encoder, VisibleEncoder
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
@@ -20,6 +20,7 @@ from mim3d.methods.mae import MAE, DenseMAEObjective, MAEObjective
 from mim3d.methods.masked_crop import MaskedCropMethod
 from mim3d.methods.mim.hierarchy import Level
 from mim3d.methods.mim.method import MiM
+from mim3d.methods.simmim import SimMIM
 from mim3d.nn.decoder import MapDecoder
 from mim3d.nn.tokens import sincos_positions
 from mim3d.objective import Batch
@@ -284,6 +285,19 @@ def test_settings_that_would_be_passed_over_are_refused(recipe: Backbone, change
             ask(recipe)
     planned = MAE().planned(recipe, [HIPPOCAMPUS])
     planned.check_backbone(recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "floor"),
+    [
+        *(({"name": name}, 1e-3) for name in ("hybrid_nano", "vit_nano", "swin_nano", "resenc_nano")),
+        *(({"name": name}, 3e-4) for name in ("hybrid_base", "swin_tiny", "resenc_s")),
+        (Stages(), 1e-4),
+    ],
+)
+def test_the_floor_of_the_rate_follows_the_width_of_the_coarsest_map(recipe: Any, floor: float) -> None:
+    recipe = create_recipe(recipe) if isinstance(recipe, dict) else recipe
+    assert MAE().least_learning_rate(recipe) == SimMIM().least_learning_rate(recipe) == floor
 
 
 def test_logs_tell_health_from_collapse() -> None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from mim3d.backbones import Hybrid, ViT
+from mim3d.backbones import Hybrid, ResEnc, Swin, ViT
 from mim3d.backbones.contract import Backbone
 from mim3d.core.errors import ConfigError
 from mim3d.methods.crops import AIR_SHARE, VariedMethod, require_share
@@ -24,7 +24,7 @@ DECODERS = {
 #: The published decoder: that of the sizes tiny and base, and of every backbone that is no ready size.
 PUBLISHED_DECODER = (576, 8, 16)
 
-#: Floors under the paper's learning rate, by the largest width of the tokens that each is for: of the rates tried the
+#: Floors under the paper's learning rate, by the largest width of the coarsest map that each is for: of those tried the
 #: least at which the losses fall as far as at higher ones and the probe beats a random encoder
 #: (benchmarks/learning_rates.py; docs/concepts/learning-rates.md says which widths were measured).
 RATE_FLOORS = ((96, 1e-3), (192, 1e-3), (384, 3e-4), (512, 2e-4))
@@ -53,8 +53,8 @@ class MaskedMethod(VariedMethod):
         require_share("max_air", self.max_air, AIR_SHARE)
 
     def least_learning_rate(self, backbone: Backbone) -> float:
-        """The floor for tokens of this width."""
-        width = backbone.widths[-1] if isinstance(backbone, (Hybrid, ViT)) else math.inf
+        """The floor for the width of the coarsest map."""
+        width = backbone.widths[-1] if isinstance(backbone, (Hybrid, ViT, Swin, ResEnc)) else math.inf
         return next((rate for widest, rate in RATE_FLOORS if width <= widest), WIDEST_FLOOR)
 
 

@@ -76,8 +76,7 @@ def seconds_per_step(plan: ComparisonPlan, kind: Kind, arm: Arm) -> float:
     if path.is_file():
         return float(load_json(path)["seconds_per_step"])
     say(f"measuring {MEASURED_STEPS} steps: {kind} {arm.name}")
-    # Another process may measure the same.
-    folder = plan.out / "measured" / f"{kind}_{key}_{os.getpid()}"
+    folder = plan.out / "measured" / f"{kind}_{key}_{os.getpid()}"  # Another process may measure the same.
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     learned = folder.with_suffix(".train_list.txt")

@@ -37,9 +37,9 @@ class CompareSettings:
     Attributes:
         out: Folder of the comparison. With it alone, the command goes on with the comparison that it holds.
         data: Labelled scans in any form of DATA, or a cache.
-        arms: What is compared: scratch, a pre-training method (MiM), either with :BACKBONE behind it, a backbone (from
-            scratch), weights (a run, a folder or a file), or a mapping '{name: TEXT, method: ..., weights: ...,
-            backbone: ...}'. The first arm is the one that the others are held against.
+        arms: What is compared: scratch, a method (MiM, MAE, SimMIM, VoCo, SwinUNETRSSL), either with :BACKBONE behind
+            it, a backbone (from scratch), weights (a run, a folder or a file), or '{name: TEXT, method: ..., weights:
+            ..., backbone: ...}'. The others are held against the first arm.
         labels: Amounts of labelled patients, as shares (25%) or numbers (12) of those to learn from in a fold.
         folds: Folds that are tested, from 0; all of them if not given, so that every patient is tested once.
         num_folds: Number of folds that patients are split into; a split or folds that the data set declares win.

@@ -8,7 +8,7 @@ from typing import Any
 from mim3d.backbones.contract import Backbone
 from mim3d.core.names import number_of
 from mim3d.core.run_folder import MANIFEST_NAME, read_manifest
-from mim3d.core.settings import to_named, update_settings
+from mim3d.core.settings import coerce, to_named, update_settings
 from mim3d.methods import METHODS, Method
 from mim3d.training.schedule import Optimisation
 
@@ -29,12 +29,12 @@ class Begun:
 
     Attributes:
         written: Its method with every value that was planned, as its manifest has it.
-        with_floor: Whether learning rates had a floor then.
+        optim: Its optimisation, which lacks the floor of rates where it is of before there was one.
         max_steps: Steps of the whole run.
     """
 
     written: Mapping[str, Any] = field(default_factory=dict)
-    with_floor: bool = True
+    optim: Mapping[str, Any] = field(default_factory=lambda: {"least_learning_rate": None})
     max_steps: int | None = None
 
     @classmethod
@@ -52,7 +52,7 @@ class Begun:
         steps = manifest.get("derived", {}).get("max_steps")
         return cls(
             written=method if isinstance(method, dict) else {},
-            with_floor=not isinstance(optim, dict) or "least_learning_rate" in optim,
+            optim=optim if isinstance(optim, dict) else cls().optim,
             max_steps=steps if isinstance(steps, int) and steps > 0 else None,
         )
 
@@ -66,8 +66,9 @@ class Begun:
         return update_settings(asked, filled, "method")
 
     def optimisation(self, asked: Optimisation, method: Method, backbone: Backbone) -> Optimisation:
-        """The optimisation asked for, filled by the method's; without its floor where the run began without one."""
-        least = method.least_learning_rate(backbone) if self.with_floor else None
+        """The optimisation asked for, filled by the method's, with the floor that the run began with, or with none."""
+        own = method.least_learning_rate(backbone) if "least_learning_rate" in self.optim else None
+        least = coerce(self.optim.get("least_learning_rate"), float | None, "optim.least_learning_rate") or own
         return asked.filled_from(replace(method.optimisation, least_learning_rate=least))
 
     def num_steps(self, steps_of_passes: int, num_scans: int) -> tuple[int, str]:
