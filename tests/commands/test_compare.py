@@ -117,14 +117,27 @@ def test_arms_share_all_of_fine_tuning_but_what_they_begin_with(compared: Path):
     cells = [cell for cell in planned(compared) if cell.kind == "finetune" and cell.labels == "100%"]
     one, other = (json.loads(json.dumps(cell.to_row()["settings"])) for cell in cells)
     changed = {name for name in one if one[name] != other[name]}
-    assert changed == {"out", "weights", "backbone", "schedule"}
+    assert changed == {"out", "weights", "backbone"} and one["schedule"] == "default"
 
 
-def test_a_difference_beside_weights_stands_in_every_table(compared: Path):
+def test_a_schedule_that_is_asked_for_is_that_of_all_arms_with_weights(ball_set: Path, tmp_path: Path):
+    changes: dict[str, Any] = {"labels": ("100%",), "finetune": {**RECIPE, "schedule": "sawtooth"}}
+    compare(str(tmp_path / "compared"), **settings(ball_set, **changes), dry_run=True)
+    cells = [cell for cell in planned(tmp_path / "compared") if cell.kind == "finetune"]
+    settings_of: dict[str, Any] = {cell.arm: cell.settings for cell in cells}
+    assert settings_of["scratch"].schedule == "default" and settings_of["MiM"].schedule == "sawtooth"
+
+
+def test_a_difference_beside_weights_stands_in_every_table(compared: Path, tmp_path: Path):
+    copy = shutil.copytree(compared, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
     note = "The schedule of fine-tuning differs between arms (default: scratch; sawtooth: MiM)."
-    assert note in content(compared)["notes"]
+    assert note not in content(copy)["notes"]
+    for path in (copy / "cells").glob("finetune_MiM*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schedule": "sawtooth"}))
+    compare(str(copy), table_only=True)
+    assert note in content(copy)["notes"]
     for name in ("comparison.md", "comparison.tex", "report.html"):
-        assert note in (compared / name).read_text()
+        assert note in (copy / name).read_text()
 
 
 def test_running_again_runs_nothing_and_makes_the_same_table(compared: Path):

@@ -53,8 +53,11 @@ def finetuning_of(plan: ComparisonPlan, arm: Arm, seed: int) -> FinetuneSettings
     recipe: dict[str, Any] = plan.settings.finetune if isinstance(plan.settings.finetune, dict) else {}
     small = {name: value for name, value in _SMALL.items() if name not in recipe}
     backbone = to_named(arm.recipe(), BACKBONES) if arm.kind == "from scratch" else None
-    # A schedule that spares weights means nothing without any.
-    schedule = "default" if arm.kind == "from scratch" else plan.finetune.schedule
+    # One schedule for all, unless it is asked for: what a schedule gives alone is easily taken for the weights' gain.
+    # One that spares weights means nothing without any, and a frozen encoder has its own.
+    freezes = getattr(plan.task, "freeze_encoder", False)
+    asked = plan.finetune.schedule or (None if freezes else "default")
+    schedule = "default" if arm.kind == "from scratch" else asked
     changes: dict[str, Any] = {**small, "schedule": schedule, "backbone": backbone, "weights": arm.weights}
     if arm.weights is not None and arm.backbone is not None:
         changes["backbone"] = arm.backbone
