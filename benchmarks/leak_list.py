@@ -108,7 +108,7 @@ def measured(files: list[Path], is_ct: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the scans")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the scans")
     parser.add_argument("--scans", type=int, default=60, help="scans of each set, evenly spread over it")
     given = parser.parse_args()
     results = {}
@@ -120,7 +120,8 @@ def main() -> None:
         places = np.linspace(0, len(files) - 1, min(given.scans, len(files))).astype(int)
         results[name] = measured([files[place] for place in places], is_ct)
         print(name, json.dumps(results[name], indent=1))
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if results:
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
