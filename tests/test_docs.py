@@ -41,6 +41,8 @@ FOREIGN = {
     "torchrun": "node_rank no-python",
     "docker": "chown rm network read-only tmpfs user volume gpus build-arg target entrypoint file tag shm-size",
     "MONAI's runner": "sw_batch_size device datalist mirror_axes body_only",
+    "benchmarks/many_classes.py": "rows",
+    "benchmarks/prediction_folder.py": "threads kinds size",
     "benchmarks/scaling.py": "paper",
     "benchmarks/finetuning.py": "dice",
     "benchmarks/learning_rates.py": "size batch steps",
