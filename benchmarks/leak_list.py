@@ -6,7 +6,6 @@ copies that is found, and of pairs of different scans that are taken for one. Ru
     python benchmarks/leak_list.py [--data FOLDER] [--scans 60]
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from scipy.ndimage import map_coordinates
+from yardstick.machine import options
 
 from mim3d.caching.fingerprints import distances, fingerprint_of
 from mim3d.caching.marks import marks_of
@@ -107,20 +107,21 @@ def measured(files: list[Path], is_ct: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the scans")
     parser.add_argument("--scans", type=int, default=60, help="scans of each set, evenly spread over it")
     given = parser.parse_args()
+    num_scans = 3 if given.quick else given.scans
     results = {}
     for name, (folder, is_ct) in SETS.items():
         files = sorted((given.data / folder).glob("*.nii*"))
         if not files:
             print(f"{name}: no scans in {given.data / folder}; left out")
             continue
-        places = np.linspace(0, len(files) - 1, min(given.scans, len(files))).astype(int)
+        places = np.linspace(0, len(files) - 1, min(num_scans, len(files))).astype(int)
         results[name] = measured([files[place] for place in places], is_ct)
         print(name, json.dumps(results[name], indent=1))
-    if results:
+    if results and not given.quick:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

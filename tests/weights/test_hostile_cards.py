@@ -77,13 +77,13 @@ def use_encoder(run: Path) -> None:
     load_encoder(run)
     recipe, _ = asked_recipe(None, str(run))
     Initialisation.of_card(recipe, None, read_card(run))
-    json.dumps(model_card(load_exported(str(run), "encoder"), has_seen=False))
+    json.dumps(model_card(load_exported(str(run), "encoder"), listed=None))
 
 
 def use_network(run: Path) -> None:
     """All that a command does with a trained network before it reads scans, and one call of it."""
     network = load_exported(str(run))
-    json.dumps(model_card(network, has_seen=False))
+    json.dumps(model_card(network, listed=None))
     call = network.module if network.kind == "encoder" else network.module.logits
     with torch.inference_mode():
         call(torch.zeros(1, network.num_channels, 16, 16, 16))

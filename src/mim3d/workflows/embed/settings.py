@@ -1,7 +1,6 @@
 """Settings of embedding, and what they come to for given weights."""
 
 import os
-from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +60,7 @@ class EmbedSettings:
     out: str | None = None
     _: KW_ONLY
     format: Literal["auto", "parquet", "csv", "npz", "h5"] = "auto"
-    layer: int | str = "last"
+    layer: int | Literal["last", "all"] = "last"
     spacing_mm: Spacing | list[Spacing] | None = None
     masks: str | None = None
     boxes: str | None = None
@@ -174,7 +173,9 @@ class EmbeddingPlan:
         }
 
 
-def _levels_of(layer: int | str, strides: tuple[int, ...], widths: tuple[int, ...]) -> tuple[int, ...]:
+def _levels_of(
+    layer: int | Literal["last", "all"], strides: tuple[int, ...], widths: tuple[int, ...]
+) -> tuple[int, ...]:
     """Which of the maps are meant.
 
     Raises:
@@ -182,9 +183,8 @@ def _levels_of(layer: int | str, strides: tuple[int, ...], widths: tuple[int, ..
     """
     if layer in ("last", "all"):
         return tuple(range(len(strides))) if layer == "all" else (len(strides) - 1,)
-    with suppress(ValueError):
-        if -len(strides) <= int(layer) < len(strides):
-            return (int(layer) % len(strides),)
+    if -len(strides) <= int(layer) < len(strides):
+        return (int(layer) % len(strides),)
     pairs = enumerate(zip(strides, widths, strict=True))
     maps = ", ".join(f"{number} (stride {stride}, {width} channels)" for number, (stride, width) in pairs)
     raise ConfigError(
