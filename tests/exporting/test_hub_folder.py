@@ -191,7 +191,7 @@ def test_the_readme_says_what_was_learned_and_at_what_cost(make, tmp_path):
     run = make("segmenter")
     cohort = {"num_scans": 30, "num_patients": 28, "modalities": [{"CT": 30}]}
     derived = {"cohort": {"train": cohort}, "effective_batch": 4, "world_size": 2, "device": "cuda"}
-    derived |= {"split": "named in /home/mueller/held_out.txt"}
+    derived |= {"split": f"named in {tmp_path}/mueller/held_out.txt"}
     manifest = {"command": "finetune", "settings": {"task": {"name": "segmentation"}}, "inputs": {}, "derived": derived}
     (run / "manifest.json").write_text(json.dumps(manifest))
     lines = [{"step": 10, "time_s": 1800.0}, {"step": 20, "time_s": 1800.0}, {"step": 30, "time_s": 900.0}]

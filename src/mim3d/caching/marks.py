@@ -123,9 +123,7 @@ def alike(training: Sequence[Marks], held_out: Sequence[Marks]) -> Iterator[tupl
         for value in marks.both:
             holders[value].add(row)
     for column, marks in enumerate(held_out):
-        shared = Counter(
-            row for value in (*marks.voxels.tolist(), *marks.places.tolist()) for row in holders.get(value, ())
-        )
+        shared = Counter(row for value in marks.both for row in holders.get(value, ()))
         for row, number in shared.items():
             if number >= min(LEAST_VOXEL_MARKS, LEAST_PLACE_MARKS):
                 yield (row, column), 1 / max(training[row].likeness(marks), 1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 from mim3d.core.errors import Mim3dError
 from mim3d.core.names import number_of
 from mim3d.core.run_folder import MANIFEST_NAME, RunRecord, read_run
-from mim3d.reporting.sources import is_number, read_sources
+from mim3d.reporting.sources import is_number, read_sources, trained_s
 from mim3d.weights import locate, read_card
 
 #: Entry of an exported card that holds the stages.
@@ -102,12 +102,7 @@ def _score(values: Any) -> str:
 def _stage_of(run: RunRecord) -> dict[str, Any]:
     settings, derived = run.manifest["settings"], run.manifest.get("derived") or {}
     cohort = (derived.get("cohort") or {}).get("train") or {}
-    lines = [line for line in run.metrics if "time_s" in line]
-    seconds, before = 0.0, 0.0
-    for line in lines:
-        # A resumed session counts from its own beginning.
-        seconds += line["time_s"] - before if line["time_s"] >= before else line["time_s"]
-        before = line["time_s"]
+    seconds = trained_s(run)
     last = max((line["step"] for line in run.metrics), default=0)
     batch, size = derived.get("effective_batch"), derived.get("world_size") or 1
     num_scans = cohort.get("num_scans", derived.get("num_scans"))
@@ -125,7 +120,7 @@ def _stage_of(run: RunRecord) -> dict[str, Any]:
         "samples": None if batch is None else batch * last,
         "device": derived.get("device"),
         "devices": size,
-        "device_hours": round(seconds * size / 3600, 4) if lines else None,
+        "device_hours": None if seconds is None else round(seconds * size / 3600, 4),
         "samples_per_s": round(batch * last / seconds, 2) if batch and seconds else None,
     }
     return {name: value for name, value in found.items() if value is not None}

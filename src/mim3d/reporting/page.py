@@ -30,7 +30,7 @@ from mim3d.reporting.comparison import comparisons
 from mim3d.reporting.rendering import label_colours, render
 from mim3d.reporting.scores import score_tables
 from mim3d.reporting.segmentations import segmentations
-from mim3d.reporting.sources import NamedRun, ScoreSet, read_sources, with_folds
+from mim3d.reporting.sources import NamedRun, ScoreSet, read_sources, trained_s, with_folds
 
 _HISTORY_STEPS = 5
 _CROP = {"image", "reference", "prediction"}
@@ -141,10 +141,10 @@ def _runs(runs: Sequence[NamedRun], *, has_scores: bool) -> dict[str, Any]:
 
 def _run_row(run: NamedRun) -> list[str]:
     """What was run, and how it went."""
-    losses, speed, times_s = (run.series(key)[1] for key in ("loss", "samples_per_s", "time_s"))
+    losses, speed = (run.series(key)[1] for key in ("loss", "samples_per_s"))
     best = [f"{title} {values.max():.4f}" for key, title in _BEST.items() if (values := run.series(key)[1]).size]
-    # The clock starts anew with every session of a run: their last times add up.
-    total_s = round(sum(a for a, b in zip(times_s, [*times_s[1:], 0.0], strict=False) if b < a))
+    time_s = trained_s(run.record)
+    total_s = round(time_s or 0)
     hours, minutes, seconds = total_s // 3600, total_s // 60 % 60, total_s % 60
     duration = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
     return [
@@ -154,7 +154,7 @@ def _run_row(run: NamedRun) -> list[str]:
         _steps_done(run),
         f"{losses[-1]:.4g}" if losses.size else "–",
         best[0] if best else "–",
-        duration if times_s.size else "–",
+        duration if time_s is not None else "–",
         f"{np.median(speed):.3g}" if speed.size else "–",
         _shown(run.record.config.get("seed")),
     ]

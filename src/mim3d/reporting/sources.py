@@ -121,6 +121,13 @@ class NamedRun:
         return steps, values
 
 
+def trained_s(run: RunRecord) -> float | None:
+    """Seconds that the sessions of a run trained for; None where none logged any."""
+    times = [float(line["time_s"]) for line in run.metrics if is_number(line.get("time_s"))]
+    # The clock starts anew with every session: their last times add up.
+    return sum((a for a, b in zip(times, [*times[1:], 0.0], strict=False) if b < a), 0.0) if times else None
+
+
 @dataclass(frozen=True)
 class ScoreSet:
     """A file of scores, with the name and colour that stand for it.

@@ -10,8 +10,6 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import lock_file, read_json, remove_partial, try_lock, write_json
 from mim3d.core.left_out import Failure, write_tracebacks
@@ -33,14 +31,14 @@ from mim3d.tasks.contract import PredictionSettings, Predictor
 from mim3d.tasks.trained import load_ensemble
 from mim3d.training.settings import PRECISIONS
 from mim3d.workflows.shared.held_out import held_out_by_all
-from mim3d.workflows.shared.overlap import Stages, is_too_large, outcome_of, run_overlapped
+from mim3d.workflows.shared.overlap import Stages, failure_of, is_too_large, outcome_of, run_overlapped
 from mim3d.workflows.shared.scan_sources import ScanFiles
 
 #: A list of all scans is written again once this many times its own time has gone since: one for each of ten thousand
 #: scans would take longer than the networks do. What a kill loses is predicted again.
 WRITE_EVERY = 20
 
-#: File of a folder of predictions that holds where errors were raised that nobody foresaw.
+#: File of a folder of results that holds where errors were raised that nobody foresaw.
 TRACEBACKS_NAME = "failed_tracebacks.txt"
 
 #: Precision of predictions from before it was a setting.
@@ -234,9 +232,7 @@ class _PredictionStages(Stages[Sequence[Case], _Outcomes, _Outcomes, None]):
                 self._progress.say(f"warning: {case.images[0]}: {text}")
 
     def _fail(self, case: Case, error: Exception) -> None:
-        failure = Failure.of(error, case.images[0])
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            failure = Failure(f"{case.images[0]}: not enough memory; {self._predictor.memory_remedy}.")
+        failure = failure_of(error, case.images[0], self._predictor.memory_remedy)
         self._folder.fail(case, failure)
         self._progress.say(f"not {self._predictor.done}: {failure.reason}")
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import torch
 
-from mim3d.backbones import BACKBONES, create_recipe
+from mim3d.backbones import BACKBONES, Backbone, create_recipe
 from mim3d.caching.cache import Cache
 from mim3d.caching.summary import cohort_of
 from mim3d.core.errors import BothSetError, ConfigError, DataError
@@ -172,12 +172,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
         scans = _learned(every, cases, strict=settings.strict)
         _note_scans(run, scans, settings, cases, source.cases)
         mapping = settings.intensity or plan_intensity(scans)
-        torch.manual_seed(settings.seed)
-        objective = method.build(recipe)
-        if settings.weights is not None:
-            filled = load_into(objective.encoder, settings.weights, min_coverage=settings.min_coverage)
-            say(f"{settings.weights}: {filled}")
-            objective.after_weights()
+        objective = _begin(settings, method, recipe)
         loader = settings.loader(scans, method.sampler(recipe), mapping, on_damage=adding_to(left_out, scans))
         if run.writes and (slow := loader.slow_levels):
             say(f"note: {slow}")
@@ -202,6 +197,17 @@ def run_pretraining(settings: PretrainSettings) -> str:
         if run.writes:
             left_out.note()
         return _close(run, method, objective, result, keeper)
+
+
+def _begin(settings: PretrainSettings, method: Method, recipe: Backbone) -> Objective:
+    """What is trained, drawn by the seed, with the encoder's weights where there are some."""
+    torch.manual_seed(settings.seed)
+    objective = method.build(recipe)
+    if settings.weights is not None:
+        filled = load_into(objective.encoder, settings.weights, min_coverage=settings.min_coverage)
+        say(f"{settings.weights}: {filled}")
+        objective.after_weights()
+    return objective
 
 
 def _note_scans(

@@ -3,33 +3,21 @@
 from dataclasses import replace
 from typing import Any
 
-from mim3d.weights.families.family import ExpectedInput, Family, Tensors
+from mim3d.weights.families.family import ExpectedInput, Tensors
 from mim3d.weights.families.vit_shapes import (
-    ANCHORS,
-    ENCODER,
-    LAST,
-    RENAMES,
+    family_of_vit,
     settings_of_vit,
     to_own_vit,
-    unfit_vit,
 )
 from mim3d.weights.states import HeldWeights
 
 #: Heads of MAE's base, large and huge size, by width and depth.
 HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 32): 16}
 
-MAE_3D = Family(
+MAE_3D = replace(
+    family_of_vit(HEADS),
     name="MAE of volumes, or another plain transformer in timm's names",
-    anchors=ANCHORS,
     absent=(r"\bblocks\.\d+\.\d+\.", r"\bencoder_pos_embed$", r"\.ls1\.gamma$"),
-    encoder=ENCODER,
-    renames=RENAMES,
-    convert=to_own_vit,
-    last=LAST,
-    backbone="vit",
-    settings=settings_of_vit(HEADS),
-    unfit=unfit_vit(HEADS),
-    open=("num_heads",),
     licence="of whoever trained it",
     source="He et al., CVPR 2022 (https://github.com/facebookresearch/mae), in three dimensions",
 )

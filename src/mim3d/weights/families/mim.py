@@ -4,14 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mim3d.backbones import BACKBONES, Hybrid
 from mim3d.core.errors import CheckpointError
-from mim3d.nn.tokens import sincos_positions
 from mim3d.scans.intensity import CT_WINDOW_HU, Intensity
 from mim3d.weights.families.family import ExpectedInput, Family, Tensors
+from mim3d.weights.families.vit_shapes import is_fixed
 from mim3d.weights.states import HeldWeights
 
 #: Sizes of the published networks, whose number of heads is known from the publication.
@@ -55,14 +54,9 @@ def _without_positions(tensors: Tensors, _: HeldWeights) -> Tensors:
         CheckpointError: It is not the fixed one.
     """
     table = tensors.pop("pos_embed")
-    rows, width = (table.shape[1], table.shape[2]) if table.ndim == 3 else (0, 0)
     # A class token, which the encoder does not have, has the first row.
-    for first in (0, 1):
-        edge = round(max(0, rows - first) ** (1 / 3))
-        if edge > 0 and edge**3 == rows - first:
-            expected = sincos_positions((edge, edge, edge), width)
-            if torch.allclose(table[0, first:].float(), expected, atol=1e-4 if table.dtype == torch.float32 else 1e-2):
-                return tensors
+    if table.ndim == 3 and any(is_fixed(table[0, first:], atol=1e-4) for first in (0, 1)):
+        return tensors
     raise CheckpointError(
         f"pos_embed of the file, of shape {tuple(table.shape)}, is not the fixed sine-cosine embedding of a grid of "
         "equal edges, with or without a class token; the network learned its positions, which mim3d's does not have."

@@ -2,38 +2,15 @@
 
 from dataclasses import replace
 
-from mim3d.weights.families.family import ExpectedInput, Family
-from mim3d.weights.families.swin_shapes import (
-    ANCHORS,
-    DROPS,
-    ENCODER,
-    LAST,
-    PUBLISHED_MERGING,
-    RENAMES,
-    lost_stages,
-    settings_of_published_swin,
-)
+from mim3d.weights.families.swin_shapes import PUBLISHED_SWIN
 from mim3d.weights.families.voco import SOFT_TISSUE
 
-SUPREM_SWIN = Family(
+SUPREM_SWIN = replace(
+    PUBLISHED_SWIN,
     name="SuPreM Swin UNETR (Li et al. 2024)",
-    anchors=ANCHORS,
     marks=(r"\bbackbone\.swinViT\.", r"^net:|\b(organ_embedding|precls_conv|controller)\b"),
     absent=(r"\b(student|teacher)\.", r"\blayers1c\.", r"\b(rotation_head|contrastive_head)\."),
-    encoder=ENCODER,
-    drops=DROPS,
-    renames=RENAMES,
-    last=LAST,
-    backbone="swin",
-    settings=settings_of_published_swin,
-    unfit=lost_stages,
-    expects=ExpectedInput(
-        modality="CT",
-        spacing_mm=(1.5, 1.5, 1.5),
-        orientation="RAS+",
-        intensity=SOFT_TISSUE,
-    ),
-    remark=PUBLISHED_MERGING,
+    expects=SOFT_TISSUE,
     licence="not for commercial use (learned from AbdomenAtlas, CC BY-NC-SA 4.0; its README names pending patents)",
     commercial=False,
     source="https://github.com/MrGiovanni/SuPreM",

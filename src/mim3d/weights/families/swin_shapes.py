@@ -2,22 +2,15 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from mim3d.weights.families.family import Family
+
 #: A block of each stage holds the table of biases, whose shape shows both the window and the heads.
 _TABLE = "attn.relative_position_bias_table"
-
-ANCHORS = ("patch_embed.proj.weight", f"layers1.0.blocks.0.{_TABLE}")
-ENCODER = r"patch_embed\.|layers\d+c?\."
-LAST = "layers4.0.downsample.reduction.weight"
-
-#: They follow from the length of the window.
-DROPS = (r"relative_position_index$",)
-
-#: MLPs as they were called before MONAI took the network in.
-RENAMES = ((r"\.mlp\.fc([12])\.", r".mlp.linear\1."),)
 
 #: Said of weights that were trained before MONAI 1.5.
 PUBLISHED_MERGING = (
@@ -63,3 +56,23 @@ def lost_stages(shown: Mapping[str, Any], *_: Any) -> str:
 
 def _in_stage(stage: int) -> re.Pattern[str]:
     return re.compile(rf"layers{stage}\.0\.blocks\.(\d{{1,4}})\.")
+
+
+#: What all families with a Swin encoder have in common.
+SWIN = Family(
+    name="Swin",
+    source="https://github.com/Project-MONAI/MONAI",
+    anchors=("patch_embed.proj.weight", f"layers1.0.blocks.0.{_TABLE}"),
+    encoder=r"patch_embed\.|layers\d+c?\.",
+    # They follow from the length of the window.
+    drops=(r"relative_position_index$",),
+    # MLPs as they were called before MONAI took the network in.
+    renames=((r"\.mlp\.fc([12])\.", r".mlp.linear\1."),),
+    last="layers4.0.downsample.reduction.weight",
+    backbone="swin",
+    settings=settings_of_swin,
+    unfit=lost_stages,
+)
+
+#: The same of those that were trained before MONAI 1.5.
+PUBLISHED_SWIN = replace(SWIN, settings=settings_of_published_swin, remark=PUBLISHED_MERGING)

@@ -4,31 +4,14 @@ from dataclasses import replace
 
 from mim3d.scans.intensity import CT_WINDOW_HU, Intensity
 from mim3d.weights.families.family import ExpectedInput, Family
-from mim3d.weights.families.swin_shapes import (
-    ANCHORS,
-    DROPS,
-    ENCODER,
-    LAST,
-    PUBLISHED_MERGING,
-    RENAMES,
-    lost_stages,
-    settings_of_published_swin,
-    settings_of_swin,
-)
+from mim3d.weights.families.swin_shapes import PUBLISHED_MERGING, PUBLISHED_SWIN, SWIN
 
 #: Heads beside the encoder, or MLPs under their first names (``model_swinvit.pt``).
-SWINUNETR_PRETRAINING = Family(
+SWINUNETR_PRETRAINING = replace(
+    PUBLISHED_SWIN,
     name="SwinUNETR pre-training (Tang et al. 2022)",
-    anchors=ANCHORS,
     marks=(r"layers1\.0\.blocks\.0\.mlp\.fc1\.|\b(rotation_head|contrastive_head)\.|\bswin_vit\.",),
     absent=(r"\bbackbone\.swinViT\.",),
-    encoder=ENCODER,
-    drops=DROPS,
-    renames=RENAMES,
-    last=LAST,
-    backbone="swin",
-    settings=settings_of_published_swin,
-    unfit=lost_stages,
     expects=ExpectedInput(
         modality="CT",
         spacing_mm=(1.5, 1.5, 2.0),
@@ -43,17 +26,10 @@ SWINUNETR_PRETRAINING = Family(
     source="https://github.com/Project-MONAI/research-contributions/tree/main/SwinUNETR/Pretrain",
 )
 
-MONAI_SWINUNETR = Family(
+MONAI_SWINUNETR = replace(
+    SWIN,
     name="MONAI SwinUNETR",
-    anchors=ANCHORS,
     marks=(r"\bswinViT\.",),
-    encoder=ENCODER,
-    drops=DROPS,
-    renames=RENAMES,
-    last=LAST,
-    backbone="swin",
-    settings=settings_of_swin,
-    unfit=lost_stages,
     remark=(
         "neighbours are merged as MONAI does since 1.5; for weights that were trained before, give "
         "--backbone.downsample published"

@@ -1,24 +1,20 @@
 """3DINO: DINOv2 on about 100,000 CTs and MRIs (Xu et al. 2025)."""
 
-from mim3d.weights.families.family import ExpectedInput, Family
-from mim3d.weights.families.vit_shapes import ANCHORS, ENCODER, LAST, RENAMES, settings_of_vit, to_own_vit, unfit_vit
+from dataclasses import replace
+
+from mim3d.weights.families.family import ExpectedInput
+from mim3d.weights.families.vit_shapes import ANCHORS, RENAMES, family_of_vit
 
 #: Heads of its base and large size, by width and depth; the large one was published.
 HEADS = {(768, 12): 12, (1024, 24): 16}
 
-THREE_DINO = Family(
+THREE_DINO = replace(
+    family_of_vit(HEADS),
     name="3DINO (Xu et al. 2025), or DINOv2 of volumes",
     # Blocks lie in chunks for sharding, with their own numbers inside.
     anchors=(ANCHORS[0], "cls_token"),
     marks=(r"\bblocks\.\d+\.(\d+\.norm1|ls1)\.",),
-    encoder=ENCODER,
     renames=((r"^blocks\.\d+\.(\d+\.)", r"blocks.\1"), *RENAMES),
-    convert=to_own_vit,
-    last=LAST,
-    backbone="vit",
-    settings=settings_of_vit(HEADS),
-    unfit=unfit_vit(HEADS),
-    open=("num_heads",),
     expects=ExpectedInput(
         modality="CT and MR of more than ten organs",
         spacing="none: random crops were resized to 96 or 112 voxels",

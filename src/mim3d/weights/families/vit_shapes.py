@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mim3d.nn.tokens import sincos_positions
-from mim3d.weights.families.family import Tensors
+from mim3d.weights.families.family import Family, Tensors
 from mim3d.weights.states import HeldWeights
 
 ANCHORS = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
@@ -21,7 +21,6 @@ RENAMES = (
     (r"\.mlp\.w12\.", ".mlp.fc1."),
     (r"\.mlp\.w3\.", ".mlp.fc2."),
 )
-LAST = "norm.weight"
 
 
 def settings_of_vit(heads: Mapping[tuple[int, int], int]) -> Callable[[Tensors], dict[str, Any]]:
@@ -94,7 +93,7 @@ def to_own_vit(tensors: Tensors, _: HeldWeights) -> Tensors:
         first = 1 if token is not None and _edge(len(rows_LE) - 1) ** 3 == len(rows_LE) - 1 else 0
         if first and token is not None:
             token = token + rows_LE[:1]
-        if not _is_fixed(rows_LE[first:]):
+        if not is_fixed(rows_LE[first:], atol=1e-5):
             tensors["position_table"] = rows_LE[first:]
     extra = [one[0] for one in (token, more) if one is not None]
     return {**tensors, **({"registers": torch.cat(extra)} if extra else {})}
@@ -104,10 +103,36 @@ def _edge(number: int) -> int:
     return round(max(0, number) ** (1 / 3))
 
 
-def _is_fixed(rows_LE: Tensor) -> bool:
-    """Whether positions are the sines and cosines that mim3d computes, of a grid of equal edges."""
+def is_fixed(rows_LE: Tensor, atol: float) -> bool:
+    """Whether positions are the sines and cosines that mim3d computes, of a grid of equal edges.
+
+    Args:
+        rows_LE: Positions, (L, E).
+        atol: How far those in float32 may be off; in other precisions it is a hundredth.
+    """
     edge = _edge(len(rows_LE))
     if edge == 0 or edge**3 != len(rows_LE):
         return False
     expected = sincos_positions((edge, edge, edge), rows_LE.shape[1])
-    return torch.allclose(rows_LE.float(), expected, atol=1e-5 if rows_LE.dtype == torch.float32 else 1e-2)
+    return torch.allclose(rows_LE.float(), expected, atol=atol if rows_LE.dtype == torch.float32 else 1e-2)
+
+
+def family_of_vit(heads: Mapping[tuple[int, int], int]) -> Family:
+    """What all families of plain transformers have in common.
+
+    Args:
+        heads: Attention heads of the networks that were published, by width and depth.
+    """
+    return Family(
+        name="plain transformer",
+        source="https://github.com/huggingface/pytorch-image-models",
+        anchors=ANCHORS,
+        encoder=ENCODER,
+        renames=RENAMES,
+        convert=to_own_vit,
+        last="norm.weight",
+        backbone="vit",
+        settings=settings_of_vit(heads),
+        unfit=unfit_vit(heads),
+        open=("num_heads",),
+    )

@@ -14,6 +14,7 @@ from mim3d.core.files import load_json, lock_file, try_lock
 from mim3d.core.left_out import Failure
 from mim3d.core.run_folder import read_run, warnings_of
 from mim3d.core.warned import UnfinishedWarning, recording
+from mim3d.reporting.sources import trained_s
 from mim3d.tasks import create_task
 from mim3d.tasks.evaluation import EvaluationSettings
 from mim3d.workflows.compare.cells import Cell, is_done, read_result, samples_per_step, write_result
@@ -173,13 +174,11 @@ def _facts(folder: Path) -> dict[str, Any]:
     """What a run says of its steps, time and memory."""
     run = read_run(folder)
     derived, lines = run.manifest.get("derived", {}), run.metrics
-    times = [float(line["time_s"]) for line in lines if isinstance(line.get("time_s"), (int, float))]
     need = derived.get("memory_need_bytes")
     rates = sorted(line["samples_per_s"] for line in lines if line.get("samples_per_s"))
     return {
         "steps": lines[-1]["step"] if lines else None,
-        # The clock starts anew with every session: their last times add up.
-        "train_s": round(sum(a for a, b in zip(times, [*times[1:], 0.0], strict=False) if b < a), 1),
+        "train_s": round(trained_s(run) or 0, 1),
         "step_s": round(samples_per_step(run) / rates[len(rates) // 2], 4) if rates else None,
         "memory_bytes": sum(need.values()) if isinstance(need, dict) else derived.get("peak_memory_bytes"),
         "run": os.path.join("runs", folder.name),

@@ -16,7 +16,7 @@ from torch import Tensor
 from mim3d.backbones.contract import Encoder
 from mim3d.caching.preprocessing import Prepared, prepare
 from mim3d.core.errors import ConfigError, DataError, listed
-from mim3d.core.left_out import Failure, note_left_out
+from mim3d.core.left_out import note_left_out
 from mim3d.core.names import number_of
 from mim3d.core.progress import Progress, say
 from mim3d.core.provenance import command_line, environment
@@ -34,7 +34,7 @@ from mim3d.workflows.embed.settings import EmbeddingPlan, EmbedSettings
 from mim3d.workflows.embed.store import FeatureStore, stamp
 from mim3d.workflows.predict import input_cases
 from mim3d.workflows.shared.feature_tables import WHOLE_SCAN, FeatureTable
-from mim3d.workflows.shared.overlap import Stages, run_overlapped
+from mim3d.workflows.shared.overlap import Stages, failure_of, run_overlapped
 
 #: Scans unlike those of training that are named while embedding.
 MOST_NAMED = 5
@@ -307,9 +307,7 @@ class _EmbeddingStages(Stages[Case, ReadScan, tuple[FeatureTable, tuple[str, ...
     def record(self, item: Case, result: Exception | None) -> None:
         """Record why a scan could not be embedded."""
         if result is not None:
-            failure = Failure.of(result, item.images[0])
-            if isinstance(result, (MemoryError, torch.OutOfMemoryError)):
-                failure = Failure(f"{item.images[0]}: not enough memory; use a smaller --batch_size or --window_size.")
+            failure = failure_of(result, item.images[0], "use a smaller --batch_size or --window_size")
             self._store.fail(item, failure)
             self._progress.say(f"not embedded: {failure.reason}")
 

@@ -25,12 +25,12 @@ from mim3d.core.names import cut
 from mim3d.datasets.cases import Case
 from mim3d.scans.grids import resolved
 from mim3d.workflows.embed.settings import home_of
+from mim3d.workflows.predict import TRACEBACKS_NAME
 from mim3d.workflows.shared.feature_tables import FeatureTable, format_of_table, joined, read_table, write_table
 from mim3d.workflows.shared.scan_sources import ScanFiles
 
 #: List of the scans that could not be embedded, beside the table.
 FAILURES_NAME = "failed.csv"
-TRACEBACKS_NAME = "failed_tracebacks.txt"
 
 #: What the description of a table says it is.
 KIND = "features"

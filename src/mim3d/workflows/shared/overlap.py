@@ -10,7 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from mim3d.core.errors import TooLargeError
+from mim3d.core.left_out import Failure
 from mim3d.core.resources import sharing_memory
 from mim3d.core.warned import Held, held_warnings, holding_apart
 
@@ -54,6 +57,13 @@ class Stages(ABC, Generic[Item, Ready, Done, Result]):
 def is_too_large(outcome: object) -> bool:
     """Whether an error says that the memory of the machine (not that of a GPU) was too small."""
     return isinstance(outcome, (MemoryError, TooLargeError))
+
+
+def failure_of(error: Exception, name: str, memory_remedy: str) -> Failure:
+    """Why an item, whose first file has a name, could not be done, and what helps where memory was short."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return Failure(f"{name}: not enough memory; {memory_remedy}.")
+    return Failure.of(error, name)
 
 
 def run_overlapped(items: Sequence[Item], stages: Stages[Item, Ready, Done, Result]) -> None:
