@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2461,
     "probing": 1040,
     "exporting": 1890,
-    "workflows": 10244,
+    "workflows": 10280,
     "commands": 295,
     "cli": 832,
     "__main__": 15,

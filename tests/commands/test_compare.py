@@ -128,6 +128,34 @@ def test_a_schedule_that_is_asked_for_is_that_of_all_arms_with_weights(ball_set:
     assert settings_of["scratch"].schedule == "default" and settings_of["MiM"].schedule == "sawtooth"
 
 
+def test_a_pre_training_whose_run_is_gone_is_made_anew_for_the_cells_that_need_it(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = shutil.copytree(compared, tmp_path / "copy")
+    (pretraining,) = [cell for cell in planned(copy) if cell.kind == "pretrain"]
+    shutil.rmtree(copy / "runs" / pretraining.id)
+    compare(str(copy), dry_run=True)
+    assert f"{pretraining.id}: done" in capsys.readouterr().out
+    (lost,) = (copy / "cells").glob("finetune_MiM_fold0_50pct*.json")
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    shutil.rmtree(copy / "runs" / lost.stem)
+    compare(str(copy), dry_run=True)
+    assert f"{pretraining.id}: to do" in capsys.readouterr().out
+    compare(str(copy))
+    assert not content(copy)["misses"]
+    assert json.loads(lost.read_text())["cases"] == before["cases"]
+
+
+def test_a_budget_of_pre_training_without_any_is_said(ball_set: Path, tmp_path: Path):
+    compare(
+        str(tmp_path / "out"),
+        **settings(ball_set, arms=("scratch", {"name": "wider", "backbone": {**BACKBONE, "widths": [8, 24]}})),
+        dry_run=True,
+    )
+    assert "pretrain_steps is passed over: no arm is pre-trained here." in read_plan(tmp_path / "out")["notes"]
+
+
 def test_a_difference_beside_weights_stands_in_every_table(compared: Path, tmp_path: Path):
     copy = shutil.copytree(compared, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
     note = "The schedule of fine-tuning differs between arms (default: scratch; sawtooth: MiM)."

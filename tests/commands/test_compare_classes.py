@@ -1,6 +1,7 @@
 """Comparisons of classifiers: scored by AUC, tested by DeLong's paired test, and whole where a run is missing."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,9 @@ def test_labels_that_lack_a_class_are_refused():
     with pytest.raises(DataError, match="labels 100%, fold 1, seed 0: class grey is not among the cases to learn from"):
         require_distinct([fold], [Amount.of("100%")], [0], create_task(TASK))
     require_distinct([replace(fold, test=part("dark"))], [Amount.of("100%")], [0], create_task(TASK))
+
+
+def test_a_table_without_results_has_the_score_of_its_task(compared: Path, tmp_path: Path):
+    copy = shutil.copytree(compared, tmp_path / "copy", ignore=shutil.ignore_patterns("cells", "runs"))
+    compare(str(copy), table_only=True)
+    assert content(copy)["score"] == "auc" and content(copy)["misses"]

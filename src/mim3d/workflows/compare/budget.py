@@ -17,7 +17,7 @@ from mim3d.core.run_folder import read_run
 from mim3d.core.settings import to_mapping, to_named
 from mim3d.workflows.compare.arm_cells import finetuning_of, pretraining_of
 from mim3d.workflows.compare.arms import Arm
-from mim3d.workflows.compare.cells import Cell, Kind, read_result, samples_per_step
+from mim3d.workflows.compare.cells import Cell, Kind, left_of, read_result, samples_per_step
 from mim3d.workflows.compare.plan import ComparisonPlan, quietly
 from mim3d.workflows.finetune.run import finetune_once
 from mim3d.workflows.pretrain import PretrainSettings, run_pretraining
@@ -107,12 +107,13 @@ def say_cells(plan: ComparisonPlan) -> None:
     """Print every cell, what has become of it, and the time that those which are left will take."""
     times = [expected_s(plan, cell) for cell in plan.cells]
     left_s = 0.0
+    left = left_of(plan.out, plan.cells)
     for cell, (seconds, basis) in zip(plan.cells, times, strict=True):
-        result = read_result(plan.out, cell)
-        state = "to do" if result is None else "done" if result["status"] == "done" else "missed"
-        if state == "done":
+        if cell not in left:
             say(f"{cell.id}: done")
             continue
+        result = read_result(plan.out, cell)
+        state = "missed" if result is not None and result["status"] != "done" else "to do"
         left_s += seconds
         say(f"{cell.id}: {state}, about {in_time(seconds)} ({basis})")
     say(f"{len(plan.cells)} cells, about {in_time(left_s)} of work left, one after the other")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,6 +194,18 @@ def is_done(out: Path, cell: Cell) -> bool:
     """Whether a cell is finished; one that failed is not."""
     result = read_result(out, cell)
     return result is not None and result["status"] == "done"
+
+
+def is_usable(out: Path, cell: Cell) -> bool:
+    """Whether a cell is finished, and its run is still there for the cells that need it."""
+    return is_done(out, cell) and (out / "runs" / cell.id).exists()
+
+
+def left_of(out: Path, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that are still to be run: those that are not finished, and those of which such a one needs the run."""
+    left = [cell for cell in cells if not is_done(out, cell)]
+    needed = {cell.needs for cell in left}
+    return [cell for cell in cells if cell in left or (cell.id in needed and not is_usable(out, cell))]
 
 
 def write_result(out: Path, cell: Cell, content: Mapping[str, Any]) -> None:

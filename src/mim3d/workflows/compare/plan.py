@@ -235,6 +235,12 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
         if (own := pretrain.get(name)) is not None
         and overlay(shared := to_mapping(getattr(settled, name)), to_mapping(own)) != shared
     ]
+    if not any(arm.method for arm in arms):
+        passed_over += [
+            f"{name} is passed over: no arm is pre-trained here."
+            for name in ("pretrain_steps", "pretrain_minutes")
+            if getattr(settings, name) is not None
+        ]
     settled = replace(settled, data=cache.path, spacing_mm=None, preset=None, modality=None, patient_pattern=None)
     plan = ComparisonPlan(
         settings=settings,

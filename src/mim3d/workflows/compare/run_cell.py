@@ -17,7 +17,15 @@ from mim3d.core.warned import UnfinishedWarning, recording
 from mim3d.reporting.sources import trained_s
 from mim3d.tasks import create_task
 from mim3d.tasks.evaluation import EvaluationSettings
-from mim3d.workflows.compare.cells import Cell, is_done, read_result, samples_per_step, write_result
+from mim3d.workflows.compare.cells import (
+    Cell,
+    is_done,
+    is_usable,
+    read_result,
+    result_path,
+    samples_per_step,
+    write_result,
+)
 from mim3d.workflows.evaluate import evaluate_predictions
 from mim3d.workflows.finetune.run import finetune_once
 from mim3d.workflows.finetune.settings import FinetuneSettings
@@ -49,15 +57,18 @@ def run_cell(cell: Cell, cells: Mapping[str, Cell], out: Path) -> Outcome:
     with lock_file(out / "cells" / f"{cell.id}.lock") as descriptor:
         if not try_lock(descriptor):
             return "busy"
-        if is_done(out, cell):
+        # A pre-training is asked for by the cells that begin with its weights, which may be gone.
+        if is_usable(out, cell) if cell.kind == "pretrain" else is_done(out, cell):
             return "done"
-        if cell.needs is not None and not is_done(out, cells[cell.needs]):
+        if cell.needs is not None and not is_usable(out, cells[cell.needs]):
             before = read_result(out, cells[cell.needs])
-            if before is None:
+            if before is None or before["status"] == "done":
                 return "waiting"
             reason = f"its pre-training {cell.needs} failed: {before['reason']}"
             write_result(out, cell, {"status": "failed", "reason": reason})
             return "failed"
+        # What a run of before wrote must not vouch for one that begins anew.
+        result_path(out, cell).unlink(missing_ok=True)
         started = time.monotonic()
         resumed = (out / "runs" / cell.id).exists()
         try:

@@ -26,7 +26,7 @@ from mim3d.core.settings import CONFIG_NAME, nearest, write_yaml
 from mim3d.core.signals import STOP_SIGNALS
 from mim3d.workflows.compare.arm_cells import with_cells
 from mim3d.workflows.compare.budget import in_time, say_cells, steps_of
-from mim3d.workflows.compare.cells import Cell, is_done, read_result, write_result
+from mim3d.workflows.compare.cells import Cell, is_done, left_of, read_result, write_result
 from mim3d.workflows.compare.checks import check_arms
 from mim3d.workflows.compare.plan import ComparisonPlan, cells_of, read_plan, settle
 from mim3d.workflows.compare.run_cell import Outcome, run_cell
@@ -111,7 +111,7 @@ def _run_one(name: str, settings: CompareSettings) -> str:
 def _run_all(plan: ComparisonPlan) -> None:
     """Run all cells that are not done, and write the tables."""
     cells = {cell.id: cell for cell in plan.cells}
-    left = [cell for cell in plan.cells if not is_done(plan.out, cell)]
+    left = left_of(plan.out, plan.cells)
     done = len(cells) - len(left)
     say(f"{number_of(len(cells), 'cell')}, {done} of them done before; results: {plan.out / 'cells'}")
     outcomes = _in_turn(plan, left, cells) if plan.settings.jobs == 1 else _side_by_side(plan, left)

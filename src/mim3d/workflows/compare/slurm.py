@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mim3d.core.files import write_text
 from mim3d.core.progress import say
-from mim3d.workflows.compare.cells import Cell, is_done
+from mim3d.workflows.compare.cells import Cell, left_of
 from mim3d.workflows.compare.plan import ComparisonPlan
 
 _SCRIPT = """\
@@ -39,7 +39,7 @@ def write_scripts(plan: ComparisonPlan, command: Sequence[str]) -> None:
         plan: The plan.
         command: Words that go on with the comparison.
     """
-    left = [cell for cell in plan.cells if not is_done(plan.out, cell)]
+    left = left_of(plan.out, plan.cells)
     stages = {
         "pretraining": [cell for cell in left if cell.kind == "pretrain"],
         "cells": [cell for cell in left if cell.kind != "pretrain"],

@@ -20,10 +20,12 @@ from mim3d.metrics.paired import holm
 from mim3d.reporting.arms import CONTENT_NAME, comparison_rows, comparison_tables
 from mim3d.reporting.page import write_report
 from mim3d.reporting.paper_tables import latex, markdown
+from mim3d.tasks import create_task
 from mim3d.tasks.evaluation import print_tables, printed_table
 from mim3d.workflows.compare.cells import Cell, read_result
 from mim3d.workflows.compare.plan import cells_of, read_plan
 from mim3d.workflows.compare.settings import CompareSettings
+from mim3d.workflows.finetune.settings import FinetuneSettings
 
 REPORT_NAME = "report.html"
 
@@ -114,7 +116,11 @@ class Results:
         if reference is not None and reference not in self.arms:
             raise ConfigError(f"There is no arm '{reference}'.{nearest(reference, self.arms)}")
         first = reference or self.arms[0]
-        is_classes = any(result.get("task") == "classification" for result in self.found.values())
+        is_classes = any(
+            create_task(cell.settings.task).needs == "class"
+            for cell in self.cells
+            if isinstance(cell.settings, FinetuneSettings)
+        )
         rows: list[dict[str, Any]] = []
         for labels in self.plan["labels"]:
             scored = {arm: self._scores(arm, labels, is_classes) for arm in self.arms}
