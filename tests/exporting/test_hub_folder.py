@@ -20,7 +20,7 @@ from mim3d.commands.export import export
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.warned import LeakWarning
 from mim3d.tasks.trained import load_trained
-from mim3d.weights import read_card
+from mim3d.weights import describe, read_card
 from mim3d.workflows.export import WRITERS
 from mim3d.workflows.shared.leakage import check_pretraining, read_seen, seen_from, write_seen
 
@@ -351,3 +351,18 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(make, tmp_
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("mim3d: ") and "warning" not in line]
     assert f"{tmp_path}/out" in said and "could not be written" in said and "choose another" in said
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "crops"),
+    [
+        ("segmenter", {}, "8 x 8 x 12"),
+        ("classifier", {"scores": {"auc": 0.123456789}}, "8 x 8 x 8"),
+        ("encoder", {"input_size": [16, 8, 8]}, "16 x 8 x 8"),
+    ],
+)
+def test_what_a_file_is_counts_the_encoder_alone_and_says_the_crops(make, kind, changes, crops):
+    rows = describe(make(kind, **changes)).rows
+    assert rows["encoder"].endswith("tensors of other parts") == (kind != "encoder")
+    assert "0 left over" in rows["encoder"] and rows["learned from crops"] == f"{crops} voxels"
+    assert kind != "classifier" or rows["scores"] == "auc 0.1235"

@@ -16,6 +16,7 @@ from mim3d.tasks import find_task
 from mim3d.tasks.contract import ExportForm
 from mim3d.tasks.trained import load_trained
 from mim3d.weights import RUN_NETWORKS, load_encoder, locate, read_card
+from mim3d.weights.cards import card_settings, seen_size
 
 #: Edge of an encoder's input, or the next smaller one of whole tokens, where nothing else is known or asked for.
 ENCODER_EDGE = 96
@@ -117,9 +118,8 @@ def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None, 
     multiple = encoder.input_multiple
     usual = round_up((ENCODER_EDGE,) * 3, multiple, ENCODER_EDGE)
     own = {key: value for key, value in card.items() if key not in OF_THE_TASK}
-    task = card.get("task")
-    size = card.get("input_size") if task is None else task.get("patch_size")
-    trained_size = None if size is None else (int(size[0]), int(size[1]), int(size[2]))
+    with card_settings(located):
+        trained_size = seen_size(card)
     return Exported(
         kind="encoder",
         module=encoder,

@@ -3,7 +3,7 @@
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from mim3d.caching.preprocessing import Prepared, Preprocessing, prepare
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.names import number_of
-from mim3d.core.settings import build_settings, coerce, to_mapping
+from mim3d.core.settings import build_settings, to_mapping
 from mim3d.core.types import Named, Spacing, Triple
 from mim3d.core.warned import UnlikeTrainingWarning, WeightsWarning
 from mim3d.datasets.cases import Case, read_cases
@@ -28,7 +28,7 @@ from mim3d.inference.prediction import padding_values
 from mim3d.inference.windows import cut_window
 from mim3d.scans.grids import times
 from mim3d.scans.intensity import Intensity
-from mim3d.weights.cards import card_settings, read_card
+from mim3d.weights.cards import card_settings, read_card, seen_size
 from mim3d.weights.description import origin_of
 from mim3d.weights.loading import recipe_of
 
@@ -141,7 +141,7 @@ class LearnedInput:
                 preprocessing=build_settings(Preprocessing, {"spacing_mm": card.get("spacing_mm")}, "card"),
                 intensity=None if mapped is None else build_settings(Intensity, mapped, "intensity"),
                 input_range=None if known is None else build_settings(InputRange, known, "input_range"),
-                window_size=_seen_size(card),
+                window_size=seen_size(card),
             )
 
     @property
@@ -186,14 +186,6 @@ class LearnedInput:
             padding=tuple(padding_values(intensity, found.statistics)),
             part_of=partial(_part_of, found, intensity),
         )
-
-
-def _seen_size(card: Mapping[str, Any]) -> Triple | None:
-    """Voxels of what an encoder saw at a time, in pre-training or for its task; None where its card does not say."""
-    task = card.get("task") or {}
-    found = card.get("input_size") or task.get("patch_size") or task.get("size")
-    size: Triple | None = coerce([found] * 3 if isinstance(found, int) else found, Triple | None, "input_size")
-    return size
 
 
 def usual_intensity(found: CachedScan | Prepared) -> Intensity:

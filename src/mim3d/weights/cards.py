@@ -18,8 +18,8 @@ from torch import nn
 
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.files import load_json
-from mim3d.core.settings import LARGEST_NUMBER, build_settings, to_mapping
-from mim3d.core.types import LARGEST_LABEL
+from mim3d.core.settings import LARGEST_NUMBER, build_settings, coerce, to_mapping
+from mim3d.core.types import LARGEST_LABEL, Triple
 from mim3d.scans.grids import LARGEST_VOXEL_MM
 from mim3d.scans.intensity import Intensity
 from mim3d.weights.folders import CARD_ENTRY, CARD_FORMAT, CARD_NAME, RUN_NETWORKS, WEIGHTS_NAME, weights_file
@@ -218,6 +218,18 @@ def card_settings(path: str | Path) -> Iterator[None]:
         raise CheckpointError(
             f"{card_path(path)} is incomplete or damaged ({said}); export the weights again."
         ) from error
+
+
+def seen_size(card: Mapping[str, Any]) -> Triple | None:
+    """Voxels of what an encoder saw at a time, in pre-training or for its task; None where its card does not say.
+
+    Raises:
+        ConfigError: What the card says is no size; see :func:`card_settings`.
+    """
+    task = card.get("task") or {}
+    found = card.get("input_size") or task.get("patch_size") or task.get("size")
+    size: Triple | None = coerce([found] * 3 if isinstance(found, int) else found, Triple | None, "input_size")
+    return size
 
 
 def require_described(build: Callable[[], nn.Module], path: str | Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from mim3d.backbones import create_recipe
 from mim3d.core.names import cut, number_of
-from mim3d.weights.cards import has_card, read_card
+from mim3d.weights.cards import has_card, read_card, seen_size
 from mim3d.weights.families import ExpectedInput, RecognisedWeights, recognised, unknown_layout
 from mim3d.weights.folders import RUN_NETWORKS, weights_file
 from mim3d.weights.loading import fitting, recipe_of_card
@@ -160,9 +160,12 @@ def _of_card(path: str | Path, file: str, held: HeldWeights, card: Mapping[str, 
     if named["name"].partition(".")[1] == "":
         with torch.device("meta"):
             target = recipe_of_card(card, path).build().state_dict()
-        inside = {name.removeprefix("encoder."): value for name, value in held.tensors.items()}
+        encoder = {name: value for name, value in held.tensors.items() if name.startswith("encoder.")}
+        inside = {name.removeprefix("encoder."): value for name, value in (encoder or held.tensors).items()}
         _, report = fitting(target, inside)
-        rows["encoder"] = f"{sum(value.numel() for value in target.values()) / 1e6:.3g} M values; {report}"
+        others = len(held.tensors) - len(inside)
+        rest = f", and {number_of(others, 'tensor')} of other parts" if others else ""
+        rows["encoder"] = f"{sum(value.numel() for value in target.values()) / 1e6:.3g} M values; {report}{rest}"
     rows |= {"size": _size(held), "found": _place(held)}
     if "task" in card:
         rows["task"] = f"{card['task']['name']}, labels: {', '.join(card.get('labels', {}).values()) or 'none'}"
@@ -177,6 +180,8 @@ def _of_card(path: str | Path, file: str, held: HeldWeights, card: Mapping[str, 
     for name in ("step", "scores", "warnings"):
         if card.get(name):
             rows[name] = _plain(card[name])
+    if (size := seen_size(card)) is not None:
+        rows["learned from crops"] = f"{' x '.join(map(str, size))} voxels"
     return rows
 
 
@@ -188,7 +193,9 @@ def _mapped(intensity: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {one}" for name, one in value.items())
+        return ", ".join(
+            f"{name} {one:.4g}" if isinstance(one, float) else f"{name} {one}" for name, one in value.items()
+        )
     if isinstance(value, list):
         return "; ".join(str(one.get("text", one)) if isinstance(one, dict) else str(one) for one in value)
     return str(value)
