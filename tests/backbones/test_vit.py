@@ -7,20 +7,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mim3d.backbones import create_model
+from mim3d.backbones import create_model, create_recipe
 from mim3d.backbones.vit import ViTEncoder
 from mim3d.core.errors import ConfigError
 from mim3d.nn.tokens import rotary_angles, rotate, sincos_positions
 from mim3d.training.optim import decay_groups
+from tests.primus import PlainPrimus
 
 SMALL = {"token_edge": 4, "width": 24, "depth": 2, "num_heads": 2}
 LEARNED = {"positions": "learned", "position_grid": (3, 2, 2)}
-PRIMUS = {"positions": "rotary", "num_registers": 3, "mlp": "swiglu", "layer_scale": 0.1}
+GATED = {"positions": "rotary", "num_registers": 3, "mlp": "swiglu", "layer_scale": 0.1}
+PRIMUS = {"name": "primus_s", **SMALL, "position_grid": (3, 2, 2), "num_registers": 3}
+FORMS = pytest.mark.parametrize("changes", [{}, GATED, LEARNED, PRIMUS], ids=["plain", "gated", "learned", "primus"])
 
 
 def vit(**changes: Any) -> ViTEncoder:
     torch.manual_seed(0)
-    encoder = create_model("vit", **{**SMALL, **changes}).double()
+    encoder = create_recipe({"name": "vit", **SMALL, **changes}).build().double()
     assert isinstance(encoder, ViTEncoder)
     return encoder
 
@@ -63,7 +66,7 @@ def test_it_is_the_transformer_of_its_paper() -> None:
     torch.testing.assert_close(encoder.feature_maps(volume), [expected])
 
 
-@pytest.mark.parametrize("changes", [{}, PRIMUS, LEARNED], ids=["plain", "primus", "learned"])
+@FORMS
 def test_visible_tokens_do_not_see_hidden_voxels(changes: dict[str, Any]) -> None:
     encoder, volume = vit(**changes), volume_of(8, 8, 12)
     visible = torch.tensor([[0, 3, 7, 11], [1, 2, 5, 8]])
@@ -75,7 +78,7 @@ def test_visible_tokens_do_not_see_hidden_voxels(changes: dict[str, Any]) -> Non
     assert not torch.allclose(encoder.encode_visible(volume + 1, visible), tokens)
 
 
-@pytest.mark.parametrize("changes", [{}, PRIMUS, LEARNED], ids=["plain", "primus", "learned"])
+@FORMS
 def test_with_nothing_hidden_the_tokens_are_those_of_the_map(changes: dict[str, Any]) -> None:
     encoder, volume = vit(**changes), volume_of(8, 8, 12)
     tokens = encoder.encode_visible(volume, torch.arange(12).expand(2, -1))
@@ -114,10 +117,11 @@ def test_masked_places_show_the_learned_token_with_their_position() -> None:
     assert not torch.allclose(shown[0, :, 0, 0, 0], shown[0, :, 1, 0, 0])
 
 
-def test_every_parameter_of_the_primus_form_learns_and_recomputing_changes_nothing() -> None:
+@pytest.mark.parametrize("form", [GATED, PRIMUS], ids=["gated", "primus"])
+def test_every_parameter_learns_and_recomputing_changes_nothing(form: dict[str, Any]) -> None:
     grads = []
     for recompute in (False, True):
-        encoder = vit(**PRIMUS, recompute=recompute, drop_path=0.1)
+        encoder = vit(**form, recompute=recompute, drop_path=0.1)
         torch.manual_seed(3)
         encoder.feature_maps(volume_of(8, 8, 8))[0].square().mean().backward()
         grads.append({name: parameter.grad for name, parameter in encoder.named_parameters()})
@@ -127,7 +131,7 @@ def test_every_parameter_of_the_primus_form_learns_and_recomputing_changes_nothi
 
 def test_registers_and_layer_scales_are_spared_from_weight_decay() -> None:
     decayed, spared = decay_groups(vit(**PRIMUS))
-    assert "registers" in spared and "blocks.0.scale1" in spared
+    assert {"registers", "blocks.0.scale1", "blocks.0.attn.query_bias", "blocks.0.mlp.norm.weight"} <= spared.keys()
     assert {name.rpartition(".")[0] for name in decayed} == {
         "embed",
         *(f"blocks.{n}.{part}" for n in range(2) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
@@ -149,6 +153,42 @@ def test_ready_sizes_have_the_parameters_of_their_paper(name: str, millions: flo
 
 
 @pytest.mark.parametrize(
+    ("name", "number"),
+    [("primus_s", 23_577_444), ("primus_b", 92_317_896), ("primus_m", 145_578_528), ("primus_l", 324_102_240)],
+)
+def test_sizes_of_primus_have_the_parameters_of_its_authors_package(name: str, number: int) -> None:
+    """Those of its encoder for crops of 96 voxels."""
+    with torch.device("meta"):
+        encoder = create_model(name)
+    assert sum(p.numel() for p in encoder.parameters()) == number
+
+
+def test_primus_is_the_network_of_its_authors() -> None:
+    """Plain layers, complex numbers for rotary positions, and the same weights give the same map."""
+    primus = PlainPrimus()
+    theirs = {name.removeprefix("eva."): value for name, value in primus.state_dict().items()}
+    encoder = create_model("primus_s", width=24, depth=2, num_heads=2, position_grid=primus.grid)
+    state = {"position_table": theirs["pos_embed"][0], "norm.weight": theirs["norm.weight"]}
+    state |= {"norm.bias": theirs["norm.bias"]}
+    state |= {f"embed.{kind}": theirs[f"down_projection.proj.{kind}"] for kind in ("weight", "bias")}
+    for name in encoder.blocks.state_dict():
+        block, _, part = name.partition(".")
+        part = part.replace("scale", "gamma_")
+        sources = {
+            "attn.qkv.weight": [f"attn.{one}_proj.weight" for one in "qkv"],
+            "attn.query_bias": ["attn.q_proj.bias"],
+            "attn.value_bias": ["attn.v_proj.bias"],
+            "mlp.fc1.weight": ["mlp.fc1_g.weight", "mlp.fc1_x.weight"],
+            "mlp.fc1.bias": ["mlp.fc1_g.bias", "mlp.fc1_x.bias"],
+        }.get(part, [part])
+        state[f"blocks.{name}"] = torch.cat([theirs[f"blocks.{block}.{source}"] for source in sources])
+    encoder.load_state_dict(state)
+    volume = torch.randn(2, 1, 16, 24, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval().feature_maps(volume), [primus.features(volume)], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"num_heads": 5}, "token width 24 is not a multiple of num_heads"),
@@ -160,6 +200,9 @@ def test_ready_sizes_have_the_parameters_of_their_paper(name: str, millions: flo
         ({"positions": "none"}, "positions"),
         ({"drop_path": 1.0}, "drop_path is 1.0"),
         ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
+        ({"num_heads": 8, "positions": "learned_rotary"}, "heads of 3 channels; rotary positions need an even number"),
+        ({"rotary_base": 1.0}, "rotary_base is 1.0"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], said: str) -> None:

@@ -27,10 +27,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "resenc": {"widths": (4, 6, 8), "depths": (1, 1, 1)},
     "swin": {"feature_size": 6, "depths": (1, 2), "num_heads": (1, 2), "window_size": 3},
     "vit": {"token_edge": 8, "width": 24, "depth": 1, "num_heads": 2},
+    "primus_nano": {"width": 24, "depth": 1, "num_heads": 2},
 }
 
 #: Every kind of backbone, not every size of it.
-KINDS = sorted(name for name, entry in BACKBONES.items() if isinstance(entry, type))
+KINDS = sorted({*(name for name, entry in BACKBONES.items() if isinstance(entry, type)), *SMALL})
 
 
 def small(kind: str) -> Backbone:

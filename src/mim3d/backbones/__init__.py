@@ -1,12 +1,13 @@
 """Encoders by name. A new backbone is one file and one line here; a user's own is named by dotted path."""
 
+from dataclasses import replace
 from typing import Any
 
 from mim3d.backbones.contract import Backbone, Encoder, MaskTokenEncoder, VisibleEncoder
 from mim3d.backbones.hybrid import Hybrid
 from mim3d.backbones.resenc import ResEnc
 from mim3d.backbones.swin import Swin
-from mim3d.backbones.vit import ViT
+from mim3d.backbones.vit import PRIMUS, ViT
 from mim3d.core.run_folder import DECODER_SETTINGS
 from mim3d.core.settings import require_kind, resolve
 from mim3d.core.types import Named
@@ -32,6 +33,11 @@ BACKBONES: dict[str, type[Backbone] | Backbone] = {
     "vit_small": ViT(width=384, num_heads=6),
     "vit_base": ViT(),
     "vit_large": ViT(width=1024, depth=24, num_heads=16),
+    "primus_nano": replace(PRIMUS, width=96, depth=4, num_heads=4),
+    "primus_s": replace(PRIMUS, width=396, depth=12, num_heads=6),
+    "primus_b": replace(PRIMUS, width=792, depth=12),
+    "primus_m": PRIMUS,
+    "primus_l": replace(PRIMUS, width=1056, depth=24, num_heads=16),
     # nnU-Net's presets as it plans them for crops of at least 32, 64 and 128 voxels along each axis.
     "resenc": ResEnc,
     "resenc_nano": ResEnc(widths=(16, 32, 64, 128), depths=(1, 2, 2, 2)),

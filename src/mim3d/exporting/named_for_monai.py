@@ -90,7 +90,9 @@ def monai_networks(encoder: Encoder, patch_size: Triple) -> list[MonaiNetwork]:
         return [MonaiNetwork(name="SwinUNETR", built_with=built_with, others={"out_channels": 2}, prefix="swinViT.")]
     if not isinstance(recipe, ViT) or recipe.positions != "sincos" or recipe.num_registers:
         return []
-    if recipe.mlp != "gelu" or recipe.layer_scale is not None:
+    if recipe.mlp != "gelu" or recipe.layer_scale is not None or not recipe.key_bias:
+        return []
+    if recipe.mlp_norm or recipe.attention_norm:
         return []
     built_with = {
         "in_channels": recipe.in_channels,
@@ -131,8 +133,8 @@ def require_monai_network(network: Exported, weights: str) -> None:
         raise CheckpointError(
             f"{weights} has an encoder of the backbone {network.card['backbone']['name']}, and none of MONAI's "
             "networks computes the same: --format monai-weights is for swin with four stages and a merging of today's "
-            "MONAI, and for vit with sincos positions, plain MLPs, no registers and no layer scale; use --format "
-            "safetensors, onnx or torch-export."
+            "MONAI, and for vit with sincos positions, plain MLPs, no registers, no layer scale and norms in their "
+            "usual places; use --format safetensors, onnx or torch-export."
         )
 
 
@@ -153,7 +155,7 @@ def write_monai_weights(network: Exported, folder: Path) -> None:
         part = built.get_submodule(target.prefix.removesuffix("."))
         part.load_state_dict({**part.state_dict(), **dict(_monai_names(encoder, network.patch_size))})
         if isinstance(encoder.recipe, ViT):
-            set_norms(part)
+            set_norms(part, encoder.recipe.norm_eps)
         packed = io.BytesIO()
         torch.save({f"{target.prefix}{key}": value for key, value in part.state_dict().items()}, packed)
         (folder / target.file).write_bytes(packed.getbuffer())
@@ -164,7 +166,7 @@ def write_monai_weights(network: Exported, folder: Path) -> None:
     readme = render(
         "monai_weights_readme.md.jinja",
         targets=targets,
-        is_vit=isinstance(encoder.recipe, ViT),
+        norm_eps=f"{encoder.recipe.norm_eps:g}".replace("e-0", "e-") if isinstance(encoder.recipe, ViT) else None,
         patch_size=" x ".join(map(str, network.patch_size)),
         spacing="that of each scan" if spacing is None else " x ".join(f"{edge:g}" for edge in spacing) + " mm",
         intensities=formula(network.card.get("intensity")),
@@ -174,11 +176,11 @@ def write_monai_weights(network: Exported, folder: Path) -> None:
     write_text(folder / "README.md", readme)
 
 
-def set_norms(vit: nn.Module) -> None:
+def set_norms(vit: nn.Module, eps: float) -> None:
     """Give the layer norms of MONAI's ViT the epsilon of ours: MONAI has 1e-5, which is no setting there."""
     for module in vit.modules():
         if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-6
+            module.eps = eps
 
 
 def _monai_names(encoder: Encoder, patch_size: Triple) -> Iterator[tuple[str, Tensor]]:

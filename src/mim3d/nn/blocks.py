@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mim3d.kernels.residual_mlp import residual_mlp
-from mim3d.nn.tokens import rotate
+from mim3d.nn.tokens import RotaryPairs, rotate
 
 #: Longest sequence whose table of attention weights is worth its memory.
 WRITTEN_OUT_LENGTH = 512
@@ -214,23 +214,43 @@ class Attention(nn.Module):
     Args:
         dim: Token width.
         num_heads: Heads; must divide ``dim``.
+        key_bias: Whether keys have a bias, as queries and values do.
+        norm: A norm of what the heads give, before it is projected; none if not given.
+        rotary_pairs: Channels of a head that rotary positions turn as a pair.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        key_bias: bool = True,
+        norm: nn.Module | None = None,
+        rotary_pairs: RotaryPairs = "halves",
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.rotary_pairs = rotary_pairs
+        self.qkv = nn.Linear(dim, 3 * dim, bias=key_bias)
+        self.query_bias, self.value_bias = (None if key_bias else nn.Parameter(torch.zeros(dim)) for _ in range(2))
+        self.norm = norm
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens_BLE: Tensor, angles_BLd: Tensor | None = None) -> Tensor:
         """Tokens after attention; queries and keys are turned by ``angles`` where given, see :func:`rotate`."""
         batch, length, dim = tokens_BLE.shape
-        qkv = self.qkv(tokens_BLE).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
+        qkv = self._projected(tokens_BLE).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if angles_BLd is not None:
-            query, key = (rotate(vectors, angles_BLd[:, None]) for vectors in (query, key))
-        attended = attend(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+            query, key = (rotate(vectors, angles_BLd[:, None], self.rotary_pairs) for vectors in (query, key))
+        attended = attend(query, key, value).transpose(1, 2).reshape(batch, length, dim)
+        return self.proj(attended if self.norm is None else self.norm(attended))
+
+    def _projected(self, tokens_BLE: Tensor) -> Tensor:
+        if self.query_bias is None or self.value_bias is None:
+            return self.qkv(tokens_BLE)
+        bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
+        return F.linear(tokens_BLE, self.qkv.weight, bias)
 
 
 class SingleVoxelNorm(nn.InstanceNorm3d):
@@ -268,15 +288,18 @@ class Mlp(nn.Module):
         in_dim: Width in.
         hidden_dim: Width between.
         out_dim: Width out.
+        norm: A norm of what lies between; none if not given.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_dim, hidden_dim)
+        self.norm = norm
         self.fc2 = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens)))
+        hidden = F.gelu(self.fc1(tokens))
+        return self.fc2(hidden if self.norm is None else self.norm(hidden))
 
 
 class SwiGlu(nn.Module):
@@ -285,16 +308,19 @@ class SwiGlu(nn.Module):
     Args:
         dim: Width in and out.
         hidden_dim: Width between.
+        norm: A norm of the product; none if not given.
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 2 * hidden_dim)
+        self.norm = norm
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         gate, value = self.fc1(tokens).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * value)
+        hidden = F.silu(gate) * value
+        return self.fc2(hidden if self.norm is None else self.norm(hidden))
 
 
 class TransformerBlock(nn.Module):
@@ -307,6 +333,11 @@ class TransformerBlock(nn.Module):
         drop_path: Chance that a sample goes without a branch, in training.
         mlp: Kind of the MLP.
         layer_scale: Start of a learned factor for each channel of a branch (Touvron et al. 2021); none if not given.
+        mlp_norm: Whether the hidden channels of the MLP are normed before they are brought back.
+        attention_norm: Whether what the heads of attention give is normed before it is projected.
+        key_bias: Whether keys of attention have a bias.
+        rotary_pairs: Channels of a head that rotary positions turn as a pair.
+        norm_eps: What norms add to the variance.
     """
 
     def __init__(
@@ -318,12 +349,20 @@ class TransformerBlock(nn.Module):
         *,
         mlp: Literal["gelu", "swiglu"] = "gelu",
         layer_scale: float | None = None,
+        mlp_norm: bool = False,
+        attention_norm: bool = False,
+        key_bias: bool = True,
+        rotary_pairs: RotaryPairs = "halves",
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim) if mlp == "gelu" else SwiGlu(dim, round(dim * mlp_ratio * 2 / 3))
+        hidden_dim = int(dim * mlp_ratio) if mlp == "gelu" else round(dim * mlp_ratio * 2 / 3)
+        of_heads = nn.LayerNorm(dim, eps=norm_eps) if attention_norm else None
+        of_hidden = nn.LayerNorm(hidden_dim, eps=norm_eps) if mlp_norm else None
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, key_bias=key_bias, norm=of_heads, rotary_pairs=rotary_pairs)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, hidden_dim, dim, of_hidden) if mlp == "gelu" else SwiGlu(dim, hidden_dim, of_hidden)
         self.drop_path = DropPath(drop_path)
         self.scale1, self.scale2 = (
             None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)

@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mim3d.core.types import Triple
+
+#: Channels of a head that rotary positions turn as a pair: i and i + d / 2 of d (halves), or 2 i and 2 i + 1.
+RotaryPairs = Literal["halves", "neighbours"]
 
 
 def num_hidden(num_units: int, hidden_ratio: float) -> int:
@@ -100,26 +104,36 @@ def resized_positions(table_LE: Tensor, own: Triple, grid: Triple) -> Tensor:
     return functional.interpolate(table_1EXYZ, scale_factor=scales, mode="trilinear")[0].flatten(1).T
 
 
-def rotary_angles(grid: Triple, head_dim: int) -> Tensor:
+def rotary_angles(grid: Triple, head_dim: int, base: float = 100.0) -> Tensor:
     """Angles ``(L, head_dim // 2)`` by which rotary positions turn pairs of channels, in raster order of the tokens.
 
-    A third of the pairs each for X, Y and Z (Su et al. 2021; axial as in Heo et al. 2024): the index times 100^(-i / n)
-    for ``n = head_dim // 6`` frequencies. Pairs left over when ``head_dim`` is no multiple of 6 are not turned.
+    A third of the pairs each for X, Y and Z (Su et al. 2021; axial as in Heo et al. 2024): the index times
+    base^(-i / n) for ``n = head_dim // 6`` frequencies. Pairs left over when ``head_dim`` is no multiple of 6 are not
+    turned.
     """
-    return torch.from_numpy(_angles(grid, head_dim))
+    return torch.from_numpy(_angles(grid, head_dim, base))
 
 
-def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
-    """Turn channel ``i`` and ``i + d / 2`` of vectors ``(..., d)`` as a pair by angles ``(..., d / 2)``."""
+def rotate(vectors: Tensor, angles: Tensor, pairs: RotaryPairs = "halves") -> Tensor:
+    """Turn pairs of channels of vectors ``(..., d)`` by angles ``(..., d / 2)``.
+
+    Args:
+        vectors: Queries or keys.
+        angles: An angle for each pair.
+        pairs: Which channels are a pair.
+    """
     sine, cosine = angles.sin().to(vectors.dtype), angles.cos().to(vectors.dtype)
+    if pairs == "neighbours":
+        first, second = vectors[..., ::2], vectors[..., 1::2]
+        return torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1).flatten(-2)
     first, second = vectors.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 
 @lru_cache(maxsize=32)
-def _angles(grid: Triple, head_dim: int) -> np.ndarray:
+def _angles(grid: Triple, head_dim: int, base: float) -> np.ndarray:
     num_frequencies = head_dim // 6
-    frequencies = 100.0 ** (-np.arange(num_frequencies) / num_frequencies)
+    frequencies = base ** (-np.arange(num_frequencies) / num_frequencies)
     axes = np.meshgrid(*(np.arange(size, dtype=np.float64) for size in grid), indexing="ij")
     angles = np.concatenate([axis.reshape(-1, 1) * frequencies for axis in axes], axis=1)
     return np.pad(angles, ((0, 0), (0, head_dim // 2 - angles.shape[1]))).astype(np.float32)
