@@ -390,6 +390,20 @@ def recipe_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "schedule": settings.get("schedule") or "default"}
 
 
+def noted_intensity(path: Path, manifest: Mapping[str, Any]) -> Any:
+    """The mapping of intensities that a run noted, in its manifest or, as earlier versions did, in a card alone.
+
+    Args:
+        path: Folder of the run.
+        manifest: Its manifest.
+    """
+    noted = manifest.get("derived", {}).get("intensity")
+    for card in () if noted else sorted(path.glob("*/card.json")):
+        with suppress(OSError, ValueError, AttributeError):
+            noted = noted or load_json(card).get("intensity")
+    return noted
+
+
 def recipe_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings by which two runs differ in more than weights, each with the value of both.
 

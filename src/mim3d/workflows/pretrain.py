@@ -8,7 +8,7 @@ from statistics import fmean
 
 import torch
 
-from mim3d.backbones import BACKBONES, Backbone, create_recipe
+from mim3d.backbones import BACKBONES
 from mim3d.caching.cache import Cache
 from mim3d.caching.summary import cohort_of
 from mim3d.core.errors import BothSetError, ConfigError, DataError
@@ -24,18 +24,18 @@ from mim3d.datasets.usable import usable_cases
 from mim3d.loading.loader import Loader
 from mim3d.methods import METHODS, Method, create_method
 from mim3d.objective import Objective
-from mim3d.planning.plan import plan_intensity
 from mim3d.scans.grids import require_spacing
 from mim3d.scans.intensity import Intensity
 from mim3d.tracking import TrackedRun
 from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
-from mim3d.weights import MIN_COVERAGE, load_into, require_share
+from mim3d.weights import MIN_COVERAGE, require_share
 from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, ProbePlan
 from mim3d.workflows.shared.begun import PLANNED_PASSES, Begun
 from mim3d.workflows.shared.damage import adding_to
 from mim3d.workflows.shared.first_screen import fold_line, network_line, say_what_is_learned
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task, split_in_words
+from mim3d.workflows.shared.initialisation import Initialisation, asked_recipe, initialise
 from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
 from mim3d.workflows.shared.leakage import check_leakage, identities_of, seen_from, write_seen
 from mim3d.workflows.shared.memory import largest_image, pretraining_sample, pretraining_variants, require_memory
@@ -53,13 +53,13 @@ class PretrainSettings(TrainingSettings):
         data: Folder of scans, DICOM tree, MSD folder or dataset.json, nnU-Net raw folder, CSV or JSON list, or a cache.
         out: Folder of the run.
         method: Pre-training method; settings as --method.temperature 0.2.
-        backbone: Encoder, a name of list_models(); settings as --backbone.recompute true.
+        backbone: Encoder, a name of list_models(); that of the weights (settings alone change it), else hybrid_base.
         weights: Encoder to go on from: a run, an exported folder or a published checkpoint.
         min_coverage: Share of the encoder that the weights must fill, from 0 to 1; 1 refuses every partial load.
         preset: List of public data sets whose folders lie below DATA: 1k, 10k or all; every scan of DATA if not given.
         cache: Folder for the cache of preprocessed scans; OUT/cache if not given.
-        spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; each scan keeps its own if not given.
-        intensity: Mapping of intensities to network input; planned from the scans if not given.
+        spacing_mm: Voxel size along X, Y, Z to resample to, in millimetres; that of the weights, else each scan's own.
+        intensity: Mapping of intensities to network input; that of the weights, else planned from the scans.
         fold: Leave out the cases that `mim3d finetune --fold` of this number holds out; all cases train if not given.
         held_out_list: File with the ids of cases or patients to leave out, one per line, in place of a fold.
         num_folds: Number of folds that `fold` counts.
@@ -76,7 +76,7 @@ class PretrainSettings(TrainingSettings):
     out: str
     _: KW_ONLY
     method: Named = "MiM"
-    backbone: Named = "hybrid_base"
+    backbone: Named | None = None
     weights: str | None = None
     min_coverage: float = MIN_COVERAGE
     preset: str | None = None
@@ -122,19 +122,17 @@ def run_pretraining(settings: PretrainSettings) -> str:
     settings = settings.on_processes()
     with joined_processes(settings) as processes:
         begun = Begun.of(settings.out, resume=settings.resume)
-        asked = begun.method(create_method(settings.method, settings.backbone))
-        recipe = create_recipe(settings.backbone)
-        asked.check_backbone(recipe)
+        asked = begun.method(create_method(settings.method, settings.backbone or ""))
+        asked.check_backbone(asked_recipe(settings.backbone, settings.weights)[0])
         settings, choice = settings.on_machine(processes, settings.out)
         source = _source(settings)
         cases = _training_cases(source, settings)
-        check_channels(cases, recipe)
+        initial = _initialise(settings, cases, begun)
+        recipe, spacing_mm = initial.recipe, settings.spacing_mm or begun.spacing_mm
+        settings = replace(settings, spacing_mm=initial.spacing_mm(spacing_mm, source))
         shapes = shapes_of(source, cases, settings.spacing_mm)
         method = asked.planned(recipe, shapes)
-        num_held_out = len(source.cases) - len(cases)
-        if settings.fold is not None or num_held_out:
-            numbers = len(cases), num_held_out
-            say(fold_line(settings.fold, settings.num_folds, source.cases, *numbers, settings.held_out_list))
+        _say_split(settings, cases, source.cases)
         say(network_line(to_named(method, METHODS)["name"], recipe, settings.weights))
         summary, details = method.summary(recipe, shapes), method.details(recipe, shapes)
         say_what_is_learned(summary, details, verbose=settings.verbose)
@@ -157,7 +155,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             inputs=weights_input(settings.weights),
             resume=settings.resume,
         )
-        run.note({**memory, **choice, "summary": summary, "details": details})
+        run.note({**memory, **choice, "summary": summary, "details": details, **initial.noted()})
         # Those held out are cached too: only their voxels tell whether one is among the others under another name.
         every, left_out = open_scans(
             source,
@@ -171,12 +169,14 @@ def run_pretraining(settings: PretrainSettings) -> str:
         )
         scans = _learned(every, cases, strict=settings.strict)
         _note_scans(run, scans, settings, cases, source.cases)
-        mapping = settings.intensity or plan_intensity(scans)
-        objective = _begin(settings, method, recipe)
+        mapping = initial.intensity(settings.intensity or begun.intensity, scans)
+        run.note({"intensity": mapping})
+        objective = _begin(settings, method, initial)
         loader = settings.loader(scans, method.sampler(recipe), mapping, on_damage=adding_to(left_out, scans))
         if run.writes and (slow := loader.slow_levels):
             say(f"note: {slow}")
-        card = {**encoder_card(recipe, mapping, scans), "input_size": to_mapping(largest_image(sample))}
+        size = {"input_size": to_mapping(largest_image(sample))}
+        card = {**encoder_card(recipe, mapping, scans), **size, **initial.noted()}
         keeper = EncoderKeeper(run, card)
         if probe is not None:
             items = probe.prepared(run, settings, objective.encoder, card) if run.writes else None
@@ -199,13 +199,27 @@ def run_pretraining(settings: PretrainSettings) -> str:
         return _close(run, method, objective, result, keeper)
 
 
-def _begin(settings: PretrainSettings, method: Method, recipe: Backbone) -> Objective:
+def _initialise(settings: PretrainSettings, cases: Sequence[Case], begun: Begun) -> Initialisation:
+    """The encoder to begin with, once it is known that it fits the cases."""
+    initial = initialise(settings.backbone, settings.weights, len(cases[0].images), min_coverage=settings.min_coverage)
+    check_channels(cases, initial.recipe)
+    # A run goes on as it began, also where an earlier version did not follow its weights.
+    return replace(initial, gives_way=begun.is_run)
+
+
+def _say_split(settings: PretrainSettings, cases: Sequence[Case], every: Sequence[Case]) -> None:
+    """Print which cases are learned from, where some are held out."""
+    num_held_out = len(every) - len(cases)
+    if settings.fold is not None or num_held_out:
+        say(fold_line(settings.fold, settings.num_folds, every, len(cases), num_held_out, settings.held_out_list))
+
+
+def _begin(settings: PretrainSettings, method: Method, initial: Initialisation) -> Objective:
     """What is trained, drawn by the seed, with the encoder's weights where there are some."""
     torch.manual_seed(settings.seed)
-    objective = method.build(recipe)
-    if settings.weights is not None:
-        filled = load_into(objective.encoder, settings.weights, min_coverage=settings.min_coverage)
-        say(f"{settings.weights}: {filled}")
+    objective = method.build(initial.recipe)
+    if initial.encoder is not None:
+        initial.fill(objective.encoder)
         objective.after_weights()
     return objective
 

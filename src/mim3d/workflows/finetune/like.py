@@ -14,7 +14,7 @@ from mim3d.core.errors import ConfigError, DataError, listed
 from mim3d.core.files import load_json
 from mim3d.core.names import cut, printable, verb_of
 from mim3d.core.progress import say
-from mim3d.core.run_folder import MANIFEST_NAME, how_to_resume, read_manifest, recipe_of
+from mim3d.core.run_folder import MANIFEST_NAME, how_to_resume, noted_intensity, read_manifest, recipe_of
 from mim3d.core.settings import CONFIG_NAME, coerce, flat, read_yaml, to_mapping, to_named
 from mim3d.datasets.mistaken import run_command
 from mim3d.datasets.splits import Split
@@ -180,10 +180,7 @@ def _complete(run: Path) -> dict[str, Any]:
     """
     manifest = {"derived": {}, **read_manifest(run / MANIFEST_NAME)}
     if recipe_of(manifest)["intensity"] is None:
-        # Earlier versions noted it in the card alone.
-        for card in run.glob("*/card.json"):
-            with suppress(OSError, ValueError, AttributeError):
-                manifest["derived"]["intensity"] = load_json(card).get("intensity")
+        manifest["derived"]["intensity"] = noted_intensity(run, manifest)
     whole = (run / SPLIT_NAME).is_file() and isinstance(manifest["inputs"].get("data"), str)
     if not whole or recipe_of(manifest)["intensity"] is None or not isinstance(manifest["settings"].get("task"), dict):
         raise ConfigError(

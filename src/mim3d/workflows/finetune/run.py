@@ -171,8 +171,7 @@ def _prepare(
         inputs=weights_input(settings.weights),
         resume=settings.resume,
     )
-    if initial.origin is not None:
-        run.note({"weights_origin": initial.origin})
+    run.note(initial.noted())
     save_plan(run, planned)
     if processes.is_first:
         processes.announce("plan", "saved")
@@ -249,8 +248,7 @@ def _train(
         raise ConfigError(
             f"schedule is {settings.schedule}, but {type(objective).__name__} freezes no encoder; use default."
         )
-    if initial.encoder is not None:
-        objective.encoder.load_state_dict(initial.encoder.state_dict())
+    initial.fill(objective.encoder)
     num_steps = settings.num_steps(loader, DEFAULT_EPOCHS)
     every = -(-num_steps // DEFAULT_VALIDATIONS) if settings.validate_every is None else settings.validate_every
     num_validations = -(-num_steps // every) if every else 1
@@ -279,9 +277,8 @@ def _train(
     if run.writes:
         left_out.note()
     named = {str(value): name for value, name in labels.items()}
-    card = {**encoder_card(recipe, mapping, training_scans), "task": to_named(task, TASKS), "labels": named}
-    if initial.origin is not None:
-        card["weights_origin"] = to_mapping(initial.origin)
+    learned = encoder_card(recipe, mapping, training_scans)
+    card = {**learned, "task": to_named(task, TASKS), "labels": named, **initial.noted()}
     return _close(run, objective, result, task.network, card)
 
 

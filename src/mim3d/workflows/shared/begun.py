@@ -7,9 +7,11 @@ from typing import Any
 
 from mim3d.backbones.contract import Backbone
 from mim3d.core.names import number_of
-from mim3d.core.run_folder import MANIFEST_NAME, read_manifest
-from mim3d.core.settings import coerce, to_named, update_settings
+from mim3d.core.run_folder import MANIFEST_NAME, noted_intensity, read_manifest
+from mim3d.core.settings import build_settings, coerce, to_named, update_settings
+from mim3d.core.types import Spacing
 from mim3d.methods import METHODS, Method
+from mim3d.scans.intensity import Intensity
 from mim3d.training.schedule import Optimisation
 
 #: Passes over the scans of a planned length (the paper's 800 epochs).
@@ -31,11 +33,17 @@ class Begun:
         written: Its method with every value that was planned, as its manifest has it.
         optim: Its optimisation, which lacks the floor of rates where it is of before there was one.
         max_steps: Steps of the whole run.
+        is_run: Whether there is a run that is resumed.
+        spacing_mm: Voxel size that its scans were prepared at; None for each scan's own.
+        intensity: Mapping of intensities that it learns from; None where none was noted yet.
     """
 
     written: Mapping[str, Any] = field(default_factory=dict)
     optim: Mapping[str, Any] = field(default_factory=lambda: {"least_learning_rate": None})
     max_steps: int | None = None
+    is_run: bool = False
+    spacing_mm: Spacing | None = None
+    intensity: Intensity | None = None
 
     @classmethod
     def of(cls, out: str, *, resume: bool) -> "Begun":
@@ -50,10 +58,14 @@ class Begun:
         manifest = read_manifest(path)
         method, optim = (manifest["settings"].get(name) for name in ("method", "optim"))
         steps = manifest.get("derived", {}).get("max_steps")
+        mapped = noted_intensity(path.parent, manifest)
         return cls(
             written=method if isinstance(method, dict) else {},
             optim=optim if isinstance(optim, dict) else cls().optim,
             max_steps=steps if isinstance(steps, int) and steps > 0 else None,
+            is_run=True,
+            spacing_mm=coerce(manifest["settings"].get("spacing_mm"), Spacing | None, "spacing_mm"),
+            intensity=None if mapped is None else build_settings(Intensity, mapped, "intensity"),
         )
 
     def method(self, asked: Method) -> Method:

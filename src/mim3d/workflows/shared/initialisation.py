@@ -1,4 +1,4 @@
-"""The encoder that fine-tuning and probing begin with: from scratch, or pre-trained and compared with the data."""
+"""The encoder that training and probing begin with: from scratch, or pre-trained and compared with the data."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
 from mim3d.caching.cache import Cache
 from mim3d.core.progress import say
-from mim3d.core.settings import build_settings, update_settings
+from mim3d.core.settings import build_settings, to_mapping, update_settings
 from mim3d.core.types import Named, Spacing
 from mim3d.datasets.cases import CaseSet
 from mim3d.planning.plan import plan_intensity
@@ -48,7 +48,7 @@ _ADAPTED: dict[InputLayers, str] = {
 
 @dataclass(frozen=True)
 class Initialisation:
-    """What fine-tuning begins with.
+    """What training begins with.
 
     Attributes:
         recipe: The encoder's settings.
@@ -57,6 +57,7 @@ class Initialisation:
         own_intensity: Mapping of intensities that it learned from; None where its weights do not say it.
         gives_way: Whether its voxel size counts for nothing, since the recipe of another run is followed.
         origin: Where foreign weights come from; None for our own, for unknown ones and from scratch.
+        filled: Names of the encoder's tensors that the weights fill.
     """
 
     recipe: Backbone
@@ -65,6 +66,7 @@ class Initialisation:
     own_intensity: Intensity | None = None
     gives_way: bool = False
     origin: WeightsOrigin | None = None
+    filled: tuple[str, ...] = ()
 
     @classmethod
     def of_card(cls, recipe: Backbone, encoder: Encoder | None, card: Mapping[str, Any]) -> "Initialisation":
@@ -80,6 +82,16 @@ class Initialisation:
             None if spacing_mm is None else (float(spacing_mm[0]), float(spacing_mm[1]), float(spacing_mm[2])),
             None if intensity is None else build_settings(Intensity, intensity, "intensity of the weights' card"),
         )
+
+    def fill(self, encoder: Encoder) -> None:
+        """Give an encoder of the same settings what the weights hold; all else stays as it was drawn."""
+        if self.encoder is not None:
+            state = self.encoder.state_dict()
+            encoder.load_state_dict({name: state[name] for name in self.filled}, strict=False)
+
+    def noted(self) -> dict[str, Any]:
+        """What manifests and cards keep of where foreign weights come from."""
+        return {} if self.origin is None else {"weights_origin": to_mapping(self.origin)}
 
     def spacing_mm(self, asked: Spacing | None, source: CaseSet | Cache) -> Spacing | None:
         """Voxel size to prepare the data with: as asked, else the encoder's; a cache has its own.
@@ -164,8 +176,9 @@ def initialise(
         if recipe.in_channels == learned:
             recipe = replace(recipe, in_channels=num_channels)
     encoder = recipe.build()
-    say(f"{weights}: {load_into(encoder, weights, input_layers=input_layers, min_coverage=min_coverage)}")
-    initial = Initialisation.of_card(recipe, encoder, read_card(weights))
+    report = load_into(encoder, weights, input_layers=input_layers, min_coverage=min_coverage)
+    say(f"{weights}: {report}")
+    initial = replace(Initialisation.of_card(recipe, encoder, read_card(weights)), filled=report.matched)
     origin = origin_of(weights)
     if origin is None:
         return initial
@@ -212,7 +225,7 @@ def _warn_of_other_voxels(own: Spacing, source: CaseSet) -> None:
 
 
 def _plain(spacing_mm: Spacing | None) -> str:
-    return "of each scan" if spacing_mm is None else " ".join(f"{value:g}" for value in spacing_mm)
+    return "each scan's own" if spacing_mm is None else " ".join(f"{value:g}" for value in spacing_mm)
 
 
 def _described(intensity: Intensity) -> str:
