@@ -21,8 +21,9 @@ from mim3d.core.files import write_json, write_text
 from mim3d.core.types import Triple
 from mim3d.exporting.networks import EncoderProgram, Exported, encoder_of, formula
 from mim3d.exporting.programs import compared, outputs_of
-from mim3d.nn.tokens import sincos_positions
+from mim3d.nn.tokens import resized_positions, sincos_positions
 from mim3d.reporting.rendering import render
+from mim3d.weights.families.monai_vit import NORM_EPS
 
 #: The file that says which of MONAI's networks take which file, by which an earlier export is known.
 INDEX_NAME = "networks.json"
@@ -88,7 +89,9 @@ def monai_networks(encoder: Encoder, patch_size: Triple) -> list[MonaiNetwork]:
             "use_v2": recipe.v2,
         }
         return [MonaiNetwork(name="SwinUNETR", built_with=built_with, others={"out_channels": 2}, prefix="swinViT.")]
-    if not isinstance(recipe, ViT) or recipe.positions != "sincos" or recipe.num_registers:
+    # Learned positions are read back as of a network of MONAI, with its norms.
+    known = ("sincos", "learned") if isinstance(recipe, ViT) and recipe.norm_eps == NORM_EPS else ("sincos",)
+    if not isinstance(recipe, ViT) or recipe.positions not in known or recipe.num_registers:
         return []
     if recipe.mlp != "gelu" or recipe.layer_scale is not None or not recipe.key_bias:
         return []
@@ -133,8 +136,8 @@ def require_monai_network(network: Exported, weights: str) -> None:
         raise CheckpointError(
             f"{weights} has an encoder of the backbone {network.card['backbone']['name']}, and none of MONAI's "
             "networks computes the same: --format monai-weights is for swin with four stages and a merging of today's "
-            "MONAI, and for vit with sincos positions, plain MLPs, no registers, no layer scale and norms in their "
-            "usual places; use --format safetensors, onnx or torch-export."
+            "MONAI, and for vit with sincos positions (or learned ones and norm_eps 1e-5), plain MLPs, no registers, "
+            "no layer scale and norms in their usual places; use --format safetensors, onnx or torch-export."
         )
 
 
@@ -185,12 +188,15 @@ def set_norms(vit: nn.Module, eps: float) -> None:
 
 def _monai_names(encoder: Encoder, patch_size: Triple) -> Iterator[tuple[str, Tensor]]:
     """Our tensors by the names of MONAI's encoder; those of a Swin are the same."""
-    if isinstance(encoder.recipe, Swin):
+    recipe = encoder.recipe
+    if not isinstance(recipe, ViT):
         yield from encoder.state_dict().items()
         return
-    edge, width = encoder.recipe.token_size[0], encoder.widths[0]
+    edge, width = recipe.token_size[0], encoder.widths[0]
     grid = (patch_size[0] // edge, patch_size[1] // edge, patch_size[2] // edge)
-    yield "patch_embedding.position_embeddings", sincos_positions(grid, width)[None]
+    table = encoder.state_dict().get("position_table")
+    learned = None if table is None else resized_positions(table, recipe.position_grid, grid)
+    yield "patch_embedding.position_embeddings", (sincos_positions(grid, width) if learned is None else learned)[None]
     renamed = {
         "embed.": "patch_embedding.patch_embeddings.",
         ".attn.proj.": ".attn.out_proj.",
@@ -198,6 +204,8 @@ def _monai_names(encoder: Encoder, patch_size: Triple) -> Iterator[tuple[str, Te
         ".mlp.fc2.": ".mlp.linear2.",
     }
     for key, value in encoder.state_dict().items():
+        if key == "position_table":
+            continue
         for ours, theirs in renamed.items():
             if ours[0] == "." or key.startswith(ours):
                 key = key.replace(ours, theirs)

@@ -10,6 +10,7 @@ from mim3d.weights.families.family import ExpectedInput, Family
 from mim3d.weights.families.hi_end_mae import HI_END_MAE
 from mim3d.weights.families.mae import MAE_2D, MAE_3D
 from mim3d.weights.families.mim import MIM, OWN_HYBRID
+from mim3d.weights.families.monai_vit import MONAI_VIT, MONAI_VIT_LINEAR
 from mim3d.weights.families.nnssl import NNSSL_RESENC, PRIMUS
 from mim3d.weights.families.nnunet import NNUNET_PLAIN, NNUNET_RESENC
 from mim3d.weights.families.suprem import SUPREM_SEGRESNET, SUPREM_SWIN, SUPREM_UNET
@@ -34,6 +35,8 @@ FAMILIES: tuple[Family, ...] = (
     THREE_DINO,
     MAE_3D,
     MAE_2D,
+    MONAI_VIT,
+    MONAI_VIT_LINEAR,
     NNSSL_RESENC,
     NNUNET_RESENC,
     PRIMUS,

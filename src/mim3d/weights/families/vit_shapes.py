@@ -40,7 +40,7 @@ def settings_of_vit(heads: Mapping[tuple[int, int], int]) -> Callable[[Tensors],
         if hidden is not None and back is not None and hidden.ndim == back.ndim == 2:
             gated = hidden.shape[0] == 2 * back.shape[1]
             shown["mlp"] = "swiglu" if gated else "gelu"
-            shown["mlp_ratio"] = back.shape[1] * (1.5 if gated else 1) / width
+            shown["mlp_ratio"] = back.shape[1] * (1.5 if gated else 1) / max(width, 1)
         registers, table = tensors.get("registers"), tensors.get("position_table")
         shown["num_registers"] = 0 if registers is None else len(registers)
         shown["positions"] = "sincos" if table is None else "learned"
