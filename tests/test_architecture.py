@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2461,
     "probing": 1040,
     "exporting": 1890,
-    "workflows": 10313,
+    "workflows": 10315,
     "commands": 295,
     "cli": 832,
     "__main__": 15,

@@ -165,13 +165,25 @@ def test_what_is_known_at_the_end_of_pretraining_is_in_its_card(
     monkeypatch.setattr(EncoderKeeper, "save", noted)
     pretrain(str(ball_set), str(out), checkpoint_every=1, **settings)
     assert saved == [{"unfinished"}, {"unfinished"}, set()] and read_card(out)["warnings"] == []
-    monkeypatch.setattr(pretrain_module, "LEAST_LINES", 1)
+    for name in ("LEAST_STEPS", "LEAST_LINES"):
+        monkeypatch.setattr(pretrain_module, name, 1)
     monkeypatch.setattr(type(create_method(METHOD, BACKBONE)), "idle_parts", lambda *_: ["level fine is idle"])
     with pytest.warns(LearningWarning, match="fine is idle"):
         pretrain(str(ball_set), str(out), resume=True, **settings)
     assert kinds(read_card(out)["warnings"]) == {"learning"}
     (out / "encoder" / "card.json").unlink()
     assert kinds(read_card(out)["warnings"]) == {"learning"}
+
+
+@pytest.mark.parametrize(("max_steps", "log_every", "is_judged"), [(20, 5, True), (19, 1, False), (20, 10, False)])
+def test_what_learned_nothing_is_judged_by_the_last_of_few_lines_too(
+    ball_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_steps: int, log_every: int, is_judged: bool
+) -> None:
+    judged: list[dict[str, float]] = []
+    monkeypatch.setattr(type(create_method(METHOD, BACKBONE)), "idle_parts", lambda _, logs: judged.append(logs) or [])
+    settings: dict[str, Any] = {"method": METHOD, "backbone": BACKBONE, "num_workers": 0, "accelerator": "cpu"}
+    pretrain(str(ball_set), str(tmp_path / "run"), max_steps=max_steps, log_every=log_every, **settings)
+    assert [logs["step"] for logs in judged] == ([20] if is_judged else [])
 
 
 def test_the_summary_of_folds_marks_those_whose_scores_leak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,8 +41,9 @@ from mim3d.workflows.shared.leakage import check_leakage, identities_of, seen_fr
 from mim3d.workflows.shared.memory import largest_image, pretraining_sample, pretraining_variants, require_memory
 from mim3d.workflows.shared.training import TrainingSettings, joined_processes
 
-#: Lines of metrics from which a part may be called idle.
-LEAST_LINES = 10
+#: Steps, and lines of metrics, from which a part may be called idle: before, its loss is mostly that of the beginning.
+LEAST_STEPS = 20
+LEAST_LINES = 4
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def _close(run: Run, method: Method, objective: Objective, result: TrainResult, 
     means = {
         name: fmean(values) for name in names if (values := [line[name] for line in last if line.get(name) is not None])
     }
-    if result.finished and len(lines) >= LEAST_LINES:
+    if result.finished and result.step >= LEAST_STEPS and len(lines) >= LEAST_LINES:
         for sentence in method.idle_parts(means):
             warnings.warn(sentence, category=LearningWarning, stacklevel=2)
     keeper.conclude(objective, result.step)
