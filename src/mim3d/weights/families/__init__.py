@@ -11,8 +11,9 @@ from mim3d.weights.families.hi_end_mae import HI_END_MAE
 from mim3d.weights.families.mae import MAE_2D, MAE_3D
 from mim3d.weights.families.mim import MIM, OWN_HYBRID
 from mim3d.weights.families.monai_vit import MONAI_VIT, MONAI_VIT_LINEAR
-from mim3d.weights.families.nnssl import NNSSL_RESENC, PRIMUS
+from mim3d.weights.families.nnssl import NNSSL_RESENC
 from mim3d.weights.families.nnunet import NNUNET_PLAIN, NNUNET_RESENC
+from mim3d.weights.families.primus import NNSSL_PRIMUS, PRIMUS, PRIMUS_DEEPER
 from mim3d.weights.families.suprem import SUPREM_SEGRESNET, SUPREM_SWIN, SUPREM_UNET
 from mim3d.weights.families.swinunetr import MONAI_SWINUNETR, OWN_SWIN, SWINUNETR_PRETRAINING
 from mim3d.weights.families.three_dino import THREE_DINO
@@ -39,7 +40,9 @@ FAMILIES: tuple[Family, ...] = (
     MONAI_VIT_LINEAR,
     NNSSL_RESENC,
     NNUNET_RESENC,
+    NNSSL_PRIMUS,
     PRIMUS,
+    PRIMUS_DEEPER,
     NNUNET_PLAIN,
 )
 
@@ -99,7 +102,8 @@ def recognised(held: HeldWeights) -> RecognisedWeights | None:
             found = RecognisedWeights(family, held, family.own_tensors(held), {}, expects)
             if not family.backbone:
                 return found
-            shown = family.settings(found.encoder)
+            encoder = found.encoder
+            shown = {**family.settings(encoder), **family.settings_in_file(encoder, held)}
             return replace(found, shown=shown, expects=expects.of_channels(shown["in_channels"]))
     return None
 

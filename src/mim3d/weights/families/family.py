@@ -75,6 +75,10 @@ def _fit(_: Any, __: Any, ___: Any) -> str:
     return ""
 
 
+def _no_settings(_: Any, __: Any) -> dict[str, Any]:
+    return {}
+
+
 def _unchanged(tensors: Tensors, _: HeldWeights) -> Tensors:
     return tensors
 
@@ -99,7 +103,8 @@ class Family:
         last: Name, after renaming, that a file lacks if its end was lost.
         backbone: Name of our backbone that is the same network; empty for none.
         settings: The settings of that backbone which shapes show, or that the family fixes.
-        open: Settings that change what is computed and that shapes do not show, unless ``settings`` gives them.
+        settings_in_file: Settings that the file itself says, beside its tensors.
+        open: Settings that change what is computed and that shapes do not show, unless these two give them.
         unfit: Says, as the end of a sentence, why an encoder of given settings, with its tensors, cannot be ours; empty
             where it can.
         expects: What its network expects of its input.
@@ -126,6 +131,7 @@ class Family:
     last: str = ""
     backbone: str = ""
     settings: Callable[[Tensors], dict[str, Any]] = dict
+    settings_in_file: Callable[[Tensors, HeldWeights], dict[str, Any]] = _no_settings
     open: tuple[str, ...] = ()
     unfit: Callable[[Mapping[str, Any], Tensors, HeldWeights], str] = _fit
     expects: ExpectedInput = ExpectedInput()

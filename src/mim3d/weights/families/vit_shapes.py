@@ -37,7 +37,7 @@ def settings_of_vit(heads: Mapping[tuple[int, int], int]) -> Callable[[Tensors],
         shown: dict[str, Any] = {"width": width, "depth": depth, "token_edge": edge, "in_channels": in_channels}
         shown |= {"num_heads": heads[width, depth]} if (width, depth) in heads else {}
         hidden, back = (tensors.get(f"blocks.0.mlp.fc{number}.weight") for number in (1, 2))
-        if hidden is not None and back is not None and hidden.ndim == back.ndim == 2:
+        if width and hidden is not None and back is not None and hidden.ndim == back.ndim == 2:
             gated = hidden.shape[0] == 2 * back.shape[1]
             shown["mlp"] = "swiglu" if gated else "gelu"
             shown["mlp_ratio"] = back.shape[1] * (1.5 if gated else 1) / max(width, 1)
@@ -66,7 +66,7 @@ def unfit_vit(heads: Mapping[tuple[int, int], int]) -> Callable[[Mapping[str, An
         if len(set(edges)) != 1:
             return f": its tokens have {edges} voxels, mim3d's are cubes, so its weights cannot be used here"
         table = tensors.get("position_table")
-        if table is not None and shown["positions"] == "learned" and math.prod(shown["position_grid"]) != len(table):
+        if table is not None and shown["positions"] != "sincos" and math.prod(shown["position_grid"]) != len(table):
             return f": it has positions for {len(table)} tokens, whose grid nothing says, so it cannot be used here"
         whole = depths.get(shown["width"], shown["depth"])
         if shown["depth"] < whole:
