@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from mim3d.backbones import create_recipe
+from mim3d.core.errors import listed
 from mim3d.core.names import cut, number_of
 from mim3d.weights.cards import has_card, read_card, seen_size
 from mim3d.weights.families import ExpectedInput, RecognisedWeights, recognised, unknown_layout
 from mim3d.weights.folders import RUN_NETWORKS, weights_file
 from mim3d.weights.loading import fitting, recipe_of_card
-from mim3d.weights.states import HeldWeights, read_weights
+from mim3d.weights.states import HeldWeights, read_weights, unlearned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,8 @@ def describe(path: str | Path) -> WeightsDescription:
     rows |= {f"expects {name}": said for name, said in origin.expects.rows().items()}
     if origin.remark:
         rows["note"] = origin.remark
+    if said := unlearned(found.tensors):
+        rows["values"] = f"cannot be used: it holds {said}"
     return WeightsDescription(file=file, family=origin.family, rows=rows, origin=origin)
 
 
@@ -121,15 +123,12 @@ def _network(found: RecognisedWeights) -> dict[str, str]:
     """The network of a known family and how much of it the file fills, or why no encoder can be made of the file."""
     if found.unfit:
         return {"network": f"none of mim3d's{found.unfit}"}
-    open_, settings = found.open, dict(found.shown)
+    open_ = found.open
     said = f"{found.family.backbone}: {found.size}"
     if open_:
-        said += f"; give --backbone.{open_[0]}, which its tensors do not show"
-        # A stand-in of the same shapes: one head divides every width.
-        settings |= dict.fromkeys(open_, 1)
-    with torch.device("meta"):
-        target = create_recipe({"name": found.family.backbone, **settings}).build().state_dict()
-    inside = found.encoder
+        flags = listed([f"--backbone.{name}" for name in open_])
+        said += f"; give {flags}, which its tensors do not show"
+    target, inside = found.own_network, found.encoder
     _, report = fitting(target, inside)
     others = len(found.tensors) - len(inside)
     millions = sum(value.numel() for value in target.values()) / 1e6

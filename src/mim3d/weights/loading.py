@@ -21,13 +21,19 @@ from mim3d.weights.cards import card_settings, has_card, read_card, require_desc
 from mim3d.weights.families import RecognisedWeights, recognised, unknown_layout
 from mim3d.weights.families.mim import alike
 from mim3d.weights.folders import RUN_NETWORKS
-from mim3d.weights.states import oddity, read_weights, without_prefix_of
+from mim3d.weights.states import HeldWeights, oddity, read_weights, unlearned, without_prefix_of
 
 #: Share of an encoder's values that a file must fill before it counts as loaded.
 MIN_COVERAGE = 0.9
 
 #: Settings of a backbone that change nothing of what it computes with given weights.
 _OF_TRAINING = ("recompute", "drop_path", "in_channels", "layer_scale")
+
+#: Settings that tensors may not show, in words.
+_HIDDEN = {
+    "num_heads": "the number of attention heads",
+    "positions": "the positions of tokens (no pos_embed is there)",
+}
 
 #: What becomes of the layers that read the input where the number of channels differs, see :func:`adapt_input`.
 InputLayers = Literal["mean", "repeat", "new"]
@@ -92,21 +98,21 @@ def load_into(
             0 to 1. 1 refuses every partial load, 0 none.
 
     Raises:
-        CheckpointError: Less than ``min_coverage`` would be filled, or a tensor holds values that are not finite;
-            nothing is changed then.
+        CheckpointError: Less than ``min_coverage`` would be filled, or tensors hold values that are not finite, or one
+            and the same value throughout; nothing is changed then.
         ConfigError: ``min_coverage`` is no share.
     """
     require_share(min_coverage)
     target = module.state_dict()
-    inside_encoder = isinstance(module, Encoder)
-    own = {key if inside_encoder else key.removeprefix("encoder."): key for key in target}
+    judged = {key for key in target if isinstance(module, Encoder) or key.startswith("encoder.")} or set(target)
     held = read_weights(path, networks)
-    known = None if has_card(path, networks) else recognised(held)
-    state = without_prefix_of(held.tensors, {*target, *own}) if known is None else known.tensors
-    if inside_encoder:
-        state = {key.removeprefix("encoder."): value for key, value in state.items()}
-    elif not any(key.startswith("encoder.") for key in state):
-        state = {own.get(key, key): value for key, value in state.items()}
+    renamed_by = known = None if has_card(path, networks) else recognised(held)
+    state = _named_as_in(module, target, held, known)
+    if known is not None and _filled(target, state, judged) < min_coverage:
+        # A network of somebody's own may have the names of the file.
+        plain = _named_as_in(module, target, held, None)
+        if _filled(target, plain, judged) > _filled(target, state, judged):
+            state, renamed_by = plain, None
     odd = {key: said for key in sorted(state.keys() & target.keys()) if (said := oddity(state[key], target[key]))}
     if odd:
         first = next(iter(odd))
@@ -116,9 +122,8 @@ def load_into(
         )
     state, adapted = adapt_input(module, state, input_layers)
     fits, report = fitting(target, state, adapted)
-    judged = {key for key in target if inside_encoder or key.startswith("encoder.")} or set(target)
     unfilled = sorted(judged - fits.keys())
-    share = _num_values(target, judged & fits.keys()) / max(1, _num_values(target, judged))
+    share = _filled(target, state, judged)
     if share < min_coverage:
         example = next(iter(report.mismatched or report.missing), "none")
         what = "" if known is None else f" It is {known.family.name}{f' with {known.size}' if known.size else ''}."
@@ -128,12 +133,8 @@ def load_into(
             f"{min_coverage:g}."
         )
     # As the module will hold them: what double precision holds may be too large.
-    broken = [key for key, value in fits.items() if not torch.isfinite(value.to(target[key].dtype)).all()]
-    if broken:
-        raise CheckpointError(
-            f"{path} holds values that are not finite, in {len(broken)} of {len(fits)} tensors (first: {broken[0]}); "
-            "the training that wrote it had failed by then, so take an earlier checkpoint."
-        )
+    if said := unlearned({key: value.to(target[key].dtype) for key, value in fits.items()}):
+        raise CheckpointError(f"{path} holds {said}.")
     if unfilled:
         warnings.warn(
             f"{path} fills {share:.1%} of the encoder; {len(unfilled)} of its {number_of(len(judged), 'tensor')} "
@@ -141,10 +142,30 @@ def load_into(
             category=WeightsWarning,
             stacklevel=2,
         )
-    elif known is not None:
-        _warn_of_settings(module, known, path)
+    elif renamed_by is not None:
+        _warn_of_settings(module, renamed_by, path, report.left_over)
     module.load_state_dict(fits, strict=False)
     return report
+
+
+def _named_as_in(
+    module: nn.Module, target: Mapping[str, Tensor], held: HeldWeights, known: RecognisedWeights | None
+) -> dict[str, Tensor]:
+    """The tensors of a file by the names of a module: by those of a known family, or as the file has them."""
+    inside_encoder = isinstance(module, Encoder)
+    own = {key if inside_encoder else key.removeprefix("encoder."): key for key in target}
+    state = without_prefix_of(held.tensors, {*target, *own}) if known is None else known.tensors
+    if inside_encoder:
+        return {key.removeprefix("encoder."): value for key, value in state.items()}
+    if any(key.startswith("encoder.") for key in state):
+        return state
+    return {own.get(key, key): value for key, value in state.items()}
+
+
+def _filled(target: Mapping[str, Tensor], state: Mapping[str, Tensor], judged: Set[str]) -> float:
+    """Share of the values of some of a module's tensors that others of the same names and shapes fill."""
+    fits = {key for key in judged & state.keys() if state[key].shape == target[key].shape}
+    return _num_values(target, fits) / max(1, _num_values(target, judged))
 
 
 def fitting(
@@ -175,8 +196,10 @@ def _num_values(target: Mapping[str, Tensor], keys: Set[str]) -> int:
     return sum(target[key].numel() for key in keys)
 
 
-def _warn_of_settings(module: nn.Module, known: RecognisedWeights, path: str | Path) -> None:
-    """Warn where weights fill a network whose settings make it compute something else than theirs."""
+def _warn_of_settings(
+    module: nn.Module, known: RecognisedWeights, path: str | Path, left_over: tuple[str, ...]
+) -> None:
+    """Warn where weights fill a network that computes something else than theirs, by its settings or its parts."""
     encoder = module if isinstance(module, Encoder) else getattr(module, "encoder", None)
     recipe = getattr(encoder, "recipe", None)
     shown = ((name, value, getattr(recipe, name, value)) for name, value in known.shown.items())
@@ -189,6 +212,14 @@ def _warn_of_settings(module: nn.Module, known: RecognisedWeights, path: str | P
         warnings.warn(
             f"{path} is {known.family.name}, but the encoder has {listed(other, 3)}; it computes something else than "
             "they learned.",
+            category=WeightsWarning,
+            stacklevel=3,
+        )
+    elif strangers := [name for name in known.encoder if f"encoder.{name}" in left_over or name in left_over]:
+        warnings.warn(
+            f"{path} is {known.family.name}, and {number_of(len(strangers), 'tensor')} of its encoder, the first "
+            f"{cut(strangers[0])}, {verb_of(len(strangers), 'have')} no place in this one; it computes something else "
+            "than they learned.",
             category=WeightsWarning,
             stacklevel=3,
         )
@@ -323,10 +354,12 @@ def _recipe_of_family(path: str | Path, changes: Mapping[str, Any]) -> Backbone:
     unknown = [name for name in found.open if name not in changes]
     if unknown:
         names = alike(shown) if family.backbone == "hybrid" else []
-        named = f"--backbone {names[0]}, whose shapes these are" if names else f"--backbone.{unknown[0]}"
+        flags = " and ".join(f"--backbone.{name}" for name in unknown)
+        named = f"--backbone {names[0]}, whose shapes these are" if names else flags
+        hidden = " and ".join(_HIDDEN.get(name, name) for name in unknown)
         raise CheckpointError(
-            f"{path} has no card, and its tensors ({found.size}) do not show the number of attention heads, which "
-            f"changes what the encoder computes; give {named}."
+            f"{path} has no card, and its tensors ({found.size}) do not show {hidden}, which "
+            f"{'change' if len(unknown) > 1 else 'changes'} what the encoder computes; give {named}."
         )
     if any(name not in shown for name in family.open):
         warnings.warn(

@@ -10,7 +10,6 @@ import io
 import math
 import pickle
 import re
-import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mim3d.core.errors import CheckpointError
+from mim3d.weights.plain import kind_of_file
 
 #: Modules whose functions have no place in a file of weights: what names them is said.
 _PROGRAMS = (
@@ -356,7 +356,11 @@ def load_torch_file(file: Path) -> tuple[Any, tuple[str, ...]]:
             content, programs = (_read_archive if is_archive else _read_old)(file)
             return content, tuple(dict.fromkeys(programs))
         except Exception as error:  # As above.
-            reason = (_reason(str(error)) or type(error).__name__) if is_archive else _kind_of_file(file)
+            reason = (
+                (_reason(str(error)) or type(error).__name__)
+                if is_archive
+                else kind_of_file(file) or "its content is of another kind"
+            )
     raise CheckpointError(f"{file} cannot be read as weights ({reason}); it is damaged, or no file of torch.save.")
 
 
@@ -372,17 +376,6 @@ def _unusual(file: Path) -> str:
     if sum(part.file_size for part in parts) > file.stat().st_size:
         return "its tensors are larger than the file"
     return ""
-
-
-def _kind_of_file(file: Path) -> str:
-    """What a file is that is no weights file of any age."""
-    with open(file, "rb") as stream:
-        first = stream.read(4)
-    if not first:
-        return "it is empty"
-    if first.startswith(b"PK"):
-        return "its end is missing"
-    return "it is a TAR archive; unpack it first" if tarfile.is_tarfile(file) else "its content is of another kind"
 
 
 def _reason(said: str) -> str:

@@ -1,5 +1,6 @@
 """Weights files that hold no pickles: safetensors, in one file or in several with an index, and arrays of numpy."""
 
+import tarfile
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -21,8 +22,15 @@ INDEX_NAME = "model.safetensors.index.json"
 #: An index has a line for each tensor.
 _LARGEST_INDEX = 64 * 2**20
 
-#: Weights hardly shrink by compression: arrays of more than this many times their file, and bytes, are no weights.
-_MOST_TIMES, _SMALL = 20, 2**28
+#: What other files begin with that lie in the place of weights, in lower case.
+_KINDS = {
+    b"version https://git-lfs": "it is a pointer of Git LFS; fetch the file itself with git lfs pull",
+    b"<!doctype": "it is a web page; download the file itself",
+    b"<html": "it is a web page; download the file itself",
+}
+
+#: Weights hardly shrink by compression: what is more than this many times its file, and bytes, is no weights.
+MOST_TIMES, SMALL = 20, 2**28
 
 
 def is_index(file: Path) -> bool:
@@ -46,7 +54,29 @@ def read_plain(file: Path) -> dict[str, Tensor] | None:
             return load_file(file)
         return _read_shards(file) if is_index(file) else None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is no readable safetensors file ({error}); copy or export it again.") from None
+        said = kind_of_file(file) if file.is_file() else ""
+        raise CheckpointError(
+            f"{file} is no readable safetensors file ({said or error}); copy or export it again."
+        ) from None
+
+
+def kind_of_file(file: Path) -> str:
+    """What a file is that lies in the place of weights and is none of its ending, by its first bytes; else empty."""
+    with open(file, "rb") as stream:
+        first = stream.read(200)
+    if not first:
+        return "it is empty"
+    if not first.strip(b"\0"):
+        return "it begins with zeros alone, as a download that was cut off"
+    if found := next((said for start, said in _KINDS.items() if first.lstrip().lower().startswith(start)), ""):
+        return found
+    if first.startswith(b"PK"):
+        return (
+            "its end is missing" if file.suffix != ".safetensors" else "it is an archive; torch's have the ending .pt"
+        )
+    if file.suffix != ".safetensors" and first[8:9] == b"{":
+        return "it is a safetensors file; give it the ending .safetensors"
+    return "it is a TAR archive; unpack it first" if tarfile.is_tarfile(file) else ""
 
 
 def shards_of(index: Path) -> dict[Path, list[str]]:
@@ -112,7 +142,7 @@ def _read_arrays(file: Path) -> dict[str, Tensor]:
             raise ValueError("it is no archive, or its end is missing")
         with np.load(file, allow_pickle=False) as arrays:
             size = sum(entry.file_size for entry in arrays.zip.infolist())
-            if size > _MOST_TIMES * file.stat().st_size + _SMALL:
+            if size > MOST_TIMES * file.stat().st_size + SMALL:
                 raise ValueError(f"its arrays would take {size:,} bytes")
             for name in arrays.files:
                 try:

@@ -15,7 +15,7 @@ from mim3d.core.names import cut
 from mim3d.core.warned import WeightsWarning
 from mim3d.weights.folders import RUN_NETWORKS, weights_file
 from mim3d.weights.pickles import PassedOver, PickledArray, load_torch_file, tensors_of_module
-from mim3d.weights.plain import read_plain
+from mim3d.weights.plain import MOST_TIMES, SMALL, read_plain
 
 #: Keys under which files hold their weights, the one to prefer first: an average of weights only where nothing else is.
 WRAPPERS = (
@@ -65,12 +65,14 @@ class HeldWeights:
         place: Keys of the file that lead to them.
         prefix: What all their names began with.
         beside: What lies at the top of the file by key, the weights among it. Objects are stand-ins.
+        file: The file, for messages.
     """
 
     tensors: dict[str, Tensor]
     place: tuple[str, ...] = ()
     prefix: str = ""
     beside: Mapping[Any, Any] = field(default_factory=dict)
+    file: str = "the file"
 
     @property
     def paths(self) -> list[str]:
@@ -100,7 +102,7 @@ def read_weights(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> 
     file = weights_file(path, networks)
     plain = read_plain(file)
     if plain:
-        return _held(plain, (), {})
+        return _held(plain, (), {}, file)
     content, programs = (plain, ()) if plain is not None else load_torch_file(file)
     if programs:
         warnings.warn(
@@ -109,17 +111,24 @@ def read_weights(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> 
             stacklevel=2,
         )
     place, state = _unwrapped(content, file)
-    return _held(state, place, _inner(content))
+    # Views that repeat a few values, or have none, are few bytes in a file and a network that fills a machine.
+    size = sum(value.numel() * value.element_size() for value in state.values())
+    if size > MOST_TIMES * file.stat().st_size + SMALL:
+        raise CheckpointError(
+            f"{file} holds tensors of {size:,} bytes in {file.stat().st_size:,}: they repeat values or have none, as "
+            "those of no trained network do; it is not read."
+        )
+    return _held(state, place, _inner(content), file)
 
 
-def _held(state: Mapping[str, Tensor], place: tuple[str, ...], beside: Mapping[Any, Any]) -> HeldWeights:
+def _held(state: Mapping[str, Tensor], place: tuple[str, ...], beside: Mapping[Any, Any], file: Path) -> HeldWeights:
     """Tensors without what wrappers leave inside of names, and without prefixes that all names share."""
     names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in state}
     shared = ""
     while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in names.values())), None):
         names = {key: name.removeprefix(prefix) for key, name in names.items()}
         shared += prefix
-    return HeldWeights({names[key]: value for key, value in state.items()}, place, shared, beside)
+    return HeldWeights({names[key]: value for key, value in state.items()}, place, shared, beside, str(file))
 
 
 def _unwrapped(content: Any, file: Path) -> tuple[tuple[str, ...], dict[str, Tensor]]:
@@ -130,7 +139,8 @@ def _unwrapped(content: Any, file: Path) -> tuple[tuple[str, ...], dict[str, Ten
         found = list(_sets_of_tensors(content, file, of_arrays=True)) or found
     if not found:
         items = list(_inner(content).items())[:4] if isinstance(content, dict) else []
-        held = ", ".join(f"{cut(str(key), 40)} ({_kind(value)})" for key, value in items) or f"a {_kind(content)}"
+        kind = _kind(content) if isinstance(content, PassedOver) else f"a {_kind(content)}"
+        held = ", ".join(f"{cut(str(key), 40)} ({_kind(value)})" for key, value in items) or kind
         raise CheckpointError(
             f"{file} holds no tensors by name, but {held}; save the state_dict of the network, as "
             "tensors, with torch.save or safetensors."
@@ -227,11 +237,35 @@ def without_prefix_of(state: Mapping[str, Tensor], known: Collection[str]) -> di
 
 def oddity(value: Tensor, target: Tensor) -> str:
     """Why the values of a tensor cannot be taken as they are, in words; empty for plain numbers as the target's."""
+    if said := no_array(value):
+        return said
+    plain = value.dtype in _PLAIN if target.is_floating_point() else not value.dtype.is_floating_point
+    return "" if plain else f"values of type {str(value.dtype).removeprefix('torch.')}"
+
+
+def no_array(value: Tensor) -> str:
+    """Why a tensor is no array of numbers, in words; empty where it is one."""
     if value.is_meta:
         return "no values but shapes alone"
     if value.is_quantized:
         return "quantised values"
-    if value.layout != torch.strided or value.is_nested:
-        return "sparse values"
-    plain = value.dtype in _PLAIN if target.is_floating_point() else not value.dtype.is_floating_point
-    return "" if plain else f"values of type {str(value.dtype).removeprefix('torch.')}"
+    return "sparse values" if value.layout != torch.strided or value.is_nested else ""
+
+
+def unlearned(state: Mapping[str, Tensor]) -> str:
+    """What of tensors no training gives, as the end of a sentence; empty where nothing is the matter."""
+    plain = {name: value for name, value in state.items() if not no_array(value) and value.dtype in _PLAIN}
+    broken = [name for name, value in plain.items() if not torch.isfinite(value).all()]
+    if broken:
+        return (
+            f"values that are not finite, in {len(broken)} of {len(state)} tensors (first: {cut(broken[0])}); the "
+            "training that wrote it had failed by then, so take an earlier checkpoint"
+        )
+    matrices = {name: value for name, value in plain.items() if value.ndim > 1 and value.numel() > 1}
+    same = [name for name, value in matrices.items() if value.min() == value.max()]
+    if sum(matrices[name].numel() for name in same) * 10 <= sum(value.numel() for value in matrices.values()):
+        return ""
+    return (
+        f"one and the same value throughout each of {len(same)} of {len(matrices)} kernels and matrices (first: "
+        f"{cut(same[0])}); it was not wholly copied, or nothing was learned, so copy it again"
+    )

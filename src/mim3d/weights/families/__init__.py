@@ -1,11 +1,16 @@
 """Families of published weights, one small table each: a new one is a file here and a line in ``FAMILIES``."""
 
+import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mim3d.core.names import cut, number_of
+from mim3d.backbones import create_recipe
+from mim3d.core.errors import ConfigError
+from mim3d.core.names import cut, number_of, verb_of
 from mim3d.weights.families.family import ExpectedInput, Family
 from mim3d.weights.families.hi_end_mae import HI_END_MAE
 from mim3d.weights.families.mae import MAE_2D, MAE_3D
@@ -83,10 +88,40 @@ class RecognisedWeights:
         if not family.backbone:
             return f": {family.why_not}, so its weights cannot be used here"
         inside = self.encoder
-        said = family.unfit(self.shown, inside, self.held)
-        if not said and family.last and family.last not in inside:
-            return f", but holds no {family.last}, the end of the encoder; it is not whole, so copy it again"
-        return said
+        if said := family.unfit(self.shown, inside, self.held):
+            return said
+        try:
+            own = self.own_network
+        except ConfigError as error:
+            return f", but with settings that mim3d's {family.backbone} cannot have ({str(error).rstrip('.')})"
+        # A part that ours lacks, or has in another shape, computes something else, whatever the others hold.
+        others = [name for name, value in inside.items() if name not in own or own[name].shape != value.shape]
+        if others:
+            first = f"{cut(others[0], 60)} {tuple(inside[others[0]].shape)}"
+            have = verb_of(len(others), "have")
+            return (
+                f", but {number_of(len(others), 'tensor')} of its encoder, the first {first}, {have} no place in "
+                f"mim3d's {family.backbone}: it is another network, so its weights cannot be used here"
+            )
+        if family.last and family.last not in inside:
+            return (
+                f", but holds no {family.last}, the end of the encoder; it is not whole, so copy it again, or it is "
+                "another network"
+            )
+        return ""
+
+    @cached_property
+    def own_network(self) -> dict[str, Tensor]:
+        """The tensors of our encoder of these settings, by name, without values.
+
+        Raises:
+            ConfigError: The settings cannot be.
+        """
+        # Stand-ins of the same shapes: one head divides every width, and a table is there where the file has one.
+        settings = {"num_heads": 1, "positions": "sincos"}
+        settings = {name: value for name, value in settings.items() if name in self.open} | self.shown
+        with torch.device("meta"):
+            return create_recipe({"name": self.family.backbone, **settings}).build().state_dict()
 
     @property
     def size(self) -> str:
@@ -104,6 +139,9 @@ def recognised(held: HeldWeights) -> RecognisedWeights | None:
                 return found
             encoder = found.encoder
             shown = {**family.settings(encoder), **family.settings_in_file(encoder, held)}
+            for name, pattern in family.shown_by:
+                if not any(re.search(pattern, path) for path in held.tensors):
+                    shown.pop(name, None)
             return replace(found, shown=shown, expects=expects.of_channels(shown["in_channels"]))
     return None
 

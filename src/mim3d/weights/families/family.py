@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mim3d.core.errors import CheckpointError
+from mim3d.core.names import cut
 from mim3d.core.types import Spacing
 from mim3d.scans.intensity import Intensity
-from mim3d.weights.states import HeldWeights, without_prefix_of
+from mim3d.weights.states import HeldWeights, no_array, without_prefix_of
 
 #: Tensors by name.
 Tensors = dict[str, Tensor]
@@ -105,6 +107,7 @@ class Family:
         settings: The settings of that backbone which shapes show, or that the family fixes.
         settings_in_file: Settings that the file itself says, beside its tensors.
         open: Settings that change what is computed and that shapes do not show, unless these two give them.
+        shown_by: Settings of which ``settings`` knows nothing where a file holds no tensor of a name, with its pattern.
         unfit: Says, as the end of a sentence, why an encoder of given settings, with its tensors, cannot be ours; empty
             where it can.
         expects: What its network expects of its input.
@@ -133,6 +136,7 @@ class Family:
     settings: Callable[[Tensors], dict[str, Any]] = dict
     settings_in_file: Callable[[Tensors, HeldWeights], dict[str, Any]] = _no_settings
     open: tuple[str, ...] = ()
+    shown_by: tuple[tuple[str, str], ...] = ()
     unfit: Callable[[Mapping[str, Any], Tensors, HeldWeights], str] = _fit
     expects: ExpectedInput = ExpectedInput()
     expects_in_file: Callable[[HeldWeights], ExpectedInput | None] = _nothing
@@ -169,15 +173,26 @@ class Family:
         return 1 - len(self.lacks(held)) / len((*self.anchors, *self.keys, *self.marks))
 
     def own_tensors(self, held: HeldWeights) -> Tensors:
-        """The tensors of a file by our names: ``encoder.*``, and all others as they are called there."""
+        """The tensors of a file by our names: ``encoder.*``, and all others as they are called there.
+
+        Raises:
+            CheckpointError: Some of the encoder's hold no plain numbers.
+        """
         kept = {name: held.tensors[name] for name in _names_of(self, held)}
         bare = without_prefix_of(kept, self.anchors)
-        inside, outside = {}, {}
+        inside: Tensors = {}
+        outside: Tensors = {}
         for name, value in bare.items():
             if re.match(self.encoder, name):
                 inside[_renamed(name, self.renames)] = value
             else:
                 outside[_renamed(name, self.others)] = value
+        if odd := [name for name, value in inside.items() if no_array(value)]:
+            raise CheckpointError(
+                f"{held.file} holds {no_array(inside[odd[0]])} in {len(odd)} of {len(inside)} tensors (first: "
+                f"{cut(odd[0])}), which are not the plain numbers that a network learns; save the network as it was "
+                "trained, in single or half precision."
+            )
         return {f"encoder.{name}": value for name, value in self.convert(inside, held).items()} | outside
 
 

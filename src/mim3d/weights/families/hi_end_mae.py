@@ -13,9 +13,9 @@ HI_END_MAE = replace(
     name="Hi-End-MAE (Tang et al. 2025)",
     anchors=(*ANCHORS, "cls_token"),
     marks=(r"\bencoder_pos_embed$",),
-    # The table of positions lies beside the encoder.
-    encoder=rf"encoder_pos_embed$|{ENCODER}",
-    renames=((r"^encoder_pos_embed$", "pos_embed"), *RENAMES),
+    # The table of positions lies beside the encoder, and keeps the prefixes of both.
+    encoder=rf"(.*\.)?encoder_pos_embed$|{ENCODER}",
+    renames=((r"^(.*\.)?encoder_pos_embed$", "pos_embed"), *RENAMES),
     # The published code reads scans that were prepared before, without saying how.
     expects=ExpectedInput(modality="CT"),
     remark="it was trained on cubes of 96 voxels; its authors do not say how scans were prepared",

@@ -16,7 +16,8 @@ from mim3d.weights.states import HeldWeights
 #: Sizes of the published networks, whose number of heads is known from the publication.
 _PUBLISHED = ("hybrid_tiny", "hybrid_small", "hybrid_base")
 
-_ENCODER = r"(patch_embed|blocks)\d+\.|stage\d+_output_decode\.|norm\."
+#: With a class token, which other networks of this kind have.
+_ENCODER = r"(patch_embed|blocks)\d+\.|stage\d+_output_decode\.|norm\.|cls_token$"
 
 
 def settings_of_hybrid(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def settings_of_published_mim(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**shown, **({"num_heads": heads[0]} if heads else {})}
 
 
-def _without_positions(tensors: Tensors, _: HeldWeights) -> Tensors:
+def _without_positions(tensors: Tensors, held: HeldWeights) -> Tensors:
     """Tensors without the table of positions, which is computed.
 
     Raises:
@@ -58,8 +59,8 @@ def _without_positions(tensors: Tensors, _: HeldWeights) -> Tensors:
     if table.ndim == 3 and any(is_fixed(table[0, first:], atol=1e-4) for first in (0, 1)):
         return tensors
     raise CheckpointError(
-        f"pos_embed of the file, of shape {tuple(table.shape)}, is not the fixed sine-cosine embedding of a grid of "
-        "equal edges, with or without a class token; the network learned its positions, which mim3d's does not have."
+        f"{held.file}: its pos_embed, of shape {tuple(table.shape)}, is not the fixed sine-cosine embedding of a grid "
+        "of equal edges, with or without a class token; the network learned its positions, which mim3d's does not have."
     )
 
 

@@ -63,7 +63,7 @@ SWIN = Family(
     name="Swin",
     source="https://github.com/Project-MONAI/MONAI",
     anchors=("patch_embed.proj.weight", f"layers1.0.blocks.0.{_TABLE}"),
-    encoder=r"patch_embed\.|layers\d+c?\.",
+    encoder=r"patch_embed\.|layers\d+c?\.|absolute_pos_embed$",
     # They follow from the length of the window.
     drops=(r"relative_position_index$",),
     # MLPs as they were called before MONAI took the network in.

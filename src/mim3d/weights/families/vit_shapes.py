@@ -13,8 +13,13 @@ from mim3d.weights.families.family import Family, Tensors
 from mim3d.weights.states import HeldWeights
 
 ANCHORS = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
-ENCODER = r"(cls_token|pos_embed|register_tokens)$|patch_embed\.proj\.|blocks\.\d+\.|norm\."
+#: With what other transformers have besides, by which they are known to be others.
+ENCODER = (
+    r"((cls|dist|reg)_token|register_tokens|pos_embed(_\w+)?)$|"
+    r"(patch_embed|blocks\.\d+|norm|norm_pre|fc_norm|rope\w*)\."
+)
 RENAMES = (
+    (r"^reg_token$", "register_tokens"),
     (r"^patch_embed\.proj\.", "embed."),
     (r"\.ls([12])\.gamma$", r".scale\1"),
     # A gated MLP as DINOv2 has it.
@@ -134,5 +139,6 @@ def family_of_vit(heads: Mapping[tuple[int, int], int]) -> Family:
         backbone="vit",
         settings=settings_of_vit(heads),
         unfit=unfit_vit(heads),
-        open=("num_heads",),
+        open=("num_heads", "positions"),
+        shown_by=(("positions", r"(^|\.)(encoder_)?pos_embed$"),),
     )
