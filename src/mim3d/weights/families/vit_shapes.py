@@ -140,5 +140,5 @@ def family_of_vit(heads: Mapping[tuple[int, int], int]) -> Family:
         settings=settings_of_vit(heads),
         unfit=unfit_vit(heads),
         open=("num_heads", "positions"),
-        shown_by=(("positions", r"(^|\.)(encoder_)?pos_embed$"),),
+        shown_by=(("positions", r"(^|\.)((encoder_)?pos_embed|position_embeddings)$"),),
     )
