@@ -81,7 +81,7 @@ BUDGET = {
     "reporting": 2200,
     "caching": 4729,
     "objective": 150,
-    "weights": 3370,
+    "weights": 3421,
     "inference": 1815,
     "planning": 950,
     "loading": 1055,
