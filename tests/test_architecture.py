@@ -90,7 +90,7 @@ BUDGET = {
     "tasks": 4532,
     "methods": 2461,
     "probing": 1040,
-    "exporting": 1890,
+    "exporting": 2066,
     "workflows": 10315,
     "commands": 295,
     "cli": 832,

@@ -1,10 +1,11 @@
-"""A residual encoder as a checkpoint that nnU-Net fine-tunes from.
+"""A residual encoder, or a Primus, as a checkpoint that nnU-Net fine-tunes from.
 
 nnU-Net's commands for pre-trained weights (``nnUNetv2_preprocess_like_nnssl``, ``nnUNetv2_plan_like_dynamic`` and
 ``nnUNetv2_train_pretrained``) read two entries of a checkpoint: ``network_weights``, tensors by the names of its
 network, and ``nnssl_adaptation_plan``, which says what the network is, how its input was made, and under which names
-encoder and stem lie. The tensors are those of a whole U-Net, so that ``nnUNetv2_train -pretrained_weights``, which
-asks for every tensor, takes the same file.
+encoder and stem lie. Of a residual encoder the tensors are those of a whole U-Net, so that ``nnUNetv2_train
+-pretrained_weights``, which asks for every tensor, takes the same file. Of a Primus they are those of the encoder: the
+layers of its decoder depend on the classes.
 """
 
 import io
@@ -16,15 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mim3d.backbones import ResEnc
+from mim3d.backbones import ResEnc, ViT
 from mim3d.backbones.contract import Encoder
-from mim3d.core.errors import CheckpointError
+from mim3d.core.errors import CheckpointError, listed
 from mim3d.core.files import write_json, write_text
 from mim3d.core.progress import say
 from mim3d.exporting.networks import EncoderProgram, Exported, encoder_of, formula
+from mim3d.exporting.nnunet_primus import CITATION, primus_entries, primus_state, size_name, unlike_primus
 from mim3d.exporting.programs import compared, outputs_of
 from mim3d.reporting.rendering import render
 from mim3d.tasks.segmentation.decoders import NnUNetDecoder
+from mim3d.weights import load_encoder
 
 #: Order in which the exported kernels have their axes: that of mim3d, or that of nnU-Net's arrays.
 Axes = Literal["XYZ", "ZYX"]
@@ -38,6 +41,9 @@ UNET = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 
 #: Names of the layers that read the input: nnU-Net's modules hold every layer twice.
 IN_PROJECTIONS = ("encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0")
+
+#: Trainers of nnU-Net by model, but that of Primus' own sizes.
+_TRAINERS = {"ResEnc": "PretrainedTrainer", "PrimusX": "PretrainedTrainer_Primusx"}
 
 #: Seed of the decoder's first weights, where there is no trained one.
 _SEED = 0
@@ -54,25 +60,22 @@ _CITATIONS = (
 )
 
 
-def require_resenc(network: Exported, weights: str) -> None:
+def require_nnunet(network: Exported, weights: str) -> None:
     """Refuse an encoder that nnU-Net has no network for.
 
     Raises:
-        CheckpointError: It is no residual encoder.
+        CheckpointError: It is no residual encoder and no Primus.
     """
     recipe = encoder_of(network).recipe
-    if isinstance(recipe, ResEnc):
+    other = unlike_primus(recipe) if isinstance(recipe, ViT) else []
+    if isinstance(recipe, ResEnc) or (isinstance(recipe, ViT) and not other):
         return
-    name = network.card["backbone"]["name"]
     why = "nnU-Net has no such network"
-    if name.partition("_")[0] == "vit":
-        why = (
-            "the transformer of nnU-Net (Primus) norms the hidden channels of its MLPs, adds learned positions and "
-            "turns queries by other frequencies, so that with any weights it computes something else"
-        )
+    if other:
+        why = f"the transformer of nnU-Net is Primus, and this one has {listed(other, 3)}"
     raise CheckpointError(
-        f"{weights} has an encoder of the backbone {name}, but --format nnunet is for resenc: {why}; use --format "
-        "safetensors, onnx or torch-export."
+        f"{weights} has an encoder of the backbone {network.card['backbone']['name']}, but --format nnunet is for "
+        f"resenc and primus: {why}; use --format safetensors, onnx or torch-export."
     )
 
 
@@ -80,7 +83,7 @@ def write_nnunet(network: Exported, folder: Path, axes: Axes) -> None:
     """Write the checkpoint, its plan, ``config.json`` and a README into a folder that exists and is empty.
 
     Args:
-        network: The network; its encoder is a ``ResEnc``.
+        network: The network; its encoder is a ``ResEnc`` or a ``ViT`` in the form of Primus.
         folder: Folder to write to.
         axes: Order of the kernels' axes.
 
@@ -89,29 +92,40 @@ def write_nnunet(network: Exported, folder: Path, axes: Axes) -> None:
     """
     encoder, decoder = encoder_of(network), _decoder_of(network)
     recipe = encoder.recipe
-    assert isinstance(recipe, ResEnc)
     num_classes = len(network.form.channels) if decoder is not None else 2
-    state = unet_state(encoder, decoder, num_classes, axes)
-    plan = adaptation_plan(network, recipe)
+    if isinstance(recipe, ViT):
+        state, entries = primus_state(encoder, network.patch_size, axes), primus_entries(recipe)
+        model, citations = size_name(recipe), (CITATION,)
+    else:
+        assert isinstance(recipe, ResEnc)
+        state, entries = unet_state(encoder, decoder, num_classes, axes), resenc_entries(recipe)
+        model, citations = "ResEnc", _CITATIONS
+    plan = adaptation_plan(network, entries)
     content = {
         "network_weights": state,
         "nnssl_adaptation_plan": plan,
-        "citations": list(_CITATIONS),
+        "citations": list(citations),
         # For those who look: nnU-Net reads no more than the entries above.
         "mim3d": {"axes": axes, "card": dict(network.card), "license": network.license, "modality": network.modality},
     }
     packed = io.BytesIO()
     torch.save(content, packed)
     (folder / CHECKPOINT_NAME).write_bytes(packed.getbuffer())
-    _compare(network, folder / CHECKPOINT_NAME, num_classes, decoder, axes)
+    if isinstance(recipe, ViT):
+        _compare_read_back(network, folder / CHECKPOINT_NAME, axes)
+    else:
+        _compare(network, folder / CHECKPOINT_NAME, num_classes, decoder, axes)
     write_json(folder / PLAN_NAME, plan)
     write_json(
-        folder / "config.json", {"library_name": "nnunet", "model_type": "ResEnc", "in_channels": recipe.in_channels}
+        folder / "config.json", {"library_name": "nnunet", "model_type": model, "in_channels": recipe.in_channels}
     )
     spacing, intensity = network.card.get("spacing_mm"), network.card.get("intensity")
     uneven = axes == "XYZ" and spacing is not None and len(set(spacing)) > 1
     readme = render(
         "nnunet_readme.md.jinja",
+        model=model,
+        trainer=_TRAINERS.get(model, "PretrainedTrainer_Primus"),
+        patch_size=" x ".join(map(str, network.patch_size)),
         axes=axes,
         uneven=uneven,
         has_decoder=decoder is not None,
@@ -190,16 +204,8 @@ def build_unet(architecture: Mapping[str, Any], in_channels: int, num_classes: i
     return unet.eval()
 
 
-def adaptation_plan(network: Exported, recipe: ResEnc) -> dict[str, Any]:
-    """Return the plan by which nnU-Net builds the network, prepares scans and finds the encoder's tensors.
-
-    Sizes along axes run Z, Y, X, as nnU-Net's arrays do.
-    """
-    spacing, intensity = network.card.get("spacing_mm"), network.card.get("intensity") or {}
-    style = "noresample" if spacing is None else "onemmiso" if set(spacing) == {1.0} else "median"
-    scheme = "CTNormalization" if intensity.get("kind") == "window" else "ZScoreNormalization"
-    patch_size = list(network.patch_size)[::-1]
-    resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+def resenc_entries(recipe: ResEnc) -> dict[str, Any]:
+    """Return the entries of a plan that say what the network is, and under which names its parts lie."""
     arguments = unet_arguments(recipe)
     return {
         "architecture_plans": {
@@ -209,6 +215,29 @@ def adaptation_plan(network: Exported, recipe: ResEnc) -> dict[str, Any]:
         },
         # The name by which nnUNetv2_plan_like_dynamic looks for the same settings.
         "architecture_kwargs": arguments,
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stem",
+        "keys_to_in_proj": list(IN_PROJECTIONS),
+        "key_to_lpe": None,
+    }
+
+
+def adaptation_plan(network: Exported, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plan by which nnU-Net builds the network, prepares scans and finds the encoder's tensors.
+
+    Sizes along axes run Z, Y, X, as nnU-Net's arrays do.
+
+    Args:
+        network: The network.
+        entries: What the plan says of the network.
+    """
+    spacing, intensity = network.card.get("spacing_mm"), network.card.get("intensity") or {}
+    style = "noresample" if spacing is None else "onemmiso" if set(spacing) == {1.0} else "median"
+    scheme = "CTNormalization" if intensity.get("kind") == "window" else "ZScoreNormalization"
+    patch_size = list(network.patch_size)[::-1]
+    resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+    return {
+        **entries,
         "pretrain_plan": {
             "dataset_name": "mim3d",
             "plans_name": "mim3d",
@@ -222,8 +251,8 @@ def adaptation_plan(network: Exported, recipe: ResEnc) -> dict[str, Any]:
                     "data_identifier": f"mim3d_{style}",
                     "preprocessor_name": "DefaultPreprocessor",
                     "spacing_style": style,
-                    "normalization_schemes": [scheme] * recipe.in_channels,
-                    "use_mask_for_norm": [False] * recipe.in_channels,
+                    "normalization_schemes": [scheme] * network.num_channels,
+                    "use_mask_for_norm": [False] * network.num_channels,
                     "resampling_fn_data": "resample_data_or_seg_to_shape",
                     "resampling_fn_data_kwargs": resampling,
                     "resampling_fn_mask": "resample_data_or_seg_to_shape",
@@ -233,12 +262,8 @@ def adaptation_plan(network: Exported, recipe: ResEnc) -> dict[str, Any]:
                 }
             },
         },
-        "pretrain_num_input_channels": recipe.in_channels,
+        "pretrain_num_input_channels": network.num_channels,
         "recommended_downstream_patchsize": patch_size,
-        "key_to_encoder": "encoder.stages",
-        "key_to_stem": "encoder.stem",
-        "keys_to_in_proj": list(IN_PROJECTIONS),
-        "key_to_lpe": None,
     }
 
 
@@ -298,3 +323,24 @@ def _compare(network: Exported, file: Path, num_classes: int, decoder: NnUNetDec
 
     program = network.form.program if decoder is not None else EncoderProgram(encoder_of(network)).eval()
     compared(replace(network, form=replace(network.form, program=program)), run, file.name)
+
+
+def _compare_read_back(network: Exported, file: Path, axes: Axes) -> None:
+    """Read the tensors of a Primus back as those of any other checkpoint, and compare what they compute.
+
+    nnU-Net's own network needs packages that only nnU-Net has; that it computes the same is tested where they are.
+
+    Raises:
+        CheckpointError: They compute something else.
+    """
+    again = EncoderProgram(load_encoder(file)).eval()
+
+    def run(image: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return outputs_of(again(image))
+
+    program = EncoderProgram(encoder_of(network)).eval()
+    x, y, z = network.patch_size
+    # As they are, tensors see nnU-Net's arrays along Z, Y, X.
+    size = (x, y, z) if axes == "ZYX" else (z, y, x)
+    compared(replace(network, form=replace(network.form, program=program), patch_size=size), run, file.name)

@@ -14,7 +14,7 @@ from mim3d.exporting.hub_folder import ListedScans, check_license, write_hub_fol
 from mim3d.exporting.monai_bundle import require_segmenter, write_monai_bundle
 from mim3d.exporting.named_for_monai import INDEX_NAME, check_einops, require_monai_network, write_monai_weights
 from mim3d.exporting.networks import load_exported
-from mim3d.exporting.nnunet import PLAN_NAME, Axes, require_resenc, write_nnunet
+from mim3d.exporting.nnunet import PLAN_NAME, Axes, require_nnunet, write_nnunet
 from mim3d.exporting.origin import ENTRY, evaluation_of, stages_of
 from mim3d.exporting.programs import check_onnx, write_onnx, write_torch_program
 from mim3d.workflows.shared.leakage import SEEN_NAME, Seen, published, read_seen, seen_file, write_seen
@@ -41,7 +41,7 @@ class ExportSettings:
         out: Folder for the export; of several formats each gets a folder of its name inside.
         format: Format, or several: safetensors (a folder ready for Hugging Face), onnx, torch-export (.pt2), monai (a
             bundle of a segmenter), monai-weights (a swin for SwinUNETR, a vit for ViT and UNETR) or nnunet (a resenc
-            that nnU-Net fine-tunes from).
+            or primus that nnU-Net fine-tunes from).
         network: Kind of network: encoder, segmenter or classifier; the run's own if not given. The encoder of a
             fine-tuned run can be taken out of it.
         patch_size: Voxels of a program's input along X, Y, Z, or of the crops that nnU-Net is to train on; those of
@@ -113,7 +113,7 @@ def export_network(settings: ExportSettings) -> str:
     if "monai-weights" in names:
         require_monai_network(network, weights)
     if "nnunet" in names:
-        require_resenc(network, weights)
+        require_nnunet(network, weights)
     seen = _list_of_scans(network.located, weights, settings.include_seen)
     with ExitStack() as all_or_none:
         # A command that is killed, or fails in one format, leaves none, so that it can simply be run again.
