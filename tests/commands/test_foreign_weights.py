@@ -12,9 +12,10 @@ from mim3d.commands.cache import cache
 from mim3d.commands.finetune import finetune
 from mim3d.commands.pretrain import pretrain
 from mim3d.core.run_folder import read_run
+from mim3d.inference.scan_input import LearnedInput
 from mim3d.scans.intensity import Intensity
 from mim3d.training.schedule import Optimisation
-from mim3d.weights import load_encoder, read_card
+from mim3d.weights import load_encoder, opened, read_card
 from mim3d.workflows import pretrain as workflow
 from mim3d.workflows.shared.initialisation import initialise
 from tests.commands.conftest import TASK
@@ -86,6 +87,20 @@ def test_a_run_of_before_goes_on_as_it_began(
     derived = read_run(run).manifest["derived"]
     assert read_run(run).manifest["settings"]["spacing_mm"] is None
     assert derived["intensity"]["window"] == [0, 9]
+
+
+def test_foreign_weights_are_read_once(foreign: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    original = opened.read_weights
+    monkeypatch.setattr(opened, "read_weights", lambda *given: read.append(given) or original(*given))
+    for begin in (
+        lambda: initialise(None, foreign, 1),
+        lambda: load_encoder(foreign),
+        lambda: LearnedInput.of(foreign),
+    ):
+        read.clear()
+        begin()
+        assert len(read) == 1
 
 
 def test_what_weights_do_not_fill_is_drawn_by_the_seed(ball_set: Path, tmp_path: Path) -> None:

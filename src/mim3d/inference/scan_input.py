@@ -28,9 +28,10 @@ from mim3d.inference.prediction import padding_values
 from mim3d.inference.windows import cut_window
 from mim3d.scans.grids import times
 from mim3d.scans.intensity import Intensity
-from mim3d.weights.cards import card_settings, read_card, seen_size
+from mim3d.weights.cards import card_settings, seen_size
 from mim3d.weights.description import origin_of
 from mim3d.weights.loading import recipe_of
+from mim3d.weights.opened import OpenedWeights
 
 #: Voxel sizes count as one where they agree to this share, as rounded headers do.
 _SAME_SPACING = 0.01
@@ -129,8 +130,9 @@ class LearnedInput:
             CheckpointError: The weights cannot be read, or do not say which encoder they are of.
             ConfigError: The backbone is unknown.
         """
-        recipe, card = recipe_of(weights, backbone), read_card(weights)
-        if (origin := origin_of(weights)) is not None:
+        opened = OpenedWeights.of(weights)
+        recipe, card = recipe_of(opened, backbone), opened.card
+        if (origin := origin_of(opened)) is not None:
             expects = to_mapping(origin.expects)
             card = {"spacing_mm": expects["spacing_mm"], "intensity": expects["intensity"]}
         with card_settings(weights):

@@ -28,6 +28,7 @@ from mim3d.weights.loading import (
     recipe_of_card,
     require_share,
 )
+from mim3d.weights.opened import OpenedWeights
 from mim3d.weights.states import PREFIXES, WRAPPERS, read_state, read_weights
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "ExpectedInput",
     "Family",
     "InputLayers",
+    "OpenedWeights",
     "WeightsDescription",
     "WeightsOrigin",
     "adapt_input",

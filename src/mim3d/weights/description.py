@@ -9,11 +9,12 @@ import torch
 
 from mim3d.core.errors import listed
 from mim3d.core.names import cut, number_of
-from mim3d.weights.cards import has_card, read_card, seen_size
-from mim3d.weights.families import ExpectedInput, RecognisedWeights, recognised, unknown_layout
+from mim3d.weights.cards import seen_size
+from mim3d.weights.families import ExpectedInput, RecognisedWeights, unknown_layout
 from mim3d.weights.folders import RUN_NETWORKS, weights_file
 from mim3d.weights.loading import fitting, recipe_of_card
-from mim3d.weights.states import HeldWeights, read_weights, unlearned
+from mim3d.weights.opened import OpenedWeights
+from mim3d.weights.states import HeldWeights, unlearned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +78,17 @@ class WeightsDescription:
         return "\n".join(f"{name:<{width}}  {said}" for name, said in self.rows.items())
 
 
-def origin_of(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> WeightsOrigin | None:
+def origin_of(path: str | Path | OpenedWeights, networks: tuple[str, ...] = RUN_NETWORKS) -> WeightsOrigin | None:
     """Where foreign weights come from; None for our own, and for those of no known family.
 
     Args:
-        path: A run, an export folder, a weights file or a Hugging Face id.
+        path: A run, an export folder, a weights file or a Hugging Face id; or weights that are opened.
         networks: Folders of a run to look for, the preferred first.
 
     Raises:
         CheckpointError: The weights cannot be read.
     """
-    found = None if has_card(path, networks) else recognised(read_weights(path, networks))
+    found = OpenedWeights.of(path, networks).found
     return None if found is None else WeightsOrigin.of(found)
 
 
@@ -100,10 +101,11 @@ def describe(path: str | Path) -> WeightsDescription:
     Raises:
         CheckpointError: The weights cannot be read.
     """
-    file, held = str(weights_file(path)), read_weights(path)
-    if card := read_card(path):
+    weights = OpenedWeights(path)
+    file, held = str(weights_file(path)), weights.held
+    if card := weights.card:
         return WeightsDescription(file=file, family="mim3d", rows=_of_card(path, file, held, card), card=card)
-    found = recognised(held)
+    found = weights.found
     rows = {"file": file}
     if found is None:
         rows |= {"family": f"unknown: {unknown_layout(held)}", "size": _size(held), "found": _place(held)}

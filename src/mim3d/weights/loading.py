@@ -17,11 +17,13 @@ from mim3d.core.progress import say
 from mim3d.core.settings import find_named, update_settings
 from mim3d.core.types import Named
 from mim3d.core.warned import WeightsWarning
-from mim3d.weights.cards import card_settings, has_card, read_card, require_described
-from mim3d.weights.families import RecognisedWeights, recognised, unknown_layout
+from mim3d.weights.cards import card_settings, require_described
+from mim3d.weights.families import RecognisedWeights, unknown_layout
 from mim3d.weights.families.mim import alike
 from mim3d.weights.folders import RUN_NETWORKS
-from mim3d.weights.states import HeldWeights, oddity, read_weights, unlearned, without_prefix_of
+from mim3d.weights.opened import OpenedWeights
+from mim3d.weights.states import HeldWeights, oddity, unlearned, without_prefix_of
+>>>>>>> 0cd76e0 (Weights are read once when a run, features or a description start from them)
 
 #: Share of an encoder's values that a file must fill before it counts as loaded.
 MIN_COVERAGE = 0.9
@@ -79,7 +81,7 @@ def require_share(min_coverage: float) -> None:
 
 def load_into(
     module: nn.Module,
-    path: str | Path,
+    path: str | Path | OpenedWeights,
     *,
     networks: tuple[str, ...] = RUN_NETWORKS,
     input_layers: InputLayers = "new",
@@ -91,7 +93,7 @@ def load_into(
 
     Args:
         module: An encoder, or a network with an ``encoder``.
-        path: A run folder, an export folder, or a weights file (safetensors or torch).
+        path: A run folder, an export folder, or a weights file (safetensors or torch); or weights that are opened.
         networks: Folders of a run to look for, the preferred first.
         input_layers: How the layers of an encoder that read the input are made to fit another number of channels.
         min_coverage: Share of the encoder's values (or of the module's, without an encoder) that must be filled, from
@@ -105,8 +107,9 @@ def load_into(
     require_share(min_coverage)
     target = module.state_dict()
     judged = {key for key in target if isinstance(module, Encoder) or key.startswith("encoder.")} or set(target)
-    held = read_weights(path, networks)
-    renamed_by = known = None if has_card(path, networks) else recognised(held)
+    weights = OpenedWeights.of(path, networks)
+    held = weights.held
+    renamed_by = known = weights.found
     state = _named_as_in(module, target, held, known)
     if known is not None and _filled(target, state, judged) < min_coverage:
         # A network of somebody's own may have the names of the file.
@@ -197,7 +200,7 @@ def _num_values(target: Mapping[str, Tensor], keys: Set[str]) -> int:
 
 
 def _warn_of_settings(
-    module: nn.Module, known: RecognisedWeights, path: str | Path, left_over: tuple[str, ...]
+    module: nn.Module, known: RecognisedWeights, path: str | Path | OpenedWeights, left_over: tuple[str, ...]
 ) -> None:
     """Warn where weights fill a network that computes something else than theirs, by its settings or its parts."""
     encoder = module if isinstance(module, Encoder) else getattr(module, "encoder", None)
@@ -256,7 +259,9 @@ def adapt_input(
     return {**state, **adapted}, tuple(sorted(adapted))
 
 
-def load_encoder(path: str | Path, backbone: Named | None = None, *, min_coverage: float = MIN_COVERAGE) -> Encoder:
+def load_encoder(
+    path: str | Path | OpenedWeights, backbone: Named | None = None, *, min_coverage: float = MIN_COVERAGE
+) -> Encoder:
     """Load the encoder of a run, an export folder, a Hugging Face id or a published MiM checkpoint, ready to use.
 
     What of it was filled is printed, see :func:`load_into` for what is warned of and refused.
@@ -273,29 +278,30 @@ def load_encoder(path: str | Path, backbone: Named | None = None, *, min_coverag
             say which encoder it is of.
         ConfigError: The card names a backbone that is not mim3d's own, and none is given.
     """
-    encoder = recipe_of(path, backbone).build()
-    say(f"{path}: {load_into(encoder, path, min_coverage=min_coverage)}")
+    weights = OpenedWeights.of(path)
+    encoder = recipe_of(weights, backbone).build()
+    say(f"{path}: {load_into(encoder, weights, min_coverage=min_coverage)}")
     return encoder.eval()
 
 
-def recipe_of(path: str | Path, backbone: Named | None = None) -> Backbone:
+def recipe_of(path: str | Path | OpenedWeights, backbone: Named | None = None) -> Backbone:
     """The settings of the encoder that weights are of, by their card or, without one, by their shapes.
 
     Args:
-        path: A run, an export folder, a weights file or a Hugging Face id.
+        path: A run, an export folder, a weights file or a Hugging Face id; or weights that are opened.
         backbone: The backbone as the user named it, or changes to its settings.
 
     Raises:
         CheckpointError: Neither the card nor the shapes say which encoder it is of.
         ConfigError: The card names a backbone that is not mim3d's own, and the user named none.
     """
-    card = read_card(path)
-    if card:
-        return recipe_of_card(card, path, backbone)
+    weights = OpenedWeights.of(path)
+    if weights.card:
+        return recipe_of_card(weights.card, weights.path, backbone)
     changes = {"name": backbone} if isinstance(backbone, str) else dict(backbone or {})
     if "name" in changes:
         return create_recipe(changes)
-    return _recipe_of_family(path, changes)
+    return _recipe_of_family(weights, changes)
 
 
 def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | None = None) -> Backbone:
@@ -335,18 +341,17 @@ def recipe_of_card(card: Mapping[str, Any], path: str | Path, backbone: Named | 
     return update_settings(own, changes, "backbone of the weights")
 
 
-def _recipe_of_family(path: str | Path, changes: Mapping[str, Any]) -> Backbone:
+def _recipe_of_family(path: OpenedWeights, changes: Mapping[str, Any]) -> Backbone:
     """The settings of an encoder without a card: what shapes show, what its family fixes, and what the user says.
 
     Neither shows the number of attention heads of a transformer, which changes what is computed, nor whether blocks at
     the end were lost. Both are known for the sizes that were published.
     """
-    held = read_weights(path)
-    found = recognised(held)
+    found = path.found
     if found is None:
         raise CheckpointError(
-            f"{path} has no card and no names of tensors that mim3d knows ({unknown_layout(held)}); say which backbone "
-            "it belongs to with --backbone."
+            f"{path} has no card and no names of tensors that mim3d knows ({unknown_layout(path.held)}); say which "
+            "backbone it belongs to with --backbone."
         )
     family, shown = found.family, found.shown
     if unfit := found.unfit:

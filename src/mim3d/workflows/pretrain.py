@@ -29,7 +29,7 @@ from mim3d.scans.intensity import Intensity
 from mim3d.tracking import TrackedRun
 from mim3d.training.loop import train
 from mim3d.training.settings import TrainResult
-from mim3d.weights import MIN_COVERAGE, require_share
+from mim3d.weights import MIN_COVERAGE, OpenedWeights, require_share
 from mim3d.workflows.probe.monitor import BEST_BY, EncoderKeeper, ProbePlan
 from mim3d.workflows.shared.begun import PLANNED_PASSES, Begun
 from mim3d.workflows.shared.damage import adding_to
@@ -124,11 +124,8 @@ def run_pretraining(settings: PretrainSettings) -> str:
     with joined_processes(settings) as processes:
         begun = Begun.of(settings.out, resume=settings.resume)
         asked = begun.method(create_method(settings.method, settings.backbone or ""))
-        asked.check_backbone(asked_recipe(settings.backbone, settings.weights)[0])
         settings, choice = settings.on_machine(processes, settings.out)
-        source = _source(settings)
-        cases = _training_cases(source, settings)
-        initial = _initialise(settings, cases, begun)
+        source, cases, initial = _begin_with(settings, asked, begun)
         recipe, spacing_mm = initial.recipe, settings.spacing_mm or begun.spacing_mm
         settings = replace(settings, spacing_mm=initial.spacing_mm(spacing_mm, source))
         shapes = shapes_of(source, cases, settings.spacing_mm)
@@ -200,12 +197,20 @@ def run_pretraining(settings: PretrainSettings) -> str:
         return _close(run, method, objective, result, keeper)
 
 
-def _initialise(settings: PretrainSettings, cases: Sequence[Case], begun: Begun) -> Initialisation:
-    """The encoder to begin with, once it is known that it fits the cases."""
-    initial = initialise(settings.backbone, settings.weights, len(cases[0].images), min_coverage=settings.min_coverage)
+def _begin_with(
+    settings: PretrainSettings, asked: Method, begun: Begun
+) -> tuple[CaseSet | Cache, Sequence[Case], Initialisation]:
+    """The data set, its cases to learn from, and the encoder, once it is known that it fits method and cases."""
+    weights = None if settings.weights is None else OpenedWeights(settings.weights)
+    # Before a large data set is read.
+    asked.check_backbone(asked_recipe(settings.backbone, weights)[0])
+    source = _source(settings)
+    cases = _training_cases(source, settings)
+    num_channels = len(cases[0].images)
+    initial = initialise(settings.backbone, weights, num_channels, min_coverage=settings.min_coverage)
     check_channels(cases, initial.recipe)
     # A run goes on as it began, also where an earlier version did not follow its weights.
-    return replace(initial, gives_way=begun.is_run)
+    return source, cases, replace(initial, gives_way=begun.is_run)
 
 
 def _say_split(settings: PretrainSettings, cases: Sequence[Case], every: Sequence[Case]) -> None:

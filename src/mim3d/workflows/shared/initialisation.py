@@ -18,10 +18,10 @@ from mim3d.scans.volumes import read_grid
 from mim3d.weights import (
     MIN_COVERAGE,
     InputLayers,
+    OpenedWeights,
     WeightsOrigin,
     load_into,
     origin_of,
-    read_card,
     recipe_of,
     recipe_of_card,
 )
@@ -147,7 +147,7 @@ class Initialisation:
 
 def initialise(
     backbone: Named | None,
-    weights: str | None,
+    weights: str | OpenedWeights | None,
     num_channels: int,
     input_layers: InputLayers = "mean",
     min_coverage: float = MIN_COVERAGE,
@@ -156,7 +156,7 @@ def initialise(
 
     Args:
         backbone: The backbone asked for; None takes that of the weights, and settings without a name change it.
-        weights: A run, an exported folder or a file; None starts from scratch.
+        weights: A run, an exported folder or a file, or weights that are opened; None starts from scratch.
         num_channels: Channels of the data; an encoder known by its weights alone is adapted to them.
         input_layers: How the layers that read the input are made to fit another number of channels.
         min_coverage: Share of the encoder's values that the weights must fill, from 0 to 1.
@@ -164,9 +164,10 @@ def initialise(
         ConfigError: An unknown backbone or setting.
         CheckpointError: Weights that cannot be read or do not fit.
     """
-    recipe, learned = asked_recipe(backbone, weights)
     if weights is None:
-        return Initialisation(recipe)
+        return Initialisation(asked_recipe(backbone, None)[0])
+    weights = OpenedWeights.of(weights)
+    recipe, learned = asked_recipe(backbone, weights)
     if learned is not None and learned != num_channels:
         warnings.warn(
             f"the encoder learned from {learned} channels, but the data have {num_channels}; the layers that read the "
@@ -178,7 +179,7 @@ def initialise(
     encoder = recipe.build()
     report = load_into(encoder, weights, input_layers=input_layers, min_coverage=min_coverage)
     say(f"{weights}: {report}")
-    initial = replace(Initialisation.of_card(recipe, encoder, read_card(weights)), filled=report.matched)
+    initial = replace(Initialisation.of_card(recipe, encoder, weights.card), filled=report.matched)
     origin = origin_of(weights)
     if origin is None:
         return initial
@@ -189,7 +190,7 @@ def initialise(
     return replace(initial, own_spacing_mm=expects.spacing_mm, own_intensity=expects.intensity, origin=origin)
 
 
-def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone, int | None]:
+def asked_recipe(backbone: Named | None, weights: str | OpenedWeights | None) -> tuple[Backbone, int | None]:
     """The backbone's settings: as named; else those of the weights or the default, changed by settings without a name.
 
     Returns:
@@ -201,14 +202,15 @@ def asked_recipe(backbone: Named | None, weights: str | None) -> tuple[Backbone,
     named = {"name": backbone} if isinstance(backbone, str) else dict(backbone or {})
     if weights is None:
         return create_recipe({"name": DEFAULT_BACKBONE, **named}), None
-    card, name = read_card(weights), named.pop("name", None)
+    weights = OpenedWeights.of(weights)
+    card, name = weights.card, named.pop("name", None)
     # A backbone of the user's own is named to have its code imported: its settings are those of the weights.
     if name in BACKBONES or (name is not None and not card):
         return create_recipe({"name": name, **named}), None
     if not card:
         own = recipe_of(weights, named)
         return own, own.in_channels
-    own = recipe_of_card(card, weights, name)
+    own = recipe_of_card(card, weights.path, name)
     return update_settings(own, named, "backbone of the weights"), own.in_channels
 
 
