@@ -69,7 +69,7 @@ FACTS = ("datasets.published.sets.", "weights.families.")
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3170,
+    "core": 3180,
     "kernels": 980,
     "scans": 4640,
     "nn": 1020,
@@ -81,7 +81,7 @@ BUDGET = {
     "reporting": 2200,
     "caching": 4729,
     "objective": 150,
-    "weights": 3421,
+    "weights": 3503,
     "inference": 1815,
     "planning": 950,
     "loading": 1055,
@@ -90,8 +90,8 @@ BUDGET = {
     "tasks": 4532,
     "methods": 2461,
     "probing": 1040,
-    "exporting": 2066,
-    "workflows": 10315,
+    "exporting": 2097,
+    "workflows": 10337,
     "commands": 295,
     "cli": 832,
     "__main__": 15,

@@ -1,6 +1,7 @@
 """Training from weights of others: what their network expects becomes the plan, and stays with what comes of it."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +10,19 @@ import torch
 
 from mim3d.caching.cache import open_cache
 from mim3d.commands.cache import cache
+from mim3d.commands.export import export
 from mim3d.commands.finetune import finetune
 from mim3d.commands.pretrain import pretrain
 from mim3d.core.run_folder import read_run
+from mim3d.core.warned import LicenceWarning
 from mim3d.inference.scan_input import LearnedInput
 from mim3d.scans.intensity import Intensity
 from mim3d.training.schedule import Optimisation
-from mim3d.weights import load_encoder, opened, read_card
+from mim3d.weights import describe, load_encoder, opened, read_card
 from mim3d.workflows import pretrain as workflow
 from mim3d.workflows.shared.initialisation import initialise
 from tests.commands.conftest import TASK
-from tests.weights.test_families import nnunet_file, resenc_unet, saved
+from tests.weights.test_families import PlainTransformer, nnunet_file, resenc_unet, saved, three_dino_file
 
 METHOD = {"name": "VoCo", "crop_size": [8, 8, 8], "cells": [2, 2, 1], "dim": 8}
 
@@ -87,6 +90,43 @@ def test_a_run_of_before_goes_on_as_it_began(
     derived = read_run(run).manifest["derived"]
     assert read_run(run).manifest["settings"]["spacing_mm"] is None
     assert derived["intensity"]["window"] == [0, 9]
+
+
+@pytest.mark.filterwarnings("ignore:.*may have lost")
+def test_terms_that_are_not_commercial_go_with_whatever_is_learned_from_the_weights(
+    ball_set: Path, tmp_path: Path
+) -> None:
+    file = saved(tmp_path / "dino.pth", three_dino_file(PlainTransformer()))
+    method = {"name": "MAE", "size": [16, 16, 16], "decoder_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
+    terms = r"3DINO.*not for commercial use.*CC BY-NC-ND 4\.0.*may be bound by these terms"
+    with pytest.warns(LicenceWarning, match=terms):
+        run = learn(ball_set, tmp_path / "pre", file, backbone={"num_heads": 4}, method=method)
+    assert re.search(terms, said(run))
+    small = {"task": TASK, "max_steps": 1, "num_workers": 0, "optim": Optimisation(learning_rate=1e-3)}
+    with pytest.warns(LicenceWarning, match=terms):
+        tuned = finetune(str(ball_set), str(tmp_path / "tuned"), weights=str(run), **small)
+    out = tmp_path / "out"
+    with pytest.warns(LicenceWarning, match=f"tuned: .*{terms}, which the export says"):
+        export(tuned, str(out), license="cc-by-4.0")
+    with pytest.warns(LicenceWarning, match=terms):
+        again = learn(ball_set, tmp_path / "again", str(out), method=method)
+    for place in (run, tuned, out, again):
+        card = read_card(place)
+        assert card["weights_origin"]["family"].startswith("3DINO")
+        assert not card["weights_origin"]["commercial"]
+        assert [row["kind"] for row in card["warnings"]].count("licence") == 1
+    readme = " ".join((out / "README.md").read_text().split())
+    assert re.search(rf"Licence of the weights: cc-by-4\.0\. Training began with weights of {terms}", readme)
+    assert "licence: not for commercial use" in describe(out).rows["began with"]
+
+
+def test_an_export_of_foreign_weights_says_whose_they_are_and_plans_as_they_do(tmp_path: Path, foreign: str) -> None:
+    out = tmp_path / "out"
+    export(foreign, str(out))
+    card = read_card(out)
+    assert card["weights_origin"]["family"].startswith("nnU-Net residual encoder")
+    assert (card["spacing_mm"], card["intensity"]["kind"]) == (list(SPACING), "zscore")
+    assert "Training began with weights of nnU-Net residual encoder" in (out / "README.md").read_text()
 
 
 def test_foreign_weights_are_read_once(foreign: str, monkeypatch: pytest.MonkeyPatch) -> None:

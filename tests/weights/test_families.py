@@ -17,6 +17,7 @@ from benchmarks.yardstick.monai_swin import _rearranged
 from mim3d.backbones import create_model
 from mim3d.cli import main
 from mim3d.core.errors import CheckpointError, ConfigError
+from mim3d.core.warned import LicenceWarning
 from mim3d.datasets.cases import CaseSet, read_cases
 from mim3d.nn.tokens import sincos_positions
 from mim3d.scans.intensity import Intensity
@@ -219,9 +220,10 @@ def cases(tmp_path: Path) -> CaseSet:
 def test_fine_tuning_plans_from_what_the_family_expects_and_says_so(
     tmp_path: Path, cases: CaseSet, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    initial = initialise(None, saved(tmp_path / "w.pt", suprem(swinunetr())), 1)
+    with pytest.warns(LicenceWarning, match="SuPreM.*not for commercial use.*may be bound by these terms"):
+        initial = initialise(None, saved(tmp_path / "w.pt", suprem(swinunetr())), 1)
     said = " ".join(capsys.readouterr().out.split())
-    assert "SuPreM Swin UNETR (Li et al. 2024); licence: not for commercial use" in said
+    assert "SuPreM Swin UNETR (Li et al. 2024); its network expects modality CT" in said
     assert "voxel size 1.5 x 1.5 x 1.5 mm, orientation RAS+, intensities -175 to 250 HU" in said
     assert initial.own_intensity == Intensity(window=(-175.0, 250.0))
     with pytest.warns(UserWarning, match=r"learned at spacing_mm 1.5 1.5 1.5, but the scans have 1 1 6 \(median\)"):

@@ -39,6 +39,16 @@ class WeightsWarning(ResultWarning):
     in_general = "Training began with weights that fill the encoder in part, or do not say all of what they are."
 
 
+class LicenceWarning(ResultWarning):
+    """Weights were learned from weights that may not be used for everything."""
+
+    kind = "licence"
+    in_general = (
+        "Training began with weights that are not for commercial use; what was learned from them may be bound by their "
+        "terms."
+    )
+
+
 class LearningWarning(ResultWarning):
     """Settings by which little is learned, or parts that learned nothing."""
 

@@ -12,7 +12,7 @@ from mim3d.backbones.contract import size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_json, write_text
 from mim3d.core.warned import checked_rows
-from mim3d.exporting.networks import Exported, formula, millimetres
+from mim3d.exporting.networks import Exported, formula, millimetres, terms_of
 from mim3d.exporting.origin import ENTRY, score_rows, stage_rows
 from mim3d.reporting.rendering import render
 from mim3d.tasks import TASKS
@@ -105,7 +105,7 @@ def model_card(network: Exported, listed: ListedScans | None) -> str:
         scores={name: f"{value:.4f}" for name, value in (card.get("scores") or {}).items()},
         warnings=checked_rows(card.get("warnings")),
         digest=card.get("data_digest"),
-        license=network.license,
+        terms=terms_of(network),
         stages=stage_rows(card.get(ENTRY) or ()),
         evaluation=score_rows(card.get("evaluation")),
         num_evaluated=(card.get("evaluation") or {}).get("num_cases"),

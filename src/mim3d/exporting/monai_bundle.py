@@ -13,7 +13,7 @@ import torch
 from mim3d.core.errors import CheckpointError
 from mim3d.core.files import write_json, write_text
 from mim3d.exporting.carried import carried_source
-from mim3d.exporting.networks import Exported, formula, label_rule
+from mim3d.exporting.networks import Exported, formula, label_rule, terms_of
 from mim3d.exporting.programs import read_own_program, write_program
 from mim3d.reporting.rendering import render
 
@@ -58,11 +58,10 @@ def write_monai_bundle(network: Exported, folder: Path) -> None:
         num_channels=network.num_channels,
         intensities=formula(network.card["intensity"]),
         channels=list(zip(network.form.channels, network.form.label_values, strict=True)),
+        terms=terms_of(network),
     )
     write_text(folder / "docs" / "README.md", readme)
-    license = network.license
-    note = f"Licence of the weights: {license}" if license else "No licence of the weights was named at export."
-    write_text(folder / "docs" / "license.txt", f"{note}\n")
+    write_text(folder / "docs" / "license.txt", f"{terms_of(network)}\n")
 
 
 def bundle_metadata(network: Exported) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.files import write_json, write_text
 from mim3d.core.types import Triple
-from mim3d.exporting.networks import EncoderProgram, Exported, encoder_of, formula
+from mim3d.exporting.networks import EncoderProgram, Exported, encoder_of, formula, terms_of
 from mim3d.exporting.programs import compared, outputs_of
 from mim3d.nn.tokens import resized_positions, sincos_positions
 from mim3d.reporting.rendering import render
@@ -173,7 +173,7 @@ def write_monai_weights(network: Exported, folder: Path) -> None:
         patch_size=" x ".join(map(str, network.patch_size)),
         spacing="that of each scan" if spacing is None else " x ".join(f"{edge:g}" for edge in spacing) + " mm",
         intensities=formula(network.card.get("intensity")),
-        license=network.license,
+        terms=terms_of(network),
         modality=network.modality,
     )
     write_text(folder / "README.md", readme)

@@ -10,12 +10,21 @@ from torch import Tensor, nn
 from mim3d.backbones import BACKBONES
 from mim3d.backbones.contract import Encoder, check_multiple, round_up
 from mim3d.core.errors import CheckpointError, ConfigError
-from mim3d.core.settings import nearest, to_named
+from mim3d.core.settings import nearest, to_mapping, to_named
 from mim3d.core.types import Named, Triple
 from mim3d.tasks import find_task
 from mim3d.tasks.contract import ExportForm
 from mim3d.tasks.trained import load_trained
-from mim3d.weights import RUN_NETWORKS, load_encoder, locate, read_card
+from mim3d.weights import (
+    IN_CARD,
+    RUN_NETWORKS,
+    OpenedWeights,
+    WeightsOrigin,
+    load_encoder,
+    locate,
+    origin_of,
+    read_card,
+)
 from mim3d.weights.cards import card_settings, seen_size
 
 #: Edge of an encoder's input, or the next smaller one of whole tokens, where nothing else is known or asked for.
@@ -114,7 +123,8 @@ def load_exported(
 
 
 def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None, backbone: Named | None) -> Exported:
-    encoder = load_encoder(located, backbone)
+    weights = OpenedWeights(located)
+    encoder = load_encoder(weights, backbone)
     multiple = encoder.input_multiple
     usual = round_up((ENCODER_EDGE,) * 3, multiple, ENCODER_EDGE)
     own = {key: value for key, value in card.items() if key not in OF_THE_TASK}
@@ -130,12 +140,21 @@ def _encoder(located: Path, card: Mapping[str, Any], patch_size: Triple | None, 
             purpose="An encoder for volumes: feature maps at several resolutions, for fine-tuning.",
             pipeline="image-feature-extraction",
         ),
-        # A published checkpoint has no card: what its shapes tell is all that is known.
-        card=own or {"backbone": to_named(encoder.recipe, BACKBONES), "input_multiple": list(multiple)},
+        card=own or _card_of_family(encoder, weights),
         num_channels=encoder.recipe.in_channels,
         patch_size=_checked(patch_size or trained_size or usual, multiple),
         located=located,
     )
+
+
+def _card_of_family(encoder: Encoder, weights: OpenedWeights) -> dict[str, Any]:
+    """The card of an encoder whose weights have none: what shapes tell, and what is known of the family."""
+    card = {"backbone": to_named(encoder.recipe, BACKBONES), "input_multiple": list(encoder.input_multiple)}
+    origin = origin_of(weights)
+    if origin is None:
+        return card
+    known = {"spacing_mm": origin.expects.spacing_mm, "intensity": origin.expects.intensity, IN_CARD: origin}
+    return {**card, **{name: to_mapping(value) for name, value in known.items() if value is not None}}
 
 
 def encoder_of(network: Exported) -> Encoder:
@@ -151,6 +170,17 @@ def _checked(patch_size: Triple | None, multiple: Triple) -> Triple:
         raise ConfigError(f"patch_size is {shown}; it must be three numbers of voxels, such as 96 96 96.")
     check_multiple(patch_size, multiple, "patch_size")
     return patch_size
+
+
+def terms_of(network: Exported) -> str:
+    """Return the terms of the weights in sentences: the licence named at export, and those of what they began with."""
+    said = "No licence of the weights was named at export; ask whoever published them."
+    if network.license:
+        said = f"Licence of the weights: {network.license}."
+    began = WeightsOrigin.in_card(network.card)
+    if began is None:
+        return said
+    return f"{said} Training began with {began.terms or f'weights of {began.family} (licence: {began.licence})'}."
 
 
 def millimetres(sizes: Sequence[float] | None, otherwise: str) -> str:

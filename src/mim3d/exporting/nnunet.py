@@ -22,7 +22,7 @@ from mim3d.backbones.contract import Encoder
 from mim3d.core.errors import CheckpointError, listed
 from mim3d.core.files import write_json, write_text
 from mim3d.core.progress import say
-from mim3d.exporting.networks import EncoderProgram, Exported, encoder_of, formula
+from mim3d.exporting.networks import EncoderProgram, Exported, encoder_of, formula, terms_of
 from mim3d.exporting.nnunet_primus import CITATION, primus_entries, primus_state, size_name, unlike_primus
 from mim3d.exporting.programs import compared, outputs_of
 from mim3d.reporting.rendering import render
@@ -135,7 +135,7 @@ def write_nnunet(network: Exported, folder: Path, axes: Axes) -> None:
         if spacing is None
         else " x ".join(f"{edge:g}" for edge in spacing) + " mm (X, Y, Z)",
         checkpoint=CHECKPOINT_NAME,
-        license=network.license,
+        terms=terms_of(network),
         modality=network.modality,
     )
     write_text(folder / "README.md", readme)

@@ -25,8 +25,9 @@ from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.core.files import write_json
 from mim3d.core.progress import say
 from mim3d.core.types import Triple
-from mim3d.exporting.networks import Exported, formula, label_rule
+from mim3d.exporting.networks import Exported, formula, label_rule, terms_of
 from mim3d.nn.blocks import Projection
+from mim3d.weights import IN_CARD
 
 # Shape suffixes: R rows (voxels), C channels, H hidden channels.
 
@@ -38,7 +39,7 @@ TOLERANCE = 5e-4
 SEED = 20
 
 #: Entries of a card that go along with a program.
-_OF_CARD = ("backbone", "data_digest", "mim3d_version", "scores", "learnt", "evaluation")
+_OF_CARD = ("backbone", "data_digest", "mim3d_version", "scores", "learnt", "evaluation", "warnings", IN_CARD)
 
 #: Packages that ONNX files are made and compared with.
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -343,6 +344,7 @@ def described(
         "format": 1,
         "network": network.kind,
         "license": network.license,
+        "terms": terms_of(network),
         "modality": network.modality,
         "input": {
             "name": "image",

@@ -4,7 +4,7 @@ Wherever weights are asked for, a run, an exported folder, a file or a Hugging F
 """
 
 from mim3d.weights.cards import card_settings, read_card, require_described
-from mim3d.weights.description import WeightsDescription, WeightsOrigin, describe, origin_of
+from mim3d.weights.description import IN_CARD, WeightsDescription, WeightsOrigin, describe, origin_of
 from mim3d.weights.families import FAMILIES, ExpectedInput, Family
 from mim3d.weights.folders import (
     CARD_FORMAT,
@@ -35,6 +35,7 @@ __all__ = [
     "CARD_FORMAT",
     "CARD_NAME",
     "FAMILIES",
+    "IN_CARD",
     "MIN_COVERAGE",
     "PREFIXES",
     "RUN_NETWORKS",

@@ -16,6 +16,9 @@ from mim3d.weights.loading import fitting, recipe_of_card
 from mim3d.weights.opened import OpenedWeights
 from mim3d.weights.states import HeldWeights, unlearned
 
+#: Entry of cards and manifests that holds where the foreign weights come from that training began with.
+IN_CARD = "weights_origin"
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsOrigin:
@@ -50,9 +53,33 @@ class WeightsOrigin:
             expects=found.expects,
         )
 
+    @classmethod
+    def in_card(cls, card: Mapping[str, Any]) -> "WeightsOrigin | None":
+        """The foreign weights that a network began with, as its card says it; None where it says nothing.
+
+        Anybody may have written the card. What their network expected is left out: the card says what this one does.
+        """
+        said = card.get(IN_CARD)
+        if not isinstance(said, Mapping) or not all(isinstance(said.get(name), str) for name in ("family", "licence")):
+            return None
+        return cls(
+            family=cut(said["family"], 80),
+            source=cut(str(said.get("source", "unknown")), 200),
+            licence=cut(said["licence"], 200),
+            commercial=said.get("commercial") is not False,
+            remark="",
+            expects=ExpectedInput(),
+        )
+
+    @property
+    def terms(self) -> str:
+        """What a licence that is not commercial means for what is learned from the weights; empty for others."""
+        if self.commercial:
+            return ""
+        return f"weights of {self.family}: {self.licence}; what is learned from them may be bound by these terms"
+
     def __str__(self) -> str:
-        terms = "" if self.commercial else f"; licence: {self.licence}"
-        return f"{self.family}{terms}; its network expects {self.expects}"
+        return f"{self.family}; its network expects {self.expects}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +202,8 @@ def _of_card(path: str | Path, file: str, held: HeldWeights, card: Mapping[str, 
     rows["expects orientation"] = str(card.get("orientation", "unknown"))
     rows["expects intensities"] = "unknown" if intensity is None else _mapped(intensity)
     rows["expects channels"] = ", ".join(card.get("channel_names") or []) or str(named.get("in_channels", 1))
-    origin = card.get("weights_origin")
-    if isinstance(origin, dict):
-        rows["began with"] = f"{cut(str(origin.get('family')), 80)}; licence: {cut(str(origin.get('licence')), 200)}"
+    if (origin := WeightsOrigin.in_card(card)) is not None:
+        rows["began with"] = f"{origin.family}; licence: {origin.licence}"
     for name in ("step", "scores", "warnings"):
         if card.get(name):
             rows[name] = _plain(card[name])

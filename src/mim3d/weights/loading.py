@@ -23,7 +23,6 @@ from mim3d.weights.families.mim import alike
 from mim3d.weights.folders import RUN_NETWORKS
 from mim3d.weights.opened import OpenedWeights
 from mim3d.weights.states import HeldWeights, oddity, unlearned, without_prefix_of
->>>>>>> 0cd76e0 (Weights are read once when a run, features or a description start from them)
 
 #: Share of an encoder's values that a file must fill before it counts as loaded.
 MIN_COVERAGE = 0.9

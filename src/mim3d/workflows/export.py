@@ -1,5 +1,6 @@
 """Export of a trained network: checks before any work begins, then one folder for each format."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, replace
@@ -10,6 +11,8 @@ from mim3d.core.files import atomic_folder
 from mim3d.core.progress import say
 from mim3d.core.settings import nearest
 from mim3d.core.types import Named, Triple
+from mim3d.core.warned import LicenceWarning, checked_rows, merged
+from mim3d.core.warned import published as published_rows
 from mim3d.exporting.hub_folder import ListedScans, check_license, write_hub_folder
 from mim3d.exporting.monai_bundle import require_segmenter, write_monai_bundle
 from mim3d.exporting.named_for_monai import INDEX_NAME, check_einops, require_monai_network, write_monai_weights
@@ -17,6 +20,7 @@ from mim3d.exporting.networks import load_exported
 from mim3d.exporting.nnunet import PLAN_NAME, Axes, require_nnunet, write_nnunet
 from mim3d.exporting.origin import ENTRY, evaluation_of, stages_of
 from mim3d.exporting.programs import check_onnx, write_onnx, write_torch_program
+from mim3d.weights import WeightsOrigin
 from mim3d.workflows.shared.leakage import SEEN_NAME, Seen, published, read_seen, seen_file, write_seen
 
 #: Formats but safetensors and nnunet, which have settings of their own -> what writes them.
@@ -107,6 +111,11 @@ def export_network(settings: ExportSettings) -> str:
     evaluation = evaluation_of(network.located) if "task" in network.card else None
     known = {ENTRY: stages_of(network.located, network.card), "evaluation": evaluation}
     card = {**network.card, **{name: value for name, value in known.items() if value}}
+    began = WeightsOrigin.in_card(card)
+    if began is not None and began.terms:
+        warnings.warn(f"{weights}: {began.terms}, which the export says.", category=LicenceWarning, stacklevel=2)
+        said = published_rows([{"kind": LicenceWarning.kind, "text": began.terms}])
+        card["warnings"] = merged(checked_rows(card.get("warnings")), said)
     network = replace(network, card=card, license=settings.license, modality=settings.modality)
     if "monai" in names:
         require_segmenter(network, weights)

@@ -11,11 +11,13 @@ from mim3d.caching.cache import Cache
 from mim3d.core.progress import say
 from mim3d.core.settings import build_settings, to_mapping, update_settings
 from mim3d.core.types import Named, Spacing
+from mim3d.core.warned import LicenceWarning
 from mim3d.datasets.cases import CaseSet
 from mim3d.planning.plan import plan_intensity
 from mim3d.scans.intensity import Intensity
 from mim3d.scans.volumes import read_grid
 from mim3d.weights import (
+    IN_CARD,
     MIN_COVERAGE,
     InputLayers,
     OpenedWeights,
@@ -58,6 +60,7 @@ class Initialisation:
         gives_way: Whether its voxel size counts for nothing, since the recipe of another run is followed.
         origin: Where foreign weights come from; None for our own, for unknown ones and from scratch.
         filled: Names of the encoder's tensors that the weights fill.
+        began_with: The foreign weights that all began with: these, or those that the card of our own names.
     """
 
     recipe: Backbone
@@ -67,6 +70,7 @@ class Initialisation:
     gives_way: bool = False
     origin: WeightsOrigin | None = None
     filled: tuple[str, ...] = ()
+    began_with: WeightsOrigin | None = None
 
     @classmethod
     def of_card(cls, recipe: Backbone, encoder: Encoder | None, card: Mapping[str, Any]) -> "Initialisation":
@@ -90,8 +94,8 @@ class Initialisation:
             encoder.load_state_dict({name: state[name] for name in self.filled}, strict=False)
 
     def noted(self) -> dict[str, Any]:
-        """What manifests and cards keep of where foreign weights come from."""
-        return {} if self.origin is None else {"weights_origin": to_mapping(self.origin)}
+        """What manifests and cards keep of the foreign weights that all began with."""
+        return {} if self.began_with is None else {IN_CARD: to_mapping(self.began_with)}
 
     def spacing_mm(self, asked: Spacing | None, source: CaseSet | Cache) -> Spacing | None:
         """Voxel size to prepare the data with: as asked, else the encoder's; a cache has its own.
@@ -181,6 +185,9 @@ def initialise(
     say(f"{weights}: {report}")
     initial = replace(Initialisation.of_card(recipe, encoder, weights.card), filled=report.matched)
     origin = origin_of(weights)
+    initial = replace(initial, began_with=origin or WeightsOrigin.in_card(weights.card))
+    if initial.began_with is not None and initial.began_with.terms:
+        warnings.warn(f"{weights}: {initial.began_with.terms}.", category=LicenceWarning, stacklevel=2)
     if origin is None:
         return initial
     say(f"{weights}: {origin}; the plan follows what is known, flags such as --spacing_mm change it")
