@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2461,
     "probing": 1040,
     "exporting": 2097,
-    "workflows": 10337,
+    "workflows": 10516,
     "commands": 295,
     "cli": 832,
     "__main__": 15,

@@ -16,6 +16,7 @@ import mim3d
 from mim3d.cli import main
 from mim3d.commands.embed import embed
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.warned import LeakWarning
 from mim3d.weights import load_encoder
 from mim3d.workflows.embed.store import FeatureStore
 from mim3d.workflows.shared.feature_tables import read_table
@@ -61,6 +62,57 @@ def test_one_row_for_each_scan_as_the_encoder_run_by_hand_gives_it(scans, weight
     assert table["volume_ml"][1] == pytest.approx(np.prod(scan.shape) * 1.2 / 1000)
 
 
+def failed_ids(path: Path) -> list[str]:
+    with open(path, newline="") as file:
+        return [row["id"] for row in csv.DictReader(file)]
+
+
+def test_a_second_call_keeps_what_the_first_could_not_embed(scans, weights, tmp_path):
+    (tmp_path / "more").mkdir()
+    for number, folder in enumerate((scans, tmp_path / "more")):
+        (folder / f"bad_{number}.nii.gz").write_bytes(b"no scan")
+        write_scan(folder / f"good_{number}.nii.gz", ball_scan(20 + number)[0])
+    first, other = tmp_path / "f.parquet", tmp_path / "g.parquet"
+    embed(str(scans), weights, str(first), **WINDOW)
+    embed(str(tmp_path / "more"), weights, str(first), **WINDOW)
+    assert failed_ids(tmp_path / "f.parquet.failed.csv") == ["bad_0", "bad_1"]
+    assert [row["id"] for row in json.loads((tmp_path / "f.parquet.json").read_text())["failed"]] == ["bad_0", "bad_1"]
+    # Another table in the folder has a list of its own.
+    embed(str(scans / "ball_0.nii.gz"), weights, str(other), **WINDOW)
+    embed(str(tmp_path / "more"), weights, str(other), **WINDOW)
+    assert failed_ids(tmp_path / "g.parquet.failed.csv") == ["bad_1"]
+    write_scan(scans / "bad_0.nii.gz", ball_scan(30)[0])
+    embed(str(scans), weights, str(first), **WINDOW)
+    assert failed_ids(tmp_path / "f.parquet.failed.csv") == ["bad_1"]
+
+
+def test_scans_that_the_weights_were_learned_from_are_said_and_kept(ball_set, scans, weights, tmp_path):
+    image = nibabel.load(scans / "ball_2.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata().astype(np.float32) * 2 + 5, image.affine), scans / "copy.nii")
+    write_scan(scans / "new.nii.gz", ball_scan(77)[0])
+    out = tmp_path / "f.parquet"
+    for _ in range(2):
+        # A call that finds all of it done says it again.
+        with pytest.warns(LeakWarning, match=r"of 5 scans are in the pre-training data of .*ball_0 \(identical\)"):
+            embed(str(scans), weights, str(out), **WINDOW)
+        about = json.loads((tmp_path / "f.parquet.json").read_text())
+        found = about["learned_from"]["found"]
+        assert about["learned_from"]["list"] == "whole" and "new" not in found
+        assert {"ball_0", "ball_1", "ball_2", "copy"} == set(found)
+        assert {each["id"]: bool(each["learned_from"]) for each in about["scans"]}["copy"]
+        assert not any("identity" in each for each in about["scans"])
+        assert [row["kind"] for row in about["warnings"]].count("leak") == 1
+
+
+def test_what_a_killed_call_has_embedded_is_looked_up_later(scans, weights, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStore, "conclude", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), pytest.warns(LeakWarning):
+            embed(str(scans), weights, str(tmp_path / "f.parquet"), **WINDOW)
+    with pytest.warns(LeakWarning, match="3 of 3 scans are in the pre-training data"):
+        embed(str(scans), weights, str(tmp_path / "f.parquet"), **WINDOW)
+
+
 def test_the_description_says_what_the_features_are(scans, weights, tmp_path):
     embed(str(scans), weights, str(tmp_path / "f.parquet"), **WINDOW)
     about = json.loads((tmp_path / "f.parquet.json").read_text())
@@ -78,7 +130,7 @@ def test_a_bad_scan_is_listed_and_stops_no_other(scans, weights, tmp_path, capsy
     assert main(words) == 2
     said = capsys.readouterr()
     assert "1 of 3 cases was left out" in said.out and "2 of 3 scans embedded" in said.out
-    with open(tmp_path / "failed.csv", newline="") as file:
+    with open(tmp_path / "f.csv.failed.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == ["ball_1"] and "ball_1.nii.gz" in rows[0]["reason"]
     assert list(read_table(str(out)).keys["id"]) == ["ball_0", "ball_2"]
@@ -86,7 +138,7 @@ def test_a_bad_scan_is_listed_and_stops_no_other(scans, weights, tmp_path, capsy
     assert main([*words, "--layer", "-1"]) == 0
     assert "3 of 3 scans embedded, 2 of them before" in capsys.readouterr().out
     assert list(read_table(str(out)).keys["id"]) == ["ball_0", "ball_1", "ball_2"]
-    assert not (tmp_path / "failed.csv").exists()
+    assert not (tmp_path / "f.csv.failed.csv").exists()
 
 
 def test_none_that_can_be_embedded_is_an_error_with_the_first_reason(weights, tmp_path):
@@ -94,7 +146,7 @@ def test_none_that_can_be_embedded_is_an_error_with_the_first_reason(weights, tm
     (tmp_path / "scans" / "bad.nii.gz").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"None of 1 scan could be embedded, the first because of .*bad\.nii\.gz"):
         embed(str(tmp_path / "scans"), weights, str(tmp_path / "f.parquet"))
-    assert (tmp_path / "failed.csv").is_file() and not (tmp_path / "f.parquet").exists()
+    assert (tmp_path / "f.parquet.failed.csv").is_file() and not (tmp_path / "f.parquet").exists()
 
 
 def test_a_killed_run_goes_on_to_the_same_table(scans, weights, tmp_path, monkeypatch):

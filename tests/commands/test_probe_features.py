@@ -9,6 +9,7 @@ import pytest
 from mim3d.cli import main
 from mim3d.commands.probe import probe
 from mim3d.core.errors import ConfigError, DataError
+from mim3d.core.warned import LeakWarning
 from mim3d.probing.heads import HEADS
 from mim3d.workflows.shared.feature_tables import FeatureTable, write_table
 
@@ -50,6 +51,16 @@ def made(tmp_path: Path) -> tuple[str, str, np.ndarray]:
     ]
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     return str(tmp_path / "f.parquet"), str(tmp_path / "labels.csv"), values
+
+
+def test_scans_of_a_table_that_its_weights_were_learned_from_are_said_again(made, tmp_path):
+    features, labels, _ = made
+    leak = {"kind": "leak", "text": "2 of 30 scans are in the pre-training data of runs/pre"}
+    (tmp_path / "f.parquet.json").write_text(json.dumps({"warnings": [leak, {"kind": "other", "text": "no"}]}))
+    with pytest.warns(LeakWarning, match="f.parquet: 2 of 30 scans are in the pre-training data"):
+        content = probe(features=features, labels=labels, out=str(tmp_path / "probe.json"), **SMALL)
+    assert [row["kind"] for row in content["warnings"]].count("leak") == 1
+    assert not any(row["text"] == "no" for row in content["warnings"])
 
 
 def test_classes_are_scored_beside_chance_majority_and_other_columns(made, tmp_path, capsys):

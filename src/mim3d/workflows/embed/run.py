@@ -29,11 +29,13 @@ from mim3d.inference.scan_input import usual_intensity
 from mim3d.training.precision import DTYPES, require_precision
 from mim3d.weights import full_path, load_encoder, weights_digest
 from mim3d.workflows.embed.arrays import ScanArray, named_scans
+from mim3d.workflows.embed.leaks import IDENTITY, look_up, say_leaks
 from mim3d.workflows.embed.regions import EmptyMaskError, RegionSource, ScanRegions
 from mim3d.workflows.embed.settings import EmbeddingPlan, EmbedSettings
 from mim3d.workflows.embed.store import FeatureStore, stamp
 from mim3d.workflows.predict import input_cases
 from mim3d.workflows.shared.feature_tables import WHOLE_SCAN, FeatureTable
+from mim3d.workflows.shared.leakage import Seen, identity_of, read_seen, row_of
 from mim3d.workflows.shared.overlap import Stages, failure_of, run_overlapped
 
 #: Scans unlike those of training that are named while embedding.
@@ -92,7 +94,7 @@ def embed_scans(settings: EmbedSettings) -> FeatureTable:
             f"input: {number_of(len(cases), 'scan')}; {len(plan.columns)} features, windows of {size} voxels, on "
             f"{device_name(device)}"
         )
-        work = Embedding(settings, plan, source, encoder, device)
+        work = Embedding(settings, plan, source, encoder, device, read_seen(settings.weights))
         identity = plan.identity(settings, weights_digest(settings.weights))
         columns = plan.columns
         with FeatureStore.opened(
@@ -133,12 +135,14 @@ class ReadScan:
         prepared: The scan in each voxel size.
         regions: Its labels or boxes; None without any.
         warnings: Sentences on what of it is unlike training, or lacks.
+        known_by: What it is known by where the weights come with a list of scans, as plain values; else empty.
     """
 
     case: Case
     prepared: tuple[Prepared, ...]
     regions: ScanRegions | None
     warnings: tuple[str, ...]
+    known_by: Mapping[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +155,7 @@ class Embedding:
         source: Where regions come from.
         encoder: The encoder on its device, loaded once.
         device: Where it computes.
+        seen: The scans that the weights were learned from; None where no list came with them.
     """
 
     settings: EmbedSettings
@@ -158,6 +163,7 @@ class Embedding:
     source: RegionSource
     encoder: Encoder
     device: torch.device
+    seen: Seen | None
 
     def read(self, case: Case) -> ReadScan:
         """Read a scan, and what of it has rows of its own.
@@ -178,11 +184,18 @@ class Embedding:
             what = "mask" if self.settings.masks else "box"
             raise DataError(f"{case.images[0]}: there is no {what} for this scan; add one, or take the scan out.")
         prepared = tuple(
-            prepare(case, preparation, with_label=False, set_in_hu=learned.in_hu)
-            for preparation in self.plan.preparations
+            prepare(
+                case,
+                preparation,
+                with_label=False,
+                set_in_hu=learned.in_hu,
+                with_marks=number == 0 and self.seen is not None,
+            )
+            for number, preparation in enumerate(self.plan.preparations)
         )
+        known_by = {} if self.seen is None else row_of(identity_of(case, prepared[0]))
         said += regions.notes if regions is not None else ()
-        return ReadScan(case, prepared, regions, (*learned.warnings_on(prepared[0]), *said))
+        return ReadScan(case, prepared, regions, (*learned.warnings_on(prepared[0]), *said), known_by)
 
     def rows(self, scan: ReadScan, on_windows: Callable[[int, int], None]) -> FeatureTable:
         """Features of a scan and of its regions, a row each.
@@ -259,7 +272,7 @@ def _embed_all(
     return _concluded(work, cases, store, said, len(remaining))
 
 
-class _EmbeddingStages(Stages[Case, ReadScan, tuple[FeatureTable, tuple[str, ...]], None]):
+class _EmbeddingStages(Stages[Case, ReadScan, tuple[FeatureTable, Mapping[str, Any]], None]):
     """Scans that are read, embedded and kept; what keeps one from being embedded is recorded.
 
     Args:
@@ -286,20 +299,22 @@ class _EmbeddingStages(Stages[Case, ReadScan, tuple[FeatureTable, tuple[str, ...
         """Read a scan."""
         return self._work.read(item)
 
-    def compute(self, item: Case, ready: ReadScan) -> tuple[FeatureTable, tuple[str, ...]]:
-        """Embed a scan; its rows, and what is to be said of it."""
+    def compute(self, item: Case, ready: ReadScan) -> tuple[FeatureTable, Mapping[str, Any]]:
+        """Embed a scan; its rows, and what is kept and said of it."""
         start = self._places[item.id]
 
         def watch(done: int, total: int) -> None:
             self._progress.update(start + done / max(total, done, 1), item.id)
 
         self._progress.update(start, item.id)
-        return self._work.rows(ready, watch), ready.warnings
+        about = {"warnings": list(ready.warnings), **({IDENTITY: ready.known_by} if ready.known_by else {})}
+        return self._work.rows(ready, watch), about
 
-    def finish(self, item: Case, done: tuple[FeatureTable, tuple[str, ...]]) -> None:
+    def finish(self, item: Case, done: tuple[FeatureTable, Mapping[str, Any]]) -> None:
         """Keep the rows of a scan."""
-        rows, said = done
-        self._store.add({**self._stamps[item.id], "warnings": list(said)}, rows)
+        rows, about = done
+        said = about["warnings"]
+        self._store.add({**self._stamps[item.id], **about}, rows)
         self._num_unlike += bool(said)
         for text in said if self._num_unlike <= MOST_NAMED else ():
             self._progress.say(f"warning: {item.images[0]}: {text}")
@@ -325,12 +340,15 @@ def _concluded(
             category=UnlikeTrainingWarning,
             stacklevel=2,
         )
+    look_up(store, work.seen)
+    learned_from = say_leaks(cases, store, work.seen, work.settings.weights)
     num_failed, num_before = len(store.failures), len(cases) - num_now
     store.conclude(
         {
             "weights": full_path(work.settings.weights),
             "pooling": POOLING,
             "made_by": {key: value for key, value in environment().items() if key != "hardware"},
+            "learned_from": learned_from,
             "warnings": list(said),
         }
     )

@@ -26,7 +26,14 @@ from mim3d.datasets.cases import Case
 from mim3d.scans.grids import resolved
 from mim3d.workflows.embed.settings import home_of
 from mim3d.workflows.predict import TRACEBACKS_NAME
-from mim3d.workflows.shared.feature_tables import FeatureTable, format_of_table, joined, read_table, write_table
+from mim3d.workflows.shared.feature_tables import (
+    FeatureTable,
+    description_of,
+    format_of_table,
+    joined,
+    read_table,
+    write_table,
+)
 from mim3d.workflows.shared.scan_sources import ScanFiles
 
 #: List of the scans that could not be embedded, beside the table.
@@ -67,6 +74,7 @@ class FeatureStore:
         finished: Finished scans by id, those of earlier calls too.
         failures: Why scans could not be embedded, by id.
         images: Images of every scan that failed, by id.
+        failed_before: Rows of the list of scans that earlier calls could not embed, by id.
     """
 
     out: str | None
@@ -76,7 +84,8 @@ class FeatureStore:
     finished: dict[str, Finished] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     images: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    _failed_before: bool = False
+    failed_before: dict[str, dict[str, str]] = field(default_factory=dict)
+    _had_failures: bool = False
     _writer: Any = None
 
     @classmethod
@@ -134,12 +143,13 @@ class FeatureStore:
     @property
     def description(self) -> Path:
         """The file that says what the features are."""
-        return self.home / f"{self._stem}.json"
+        assert self.out is not None
+        return description_of(self.out, self.form)
 
     @property
     def failures_path(self) -> Path:
-        """The list of scans that could not be embedded."""
-        return self.home / FAILURES_NAME
+        """The list of scans that could not be embedded; beside other tables each has its own."""
+        return self.home / (FAILURES_NAME if self.form == "h5" else f"{self._stem}.{FAILURES_NAME}")
 
     @property
     def _parts(self) -> Path:
@@ -172,7 +182,9 @@ class FeatureStore:
             if known is not None:
                 content = read_json(str(known))
                 self._check_identity(content, out)
-                self._failed_before = bool(content.get("failed"))
+                failed = content.get("failed") or ()
+                self.failed_before = {row["id"]: {key: row[key] for key in COLUMNS} for row in failed}
+                self._had_failures = bool(failed)
                 if known == self.description and is_there:
                     self._take_table(content, read_table(out, self.form))
             if begun.is_file():
@@ -188,6 +200,7 @@ class FeatureStore:
                 ) from error
         if overwrite:
             self.finished.clear()
+            self.failed_before.clear()
             for part in self._parts.glob("*.arrows"):
                 part.unlink()
         write_json(begun, {"identity": dict(self.identity)})
@@ -290,14 +303,7 @@ class FeatureStore:
         """
         if self.out is None:
             return
-        rows = [[name, ";".join(self.images[name]), "", each.reason] for name, each in self.failures.items()]
-        if rows:
-            write_csv(self.failures_path, COLUMNS, rows, remedy=_REMEDY)
-        elif self._failed_before:
-            self.failures_path.unlink(missing_ok=True)
-        tracebacks = {name: each.traceback for name, each in self.failures.items() if each.traceback is not None}
-        if rows or self._failed_before:
-            write_tracebacks(self.home / TRACEBACKS_NAME, tracebacks, remedy=_REMEDY)
+        rows = self._write_failures()
         if self.finished:
             write_table(self.table, self.out, self.form)
         content = {
@@ -306,7 +312,7 @@ class FeatureStore:
             **about,
             "num_features": len(self.columns),
             "scans": [dict(self.finished[name].about) for name in sorted(self.finished)],
-            "failed": [dict(zip(COLUMNS, row, strict=True)) for row in rows],
+            "failed": rows,
         }
         write_json(self.description, content, indent=1, remedy=_REMEDY)
         if self._writer is not None:
@@ -314,6 +320,25 @@ class FeatureStore:
             self._writer = None
         sync(self.home)
         shutil.rmtree(self._parts, ignore_errors=True)
+
+    def _write_failures(self) -> list[dict[str, str]]:
+        """Write the list of scans that could not be embedded, those of earlier calls first, and return its rows."""
+        now = [
+            dict(zip(COLUMNS, (name, ";".join(self.images[name]), "", each.reason), strict=True))
+            for name, each in self.failures.items()
+        ]
+        done = {*self.finished, *self.failures}
+        rows = [*(row for name, row in self.failed_before.items() if name not in done), *now]
+        if rows:
+            write_csv(self.failures_path, COLUMNS, [list(row.values()) for row in rows], remedy=_REMEDY)
+        elif self._had_failures:
+            self.failures_path.unlink(missing_ok=True)
+        tracebacks = {name: each.traceback for name, each in self.failures.items() if each.traceback is not None}
+        # Those of scans that stay in the list are kept where there are no others.
+        if tracebacks or (self._had_failures and len(rows) == len(now)):
+            place = self.failures_path.with_name(self.failures_path.name.replace(FAILURES_NAME, TRACEBACKS_NAME))
+            write_tracebacks(place, tracebacks, remedy=_REMEDY)
+        return rows
 
 
 def stamp(case: Case, mask: str | None, regions: Mapping[str, Any]) -> dict[str, Any]:

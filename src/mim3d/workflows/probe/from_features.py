@@ -3,15 +3,17 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mim3d.core.errors import DataError
+from mim3d.core.files import read_json
 from mim3d.core.names import number_of
 from mim3d.core.progress import counted, say
-from mim3d.core.warned import ComparisonWarning, recording
+from mim3d.core.warned import ComparisonWarning, LeakWarning, checked_rows, recording
 from mim3d.datasets.cases import Case
 from mim3d.datasets.splits import Split, declared_folds, split_by_list, split_cases
 from mim3d.metrics import Bootstrap
@@ -21,7 +23,7 @@ from mim3d.probing.items import Floats
 from mim3d.probing.scores import CONVENTIONS, NUMBER_CONVENTIONS, Scored, ScoredNumbers, differences, intervals
 from mim3d.reporting.sources import short_names
 from mim3d.workflows.probe.labelled import Kind, LabelledRows, labelled_rows
-from mim3d.workflows.shared.feature_tables import FeatureTable, read_table
+from mim3d.workflows.shared.feature_tables import FeatureTable, description_of, format_of_table, read_table
 
 #: Folds inside what heads learn from, by which their settings are chosen.
 INNER_FOLDS = 3
@@ -109,6 +111,7 @@ def probe_features(probe: FeatureProbe, written: Mapping[str, Any]) -> dict[str,
     """
     with recording() as warned:
         tables = {path: read_table(path) for path in probe.features}
+        _say_leaks(probe.features)
         rows = labelled_rows(tables, probe.labels, probe.label_column, probe.label_kind, probe.region)
         splits = _splits(probe, rows)
         folds = [_places(split, rows) for split in splits]
@@ -134,6 +137,18 @@ def probe_features(probe: FeatureProbe, written: Mapping[str, Any]) -> dict[str,
     if warned.rows:
         content["warnings"] = warned.rows
     return content
+
+
+def _say_leaks(paths: Sequence[str]) -> None:
+    """Repeat what was said of a table's scans that its weights were learned from, since scores are computed on them."""
+    for path in paths:
+        description = description_of(path, format_of_table(path))
+        content: Any = None
+        with suppress(DataError):
+            content = read_json(str(description)) if description.is_file() else None
+        for row in checked_rows(content.get("warnings") if isinstance(content, dict) else None):
+            if row["kind"] == LeakWarning.kind:
+                warnings.warn(f"{path}: {row['text']}", category=LeakWarning, stacklevel=3)
 
 
 def _splits(probe: FeatureProbe, rows: LabelledRows) -> list[Split]:

@@ -129,6 +129,11 @@ def format_of_table(path: str, asked: str = "auto") -> str:
     )
 
 
+def description_of(path: str, form: str) -> Path:
+    """The file beside a table that says what its features are, and what was warned of when they were made."""
+    return Path(path, "features.json") if form == "h5" else Path(os.path.abspath(f"{path}.json"))
+
+
 def read_table(path: str, form: str = "auto") -> FeatureTable:
     """The features that a file or folder holds.
 

@@ -7,18 +7,21 @@ else of them, neither names nor places. An exported one carries salted digests a
 import os
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mim3d.caching.cache import Cache
-from mim3d.caching.fingerprints import Fingerprint, Leak, ScanIdentity, find_leaks
+from mim3d.caching.case import content_digest
+from mim3d.caching.fingerprints import Fingerprint, Leak, ScanIdentity, find_leaks, fingerprint_of
 from mim3d.caching.marks import Marks
+from mim3d.caching.preprocessing import Prepared
 from mim3d.core.errors import CheckpointError, DataError, listed
 from mim3d.core.files import load_json, write_json
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON
 from mim3d.core.warned import LeakWarning
+from mim3d.datasets.cases import Case
 from mim3d.weights import WEIGHTS_NAME, locate
 
 SEEN_NAME = "seen.json"
@@ -58,6 +61,26 @@ def identities_of(scans: Cache) -> list[ScanIdentity]:
     ]
 
 
+def identity_of(case: Case, prepared: Prepared) -> ScanIdentity:
+    """A scan in memory by what it holds, as a cache of it has it.
+
+    Args:
+        case: Its files.
+        prepared: The scan, prepared with marks.
+
+    Raises:
+        DataError: A file is missing.
+        OSError: A file cannot be read.
+    """
+    in_hu = prepared.modalities[0].in_hu
+    return ScanIdentity(
+        id=case.id,
+        digest=content_digest(case.images),
+        fingerprint=fingerprint_of(prepared.image[0], prepared.spacing_mm, prepared.affine, in_hu),
+        marks=prepared.marks or Marks(),
+    )
+
+
 def seen_from(scans: Sequence[ScanIdentity], weights: str | None) -> Seen:
     """What a network has seen that learns from ``scans``, and starts from ``weights``.
 
@@ -72,18 +95,34 @@ def seen_from(scans: Sequence[ScanIdentity], weights: str | None) -> Seen:
 
 def write_seen(folder: Path, seen: Seen, remedy: str | None = GO_ON) -> None:
     """Write ``seen.json`` into a folder; sorted, so that not even the order of the scans is given away."""
-    rows = sorted((_row_of(scan) for scan in seen.scans), key=lambda row: row["digest"])
+    rows = sorted((row_of(scan) for scan in seen.scans), key=lambda row: row["digest"])
     format = PUBLISHED_FORMAT if any(scan.salt for scan in seen.scans) else SEEN_FORMAT
     write_json(folder / SEEN_NAME, {"format": format, "complete": seen.complete, "scans": rows}, remedy=remedy)
 
 
-def _row_of(scan: ScanIdentity) -> dict[str, str]:
+def row_of(scan: ScanIdentity) -> dict[str, str]:
+    """What a list holds of a scan."""
     row = {"digest": scan.digest}
     if scan.fingerprint is not None:
         row["fingerprint"] = scan.fingerprint.to_text()
     if scan.marks.number:
         row["marks"] = scan.marks.to_text()
     return {**row, "salt": scan.salt} if scan.salt else row
+
+
+def scan_of(row: Mapping[str, str]) -> ScanIdentity:
+    """The scan that :func:`row_of` wrote.
+
+    Raises:
+        ValueError: It is none; as KeyError, TypeError and DataError are raised.
+    """
+    return ScanIdentity(
+        id="",
+        digest=str(row["digest"]),
+        fingerprint=None if row.get("salt") else Fingerprint.from_text(row["fingerprint"]),
+        marks=Marks.from_text(row["marks"]) if row.get("marks") else Marks(),
+        salt=bytes.fromhex(row.get("salt", "")).hex(),
+    )
 
 
 def published(seen: Seen) -> Seen:
@@ -112,22 +151,29 @@ def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
         content = load_json(path)
         if content["format"] not in (SEEN_FORMAT, PUBLISHED_FORMAT):
             raise CheckpointError(f"{path} is of format {content['format']}, not {PUBLISHED_FORMAT}; update mim3d.")
-        scans = tuple(
-            ScanIdentity(
-                id="",
-                digest=str(row["digest"]),
-                fingerprint=None if row.get("salt") else Fingerprint.from_text(row["fingerprint"]),
-                marks=Marks.from_text(row["marks"]) if row.get("marks") else Marks(),
-                salt=bytes.fromhex(row.get("salt", "")).hex(),
-            )
-            for row in content["scans"]
-        )
+        scans = tuple(scan_of(row) for row in content["scans"])
         return Seen(scans=scans, complete=bool(content["complete"]))
     except (OSError, ValueError, KeyError, TypeError, DataError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a list of scans ({error}); copy it again from the run, or delete it to go on "
             "without the check."
         ) from None
+
+
+def say_what_is_listed(weights: str, seen: Seen | None, scans: str) -> None:
+    """Say where it cannot be known, or not of all, whether scans were learned from.
+
+    Args:
+        weights: Where the weights lie.
+        seen: The list that came with them; None without one.
+        scans: Whose check it is, in words.
+    """
+    if seen is None or not seen.complete:
+        part = "no list" if seen is None else "only part of a list"
+        say(
+            f"note: {weights} comes with {part} of the scans it learned from: whether {scans} are among them cannot be "
+            "checked."
+        )
 
 
 def check_pretraining(weights: str | None, held_out: Sequence[ScanIdentity], *, strict: bool) -> list[Leak]:
@@ -143,12 +189,7 @@ def check_pretraining(weights: str | None, held_out: Sequence[ScanIdentity], *, 
     if weights is None or not held_out:
         return []
     seen = read_seen(weights)
-    if seen is None or not seen.complete:
-        part = "no list" if seen is None else "only part of a list"
-        say(
-            f"note: {weights} comes with {part} of the scans it learned from: whether held-out ones are among them "
-            "cannot be checked."
-        )
+    say_what_is_listed(weights, seen, "held-out ones")
     if seen is None:
         return []
     return check_leakage(seen.scans, held_out, place=f"in the pre-training data of {weights}", strict=strict)
