@@ -87,7 +87,7 @@ BUDGET = {
     "loading": 1055,
     "distributed": 715,
     "training": 2670,
-    "tasks": 4532,
+    "tasks": 4555,
     "methods": 2461,
     "probing": 1040,
     "exporting": 2097,

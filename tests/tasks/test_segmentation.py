@@ -9,18 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from mim3d.backbones import Hybrid
+from mim3d.backbones import BACKBONES, Hybrid
 from mim3d.backbones.contract import Backbone, Encoder
 from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.settings import to_mapping
+from mim3d.core.settings import to_mapping, to_named
 from mim3d.core.types import Triple
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
-from mim3d.tasks import create_task
+from mim3d.tasks import TASKS, create_task
 from mim3d.tasks.segmentation.decoders import DECODERS, ResidualBlock, UNetDecoder
 from mim3d.tasks.segmentation.network import SegmentationObjective, shrunk
 from mim3d.tasks.segmentation.targets import dice_by_name
 from mim3d.tasks.segmentation.task import Segmentation
+from mim3d.tasks.trained import load_trained
+from mim3d.weights import save_network
 from tests.array_scans import ArrayScan
 from tests.labelled import LABELS, ball_scan
 
@@ -347,16 +349,37 @@ def test_the_setting_names_every_decoder_there_is():
     assert set(get_args(named)) == set(DECODERS)
 
 
-def test_a_network_from_before_decoders_had_names_has_the_unet():
-    recorded = to_mapping(Segmentation(feature_dim=4))
-    del recorded["decoder"]
-    decoder = create_task({"name": "segmentation", **recorded}).build(Pools(), LABELS).decoder
-    assert isinstance(decoder, UNetDecoder)
+def test_a_network_from_before_decoders_had_names_has_the_unet(tmp_path):
+    settings = Segmentation(feature_dim=4, patch_size=(16, 16, 16), decoder="unet")
+    card = {
+        "backbone": to_named(BACKBONE, BACKBONES),
+        "task": to_named(settings, TASKS),
+        "labels": {"0": "background", "2": "liver"},
+    }
+    card |= {"spacing_mm": None, "intensity": {"kind": "zscore", "window": None}}
+    del card["task"]["decoder"]
+    save_network(tmp_path / "segmenter", settings.build(BACKBONE, {0: "background", 2: "liver"}), card)
+    assert isinstance(load_trained(tmp_path).module.decoder, UNetDecoder)
 
 
-def test_a_residual_block_is_two_normed_convolutions_around_which_the_input_goes():
-    block = ResidualBlock(3, 5)
-    volume = torch.randn(2, 3, 4, 5, 6)
+def test_the_adapter_adds_a_path_of_convolutions_to_the_maps_of_the_encoder():
+    decoder = Segmentation(feature_dim=4, decoder="adapter").build(Pools(), LABELS).decoder.eval()
+    plain = Segmentation(feature_dim=4, decoder="additive").build(Pools(), LABELS).decoder.eval()
+    plain.load_state_dict({name: value for name, value in decoder.state_dict().items() if not name.startswith("downs")})
+    volume = torch.randn(1, 1, 8, 8, 8)
+    maps = Pools().build()(volume)
+    skips, without = decoder._skips(volume, maps), plain._skips(volume, maps)
+    assert torch.equal(skips[0], without[0])
+    path = skips[0]
+    for down, skip, alone in zip(decoder.downs, skips[1:], without[1:], strict=True):
+        path = down(path)
+        assert path.shape == alone.shape and torch.equal(skip, alone + path)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_residual_block_is_two_normed_convolutions_around_which_the_input_goes(stride):
+    block = ResidualBlock(3, 5, stride)
+    volume = torch.randn(2, 3, 4, 8, 6)
     inner = nn.functional.leaky_relu(instance_norm(block.conv1(volume)), 0.01)
     expected = instance_norm(block.conv2(inner)) + instance_norm(block.residual(volume))
     assert torch.allclose(block(volume), nn.functional.leaky_relu(expected, 0.01), atol=1e-4)

@@ -140,7 +140,7 @@ class Backbone(ABC):
 
     in_channels: int = 1
 
-    segmentation_decoder: ClassVar[str] = "unet"
+    segmentation_decoder: ClassVar[str] = "adapter"
     packages: ClassVar[Mapping[str, str]] = {}
 
     @property

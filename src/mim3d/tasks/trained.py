@@ -110,6 +110,9 @@ def _task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -
         )
     if task is not None and name in TASKS and not issubclass(find_task(task), find_task(name)):
         raise CheckpointError(f"{path} was trained for another task ({name}) than {task}.")
+    if name == "segmentation":
+        # Cards of before there was a choice.
+        named.setdefault("decoder", "unet")
     return {**named, "name": task or name}
 
 

@@ -206,12 +206,16 @@ class AdditiveDecoder(SegmentationDecoder):
     def _make_head(width: int, num_classes: int) -> nn.Module:
         return nn.Conv3d(width, num_classes, 1)
 
-    def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    def _skips(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """What the encoder gives to each level, finest first; the coarsest is where the decoder begins."""
         finest = self.skip(self.norm(maps[0].movedim(1, -1))).movedim(-1, 1)
         # Encoders may hold maps channels last, where convolutions are no faster, and norms and their gradients slower.
         skips = [] if self.stem is None else [self.stem(volume_BCXYZ)]
         skips.append(finest.contiguous())
-        skips += [block(features.contiguous()) for block, features in zip(self.skips, maps[1:], strict=True)]
+        return skips + [block(features.contiguous()) for block, features in zip(self.skips, maps[1:], strict=True)]
+
+    def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        skips = self._skips(volume_BCXYZ, maps)
         features = skips.pop()
         levels: list[Tensor] = []
         for up, block in zip(reversed(self.ups), reversed(self.blocks), strict=True):
@@ -220,25 +224,52 @@ class AdditiveDecoder(SegmentationDecoder):
         return levels
 
 
+class AdapterDecoder(AdditiveDecoder):
+    """The additive decoder, and beside the encoder a path of convolutions from the input, added to its maps.
+
+    As the spatial prior module of ViT-Adapter (Chen et al., ICLR 2023) gives a plain transformer what convolutions see.
+    The path begins with the skip at full resolution; a residual block whose first convolution has a stride leads to
+    each coarser level.
+    """
+
+    def _build(self, in_channels: int, levels: Sequence[tuple[int, int]]) -> None:
+        super()._build(in_channels, levels)
+        self.downs = nn.ModuleList(
+            ResidualBlock(width, coarser_width, coarser_stride // stride)
+            for (stride, width), (coarser_stride, coarser_width) in itertools.pairwise(levels)
+        )
+
+    def _skips(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The encoder's, each but the finest with the path's map added."""
+        first, *others = super()._skips(volume_BCXYZ, maps)
+        skips, path = [first], first
+        for down, skip in zip(self.downs, others, strict=True):
+            path = down(path)
+            skips.append(skip + path)
+        return skips
+
+
 class ResidualBlock(nn.Module):
     """Two dense 3^3 convolutions with instance norms and the residual around them (He et al. 2016; nnU-Net's ResEnc).
 
     Args:
         dim_in: Channels in.
-        dim_out: Channels out. Where they are others, the residual goes through a linear layer and a norm.
+        dim_out: Channels out.
+        stride: Stride of the first convolution. Where it is not 1, or the channels change, the residual goes through a
+            convolution whose kernel is the stride, and a norm.
     """
 
-    def __init__(self, dim_in: int, dim_out: int) -> None:
+    def __init__(self, dim_in: int, dim_out: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(dim_in, dim_out, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv3d(dim_in, dim_out, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv3d(dim_out, dim_out, 3, padding=1, bias=False)
         self.norm1, self.norm2 = (InstanceNorm(dim_out, affine=True) for _ in range(2))
-        same = dim_in == dim_out
-        self.residual = None if same else nn.Conv3d(dim_in, dim_out, 1, bias=False)
+        same = dim_in == dim_out and stride == 1
+        self.residual = None if same else nn.Conv3d(dim_in, dim_out, stride, stride, bias=False)
         self.norm3 = None if same else InstanceNorm(dim_out, affine=True)
 
     def forward(self, features_BCXYZ: Tensor) -> Tensor:
-        """Features ``(B, dim_out, X, Y, Z)``."""
+        """Features ``(B, dim_out, X / stride, Y / stride, Z / stride)``."""
         branch = F.leaky_relu(self.norm1(self.conv1(features_BCXYZ)), _SLOPE)
         branch = self.norm2(self.conv2(branch))
         if self.residual is not None and self.norm3 is not None:
@@ -296,6 +327,7 @@ def _init_convolution(module: nn.Module) -> None:
 
 #: Decoders by name.
 DECODERS: dict[str, type[SegmentationDecoder]] = {
+    "adapter": AdapterDecoder,
     "additive": AdditiveDecoder,
     "nnunet": NnUNetDecoder,
     "unet": UNetDecoder,

@@ -50,9 +50,9 @@ class Segmentation(CropTask):
         patch_size: Voxels of one crop, multiples of the encoder's token edge. None plans it: what holds the median
             training scan, at most 96 along each axis.
         positive_ratio: Share of crops centred on a voxel of a random class; the others lie anywhere.
-        decoder: What brings the encoder's maps back to full resolution: unet (as SwinUNETR has it); additive, which
-            takes less time and memory and learns faster at first; or nnunet, that of nnU-Net. None plans it: nnunet
-            for nnU-Net's residual encoder, unet for others.
+        decoder: What brings the encoder's maps back to full resolution: adapter, with a path of convolutions from the
+            input beside the encoder; additive, the same without that path; unet (as SwinUNETR has it); or nnunet, that
+            of nnU-Net. None plans it: nnunet for nnU-Net's residual encoder, adapter for others.
         feature_dim: Number of channels of the decoder at full resolution, its most expensive level, where the encoder
             has no map of it.
         augmentation: How crops are varied.
@@ -84,7 +84,7 @@ class Segmentation(CropTask):
 
     patch_size: Triple | None = None
     positive_ratio: float = 0.5
-    decoder: Literal["unet", "additive", "nnunet"] | None = None
+    decoder: Literal["unet", "additive", "adapter", "nnunet"] | None = None
     feature_dim: int = 16
     augmentation: Augmentation = field(default_factory=Augmentation)
     background_in_dice: bool = False
