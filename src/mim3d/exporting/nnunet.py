@@ -27,7 +27,7 @@ from mim3d.exporting.nnunet_primus import CITATION, primus_entries, primus_state
 from mim3d.exporting.programs import compared, outputs_of
 from mim3d.reporting.rendering import render
 from mim3d.tasks.segmentation.decoders import NnUNetDecoder
-from mim3d.weights import load_encoder
+from mim3d.weights import load_into, recipe_of
 
 #: Order in which the exported kernels have their axes: that of mim3d, or that of nnU-Net's arrays.
 Axes = Literal["XYZ", "ZYX"]
@@ -333,7 +333,9 @@ def _compare_read_back(network: Exported, file: Path, axes: Axes) -> None:
     Raises:
         CheckpointError: They compute something else.
     """
-    again = EncoderProgram(load_encoder(file)).eval()
+    encoder = recipe_of(file).build()
+    load_into(encoder, file, min_coverage=1.0)
+    again = EncoderProgram(encoder).eval()
 
     def run(image: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
