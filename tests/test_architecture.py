@@ -90,7 +90,7 @@ BUDGET = {
     "tasks": 4555,
     "methods": 2461,
     "probing": 1040,
-    "exporting": 2097,
+    "exporting": 2099,
     "workflows": 10516,
     "commands": 295,
     "cli": 832,
