@@ -69,7 +69,7 @@ FACTS = ("datasets.published.sets.", "weights.families.")
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3180,
+    "core": 3191,
     "kernels": 980,
     "scans": 4640,
     "nn": 1020,
@@ -81,7 +81,7 @@ BUDGET = {
     "reporting": 2200,
     "caching": 4729,
     "objective": 150,
-    "weights": 3503,
+    "weights": 3538,
     "inference": 1815,
     "planning": 950,
     "loading": 1055,
@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2461,
     "probing": 1040,
     "exporting": 2099,
-    "workflows": 10516,
+    "workflows": 10522,
     "commands": 295,
     "cli": 832,
     "__main__": 15,

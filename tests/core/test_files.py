@@ -133,3 +133,16 @@ def test_json_nested_without_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[" * 100_000 + "]" * 100_000)
     with pytest.raises(DataError, match=r"a\.json: cannot be read .one thing in another too many times"):
         read_json(str(tmp_path / "a.json"))
+
+
+def test_folders_made_for_what_failed_go_and_a_full_disk_is_said_in_plain_words(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="no"), atomic_folder(tmp_path / "there" / "a" / "b" / "c"):
+        raise ValueError("no")
+    assert list((tmp_path / "there").iterdir()) == []
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with (
+        pytest.raises(DataError, match=r"out could not be written \(No space left on device\); nothing was changed"),
+        atomic_folder(tmp_path / "out"),
+    ):
+        raise RuntimeError(said)

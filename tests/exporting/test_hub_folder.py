@@ -328,7 +328,7 @@ def test_an_export_of_several_formats_that_was_stopped_leaves_none_and_can_be_ru
         patched.setitem(WRITERS, "torch-export", stop)
         with pytest.raises(KeyboardInterrupt):
             export(run, str(out), format=formats)
-    assert not out.exists() or not list(out.iterdir())
+    assert not out.exists()
     export(run, str(out), format=formats)
     assert sorted(path.name for path in out.iterdir()) == sorted(formats)
 
@@ -342,6 +342,12 @@ sys.exit(main(["export", "--weights", sys.argv[1], "--out", sys.argv[2], "--form
 """
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(make, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/out cannot be written: .*file is no folder, or read-only"):
+        export("nowhere", str(tmp_path / "file" / "out"))
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "torch-export"])
 def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(make, tmp_path, kind):
     pytest.importorskip("resource")
@@ -350,6 +356,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(make, tmp_
     assert done.returncode == 2
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("mim3d: ") and "warning" not in line]
     assert f"{tmp_path}/out" in said and "could not be written" in said and "choose another" in said
+    assert "(File too large)" in said and ".partial" not in said
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,7 @@ from mim3d.core.errors import CheckpointError
 from mim3d.core.settings import to_named
 from mim3d.weights import load_encoder, load_into, read_card, save_network, weights_digest
 from mim3d.weights.folders import CARD_NAME
-from mim3d.weights.plain import INDEX_NAME
+from mim3d.weights.plain import INDEX_NAME, TORCH_INDEX_NAME
 from mim3d.weights.states import read_state
 
 
@@ -246,4 +246,36 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> None
         read_state(tmp_path)
     shards[1].unlink()
     with pytest.raises(CheckpointError, match=r"names 3 files, of which 1 are not beside it: model-00002"):
+        read_state(tmp_path)
+
+
+def test_arrays_of_bfloat16_in_a_torch_file_are_read(tmp_path: Path) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    arrays = {key: value.astype(ml_dtypes.bfloat16) for key, value in ARRAYS.items()}
+    torch.save({"params": arrays}, tmp_path / "w.pt")
+    state = read_state(tmp_path / "w.pt")
+    assert all(torch.equal(state[key], value.bfloat16()) for key, value in STATE.items())
+
+
+def torch_shards(folder: Path) -> None:
+    """A network in two files of torch.save, as Hugging Face wrote it before safetensors."""
+    names = sorted(STATE)
+    parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, keys in parts.items():
+        torch.save({key: STATE[key] for key in keys}, folder / file)
+    places = {key: file for file, keys in parts.items() for key in keys}
+    (folder / TORCH_INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_a_network_in_several_files_of_torch_is_read_by_its_index_or_its_folder(tmp_path: Path) -> None:
+    torch_shards(tmp_path)
+    for given in (tmp_path, tmp_path / TORCH_INDEX_NAME):
+        state = read_state(given)
+        assert state.keys() == STATE.keys() and all(torch.equal(state[key], STATE[key]) for key in STATE)
+    assert len(weights_digest(tmp_path)) == 64
+    torch.save({"a": torch.ones(2, 2)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(CheckpointError, match=r"00002-of-00002.bin holds no .*, as pytorch_model.bin.index.json says"):
+        read_state(tmp_path)
+    (tmp_path / TORCH_INDEX_NAME).unlink()
+    with pytest.raises(CheckpointError, match=r"add their pytorch_model\.bin\.index\.json"):
         read_state(tmp_path)

@@ -13,11 +13,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mim3d.core.errors import DataError, Mim3dError, first_line
+from mim3d.core.errors import DataError, Mim3dError
 from mim3d.core.names import as_cell, from_cell
 
 #: End of the sentence about a write that failed, where the caller knows no better one.
@@ -49,7 +49,9 @@ def explained_write(path: str | os.PathLike[str], remedy: str | None = REMEDY) -
     except Exception as error:
         if remedy is None or isinstance(error, Mim3dError) or _DISK_FAILED.search(str(error)) is None:
             raise
-        raise DataError(f"{os.fspath(path)} could not be written ({first_line(error)[:200]}); {remedy}") from error
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        said = os.strerror(int(number[1])) if number else "No space left on device, or it failed"
+        raise DataError(f"{os.fspath(path)} could not be written ({said}); {remedy}") from error
 
 
 @contextmanager
@@ -107,10 +109,19 @@ def atomic_folder(path: str | os.PathLike[str], *, remedy: str | None = REMEDY) 
 
 @contextmanager
 def _scratch_folder(target: Path) -> Iterator[Path]:
+    made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.TemporaryDirectory(prefix=".", suffix=_SUFFIX, dir=target.parent, ignore_cleanup_errors=True)
-    with scratch as path:
-        yield Path(path)
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix=".", suffix=_SUFFIX, dir=target.parent, ignore_cleanup_errors=True
+        ) as path:
+            yield Path(path)
+    except BaseException:
+        # The nearest first; one that holds something stays, and so do those above it.
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def remove_partial(folder: str | os.PathLike[str]) -> None:

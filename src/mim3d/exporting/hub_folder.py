@@ -72,8 +72,8 @@ def write_hub_folder(network: Exported, folder: Path, listed: ListedScans | None
         "id2label": {str(number): name for number, name in enumerate(network.form.channels)},
         "mim3d_version": card.get("mim3d_version"),
     }
-    write_json(folder / "config.json", config)
-    write_text(folder / "README.md", model_card(network, listed))
+    write_json(folder / "config.json", config, remedy=None)
+    write_text(folder / "README.md", model_card(network, listed), remedy=None)
 
 
 def model_card(network: Exported, listed: ListedScans | None) -> str:

@@ -50,9 +50,9 @@ def write_monai_bundle(network: Exported, folder: Path) -> None:
     packed = io.BytesIO()
     torch.save(read_own_program(program).state_dict(), packed)
     (folder / "models" / "model.pt").write_bytes(packed.getbuffer())
-    write_json(folder / "configs" / "inference.json", inference_config(network))
-    write_json(folder / "configs" / "metadata.json", bundle_metadata(network))
-    write_text(folder / "scripts" / SCRIPT, carried_source("mim3d.exporting.monai_scans"))
+    write_json(folder / "configs" / "inference.json", inference_config(network), remedy=None)
+    write_json(folder / "configs" / "metadata.json", bundle_metadata(network), remedy=None)
+    write_text(folder / "scripts" / SCRIPT, carried_source("mim3d.exporting.monai_scans"), remedy=None)
     readme = render(
         "bundle_readme.md.jinja",
         num_channels=network.num_channels,
@@ -60,8 +60,8 @@ def write_monai_bundle(network: Exported, folder: Path) -> None:
         channels=list(zip(network.form.channels, network.form.label_values, strict=True)),
         terms=terms_of(network),
     )
-    write_text(folder / "docs" / "README.md", readme)
-    write_text(folder / "docs" / "license.txt", f"{terms_of(network)}\n")
+    write_text(folder / "docs" / "README.md", readme, remedy=None)
+    write_text(folder / "docs" / "license.txt", f"{terms_of(network)}\n", remedy=None)
 
 
 def bundle_metadata(network: Exported) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def write_monai_weights(network: Exported, folder: Path) -> None:
         (folder / target.file).write_bytes(packed.getbuffer())
         _compare(network, encoder, part, target.file)
     index = {target.file: {"network": target.name, "arguments": dict(target.built_with)} for target in targets}
-    write_json(folder / INDEX_NAME, index)
+    write_json(folder / INDEX_NAME, index, remedy=None)
     spacing = network.card.get("spacing_mm")
     readme = render(
         "monai_weights_readme.md.jinja",
@@ -176,7 +176,7 @@ def write_monai_weights(network: Exported, folder: Path) -> None:
         terms=terms_of(network),
         modality=network.modality,
     )
-    write_text(folder / "README.md", readme)
+    write_text(folder / "README.md", readme, remedy=None)
 
 
 def set_norms(vit: nn.Module, eps: float) -> None:

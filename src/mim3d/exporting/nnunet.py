@@ -115,10 +115,9 @@ def write_nnunet(network: Exported, folder: Path, axes: Axes) -> None:
         _compare_read_back(network, folder / CHECKPOINT_NAME, axes)
     else:
         _compare(network, folder / CHECKPOINT_NAME, num_classes, decoder, axes)
-    write_json(folder / PLAN_NAME, plan)
-    write_json(
-        folder / "config.json", {"library_name": "nnunet", "model_type": model, "in_channels": recipe.in_channels}
-    )
+    write_json(folder / PLAN_NAME, plan, remedy=None)
+    config = {"library_name": "nnunet", "model_type": model, "in_channels": recipe.in_channels}
+    write_json(folder / "config.json", config, remedy=None)
     spacing, intensity = network.card.get("spacing_mm"), network.card.get("intensity")
     uneven = axes == "XYZ" and spacing is not None and len(set(spacing)) > 1
     readme = render(
@@ -138,7 +137,7 @@ def write_nnunet(network: Exported, folder: Path, axes: Axes) -> None:
         terms=terms_of(network),
         modality=network.modality,
     )
-    write_text(folder / "README.md", readme)
+    write_text(folder / "README.md", readme, remedy=None)
     if uneven:
         say(
             f"note: voxels of {spacing} mm differ along X and Z, and nnU-Net's arrays run Z, Y, X: use --axes ZYX, so "

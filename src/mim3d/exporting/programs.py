@@ -260,7 +260,7 @@ def write_torch_program(network: Exported, folder: Path) -> None:
     assert isinstance(results, (tuple, list))
     shapes = [["batch", *(int(size) for size in result.meta["val"].shape[1:])] for result in results]
     content = described(network, parity, dict(zip(network.form.outputs, shapes, strict=True)))
-    write_json(folder / "metadata.json", content)
+    write_json(folder / "metadata.json", content, remedy=None)
 
 
 def check_onnx() -> None:
@@ -314,7 +314,7 @@ def write_onnx(network: Exported, folder: Path) -> None:
 
     parity = compared(network, run, path.name)
     shapes = {output.name: ["batch", *output.shape[1:]] for output in session.get_outputs()}
-    write_json(folder / "metadata.json", described(network, parity, shapes))
+    write_json(folder / "metadata.json", described(network, parity, shapes), remedy=None)
 
 
 def described(

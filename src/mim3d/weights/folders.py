@@ -17,7 +17,7 @@ from torch import nn
 from mim3d.core.errors import CheckpointError
 from mim3d.core.files import REMEDY, atomic_folder, write_json
 from mim3d.datasets.mistaken import not_checkpoints, not_weights
-from mim3d.weights.plain import INDEX_NAME, parts_of
+from mim3d.weights.plain import INDEX_NAME, TORCH_INDEX_NAME, parts_of
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
@@ -89,10 +89,11 @@ def locate(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> Path:
     if given.is_file():
         return given
     for folder in (given, *(given / name for name in networks)):
-        if (folder / WEIGHTS_NAME).is_file() or (folder / INDEX_NAME).is_file():
+        if any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME, TORCH_INDEX_NAME)):
             return folder
     if others := _other_weights(given):
-        several = f"{len(others)} files of weights; where they are pieces of one network, add their {INDEX_NAME}, or"
+        index = TORCH_INDEX_NAME if all(other.suffix == ".bin" for other in others) else INDEX_NAME
+        several = f"{len(others)} files of weights; where they are pieces of one network, add their {index}, or"
         raise CheckpointError(
             f"{given} holds no {WEIGHTS_NAME}, but {several if len(others) > 1 else 'another file of weights;'} give "
             f"the file itself: {others[0]}."
@@ -125,7 +126,8 @@ def weights_file(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> 
     located = locate(path, networks)
     if not located.is_dir():
         return located
-    return located / (WEIGHTS_NAME if (located / WEIGHTS_NAME).is_file() else INDEX_NAME)
+    names = (WEIGHTS_NAME, INDEX_NAME, TORCH_INDEX_NAME)
+    return located / next((name for name in names if (located / name).is_file()), INDEX_NAME)
 
 
 def weights_digest(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> str:

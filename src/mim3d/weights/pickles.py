@@ -96,7 +96,9 @@ class PickledType(PassedOver):
     dtype: torch.dtype | None
 
     def __init__(self, name: Any = "", *_: Any) -> None:
-        self.dtype = _DTYPES.get(name) if isinstance(name, str) else None
+        # A type that numpy itself has not is named by its class, which stands in here.
+        known = name if isinstance(name, str) else getattr(name, "__qualname__", None)
+        self.dtype = _DTYPES.get(known) if isinstance(known, str) else None
 
     def __setstate__(self, state: Any) -> None:
         # A version, then the order of bytes.
@@ -195,6 +197,7 @@ _DTYPES = {
     "i1": torch.int8,
     "u1": torch.uint8,
     "b1": torch.bool,
+    "bfloat16": torch.bfloat16,
 }
 
 #: What may be called, by module and name.

@@ -19,6 +19,9 @@ from mim3d.core.names import cut
 #: The index of a network in several files, as Hugging Face writes it beside them.
 INDEX_NAME = "model.safetensors.index.json"
 
+#: The same of files that torch.save wrote.
+TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+
 #: An index has a line for each tensor.
 _LARGEST_INDEX = 64 * 2**20
 
@@ -35,7 +38,12 @@ MOST_TIMES, SMALL = 20, 2**28
 
 def is_index(file: Path) -> bool:
     """Whether a file is, by its name, the index of a network in several files."""
-    return file.name.endswith(".safetensors.index.json")
+    return file.name.endswith((".safetensors.index.json", ".bin.index.json"))
+
+
+def is_torch_index(file: Path) -> bool:
+    """Whether it is one of files that torch.save wrote, which are pickles."""
+    return file.name.endswith(".bin.index.json")
 
 
 def read_plain(file: Path) -> dict[str, Tensor] | None:
@@ -52,7 +60,7 @@ def read_plain(file: Path) -> dict[str, Tensor] | None:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return _read_shards(file) if is_index(file) else None
+        return _read_shards(file) if is_index(file) and not is_torch_index(file) else None
     except (SafetensorError, OSError) as error:
         said = kind_of_file(file) if file.is_file() else ""
         raise CheckpointError(
@@ -95,11 +103,12 @@ def shards_of(index: Path) -> dict[Path, list[str]]:
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index} has no weight_map of tensors to names of files; copy it again.")
     shards: dict[Path, list[str]] = defaultdict(list)
+    ending = "bin" if is_torch_index(index) else "safetensors"
     for tensor, name in places.items():
         # Links in the folder are the user's; a name in the index is somebody else's.
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if Path(name).name != name or "\\" in name or not name.endswith(f".{ending}"):
             raise CheckpointError(
-                f"{index} places {cut(tensor)} in {cut(repr(name))}, which is no safetensors file beside it; such an "
+                f"{index} places {cut(tensor)} in {cut(repr(name))}, which is no {ending} file beside it; such an "
                 "index is not read."
             )
         shards[index.parent / name].append(tensor)

@@ -15,7 +15,7 @@ from mim3d.core.names import cut
 from mim3d.core.warned import WeightsWarning
 from mim3d.weights.folders import RUN_NETWORKS, weights_file
 from mim3d.weights.pickles import PassedOver, PickledArray, load_torch_file, tensors_of_module
-from mim3d.weights.plain import MOST_TIMES, SMALL, read_plain
+from mim3d.weights.plain import MOST_TIMES, SMALL, is_torch_index, read_plain, shards_of
 
 #: Keys under which files hold their weights, the one to prefer first: an average of weights only where nothing else is.
 WRAPPERS = (
@@ -100,15 +100,36 @@ def read_weights(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> 
         CheckpointError: The file is damaged, or holds no tensors by name, or several sets with none that is preferred.
     """
     file = weights_file(path, networks)
+    if is_torch_index(file):
+        return _held(_read_torch_shards(file), (), {}, file)
     plain = read_plain(file)
     if plain:
         return _held(plain, (), {}, file)
-    content, programs = (plain, ()) if plain is not None else load_torch_file(file)
+    if plain is not None:
+        place, state = _unwrapped(plain, file)
+        return _held(state, place, {}, file)
+    return _held(*_read_torch(file), file)
+
+
+def _read_torch_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of several files that torch.save wrote, by their index."""
+    state: dict[str, Tensor] = {}
+    for shard, names in shards_of(index).items():
+        held, _, _ = _read_torch(shard)
+        if missing := [name for name in names if name not in held]:
+            raise CheckpointError(f"{shard} holds no {cut(missing[0])}, as {index.name} says; copy the folder again.")
+        state |= {name: held[name] for name in names}
+    return state
+
+
+def _read_torch(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...], Mapping[Any, Any]]:
+    """The network's tensors in a file of torch.save, the keys that lead to them, and what lies beside them."""
+    content, programs = load_torch_file(file)
     if programs:
         warnings.warn(
             f"{file} names {', '.join(programs[:3])}, which can run programs and has no place among weights; mim3d did "
             "not run it, but other software may.",
-            stacklevel=2,
+            stacklevel=3,
         )
     place, state = _unwrapped(content, file)
     # Views that repeat a few values, or have none, are few bytes in a file and a network that fills a machine.
@@ -118,7 +139,7 @@ def read_weights(path: str | Path, networks: tuple[str, ...] = RUN_NETWORKS) -> 
             f"{file} holds tensors of {size:,} bytes in {file.stat().st_size:,}: they repeat values or have none, as "
             "those of no trained network do; it is not read."
         )
-    return _held(state, place, _inner(content), file)
+    return state, place, _inner(content)
 
 
 def _held(state: Mapping[str, Tensor], place: tuple[str, ...], beside: Mapping[Any, Any], file: Path) -> HeldWeights:

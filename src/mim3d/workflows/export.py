@@ -1,5 +1,6 @@
 """Export of a trained network: checks before any work begins, then one folder for each format."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -183,6 +184,11 @@ def _check_target(folder: Path, *, overwrite: bool) -> None:
     """Refuse a file, and a folder that holds an earlier export without ``overwrite``, or other things."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"{folder} is no folder; choose another --out.")
+    nearest_there = next(place for place in folder.absolute().parents if place.exists())
+    if not nearest_there.is_dir() or not os.access(nearest_there, os.W_OK):
+        raise ConfigError(
+            f"{folder} cannot be written: {nearest_there} is no folder, or read-only; choose another --out."
+        )
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not any((folder / mark).is_file() for mark in MARKS) or (folder / "checkpoints").exists():
