@@ -69,7 +69,7 @@ FACTS = ("datasets.published.sets.", "weights.families.")
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3191,
+    "core": 3193,
     "kernels": 980,
     "scans": 4640,
     "nn": 1020,

@@ -268,3 +268,13 @@ def test_a_pipe_or_folder_in_the_place_of_a_file_is_not_waited_for(tmp_path: Pat
             Checkpoints(run.checkpoints_dir, keep=1).newest()
     else:
         assert not read_run(tmp_path / "run").pictures
+
+
+def test_settings_of_a_backbone_that_came_later_do_not_keep_a_run_from_going_on(tmp_path):
+    first = {"backbone": {"name": "vit", "width": 24}, "intensity": None}
+    Run.create(tmp_path / "run", command="pretrain", settings=first, inputs={})
+    later = {"backbone": {"name": "vit", "width": 24, "norm_eps": 1e-6}, "intensity": None}
+    Run.create(tmp_path / "run", command="pretrain", settings=later, inputs={}, resume=True)
+    for changed in ({**later, "intensity": {"kind": "zscore"}}, {**later, "backbone": {"name": "vit", "width": 48}}):
+        with pytest.raises(ConfigError, match="was started with other settings"):
+            Run.create(tmp_path / "run", command="pretrain", settings=changed, inputs={}, resume=True)

@@ -320,7 +320,9 @@ def _differences(before: Any, now: Any, folder: str, key: str = "") -> list[str]
         before, now = (
             {} if value is None else value if isinstance(value, dict) else {"name": value} for value in (before, now)
         )
-        names = [name for name in {**before, **now} if key or name not in FREE_ON_RESUME]
+        # Settings of a backbone, method or task that the run's version had not yet are as they were without them.
+        every = before if key and before else {**before, **now}
+        names = [name for name in every if key or name not in FREE_ON_RESUME]
         parts = [(name, f"{key}.{name}" if key else name) for name in names]
         return [line for name, full in parts for line in _differences(before.get(name), now.get(name), folder, full)]
     is_text = isinstance(before, str) and isinstance(now, str)
