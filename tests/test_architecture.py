@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2461,
     "probing": 1040,
     "exporting": 2099,
-    "workflows": 10522,
+    "workflows": 10541,
     "commands": 295,
     "cli": 832,
     "__main__": 15,

@@ -149,6 +149,40 @@ def test_none_that_can_be_embedded_is_an_error_with_the_first_reason(weights, tm
     assert (tmp_path / "f.parquet.failed.csv").is_file() and not (tmp_path / "f.parquet").exists()
 
 
+def test_tables_in_one_folder_have_lists_of_their_own(scans, weights, tmp_path):
+    (scans / "bad.nii.gz").write_bytes(b"nothing")
+    embed(str(scans), weights, str(tmp_path / "a.csv"), window_size=16)
+    (scans / "bad.nii.gz").unlink()
+    embed(str(scans), weights, str(tmp_path / "b.csv"), window_size=16)
+    assert sorted(path.name for path in tmp_path.glob("*failed.csv")) == ["a.csv.failed.csv"]
+
+
+def test_what_comes_behind_a_failed_write_is_kept(scans, weights, tmp_path, monkeypatch):
+    """A disk that is full for a moment: what is written afterwards is there when the run is killed."""
+    import pyarrow as pa
+
+    real, calls = pa.ipc.new_stream, []
+
+    class Failing:
+        def __init__(self, *arguments):
+            self.writer = real(*arguments)
+
+        def write_batch(self, batch, custom_metadata):
+            calls.append(batch)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            self.writer.write_batch(batch, custom_metadata=custom_metadata)
+
+        def close(self):
+            self.writer.close()
+
+    monkeypatch.setattr("pyarrow.ipc.new_stream", Failing)
+    monkeypatch.setattr(FeatureStore, "conclude", lambda store, about: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        embed(str(scans), weights, str(tmp_path / "f.csv"), window_size=16)
+    assert len(list((tmp_path / "f.csv.parts").glob("*.arrows"))) == 2
+
+
 def test_a_killed_run_goes_on_to_the_same_table(scans, weights, tmp_path, monkeypatch):
     whole = embed(str(scans), weights, str(tmp_path / "whole.parquet"), **WINDOW)
     out, count, add = tmp_path / "f.parquet", [], FeatureStore.add

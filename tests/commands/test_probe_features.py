@@ -181,3 +181,48 @@ def test_tables_of_features_that_cannot_be_read_are_refused(made, tmp_path, caps
     for name, sentence in (("half.parquet", "cannot be read as features"), ("other.csv", "no column 'patient'")):
         assert main(["probe", "--features", str(tmp_path / name), "--labels", made[1]]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def labels_of(path: Path, cells: list[str], column: str = "age", **more: list[str]) -> str:
+    head = ",".join(["id", column, *more])
+    rows = [",".join([f"scan_{n:02d}", cell, *(each[n] for each in more.values())]) for n, cell in enumerate(cells)]
+    path.write_text("\n".join([head, *rows]))
+    return str(path)
+
+
+@pytest.mark.parametrize("missing", ["nan", "NaN", "NA", "n/a", "null", "<NA>"])
+def test_cells_that_say_that_a_value_is_missing_are_no_class_and_no_number(made, tmp_path, missing):
+    features, _, values = made
+    for cells in ([f"{50 + 3 * row[0]:.3f}" for row in values], ["AB"[n % 2] for n in range(30)]):
+        labels = labels_of(tmp_path / "l.csv", [missing, *cells[1:]])
+        with pytest.warns(UserWarning, match="1 row of .* is left out for want of a value in the column age"):
+            content = probe(features=features, labels=labels, out=str(tmp_path / "p.json"), overwrite=True, **SMALL)
+        assert content["num_rows"]["all"] == 29
+        assert content["target"] == ("numbers" if "." in cells[1] else "classes")
+
+
+@pytest.mark.parametrize("odd", ["old", "inf", "1,5"])
+def test_a_column_of_numbers_with_something_else_is_not_taken_for_classes(made, tmp_path, odd):
+    features, _, values = made
+    cells = [f'"{odd}"', *(f"{50 + 3 * row[0]:.3f}" for row in values[1:])]
+    labels = labels_of(tmp_path / "l.csv", cells)
+    with pytest.raises(
+        DataError, match=rf"column age holds numbers, but '{odd}' in 1 of 30 rows; .*--label_kind classes"
+    ):
+        probe(features=features, labels=labels, **SMALL)
+
+
+@pytest.mark.parametrize(("column", "bad", "said"), [("split", "tset", "train, val or test"), ("fold", "a", "a whole")])
+def test_a_part_that_is_none_is_not_passed_over(made, tmp_path, column, bad, said):
+    features, _, _ = made
+    parts = {column: [bad, *(["train"] * 29 if column == "split" else ["0"] * 29)]}
+    labels = labels_of(tmp_path / "l.csv", ["AB"[n // 2 % 2] for n in range(30)], "grade", **parts)
+    with pytest.raises(DataError, match=f"column {column} says '{bad}' of scan_00; it must be {said}"):
+        probe(features=features, labels=labels, label_column="grade", **SMALL)
+
+
+def test_features_of_a_scan_that_are_there_twice_are_refused(made, tmp_path):
+    names = [f"scan_{n:02d}" for n in (*range(29), 0)]
+    write_table(table_of(made[2], names), str(tmp_path / "twice.csv"), "csv")
+    with pytest.raises(DataError, match=r"twice\.csv: scan_00 has several rows of the region scan"):
+        probe(features=str(tmp_path / "twice.csv"), labels=made[1], **SMALL)

@@ -36,7 +36,7 @@ from mim3d.workflows.shared.feature_tables import (
 )
 from mim3d.workflows.shared.scan_sources import ScanFiles
 
-#: List of the scans that could not be embedded, beside the table.
+#: List of the scans that could not be embedded, beside the table and behind its name: several may lie in a folder.
 FAILURES_NAME = "failed.csv"
 
 #: What the description of a table says it is.
@@ -267,14 +267,15 @@ class FeatureStore:
         import pyarrow as pa
 
         rows = table.to_arrow()
+        # What comes behind a batch that was cut off cannot be read: after a failure the next scan begins a file.
+        writer, self._writer = self._writer, None
         with explained_write(self._parts, _REMEDY):
-            if self._writer is None:
+            if writer is None:
                 number = 1 + len(list(self._parts.glob("*.arrows")))
-                self._writer = pa.ipc.new_stream(
-                    pa.OSFile(str(self._parts / f"{number:06d}.arrows"), "wb"), rows.schema
-                )
+                writer = pa.ipc.new_stream(pa.OSFile(str(self._parts / f"{number:06d}.arrows"), "wb"), rows.schema)
             for batch in rows.combine_chunks().to_batches():
-                self._writer.write_batch(batch, custom_metadata={"about": json.dumps(about)})
+                writer.write_batch(batch, custom_metadata={"about": json.dumps(about)})
+        self._writer = writer
 
     def fail(self, case: Case, failure: Failure) -> None:
         """Record why a scan could not be embedded."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mim3d.core.errors import DataError, listed
-from mim3d.core.names import number_of, printable, verb_of
+from mim3d.core.names import cut, number_of, printable, verb_of
 from mim3d.core.settings import nearest
 from mim3d.datasets.cases import Case
 from mim3d.datasets.ids import matched_ids
@@ -27,6 +27,9 @@ OF_CASES = ("patient", "split", "fold", "region", "image", "label")
 
 #: Names of columns that hold the label where none is named.
 USUAL_COLUMNS = ("class", "label", "target", "diagnosis")
+
+#: What programs write, in lower case, where a value is missing.
+_MISSING = ("", "nan", "na", "n/a", "<na>", "null")
 
 #: Whole numbers of more values than this are taken for numbers, not for classes.
 MOST_CLASSES = 10
@@ -98,8 +101,8 @@ def labelled_rows(
     row_of = _rows_of_features(labels, rows, key, by_region, first, places[0])
     common = [name for name in places[0] if name in row_of and all(name in each for each in places[1:])]
     unlabelled = [name[0] for name in places[0] if name not in row_of]
-    empty = [name[0] for name in common if not row_of[name][column]]
-    common = [name for name in common if row_of[name][column]]
+    empty = [name[0] for name in common if row_of[name][column].lower() in _MISSING]
+    common = [name for name in common if row_of[name][column].lower() not in _MISSING]
     for names, said in (
         (unlabelled, f"a label in {labels}"),
         (empty, f"a value in the column {column} of {labels}"),
@@ -159,6 +162,9 @@ def _places_of(path: str, table: FeatureTable, region: str | None, by_region: bo
             others = [name for name in regions if name != region]
             warnings.warn(f"{path}: rows of the region {region} alone are used, not {listed(others)}.", stacklevel=4)
         pairs = [pair for pair in pairs if pair[1] == region]
+    again = next((pair for pair, count in Counter(pairs).items() if count > 1), None)
+    if again is not None:
+        raise DataError(f"{path}: {again[0]} has several rows of the region {again[1]}; leave one of them.")
     places = {pair: place for place, pair in enumerate(zip(table.keys["id"], table.keys["region"], strict=True))}
     return {pair if by_region else (pair[0], ""): places[pair] for pair in pairs}
 
@@ -229,8 +235,15 @@ def _assembled(
     numbers = [_number(cell) for cell in cells]
     are_numbers = all(value is not None for value in numbers)
     if kind == "numbers" and not are_numbers:
-        bad = cells[numbers.index(None)]
-        raise DataError(f"{path}: column {column} holds {bad!r} where a number is needed; correct it, or use classes.")
+        odd = cells[numbers.index(None)]
+        raise DataError(f"{path}: column {column} holds {odd!r} where a number is needed; correct it, or use classes.")
+    kinds = {value for value in numbers if value is not None}
+    if kind is None and not are_numbers and len(kinds) > MOST_CLASSES:
+        bad = [cell for cell, value in zip(cells, numbers, strict=True) if value is None]
+        raise DataError(
+            f"{path}: column {column} holds numbers, but {listed([cut(repr(cell)) for cell in dict.fromkeys(bad)])} in "
+            f"{number_of(len(bad), 'row', of=len(cells))}; correct it, or say --label_kind classes."
+        )
     whole = all(value is not None and value.is_integer() for value in numbers)
     found: Kind = kind or ("numbers" if are_numbers and not (whole and len(set(cells)) <= MOST_CLASSES) else "classes")
     classes = tuple(sorted(set(cells))) if found == "classes" else None
@@ -242,14 +255,19 @@ def _assembled(
     cases = []
     for name in names:
         row, at = row_of[name], places[0][name]
-        fold = row.get("fold", "")
+        fold, part = row.get("fold", ""), row.get("split", "")
+        if part.lower() not in (*_SPLITS, *_MISSING) or not (fold.isdigit() or fold.lower() in _MISSING):
+            is_part = part.lower() not in (*_SPLITS, *_MISSING)
+            said = f"column split says {part!r}" if is_part else f"column fold says {fold!r}"
+            known = "train, val or test" if is_part else "a whole number from 0"
+            raise DataError(f"{path}: {said} of {name[0]}; it must be {known}, or empty.")
         cases.append(
             Case(
                 id="_".join(filter(None, name)),
                 images=(str(first.keys["image"][at]),),
                 class_name=row[column] if classes else None,
                 patient=row.get("patient") or str(first.keys["patient"][at]),
-                split=_SPLITS.get(row.get("split", "").lower()),
+                split=_SPLITS.get(part.lower()),
                 fold=int(fold) if fold.isdigit() else None,
             )
         )
