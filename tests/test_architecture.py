@@ -88,7 +88,7 @@ BUDGET = {
     "distributed": 715,
     "training": 2670,
     "tasks": 4555,
-    "methods": 2461,
+    "methods": 2470,
     "probing": 1040,
     "exporting": 2099,
     "workflows": 10541,

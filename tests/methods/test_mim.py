@@ -224,7 +224,14 @@ def test_crops_stay_in_the_body_and_small_scans_are_padded() -> None:
 def test_an_idle_level_is_reported_by_name() -> None:
     sentences = nano().idle_parts({"loss/coarse": 0.7, "loss/middle": 0.995, "loss/fine": 0.9})
     assert len(sentences) == 1
-    assert "middle is idle" in sentences[0]
+    assert "middle is idle" in sentences[0] and "alignment_weight" not in sentences[0]
+
+
+@pytest.mark.parametrize(("accuracy", "is_blamed"), [(0.77, True), (0.3, False)])
+def test_an_idle_level_beside_an_alignment_that_learns_names_its_weight(accuracy: float, is_blamed: bool) -> None:
+    logs = {"loss/coarse": 0.99, "accuracy/align_middle": accuracy, "chance/align_middle": 0.25}
+    (sentence,) = nano().idle_parts(logs)
+    assert ("lower alignment_weight" in sentence) == is_blamed
 
 
 def test_the_summary_prints_tokens_alignment_terms_and_padding() -> None:

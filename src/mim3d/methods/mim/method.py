@@ -135,9 +135,16 @@ class MiM(MaskedAutoencoding):
         if not self.normalise_targets:
             return []
         names = [level.name for level in self.levels or ()]
+        # What aligns well learns: then it is alignment that keeps the level from it (docs/concepts/evidence.md).
+        aligned = any(
+            final_logs[key] > 2 * final_logs.get(key.replace("accuracy", "chance"), 1.0)
+            for key in final_logs
+            if key.startswith("accuracy/")
+        )
+        remedy = "lower alignment_weight, " if aligned else ""
         return [
             f"level {name} is idle: its reconstruction loss ended at {final_logs[f'loss/{name}']:.3f} "
-            "(1 is nothing learned); train longer, raise the learning rate, or leave the level out"
+            f"(1 is nothing learned); {remedy}train longer, raise the learning rate, or leave the level out"
             for name in names
             if final_logs.get(f"loss/{name}", 0.0) > IDLE_SHARE
         ]
