@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mim3d.commands.export import export
 from mim3d.core.errors import CheckpointError
 from mim3d.exporting.nnunet_primus import primus_entries, unlike_primus
 from mim3d.tasks.trained import load_trained
+from mim3d.weights import IN_CARD, origin_of
 from tests.primus import PlainPrimus
 
 ZSCORE = {"kind": "zscore", "window": None}
@@ -138,6 +140,17 @@ def test_the_checkpoint_is_read_back_as_weights(make, tmp_path):
     again = mim3d.load_encoder(tmp_path / "out" / "checkpoint_final.pth", resenc())
     ours = mim3d.load_encoder(run).state_dict()
     assert all(torch.equal(value, ours[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("began", [None, {"family": "3DINO", "licence": "CC BY-NC-ND 4.0", "commercial": False}])
+def test_a_checkpoint_of_ours_has_our_terms_and_not_those_of_the_layouts_authors(make, tmp_path, began):
+    run = make("encoder", backbone=resenc(), **({} if began is None else {IN_CARD: began}))
+    with nullcontext() if began is None else pytest.warns(UserWarning, match="3DINO"):
+        export(str(run), str(tmp_path / "out"), format="nnunet", patch_size=(8, 8, 8), license="apache-2.0")
+    origin = origin_of(tmp_path / "out" / "checkpoint_final.pth")
+    assert origin is not None and origin.family.startswith("mim3d, exported in the layout of")
+    assert origin.commercial == (began is None)
+    assert origin.licence == ("apache-2.0" if began is None else "CC BY-NC-ND 4.0")
 
 
 def plain_primus(content: dict) -> PlainPrimus:

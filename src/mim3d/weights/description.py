@@ -43,7 +43,19 @@ class WeightsOrigin:
     @classmethod
     def of(cls, found: RecognisedWeights) -> "WeightsOrigin":
         """The origin of weights of a known family."""
-        family = found.family
+        family, own = found.family, found.held.beside.get("mim3d")
+        if isinstance(own, Mapping):
+            # Ours, exported in the layout of that family: not its authors' terms, but those of what it began with.
+            card = own.get("card")
+            began = cls.in_card(card) if isinstance(card, Mapping) else None
+            return cls(
+                family=f"mim3d, exported in the layout of {family.name}",
+                source="mim3d export" if began is None else f"mim3d export; began with weights of {began.family}",
+                licence=cut(str(own.get("license") or "unknown"), 200) if began is None else began.licence,
+                commercial=began is None or began.commercial,
+                remark="",
+                expects=found.expects,
+            )
         return cls(
             family=family.name,
             source=family.source,
