@@ -163,3 +163,9 @@ def test_regions_of_a_finer_grid_keep_every_voxel_on_a_coarse_one():
 def test_tilings_that_cannot_work_are_refused(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         list(Tiling(**{"size": (16, 16, 16), **changes}).windows((30, 30, 30), 8))
+
+
+def test_samples_lie_in_the_voxel_around_their_centre():
+    """Two samples in each voxel, also where edges are no whole numbers apart."""
+    assert SampledAxis.between(4, 1.0, 2, 2.0).voxel.tolist() == [0, 0, 1, 1]
+    assert SampledAxis.between(3, 2.0, 6, 1.0).voxel.tolist() == [1, 3, 5]

@@ -23,7 +23,7 @@ from mim3d.nn.tokens import sincos_positions
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks import create_task
 from mim3d.weights import describe, load_encoder, origin_of, read_weights, save_network
-from mim3d.weights.families import recognised
+from mim3d.weights.families import FAMILIES, recognised
 from mim3d.weights.states import HeldWeights
 from mim3d.workflows.finetune.planning import fixed_choices
 from mim3d.workflows.finetune.settings import FinetuneSettings
@@ -293,6 +293,22 @@ def test_a_residual_encoder_gives_the_maps_of_nnunets_network(
     assert origin.family.startswith(family)
     assert origin.expects.spacing_mm == spacing
     assert origin.expects.intensity == (None if spacing is None else Intensity(kind="zscore", window=None))
+
+
+def test_the_voxel_size_of_a_plan_with_exchanged_axes_is_that_of_the_files(tmp_path: Path) -> None:
+    content = nnunet_file(resenc_unet().state_dict())
+    # Axes of the plan are the last, the first and the second of the arrays.
+    content["init_args"]["plans"] |= {"transpose_forward": [2, 0, 1], "transpose_backward": [1, 2, 0]}
+    origin = origin_of(saved(tmp_path / "w.pth", content))
+    assert origin is not None
+    assert origin.expects.spacing_mm == (3.0, 0.8, 1.0)
+
+
+@pytest.mark.parametrize("name", ["3DINO", "SuPreM", "MAE of pictures"])
+def test_terms_that_exclude_commerce_are_known(name: str) -> None:
+    found = [family for family in FAMILIES if family.name.startswith(name)]
+    assert found
+    assert not any(family.commercial for family in found)
 
 
 def test_what_mim3d_exported_along_other_axes_is_turned_back(tmp_path: Path) -> None:
