@@ -214,6 +214,15 @@ def test_the_readme_says_what_was_learned_and_at_what_cost(make, tmp_path):
     assert "0.900" not in (tmp_path / "encoder" / "README.md").read_text()
 
 
+def test_the_readme_names_the_family_that_came_before_what_is_recorded(make, tmp_path):
+    run = make("encoder", weights_origin={"family": "MiM (Zhuang et al. 2025)", "licence": "unknown"})
+    settings = {"method": {"name": "MAE"}, "weights": str(tmp_path / "gone.pth")}
+    (run / "manifest.json").write_text(json.dumps({"command": "pretrain", "settings": settings, "inputs": {}}))
+    export(str(run), str(tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "weights of MiM (Zhuang et al. 2025), of whose training nothing is recorded here" in text
+
+
 @pytest.mark.parametrize("kind", ["encoder", "segmenter"])
 def test_the_lines_of_the_readme_run(make, tmp_path, monkeypatch, kind):
     export(str(make(kind)), str(tmp_path / "out"))

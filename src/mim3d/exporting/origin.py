@@ -11,7 +11,7 @@ from mim3d.core.errors import Mim3dError
 from mim3d.core.names import number_of
 from mim3d.core.run_folder import MANIFEST_NAME, RunRecord, read_run
 from mim3d.reporting.sources import is_number, read_sources, trained_s
-from mim3d.weights import locate, read_card
+from mim3d.weights import WeightsOrigin, locate, read_card
 
 #: Entry of an exported card that holds the stages.
 ENTRY = "learnt"
@@ -34,6 +34,7 @@ def stages_of(located: Path, card: Mapping[str, Any]) -> list[dict[str, Any]]:
         card: Their card. That of an export holds the stages itself.
     """
     stages: list[dict[str, Any]] = []
+    began = WeightsOrigin.in_card(card)
     for _ in range(_MOST_STAGES):
         known = card.get(ENTRY)
         if isinstance(known, list):
@@ -50,7 +51,8 @@ def stages_of(located: Path, card: Mapping[str, Any]) -> list[dict[str, Any]]:
         except (Mim3dError, LookupError, TypeError, ValueError, OSError):
             break
     # What came before is not at hand: foreign weights, or a run that was moved.
-    return [{"command": "unknown"}, *stages] if stages else []
+    before = {"command": "unknown"} | ({} if began is None else {"family": began.family})
+    return [before, *stages] if stages else []
 
 
 def evaluation_of(located: Path) -> dict[str, Any] | None:
@@ -131,7 +133,9 @@ def stage_rows(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     rows = []
     for stage in stages:
         if stage.get("command") == "unknown":
-            rows.append({"before": "other weights, of which nothing is recorded here"})
+            family = stage.get("family")
+            named = f"weights of {family}" if isinstance(family, str) else "other weights"
+            rows.append({"before": f"{named}, of whose training nothing is recorded here"})
             continue
         scans = "not recorded"
         if isinstance(stage.get("num_scans"), int):

@@ -41,6 +41,9 @@ WRITE_EVERY = 20
 #: File of a folder of results that holds where errors were raised that nobody foresaw.
 TRACEBACKS_NAME = "failed_tracebacks.txt"
 
+#: End of the sentence about a list of results that could not be written.
+_GO_ON = "results that are finished are kept. Free some space, or choose another folder, and run it again."
+
 #: Precision of predictions from before it was a setting.
 PRECISION_OF_OLD = "32-true"
 
@@ -480,7 +483,7 @@ class PredictionFolder:
         said = merged(*(checked_rows(network.card.get("warnings")) for network in self.predictor.networks))
         if said:
             content["network_warnings"] = said
-        write_json(self.path / self.predictor.list_name, content, indent=1)
+        write_json(self.path / self.predictor.list_name, content, indent=1, remedy=_GO_ON)
         write_tracebacks(self.path / TRACEBACKS_NAME, self.tracebacks)
         end_s = time.monotonic()
         self._due_s = end_s + WRITE_EVERY * (end_s - start_s)
