@@ -146,7 +146,7 @@ def test_the_decoder_is_planned_for_the_backbone_and_stays_as_given():
     resenc, hybrid = BACKBONES["resenc_nano"], BACKBONES["hybrid_nano"]
     assert (Segmentation().with_decoder(resenc).decoder, Segmentation().with_decoder(hybrid).decoder) == (
         "nnunet",
-        "unet",
+        "adapter",
     )
     assert Segmentation().with_decoder(resenc).deep_supervision
     assert not Segmentation().with_decoder(hybrid).deep_supervision
