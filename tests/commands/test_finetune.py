@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim3d.backbones import create_recipe
+from mim3d.backbones import Backbone, create_recipe
 from mim3d.commands.cache import cache
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
@@ -428,3 +428,17 @@ def test_regions_of_labels_that_are_not_declared_are_refused_before_the_run_fold
     with pytest.raises(ConfigError, match=r"region 'ball' names label value 3, but it must be one of 2, 5"):
         tune(ball_set, tmp_path / "run", task=task)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_the_decoder_that_was_planned_when_it_began(
+    ball_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr(Backbone, "segmentation_decoder", "unet")
+    tune(ball_set, out, checkpoint_every=1)
+    (out / "checkpoints" / "step_00000002.pt").unlink()
+    monkeypatch.setattr(Backbone, "segmentation_decoder", "additive")
+    tune(ball_set, out, checkpoint_every=1, resume=True)
+    assert read_card(out, ("segmenter",))["task"]["decoder"] == "unet"
+    other = tune(ball_set, tmp_path / "other", max_steps=1)
+    assert read_card(other, ("segmenter",))["task"]["decoder"] == "additive"

@@ -17,7 +17,7 @@ from mim3d.core.left_out import LeftOutList
 from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.run_folder import Run
-from mim3d.core.settings import to_mapping, to_named
+from mim3d.core.settings import to_mapping, to_named, update_settings
 from mim3d.core.warned import LearningWarning, published, recording
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.splits import Split
@@ -36,6 +36,7 @@ from mim3d.workflows.finetune.data import read_training_data
 from mim3d.workflows.finetune.like import check_cases, check_scans, say_like
 from mim3d.workflows.finetune.planning import PlannedRun, plan_finetuning, save_plan
 from mim3d.workflows.finetune.schedules import (
+    begun_manifest,
     optimisation,
     schedule_line,
     schedule_of,
@@ -221,7 +222,7 @@ def _train(
     if settings.strict and (damaged := damaged_rows(held_out)):
         raise DamagedError(damaged[0]["reason"])
     labels = planned.task.classes_of(training_scans)
-    task = planned.task.planned(recipe, training_scans, labels)
+    task = _as_begun(planned.task, settings).planned(recipe, training_scans, labels)
     say(network_line(to_named(task, TASKS)["name"], recipe, settings.weights))
     if settings.weights is not None:
         say(schedule_line(settings))
@@ -280,6 +281,16 @@ def _train(
     learned = encoder_card(recipe, mapping, training_scans)
     card = {**learned, "task": to_named(task, TASKS), "labels": named, **initial.noted()}
     return _close(run, objective, result, task.network, card)
+
+
+def _as_begun(task: Task, settings: FinetuneSettings) -> Task:
+    """The task, with the decoder that a resumed run was planned with: later versions may plan another."""
+    begun = begun_manifest(settings) or {}
+    recorded = begun.get("derived", {}).get("task")
+    decoder = recorded.get("decoder") if isinstance(recorded, dict) else None
+    if decoder is None or getattr(task, "decoder", decoder) is not None:
+        return task
+    return update_settings(task, {"decoder": decoder}, "task")
 
 
 def _close(run: Run, objective: Objective, result: TrainResult, network: str, card: dict[str, Any]) -> FinetuneResult:

@@ -97,7 +97,7 @@ def with_schedule(settings: "FinetuneSettings") -> "FinetuneSettings":
             task cannot freeze its encoder.
     """
     task: Any = create_task(settings.task)
-    asked, begun = settings.schedule, _begun(settings)
+    asked, begun = settings.schedule, begun_manifest(settings)
     if begun is not None:
         recorded = recorded_schedule(begun)
         # Older runs go on as they began.
@@ -132,7 +132,7 @@ def scheduled_task(task: Task, settings: "FinetuneSettings") -> Task:
     return replace(own, freeze_encoder=True) if schedule_of(settings).never_learns else task
 
 
-def _begun(settings: "FinetuneSettings") -> dict[str, Any] | None:
+def begun_manifest(settings: "FinetuneSettings") -> dict[str, Any] | None:
     """The manifest of the run that is resumed, or of another of the same folds; None where nothing has begun."""
     if not settings.resume:
         return None
