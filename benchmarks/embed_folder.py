@@ -13,16 +13,16 @@ Writes benchmarks/results/embed_folder_cpu.json.
 
 import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from yardstick.ct_scans import phantom_scans
-from yardstick.machine import describe, options, prepare, write_results
-from yardstick.marks import Ratio, print_ratios
+from yardstick.machine import Row, describe, prepare, write_results
+from yardstick.marks import print_ratios
+from yardstick.overlapping import WAYS, TimedStages, folder_options, overlap_ratios, overlap_row
 
 from mim3d.backbones import BACKBONES, create_recipe
 from mim3d.core.resources import num_cores
@@ -36,42 +36,27 @@ from mim3d.workflows.embed.run import Embedding
 from mim3d.workflows.embed.settings import EmbeddingPlan, EmbedSettings
 from mim3d.workflows.embed.store import FeatureStore, stamp
 from mim3d.workflows.shared.leakage import Seen
-from mim3d.workflows.shared.overlap import Stages, run_overlapped
-
-#: Ten scans overlapped must be so many times as fast.
-MARK = 1.3
 
 
-class EmbedStages(Stages[Case, Any, Any, None]):
-    """The stages of ``mim3d embed``, with the processor time of each."""
+class EmbedStages(TimedStages):
+    """The stages of ``mim3d embed``."""
 
     def __init__(self, work: Embedding, store: FeatureStore) -> None:
+        super().__init__("read", "compute", "keep")
         self._work, self._store = work, store
-        self.seconds = dict.fromkeys(("read", "compute", "keep"), 0.0)
-
-    def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
-        start_s = time.process_time()
-        done = work()
-        self.seconds[stage] += time.process_time() - start_s
-        return done
 
     def prepare(self, item: Case) -> Any:
         """Read."""
-        return self._timed("read", lambda: self._work.read(item))
+        return self.timed("read", lambda: self._work.read(item))
 
     def compute(self, item: Case, ready: Any) -> Any:
         """Embed."""
-        return self._timed("compute", lambda: self._work.rows(ready, lambda done, total: None))
+        return self.timed("compute", lambda: self._work.rows(ready, lambda done, total: None))
 
     def finish(self, item: Case, done: Any) -> None:
         """Keep the rows as a call that may be killed does."""
         about = {**stamp(item, None, {}), "warnings": []}
-        self._timed("keep", lambda: self._store.add(about, done))
-
-    def record(self, item: Case, result: Exception | None) -> None:
-        """Nothing may fail here."""
-        if result is not None:
-            raise result
+        self.timed("keep", lambda: self._store.add(about, done))
 
 
 def work_of(folder: Path, spacing_mm: tuple[float, float, float], edge: int) -> Embedding:
@@ -92,12 +77,12 @@ def work_of(folder: Path, spacing_mm: tuple[float, float, float], edge: int) -> 
 
 
 @torch.no_grad()
-def measure(threads: int, cases: Sequence[Case], work: Embedding, turns: int) -> dict[str, Any]:
+def measure(threads: int, cases: Sequence[Case], work: Embedding, turns: int) -> Row:
     """One row: both ways in turns."""
     torch.set_num_threads(threads)
     # The first scan pays for what is made ready once.
     work.rows(work.read(cases[0]), lambda done, total: None)
-    walls: dict[str, list[float]] = {"in turn": [], "overlapped": []}
+    walls: dict[str, list[float]] = {way: [] for way in WAYS}
     values: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -106,49 +91,17 @@ def measure(threads: int, cases: Sequence[Case], work: Embedding, turns: int) ->
                 out = str(Path(place) / f"{way.replace(' ', '_')}_{turn}.parquet")
                 with FeatureStore.opened(out, "auto", {}, work.plan.columns, overwrite=True) as store:
                     stages = EmbedStages(work, store)
-                    start_s = time.perf_counter()
-                    if way == "overlapped":
-                        run_overlapped(cases, stages)
-                    else:
-                        for case in cases:
-                            stages.finish(case, stages.compute(case, stages.prepare(case)))
+                    walls[way].append(stages.wall_s(way, cases))
+                    if way == "in turn":
                         seconds = stages.seconds
-                    walls[way].append(time.perf_counter() - start_s)
                     values[way] = store.table.values
     assert np.array_equal(values["in turn"], values["overlapped"])
-    least = {way: min(times) for way, times in walls.items()}
-    parts = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
-    print(
-        f"  {threads} thread(s): {least['in turn']:6.1f} s in turn, {least['overlapped']:6.1f} s overlapped ({parts} s "
-        "of processor time)",
-        flush=True,
-    )
-    return {
-        "threads": threads,
-        **{f"{way.replace(' ', '_')}_s": round(value, 2) for way, value in least.items()},
-        **{f"{stage}_cpu_s": round(value, 2) for stage, value in seconds.items()},
-        "times_as_fast": round(least["in turn"] / least["overlapped"], 3),
-        "bound": round(sum(seconds.values()) / max(*seconds.values(), 1e-9), 3),
-    }
-
-
-def ratios_of(rows: Sequence[dict[str, Any]]) -> list[Ratio]:
-    """How many times as fast; the mark is for one thread, which leaves a core to read and keep."""
-    ratios = []
-    for row in rows:
-        name, free = f"{row['threads']} thread(s)", row["threads"] == 1 and num_cores() > 1
-        ratios.append(Ratio(f"in turn / overlapped: {name}", row["times_as_fast"], at_least=MARK if free else None))
-        ratios.append(Ratio(f"all stages / the longest: {name}", row["bound"]))
-    return ratios
+    return overlap_row({"threads": threads}, f"{threads} thread(s)", walls, seconds)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = options(__doc__)
-    parser.add_argument("--size", type=int, nargs=3, default=None, help="voxels of the phantoms")
-    parser.add_argument("--turns", type=int, default=2, help="how often each way is measured")
-    parser.add_argument("--threads", type=int, nargs="+", default=None, help="threads of the encoder")
-    arguments = parser.parse_args()
+    arguments = folder_options(__doc__).parse_args()
     x, y, z = arguments.size or ((48, 48, 40) if arguments.quick else (192, 192, 160))
     num_scans, edge, turns = (3, 16, 1) if arguments.quick else (10, 64, arguments.turns)
     prepare(torch.device("cpu"))
@@ -161,7 +114,7 @@ def main() -> None:
         rows = [
             measure(threads, cases, work, turns) for threads in arguments.threads or dict.fromkeys((1, num_cores()))
         ]
-    ratios = ratios_of(rows)
+    ratios = overlap_ratios(rows)
     print_ratios("overlap of reading, embedding and keeping", ratios)
     if not arguments.quick:
         machine = {**describe(torch.device("cpu")), "size": [x, y, z], "scans": num_scans, "cores": num_cores()}

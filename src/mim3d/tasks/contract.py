@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ class Task(ABC):
 
     #: Setting that makes a sample smaller.
     sized_by = "patch_size"
+
+    #: What settings were that cards of earlier versions lack.
+    former: ClassVar[Mapping[str, Any]] = {}
 
     @property
     @abstractmethod

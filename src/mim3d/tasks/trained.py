@@ -99,8 +99,7 @@ def load_trained(
 
 def _task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -> dict[str, Any]:
     """What a card says of its task, of the class that the user named where that is given."""
-    named = dict(card["task"])
-    name = str(named["name"])
+    name = str(card["task"]["name"])
     if task is None and name not in TASKS:
         if not is_dotted_path(name):
             raise CheckpointError(f"{path} was trained for the task {cut(repr(name))}, which mim3d does not know.")
@@ -110,10 +109,7 @@ def _task_of_card(card: Mapping[str, Any], path: str | Path, task: str | None) -
         )
     if task is not None and name in TASKS and not issubclass(find_task(task), find_task(name)):
         raise CheckpointError(f"{path} was trained for another task ({name}) than {task}.")
-    if name == "segmentation":
-        # Cards of before there was a choice.
-        named.setdefault("decoder", "unet")
-    return {**named, "name": task or name}
+    return {**find_task(task or name).former, **card["task"], "name": task or name}
 
 
 def load_ensemble(

@@ -137,8 +137,8 @@ class MiM(MaskedAutoencoding):
         names = [level.name for level in self.levels or ()]
         # What aligns well learns: then it is alignment that keeps the level from it (docs/concepts/evidence.md).
         aligned = any(
-            final_logs[key] > 2 * final_logs.get(key.replace("accuracy", "chance"), 1.0)
-            for key in final_logs
+            value > 2 * final_logs.get(key.replace("accuracy", "chance"), 1.0)
+            for key, value in final_logs.items()
             if key.startswith("accuracy/")
         )
         remedy = "lower alignment_weight, " if aligned else ""

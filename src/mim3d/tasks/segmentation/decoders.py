@@ -210,9 +210,9 @@ class AdditiveDecoder(SegmentationDecoder):
         """What the encoder gives to each level, finest first; the coarsest is where the decoder begins."""
         finest = self.skip(self.norm(maps[0].movedim(1, -1))).movedim(-1, 1)
         # Encoders may hold maps channels last, where convolutions are no faster, and norms and their gradients slower.
-        skips = [] if self.stem is None else [self.stem(volume_BCXYZ)]
-        skips.append(finest.contiguous())
-        return skips + [block(features.contiguous()) for block, features in zip(self.skips, maps[1:], strict=True)]
+        full = [] if self.stem is None else [self.stem(volume_BCXYZ)]
+        coarser = [block(features.contiguous()) for block, features in zip(self.skips, maps[1:], strict=True)]
+        return [*full, finest.contiguous(), *coarser]
 
     def _levels(self, volume_BCXYZ: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         skips = self._skips(volume_BCXYZ, maps)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -108,6 +108,7 @@ class Segmentation(CropTask):
     partial_labels: Mapping[int, str] | None = None
 
     best_by = "dice"
+    former: ClassVar[Mapping[str, Any]] = {"decoder": "unet"}
 
     def __post_init__(self) -> None:
         if not 0 <= self.positive_ratio <= 1:

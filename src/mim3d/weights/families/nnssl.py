@@ -1,6 +1,8 @@
 """nnssl: self-supervised pre-training of nnU-Net's networks, such as the OpenMind checkpoints (Wald et al. 2024)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from mim3d.scans.intensity import Intensity
 from mim3d.weights.families.family import ExpectedInput
@@ -15,13 +17,12 @@ OPENMIND = ExpectedInput(
     intensity=Intensity(kind="zscore", window=None),
 )
 
-OPENMIND_LICENCE = "CC BY 4.0 (the OpenMind checkpoints)"
+#: What its files have in common, whatever the network.
+OF_NNSSL: Mapping[str, Any] = {
+    "keys": ("nnssl_adaptation_plan",),
+    "expects": OPENMIND,
+    "licence": "CC BY 4.0 (the OpenMind checkpoints)",
+    "source": "https://github.com/MIC-DKFZ/nnssl",
+}
 
-NNSSL_RESENC = replace(
-    NNUNET_RESENC,
-    name="nnssl ResEnc (Wald et al. 2024)",
-    keys=("nnssl_adaptation_plan",),
-    expects=OPENMIND,
-    licence=OPENMIND_LICENCE,
-    source="https://github.com/MIC-DKFZ/nnssl",
-)
+NNSSL_RESENC = replace(NNUNET_RESENC, name="nnssl ResEnc (Wald et al. 2024)", **OF_NNSSL)

@@ -13,7 +13,7 @@ from mim3d.backbones import BACKBONES, ViT
 from mim3d.backbones.vit import PRIMUS as RECIPE
 from mim3d.core.types import Triple
 from mim3d.weights.families.family import ExpectedInput, Family, Tensors
-from mim3d.weights.families.nnssl import OPENMIND, OPENMIND_LICENCE
+from mim3d.weights.families.nnssl import OF_NNSSL, OPENMIND
 from mim3d.weights.families.resenc_shapes import ORIENTATION, architecture_of, expected_by_plan, plan_of, within
 from mim3d.weights.families.vit_shapes import settings_of_vit, unfit_vit
 from mim3d.weights.states import HeldWeights
@@ -237,14 +237,7 @@ PRIMUS = Family(
     source="https://github.com/MIC-DKFZ/dynamic-network-architectures",
 )
 
-NNSSL_PRIMUS = replace(
-    PRIMUS,
-    name="nnssl Primus (Wald et al. 2025)",
-    keys=("nnssl_adaptation_plan",),
-    expects=OPENMIND,
-    licence=OPENMIND_LICENCE,
-    source="https://github.com/MIC-DKFZ/nnssl",
-)
+NNSSL_PRIMUS = replace(PRIMUS, name="nnssl Primus (Wald et al. 2025)", **OF_NNSSL)
 
 PRIMUS_DEEPER = Family(
     name="Primus with a residual network for its tokens (PrimusV2, PrimusV3)",

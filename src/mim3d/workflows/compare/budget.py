@@ -107,9 +107,9 @@ def say_cells(plan: ComparisonPlan) -> None:
     """Print every cell, what has become of it, and the time that those which are left will take."""
     times = [expected_s(plan, cell) for cell in plan.cells]
     left_s = 0.0
-    left = left_of(plan.out, plan.cells)
+    left = {cell.id for cell in left_of(plan.out, plan.cells)}
     for cell, (seconds, basis) in zip(plan.cells, times, strict=True):
-        if cell not in left:
+        if cell.id not in left:
             say(f"{cell.id}: done")
             continue
         result = read_result(plan.out, cell)

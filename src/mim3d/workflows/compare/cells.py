@@ -203,9 +203,9 @@ def is_usable(out: Path, cell: Cell) -> bool:
 
 def left_of(out: Path, cells: Sequence[Cell]) -> list[Cell]:
     """The cells that are still to be run: those that are not finished, and those of which such a one needs the run."""
-    left = [cell for cell in cells if not is_done(out, cell)]
-    needed = {cell.needs for cell in left}
-    return [cell for cell in cells if cell in left or (cell.id in needed and not is_usable(out, cell))]
+    left = {cell.id: cell.needs for cell in cells if not is_done(out, cell)}
+    needed = set(left.values())
+    return [cell for cell in cells if cell.id in left or (cell.id in needed and not is_usable(out, cell))]
 
 
 def write_result(out: Path, cell: Cell, content: Mapping[str, Any]) -> None:

@@ -116,11 +116,9 @@ class Results:
         if reference is not None and reference not in self.arms:
             raise ConfigError(f"There is no arm '{reference}'.{nearest(reference, self.arms)}")
         first = reference or self.arms[0]
-        is_classes = any(
-            create_task(cell.settings.task).needs == "class"
-            for cell in self.cells
-            if isinstance(cell.settings, FinetuneSettings)
-        )
+        # The same for all cells.
+        task = next((cell.settings.task for cell in self.cells if isinstance(cell.settings, FinetuneSettings)), None)
+        is_classes = task is not None and create_task(task).needs == "class"
         rows: list[dict[str, Any]] = []
         for labels in self.plan["labels"]:
             scored = {arm: self._scores(arm, labels, is_classes) for arm in self.arms}

@@ -32,19 +32,19 @@ def look_up(store: FeatureStore, seen: Seen | None) -> None:
         seen: The scans that the weights were learned from; None where no list came with them.
     """
     waiting = {name: each.about[IDENTITY] for name, each in store.finished.items() if IDENTITY in each.about}
-    known = []
+    known = {}
     for name, row in waiting.items():
         # A file of a call that was killed may hold anything.
         try:
-            known.append(replace(scan_of(row), id=name))
+            known[name] = replace(scan_of(row), id=name)
         except (ValueError, KeyError, TypeError, AttributeError, DataError):
             continue
-    leaks = [] if seen is None else find_leaks(seen.scans, known)
+    leaks = [] if seen is None else find_leaks(seen.scans, list(known.values()))
     # A scan that is there as it is and converted is there as it is.
     hows = {leak.held_out: leak.how for leak in sorted(leaks, key=lambda leak: -leak.distance)}
     for name in waiting:
         about = {key: value for key, value in store.finished[name].about.items() if key != IDENTITY}
-        if seen is not None and any(scan.id == name for scan in known):
+        if seen is not None and name in known:
             about[LEARNED] = hows.get(name, "")
         store.finished[name] = Finished(about, store.finished[name].table)
 

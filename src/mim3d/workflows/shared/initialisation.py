@@ -183,9 +183,10 @@ def initialise(
     encoder = recipe.build()
     report = load_into(encoder, weights, input_layers=input_layers, min_coverage=min_coverage)
     say(f"{weights}: {report}")
-    initial = replace(Initialisation.of_card(recipe, encoder, weights.card), filled=report.matched)
     origin = origin_of(weights)
-    initial = replace(initial, began_with=origin or WeightsOrigin.in_card(weights.card))
+    began_with = origin or WeightsOrigin.in_card(weights.card)
+    initial = Initialisation.of_card(recipe, encoder, weights.card)
+    initial = replace(initial, filled=report.matched, began_with=began_with)
     if initial.began_with is not None and initial.began_with.terms:
         warnings.warn(f"{weights}: {initial.began_with.terms}.", category=LicenceWarning, stacklevel=2)
     if origin is None:
