@@ -184,9 +184,11 @@ def two_channels(folder: Path) -> Path:
 def test_an_encoder_of_one_channel_is_adapted_to_two_and_that_is_said(tmp_path):
     data = two_channels(tmp_path)
     save_encoder(tmp_path / "pre" / "encoder")
-    with pytest.warns(UserWarning, match="learned from 1 channels, but the data have 2"):
+    with pytest.warns(UserWarning, match="learned from 1 channel, but the data have 2"):
         run = tune(data, tmp_path / "run", weights=str(tmp_path / "pre"), backbone=None, num_folds=2)
-    assert read_card(run, ("segmenter",))["backbone"]["in_channels"] == 2
+    card = read_card(run, ("segmenter",))
+    assert card["backbone"]["in_channels"] == 2
+    assert "unlike weights" in [row["kind"] for row in card["warnings"]]
     with pytest.raises(ConfigError, match=r"backbone.in_channels 2"):
         tune(data, tmp_path / "other", num_folds=2)
 

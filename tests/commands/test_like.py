@@ -105,6 +105,7 @@ def test_a_run_with_weights_like_a_scratch_run_keeps_its_voxels_intensities_and_
     with pytest.warns(UserWarning, match="the encoder learned at spacing_mm 1.5 1.5 1.5, but"):
         finetune(str(ball_set), str(tmp_path / "run"), like=str(scratch), weights=encoder, **shared)
     one, other = manifest_of(scratch), manifest_of(tmp_path / "run")
+    assert [row["kind"] for row in other["warnings"]].count("unlike weights") == 2  # voxel size and intensities
     assert recipe_differences(one, other) == {}
     assert one["settings"]["spacing_mm"] == other["settings"]["spacing_mm"]
     assert one["settings"]["schedule"] == other["settings"]["schedule"] == "default"

@@ -166,7 +166,7 @@ def test_settings_of_the_backbone_without_a_name_change_that_of_the_weights_or_t
     save_network(tmp_path / "encoder", recipe.build(), {"backbone": SMALL})
     weights = str(tmp_path / "encoder")
     merged, _, _ = applied("BraTS", folders("BraTS"), given(backbone=changes, weights=weights))
-    with pytest.warns(UserWarning, match="learned from 1 channels, but the data have 4"):
+    with pytest.warns(UserWarning, match="learned from 1 channel, but the data have 4"):
         initial = initialise(merged.backbone, weights, 4)
     assert initial.recipe == dataclasses.replace(recipe, drop_path=0.1, in_channels=4)
 

@@ -39,6 +39,16 @@ class WeightsWarning(ResultWarning):
     in_general = "Training began with weights that fill the encoder in part, or do not say all of what they are."
 
 
+class UnlikeWeightsWarning(ResultWarning):
+    """Scans are prepared, or show something, other than what an encoder learned from before."""
+
+    kind = "unlike weights"
+    in_general = (
+        "Training began with weights whose encoder learned from other voxel sizes, intensities or channels than those "
+        "of the scans."
+    )
+
+
 class LicenceWarning(ResultWarning):
     """Weights were learned from weights that may not be used for everything."""
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from mim3d.backbones import BACKBONES, Backbone, Encoder, create_recipe
 from mim3d.caching.cache import Cache
+from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.settings import build_settings, to_mapping, update_settings
 from mim3d.core.types import Named, Spacing
-from mim3d.core.warned import LicenceWarning
+from mim3d.core.warned import LicenceWarning, UnlikeWeightsWarning
 from mim3d.datasets.cases import CaseSet
 from mim3d.planning.plan import plan_intensity
 from mim3d.scans.intensity import Intensity
@@ -111,6 +112,7 @@ class Initialisation:
             warnings.warn(
                 f"the encoder learned at spacing_mm {_plain(own)}, but the scans are prepared at {_plain(used)}; its "
                 "features see structures at another size.",
+                category=UnlikeWeightsWarning,
                 stacklevel=2,
             )
         elif own is not None and self.origin is not None and isinstance(source, CaseSet):
@@ -129,12 +131,14 @@ class Initialisation:
                 warnings.warn(
                     f"the encoder learned from intensities as {values}, which mim3d does not map so; "
                     f"{_described(asked or planned)} is used.",
+                    category=UnlikeWeightsWarning,
                     stacklevel=2,
                 )
             elif self.origin is not None and self.origin.expects.modality[:2] == _NOT_OF[planned.kind]:
                 warnings.warn(
                     f"the encoder learned from {self.origin.expects.modality}, but {_described(planned)} suits these "
                     "scans, as it does those of another modality; its features may say little of them.",
+                    category=UnlikeWeightsWarning,
                     stacklevel=2,
                 )
             return asked or planned
@@ -144,6 +148,7 @@ class Initialisation:
             warnings.warn(
                 f"the encoder learned from intensities mapped by {_described(own)}, but {other}; "
                 f"{_described(asked or own)} is used.{remedy}",
+                category=UnlikeWeightsWarning,
                 stacklevel=2,
             )
         return asked or own
@@ -174,8 +179,9 @@ def initialise(
     recipe, learned = asked_recipe(backbone, weights)
     if learned is not None and learned != num_channels:
         warnings.warn(
-            f"the encoder learned from {learned} channels, but the data have {num_channels}; the layers that read the "
-            f"input {_ADAPTED[input_layers]} (input_layers {input_layers}).",
+            f"the encoder learned from {number_of(learned, 'channel')}, but the data have {num_channels}; the layers "
+            f"that read the input {_ADAPTED[input_layers]} (input_layers {input_layers}).",
+            category=UnlikeWeightsWarning,
             stacklevel=2,
         )
         if recipe.in_channels == learned:
@@ -230,6 +236,7 @@ def _warn_of_other_voxels(own: Spacing, source: CaseSet) -> None:
         warnings.warn(
             f"the encoder learned at spacing_mm {_plain(own)}, but the scans have {_plain((x, y, z))} (median); they "
             "are resampled that far, unless --spacing_mm says otherwise.",
+            category=UnlikeWeightsWarning,
             stacklevel=4,
         )
 
