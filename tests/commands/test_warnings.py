@@ -124,7 +124,7 @@ def test_a_leak_is_in_the_run_its_network_its_predictions_its_scores_and_the_rep
     out, scores = tmp_path / "predictions", tmp_path / "scores.json"
     assert cli.main(["predict", "--weights", str(run), "--out", str(out), "--accelerator", "cpu"]) == 0
     assert "leak" in kinds(json.loads((out / "predictions.json").read_text())["network_warnings"])
-    capsys.readouterr()
+    assert "of the network: Some of the held-out cases were learned from" in capsys.readouterr().err
     words = ["evaluate", "--predictions", str(out), "--references", str(data), "--out", str(scores)]
     assert cli.main(words) == 0
     assert "leak" in kinds(json.loads(scores.read_text())["warnings"])

@@ -18,7 +18,7 @@ from mim3d.core.progress import Progress, say
 from mim3d.core.resources import choose_device, device_name
 from mim3d.core.settings import to_named
 from mim3d.core.types import Named
-from mim3d.core.warned import UnlikeTrainingWarning, checked_rows, merged
+from mim3d.core.warned import UnlikeTrainingWarning, WarningRow, checked_rows, merged, record_said
 from mim3d.datasets.cases import Case, read_cases
 from mim3d.datasets.ids import distinct_names, unique_ids
 from mim3d.datasets.references import LIST_NAME
@@ -27,7 +27,7 @@ from mim3d.scans.files import PREDICTIONS_MARK
 from mim3d.scans.grids import is_there, resolved, split_channel
 from mim3d.scans.volumes import scan_id
 from mim3d.tasks import TASKS
-from mim3d.tasks.contract import PredictionSettings, Predictor
+from mim3d.tasks.contract import PredictionSettings, Predictor, TrainedNetwork
 from mim3d.tasks.trained import load_ensemble
 from mim3d.training.settings import PRECISIONS
 from mim3d.workflows.shared.held_out import held_out_by_all
@@ -122,6 +122,8 @@ def predict_scans(settings: PredictSettings) -> str:
     say(f"input: {scans}; {name} by {number_of(len(networks), 'network')}, on {device_name(device)}")
     for note in predictor.notes:
         say(note)
+    for row in _said_of(networks):
+        record_said(row["kind"], f"of the network: {row['text']}")
     with alone_in(settings.out):
         folder = PredictionFolder.open(settings.out, predictor, cases, overwrite=settings.overwrite)
         folder.only_held_out = settings.input is None
@@ -480,13 +482,17 @@ class PredictionFolder:
         content = {**self.predictor.identity, "cases": list(self.rows.values()), "failed": failed, "begun": begun}
         if self.only_held_out:
             content["only_held_out"] = True
-        said = merged(*(checked_rows(network.card.get("warnings")) for network in self.predictor.networks))
-        if said:
+        if said := _said_of(self.predictor.networks):
             content["network_warnings"] = said
         write_json(self.path / self.predictor.list_name, content, indent=1, remedy=_GO_ON)
         write_tracebacks(self.path / TRACEBACKS_NAME, self.tracebacks)
         end_s = time.monotonic()
         self._due_s = end_s + WRITE_EVERY * (end_s - start_s)
+
+
+def _said_of(networks: Sequence[TrainedNetwork]) -> list[WarningRow]:
+    """Warnings that the cards of networks carry, each once."""
+    return merged(*(checked_rows(network.card.get("warnings")) for network in networks))
 
 
 def input_cases(
