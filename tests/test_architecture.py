@@ -69,7 +69,7 @@ FACTS = ("datasets.published.sets.", "weights.families.")
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3205,
+    "core": 3235,
     "kernels": 980,
     "scans": 4640,
     "nn": 1020,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from mim3d.backbones import Backbone, create_recipe
+from mim3d.cli import main
 from mim3d.commands.cache import cache
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
@@ -127,6 +129,21 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_never_stopped(ball_set, 
     tune(ball_set, parts, max_steps=6, checkpoint_every=3, log_every=1, resume=True)
     losses = [[line["loss"] for line in read_run(run).metrics if "loss" in line] for run in (whole, parts)]
     assert losses[0] == losses[1]
+
+
+def test_a_run_goes_on_and_predicts_where_its_data_lie_now(ball_set, tmp_path, capsys):
+    data, run = tmp_path / "job_1", tmp_path / "run"
+    shutil.copytree(ball_set, data)
+    tune(data, run, max_steps=6, checkpoint_every=3, log_every=1)
+    (run / "checkpoints" / "step_00000006.pt").unlink()
+    losses = [line["loss"] for line in read_run(run).metrics if "loss" in line]
+    data.rename(tmp_path / "job_2")
+    tune(tmp_path / "job_2", run, max_steps=6, checkpoint_every=3, log_every=1, resume=True)
+    assert f"data: {tmp_path / 'job_2'}, with the content of {data} before" in capsys.readouterr().out
+    assert [line["loss"] for line in read_run(run).metrics if "loss" in line] == losses
+    predict(str(run), str(tmp_path / "predictions"), accelerator="cpu")
+    assert len(list((tmp_path / "predictions").glob("*.nii.gz"))) == 2
+    assert main(["finetune", "--out", str(run), "--resume", "true", "--memory_limit", "0"]) == 0
 
 
 def test_an_encoder_is_taken_over_with_its_backbone_and_its_intensities(ball_set, tmp_path, capsys):

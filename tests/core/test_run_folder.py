@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mim3d.core.errors import CheckpointError, ConfigError, DataError, Mim3dError
-from mim3d.core.run_folder import Run, read_lines, read_run
+from mim3d.core.run_folder import Run, read_lines, read_manifest, read_run
 from mim3d.core.settings import read_yaml
 from mim3d.training.checkpoint import Checkpoints
 
@@ -136,11 +136,11 @@ def test_resume_with_other_settings_names_each_of_them(tmp_path: Path) -> None:
 def test_a_path_is_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "began").mkdir()
     monkeypatch.chdir(tmp_path / "began")
-    make(tmp_path / "run", data="scans")
+    make(tmp_path / "run", held_out_list="ids")
     monkeypatch.chdir(tmp_path)
-    make(tmp_path / "run", resume=True, data="began/scans")
-    with pytest.raises(ConfigError, match="data was 'scans' and is now 'other'"):
-        make(tmp_path / "run", resume=True, data="other")
+    make(tmp_path / "run", resume=True, held_out_list="began/ids")
+    with pytest.raises(ConfigError, match="held_out_list was 'ids' and is now 'other'"):
+        make(tmp_path / "run", resume=True, held_out_list="other")
 
 
 def test_settings_that_were_left_open_and_are_given_now_are_named_one_by_one(tmp_path: Path) -> None:
@@ -278,3 +278,24 @@ def test_settings_of_a_backbone_that_came_later_do_not_keep_a_run_from_going_on(
     for changed in ({**later, "intensity": {"kind": "zscore"}}, {**later, "backbone": {"name": "vit", "width": 48}}):
         with pytest.raises(ConfigError, match="was started with other settings"):
             Run.create(tmp_path / "run", command="pretrain", settings=changed, inputs={}, resume=True)
+
+
+def test_a_resumed_run_finds_the_same_inputs_at_another_place_and_keeps_that(tmp_path):
+    first = {"data": "/scratch/job_1/scans", "weights": "/models/a", "out": "run"}
+    run = Run.create(tmp_path / "run", command="finetune", settings=first, inputs={"weights": "w"})
+    unbound = {**first, "data": "/scratch/job_2/scans"}
+    with pytest.raises(ConfigError, match="data was '/scratch/job_1/scans' and is now"):
+        Run.create(tmp_path / "run", command="finetune", settings=unbound, inputs={"weights": "w"}, resume=True)
+    run.bind_input("data", "d")
+    moved = {**unbound, "weights": "/models/b"}
+    with pytest.raises(ConfigError, match="other weights: its content has changed"):
+        Run.create(tmp_path / "run", command="finetune", settings=moved, inputs={"weights": "x"}, resume=True)
+    again = Run.create(tmp_path / "run", command="finetune", settings=moved, inputs={"weights": "w"}, resume=True)
+    with pytest.raises(ConfigError, match="other data: its content has changed"):
+        again.bind_input("data", "e")
+    kept = read_manifest(tmp_path / "run" / "manifest.json")["settings"]
+    assert kept == {**moved, "data": first["data"]}
+    assert read_yaml(again.config_path)["data"] == first["data"]
+    again.bind_input("data", "d")
+    assert read_manifest(tmp_path / "run" / "manifest.json")["settings"] == moved
+    assert {**read_yaml(again.config_path), "command": 0} == {**moved, "command": 0}

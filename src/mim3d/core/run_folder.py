@@ -20,6 +20,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.files import atomic_file, explained_write, load_json, lock_file, try_lock, write_json, write_text
 from mim3d.core.left_out import read_left_out
 from mim3d.core.own_code import own_code_in
+from mim3d.core.progress import say
 from mim3d.core.provenance import environment
 from mim3d.core.settings import CONFIG_NAME, flat, read_yaml, to_mapping, write_yaml
 from mim3d.core.warned import ResultWarning, WarningRow, checked_rows, keep_recorded, merged
@@ -35,6 +36,9 @@ FREE_ON_RESUME = frozenset(
 #: Settings whose product is the number of samples in a step, which are the same however they are split: a resumed run
 #: may change them as long as the product stays.
 SPLIT_OF_A_STEP = ("batch_size", "accumulation", "devices", "num_nodes")
+
+#: Settings that name a place whose content a run keeps a digest of: what is resumed may find it at another place.
+_OF_CONTENT = ("data", "weights")
 
 #: Settings that say which weights a run begins with, and how they are taken.
 OF_WEIGHTS = ("weights", "input_layers", "min_coverage")
@@ -94,11 +98,13 @@ class Run:
         path: The folder.
         command: The command that made it.
         writes: Whether this is the process that writes. All others of a distributed run write nothing.
+        moved: Where inputs of a run that is resumed are now, until their content is seen to be the same.
     """
 
     path: Path
     command: str
     writes: bool = True
+    moved: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     @property
     def config_path(self) -> Path:
@@ -174,6 +180,8 @@ class Run:
         require_usable(run.path)
         session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **environment()}
         if exists and resume:
+            run.moved.update(_elsewhere(manifest, values))
+            values.update({name: manifest["settings"][name] for name in run.moved})
             write_json(run.manifest_path, {**manifest, "resumed": [*manifest.get("resumed", []), session]})
         else:
             # The manifest comes first: a folder with one is a run, whatever else a kill prevented.
@@ -186,6 +194,8 @@ class Run:
         again = {key: value for key, value in values.items() if key != "resume"}
         write_yaml(run.config_path, {"command": command, **again})
         keep_recorded(run.keep_warnings)
+        for name in run.moved.keys() & inputs:
+            run.bind_input(name, inputs[name])
         return run
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -244,7 +254,7 @@ class Run:
             write_json(self.manifest_path, manifest, remedy=GO_ON)
 
     def bind_input(self, name: str, digest: str) -> None:
-        """Record the digest of an input that became known after the run was made.
+        """Record the digest of an input that became known after the run was made, and its place if that is another.
 
         Raises:
             ConfigError: The run was started with another one.
@@ -253,6 +263,11 @@ class Run:
             manifest = read_manifest(self.manifest_path)
             self._require_same_input(manifest, name, digest)
             manifest["inputs"] = {**manifest["inputs"], name: digest}
+            if name in self.moved:
+                say(f"{name}: {self.moved[name]}, with the content of {manifest['settings'][name]} before")
+                place = {name: os.path.abspath(self.moved.pop(name))}
+                manifest["settings"] = {**manifest["settings"], **place}
+                write_yaml(self.config_path, {**read_yaml(self.config_path), **place})
             write_json(self.manifest_path, manifest, remedy=GO_ON)
 
     @contextmanager
@@ -285,6 +300,7 @@ class Run:
         sizes = [math.prod(settings.get(name) or 1 for name in SPLIT_OF_A_STEP) for settings in (before, values)]
         if sizes[0] == sizes[1]:
             values = {**values, **{name: before[name] for name in SPLIT_OF_A_STEP if name in before}}
+        values = {**values, **{name: before[name] for name in _elsewhere(manifest, values)}}
         changed = _differences(before, values, manifest.get("working_folder") or "")
         if changed:
             raise ConfigError(
@@ -300,6 +316,19 @@ class Run:
                 f"{self.path} was started with other {name}: its content has changed since. "
                 "Restore it, or start a new run with another --out."
             )
+
+
+def _elsewhere(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Inputs of a run whose content it keeps a digest of, and that are given at another place than before."""
+    folder = manifest.get("working_folder") or ""
+    places = {
+        name: (manifest["settings"].get(name), now.get(name)) for name in _OF_CONTENT if name in manifest["inputs"]
+    }
+    return {
+        name: there
+        for name, (here, there) in places.items()
+        if isinstance(here, str) and isinstance(there, str) and _differences(here, there, folder)
+    }
 
 
 def _with_decoder_of_method(settings: dict[str, Any]) -> dict[str, Any]:
