@@ -1,5 +1,6 @@
 """MONAI's transformers, in and out: the same tokens as MONAI's own networks, and what cannot be read says why."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from monai.networks.nets import UNETR, MaskedAutoEncoderViT, ViT
 from torch import Tensor, nn
 
 from mim3d.backbones import create_model
+from mim3d.commands.embed import embed
 from mim3d.commands.export import export
 from mim3d.core.errors import CheckpointError, ConfigError
 from mim3d.weights import describe, load_encoder, origin_of, save_network
 from mim3d.weights.families.monai_vit import monai_positions
+from tests.labelled import write_scan
 
 VOLUME = torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
 SMALL: dict[str, Any] = {
@@ -184,3 +187,12 @@ def test_damaged_shapes_are_never_an_error_of_another_kind(tmp_path: Path, proj_
         for act in (describe, lambda path: load_encoder(path, {"num_heads": 4})):
             with suppress(CheckpointError, ConfigError):
                 act(file)
+
+
+def test_features_come_from_windows_of_the_size_that_learned_positions_are_for(tmp_path: Path) -> None:
+    file = saved(tmp_path / "w.pt", at_random(ViT(**SMALL)).state_dict())
+    write_scan(tmp_path / "scan.nii.gz", VOLUME[0, 0].numpy())
+    out = tmp_path / "f.csv"
+    embed(str(tmp_path / "scan.nii.gz"), file, str(out), backbone={"num_heads": 4})
+    about = json.loads((tmp_path / "f.csv.json").read_text())
+    assert about["identity"]["window_size"] == [16] * 3

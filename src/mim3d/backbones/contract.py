@@ -158,6 +158,11 @@ class Backbone(ABC):
         """Voxels of one token along X, Y, Z, by default the least input."""
         return self.input_multiple
 
+    @property
+    def learned_size(self) -> Triple | None:
+        """Voxels along X, Y, Z of the volume that learned positions are for; None where positions are computed."""
+        return None
+
     def check_machine(self) -> None:
         """Refuse a machine that lacks an optional package that the encoder needs.
 

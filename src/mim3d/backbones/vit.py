@@ -119,6 +119,12 @@ class ViT(Backbone):
         return self.positions in ("learned", "learned_rotary")
 
     @property
+    def learned_size(self) -> Triple | None:
+        """Voxels of the volume that the learned table is for; None without one."""
+        x, y, z = (tokens * self.token_edge for tokens in self.position_grid)
+        return (x, y, z) if self.learns_positions else None
+
+    @property
     def turns_queries(self) -> bool:
         """Whether rotary positions turn queries and keys."""
         return self.positions in ("rotary", "learned_rotary")

@@ -193,13 +193,18 @@ def _levels_of(
 
 
 def _window_size(asked: int | Triple | None, seen: Triple | None, recipe: Backbone) -> Triple:
-    """Voxels of a window: as asked, else what the encoder saw in training, else the usual ones, in its multiples.
+    """Voxels of a window, in the encoder's multiples.
+
+    They are what is asked for, else what the encoder saw in training, else what its learned positions are for, but for
+    axes on which they tell nothing apart, else the usual ones.
 
     Raises:
         ConfigError: What is asked for is no multiple of what the encoder takes, or too large.
     """
     if asked is None:
-        return round_up(seen or (USUAL_EDGE,) * 3, recipe.input_multiple)
+        learned = recipe.learned_size or recipe.token_size
+        x, y, z = (size if size > token else USUAL_EDGE for size, token in zip(learned, recipe.token_size, strict=True))
+        return round_up(seen or (x, y, z), recipe.input_multiple)
     x, y, z = (asked,) * 3 if isinstance(asked, int) else asked
     check_patch((x, y, z), recipe.input_multiple, "window_size")
     return x, y, z
