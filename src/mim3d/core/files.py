@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mim3d.core.errors import DataError, Mim3dError
 from mim3d.core.names import as_cell, from_cell
@@ -236,8 +236,19 @@ def write_csv(
         atomic_file(path, durable=True, remedy=remedy) as part,
         open(part, "w", encoding="utf-8", newline="") as file,
     ):
-        table = csv.writer(file)
-        table.writerows([as_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in (head, *rows))
+        _write_rows(file, head, rows)
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """The text of the file that ``write_csv`` makes."""
+    file = io.StringIO(newline="")
+    _write_rows(file, head, rows)
+    return file.getvalue()
+
+
+def _write_rows(file: TextIO, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    table = csv.writer(file)
+    table.writerows([as_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in (head, *rows))
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[tuple[int, list[str]]]:

@@ -1,12 +1,12 @@
 """The cells of each arm: settings of pre-training, probe and fine-tuning, which differ in what the arm begins with."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from mim3d.backbones import BACKBONES
-from mim3d.core.files import write_csv, write_text
+from mim3d.core.files import csv_text, plain_text, write_text
 from mim3d.core.settings import build_settings, to_named
 from mim3d.datasets.cases import Case
 from mim3d.methods import METHODS
@@ -176,25 +176,23 @@ class ArmCells:
         return self.arm.weights if needs is None else str(self.plan.out / "runs" / needs)
 
     def _list(self, name: str, cases: Sequence[Case]) -> str:
-        path = self.plan.out / "lists" / f"fold{self.fold.number}_{name}.txt"
-        _write_new(path, "".join(f"{name}\n" for name in _ids(cases)))
-        return str(path)
+        return self._written(f"{name}.txt", "".join(f"{name}\n" for name in _ids(cases)))
 
     def _table(self, name: str, cases: Sequence[Case]) -> str:
         """A list that is DATA again, and a table of references."""
-        path = self.plan.out / "lists" / f"fold{self.fold.number}_{name}.csv"
         rows = [(c.id, ";".join(c.images), c.label, c.class_name, c.patient, c.modality) for c in cases]
-        if not path.is_file():
+        return self._written(f"{name}.csv", csv_text(("id", "image", "label", "class", "patient", "modality"), rows))
+
+    def _written(self, name: str, text: str) -> str:
+        """The file of a list. One that is there stays, since cells at work read it; others are put beside it."""
+        path = self.plan.out / "lists" / f"fold{self.fold.number}_{name}"
+        if path.is_file() and plain_text(path) != text:
+            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+            path = path.with_name(f"{path.stem}_{digest}{path.suffix}")
+        if not path.is_file() or plain_text(path) != text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_csv(path, ("id", "image", "label", "class", "patient", "modality"), rows)
+            write_text(path, text)
         return str(path)
-
-
-def _write_new(path: Path, text: str) -> None:
-    """Write a list, unless it is there as it is: cells at work read it."""
-    if not (path.is_file() and path.read_text(encoding="utf-8") == text):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
 
 
 def _ids(cases: Sequence[Case]) -> list[str]:

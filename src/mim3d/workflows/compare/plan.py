@@ -13,7 +13,7 @@ from typing import Any
 from mim3d.backbones import BACKBONES
 from mim3d.backbones.contract import common_multiple, round_up
 from mim3d.caching.build import build_cache
-from mim3d.caching.cache import Cache
+from mim3d.caching.cache import Cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.files import load_json, write_json
@@ -21,7 +21,7 @@ from mim3d.core.names import cut
 from mim3d.core.own_code import own_code_in
 from mim3d.core.progress import say
 from mim3d.core.settings import build_settings, coerce, nearest, overlay, to_mapping, to_named
-from mim3d.core.types import Triple
+from mim3d.core.types import Spacing, Triple
 from mim3d.datasets.cases import Case
 from mim3d.datasets.published.folds import declare_fold
 from mim3d.datasets.published.presets import find_preset
@@ -119,6 +119,7 @@ class ComparisonPlan:
             "data_digest": data_digest(self.cache.cases),
             "source_digest": self.source_digest,
             "cache_digest": self.cache.digest,
+            "spacing_mm": self.cache.preprocessing.spacing_mm,
             "task": to_mapping(self.finetune.task),
             "finetune": to_mapping(self.finetune),
             "settled_for": settled_for(self.settings, self.arms),
@@ -220,6 +221,7 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
     # Asked before anything is prepared, which would take the scans of the comparison out of its cache.
     _require_same(before, "source_digest", source_digest, settings)
     settled = _from_plan(before, settings, arms) or _planned(read, arms, folds[0])
+    _require_same_spacing(before, settled, settings)
     cache = _cache(settings, read, settled)
     _require_same(before, "cache_digest", cache.digest, settings)
     folds = [fold.only({case.id for case in cache.cases}) for fold in folds]
@@ -273,7 +275,31 @@ def _from_plan(before: Mapping[str, Any] | None, settings: CompareSettings, arms
     """The shared settings of the plan before, whose batch followed from the memory that was free then."""
     if before is None or before.get("settled_for") != settled_for(settings, arms):
         return None
-    return build_settings(FinetuneSettings, before["finetune"], f"{settings.out}/{PLAN_NAME}")
+    settled = build_settings(FinetuneSettings, before["finetune"], f"{settings.out}/{PLAN_NAME}")
+    # There it is left out, since its DATA is the cache.
+    return replace(settled, spacing_mm=_spacing_of(before, settings))
+
+
+def _spacing_of(before: Mapping[str, Any], settings: CompareSettings) -> Spacing | None:
+    """The voxel size of a comparison's scans: from its plan, else from the cache that earlier versions left alone."""
+    if "spacing_mm" in before:
+        return coerce(before["spacing_mm"], Spacing | None, f"{settings.out}/{PLAN_NAME}: spacing_mm")
+    with suppress(DataError):
+        return open_cache(_cache_place(settings)).preprocessing.spacing_mm
+    return None
+
+
+def _require_same_spacing(
+    before: Mapping[str, Any] | None, settled: FinetuneSettings, settings: CompareSettings
+) -> None:
+    """Refuse another voxel size than that of the scans that the folder's cells were run on."""
+    if before is None or settled.spacing_mm is None or (own := _spacing_of(before, settings)) == settled.spacing_mm:
+        return
+    held = "the scans' own voxel size" if own is None else f"spacing_mm {own}"
+    raise ConfigError(
+        f"{settings.out} holds a comparison at {held}, and now spacing_mm is {settled.spacing_mm}; choose another "
+        "--out, or leave it as it was."
+    )
 
 
 def _folds(settings: CompareSettings, read: TrainingData) -> list[FoldPart]:
@@ -330,13 +356,16 @@ def _planned(read: TrainingData, arms: Sequence[Arm], fold: FoldPart) -> Finetun
     return settings
 
 
+def _cache_place(settings: CompareSettings) -> str:
+    return settings.cache or os.path.join(settings.out, "cache")
+
+
 def _cache(settings: CompareSettings, read: TrainingData, settled: FinetuneSettings) -> Cache:
     """The scans of all cells, prepared once."""
     if isinstance(read.source, Cache):
         return given_scans(read.source, read.source.cases, settled.spacing_mm)
-    place = settings.cache or os.path.join(settings.out, "cache")
     preprocessing = Preprocessing(spacing_mm=settled.spacing_mm)
-    cache = build_cache(read.source, place, preprocessing, num_workers=settled.num_workers)
+    cache = build_cache(read.source, _cache_place(settings), preprocessing, num_workers=settled.num_workers)
     for row in cache.failed[:3]:
         say(f"left out: {row['reason']}")
     return cache
