@@ -69,7 +69,7 @@ FACTS = ("datasets.published.sets.", "weights.families.")
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3235,
+    "core": 3244,
     "kernels": 980,
     "scans": 4640,
     "nn": 1020,
@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2470,
     "probing": 1040,
     "exporting": 2105,
-    "workflows": 10575,
+    "workflows": 10600,
     "commands": 295,
     "cli": 832,
     "__main__": 15,
