@@ -189,7 +189,7 @@ def test_label_declarations_that_contradict_themselves_are_refused(tmp_path, lab
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "absent", "no such file or folder"),
+        (lambda folder: folder / "absent", "no such file or folder; check the path"),
         (lambda folder: folder, "no scan in here"),
         (lambda folder: describe(folder, training=[]), 'needs a list "training"'),
         (lambda folder: describe(folder, training=[{"label": "x"}]), "no column 'image'"),

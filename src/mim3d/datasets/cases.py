@@ -162,7 +162,7 @@ def read_cases(
     """
     root = os.path.abspath(data)
     if not os.path.exists(root):
-        raise DataError(f"{data}: no such file or folder.")
+        raise DataError(f"{data}: no such file or folder; check the path, or name the place where the scans lie now.")
     found = _read_form(root, not recursive_images_only, channels)
     cases = found.cases
     if recursive_images_only:

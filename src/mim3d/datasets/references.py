@@ -249,7 +249,7 @@ def _referenced(references: str | Sequence[str]) -> CaseSet:
             raise DataError("No reference is given; name a folder of label maps or label files.")
         return _label_maps(references, os.path.dirname(references[0]))
     if not os.path.exists(references):
-        raise DataError(f"{references}: no such file or folder of references.")
+        raise DataError(f"{references}: no such file or folder of references; check the path.")
     if os.path.isdir(references):
         # A data set has a description, or images beside its labels; any other folder is one of label maps.
         if not os.path.isfile(os.path.join(references, "dataset.json")) and pair_folders(references) is None:
