@@ -78,7 +78,7 @@ BUDGET = {
     "datasets": 4326,
     "phantoms": 1400,
     "backbones": 1370,
-    "reporting": 2200,
+    "reporting": 2205,
     "caching": 4729,
     "objective": 150,
     "weights": 3550,

@@ -132,6 +132,7 @@ def test_steps_costs_and_misses_stand_in_the_table(folder: Path, tmp_path: Path)
     assert [row["num_done"] for row in table] == ["4", "4", "4", "3"]
     page = Path(report([str(folder)], str(tmp_path / "page.html"))).read_text()
     assert "the disk was full." in page and "3 of 4" in page
+    assert "1 comparison, " in page
     assert "the disk was full." in (folder / "comparison.tex").read_text()
 
 

@@ -18,7 +18,7 @@ import yaml
 from mim3d import __version__
 from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.files import plain_text, write_text
-from mim3d.core.names import name_digest
+from mim3d.core.names import name_digest, number_of
 from mim3d.core.progress import say
 from mim3d.core.settings import flat
 from mim3d.core.warned import ComparisonWarning, UnfinishedWarning, merged
@@ -71,11 +71,12 @@ def write_report(
     if shown := comparison_section([read_comparison(folder) for folder in compared]):
         sections.insert(0, ("comparison", "Comparison", shown))
     names = [*(Path(os.path.abspath(folder)).name for folder in compared), *(run.name for run in shown_runs)]
+    counts = ((len(compared), "comparison"), (len(shown_runs), "run"))
     page = render(
         "report.html",
         runs=" ".join(marks),
-        title=" · ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more runs",
-        lead=f"{len(names)} {'run' if len(names) == 1 else 'runs'}, {datetime.now():%d %B %Y, %H:%M}",
+        title=" · ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more",
+        lead=f"{' and '.join(number_of(*count) for count in counts if count[0])}, {datetime.now():%d %B %Y, %H:%M}",
         sections=[(anchor, title, render(f"{anchor}.html", **shown)) for anchor, title, shown in sections],
         footer=f"Written by mim3d {__version__} report.",
     )
