@@ -71,3 +71,22 @@ def test_data_that_were_moved_are_tested_where_they_are(ball_set: Path, tmp_path
     cells = plan(out, data_at=moved)
     assert [cell.id for cell in cells] == [cell.id for cell in before]
     assert all(path.startswith(str(moved)) for path in cases_of(cells[0]).values())
+
+
+def test_scans_that_are_left_out_and_labels_that_are_unknown_stay_said(ball_set: Path, tmp_path: Path):
+    out, data = tmp_path / "compared", shutil.copytree(ball_set, tmp_path / "data")
+    damaged = data / "imagesTr" / "ball_5.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-3000])
+    rows = [
+        f"ball_{number},imagesTr/ball_{number}.nii.gz,labelsTr/ball_{number}.nii.gz,{'' if number else '2'}"
+        for number in range(6)
+    ]
+    (data / "list.csv").write_text("\n".join(["id,image,label,labels", *rows]))
+    cells = plan(out, data / "list.csv", folds=(0, 1, 2))
+    notes = read_plan(out)["notes"]
+    assert any(note.startswith("1 scan of the data set left out: ") and "ball_5" in note for note in notes)
+    known: dict[str, str] = {}
+    for cell in cells:
+        with open(cell.test, encoding="utf-8") as file:
+            known |= {row["id"]: row.get("labels", "") for row in csv.DictReader(file)}
+    assert known == {"ball_0": "2", **{f"ball_{number}": "" for number in range(1, 5)}}

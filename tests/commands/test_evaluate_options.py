@@ -63,6 +63,26 @@ def run(folder, **settings):
         return json.load(file)
 
 
+def test_labels_that_a_reference_was_not_annotated_for_are_left_out(folders):
+    # Of b, the list knows oedema alone: what is predicted of the other labels is neither right nor wrong.
+    write(folders / "ref" / "b.nii.gz", tumour() == 1)
+    rows = [f"{name},ref/{name}.nii.gz,ref/{name}.nii.gz,{'oedema' if name == 'b' else ''}" for name in "abcde"]
+    (folders / "references.csv").write_text("\n".join(["id,image,label,labels", *rows]))
+    found = run(folders, references=folders / "references.csv")
+    by_id = {case["id"]: case["labels"] for case in found["cases"]}
+    assert {name: row["status"] for name, row in by_id["b"].items()} == {
+        "oedema": "scored",
+        "necrosis": "absent",
+        "enhancing": "absent",
+    }
+    others = [by_id[name]["necrosis"]["dice"] for name in "acde"]
+    assert found["per_label"]["necrosis"]["dice"] == pytest.approx(np.mean(others))
+    rows[1] = "b,ref/b.nii.gz,ref/b.nii.gz,edema"
+    (folders / "references.csv").write_text("\n".join(["id,image,label,labels", *rows]))
+    with pytest.warns(UserWarning, match="said to have annotations of 'edema'"):
+        run(folders, references=folders / "references.csv", overwrite=True)
+
+
 def test_regions_are_scored_as_unions_in_place_of_labels(folders):
     found = run(folders, regions=REGIONS)
     assert list(found["per_label"]) == ["whole tumour", "tumour core"]

@@ -53,6 +53,7 @@ class Pair:
         prediction: Path of the predicted label map; None stands for an empty one.
         reference: Path of the reference.
         images: Paths of the scan's channels, where a list names them.
+        labelled: Labels, by name or value, that the reference has annotations of; None stands for all.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Pair:
     prediction: str | None
     reference: str
     images: tuple[str, ...] = ()
+    labelled: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,21 @@ class Pairs:
     failed: Mapping[str, str]
     scored_as_empty: tuple[str, ...]
     ignore_label: int | None = None
+
+
+def annotated_values(case: Case | Pair, names: Mapping[int, str]) -> set[int] | None:
+    """Return the label values that a case has annotations of, with the background; None for all.
+
+    Raises:
+        DataError: The data set lacks a label that the case names.
+    """
+    if case.labelled is None:
+        return None
+    known = {**{str(value): value for value in names}, **{name: value for value, name in names.items()}}
+    for label in case.labelled:
+        if label not in known:
+            raise DataError(f"case {case.id} is said to have annotations of '{label}'.{nearest(label, known)}")
+    return {0, *(known[label] for label in case.labelled)}
 
 
 def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_empty: bool = False) -> Pairs:
@@ -121,6 +138,7 @@ def find_pairs(predictions: str, references: str | Sequence[str], *, missing_as_
                 prediction=predictions_of.get(name, empty).label,
                 reference=str(theirs[name].label),
                 images=predictions_of.get(name, empty).images or theirs[name].images,
+                labelled=theirs[name].labelled,
             )
             for name in sorted([*predictions_of, *as_empty])
         ),

@@ -44,7 +44,10 @@ CONVENTIONS = {
     "volume_error": (
         "volume_error_ml = |volume_ml - reference_volume_ml|; volume_error_ratio is its share of the latter."
     ),
-    "absent": "Label in neither mask: all scores null, left out of every mean, counted as num_absent.",
+    "absent": (
+        "Label in neither mask, or one that the list of references has no annotations of (its column labels): all "
+        "scores null, left out of every mean, counted as num_absent."
+    ),
     "missed": (
         "Label in the reference only: Dice 0, NSD 0, HD95 the diagonal of the scan, volume_error_ratio 1; "
         "in the means, counted as num_missed."

@@ -23,6 +23,7 @@ from mim3d.caching.cache import Cache
 from mim3d.caching.scan import CachedScan
 from mim3d.core.errors import DataError, listed
 from mim3d.core.types import Triple
+from mim3d.datasets.references import annotated_values
 from mim3d.loading.samples import SampleDataset
 from mim3d.nn.volumes import to_blocks
 from mim3d.probing.settings import Probing
@@ -30,7 +31,6 @@ from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.cubes import CubeFinisher
 from mim3d.tasks.classification.task import Classification
 from mim3d.tasks.segmentation.crops import place_crop
-from mim3d.tasks.segmentation.targets import annotated_values
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

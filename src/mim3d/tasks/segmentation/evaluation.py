@@ -114,6 +114,7 @@ class LabelEvaluation:
             lesions=None if settings.lesions is False else self.lesion_settings,
             lesions_of=chosen_lesions(settings.lesions, list(names.regions)),
             ignore_label=found.ignore_label,
+            names=found.labels,
         )
         others = None if settings.compare is None else self._compared(found, settings.compare)
         assumed: list[str] = []
@@ -135,7 +136,7 @@ class LabelEvaluation:
         scores = [answer for pair in kept if not isinstance(answer := answers[id(pair)], Failure)]
         if not names.regions:
             names = _names_held(kept, scores, settings.predictions)
-        # A label that a case does not hold is absent.
+        # A label that a case does not hold, or was not annotated for, is absent.
         absent = LabelScore(status="absent", lesions=LesionScore()) if settings.lesions is True else ABSENT
         completed = [{name: case.get(name, absent) for name in names.regions} for case in scores]
         ours, theirs = completed[: len(found.pairs)], completed[len(found.pairs) :]

@@ -1,9 +1,9 @@
 """Which labels and regions are scored, and the scoring of label maps case by case, in this process or in several."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from mim3d.core.resources import available_memory_bytes, num_cores
 from mim3d.core.settings import nearest
 from mim3d.core.worker_processes import Ended, work_through
 from mim3d.datasets.label_voxels import is_of_image
-from mim3d.datasets.references import Pair
+from mim3d.datasets.references import Pair, annotated_values
 from mim3d.metrics import LabelScore, LesionSettings, score_regions, values_in
 from mim3d.scans.volumes import read_grid, read_volume
 
@@ -120,6 +120,7 @@ class CaseScoring:
         lesions: When lesions match; None leaves them out.
         lesions_of: Names whose lesions are scored; None for all.
         ignore_label: Value of the reference's voxels that count in no score; both maps are background there.
+        names: Declared label value -> name, by which a list of references names what it has annotations of.
     """
 
     regions: Mapping[str, tuple[int, ...]]
@@ -128,6 +129,7 @@ class CaseScoring:
     lesions: LesionSettings | None
     lesions_of: frozenset[str] | None
     ignore_label: int | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def attempt(self, pair: Pair) -> dict[str, LabelScore] | Failure:
         """Score one case, by name; or say why it cannot be, whatever is raised: it must not stop the others."""
@@ -170,11 +172,18 @@ class CaseScoring:
             prediction,
             truth,
             reference.spacing_mm,
-            self.regions or {label_name(value): (value,) for value in sorted(held)},
+            self._known(pair, held),
             nsd_tolerance_mm=self.nsd_tolerance_mm,
             lesions=self.lesions,
             lesions_of=self.lesions_of,
         )
+
+    def _known(self, pair: Pair, held: Collection[int]) -> Mapping[str, tuple[int, ...]]:
+        """What is scored of a case: of labels that its reference has no annotations of, nothing is known."""
+        regions = self.regions or {label_name(value): (value,) for value in sorted(held)}
+        told = {int(each) for each in pair.labelled or () if each.isdigit()}
+        values = annotated_values(pair, self.names or {value: label_name(value) for value in {*held, *told}})
+        return {name: members for name, members in regions.items() if values is None or values.issuperset(members)}
 
 
 def label_name(value: int) -> str:

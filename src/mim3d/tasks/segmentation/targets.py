@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mim3d.core.errors import ConfigError, DataError
-from mim3d.core.settings import nearest
+from mim3d.core.errors import ConfigError
 from mim3d.datasets.cases import Case
+from mim3d.datasets.references import annotated_values
 
 # Shape suffixes: B samples, K channels, X Y Z space.
 
@@ -130,21 +130,6 @@ class PartialLabels:
         """Return for each channel whether all of its label values were annotated; the background always was."""
         values = annotated_values(case, self.names)
         return tuple(values is None or set(members) <= values for members in self.members)
-
-
-def annotated_values(case: Case, names: Mapping[int, str]) -> set[int] | None:
-    """Return the label values that a case has annotations of, with the background; None for all.
-
-    Raises:
-        DataError: The data set lacks a label that the case names.
-    """
-    if case.labelled is None:
-        return None
-    known = {**{str(value): value for value in names}, **{name: value for value, name in names.items()}}
-    for label in case.labelled:
-        if label not in known:
-            raise DataError(f"case {case.id} is said to have annotations of '{label}'.{nearest(label, known)}")
-    return {0, *(known[label] for label in case.labelled)}
 
 
 def are_partial(cases: Sequence[Case], names: Mapping[int, str]) -> bool:

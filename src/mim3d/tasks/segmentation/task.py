@@ -15,6 +15,7 @@ from mim3d.core.errors import ConfigError
 from mim3d.core.settings import nearest, update_settings
 from mim3d.core.types import LARGEST_LABEL, Spacing, Triple
 from mim3d.datasets.published.presets import Preset
+from mim3d.datasets.references import annotated_values
 from mim3d.inference import Windows, padding_values, sliding_logits
 from mim3d.loading.samples import Augment
 from mim3d.objective import Objective, crop_tokens
@@ -28,7 +29,6 @@ from mim3d.tasks.segmentation.crops import CropSampler
 from mim3d.tasks.segmentation.targets import (
     PartialLabels,
     Targets,
-    annotated_values,
     are_partial,
     derived_values,
     dice_by_name,

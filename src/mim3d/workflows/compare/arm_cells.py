@@ -180,8 +180,12 @@ class ArmCells:
 
     def _table(self, name: str, cases: Sequence[Case]) -> str:
         """A list that is DATA again, and a table of references."""
-        rows = [(c.id, ";".join(c.images), c.label, c.class_name, c.patient, c.modality) for c in cases]
-        return self._written(f"{name}.csv", csv_text(("id", "image", "label", "class", "patient", "modality"), rows))
+        heads = ["id", "image", "label", "class", "patient", "modality"]
+        rows = [[c.id, ";".join(c.images), c.label, c.class_name, c.patient, c.modality] for c in cases]
+        if any(case.labelled for case in cases):
+            heads.append("labels")
+            rows = [[*row, ";".join(case.labelled or ())] for row, case in zip(rows, cases, strict=True)]
+        return self._written(f"{name}.csv", csv_text(heads, rows))
 
     def _written(self, name: str, text: str) -> str:
         """The file of a list. One that is there stays, since cells at work read it; others are put beside it."""

@@ -17,7 +17,8 @@ from mim3d.caching.cache import Cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.files import load_json, write_json
-from mim3d.core.names import cut
+from mim3d.core.left_out import in_words
+from mim3d.core.names import cut, number_of
 from mim3d.core.own_code import own_code_in
 from mim3d.core.progress import say
 from mim3d.core.settings import build_settings, coerce, nearest, overlay, to_mapping, to_named
@@ -243,6 +244,9 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
             for name in ("pretrain_steps", "pretrain_minutes")
             if getattr(settings, name) is not None
         ]
+    if left_out := [row["reason"] for row in cache.failed]:
+        say(f"left out: {in_words(left_out)}")
+        passed_over.append(f"{number_of(len(left_out), 'scan')} of the data set left out: {in_words(left_out)}")
     settled = replace(settled, data=cache.path, spacing_mm=None, preset=None, modality=None, patient_pattern=None)
     plan = ComparisonPlan(
         settings=settings,
@@ -366,8 +370,6 @@ def _cache(settings: CompareSettings, read: TrainingData, settled: FinetuneSetti
         return given_scans(read.source, read.source.cases, settled.spacing_mm)
     preprocessing = Preprocessing(spacing_mm=settled.spacing_mm)
     cache = build_cache(read.source, _cache_place(settings), preprocessing, num_workers=settled.num_workers)
-    for row in cache.failed[:3]:
-        say(f"left out: {row['reason']}")
     return cache
 
 
