@@ -13,6 +13,7 @@ from mim3d.workflows.compare.cells import Cell
 from mim3d.workflows.compare.plan import PLAN_NAME, read_plan
 from mim3d.workflows.compare.running import planned
 from mim3d.workflows.compare.settings import CompareSettings
+from mim3d.workflows.shared.leakage import SEEN_NAME
 from tests.commands.conftest import BACKBONE, TASK
 
 RECIPE = {"task": TASK, "precision": "32-true", "intensity": {"kind": "zscore"}, "batch_size": 1, "num_workers": 0}
@@ -90,3 +91,15 @@ def test_scans_that_are_left_out_and_labels_that_are_unknown_stay_said(ball_set:
         with open(cell.test, encoding="utf-8") as file:
             known |= {row["id"]: row.get("labels", "") for row in csv.DictReader(file)}
     assert known == {"ball_0": "2", **{f"ball_{number}": "" for number in range(1, 5)}}
+
+
+def test_weights_without_a_list_of_their_scans_are_noted_by_the_table(
+    ball_set: Path, segmenter_run: Path, tmp_path: Path
+):
+    weights = shutil.copytree(segmenter_run, tmp_path / "others")
+    for path in weights.rglob(SEEN_NAME):
+        path.unlink()
+    arms = ("scratch", {"name": "others", "weights": str(weights)})
+    plan(tmp_path / "compared", ball_set, arms=arms)
+    (note,) = [note for note in read_plan(tmp_path / "compared")["notes"] if note.startswith("others: ")]
+    assert note.endswith("no list of the scans it learned from: whether tested ones are among them cannot be checked.")

@@ -40,7 +40,7 @@ from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.initialisation import Initialisation
 from mim3d.workflows.shared.inputs import given_scans, unreadable_of
-from mim3d.workflows.shared.leakage import check_leakage, check_pretraining, identities_of
+from mim3d.workflows.shared.leakage import check_leakage, check_pretraining, identities_of, read_seen, unlisted
 
 PLAN_NAME = "plan.json"
 PLAN_FORMAT = 1
@@ -379,7 +379,9 @@ def _leaks(plan: ComparisonPlan) -> list[str]:
     Raises:
         DataError: Weights of an arm did; the sentence names both.
     """
-    notes: list[str] = []
+    given = {arm.name: arm.weights for arm in plan.arms if arm.weights is not None}
+    unknown = {name: unlisted(weights, read_seen(weights), "tested ones") for name, weights in given.items()}
+    notes = [f"{name}: {sentence}" for name, sentence in unknown.items() if sentence]
     for fold in plan.folds:
         tested = identities_of(plan.cache.subset(fold.test))
         others = identities_of(plan.cache.subset((*fold.learning, *fold.choosing)))
@@ -387,15 +389,13 @@ def _leaks(plan: ComparisonPlan) -> list[str]:
             warnings.simplefilter("always")
             check_leakage(others, tested, strict=False)
         notes += [f"fold {fold.number}: {each.message}" for each in said]
-        for arm in plan.arms:
-            if arm.weights is None:
-                continue
+        for name, weights in given.items():
             try:
                 with quietly():
-                    check_pretraining(arm.weights, tested, strict=True)
+                    check_pretraining(weights, tested, strict=True)
             except (CheckpointError, DataError) as error:
                 raise type(error)(
-                    f"arm {arm.name}, fold {fold.number}: {error} Leave the arm out, or give weights that learned from "
+                    f"arm {name}, fold {fold.number}: {error} Leave the arm out, or give weights that learned from "
                     "none of the tested scans."
                 ) from error
     return notes

@@ -161,19 +161,25 @@ def read_seen(weights: str | os.PathLike[str]) -> Seen | None:
 
 
 def say_what_is_listed(weights: str, seen: Seen | None, scans: str) -> None:
-    """Say where it cannot be known, or not of all, whether scans were learned from.
+    """Say where it cannot be known, or not of all, whether scans were learned from; see :func:`unlisted`."""
+    if unknown := unlisted(weights, seen, scans):
+        say(f"note: {unknown}")
+
+
+def unlisted(weights: str, seen: Seen | None, scans: str) -> str:
+    """What cannot be known of the scans that weights learned from, in a sentence; nothing where all of them are listed.
 
     Args:
         weights: Where the weights lie.
         seen: The list that came with them; None without one.
         scans: Whose check it is, in words.
     """
-    if seen is None or not seen.complete:
-        part = "no list" if seen is None else "only part of a list"
-        say(
-            f"note: {weights} comes with {part} of the scans it learned from: whether {scans} are among them cannot be "
-            "checked."
-        )
+    if seen is not None and seen.complete:
+        return ""
+    part = "no list" if seen is None else "only part of a list"
+    return (
+        f"{weights} comes with {part} of the scans it learned from: whether {scans} are among them cannot be checked."
+    )
 
 
 def check_pretraining(weights: str | None, held_out: Sequence[ScanIdentity], *, strict: bool) -> list[Leak]:
