@@ -412,8 +412,11 @@ def test_slurm_scripts_have_one_command_for_each_cell(
         ({"arms": ("scratch", "scratch")}, "Two arms are called 'scratch'"),
         ({"arms": ("scratch", {"method": "MiM", "weights": "/nowhere"})}, "a method and weights"),
         ({"arms": ("scratch", {"metod": "MiM"})}, "no key 'metod'.*'method'"),
-        ({"labels": ("10%",)}, "labels 10%: fold 0 has 4 patients.*at least 2"),
-        ({"labels": ("9",)}, "labels 9: fold 0 has 4 patients"),
+        (
+            {"labels": ("10%",)},
+            "fold 0 has 4 patients besides those tested; that is 0, but at least 2.*ask for 50% to 100%, or 2 to 4",
+        ),
+        ({"labels": ("9",)}, "labels 9: fold 0 has 4 patients besides those tested; ask for 50% to 100%, or 2 to 4"),
         ({"labels": ("50%", "2")}, "are both 2 of the 4 patients"),
         ({"labels": ("half",)}, "labels has 'half'"),
         ({"arms": ({"name": "\u202ea", "method": "MiM"}, {"name": "\u202ea"})}, r"Two arms are called '\\u202ea'"),
