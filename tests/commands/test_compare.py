@@ -299,6 +299,25 @@ def test_cells_of_a_pre_training_that_another_process_works_on_are_left_to_it(
     assert not list((copy / "cells").glob("*.json"))
 
 
+def test_what_another_process_finished_meanwhile_is_counted(
+    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(compared, copy)
+    path = next(copy.glob("cells/finetune_scratch*.json"))
+    kept = path.read_text()
+    path.unlink()
+
+    def elsewhere(*_: Any) -> str:
+        path.write_text(kept)
+        return "busy"
+
+    monkeypatch.setattr("mim3d.workflows.compare.running.run_cell", elsewhere)
+    compare(str(copy))
+    total = len(planned(copy))
+    assert f"{total} of {total} cells done\n" in (told := capsys.readouterr().out) and "left; go on" not in told
+
+
 def copied(compared: Path, tmp_path: Path) -> Path:
     """The folder of a comparison without results and runs, somewhere else."""
     copy = tmp_path / "copy of it"
