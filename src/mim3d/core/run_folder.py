@@ -170,6 +170,9 @@ class Run:
                 with lock_file(run.path / ".lock") as descriptor:
                     run._lock(descriptor)
             if resume:
+                run.moved.update(_elsewhere(manifest, values))
+                # Until their content is seen to be the same, their places are those of before.
+                values.update({name: manifest["settings"][name] for name in run.moved})
                 run._require_same(manifest, values, inputs)
             # A cache or a split alone is no result.
             elif read_lines(run.metrics_path) or (run.checkpoints_dir.is_dir() and any(run.checkpoints_dir.iterdir())):
@@ -180,8 +183,6 @@ class Run:
         require_usable(run.path)
         session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **environment()}
         if exists and resume:
-            run.moved.update(_elsewhere(manifest, values))
-            values.update({name: manifest["settings"][name] for name in run.moved})
             write_json(run.manifest_path, {**manifest, "resumed": [*manifest.get("resumed", []), session]})
         else:
             # The manifest comes first: a folder with one is a run, whatever else a kill prevented.
@@ -300,7 +301,6 @@ class Run:
         sizes = [math.prod(settings.get(name) or 1 for name in SPLIT_OF_A_STEP) for settings in (before, values)]
         if sizes[0] == sizes[1]:
             values = {**values, **{name: before[name] for name in SPLIT_OF_A_STEP if name in before}}
-        values = {**values, **{name: before[name] for name in _elsewhere(manifest, values)}}
         changed = _differences(before, values, manifest.get("working_folder") or "")
         if changed:
             raise ConfigError(

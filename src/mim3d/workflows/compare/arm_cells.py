@@ -1,12 +1,12 @@
 """The cells of each arm: settings of pre-training, probe and fine-tuning, which differ in what the arm begins with."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mim3d.backbones import BACKBONES
 from mim3d.core.files import csv_text, plain_text, write_text
+from mim3d.core.names import name_digest
 from mim3d.core.settings import build_settings, to_named
 from mim3d.datasets.cases import Case
 from mim3d.methods import METHODS
@@ -17,6 +17,7 @@ from mim3d.workflows.compare.subsets import Amount, FoldPart
 from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.pretrain import PretrainSettings
 from mim3d.workflows.probe.run import ProbeSettings
+from mim3d.workflows.shared.held_out import list_rows
 
 #: Settings that keep the folder of a cell small, where a recipe does not say otherwise.
 _SMALL: Mapping[str, Any] = {"pictures_every": 0, "keep_checkpoints": 1}
@@ -180,22 +181,21 @@ class ArmCells:
 
     def _table(self, name: str, cases: Sequence[Case]) -> str:
         """A list that is DATA again, and a table of references."""
-        heads = ["id", "image", "label", "class", "patient", "modality"]
-        rows = [[c.id, ";".join(c.images), c.label, c.class_name, c.patient, c.modality] for c in cases]
+        columns = ["id", "image", "label", "class", "patient", "modality"]
         if any(case.labelled for case in cases):
-            heads.append("labels")
-            rows = [[*row, ";".join(case.labelled or ())] for row, case in zip(rows, cases, strict=True)]
-        return self._written(f"{name}.csv", csv_text(heads, rows))
+            columns.append("labels")
+        return self._written(f"{name}.csv", csv_text(columns, list_rows(cases, columns)))
 
     def _written(self, name: str, text: str) -> str:
         """The file of a list. One that is there stays, since cells at work read it; others are put beside it."""
-        path = self.plan.out / "lists" / f"fold{self.fold.number}_{name}"
-        if path.is_file() and plain_text(path) != text:
-            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-            path = path.with_name(f"{path.stem}_{digest}{path.suffix}")
-        if not path.is_file() or plain_text(path) != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
+        first = self.plan.out / "lists" / f"fold{self.fold.number}_{name}"
+        for path in (first, first.with_name(f"{first.stem}_{name_digest(text)}{first.suffix}")):
+            if not path.is_file():
+                break
+            if plain_text(path) == text:
+                return str(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
         return str(path)
 
 

@@ -232,21 +232,22 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
         # Of another version of mim3d, whose settings are not these.
         with suppress(ConfigError, DataError):
             earlier = {cell.key: (cell.id, cell.content()) for cell in cells_of(before, settings)}
-    passed_over = [
+    notes = [
         f"pretrain.{name} is passed over: pre-training shares that of fine-tuning, which finetune.{name} sets."
         for name in ("intensity", "precision", "spacing_mm")
         if (own := pretrain.get(name)) is not None
         and overlay(shared := to_mapping(getattr(settled, name)), to_mapping(own)) != shared
     ]
     if not any(arm.method for arm in arms):
-        passed_over += [
+        notes += [
             f"{name} is passed over: no arm is pre-trained here."
             for name in ("pretrain_steps", "pretrain_minutes")
             if getattr(settings, name) is not None
         ]
-    if left_out := [row["reason"] for row in cache.failed]:
-        say(f"left out: {in_words(left_out)}")
-        passed_over.append(f"{number_of(len(left_out), 'scan')} of the data set left out: {in_words(left_out)}")
+    if cache.failed:
+        left_out = f"left out: {in_words([row['reason'] for row in cache.failed])}"
+        say(left_out)
+        notes.append(f"{number_of(len(cache.failed), 'scan')} of the data set {left_out}")
     settled = replace(settled, data=cache.path, spacing_mm=None, preset=None, modality=None, patient_pattern=None)
     plan = ComparisonPlan(
         settings=settings,
@@ -257,7 +258,7 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
         source_digest=source_digest,
         earlier=earlier,
     )
-    return replace(plan, notes=[*read.source.notes, *passed_over, *_leaks(plan)])
+    return replace(plan, notes=[*read.source.notes, *notes, *_leaks(plan)])
 
 
 def _require_same(before: Mapping[str, Any] | None, name: str, digest: str, settings: CompareSettings) -> None:
@@ -369,8 +370,7 @@ def _cache(settings: CompareSettings, read: TrainingData, settled: FinetuneSetti
     if isinstance(read.source, Cache):
         return given_scans(read.source, read.source.cases, settled.spacing_mm)
     preprocessing = Preprocessing(spacing_mm=settled.spacing_mm)
-    cache = build_cache(read.source, _cache_place(settings), preprocessing, num_workers=settled.num_workers)
-    return cache
+    return build_cache(read.source, _cache_place(settings), preprocessing, num_workers=settled.num_workers)
 
 
 def _leaks(plan: ComparisonPlan) -> list[str]:

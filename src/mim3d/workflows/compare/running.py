@@ -115,7 +115,7 @@ def _run_all(plan: ComparisonPlan) -> None:
     done = len(cells) - len(left)
     say(f"{number_of(len(cells), 'cell')}, {done} of them done before; results: {plan.out / 'cells'}")
     outcomes = _in_turn(plan, left, cells) if plan.settings.jobs == 1 else _side_by_side(plan, left)
-    # What another process worked on it may have finished by now.
+    # By now another process may have finished what it worked on.
     outcomes |= {cell.id: "done" for cell in left if outcomes.get(cell.id) == "busy" and is_done(plan.out, cell)}
     counts = Counter(outcomes.values())
     write_tables(plan.out, plan.settings)

@@ -119,11 +119,26 @@ def write_split(run: Run, split: Split) -> None:
     write_json(run.path / SPLIT_NAME, lists, remedy=GO_ON)
     # The ids too: those of a whole data set are not always what a shorter list would make of the same images.
     head = ("id", "image", "label", "class", "patient", "labels")
-    rows = (
-        (case.id, ";".join(case.images), case.label, case.class_name, case.patient, ";".join(case.labelled or ()))
-        for case in split.val
-    )
-    write_csv(run.path / LIST_NAME, head, rows, remedy=GO_ON)
+    write_csv(run.path / LIST_NAME, head, list_rows(split.val, head), remedy=GO_ON)
+
+
+def list_rows(cases: Sequence[Case], columns: Sequence[str]) -> list[list[str | None]]:
+    """Rows of a list that is DATA again, with some of the columns that lists may have."""
+    return [
+        [
+            {
+                "id": case.id,
+                "image": ";".join(case.images),
+                "label": case.label,
+                "class": case.class_name,
+                "patient": case.patient,
+                "modality": case.modality,
+                "labels": ";".join(case.labelled or ()),
+            }[name]
+            for name in columns
+        ]
+        for case in cases
+    ]
 
 
 def held_out_cases(run: Path) -> list[Case]:
