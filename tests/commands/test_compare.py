@@ -18,10 +18,12 @@ from mim3d.caching.cache import open_cache
 from mim3d.cli import main
 from mim3d.commands.compare import compare
 from mim3d.commands.report import report
-from mim3d.core.errors import ConfigError, DataError, Mim3dError
+from mim3d.core.errors import CheckpointError, ConfigError, DataError, Mim3dError
+from mim3d.core.files import lock_file, try_lock
 from mim3d.workflows.compare.cells import Cell, read_result
 from mim3d.workflows.compare.plan import cells_of, read_plan
 from mim3d.workflows.compare.running import _outcome_of
+from mim3d.workflows.compare.running import planned as make_plan
 from mim3d.workflows.compare.settings import CompareSettings
 from tests.commands.conftest import BACKBONE, TASK
 from tests.labelled import write_ball_set
@@ -318,6 +320,22 @@ def test_what_another_process_finished_meanwhile_is_counted(
     assert f"{total} of {total} cells done\n" in (told := capsys.readouterr().out) and "left; go on" not in told
 
 
+def test_cells_that_another_process_goes_by_are_not_taken_from_its_plan(compared: Path, tmp_path: Path):
+    copy = copied(compared, tmp_path)
+    (copy / "cells").mkdir()
+    plan, cell = (copy / "plan.json").read_bytes(), planned(copy)[0]
+    fewer = CompareSettings(str(copy), **settings(Path(read_plan(copy)["data"]), labels=("100%",)))
+    with lock_file(copy / "cells" / f"{cell.id}.lock") as descriptor:
+        assert try_lock(descriptor)
+        with pytest.raises(ConfigError, match=rf"^Another process works on cell {cell.id} of {copy}, by a plan with"):
+            make_plan(fewer)
+        assert (copy / "plan.json").read_bytes() == plan
+        more = CompareSettings(str(copy), **settings(Path(read_plan(copy)["data"]), seeds=(0, 1)))
+        assert len(make_plan(more).cells) > len(planned(compared))
+        (copy / "plan.json").write_bytes(plan)
+    assert len(make_plan(fewer).cells) < len(planned(compared))
+
+
 def copied(compared: Path, tmp_path: Path) -> Path:
     """The folder of a comparison without results and runs, somewhere else."""
     copy = tmp_path / "copy of it"
@@ -483,3 +501,12 @@ def test_weights_that_learned_from_tested_scans_are_refused(segmenter_run: Path,
             str(tmp_path / "leaking"),
             **settings(ball_set, arms=("scratch", {"name": "pre", "weights": str(segmenter_run)})),
         )
+
+
+def test_a_damaged_list_of_scans_is_refused_with_its_arm(segmenter_run: Path, ball_set: Path, tmp_path: Path):
+    copy = tmp_path / "pretrained"
+    shutil.copytree(segmenter_run, copy)
+    for path in copy.rglob("seen.json"):
+        path.write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"^arm pre: {copy}/.*seen\.json cannot be read as a list of scans"):
+        compare(str(tmp_path / "out"), **settings(ball_set, arms=("scratch", {"name": "pre", "weights": str(copy)})))

@@ -30,7 +30,7 @@ from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card, save_network
 from mim3d.workflows.shared.held_out import choose_split, split_in_words
 from mim3d.workflows.shared.initialisation import Initialisation
-from tests.commands.conftest import BACKBONE, TASK
+from tests.commands.conftest import BACKBONE, DECODER, TASK
 from tests.labelled import ball_scan, write_ball_set, write_scan
 
 
@@ -236,7 +236,7 @@ def test_the_cache_of_pretraining_is_refused_as_labelled_data_with_the_way_to_on
         pretrain(
             str(ball_set),
             str(tmp_path / "pre"),
-            method={"name": "MiM", "levels": levels},
+            method={"name": "MiM", "levels": levels, **DECODER},
             backbone=BACKBONE,
             max_steps=1,
             num_workers=0,

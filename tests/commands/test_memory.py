@@ -31,17 +31,16 @@ from mim3d.workflows.shared.memory import (
     require_memory,
 )
 from mim3d.workflows.shared.training import TrainingSettings
-from tests.commands.conftest import BACKBONE, TASK
+from tests.commands.conftest import BACKBONE, DECODER, TASK
 
 LEVELS = [
     {"name": "coarse", "footprint": [16, 16, 16], "size": [16, 16, 16], "mask_ratio": 0.5, "num_children": 2},
     {"name": "middle", "footprint": [8, 8, 8], "size": [16, 16, 16], "mask_ratio": 0.5},
 ]
 #: Less a network than its activations: a decoder of full size would outweigh them.
-SMALL_DECODER = {"decoder_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2}
 PRETRAIN = {
     "command": "pretrain",
-    "method": {"name": "MiM", "levels": LEVELS, **SMALL_DECODER},
+    "method": {"name": "MiM", "levels": LEVELS, **DECODER},
     "backbone": BACKBONE,
 }
 FINETUNE = {"command": "finetune", "task": TASK, "backbone": BACKBONE, "num_folds": 3}

@@ -24,7 +24,7 @@ from mim3d.training.schedule import Optimisation
 from mim3d.weights import load_encoder, read_card
 from mim3d.workflows.shared.inputs import open_scans
 from mim3d.workflows.shared.leakage import read_seen
-from tests.commands.conftest import BACKBONE, TASK
+from tests.commands.conftest import BACKBONE, DECODER, TASK
 from tests.labelled import ball_scan, write_scan
 
 LEVELS = [
@@ -33,7 +33,7 @@ LEVELS = [
 ]
 pretrain_module = sys.modules["mim3d.workflows.pretrain"]
 
-METHOD = {"name": "MiM", "levels": LEVELS}
+METHOD = {"name": "MiM", "levels": LEVELS, **DECODER}
 
 
 def learn(data: Path, out: Path, **changes: object) -> Path:

@@ -40,7 +40,7 @@ from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.initialisation import Initialisation
 from mim3d.workflows.shared.inputs import given_scans, unreadable_of
-from mim3d.workflows.shared.leakage import check_leakage, check_pretraining, identities_of, read_seen, unlisted
+from mim3d.workflows.shared.leakage import Seen, check_leakage, identities_of, read_seen, unlisted
 
 PLAN_NAME = "plan.json"
 PLAN_FORMAT = 1
@@ -377,11 +377,21 @@ def _leaks(plan: ComparisonPlan) -> list[str]:
     """Refuse weights that learned from tested scans, and say which scans are tested and learned from in one fold.
 
     Raises:
+        CheckpointError: The list of scans of an arm's weights is damaged.
         DataError: Weights of an arm did; the sentence names both.
     """
-    given = {arm.name: arm.weights for arm in plan.arms if arm.weights is not None}
-    unknown = {name: unlisted(weights, read_seen(weights), "tested ones") for name, weights in given.items()}
-    notes = [f"{name}: {sentence}" for name, sentence in unknown.items() if sentence]
+    notes: list[str] = []
+    lists: dict[str, tuple[str, Seen]] = {}
+    for arm in plan.arms:
+        if arm.weights is not None:
+            try:
+                seen = read_seen(arm.weights)
+            except CheckpointError as error:
+                raise CheckpointError(f"arm {arm.name}: {error}") from error
+            if unknown := unlisted(arm.weights, seen, "tested ones"):
+                notes.append(f"{arm.name}: {unknown}")
+            if seen is not None:
+                lists[arm.name] = (arm.weights, seen)
     for fold in plan.folds:
         tested = identities_of(plan.cache.subset(fold.test))
         others = identities_of(plan.cache.subset((*fold.learning, *fold.choosing)))
@@ -389,12 +399,11 @@ def _leaks(plan: ComparisonPlan) -> list[str]:
             warnings.simplefilter("always")
             check_leakage(others, tested, strict=False)
         notes += [f"fold {fold.number}: {each.message}" for each in said]
-        for name, weights in given.items():
+        for name, (weights, seen) in lists.items():
             try:
-                with quietly():
-                    check_pretraining(weights, tested, strict=True)
-            except (CheckpointError, DataError) as error:
-                raise type(error)(
+                check_leakage(seen.scans, tested, place=f"in the pre-training data of {weights}", strict=True)
+            except DataError as error:
+                raise DataError(
                     f"arm {name}, fold {fold.number}: {error} Leave the arm out, or give weights that learned from "
                     "none of the tested scans."
                 ) from error

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,18 @@ def run_cell(cell: Cell, cells: Mapping[str, Cell], out: Path) -> Outcome:
         total_s = {} if resumed else {"total_s": round(time.monotonic() - started, 1)}
         write_result(out, cell, {"status": "done", **found, **total_s, "warnings": warned.rows})
         return "done"
+
+
+def locked_of(out: Path, names: Sequence[str]) -> list[str]:
+    """Those of the cells with these ids that a process works on."""
+    locked = []
+    for name in names:
+        path = out / "cells" / f"{name}.lock"
+        if path.is_file():
+            with lock_file(path) as descriptor:
+                if not try_lock(descriptor):
+                    locked.append(name)
+    return locked
 
 
 @contextmanager

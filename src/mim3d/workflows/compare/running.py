@@ -29,7 +29,7 @@ from mim3d.workflows.compare.budget import in_time, say_cells, steps_of
 from mim3d.workflows.compare.cells import Cell, is_done, left_of, read_result, write_result
 from mim3d.workflows.compare.checks import check_arms
 from mim3d.workflows.compare.plan import ComparisonPlan, cells_of, read_plan, settle
-from mim3d.workflows.compare.run_cell import Outcome, run_cell
+from mim3d.workflows.compare.run_cell import Outcome, locked_of, run_cell
 from mim3d.workflows.compare.settings import CompareSettings
 from mim3d.workflows.compare.slurm import write_scripts
 from mim3d.workflows.compare.table import write_tables
@@ -70,10 +70,20 @@ def run_comparison(settings: CompareSettings) -> str:
 
 
 def planned(settings: CompareSettings) -> ComparisonPlan:
-    """The plan with all its cells, saved in its folder."""
+    """The plan with all its cells, saved in its folder.
+
+    Raises:
+        ConfigError: It leaves out cells of the plan before, and another process works by that one.
+    """
     plan = settle(settings)
     check_arms(plan)
     plan = with_cells(plan, steps_of(plan))
+    before = [name for name, _ in plan.earlier.values()]
+    if set(before) - {cell.id for cell in plan.cells} and (worked_on := locked_of(plan.out, before)):
+        raise ConfigError(
+            f"Another process works on cell {worked_on[0]} of {plan.out}, by a plan with cells that this call leaves "
+            "out; wait until it has ended, or ask for at least the same arms, labels, folds, seeds and settings."
+        )
     plan.save()
     write_yaml(plan.out / CONFIG_NAME, settings.to_config())
     return plan
