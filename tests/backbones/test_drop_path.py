@@ -155,7 +155,8 @@ def objective_of(method: Method, drop_path: float) -> Objective:
 
 def test_masked_pre_training_draws_it_anew_at_every_step_and_its_memory_is_foreseen() -> None:
     scan = random_scan((32, 32, 32))
-    method = create_method("MiM").planned(RECIPE, [scan.shape])
+    small = {"name": "MiM", "decoder_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}
+    method = create_method(small).planned(RECIPE, [scan.shape])
     dataset = SampleDataset([scan], method.sampler(RECIPE), Intensity(), 0, None)
     batch = default_collate([dataset[0], dataset[1]])
     losses = []

@@ -13,11 +13,12 @@ from mim3d.methods import create_method
 from mim3d.methods.mim.method import MiM
 from mim3d.training.schedule import Optimisation
 from mim3d.workflows.shared.begun import Begun
-from tests.commands.conftest import BACKBONE
+from tests.commands.conftest import BACKBONE, DECODER
 
 
 def learn(data: Path, out: Path, **changes: object) -> Path:
-    settings = {"backbone": BACKBONE, "max_steps": 2, "num_workers": 0, "log_every": 1}
+    settings = {"backbone": BACKBONE, "method": {"name": "MiM", **DECODER}, "max_steps": 2}
+    settings |= {"num_workers": 0, "log_every": 1}
     return Path(pretrain(str(data), str(out), **{**settings, **changes}))
 
 
