@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2470,
     "probing": 1040,
     "exporting": 2105,
-    "workflows": 10660,
+    "workflows": 10663,
     "commands": 295,
     "cli": 832,
     "__main__": 15,

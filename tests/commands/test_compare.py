@@ -93,6 +93,13 @@ def test_a_comparison_ends_in_one_row_for_each_arm_and_amount(compared: Path):
         assert "MiM" in (compared / name).read_text()
 
 
+def test_finished_cells_keep_their_networks_and_no_checkpoints(compared: Path):
+    for cell in planned(compared):
+        network = {"finetune": "segmenter", "pretrain": "encoder"}.get(cell.kind)
+        assert network is None or (compared / "runs" / cell.id / network / "model.safetensors").is_file()
+    assert not list(compared.glob("runs/*/checkpoints"))
+
+
 def test_tested_patients_are_seen_by_nothing_and_labels_are_nested(compared: Path):
     cells = planned(compared)
     tested = {line.split(",")[0] for line in (compared / "lists" / "fold0_tested.csv").read_text().splitlines()[1:]}
