@@ -1,6 +1,7 @@
 """MiM as a whole: children equal slices of their parents, losses by name, gradients where they belong."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from mim3d.methods.crops import draw_origin
 from mim3d.methods.mim.hierarchy import Level
 from mim3d.methods.mim.method import MiM
 from mim3d.methods.mim.objective import MiMObjective, slice_volumes
-from mim3d.nn.losses import reconstruction_loss
+from mim3d.nn.losses import SQUARED_ERROR, reconstruction_target
 from mim3d.nn.tokens import take_tokens
 from mim3d.nn.volumes import flip, patchify, resize_image
 from mim3d.scans.intensity import Intensity
@@ -167,7 +168,7 @@ def test_one_level_alone_is_a_masked_autoencoder() -> None:
     encoded = objective.encoder.encode_visible(only.volume_MCXYZ, only.visible_MV)
     features = objective.decoder([(encoded, only.visible_MV)], (4, 4, 4))
     target = take_tokens(patchify(only.volume_MCXYZ, (8, 8, 8)), only.hidden_MH)
-    expected = reconstruction_loss(objective.decoder.predict(features, only.hidden_MH), target)
+    expected = SQUARED_ERROR(objective.decoder.predict(features, only.hidden_MH), reconstruction_target(target))
     assert output.loss.item() == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -222,16 +223,63 @@ def test_crops_stay_in_the_body_and_small_scans_are_padded() -> None:
 
 
 def test_an_idle_level_is_reported_by_name() -> None:
-    sentences = nano().idle_parts({"loss/coarse": 0.7, "loss/middle": 0.995, "loss/fine": 0.9})
+    guesses = {f"guess/{name}": 0.998 for name in ("coarse", "middle", "fine")}
+    sentences = nano().idle_parts({"loss/coarse": 0.7, "loss/middle": 0.995, "loss/fine": 0.9, **guesses})
     assert len(sentences) == 1
     assert "middle is idle" in sentences[0] and "alignment_weight" not in sentences[0]
 
 
+def test_an_idle_level_is_known_where_much_is_air() -> None:
+    # Half of what is hidden is constant: who predicts 0 everywhere has half of the loss.
+    image = 300 * torch.randn(1, 64, 64, 64, generator=torch.Generator().manual_seed(0)).numpy()
+    image[:, :32] = -1000
+    level = Level(name="middle", footprint=(64, 64, 64), size=(64, 64, 64), mask_ratio=0.6)
+    method = nano(levels=(level,), flip_prob=0.0)
+    batch = one_batch(method, ArrayScan(image))
+    hidden = batch["hidden/middle"].reshape(2, 8, 8, 8).float()
+    expected = float(hidden[:, 4:].sum() / hidden.sum()) * 511 / 512
+    assert float(objective_of(method)(batch, 0.0).logs["guess/middle"]) == pytest.approx(expected, rel=1e-3)
+    (sentence,) = method.idle_parts({"loss/middle": 0.499, "guess/middle": 0.5})
+    assert sentence.startswith("level middle is idle: its loss ended at 0.499, and that of a constant guess is 0.500")
+
+
+def test_alignment_that_finds_no_places_is_reported_and_one_that_does_is_not() -> None:
+    method = nano()
+    healthy = {"loss/align_middle": 0.7, "guess/align_middle": math.log(4), "spread/align_middle": 0.4}
+    assert method.idle_parts(healthy) == []
+    (idle,) = method.idle_parts({**healthy, "loss/align_middle": 1.38})
+    assert idle.startswith(
+        "the alignment of level middle is idle: its loss ended at 1.380, and that of a guess is 1.386"
+    )
+    (collapsed,) = method.idle_parts({**healthy, "loss/align_middle": 1.38, "spread/align_middle": 0.001})
+    assert collapsed.startswith("the alignment of level middle has collapsed")
+    (alone,) = method.idle_parts({**healthy, "loss/align_middle": 0.0, "guess/align_middle": 0.0})
+    assert "no other hidden place" in alone
+
+
+def test_nothing_is_said_of_what_has_no_weight() -> None:
+    method = nano()
+    silent = replace(
+        method, alignment_weight=0.0, levels=tuple(replace(level, loss_weight=0.0) for level in method.levels or ())
+    )
+    names = [level.name for level in method.levels or ()]
+    logs = {f"{kind}/{name}": 1.0 for kind in ("loss", "guess") for name in (*names, "align_middle")}
+    assert len(method.idle_parts(logs)) == len(names) + 1
+    assert silent.idle_parts(logs) == []
+    # An alignment without a weight cannot be what keeps a level from learning.
+    found = {"accuracy/align_middle": 0.9, "chance/align_middle": 0.25}
+    sentences = replace(method, alignment_weight=0.0).idle_parts({**logs, **found})
+    assert sentences and not any("alignment_weight" in sentence for sentence in sentences)
+
+
 @pytest.mark.parametrize(("accuracy", "is_blamed"), [(0.77, True), (0.3, False)])
 def test_an_idle_level_beside_an_alignment_that_learns_names_its_weight(accuracy: float, is_blamed: bool) -> None:
-    logs = {"loss/coarse": 0.99, "accuracy/align_middle": accuracy, "chance/align_middle": 0.25}
+    logs = {"loss/coarse": 0.99, "guess/coarse": 1.0, "accuracy/align_middle": accuracy, "chance/align_middle": 0.25}
     (sentence,) = nano().idle_parts(logs)
     assert ("lower alignment_weight" in sentence) == is_blamed
+    # A network that learned nothing finds places by what its first weights show of them.
+    unlearned = {**logs, "loss/align_middle": 1.4, "guess/align_middle": math.log(4)}
+    assert not any("alignment_weight" in each for each in nano().idle_parts(unlearned))
 
 
 def test_the_summary_prints_tokens_alignment_terms_and_padding() -> None:

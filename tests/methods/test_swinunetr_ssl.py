@@ -262,6 +262,10 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], shape: t
 def test_logs_tell_health_from_idleness_and_collapse() -> None:
     objective, batch = made()
     logs = numbers(objective(batch, 0.0).logs)
+    whole = two_views(
+        batch["crop"].flatten(0, 1), METHOD.cut_out, objective.context.generator(torch.device("cpu"))
+    ).whole_VCXYZ
+    assert logs["guess/inpainting"] == pytest.approx(float((whole - whole.median()).abs().mean()), rel=1e-5)
     assert logs["guess/rotation"] == pytest.approx(math.log(4))
     assert logs["guess/contrast"] == pytest.approx(math.log(5))
     assert 0 <= logs["cut"] <= 0.3

@@ -20,7 +20,7 @@ from mim3d.loading.samples import SampleDataset
 from mim3d.methods import create_method
 from mim3d.methods.voco.grid import CropGrid, plan_grid
 from mim3d.methods.voco.method import VoCo
-from mim3d.methods.voco.objective import VoCoObjective
+from mim3d.methods.voco.objective import VoCoObjective, _similarities
 from mim3d.objective import Batch, StepContext
 from mim3d.scans.intensity import Intensity
 from mim3d.training.launch import seed_step
@@ -215,6 +215,15 @@ def test_collapse_and_idleness_are_told():
     assert "collapsed" in collapsed
     (idle,) = METHOD.idle_parts({"spread/features": 0.6, "similarity/positive": 0.2, "similarity/negative": 0.2})
     assert "nothing was learned of places" in idle
+
+
+def test_batches_in_which_no_base_crop_is_apart_do_not_hide_that_nothing_was_learned():
+    """On a grid of 2 x 2 x 2 most random crops overlap all base crops."""
+    overlap = torch.tensor([[[0.125] * 8, [0.25, 0.25, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0]]])
+    logs = [_similarities(torch.full((1, 1, 8), 0.8), overlap[:, [row]]) for row in (0, 1)]
+    means = {name: sum(float(each[name]) for each in logs) / 2 for name in logs[0]}
+    assert means["similarity/positive"] == means["similarity/negative"] == pytest.approx(0.8)
+    assert "nothing was learned of places" in METHOD.idle_parts(means)[0]
 
 
 def test_health_is_logged_and_a_healthy_encoder_has_similarities_near_the_overlaps():

@@ -19,8 +19,14 @@ from mim3d.training.schedule import Optimisation
 #: What is learned by a loss that stays above this share of that of a guess has learned nothing.
 IDLE_SHARE = 0.98
 
+#: A guess whose loss is below this leaves nothing to be learned.
+NOTHING_LEFT = 1e-4
+
 #: Features that vary less than this, where 1 is as if drawn at random, have collapsed.
 COLLAPSED_SPREAD = 0.01
+
+#: Why nothing can be learned of voxels that are all the same.
+ALL_CONSTANT = "what is to be predicted is the same everywhere; look at the scans and at how intensities are mapped"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +94,32 @@ class Method(ABC):
     def idle_parts(self, final_logs: dict[str, float]) -> list[str]:
         """Sentences about parts that learned nothing, judged by the mean logs of the last steps; none by default."""
         return []
+
+
+def idle_part(
+    logs: dict[str, float],
+    name: str,
+    part: str,
+    *,
+    nothing: str,
+    guess: str = "a constant guess",
+    remedy: str = "train longer, or raise the learning rate",
+) -> list[str]:
+    """A sentence where a loss is no better than that of a guess; none where it is, or where either was not logged.
+
+    Args:
+        logs: The mean logs of the last steps.
+        name: Name of the loss in them (``loss/NAME`` beside ``guess/NAME``).
+        part: What the sentence is about.
+        nothing: Why there is nothing to be learned, where a guess is as good as anything.
+        guess: What is guessed.
+        remedy: What to do otherwise.
+    """
+    loss, of_guess = logs.get(f"loss/{name}"), logs.get(f"guess/{name}")
+    if loss is None or of_guess is None:
+        return []
+    if of_guess < NOTHING_LEFT:
+        return [f"{part} is idle: {nothing}"]
+    if loss <= IDLE_SHARE * of_guess:
+        return []
+    return [f"{part} is idle: its loss ended at {loss:.3f}, and that of {guess} is {of_guess:.3f}; {remedy}"]

@@ -6,7 +6,6 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mim3d.backbones import BACKBONES
 from mim3d.backbones.contract import Backbone, VisibleEncoder, size_text
@@ -17,6 +16,7 @@ from mim3d.methods.masked import MaskedAutoencoding
 from mim3d.methods.masked_crop import MaskedCropMethod, MaskedCropObjective
 from mim3d.methods.mim.objective import encode_in_chunks
 from mim3d.nn.decoder import MapDecoder, TokenDecoder
+from mim3d.nn.losses import SQUARED_ERROR
 from mim3d.nn.tokens import take_tokens
 from mim3d.nn.volumes import patchify, unpatchify
 from mim3d.training.schedule import Optimisation
@@ -133,7 +133,7 @@ class MAEObjective(MaskedCropObjective):
     """
 
     def __init__(self, settings: MAE, backbone: Backbone) -> None:
-        super().__init__(settings, backbone, normalised=settings.normalise_targets, error=F.mse_loss)
+        super().__init__(settings, backbone, normalised=settings.normalise_targets, error=SQUARED_ERROR)
         assert isinstance(self.encoder, VisibleEncoder)
         out_dim = backbone.in_channels * self.mask_size[0] * self.mask_size[1] * self.mask_size[2]
         self.decoder = TokenDecoder(self.encoder.embed_dim, *settings.decoder(backbone), out_dim)
@@ -156,7 +156,7 @@ class DenseMAEObjective(MaskedCropObjective):
     """
 
     def __init__(self, settings: MAE, backbone: Backbone) -> None:
-        super().__init__(settings, backbone, normalised=settings.normalise_targets, error=F.mse_loss)
+        super().__init__(settings, backbone, normalised=settings.normalise_targets, error=SQUARED_ERROR)
         channels, (x, y, z) = backbone.in_channels, self.mask_size
         self.decoder = MapDecoder(
             self.encoder.strides, self.encoder.widths, channels, skip_connections=settings.skip_connections

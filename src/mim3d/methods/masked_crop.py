@@ -1,7 +1,7 @@
 """One crop of a scan, some places of which are hidden and predicted: what MAE and SimMIM have in common."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mim3d.backbones.contract import Backbone, check_multiple, common_multiple, size_text
 from mim3d.core.types import Triple
-from mim3d.methods.contract import COLLAPSED_SPREAD, IDLE_SHARE
+from mim3d.methods.contract import ALL_CONSTANT, COLLAPSED_SPREAD, idle_part
 from mim3d.methods.crops import by_text, check_crop, median_shape, padding_ratio
 from mim3d.methods.masked import MaskedMethod
 from mim3d.methods.mim.hierarchy import Hierarchy, Level
 from mim3d.methods.mim.sampler import HierarchySampler
 from mim3d.nn.decoder import rebuilt
-from mim3d.nn.losses import normalise_tokens, spread
+from mim3d.nn.losses import Error, reconstruction_target, spread
 from mim3d.nn.tokens import split_tokens, take_tokens
 from mim3d.nn.volumes import patchify
 from mim3d.objective import Batch, Objective, StepOutput, Tokens
@@ -106,13 +106,7 @@ class MaskedCropMethod(MaskedMethod):
 
     def idle_parts(self, final_logs: dict[str, float]) -> list[str]:
         """A reconstruction no better than a constant guess; an encoder whose features are all alike."""
-        loss, guess = final_logs.get(f"loss/{CROP}"), final_logs.get(f"guess/{CROP}")
-        sentences = []
-        if loss is not None and guess is not None and loss > IDLE_SHARE * guess:
-            sentences.append(
-                f"the reconstruction is idle: its loss ended at {loss:.3f}, and that of a constant guess is "
-                f"{guess:.3f}; train longer, or raise the learning rate"
-            )
+        sentences = idle_part(final_logs, CROP, "the reconstruction", nothing=ALL_CONSTANT)
         if final_logs.get(f"spread/{CROP}", 1.0) < COLLAPSED_SPREAD:
             sentences.append(
                 f"the encoder has collapsed: its features are nearly the same everywhere (spread "
@@ -128,7 +122,7 @@ class MaskedCropObjective(Objective):
         settings: Settings of the method.
         backbone: The encoder's recipe.
         normalised: Whether the target is each place's voxels at mean 0 and variance 1.
-        error: Mean difference of prediction and target, such as that of squares.
+        error: Mean difference of prediction and target.
     """
 
     def __init__(
@@ -137,7 +131,7 @@ class MaskedCropObjective(Objective):
         backbone: Backbone,
         *,
         normalised: bool,
-        error: Callable[[Tensor, Tensor], Tensor],
+        error: Error,
     ) -> None:
         super().__init__()
         self.encoder = backbone.build()
@@ -159,13 +153,12 @@ class MaskedCropObjective(Objective):
         """Error over hidden voxels. Logged beside it: that of a constant guess, the spread of the features, and air."""
         volume_BCXYZ, hidden_BL = (batch[key].flatten(0, 1) for key in (CROP, f"hidden/{CROP}"))
         predicted_BHP, features_BNE = self.predict(volume_BCXYZ, hidden_BL)
-        target_BHP = take_tokens(patchify(volume_BCXYZ, self.mask_size), self.places(hidden_BL)[1]).float()
-        if self.normalised:
-            target_BHP = normalise_tokens(target_BHP)
-        loss = self.error(predicted_BHP.float(), target_BHP)
+        voxels_BHP = take_tokens(patchify(volume_BCXYZ, self.mask_size), self.places(hidden_BL)[1])
+        target_BHP = reconstruction_target(voxels_BHP, normalised=self.normalised)
+        loss = self.error(predicted_BHP, target_BHP)
         logs = {
             f"loss/{CROP}": loss.detach(),
-            f"guess/{CROP}": self.error(target_BHP.mean().expand_as(target_BHP), target_BHP),
+            f"guess/{CROP}": self.error.guess(target_BHP, volume_BCXYZ.shape[1]),
             f"spread/{CROP}": spread(features_BNE.detach().flatten(0, 1)),
         }
         if "air" in batch:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mim3d.backbones.contract import Backbone, MaskTokenEncoder, common_multiple, size_text
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
 from mim3d.methods.masked_crop import MaskedCropMethod, MaskedCropObjective
 from mim3d.nn.blocks import init_linear
+from mim3d.nn.losses import ABSOLUTE_ERROR
 from mim3d.nn.tokens import split_units, take_tokens
 from mim3d.nn.volumes import from_blocks, patchify, unpatchify
 from mim3d.training.schedule import Optimisation
@@ -102,7 +102,7 @@ class SimMIMObjective(MaskedCropObjective):
     """
 
     def __init__(self, settings: SimMIM, backbone: Backbone) -> None:
-        super().__init__(settings, backbone, normalised=False, error=F.l1_loss)
+        super().__init__(settings, backbone, normalised=False, error=ABSOLUTE_ERROR)
         assert isinstance(self.encoder, MaskTokenEncoder)
         self.stride = self.encoder.strides[-1]
         self.mask_token = nn.Parameter(torch.empty(self.encoder.stem_dim).normal_(std=0.02))

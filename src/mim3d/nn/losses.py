@@ -1,10 +1,14 @@
 """Losses of pre-training: reconstruction of hidden tokens, alignment, overlaps, contrast, and signs of collapse."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Shape suffixes: B batch, H hidden, P voxels of a patch, R crops, K places or base crops, D width.
+# Shape suffixes: B batch, C channels, H hidden, N values of a channel, P voxels of a patch, R crops, K places or base
+# crops, D width.
 
 #: Keeps the logarithm of :func:`overlap_losses` finite.
 _EPSILON = 1e-6
@@ -17,10 +21,36 @@ def normalise_tokens(target_BHP: Tensor, eps: float = 1e-6) -> Tensor:
     return (target_BHP - mean) / (variance + eps).sqrt()
 
 
-def reconstruction_loss(predicted_BHP: Tensor, target_BHP: Tensor, *, normalised: bool = True) -> Tensor:
-    """Mean squared error over hidden tokens, in float32."""
-    target = target_BHP.float()
-    return F.mse_loss(predicted_BHP.float(), normalise_tokens(target) if normalised else target)
+def reconstruction_target(hidden_BHP: Tensor, *, normalised: bool = True) -> Tensor:
+    """What is to be predicted of hidden tokens, in float32: their voxels, normalised or as they are."""
+    return normalise_tokens(hidden_BHP.float()) if normalised else hidden_BHP.float()
+
+
+@dataclass(frozen=True)
+class Error:
+    """A mean difference of prediction and target.
+
+    Attributes:
+        mean: The difference.
+        best_constant: For values ``(N, C)`` the constant ``(C,)`` from which each channel differs least.
+    """
+
+    mean: Callable[[Tensor, Tensor], Tensor]
+    best_constant: Callable[[Tensor], Tensor]
+
+    def __call__(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """The difference, in float32."""
+        return self.mean(predicted.float(), target.float())
+
+    @torch.no_grad()
+    def guess(self, target: Tensor, num_channels: int) -> Tensor:
+        """The difference of who has learned nothing but one number for each channel, the last axis of the target."""
+        values_NC = target.float().reshape(-1, num_channels)
+        return self.mean(self.best_constant(values_NC).expand_as(values_NC), values_NC)
+
+
+SQUARED_ERROR = Error(F.mse_loss, lambda values_NC: values_NC.mean(0))
+ABSOLUTE_ERROR = Error(F.l1_loss, lambda values_NC: values_NC.median(0).values)
 
 
 def alignment_logits(child_BD: Tensor, places_KD: Tensor, temperature: float) -> Tensor:
@@ -31,10 +61,11 @@ def alignment_logits(child_BD: Tensor, places_KD: Tensor, temperature: float) ->
     return torch.einsum(subscripts, child, places) / temperature
 
 
-def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy with the child's own place as the label, the accuracy of the nearest place, and that of chance.
+def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy with the child's own place as the label, the accuracy of the nearest place, and both of a guess.
 
-    Chance is one in the number of places that take part, a child's own among them, on average over children.
+    A guess tells no places from each other: its loss is the logarithm of the number of places that take part, a child's
+    own among them, and its accuracy one in that number, on average over children.
 
     Args:
         logits_BK: Similarity of each child with each candidate place.
@@ -44,8 +75,9 @@ def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -
     own_place = F.one_hot(own_B, logits_BK.shape[1]).bool()
     candidates = usable_BK | own_place
     logits = logits_BK.masked_fill(~candidates, float("-inf"))
-    chance = candidates.sum(1).float().reciprocal().mean()
-    return F.cross_entropy(logits, own_B), (logits.argmax(1) == own_B).float().mean(), chance
+    number_B = candidates.sum(1).float()
+    accuracy = (logits.argmax(1) == own_B).float().mean()
+    return F.cross_entropy(logits, own_B), accuracy, number_B.log().mean(), number_B.reciprocal().mean()
 
 
 def cosine_alignment(predicted_BD: Tensor, own_place_BD: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from mim3d.backbones.contract import Backbone, VisibleEncoder
 from mim3d.core.errors import ConfigError
 from mim3d.core.names import number_of
 from mim3d.core.types import Triple
-from mim3d.methods.contract import IDLE_SHARE
+from mim3d.methods.contract import ALL_CONSTANT, COLLAPSED_SPREAD, idle_part
 from mim3d.methods.crops import by_text, padding_ratio
 from mim3d.methods.masked import LARGEST_DIM, MaskedAutoencoding
 from mim3d.methods.mim.hierarchy import (
@@ -131,20 +131,40 @@ class MiM(MaskedAutoencoding):
         return MiMObjective(self, backbone)
 
     def idle_parts(self, final_logs: dict[str, float]) -> list[str]:
-        """Levels whose normalised reconstruction never left the loss of a constant guess."""
-        if not self.normalise_targets:
-            return []
-        names = [level.name for level in self.levels or ()]
+        """Levels that are reconstructed, and alignments that find places, no better than by a guess; collapse.
+
+        What has the weight 0 is not to learn anything, and nothing is said of it.
+        """
+        levels = self.levels or ()
+        children = [level.name for level in levels[1:]] if self.alignment_weight else []
         # What aligns well learns: then it is alignment that keeps the level from it (docs/concepts/evidence.md).
-        aligned = any(
-            value > 2 * final_logs.get(key.replace("accuracy", "chance"), 1.0)
-            for key, value in final_logs.items()
-            if key.startswith("accuracy/")
-        )
-        remedy = "lower alignment_weight, " if aligned else ""
+        remedy = "lower alignment_weight, " if any(_finds_places(final_logs, name) for name in children) else ""
+        remedy += "train longer, raise the learning rate, or leave the level out"
+        sentences: list[str] = []
+        for level in levels:
+            if level.loss_weight:
+                part = f"level {level.name}"
+                sentences += idle_part(final_logs, level.name, part, nothing=ALL_CONSTANT, remedy=remedy)
+        for name in children:
+            sentences += _idle_alignment(final_logs, name)
+        return sentences
+
+
+def _idle_alignment(final_logs: dict[str, float], level: str) -> list[str]:
+    """What is to be said of the alignment of a level with the one above it, if anything."""
+    part, name = f"the alignment of level {level}", f"align_{level}"
+    spread = final_logs.get(f"spread/{name}", 1.0)
+    if spread < COLLAPSED_SPREAD:
         return [
-            f"level {name} is idle: its reconstruction loss ended at {final_logs[f'loss/{name}']:.3f} "
-            f"(1 is nothing learned); {remedy}train longer, raise the learning rate, or leave the level out"
-            for name in names
-            if final_logs.get(f"loss/{name}", 0.0) > IDLE_SHARE
+            f"{part} has collapsed: the vectors of all its volumes are nearly the same (spread {spread:.4f}, where 1 "
+            "is as if drawn at random); lower the learning rate"
         ]
+    nothing = "no other hidden place of a parent is more than air, and there is none to tell a child's from"
+    return idle_part(final_logs, name, part, nothing=nothing, guess="a guess")
+
+
+def _finds_places(final_logs: dict[str, float], level: str) -> bool:
+    """Whether children of a level find their places twice as often as by chance, and not by first weights alone."""
+    accuracy, chance = (final_logs.get(f"{kind}/align_{level}") for kind in ("accuracy", "chance"))
+    often = accuracy is not None and chance is not None and accuracy > 2 * chance
+    return often and not _idle_alignment(final_logs, level)

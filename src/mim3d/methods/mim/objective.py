@@ -13,7 +13,14 @@ from mim3d.core.types import Triple
 from mim3d.methods.mim.hierarchy import Geometry
 from mim3d.nn.blocks import Mlp, init_linear
 from mim3d.nn.decoder import TokenDecoder, rebuilt
-from mim3d.nn.losses import alignment_logits, contrastive_alignment, cosine_alignment, reconstruction_loss, spread
+from mim3d.nn.losses import (
+    SQUARED_ERROR,
+    alignment_logits,
+    contrastive_alignment,
+    cosine_alignment,
+    reconstruction_target,
+    spread,
+)
 from mim3d.nn.tokens import split_tokens, split_units, take_tokens
 from mim3d.nn.volumes import patchify, resize_image
 from mim3d.objective import Batch, Objective, StepOutput, Tokens
@@ -101,17 +108,20 @@ class MiMObjective(Objective):
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """Sum of the levels' reconstruction losses and the weighted alignment terms, each logged by name.
 
-        Beside them the share of air in what was read of the scans, where the batch says it.
+        Beside each is that of a guess, which knows nothing; the cosine form of alignment has none. And the share of air
+        in what was read of the scans, where the batch says it.
         """
         levels = self.levels(batch)
         features = self._features(levels)
         logs: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         for level, features_MLD in zip(levels, features, strict=True):
-            target_MHP = take_tokens(patchify(level.volume_MCXYZ, self.encoder.token_size), level.hidden_MH)
-            predicted_MHP = self.decoder.predict(features_MLD, level.hidden_MH)
-            loss = reconstruction_loss(predicted_MHP, target_MHP, normalised=self.settings.normalise_targets)
-            logs[f"loss/{level.geometry.level.name}"] = loss.detach()
+            name, volume_MCXYZ = level.geometry.level.name, level.volume_MCXYZ
+            voxels_MHP = take_tokens(patchify(volume_MCXYZ, self.encoder.token_size), level.hidden_MH)
+            target_MHP = reconstruction_target(voxels_MHP, normalised=self.settings.normalise_targets)
+            loss = SQUARED_ERROR(self.decoder.predict(features_MLD, level.hidden_MH), target_MHP)
+            logs[f"loss/{name}"] = loss.detach()
+            logs[f"guess/{name}"] = SQUARED_ERROR.guess(target_MHP, volume_MCXYZ.shape[1])
             losses.append(level.geometry.level.loss_weight * loss)
         for index in range(1, len(levels)):
             loss, named = self.alignment(batch, levels[index - 1], index, features[index - 1], features[index])
@@ -242,11 +252,13 @@ def align(
         label_K = own_K
         logits = alignment_logits(child_KA, places.vectors_MHA[parent_K], temperature)
         usable = places.varied_MH[parent_K]
-    loss, accuracy, chance = contrastive_alignment(logits, label_K, usable)
+    loss, accuracy, guess, chance = contrastive_alignment(logits, label_K, usable)
+    guesses = {"guess": guess}
     if predict is not None:
-        loss = cosine_alignment(predict(child_KA), places.vectors_MHA[parent_K, own_K])
+        loss, guesses = cosine_alignment(predict(child_KA), places.vectors_MHA[parent_K, own_K]), {}
     return loss, {
         "loss": loss.detach(),
+        **guesses,
         "accuracy": accuracy.detach(),
         "chance": chance.detach(),
         "spread": spread(child_KA.detach()),

@@ -8,7 +8,7 @@ from typing import Self
 from mim3d.backbones.contract import Backbone, check_multiple
 from mim3d.core.errors import ConfigError
 from mim3d.core.types import Triple
-from mim3d.methods.contract import COLLAPSED_SPREAD, IDLE_SHARE, Method
+from mim3d.methods.contract import ALL_CONSTANT, COLLAPSED_SPREAD, Method, idle_part
 from mim3d.methods.crops import (
     AIR_SHARE,
     PROBABILITY,
@@ -132,18 +132,11 @@ class SwinUNETRSSL(Method):
         """Tasks no better solved than by a guess, a contrast without negatives, features that have collapsed."""
         sentences = []
         for task, weight in zip(("inpainting", "rotation", "contrast"), self.loss_weights, strict=True):
-            loss, guess = final_logs.get(f"loss/{task}"), final_logs.get(f"guess/{task}")
-            if loss is None or guess is None or not weight:
-                continue
-            if task == "contrast" and guess == 0:
-                sentences.append(
-                    "contrast is idle: a batch of one crop has no other to tell it from; use --batch_size 2 or more"
-                )
-            elif loss > IDLE_SHARE * guess:
-                sentences.append(
-                    f"{task} is idle: its loss ended at {loss:.3f}, and that of a guess is {guess:.3f}; train longer, "
-                    "or raise the learning rate"
-                )
+            nothing = ALL_CONSTANT
+            if task == "contrast":
+                nothing = "a batch of one crop has no other to tell it from; use --batch_size 2 or more"
+            if weight:
+                sentences += idle_part(final_logs, task, task, nothing=nothing, guess="a guess")
         if final_logs.get("spread/features", 1.0) < COLLAPSED_SPREAD:
             sentences.append(
                 f"the features have collapsed: their spread over views ended at {final_logs['spread/features']:.4f} "

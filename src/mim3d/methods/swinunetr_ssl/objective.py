@@ -11,7 +11,7 @@ from mim3d.backbones.contract import Backbone
 from mim3d.methods.swinunetr_ssl.views import CROP, NUM_TURNS, Views, two_views
 from mim3d.nn.blocks import init_linear
 from mim3d.nn.decoder import MapDecoder
-from mim3d.nn.losses import pair_cosines, spread, view_contrast
+from mim3d.nn.losses import ABSOLUTE_ERROR, pair_cosines, spread, view_contrast
 from mim3d.nn.volumes import token_grid
 from mim3d.objective import Batch, Objective, StepOutput, Tokens
 
@@ -55,14 +55,14 @@ class ThreeTasksObjective(Objective):
         inpainted_VCXYZ, rotation_V4, contrast_VD, features_VE = self.heads(views.shown_VCXYZ)
         whole_VCXYZ = views.whole_VCXYZ.float()
         losses = {
-            "inpainting": F.l1_loss(inpainted_VCXYZ.float(), whole_VCXYZ),
+            "inpainting": ABSOLUTE_ERROR(inpainted_VCXYZ, whole_VCXYZ),
             "rotation": F.cross_entropy(rotation_V4.float(), views.turns_V),
             "contrast": view_contrast(contrast_VD, self.settings.temperature),
         }
         weights = zip(losses.values(), self.settings.loss_weights, strict=True)
         logs = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         with torch.no_grad():
-            logs["guess/inpainting"] = (whole_VCXYZ - whole_VCXYZ.mean()).abs().mean()
+            logs["guess/inpainting"] = ABSOLUTE_ERROR.guess(whole_VCXYZ.movedim(1, -1), whole_VCXYZ.shape[1])
             logs["guess/rotation"] = whole_VCXYZ.new_tensor(NUM_TURNS).log()
             logs["guess/contrast"] = whole_VCXYZ.new_tensor(len(whole_VCXYZ) - 1).log()
             logs["accuracy/rotation"] = (rotation_V4.argmax(1) == views.turns_V).float().mean()

@@ -141,10 +141,16 @@ class VoCoObjective(Objective):
 
 
 def _similarities(similarity_BRK: Tensor, overlap_BRK: Tensor) -> dict[str, Tensor]:
-    """Mean similarities with base crops that are overlapped, weighted by the overlap, and with those that are not."""
+    """Mean similarities with base crops that are overlapped, weighted by the overlap, and with those that are not.
+
+    In a batch in which all are overlapped, as happens on small grids, the second is the same as the first: a 0 would
+    make the mean over batches say that places are told apart.
+    """
     apart_BRK, whole = overlap_BRK == 0, overlap_BRK.sum()
+    positive = (similarity_BRK * overlap_BRK).sum() / whole
+    negative = (similarity_BRK * apart_BRK).sum() / apart_BRK.sum().clamp(min=1)
     return {
-        "similarity/positive": (similarity_BRK * overlap_BRK).sum() / whole,
-        "similarity/negative": (similarity_BRK * apart_BRK).sum() / apart_BRK.sum().clamp(min=1),
+        "similarity/positive": positive,
+        "similarity/negative": torch.where(apart_BRK.any(), negative, positive),
         "overlap": overlap_BRK.square().sum() / whole,
     }
