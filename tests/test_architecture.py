@@ -88,7 +88,7 @@ BUDGET = {
     "distributed": 715,
     "training": 2670,
     "tasks": 4555,
-    "methods": 2535,
+    "methods": 2550,
     "probing": 1040,
     "exporting": 2105,
     "workflows": 10663,

@@ -217,6 +217,24 @@ def test_collapse_and_idleness_are_told():
     assert "nothing was learned of places" in idle
 
 
+@pytest.mark.parametrize(
+    ("cells", "crop_size"), [((2, 2, 2), (5, 4, 3)), ((3, 2, 1), (4, 4, 4)), ((4, 4, 1), (3, 2, 2))]
+)
+def test_base_crops_that_a_random_crop_overlaps_are_counted_over_all_places(cells, crop_size):
+    grid = CropGrid(cells, crop_size)
+    spare = np.array(grid.footprint) - np.array(crop_size)
+    everywhere = np.array(list(np.ndindex(*(spare + 1))))
+    assert grid.num_overlapped == pytest.approx((grid.overlaps(everywhere) > 0).sum(1).mean())
+
+
+def test_a_grid_on_which_little_is_apart_is_noted():
+    method = VoCo().planned(RECIPE, [(128, 128, 128)])
+    assert "a random crop overlaps 7.6 of 8 base crops" in method.summary(RECIPE, [(128, 128, 128)])[-1]
+    wider = VoCo(cells=(3, 3, 1)).planned(RECIPE, [(128, 128, 128)])
+    for each in (wider, VoCo()):
+        assert not any("note" in line for line in each.summary(RECIPE, [(300, 300, 128)]))
+
+
 def test_batches_in_which_no_base_crop_is_apart_do_not_hide_that_nothing_was_learned():
     """On a grid of 2 x 2 x 2 most random crops overlap all base crops."""
     overlap = torch.tensor([[[0.125] * 8, [0.25, 0.25, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0]]])

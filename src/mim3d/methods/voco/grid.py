@@ -22,6 +22,9 @@ MAX_CELLS = max(PUBLISHED_CELLS)
 #: What is planned, the first that the scans hold: inputs of at least so many tokens per axis, and so many base crops.
 PREFERENCES = ((2, 8), (2, 4), (1, 4))
 
+#: Where a random crop overlaps a larger share of the base crops, few are left that it is to be told from.
+MAX_OVERLAPPED = 0.75
+
 #: With fewer base crops there is next to nothing to tell a place by.
 MIN_BASES = 4
 
@@ -48,6 +51,13 @@ class CropGrid:
     def num_bases(self) -> int:
         """Number of base crops."""
         return math.prod(self.cells)
+
+    @property
+    def num_overlapped(self) -> float:
+        """Base crops that a random crop overlaps, on average over all its places."""
+        # Along an axis it overlaps two, but one where it lies side by side with all: at as many places as there are.
+        places = [(number - 1) * edge + 1 for number, edge in zip(self.cells, self.crop_size, strict=True)]
+        return math.prod(2 - number / every for number, every in zip(self.cells, places, strict=True))
 
     def corners(self) -> np.ndarray:
         """First voxels ``(K, 3)`` of the base crops within the grid, Z fastest."""

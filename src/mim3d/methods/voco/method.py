@@ -10,7 +10,7 @@ from mim3d.core.names import number_of
 from mim3d.core.types import Triple
 from mim3d.methods.contract import COLLAPSED_SPREAD
 from mim3d.methods.crops import AMOUNT, PROBABILITY, VariedMethod, padding_ratio, require_share
-from mim3d.methods.voco.grid import PUBLISHED_CELLS, PUBLISHED_EDGE, CropGrid, plan_grid
+from mim3d.methods.voco.grid import MAX_OVERLAPPED, PUBLISHED_CELLS, PUBLISHED_EDGE, CropGrid, plan_grid
 from mim3d.methods.voco.objective import VoCoObjective
 from mim3d.methods.voco.sampler import VoCoSampler
 from mim3d.training.schedule import Optimisation
@@ -80,6 +80,12 @@ class VoCo(VariedMethod):
         lines = [f"grid: {grid.describe()}, {number_of(self.num_crops, 'random crop')} among them, per sample"]
         if grid.footprint < published.footprint:
             lines.append(f"smaller than the paper's ({published.describe()}), for what the scans hold")
+        if grid.num_overlapped > MAX_OVERLAPPED * grid.num_bases:
+            lines.append(
+                f"note: a random crop overlaps {grid.num_overlapped:.1f} of {grid.num_bases} base crops on average "
+                f"({published.num_overlapped:.1f} of {published.num_bases} in the paper), so it is seldom told from "
+                "one; more of them along an axis, such as --method.cells 3 3 1, change that"
+            )
         return lines
 
     def details(self, backbone: Backbone, shapes: Sequence[Triple]) -> list[str]:
