@@ -138,3 +138,20 @@ def test_several_classes_have_a_p_and_perfect_classifiers_none():
     )
     assert 0 < (one.against(two, Bootstrap(num_bootstrap=0))[2] or 0) < 1
     assert best.against(worst, Bootstrap(num_bootstrap=0)) == (0.5, None, None)
+
+
+def test_p_of_several_classes_is_over_those_that_are_tested():
+    rng, classes = np.random.default_rng(4), np.arange(30) % 3
+    one, two = (
+        CrossedClasses(probabilities_SNK=each[None], classes_N=classes, patients_N=np.arange(30), positive=None)
+        for each in rng.dirichlet(np.ones(3), (2, 30))
+    )
+    four_one, four_two = (
+        replace(arm, probabilities_SNK=np.pad(arm.probabilities_SNK, ((0, 0), (0, 0), (0, 1)))) for arm in (one, two)
+    )
+    found, expected = (
+        first.against(second, Bootstrap(num_bootstrap=0)) for first, second in ((four_one, four_two), (one, two))
+    )
+    assert found == pytest.approx(expected) and expected[2] is not None
+    alone = [replace(arm, classes_N=np.where(np.arange(30) == 0, 3, classes)) for arm in (four_one, four_two)]
+    assert alone[0].against(alone[1], Bootstrap(num_bootstrap=0))[2] is None

@@ -25,7 +25,8 @@ CONVENTIONS = {
     "auc": (
         "Classes: AUC of all tested cases together, for each seed, and the mean over seeds. Differences are over the "
         "cases and seeds that both have. p is two-sided, of DeLong's paired test (DeLong et al. 1988), for patients "
-        "with several cases as Obuchowski (1997) extends it; what it is made of is averaged over seeds (and classes)."
+        "with several cases as Obuchowski (1997) extends it; what it is made of is averaged over seeds (and "
+        "classes that occur); null where a class or its rest is of one tested patient."
     ),
 }
 
@@ -134,15 +135,18 @@ class CrossedClasses:
         patients, each = self.patients_N[known], []
         for name in self._scored():
             is_positive = self.classes_N[known] == name
+            if is_positive.all() or not is_positive.any():
+                # As in the mean: over the classes that occur.
+                continue
             placed = placements(probabilities_NK[known, name], is_positive)
             moved = np.zeros(int(self.patients_N.max()) + 1)
             for side in (is_positive, ~is_positive):
                 num_patients = len(np.unique(patients[side]))
                 spare = num_patients / (num_patients - 1) if num_patients > 1 else np.nan
-                left = np.where(side, placed - (placed[side].mean() if side.any() else np.nan), 0.0)
-                moved += np.bincount(patients, left, len(moved)) * spare**0.5 / max(side.sum(), 1)
+                left = np.where(side, placed - placed[side].mean(), 0.0)
+                moved += np.bincount(patients, left, len(moved)) * spare**0.5 / side.sum()
             each.append(moved)
-        return np.mean(each, axis=0)
+        return np.mean(each, axis=0) if each else np.full(int(self.patients_N.max()) + 1, np.nan)
 
     def _scored(self) -> Sequence[int]:
         return range(self.probabilities_SNK.shape[2]) if self.positive is None else [self.positive]
