@@ -12,9 +12,11 @@ import torch
 from mim3d.commands.evaluate import evaluate
 from mim3d.commands.finetune import finetune
 from mim3d.commands.predict import predict
+from mim3d.commands.report import report
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.core.resources import choose_device
 from mim3d.core.run_folder import read_run, recipe_differences
+from mim3d.core.warned import UnchosenWarning
 from mim3d.datasets.cases import Case
 from mim3d.scans.intensity import Intensity
 from mim3d.tasks.classification.prediction import box_of_scan, classes_of, prepare_scan
@@ -112,6 +114,19 @@ def test_validation_and_evaluation_of_the_kept_weights_find_the_same_scores(tmp_
     shared = mean.keys() & kept.keys()
     assert {"auc", "accuracy"} <= shared
     assert {name: mean[name] for name in shared} == pytest.approx({name: kept[name] for name in shared}, abs=1e-12)
+
+
+def test_held_out_cases_of_one_class_have_no_auc_so_the_last_weights_are_kept(tmp_path):
+    scans = write_set(tmp_path / "set")
+    (tmp_path / "held.txt").write_text("patient_0\npatient_2\n")
+    with pytest.warns(UnchosenWarning, match="all held-out cases are of class dark"):
+        run = tune(scans, tmp_path / "run", max_steps=4, validate_every=1, held_out_list=str(tmp_path / "held.txt"))
+    record = read_run(run)
+    assert [line["val/auc"] for line in record.metrics if "val/accuracy" in line] == [None] * 4
+    card = read_card(run)
+    assert card["step"] == 4 and card["scores"] == {}
+    report([str(run)], str(tmp_path / "report.html"))
+    assert "of class dark" in (tmp_path / "report.html").read_text()
 
 
 def test_the_held_out_scans_of_the_run_are_classified_with_their_patients_in_a_table(run, tmp_path):

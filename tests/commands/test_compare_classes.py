@@ -11,8 +11,10 @@ import pytest
 
 from mim3d.commands.compare import compare
 from mim3d.core.errors import DataError
+from mim3d.core.warned import LeakWarning
 from mim3d.datasets.cases import Case
 from mim3d.tasks import create_task
+from mim3d.workflows.compare.plan import read_plan
 from mim3d.workflows.compare.subsets import Amount, FoldPart, require_distinct
 from tests.commands.conftest import BACKBONE
 from tests.commands.test_classify import TASK, write_set
@@ -101,3 +103,30 @@ def test_a_table_without_results_has_the_score_of_its_task(compared: Path, tmp_p
     copy = shutil.copytree(compared, tmp_path / "copy", ignore=shutil.ignore_patterns("cells", "runs"))
     compare(str(copy), table_only=True)
     assert content(copy)["score"] == "auc" and content(copy)["misses"]
+
+
+def test_where_those_that_choose_are_of_one_class_the_last_weights_are_tested_and_a_note_says_so(tmp_path: Path):
+    data = write_set(tmp_path / "data", num_cases=32, noise=150.0)
+    # Of the eight patients of a fold two choose, and one of them with half the labels.
+    settings = {**SETTINGS, "seeds": (0,), "labels": ("50%", "100%")}
+    compare(str(tmp_path / "out"), data=str(data), num_bootstrap=0, **settings)
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("finetune*50pct*.json")]
+    assert [(result["step"], result["validation"]) for result in results] == [(2, [])] * 2
+    found = content(tmp_path / "out")
+    of_half, of_all = found["rows"][:2], found["rows"][2:]
+    assert [(row["target"], row["steps_to_target"]) for row in of_half] == [(None, None)] * 2
+    assert of_all[0]["target"] is not None and of_all[0]["mean"] is not None
+    (note,) = [note for note in found["notes"] if note.startswith("labels")]
+    assert note.startswith("labels 50%: in 2 of 2 runs all cases that choose are of one class")
+    assert "the best of scratch: – (50%)" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_patients_whom_a_declared_split_tests_and_learns_from_are_noted(tmp_path: Path):
+    data = write_set(tmp_path / "data", noise=150.0)
+    head, *rows = data.read_text().splitlines()
+    parts = ["val" if place in (0, 1, 2, 3, 4) else "train" for place in range(len(rows))]
+    data.write_text("\n".join([f"{head},split", *map(",".join, zip(rows, parts, strict=True))]) + "\n")
+    with pytest.warns(LeakWarning, match="1 patient into both train and val"):
+        compare(str(tmp_path / "out"), data=str(data), dry_run=True, **{**SETTINGS, "folds": None})
+    (note,) = read_plan(tmp_path / "out")["notes"]
+    assert note.startswith("fold 0: the declared split has scans of 1 patient both tested and learned from (patient_2)")

@@ -1,5 +1,6 @@
 """Training that ends when validation stops getting better."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,12 @@ def test_zero_switches_off_what_is_done_every_so_many_steps(tmp_path: Path) -> N
     assert [path.name for path in run.checkpoints_dir.glob("step_*")] == ["step_00000006.pt"]
     assert not run.pictures_dir.exists()
     assert len([line for line in read_run(every.path).metrics if "loss" in line]) == 3
+
+
+def test_scores_that_are_not_defined_choose_no_weights_and_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy_training, "toy_score", lambda objective: {"dice": math.nan})
+    result, _, run = run_toy(tmp_path / "run", 3)
+    assert (result.step, result.best) == (24, None)
+    assert [path.name for path in run.checkpoints_dir.iterdir()] == ["step_00000024.pt"]

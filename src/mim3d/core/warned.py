@@ -66,6 +66,13 @@ class LearningWarning(ResultWarning):
     in_general = "Settings were such that little was learned, or parts of the method learned nothing."
 
 
+class UnchosenWarning(ResultWarning):
+    """Held-out cases that cannot choose among the weights of a run."""
+
+    kind = "unchosen"
+    in_general = "The held-out cases could not choose among the weights, so the last ones are kept."
+
+
 class UnfinishedWarning(ResultWarning):
     """Training stopped before its end."""
 

@@ -313,7 +313,8 @@ class TrainingSession:
                 raise ConfigError(f"best_by is '{best_by}', but validation gives {', '.join(scores) or 'nothing'}.")
             # Compared so that a score which is not a number is never the best one.
             if not scores[best_by] > (-math.inf if self.best is None else self.best[best_by]):
-                self.stale += 1
+                # Before the first score that is a number there is nothing to be better than.
+                self.stale += self.best is not None
                 return
             self.best, self.stale = {"step": step, **scores}, 0
             if self.fabric.is_global_zero:

@@ -357,7 +357,7 @@ def class_scores(
     """Return scores over scans, and over patients (``<score>_patient``) by mean probabilities, where those differ.
 
     Patients are scored where some have several scans and none has scans of several classes, as then no class would be
-    theirs. An AUC that is not defined, as one class alone is there, is 0.5.
+    theirs. An AUC that is not defined, as one class alone is there, is NaN: it chooses no weights.
 
     Args:
         probabilities_NK: Probabilities of K classes for each of N scans.
@@ -375,7 +375,7 @@ def class_scores(
         )["mean"]
         for name in VALIDATED_SCORES:
             key = f"{name}_patient" if by_patient else name
-            found[key] = 0.5 if scores[name] is None else float(scores[name])
+            found[key] = math.nan if scores[name] is None else float(scores[name])
     return found
 
 

@@ -15,7 +15,7 @@ from mim3d.backbones.contract import common_multiple, round_up
 from mim3d.caching.build import build_cache
 from mim3d.caching.cache import Cache, open_cache
 from mim3d.caching.preprocessing import Preprocessing
-from mim3d.core.errors import CheckpointError, ConfigError, DataError
+from mim3d.core.errors import CheckpointError, ConfigError, DataError, listed
 from mim3d.core.files import load_json, write_json
 from mim3d.core.left_out import in_words
 from mim3d.core.names import cut, number_of
@@ -399,6 +399,13 @@ def _leaks(plan: ComparisonPlan) -> list[str]:
             warnings.simplefilter("always")
             check_leakage(others, tested, strict=False)
         notes += [f"fold {fold.number}: {each.message}" for each in said]
+        if shared := sorted(
+            {case.patient for case in fold.test} & {c.patient for c in (*fold.learning, *fold.choosing)}
+        ):
+            notes.append(
+                f"fold {fold.number}: the declared split has scans of {number_of(len(shared), 'patient')} both tested "
+                f"and learned from ({listed(shared)}); scores look better than they are."
+            )
         for name, (weights, seen) in lists.items():
             try:
                 check_leakage(seen.scans, tested, place=f"in the pre-training data of {weights}", strict=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from mim3d.core.errors import ConfigError
 from mim3d.core.files import write_csv, write_json, write_text
+from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.settings import nearest
 from mim3d.metrics import Bootstrap
@@ -152,7 +153,7 @@ class Results:
             "rows": rows,
             "probes": self._probes(),
             "misses": self._misses(),
-            "notes": [*self.plan["notes"], *self._unlike(), *self._said()],
+            "notes": [*self.plan["notes"], *self._unlike(), *self._unchosen(), *self._said()],
         }
 
     def _about(self, arm: str, labels: str) -> dict[str, Any]:
@@ -190,9 +191,9 @@ class Results:
 
     def _curve(self, arm: str, labels: str) -> dict[int, float]:
         """The mean score of validation at each step that all finished runs of an arm validated at."""
-        curves = [
-            dict(map(tuple, result["validation"])) for _, result in self.done(kind="finetune", arm=arm, labels=labels)
-        ]
+        done = self.done(kind="finetune", arm=arm, labels=labels)
+        # Runs whose AUC is not defined have no curve.
+        curves = [dict(map(tuple, result["validation"])) for _, result in done if result["validation"]]
         shared = set.intersection(*map(set, curves)) if curves else set()
         return {step: fmean(curve[step] for curve in curves) for step in sorted(shared)}
 
@@ -248,6 +249,19 @@ class Results:
             if len(arms) > 1:
                 each = "; ".join(f"{value}: {', '.join(names)}" for value, names in arms.items())
                 notes.append(f"The {name} of fine-tuning differs between arms ({each}).")
+        return notes
+
+    def _unchosen(self) -> list[str]:
+        """With which amounts of labels validation could not choose among the weights of a run."""
+        notes = []
+        for labels in self.plan["labels"]:
+            done = self.done(kind="finetune", labels=labels)
+            if number := sum(not result["validation"] for _, result in done):
+                notes.append(
+                    f"labels {labels}: in {number} of {number_of(len(done), 'run')} all cases that choose are of one "
+                    "class, so that their AUC is not defined: the last weights are tested, and steps are counted in "
+                    "the other runs."
+                )
         return notes
 
     def _said(self) -> list[str]:

@@ -18,7 +18,7 @@ from mim3d.core.names import number_of
 from mim3d.core.progress import say
 from mim3d.core.run_folder import Run
 from mim3d.core.settings import to_mapping, to_named, update_settings
-from mim3d.core.warned import LearningWarning, published, recording
+from mim3d.core.warned import LearningWarning, UnchosenWarning, published, recording
 from mim3d.datasets.cases import CaseSet
 from mim3d.datasets.splits import Split
 from mim3d.distributed.processes import Processes
@@ -221,6 +221,13 @@ def _train(
     held_out = list(scans.subset(split.val)) if split.val else []
     if settings.strict and (damaged := damaged_rows(held_out)):
         raise DamagedError(damaged[0]["reason"])
+    if planned.task.needs == "class" and len(held := {str(scan.case.class_name) for scan in held_out}) == 1:
+        warnings.warn(
+            f"all held-out cases are of class {held.pop()}, so that their AUC is not defined: the last weights are "
+            "kept, since no best ones are known.",
+            category=UnchosenWarning,
+            stacklevel=3,
+        )
     labels = planned.task.classes_of(training_scans)
     task = _as_begun(planned.task, settings).planned(recipe, training_scans, labels)
     say(network_line(to_named(task, TASKS)["name"], recipe, settings.weights))
