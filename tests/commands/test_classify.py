@@ -328,3 +328,12 @@ def test_schedules_and_recipes_of_other_runs_serve_classification_too(tmp_path: 
     assert recipe_differences(one, other) == {}
     assert other["settings"]["task"]["freeze_encoder"] is False
     assert one["derived"]["task"] == {**other["derived"]["task"], "freeze_encoder": True}
+
+
+def test_a_list_without_labels_that_are_asked_for_is_not_said_to_have_classes_to_learn(tmp_path):
+    scans = write_set(tmp_path / "set", num_cases=4)
+    rows = [line.split(",") for line in scans.read_text().splitlines()]
+    scans.write_text("\n".join(",".join([row[0], *row[2:]]) for row in rows) + "\n")
+    with pytest.raises(DataError, match="though centre is label; add its label map, or use centre scan") as refused:
+        tune(scans, tmp_path / "run", task={**TASK, "centre": "label"})
+    assert "learn those with" not in str(refused.value)

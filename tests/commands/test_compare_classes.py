@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mim3d.commands.compare import compare
-from mim3d.core.errors import DataError
+from mim3d.core.errors import ConfigError, DataError
 from mim3d.core.warned import LeakWarning
 from mim3d.datasets.cases import Case
 from mim3d.tasks import create_task
@@ -130,3 +130,25 @@ def test_patients_whom_a_declared_split_tests_and_learns_from_are_noted(tmp_path
         compare(str(tmp_path / "out"), data=str(data), dry_run=True, **{**SETTINGS, "folds": None})
     (note,) = read_plan(tmp_path / "out")["notes"]
     assert note.startswith("fold 0: the declared split has scans of 1 patient both tested and learned from (patient_2)")
+
+
+def frozen(**finetune: Any) -> dict[str, Any]:
+    task = {**TASK, "freeze_encoder": True}
+    return {**SETTINGS, "seeds": (0,), "finetune": {**SETTINGS["finetune"], "task": task, **finetune}}
+
+
+def test_encoders_that_never_learn_are_compared_from_scratch_too(tmp_path: Path):
+    data = str(write_set(tmp_path / "data", num_cases=16, noise=150.0))
+    compare(str(tmp_path / "out"), data=data, num_bootstrap=0, **frozen())
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("*.json")]
+    assert [(result["status"], result["schedule"]) for result in results] == [("done", "frozen")] * 2
+    with pytest.raises(ConfigError, match="arm scratch: schedule is default, but freeze_encoder"):
+        compare(str(tmp_path / "other"), data=data, **frozen(schedule="default"))
+    assert not (tmp_path / "other" / "runs").exists()
+
+
+def test_patience_does_not_keep_a_comparison_from_being_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = str(write_set(tmp_path / "data", num_cases=16, noise=150.0))
+    finetune = {**SETTINGS["finetune"], "patience": 1}
+    compare(str(tmp_path / "out"), data=data, dry_run=True, **{**SETTINGS, "finetune": finetune})
+    assert "4 cells" in capsys.readouterr().out

@@ -187,7 +187,7 @@ def refuse_unlearnable(root: str, left_out: "Sequence[LeftOut]") -> None:
     cases = [each.case for each in left_out]
     num_labels = sum(case.label is not None for case in cases)
     num_classes = sum(case.class_name is not None for case in cases)
-    if num_classes and not num_labels:
+    if num_classes and not num_labels and "centre is label" not in reason:
         remedy = (
             "They have classes: learn those with --task classification. To segment, name label maps in a column label."
         )

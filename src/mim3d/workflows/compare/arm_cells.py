@@ -58,7 +58,7 @@ def finetuning_of(plan: ComparisonPlan, arm: Arm, seed: int) -> FinetuneSettings
     # One that spares weights means nothing without any, and a frozen encoder has its own.
     freezes = getattr(plan.task, "freeze_encoder", False)
     asked = plan.finetune.schedule or (None if freezes else "default")
-    schedule = "default" if arm.kind == "from scratch" else asked
+    schedule = "default" if arm.kind == "from scratch" and not freezes else asked
     changes: dict[str, Any] = {**small, "schedule": schedule, "backbone": backbone, "weights": arm.weights}
     if arm.weights is not None and arm.backbone is not None:
         changes["backbone"] = arm.backbone

@@ -82,7 +82,7 @@ def seconds_per_step(plan: ComparisonPlan, kind: Kind, arm: Arm) -> float:
     learned = folder.with_suffix(".train_list.txt")
     if kind == "finetune":
         learned.write_text("".join(f"{case.id}\n" for case in split.train), encoding="utf-8")
-        settings = replace(settings, train_list=str(learned), fold=None)
+        settings = replace(settings, train_list=str(learned), fold=None, patience=None)
     settings = replace(settings, out=str(folder), max_steps=MEASURED_STEPS, log_every=1, resume=False)
     with quietly():
         if isinstance(settings, PretrainSettings):

@@ -7,7 +7,7 @@ from mim3d.training.precision import require_precision
 from mim3d.workflows.compare.arm_cells import finetuning_of, pretraining_of
 from mim3d.workflows.compare.arms import Arm
 from mim3d.workflows.compare.plan import ComparisonPlan, quietly
-from mim3d.workflows.finetune.schedules import optimisation
+from mim3d.workflows.finetune.schedules import optimisation, with_schedule
 from mim3d.workflows.shared.initialisation import initialise
 from mim3d.workflows.shared.inputs import check_channels
 from mim3d.workflows.shared.memory import (
@@ -41,7 +41,7 @@ def check_arms(plan: ComparisonPlan) -> None:
 def _check_finetuning(plan: ComparisonPlan, arm: Arm) -> None:
     fold = plan.folds[0]
     learned = plan.cache.subset(fold.labelled(plan.amounts[-1], plan.settings.seeds[0]).train)
-    settings = finetuning_of(plan, arm, plan.settings.seeds[0])
+    settings = with_schedule(finetuning_of(plan, arm, plan.settings.seeds[0]))
     recipe = arm.recipe()
     task = plan.task.checked(recipe)
     check_channels(learned.cases, recipe)
