@@ -108,16 +108,19 @@ def test_a_table_without_results_has_the_score_of_its_task(compared: Path, tmp_p
 def test_where_those_that_choose_are_of_one_class_the_last_weights_are_tested_and_a_note_says_so(tmp_path: Path):
     data = write_set(tmp_path / "data", num_cases=32, noise=150.0)
     # Of the eight patients of a fold two choose, and one of them with half the labels.
-    settings = {**SETTINGS, "seeds": (0,), "labels": ("50%", "100%")}
+    settings = {**SETTINGS, "seeds": (0,), "folds": None, "labels": ("50%", "100%")}
     compare(str(tmp_path / "out"), data=str(data), num_bootstrap=0, **settings)
     results = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("finetune*50pct*.json")]
-    assert [(result["step"], result["validation"]) for result in results] == [(2, [])] * 2
+    assert [(result["step"], result["validation"]) for result in results] == [(2, [])] * 4
     found = content(tmp_path / "out")
     of_half, of_all = found["rows"][:2], found["rows"][2:]
     assert [(row["target"], row["steps_to_target"]) for row in of_half] == [(None, None)] * 2
     assert of_all[0]["target"] is not None and of_all[0]["mean"] is not None
+    # Both folds hold two patients of each class, so that their means are that of all their pairs.
+    scratch = [auc(result["cases"]) for result in results if result["arm"] == "scratch"]
+    assert of_half[0]["mean"] == pytest.approx(np.mean(scratch))
     (note,) = [note for note in found["notes"] if note.startswith("labels")]
-    assert note.startswith("labels 50%: in 2 of 2 runs all cases that choose are of one class")
+    assert note.startswith("labels 50%: in 4 of 4 runs all cases that choose are of one class")
     assert "the best of scratch: – (50%)" in (tmp_path / "out" / "comparison.md").read_text()
 
 

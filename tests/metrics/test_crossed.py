@@ -58,6 +58,7 @@ def test_auc_of_classes_is_the_mean_over_seeds_of_the_mann_whitney_statistic():
         probabilities_SNK=np.stack([1 - positive, positive], axis=2),
         classes_N=classes,
         patients_N=np.arange(12) // 2,
+        folds_N=np.zeros(12, np.int64),
         positive=1,
     )
     wins = [mannwhitneyu(seed[classes == 1], seed[classes == 0]).statistic / 36 for seed in positive]
@@ -75,7 +76,12 @@ def two_arms(cases_per_patient: int, num_seeds: int) -> tuple[CrossedClasses, Cr
         positive = np.round(1 / (1 + np.exp(-rng.normal(gain * classes, 0.7, (num_seeds, 40)))), 1)
         probabilities = np.stack([1 - positive, positive], axis=2)
         patients = np.arange(40) // cases_per_patient
-        arms.append(CrossedClasses(probabilities_SNK=probabilities, classes_N=classes, patients_N=patients, positive=1))
+        folds = np.zeros(40, np.int64)
+        arms.append(
+            CrossedClasses(
+                probabilities_SNK=probabilities, classes_N=classes, patients_N=patients, folds_N=folds, positive=1
+            )
+        )
     return arms[0], arms[1]
 
 
@@ -118,6 +124,7 @@ def test_classes_are_compared_on_the_cases_and_seeds_that_both_have():
             probabilities_SNK=np.concatenate([arm.probabilities_SNK[:, cases], np.ones((1, 44, 2)) / 2]),
             classes_N=np.concatenate([arm.classes_N, np.zeros(4, np.int64)]),
             patients_N=np.concatenate([arm.patients_N, np.zeros(4, np.int64)]),
+            folds_N=np.zeros(44, np.int64),
             positive=1,
         )
         for arm in (one, two)
@@ -130,10 +137,18 @@ def test_classes_are_compared_on_the_cases_and_seeds_that_both_have():
     assert one.against(never, Bootstrap(num_bootstrap=200)) == (None, None, None)
 
 
+def of_patients(probabilities: np.ndarray, classes: np.ndarray) -> CrossedClasses:
+    """One seed of patients with a case each, of several classes."""
+    patients, folds = np.arange(len(classes)), np.zeros(len(classes), np.int64)
+    return CrossedClasses(
+        probabilities_SNK=probabilities[None], classes_N=classes, patients_N=patients, folds_N=folds, positive=None
+    )
+
+
 def test_several_classes_have_a_p_and_perfect_classifiers_none():
     rng, classes = np.random.default_rng(2), np.arange(30) % 3
     one, two, best, worst = (
-        CrossedClasses(probabilities_SNK=each[None], classes_N=classes, patients_N=np.arange(30), positive=None)
+        of_patients(each, classes)
         for each in (rng.dirichlet(np.ones(3), 30), rng.dirichlet(np.ones(3), 30), np.eye(3)[classes], np.ones((30, 3)))
     )
     assert 0 < (one.against(two, Bootstrap(num_bootstrap=0))[2] or 0) < 1
@@ -142,10 +157,7 @@ def test_several_classes_have_a_p_and_perfect_classifiers_none():
 
 def test_p_of_several_classes_is_over_those_that_are_tested():
     rng, classes = np.random.default_rng(4), np.arange(30) % 3
-    one, two = (
-        CrossedClasses(probabilities_SNK=each[None], classes_N=classes, patients_N=np.arange(30), positive=None)
-        for each in rng.dirichlet(np.ones(3), (2, 30))
-    )
+    one, two = (of_patients(each, classes) for each in rng.dirichlet(np.ones(3), (2, 30)))
     four_one, four_two = (
         replace(arm, probabilities_SNK=np.pad(arm.probabilities_SNK, ((0, 0), (0, 0), (0, 1)))) for arm in (one, two)
     )
@@ -155,3 +167,34 @@ def test_p_of_several_classes_is_over_those_that_are_tested():
     assert found == pytest.approx(expected) and expected[2] is not None
     alone = [replace(arm, classes_N=np.where(np.arange(30) == 0, 3, classes)) for arm in (four_one, four_two)]
     assert alone[0].against(alone[1], Bootstrap(num_bootstrap=0))[2] is None
+
+
+def test_cases_are_ranked_within_the_fold_that_one_network_tested():
+    one, two = (replace(arm, folds_N=np.arange(40) // 4 % 3) for arm in two_arms(4, num_seeds=2))
+    shares = []
+    for seed in one.probabilities_SNK[:, :, 1]:
+        same_fold = one.folds_N[1::2, None] == one.folds_N[None, ::2]
+        shares.append((wins(seed) * same_fold).sum() / same_fold.sum())
+    assert one.mean() == pytest.approx(np.mean(shares))
+    # Another network's scale changes nothing.
+    moved = replace(one, probabilities_SNK=one.probabilities_SNK * 2.0 ** -one.folds_N[:, None])
+    settings = Bootstrap(num_bootstrap=200)
+    assert moved.interval(settings) == pytest.approx(one.interval(settings))
+    assert moved.against(two, settings) == one.against(two, settings)
+
+
+def test_the_variance_over_several_folds_is_that_of_drawing_patients_anew():
+    rng = np.random.default_rng(3)
+    patients, classes = np.arange(400) // 2, rng.integers(2, size=400)
+    logits = classes + rng.normal(size=400) + rng.normal(size=200)[patients] + patients // 50
+    positive = 1 / (1 + np.exp(-logits))
+    arm = CrossedClasses(
+        probabilities_SNK=np.stack([1 - positive, positive], axis=1)[None],
+        classes_N=classes,
+        patients_N=patients,
+        folds_N=patients // 50,
+        positive=1,
+    )
+    ends = arm.interval(Bootstrap(num_bootstrap=4000))
+    half = 1.96 * np.sqrt((arm.influence(0) ** 2).sum())
+    assert ends == pytest.approx((arm.mean() - half, arm.mean() + half), abs=0.15 * half)

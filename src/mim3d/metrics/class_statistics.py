@@ -18,8 +18,15 @@ def weighted_auc(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_], weights
     The Mann-Whitney statistic over its greatest value, with half a win for a tie (Hanley and McNeil 1982); NaN where a
     weighting leaves one side empty.
     """
+    wins, pairs = ranked_pairs(scores_N, is_positive_N, weights_BN)
+    with np.errstate(invalid="ignore"):
+        return wins / pairs
+
+
+def ranked_pairs(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_], weights_BN: Floats) -> tuple[Floats, Floats]:
+    """Weight (B,) of the pairs of a positive and another case that the positive one wins, ties half, and of all."""
     if not scores_N.size:
-        return np.full(len(weights_BN), np.nan)
+        return np.zeros(len(weights_BN)), np.zeros(len(weights_BN))
     order = np.argsort(scores_N, kind="stable")
     ordered = scores_N[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -29,8 +36,7 @@ def weighted_auc(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_], weights
     won = np.add.reduceat(weights * positive, starts, axis=1)
     lost = np.add.reduceat(weights * ~positive, starts, axis=1)
     below = np.cumsum(lost, axis=1) - lost
-    with np.errstate(invalid="ignore"):
-        return np.asarray((won * (below + lost / 2)).sum(1) / (won.sum(1) * lost.sum(1)))
+    return np.asarray((won * (below + lost / 2)).sum(1)), np.asarray(won.sum(1) * lost.sum(1))
 
 
 def placements(scores_N: Floats, is_positive_N: npt.NDArray[np.bool_]) -> Floats:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mim3d.metrics.bootstrap import Bootstrap, Floats, Interval, interval
-from mim3d.metrics.class_statistics import Ints, defined_mean, placements, weighted_auc
+from mim3d.metrics.class_statistics import Ints, defined_mean, placements, ranked_pairs
 from mim3d.metrics.paired import ROUNDING, signed_rank_p
 
 CONVENTIONS = {
@@ -23,10 +23,12 @@ CONVENTIONS = {
         "are dropped. p_holm is corrected over all tests of the table (Holm 1979)."
     ),
     "auc": (
-        "Classes: AUC of all tested cases together, for each seed, and the mean over seeds. Differences are over the "
-        "cases and seeds that both have. p is two-sided, of DeLong's paired test (DeLong et al. 1988), for patients "
-        "with several cases as Obuchowski (1997) extends it; what it is made of is averaged over seeds (and "
-        "classes that occur); null where a class or its rest is of one tested patient."
+        "Classes: the share of pairs of tested cases that are ranked rightly (ties count half), of all pairs in "
+        "one fold: one network tested both, and probabilities of different networks have no common scale. It is taken "
+        "for each seed, and the mean over seeds. Several classes: the mean over those that occur of each against the "
+        "rest. Differences are over the cases and seeds that both have. p is two-sided, of DeLong's paired test "
+        "(DeLong et al. 1988), for patients with several cases as Obuchowski (1997) extends it; what it is made of is "
+        "averaged over seeds and classes. It is null where a class, or its rest, is of one tested patient."
     ),
 }
 
@@ -81,23 +83,27 @@ class CrossedClasses:
         probabilities_SNK: Probability of each class, NaN where a seed has none of a case.
         classes_N: Number of the true class.
         patients_N: Number of the patient, from 0.
+        folds_N: Number of the fold in which the case is tested. Cases are ranked within their fold.
         positive: Number of the positive class of two; None scores the mean over classes of each against the rest.
     """
 
     probabilities_SNK: Floats
     classes_N: Ints
     patients_N: Ints
+    folds_N: Ints
     positive: int | None
 
     def auc(self, seed: int, counts_BP: Floats) -> Floats:
         """AUC (B,) of a seed where each patient is there so many times."""
-        probabilities_NK = self.probabilities_SNK[seed]
-        known = ~np.isnan(probabilities_NK).any(1)
-        weights_BN = counts_BP[:, self.patients_N[known]]
-        each = [
-            weighted_auc(probabilities_NK[known, name], self.classes_N[known] == name, weights_BN)
-            for name in self._scored()
-        ]
+        probabilities_NK, each = self.probabilities_SNK[seed], []
+        for name in self._scored():
+            wins, pairs = np.zeros(len(counts_BP)), np.zeros(len(counts_BP))
+            for inside in self._folds(seed):
+                is_positive, weights_BN = self.classes_N[inside] == name, counts_BP[:, self.patients_N[inside]]
+                of_fold = ranked_pairs(probabilities_NK[inside, name], is_positive, weights_BN)
+                wins, pairs = wins + of_fold[0], pairs + of_fold[1]
+            with np.errstate(invalid="ignore"):
+                each.append(wins / pairs)
         return defined_mean(np.stack(each, axis=1))
 
     def mean(self) -> float | None:
@@ -125,28 +131,35 @@ class CrossedClasses:
         return first - second, ends, _delong_p(ours, theirs)
 
     def influence(self, seed: int) -> Floats:
-        """How far each patient (P,) moves the AUC of a seed: sums of placements less their mean, over those of a side.
+        """How far each patient (P,) moves the AUC of a seed: what its pairs win less what all win on average.
 
         The sum of their squares is the variance of the AUC: that of DeLong et al. (1988) where each patient has one
-        case. NaN where a side has fewer than two patients.
+        case and there is one fold. NaN where a side has fewer than two patients.
         """
-        probabilities_NK = self.probabilities_SNK[seed]
-        known = ~np.isnan(probabilities_NK).any(1)
-        patients, each = self.patients_N[known], []
+        probabilities_NK, each = self.probabilities_SNK[seed], []
         for name in self._scored():
-            is_positive = self.classes_N[known] == name
-            if is_positive.all() or not is_positive.any():
+            is_positive = self.classes_N == name
+            wins_N, pairs_N = np.zeros(len(is_positive)), np.zeros(len(is_positive))
+            for inside in self._folds(seed):
+                side = is_positive[inside]
+                pairs_N[inside] = np.where(side, (~side).sum(), side.sum())
+                wins_N[inside] = placements(probabilities_NK[inside, name], side) * pairs_N[inside]
+            if not (num_pairs := pairs_N[is_positive].sum()):
                 # As in the mean: over the classes that occur.
                 continue
-            placed = placements(probabilities_NK[known, name], is_positive)
+            left_N = (wins_N - pairs_N * wins_N[is_positive].sum() / num_pairs) / num_pairs
             moved = np.zeros(int(self.patients_N.max()) + 1)
-            for side in (is_positive, ~is_positive):
-                num_patients = len(np.unique(patients[side]))
+            for side in (is_positive & (pairs_N > 0), ~is_positive & (pairs_N > 0)):
+                num_patients = len(np.unique(self.patients_N[side]))
                 spare = num_patients / (num_patients - 1) if num_patients > 1 else np.nan
-                left = np.where(side, placed - placed[side].mean(), 0.0)
-                moved += np.bincount(patients, left, len(moved)) * spare**0.5 / side.sum()
+                moved += np.bincount(self.patients_N[side], left_N[side], len(moved)) * spare**0.5
             each.append(moved)
         return np.mean(each, axis=0) if each else np.full(int(self.patients_N.max()) + 1, np.nan)
+
+    def _folds(self, seed: int) -> list[Ints]:
+        """The places of the cases of each fold that a seed has probabilities of."""
+        known = np.flatnonzero(~np.isnan(self.probabilities_SNK[seed]).any(1))
+        return [known[self.folds_N[known] == fold] for fold in np.unique(self.folds_N[known])]
 
     def _scored(self) -> Sequence[int]:
         return range(self.probabilities_SNK.shape[2]) if self.positive is None else [self.positive]

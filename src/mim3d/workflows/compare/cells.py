@@ -62,7 +62,7 @@ _RESULTS: Mapping[str, Mapping[str, Any]] = {
 _FINETUNED: Mapping[str, Any] = {"validation": list[tuple[int, float]], "not_predicted": str | None}
 _SCORED: Mapping[str, Mapping[str, Any]] = {
     "segmentation": {"cases": list[_Segmented]},
-    "classification": {"classes": list[str], "positive": str, "cases": list[_Classified]},
+    "classification": {"fold": int, "classes": list[str], "positive": str, "cases": list[_Classified]},
 }
 
 

@@ -334,15 +334,19 @@ def _classes(
     names = list(done[0][1]["classes"])
     ids = list(patient_of)
     probabilities_SNK = np.full((seeds, len(ids), len(names)), math.nan)
-    classes_N = np.zeros(len(ids), dtype=np.int64)
+    classes_N, folds_N = np.zeros((2, len(ids)), dtype=np.int64)
     for seed, result in done:
         for case in result["cases"]:
             if case["probabilities"] is not None and case["true_class"] in names:
                 place = ids.index(str(case["id"]))
                 probabilities_SNK[seed, place] = case["probabilities"]
-                classes_N[place] = names.index(case["true_class"])
+                classes_N[place], folds_N[place] = names.index(case["true_class"]), result["fold"]
     positive = names.index(done[0][1]["positive"]) if len(names) == 2 else None
     of_case = np.array([patients.index(patient_of[name]) for name in ids], dtype=np.int64)
     return CrossedClasses(
-        probabilities_SNK=probabilities_SNK, classes_N=classes_N, patients_N=of_case, positive=positive
+        probabilities_SNK=probabilities_SNK,
+        classes_N=classes_N,
+        patients_N=of_case,
+        folds_N=folds_N,
+        positive=positive,
     )
