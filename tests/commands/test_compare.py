@@ -466,7 +466,7 @@ def test_slurm_scripts_have_one_command_for_each_cell(
         ({"arms": ({"name": "\u202ea", "method": "MiM"}, {"name": "\u202ea"})}, r"Two arms are called '\\u202ea'"),
         ({"num_bootstrap": 50}, "num_bootstrap is 50, which makes no interval"),
         ({"target_dice": 85.0}, "target_dice is 85; it is a share"),
-        ({"folds": (3,)}, "folds has 3, but there are the folds 0 to 2"),
+        ({"folds": (3,)}, "folds has 3, but there are the folds 0, 1, 2"),
         ({"seeds": (1, 1)}, "seeds names the same twice"),
         ({"finetune_minutes": 1.0}, "finetune_steps.*finetune_minutes"),
         ({"pretrain_steps": None}, "budget of pre-training is open"),

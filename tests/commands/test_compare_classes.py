@@ -94,9 +94,12 @@ def test_labels_that_lack_a_class_are_refused():
         return tuple(Case(id=i, images=(i,), label=i, patient=i, class_name=name) for i, name in rows)
 
     fold = FoldPart(number=1, learning=part("dark", "bright"), choosing=part("dark"), test=part("grey", "dark"))
+    amounts, task = [Amount.of("100%")], create_task(TASK)
     with pytest.raises(DataError, match="labels 100%, fold 1, seed 0: class grey is not among the cases to learn from"):
-        require_distinct([fold], [Amount.of("100%")], [0], create_task(TASK))
-    require_distinct([replace(fold, test=part("dark"))], [Amount.of("100%")], [0], create_task(TASK))
+        require_distinct([fold], amounts, [0], task)
+    require_distinct([replace(fold, test=part("dark", "bright")), replace(fold, test=part("dark"))], amounts, [0], task)
+    with pytest.raises(DataError, match="tested cases of each fold are of one class, and AUC ranks cases of two"):
+        require_distinct([replace(fold, test=part(name)) for name in ("dark", "bright")], amounts, [0], task)
 
 
 def test_a_table_without_results_has_the_score_of_its_task(compared: Path, tmp_path: Path):
@@ -155,3 +158,21 @@ def test_patience_does_not_keep_a_comparison_from_being_measured(tmp_path: Path,
     finetune = {**SETTINGS["finetune"], "patience": 1}
     compare(str(tmp_path / "out"), data=data, dry_run=True, **{**SETTINGS, "finetune": finetune})
     assert "4 cells" in capsys.readouterr().out
+
+
+def test_all_declared_folds_are_tested_whatever_their_numbers_and_one_of_one_class_is_noted(tmp_path: Path):
+    data = write_set(tmp_path / "data", num_cases=20, noise=150.0)
+    head, *rows = data.read_text().splitlines()
+    # By patient, whose classes alternate.
+    numbers = ["2233272773"[place // 2] for place in range(len(rows))]
+    data.write_text("\n".join([f"{head},fold", *map(",".join, zip(rows, numbers, strict=True))]) + "\n")
+    settings = {**SETTINGS, "folds": None, "num_folds": 3, "seeds": (0,)}
+    compare(str(tmp_path / "out"), data=str(data), dry_run=True, **settings)
+    assert read_plan(tmp_path / "out")["folds"] == [2, 3, 7]
+    with pytest.raises(ConfigError, match="folds has 0, but there are the folds 2, 3, 7"):
+        compare(str(tmp_path / "out"), data=str(data), dry_run=True, **{**settings, "folds": (0,)})
+    alone = ["2233227273"[place // 2] for place in range(len(rows))]
+    data.write_text("\n".join([f"{head},fold", *map(",".join, zip(rows, alone, strict=True))]) + "\n")
+    compare(str(tmp_path / "other"), data=str(data), dry_run=True, **settings)
+    (note,) = read_plan(tmp_path / "other")["notes"]
+    assert note == "fold 7: all tested cases are of class dark, so that it adds nothing to the AUC."

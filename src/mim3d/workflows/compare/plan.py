@@ -244,6 +244,13 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
             for name in ("pretrain_steps", "pretrain_minutes")
             if getattr(settings, name) is not None
         ]
+    if read.task.needs == "class":
+        notes += [
+            f"fold {fold.number}: all tested cases are of class {fold.tested_classes[0]}, so that it adds nothing to "
+            "the AUC."
+            for fold in folds
+            if len(fold.tested_classes) == 1
+        ]
     if cache.failed:
         left_out = f"left out: {in_words([row['reason'] for row in cache.failed])}"
         say(left_out)
@@ -311,17 +318,15 @@ def _folds(settings: CompareSettings, read: TrainingData) -> list[FoldPart]:
     """The parts of the folds that are asked for."""
     source = read.source
     declared = any(case.split == "val" for case in source.cases)
+    known: Sequence[int] = range(1)
     if settings.preset is not None:
         known = range(find_preset(settings.preset).num_folds)
-    elif declared:
-        known = range(1)
-    else:
-        numbers = declared_folds(source.cases)
-        known = range(len(numbers) if numbers and numbers == list(range(len(numbers))) else settings.num_folds)
+    elif not declared:
+        known = declared_folds(source.cases) or range(settings.num_folds)
     wanted = tuple(known) if settings.folds is None else settings.folds
     if unknown := [fold for fold in wanted if fold not in known]:
-        what = "one declared split, which is fold 0" if declared else f"the folds 0 to {len(known) - 1}"
-        raise ConfigError(f"folds has {unknown[0]}, but there are {what}; leave it out.")
+        what = "is one declared split, which is fold 0" if declared else f"are the folds {listed(known, 20)}"
+        raise ConfigError(f"folds has {unknown[0]}, but there {what}; leave it out.")
     return [FoldPart.of(fold, _split(settings, read, fold), settings.split_seed) for fold in wanted]
 
 

@@ -104,6 +104,11 @@ class FoldPart:
         """Patients who are not tested."""
         return len({case.patient for case in (*self.learning, *self.choosing)})
 
+    @property
+    def tested_classes(self) -> list[str]:
+        """The classes of the tested cases."""
+        return sorted({str(case.class_name) for case in self.test})
+
     def labelled(self, amount: Amount, seed: int) -> Split:
         """The cases of an amount of labelled patients: those to learn from, and those to choose checkpoints by.
 
@@ -154,6 +159,11 @@ def require_distinct(folds: Sequence[FoldPart], amounts: Sequence[Amount], seeds
                     f"of fold {fold.number}; leave one of them out."
                 )
             seen[number] = amount.text
+    if task.needs == "class" and all(len(fold.tested_classes) < 2 for fold in folds):
+        raise DataError(
+            "The tested cases of each fold are of one class, and AUC ranks cases of two; ask for fewer or other folds, "
+            "or declare another split."
+        )
 
 
 def _require_classes(fold: FoldPart, split: Split) -> None:
