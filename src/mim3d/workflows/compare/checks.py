@@ -1,5 +1,7 @@
 """Whether every arm can run on this machine, asked before any work begins."""
 
+from dataclasses import replace
+
 from mim3d.core.errors import CheckpointError, ConfigError, DataError
 from mim3d.methods import Method
 from mim3d.training.launch import check_machine
@@ -41,7 +43,9 @@ def check_arms(plan: ComparisonPlan) -> None:
 def _check_finetuning(plan: ComparisonPlan, arm: Arm) -> None:
     fold = plan.folds[0]
     learned = plan.cache.subset(fold.labelled(plan.amounts[-1], plan.settings.seeds[0]).train)
-    settings = with_schedule(finetuning_of(plan, arm, plan.settings.seeds[0]))
+    settings = finetuning_of(plan, arm, plan.settings.seeds[0])
+    # A method has its weights only once it is run.
+    with_schedule(settings if arm.method is None else replace(settings, weights=arm.name))
     recipe = arm.recipe()
     task = plan.task.checked(recipe)
     check_channels(learned.cases, recipe)
