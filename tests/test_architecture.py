@@ -69,12 +69,12 @@ FACTS = ("datasets.published.sets.", "weights.families.")
 
 #: Lines of Python in each room, at most. Raising one is a line in a commit that says why.
 BUDGET = {
-    "core": 3244,
+    "core": 3250,
     "kernels": 980,
     "scans": 4640,
     "nn": 1055,
     "tracking": 550,
-    "metrics": 1521,
+    "metrics": 1544,
     "datasets": 4345,
     "phantoms": 1400,
     "backbones": 1370,
@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2550,
     "probing": 1040,
     "exporting": 2105,
-    "workflows": 10663,
+    "workflows": 10714,
     "commands": 295,
     "cli": 832,
     "__main__": 15,
