@@ -71,6 +71,7 @@ def test_what_is_published_names_nothing() -> None:
         "unlike weights",
         "licence",
         "learning",
+        "unchosen",
         "unfinished",
         "left out",
     }
