@@ -54,7 +54,10 @@ class Projection(nn.Module):
         super().__init__()
         self.kernel_size = kernel_size
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim, kernel_size, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_dim))
+        # As convolutions begin, in the published networks too. With zeros, what is exactly 0 (air, where intensities
+        # are mapped to 0 and more) would stay 0, and the norms that follow multiply its gradient by 300 each.
+        bound = (in_dim * kernel_size**3) ** -0.5
+        self.bias = nn.Parameter(torch.empty(out_dim).uniform_(-bound, bound))
         # Xavier over the matrix that it really is, as for a linear layer on patches.
         nn.init.xavier_uniform_(self.weight.data.view(out_dim, -1))
 
