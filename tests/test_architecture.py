@@ -72,7 +72,7 @@ BUDGET = {
     "core": 3250,
     "kernels": 980,
     "scans": 4640,
-    "nn": 1055,
+    "nn": 1062,
     "tracking": 550,
     "metrics": 1544,
     "datasets": 4345,

@@ -215,7 +215,7 @@ class DenseMiM(nn.Module):
             tokens = self.encoder(level.volume_MCXYZ, hidden_ML)
             features_MLD, predicted_MLP = self.decoder(tokens, hidden_ML, level.geometry.token_grid)
             target_MLP = self._targets(level.volume_MCXYZ)
-            errors_ML = (predicted_MLP.float() - target_MLP).square().mean(-1)
+            errors_ML = (predicted_MLP.to(target_MLP.dtype) - target_MLP).square().mean(-1)
             loss = (errors_ML * hidden_ML).sum() / hidden_ML.sum()
             terms[f"loss/{level.geometry.level.name}"] = loss.detach()
             losses.append(level.geometry.level.loss_weight * loss)

@@ -14,6 +14,11 @@ from torch.nn import functional as F
 _EPSILON = 1e-6
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision in float32; what is computed in float64 stays there."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def normalise_tokens(target_BHP: Tensor, eps: float = 1e-6) -> Tensor:
     """Each token's voxels at mean 0 and variance 1 (unbiased variance; MAE's normalised pixels)."""
     mean = target_BHP.mean(-1, keepdim=True)
@@ -22,8 +27,9 @@ def normalise_tokens(target_BHP: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def reconstruction_target(hidden_BHP: Tensor, *, normalised: bool = True) -> Tensor:
-    """What is to be predicted of hidden tokens, in float32: their voxels, normalised or as they are."""
-    return normalise_tokens(hidden_BHP.float()) if normalised else hidden_BHP.float()
+    """What is to be predicted of hidden tokens, in float32 at least: their voxels, normalised or as they are."""
+    voxels_BHP = at_least_float32(hidden_BHP)
+    return normalise_tokens(voxels_BHP) if normalised else voxels_BHP
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,13 @@ class Error:
     best_constant: Callable[[Tensor], Tensor]
 
     def __call__(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """The difference, in float32."""
-        return self.mean(predicted.float(), target.float())
+        """The difference, in float32 at least."""
+        return self.mean(at_least_float32(predicted), at_least_float32(target))
 
     @torch.no_grad()
     def guess(self, target: Tensor, num_channels: int) -> Tensor:
         """The difference of who has learned nothing but one number for each channel, the last axis of the target."""
-        values_NC = target.float().reshape(-1, num_channels)
+        values_NC = at_least_float32(target).reshape(-1, num_channels)
         return self.mean(self.best_constant(values_NC).expand_as(values_NC), values_NC)
 
 
@@ -55,8 +61,8 @@ ABSOLUTE_ERROR = Error(F.l1_loss, lambda values_NC: values_NC.median(0).values)
 
 def alignment_logits(child_BD: Tensor, places_KD: Tensor, temperature: float) -> Tensor:
     """Cosine similarities ``(B, K)`` over temperature; places are ``(K, D)`` shared or ``(B, K, D)`` per child."""
-    child = F.normalize(child_BD.float(), dim=-1)
-    places = F.normalize(places_KD.float(), dim=-1)
+    child = F.normalize(at_least_float32(child_BD), dim=-1)
+    places = F.normalize(at_least_float32(places_KD), dim=-1)
     subscripts = "bd,kd->bk" if places.ndim == 2 else "bd,bkd->bk"
     return torch.einsum(subscripts, child, places) / temperature
 
@@ -82,7 +88,8 @@ def contrastive_alignment(logits_BK: Tensor, own_B: Tensor, usable_BK: Tensor) -
 
 def cosine_alignment(predicted_BD: Tensor, own_place_BD: Tensor) -> Tensor:
     """``2 - 2 cos(prediction of the child, stop-gradient of its place)`` (BYOL, Grill et al. 2020, equation 2)."""
-    return (2 - 2 * F.cosine_similarity(predicted_BD.float(), own_place_BD.detach().float(), dim=-1)).mean()
+    predicted, own_place = at_least_float32(predicted_BD), at_least_float32(own_place_BD.detach())
+    return (2 - 2 * F.cosine_similarity(predicted, own_place, dim=-1)).mean()
 
 
 def spread(vectors_KD: Tensor) -> Tensor:
