@@ -49,12 +49,12 @@ def small_method(name: str, recipe: Backbone, shape: tuple[int, int, int]) -> Me
     return replace(method, **changes).planned(recipe, [shape])
 
 
-def labelled_scan(edge: int) -> ArrayScan:
+def labelled_scan(edge: int, class_name: str = LABELS[1]) -> ArrayScan:
     scan = random_scan((edge, edge, edge))
     scan.label = np.zeros((edge, edge, edge), dtype=np.uint8)
     scan.label[4:12, 4:12, 4:12], scan.label[12:20, 4:12, 4:12] = 1, 3
     scan.class_locations = {value: np.argwhere(scan.label == value) for value in (1, 3)}
-    scan.class_name = LABELS[1]
+    scan.class_name = class_name
     return scan
 
 
@@ -134,10 +134,10 @@ def test_method_trains_every_backbone_that_has_what_it_needs(name: str, backbone
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_task_trains_every_backbone(name: str, backbone: str) -> None:
     recipe = small(backbone)
-    scan = labelled_scan(2 * max(recipe.input_multiple))
+    scan, other = (labelled_scan(2 * max(recipe.input_multiple), LABELS[label]) for label in (1, 3))
     task = create_task(name).checked(recipe).planned(recipe, [scan], LABELS)
     assert resolve(to_named(task, TASKS), TASKS, "task") == task
     dataset = SampleDataset([scan], task.sampler(), Intensity(), 0, task.augment())
     objective = task.build(recipe, LABELS)
     check_step(objective, default_collate([dataset[0], dataset[1]]))
-    assert 0 <= task.validate(objective, [scan], Intensity(), LABELS)[task.best_by] <= 1
+    assert 0 <= task.validate(objective, [scan, other], Intensity(), LABELS)[task.best_by] <= 1
