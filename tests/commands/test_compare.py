@@ -365,6 +365,17 @@ def test_a_folder_that_was_moved_keeps_to_itself(compared: Path, tmp_path: Path)
     assert first.settings.out == str(copy / "runs" / first.id)
 
 
+def test_a_run_goes_on_after_its_folder_was_moved(compared: Path, tmp_path: Path):
+    """Its lists of cases lie elsewhere then, with the content of before."""
+    copy = tmp_path / "copy"
+    shutil.copytree(compared, copy)
+    for cell in [next(cell for cell in planned(copy) if cell.kind == kind) for kind in ("pretrain", "finetune")]:
+        (copy / "cells" / f"{cell.id}.json").unlink()
+    compare(str(copy))
+    found = content(copy)
+    assert not found["misses"] and found["rows"] == content(compared)["rows"]
+
+
 def test_a_damaged_result_is_as_none(compared: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(compared, copy, ignore=shutil.ignore_patterns("runs", "cache", "comparison.*"))

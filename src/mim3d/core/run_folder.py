@@ -38,7 +38,7 @@ FREE_ON_RESUME = frozenset(
 SPLIT_OF_A_STEP = ("batch_size", "accumulation", "devices", "num_nodes")
 
 #: Settings that name a place whose content a run keeps a digest of: what is resumed may find it at another place.
-_OF_CONTENT = ("data", "weights")
+_OF_CONTENT = ("data", "weights", "train_list", "held_out_list")
 
 #: Settings that say which weights a run begins with, and how they are taken.
 OF_WEIGHTS = ("weights", "input_layers", "min_coverage")

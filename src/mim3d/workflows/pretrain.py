@@ -36,7 +36,7 @@ from mim3d.workflows.shared.damage import adding_to
 from mim3d.workflows.shared.first_screen import fold_line, network_line, say_what_is_learned
 from mim3d.workflows.shared.held_out import FoldChoice, cases_by_task, split_in_words
 from mim3d.workflows.shared.initialisation import Initialisation, asked_recipe, initialise
-from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, read_data, shapes_of, weights_input
+from mim3d.workflows.shared.inputs import check_channels, encoder_card, inputs_of, open_scans, read_data, shapes_of
 from mim3d.workflows.shared.leakage import check_leakage, identities_of, seen_from, write_seen
 from mim3d.workflows.shared.memory import largest_image, pretraining_sample, pretraining_variants, require_memory
 from mim3d.workflows.shared.training import TrainingSettings, joined_processes
@@ -150,7 +150,7 @@ def run_pretraining(settings: PretrainSettings) -> str:
             settings.out,
             command="pretrain",
             settings=replace(settings, method=to_named(method, METHODS), backbone=to_named(recipe, BACKBONES)),
-            inputs=weights_input(settings.weights),
+            inputs=inputs_of(settings),
             resume=settings.resume,
         )
         run.note({**memory, **choice, "summary": summary, "details": details, **initial.noted()})

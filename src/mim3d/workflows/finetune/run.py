@@ -48,7 +48,7 @@ from mim3d.workflows.shared.damage import adding_to, damaged_rows, on_sound_scan
 from mim3d.workflows.shared.first_screen import network_line, say_what_is_learned
 from mim3d.workflows.shared.held_out import split_in_words, write_split
 from mim3d.workflows.shared.initialisation import Initialisation, initialise
-from mim3d.workflows.shared.inputs import check_channels, encoder_card, open_scans, unreadable_of, weights_input
+from mim3d.workflows.shared.inputs import check_channels, encoder_card, inputs_of, open_scans, unreadable_of
 from mim3d.workflows.shared.leakage import (
     SEEN_NAME,
     check_leakage,
@@ -169,7 +169,7 @@ def _prepare(
         settings.out,
         command="finetune",
         settings=replace(settings, backbone=to_named(initial.recipe, BACKBONES), spacing_mm=spacing_mm),
-        inputs=weights_input(settings.weights),
+        inputs=inputs_of(settings),
         resume=settings.resume,
     )
     run.note(initial.noted())

@@ -1,5 +1,6 @@
 """From DATA to scans in a cache, for pre-training and fine-tuning alike."""
 
+import os
 import socket
 import time
 import warnings
@@ -17,8 +18,9 @@ from mim3d.caching.resampling import target_grid
 from mim3d.caching.set_modality import require_one_kind
 from mim3d.caching.summary import CacheSummary
 from mim3d.core.errors import ConfigError, DataError, listed
+from mim3d.core.files import plain_text
 from mim3d.core.left_out import LeftOutList, in_words
-from mim3d.core.names import number_of
+from mim3d.core.names import name_digest, number_of
 from mim3d.core.progress import say
 from mim3d.core.run_folder import GO_ON, LEFT_OUT_NAME, Run
 from mim3d.core.settings import to_mapping, to_named
@@ -244,9 +246,11 @@ def check_channels(cases: Sequence[Case], recipe: Backbone) -> None:
             )
 
 
-def weights_input(weights: str | None) -> dict[str, str]:
-    """The digest that binds a run to the weights it starts from, so that it cannot be resumed from others."""
-    return {} if weights is None else {"weights": weights_digest(weights)}
+def inputs_of(settings: Any) -> dict[str, str]:
+    """Digests that bind a run to the weights it starts from and to its lists of cases, wherever these lie."""
+    weights = {} if settings.weights is None else {"weights": weights_digest(settings.weights)}
+    lists = {name: getattr(settings, name, None) for name in ("train_list", "held_out_list")}
+    return weights | {name: name_digest(plain_text(path)) for name, path in lists.items() if path and os.path.isfile(path)}
 
 
 def encoder_card(recipe: Backbone, intensity: Intensity, scans: Cache) -> dict[str, Any]:
