@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mim3d.core.errors import ConfigError
+from mim3d.core.files import lock_file, try_lock
 from mim3d.workflows.compare.cells import Cell
 from mim3d.workflows.compare.plan import PLAN_NAME, read_plan
 from mim3d.workflows.compare.running import planned
@@ -103,3 +104,17 @@ def test_weights_without_a_list_of_their_scans_are_noted_by_the_table(
     plan(tmp_path / "compared", ball_set, arms=arms)
     (note,) = [note for note in read_plan(tmp_path / "compared")["notes"] if note.startswith("others: ")]
     assert note.endswith("no list of the scans it learned from: whether tested ones are among them cannot be checked.")
+
+
+def test_a_call_beside_one_at_work_leaves_its_cache_as_it_is(ball_set: Path, tmp_path: Path):
+    """A cache that is checked again is unfinished for that time, and cells that begin then would miss."""
+    out = tmp_path / "compared"
+    cells = plan(out, ball_set)
+    manifest = out / "cache" / "manifest.parquet"
+    before = manifest.stat()
+    (out / "cells").mkdir()
+    with lock_file(out / "cells" / f"{cells[0].id}.lock") as descriptor:
+        assert try_lock(descriptor)
+        more = plan(out, seeds=(0, 1))
+    assert {cell.id for cell in cells} < {cell.id for cell in more}
+    assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)

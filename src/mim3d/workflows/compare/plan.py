@@ -32,6 +32,7 @@ from mim3d.tasks.contract import CropTask, Task
 from mim3d.training.precision import choose_precision
 from mim3d.workflows.compare.arms import Arm, read_arms
 from mim3d.workflows.compare.cells import Cell
+from mim3d.workflows.compare.run_cell import locked_of
 from mim3d.workflows.compare.settings import CompareSettings
 from mim3d.workflows.compare.subsets import Amount, FoldPart, require_distinct
 from mim3d.workflows.finetune.data import TrainingData, read_training_data
@@ -223,7 +224,7 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
     _require_same(before, "source_digest", source_digest, settings)
     settled = _from_plan(before, settings, arms) or _planned(read, arms, folds[0])
     _require_same_spacing(before, settled, settings)
-    cache = _cache(settings, read, settled)
+    cache = _cache(settings, read, settled, before)
     _require_same(before, "cache_digest", cache.digest, settings)
     folds = [fold.only({case.id for case in cache.cases}) for fold in folds]
     require_distinct(folds, [Amount.of(each) for each in settings.labels], settings.seeds, read.task)
@@ -370,12 +371,21 @@ def _cache_place(settings: CompareSettings) -> str:
     return settings.cache or os.path.join(settings.out, "cache")
 
 
-def _cache(settings: CompareSettings, read: TrainingData, settled: FinetuneSettings) -> Cache:
+def _cache(
+    settings: CompareSettings, read: TrainingData, settled: FinetuneSettings, before: Mapping[str, Any] | None
+) -> Cache:
     """The scans of all cells, prepared once."""
     if isinstance(read.source, Cache):
         return given_scans(read.source, read.source.cases, settled.spacing_mm)
-    preprocessing = Preprocessing(spacing_mm=settled.spacing_mm)
-    return build_cache(read.source, _cache_place(settings), preprocessing, num_workers=settled.num_workers)
+    place = _cache_place(settings)
+    if before is not None and locked_of(Path(settings.out), [str(row.get("id")) for row in before["cells"]]):
+        # Cells of another process open it: it is left as it is, since one that is checked again is unfinished meanwhile.
+        with suppress(DataError):
+            if (held := open_cache(place)).digest == before.get("cache_digest"):
+                return held
+    return build_cache(
+        read.source, place, Preprocessing(spacing_mm=settled.spacing_mm), num_workers=settled.num_workers
+    )
 
 
 def _leaks(plan: ComparisonPlan) -> list[str]:
