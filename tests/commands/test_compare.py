@@ -521,6 +521,15 @@ def test_weights_that_learned_from_tested_scans_are_refused(segmenter_run: Path,
         )
 
 
+@pytest.mark.parametrize("kind", ["finetune", "pretrain"])
+def test_an_arm_that_lacks_memory_is_refused_with_flags_of_the_comparison(ball_set: Path, tmp_path: Path, kind: str):
+    given = settings(ball_set)
+    given[kind] = {**given[kind], "batch_size": 4096, "memory_limit": 2.0}
+    flags = rf"use --{kind}\.batch_size \d+ --{kind}\.accumulation \d+, which needs about [0-9.]+ .iB\.$"
+    with pytest.raises(ConfigError, match=rf"^arm \w+: Training needs about .*{flags}"):
+        make_plan(CompareSettings(str(tmp_path / "out"), **given).with_recipes())
+
+
 def test_a_damaged_list_of_scans_is_refused_with_its_arm(segmenter_run: Path, ball_set: Path, tmp_path: Path):
     copy = tmp_path / "pretrained"
     shutil.copytree(segmenter_run, copy)

@@ -12,12 +12,7 @@ from mim3d.workflows.compare.plan import ComparisonPlan, quietly
 from mim3d.workflows.finetune.schedules import optimisation, with_schedule
 from mim3d.workflows.shared.initialisation import initialise
 from mim3d.workflows.shared.inputs import check_channels
-from mim3d.workflows.shared.memory import (
-    finetuning_variants,
-    pretraining_sample,
-    pretraining_variants,
-    require_memory,
-)
+from mim3d.workflows.shared.memory import pretraining_sample, require_memory
 
 
 def check_arms(plan: ComparisonPlan) -> None:
@@ -58,12 +53,14 @@ def _check_finetuning(plan: ComparisonPlan, arm: Arm) -> None:
     if mapping is None:
         return
     loader = settings.loader(learned, task.sampler(), mapping, task.augment())
+    # Cells of other settings begin anew, and a flag for one arm's backbone or method would be one for others too.
     require_memory(
-        settings,
-        finetuning_variants(lambda recipe: task.build(recipe, labels), recipe),
+        replace(settings, resume=False),
+        {"": lambda: task.build(recipe, labels)},
         {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in loader.dataset[0].items()},
         optimisation(settings, task),
         smaller=f"a smaller backbone or smaller crops (finetune.task.{task.sized_by})",
+        under="finetune.",
     )
 
 
@@ -72,9 +69,10 @@ def _check_pretraining(plan: ComparisonPlan, arm: Arm, method: Method) -> None:
     planned = method.planned(recipe, plan.shapes)
     settings = pretraining_of(plan, arm, plan.settings.seeds[0])
     require_memory(
-        settings,
-        pretraining_variants(planned, recipe),
+        replace(settings, resume=False),
+        {"": lambda: planned.build(recipe)},
         pretraining_sample(planned, recipe, plan.shapes[0]),
         settings.optim.filled_from(planned.optimisation),
         smaller="a smaller backbone or a smaller input of the method",
+        under="pretrain.",
     )

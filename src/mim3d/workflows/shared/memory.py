@@ -91,6 +91,7 @@ def require_memory(
     optim: Optimisation,
     *,
     smaller: str,
+    under: str = "",
     validation_bytes: int = 0,
     less_validation: str = "prepare the scans with a larger spacing_mm, or train without validation (--fold null)",
 ) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def require_memory(
         sample: Shapes and types of one sample.
         optim: The optimiser's settings, filled from the defaults of the method or task.
         smaller: What to make smaller when nothing else helps, in the words of an error.
+        under: What stands before the names of the settings in flags, as ``finetune.`` where they are of a recipe.
         validation_bytes: What a validation holds on the CPU besides the network at work.
         less_validation: What to do where that is too much, in the words of an error.
     Returns:
@@ -128,7 +130,7 @@ def require_memory(
     parts = f" ({need.parts()})" if training.verbose else ""
     say(f"memory: about {_total(need, loop.devices)}{parts}{room}")
     if usable is not None and need.total > usable:
-        raise ConfigError(_refusal(training, memories, need, usable, smaller))
+        raise ConfigError(_refusal(training, memories, need, usable, smaller, under))
     if asked.device == "cpu":
         needed, free = asked.validation_bytes(), usable
     else:
@@ -142,7 +144,12 @@ def require_memory(
 
 
 def _refusal(
-    training: TrainingSettings, memories: Mapping[str, StepMemory], need: MemoryNeed, usable: int, smaller: str
+    training: TrainingSettings,
+    memories: Mapping[str, StepMemory],
+    need: MemoryNeed,
+    usable: int,
+    smaller: str,
+    under: str,
 ) -> str:
     """The sentence with the first settings that fit: of the same effective batch, those of the batch as asked first."""
     has = "are available" if training.memory_limit is None else "are allowed by memory_limit"
@@ -152,7 +159,7 @@ def _refusal(
     whole = training.batch_size or 1
     for parts in (parts for parts in range(1, whole + 1) if whole % parts == 0):
         batch_size, accumulation = whole // parts, training.accumulation * parts
-        split = f"--batch_size {batch_size} --accumulation {accumulation}" if parts > 1 else ""
+        split = f"--{under}batch_size {batch_size} --{under}accumulation {accumulation}" if parts > 1 else ""
         for variant, memory in memories.items():
             flags = f"{variant} {split}".strip()
             if not flags:
@@ -162,7 +169,7 @@ def _refusal(
                 return f"{sentence}use {flags}, which needs about {in_words(total)}{begun if training.resume else ''}."
             least = min(least, (flags, total), key=lambda offer: offer[1])
     at_least = f"even {least[0]} needs about {in_words(least[1])}, so use" if least[0] else "use"
-    return f"{sentence}{at_least} {smaller}, or a machine with more memory (--memory_limit 0 trains all the same)."
+    return f"{sentence}{at_least} {smaller}, or a machine with more memory (--{under}memory_limit 0 trains all the same)."
 
 
 def _total(need: MemoryNeed, num_processes: int) -> str:
