@@ -207,6 +207,7 @@ def check_leakage(
     *,
     strict: bool,
     place: str = "among the training cases too",
+    remedy: str = "leave such cases out of one of both parts, or give both the same patient",
 ) -> list[Leak]:
     """Warn of held-out scans that were learned from, in one sentence.
 
@@ -216,6 +217,7 @@ def check_leakage(
         strict: Whether they are refused.
         place: Place where they were found, as the sentence goes on: ``in the pre-training data of RUN``; of scans of
             the same run under another name if not given.
+        remedy: What to do, as the sentence goes on.
     Returns:
         What was found.
     Raises:
@@ -232,7 +234,7 @@ def check_leakage(
     sentence = (
         f"{len(in_order)} of {len(held_out)} held-out cases {'is' if one else 'are'} {place}: "
         f"{listed(described)}; scores on {'it' if one else 'them'} say nothing about new "
-        "patients, so leave such cases out of one of both parts, or give both the same patient."
+        f"patients, so {remedy}."
     )
     if strict:
         raise DataError(f"{sentence} (strict: refused)")
