@@ -410,6 +410,7 @@ def test_scripts_of_slurm_run_every_cell_once_from_any_folder_name(
     """By bash itself, with a program in place of srun that writes down what it was asked for."""
     copy = copied(compared, tmp_path)
     compare(str(copy), slurm=True)
+    assert f"mim3d compare --out '{copy}' --table_only true" in capsys.readouterr().out
     programs, said = tmp_path / "bin", tmp_path / "said"
     programs.mkdir()
     (programs / "srun").write_text(f'#!/bin/bash\nprintf "%s|" "$@" >> "{said}"\necho >> "{said}"\n')
@@ -514,7 +515,10 @@ def test_a_folder_with_other_work_is_refused(segmenter_run: Path, ball_set: Path
 
 
 def test_weights_that_learned_from_tested_scans_are_refused(segmenter_run: Path, ball_set: Path, tmp_path: Path):
-    with pytest.raises(DataError, match=r"^arm pre, fold 0: [^.]*in the pre-training data of .*, so leave the arm out, or give weights [^.;(]*\.$"):
+    with pytest.raises(
+        DataError,
+        match=r"^arm pre, fold 0: [^.]*in the pre-training data of .*, so leave the arm out, or [^.;(]*\.$",
+    ):
         compare(
             str(tmp_path / "leaking"),
             **settings(ball_set, arms=("scratch", {"name": "pre", "weights": str(segmenter_run)})),

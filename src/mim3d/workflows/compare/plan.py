@@ -382,7 +382,7 @@ def _cache(
         return given_scans(read.source, read.source.cases, settled.spacing_mm)
     place = _cache_place(settings)
     if before is not None and locked_of(Path(settings.out), [str(row.get("id")) for row in before["cells"]]):
-        # Cells of another process open it: it is left as it is, since one that is checked again is unfinished meanwhile.
+        # Cells of another process open it, and one that is checked again is unfinished meanwhile.
         with suppress(DataError):
             if (held := open_cache(place)).digest == before.get("cache_digest"):
                 return held

@@ -1,6 +1,7 @@
 """A comparison from its settings to its tables: planned, run cell by cell, stopped and gone on with at any moment."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def _run_one(name: str, settings: CompareSettings) -> str:
     outcome = run_cell(cells[name], cells, out)
     take_noted()
     if outcome == "waiting":
-        raise ConfigError(f"cell {name} needs {cells[name].needs}, which has no result yet; run that one first.")
+        raise ConfigError(f"cell {name} needs the run of {cells[name].needs}, which is not there; run that one first.")
     if outcome == "failed":
         note_exit_code(CELL_FAILED)
         say(f"{name}: {_missed(out, cells[name])}")
@@ -134,7 +135,7 @@ def _run_all(plan: ComparisonPlan) -> None:
     misses = f", {counts['failed']} missed (the report says why; run again to try them again)" * bool(counts["failed"])
     say(f"{len(cells) - unfinished - counts['failed']} of {number_of(len(cells), 'cell')} done{misses}")
     if unfinished:
-        say(f"{number_of(unfinished, 'cell')} left; go on with: mim3d compare --out {plan.out}")
+        say(f"{number_of(unfinished, 'cell')} left; go on with: mim3d compare --out {shlex.quote(str(plan.out))}")
     elif counts["failed"]:
         take_exit_code()
         note_exit_code(CELL_FAILED)

@@ -62,7 +62,7 @@ def write_scripts(plan: ComparisonPlan, command: Sequence[str]) -> None:
     say("set partition, time and memory in the scripts, then:")
     for submit in submits:
         say(f"  {submit}")
-    say(f"and at the end: mim3d compare --out {plan.out} --table_only true")
+    say(f"and at the end: mim3d compare --out {shlex.quote(str(plan.out))} --table_only true")
 
 
 def script(name: str, cells: Sequence[Cell], command: Sequence[str], out: str) -> str:

@@ -250,7 +250,9 @@ def inputs_of(settings: Any) -> dict[str, str]:
     """Digests that bind a run to the weights it starts from and to its lists of cases, wherever these lie."""
     weights = {} if settings.weights is None else {"weights": weights_digest(settings.weights)}
     lists = {name: getattr(settings, name, None) for name in ("train_list", "held_out_list")}
-    return weights | {name: name_digest(plain_text(path)) for name, path in lists.items() if path and os.path.isfile(path)}
+    return weights | {
+        name: name_digest(plain_text(path)) for name, path in lists.items() if path and os.path.isfile(path)
+    }
 
 
 def encoder_card(recipe: Backbone, intensity: Intensity, scans: Cache) -> dict[str, Any]:

@@ -169,7 +169,9 @@ def _refusal(
                 return f"{sentence}use {flags}, which needs about {in_words(total)}{begun if training.resume else ''}."
             least = min(least, (flags, total), key=lambda offer: offer[1])
     at_least = f"even {least[0]} needs about {in_words(least[1])}, so use" if least[0] else "use"
-    return f"{sentence}{at_least} {smaller}, or a machine with more memory (--{under}memory_limit 0 trains all the same)."
+    return (
+        f"{sentence}{at_least} {smaller}, or a machine with more memory (--{under}memory_limit 0 trains all the same)."
+    )
 
 
 def _total(need: MemoryNeed, num_processes: int) -> str:
