@@ -234,7 +234,7 @@ def test_a_failed_cell_is_a_miss_and_stops_no_other(compared: Path, tmp_path: Pa
     assert result is not None and "nowhere.txt" in result["reason"]
     other = cells["pretrain", "MiM", ""]
     assert main(["compare", "--out", str(copy), "--cell", cells["finetune", "MiM", "50%"].id]) == 2
-    assert f"needs {other.id}" in capsys.readouterr().err
+    assert f"needs the run of {other.id}, which is not there" in capsys.readouterr().err
     compare(str(copy), table_only=True)
     found = {row["cell"]: row["reason"] for row in content(copy)["misses"]}
     assert "nowhere.txt" in found[broken.id] and found[other.id] == "not run yet"
