@@ -91,7 +91,7 @@ BUDGET = {
     "methods": 2550,
     "probing": 1040,
     "exporting": 2105,
-    "workflows": 10742,
+    "workflows": 10762,
     "commands": 295,
     "cli": 832,
     "__main__": 15,

@@ -171,10 +171,15 @@ def test_a_difference_beside_weights_stands_in_every_table(compared: Path, tmp_p
     assert note not in content(copy)["notes"]
     for path in (copy / "cells").glob("finetune_MiM*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "schedule": "sawtooth"}))
+    plan = json.loads((copy / "plan.json").read_text())
+    assert not [each for each in content(copy)["notes"] if "another network" in each]
+    plan["arms"][1]["backbone"] = "vit"
+    (copy / "plan.json").write_text(json.dumps(plan))
     compare(str(copy), table_only=True)
-    assert note in content(copy)["notes"]
+    network = "MiM has another network (vit) than scratch (hybrid): their difference is not that of pre-training alone."
+    assert {note, network} <= set(content(copy)["notes"])
     for name in ("comparison.md", "comparison.tex", "report.html"):
-        assert note in (copy / name).read_text()
+        assert note in (copy / name).read_text() and network in (copy / name).read_text()
 
 
 def test_running_again_runs_nothing_and_makes_the_same_table(compared: Path):
@@ -470,7 +475,7 @@ def test_slurm_scripts_have_one_command_for_each_cell(
         ({"arms": ("scratch", {"metod": "MiM"})}, "no key 'metod'.*'method'"),
         (
             {"labels": ("10%",)},
-            "fold 0 has 4 patients besides those tested; that is 0, but at least 2.*ask for 50% to 100%, or 2 to 4",
+            "labels 10%: 0 of the 4 patients besides those tested in fold 0, where at least 2 .*; ask for 50% to 100%, or",
         ),
         ({"labels": ("9",)}, "labels 9: fold 0 has 4 patients besides those tested; ask for 50% to 100%, or 2 to 4"),
         ({"labels": ("50%", "2")}, "are both 2 of the 4 patients"),
@@ -480,6 +485,7 @@ def test_slurm_scripts_have_one_command_for_each_cell(
         ({"target_dice": 85.0}, "target_dice is 85; it is a share"),
         ({"folds": (3,)}, "folds has 3, but there are the folds 0, 1, 2"),
         ({"seeds": (1, 1)}, "seeds names the same twice"),
+        ({"seeds": (0, -1)}, "seeds has -1; it must be zero or more"),
         ({"finetune_minutes": 1.0}, "finetune_steps.*finetune_minutes"),
         ({"pretrain_steps": None}, "budget of pre-training is open"),
         ({"finetune": {**RECIPE, "seed": 1}}, "finetune.seed is for the comparison itself"),
@@ -512,6 +518,15 @@ def test_a_folder_of_another_data_set_is_refused(compared: Path, tmp_path: Path)
 def test_a_folder_with_other_work_is_refused(segmenter_run: Path, ball_set: Path):
     with pytest.raises(ConfigError, match="holds no comparison, but other work"):
         compare(str(segmenter_run), **settings(ball_set))
+
+
+def test_a_folder_with_other_files_is_refused_before_anything_is_written(ball_set: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(ball_set, data)
+    before = sorted(path.name for path in data.iterdir())
+    with pytest.raises(ConfigError, match=r"^/.*/data is not empty and holds no comparison \(dataset.json is there\)"):
+        compare(str(data), **settings(data))
+    assert sorted(path.name for path in data.iterdir()) == before
 
 
 def test_weights_that_learned_from_tested_scans_are_refused(segmenter_run: Path, ball_set: Path, tmp_path: Path):

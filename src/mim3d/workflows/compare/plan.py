@@ -46,6 +46,9 @@ from mim3d.workflows.shared.leakage import Seen, check_leakage, identities_of, r
 PLAN_NAME = "plan.json"
 PLAN_FORMAT = 1
 
+#: What a comparison that was stopped before it had a plan leaves in its folder.
+_BEFORE_A_PLAN = {"cache", "lists", "measured"}
+
 #: What to do about weights that learned from tested scans.
 _LEAKING = "leave the arm out, or give weights that learned from none of the tested scans"
 
@@ -200,6 +203,13 @@ def settle(settings: CompareSettings) -> ComparisonPlan:
     if settings.data is None:
         raise ConfigError(f"{settings.out} holds no comparison to go on with; give --data and --arms.")
     before = read_plan(Path(settings.out)) if (Path(settings.out) / PLAN_NAME).is_file() else None
+    if before is None and Path(settings.out).is_dir():
+        others = {path.name for path in Path(settings.out).iterdir() if not path.name.startswith(".")} - _BEFORE_A_PLAN
+        if others:
+            raise ConfigError(
+                f"{settings.out} is not empty and holds no comparison ({cut(min(others))} is there); choose another "
+                "--out, or an empty folder."
+            )
     finetune: dict[str, Any] = settings.finetune if isinstance(settings.finetune, dict) else {}
     asked = build_settings(
         FinetuneSettings,

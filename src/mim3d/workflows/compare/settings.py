@@ -112,8 +112,9 @@ class CompareSettings:
                 raise ConfigError(f"{name} is empty; give at least one.")
             if values is not None and len(set(map(str, values))) < len(values):
                 raise ConfigError(f"{name} names the same twice ({' '.join(map(str, values))}); name each once.")
-        if min((*self.seeds, *(self.folds or ()), self.split_seed)) < 0:
-            raise ConfigError("seeds, folds and split_seed must be zero or more.")
+        for name, numbers in (("seeds", self.seeds), ("folds", self.folds or (0,)), ("split_seed", (self.split_seed,))):
+            if min(numbers) < 0:
+                raise ConfigError(f"{name} has {min(numbers)}; it must be zero or more.")
         for kind in ("finetune", "pretrain"):
             steps, minutes = getattr(self, f"{kind}_steps"), getattr(self, f"{kind}_minutes")
             if steps is not None and minutes is not None:

@@ -119,12 +119,15 @@ class FoldPart:
         parts = [shuffled_patients(part, seed) for part in (self.learning, self.choosing)]
         if not 2 <= wanted <= self.num_patients:
             least = -(-200 // self.num_patients)
-            few = f"that is {wanted}, but at least 2 are needed, one to learn from and one to choose checkpoints; "
+            others = f"{number_of(self.num_patients, 'patient')} besides those tested"
+            have = f"fold {self.number} has {others}"
+            if wanted < 2:
+                have = (
+                    f"{wanted} of the {others} in fold {self.number}, where at least 2 are needed, one to learn from "
+                    "and one to choose checkpoints"
+                )
             remedy = f"ask for {least}% to 100%, or 2 to {self.num_patients}" if least < 100 else "ask for 100%"
-            raise DataError(
-                f"labels {amount.text}: fold {self.number} has {number_of(self.num_patients, 'patient')} besides those "
-                f"tested; {few if wanted < 2 else ''}{remedy}."
-            )
+            raise DataError(f"labels {amount.text}: {have}; {remedy}.")
         # Of both at least one, and of neither more than there are.
         num_choosing = min(max(1, round(wanted * len(parts[1]) / self.num_patients)), len(parts[1]))
         num_choosing = max(num_choosing, wanted - len(parts[0]))

@@ -153,7 +153,7 @@ class Results:
             "rows": rows,
             "probes": self._probes(),
             "misses": self._misses(),
-            "notes": [*self.plan["notes"], *self._unlike(), *self._unchosen(), *self._said()],
+            "notes": [*self.plan["notes"], *self._unlike(first), *self._unchosen(), *self._said()],
         }
 
     def _about(self, arm: str, labels: str) -> dict[str, Any]:
@@ -238,9 +238,15 @@ class Results:
                 )
         return rows
 
-    def _unlike(self) -> list[str]:
-        """In what fine-tuning of the arms differed beside weights and backbone."""
-        notes = []
+    def _unlike(self, first: str) -> list[str]:
+        """In what arms differed beside their weights: with weights also in the network, else in fine-tuning."""
+        backbones = {arm["name"]: arm["backbone"] for arm in self.plan["arms"]}
+        notes = [
+            f"{arm['name']} has another network ({arm['backbone']}) than {first} ({backbones[first]}): their "
+            "difference is not that of pre-training alone."
+            for arm in self.plan["arms"]
+            if arm["kind"] != "from scratch" and arm["backbone"] != backbones[first]
+        ]
         for name in ("schedule", "decoder"):
             arms: dict[str, dict[str, None]] = defaultdict(dict)
             for cell, result in self.done(kind="finetune"):
