@@ -475,7 +475,7 @@ def test_slurm_scripts_have_one_command_for_each_cell(
         ({"arms": ("scratch", {"metod": "MiM"})}, "no key 'metod'.*'method'"),
         (
             {"labels": ("10%",)},
-            "labels 10%: 0 of the 4 patients besides those tested in fold 0, where at least 2 .*; ask for 50% to 100%, or",
+            "labels 10%: 0 of the 4 patients besides those tested in fold 0, where at least 2 .*; ask for 50% to 100%",
         ),
         ({"labels": ("9",)}, "labels 9: fold 0 has 4 patients besides those tested; ask for 50% to 100%, or 2 to 4"),
         ({"labels": ("50%", "2")}, "are both 2 of the 4 patients"),
