@@ -95,10 +95,10 @@ class CrossedClasses:
 
     def auc(self, seed: int, counts_BP: Floats) -> Floats:
         """AUC (B,) of a seed where each patient is there so many times."""
-        probabilities_NK, each = self.probabilities_SNK[seed], []
+        probabilities_NK, folds, each = self.probabilities_SNK[seed], self._folds(seed), []
         for name in self._scored():
             wins, pairs = np.zeros(len(counts_BP)), np.zeros(len(counts_BP))
-            for inside in self._folds(seed):
+            for inside in folds:
                 is_positive, weights_BN = self.classes_N[inside] == name, counts_BP[:, self.patients_N[inside]]
                 of_fold = ranked_pairs(probabilities_NK[inside, name], is_positive, weights_BN)
                 wins, pairs = wins + of_fold[0], pairs + of_fold[1]
@@ -136,11 +136,11 @@ class CrossedClasses:
         The sum of their squares is the variance of the AUC: that of DeLong et al. (1988) where each patient has one
         case and there is one fold. NaN where a side has fewer than two patients.
         """
-        probabilities_NK, each = self.probabilities_SNK[seed], []
+        probabilities_NK, folds, each = self.probabilities_SNK[seed], self._folds(seed), []
         for name in self._scored():
             is_positive = self.classes_N == name
             wins_N, pairs_N = np.zeros(len(is_positive)), np.zeros(len(is_positive))
-            for inside in self._folds(seed):
+            for inside in folds:
                 side = is_positive[inside]
                 pairs_N[inside] = np.where(side, (~side).sum(), side.sum())
                 wins_N[inside] = placements(probabilities_NK[inside, name], side) * pairs_N[inside]

@@ -14,6 +14,7 @@ from mim3d.backbones import BACKBONES
 from mim3d.backbones.contract import common_multiple, round_up
 from mim3d.caching.build import build_cache
 from mim3d.caching.cache import Cache, open_cache
+from mim3d.caching.fingerprints import find_leaks
 from mim3d.caching.preprocessing import Preprocessing
 from mim3d.core.errors import CheckpointError, ConfigError, DataError, listed
 from mim3d.core.files import load_json, write_json
@@ -41,7 +42,7 @@ from mim3d.workflows.finetune.settings import FinetuneSettings
 from mim3d.workflows.shared.held_out import choose_split
 from mim3d.workflows.shared.initialisation import Initialisation
 from mim3d.workflows.shared.inputs import given_scans, unreadable_of
-from mim3d.workflows.shared.leakage import Seen, check_leakage, identities_of, read_seen, unlisted
+from mim3d.workflows.shared.leakage import Seen, identities_of, leaks_in_words, read_seen, unlisted
 
 PLAN_NAME = "plan.json"
 PLAN_FORMAT = 1
@@ -422,23 +423,17 @@ def _leaks(plan: ComparisonPlan) -> list[str]:
                 lists[arm.name] = (arm.weights, seen)
     for fold in plan.folds:
         tested = identities_of(plan.cache.subset(fold.test))
-        others = identities_of(plan.cache.subset((*fold.learning, *fold.choosing)))
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            check_leakage(others, tested, strict=False)
-        notes += [f"fold {fold.number}: {each.message}" for each in said]
-        if shared := sorted(
-            {case.patient for case in fold.test} & {c.patient for c in (*fold.learning, *fold.choosing)}
-        ):
+        learned = (*fold.learning, *fold.choosing)
+        if leaks := find_leaks(identities_of(plan.cache.subset(learned)), tested):
+            notes.append(f"fold {fold.number}: {leaks_in_words(leaks, len(tested))}")
+        if shared := sorted({case.patient for case in fold.test} & {case.patient for case in learned}):
             notes.append(
                 f"fold {fold.number}: the declared split has scans of {number_of(len(shared), 'patient')} both tested "
                 f"and learned from ({listed(shared)}); scores look better than they are."
             )
         for name, (weights, seen) in lists.items():
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
+            if leaks := find_leaks(seen.scans, tested):
                 place = f"in the pre-training data of {weights}"
-                check_leakage(seen.scans, tested, place=place, remedy=_LEAKING, strict=False)
-            if said:
-                raise DataError(f"arm {name}, fold {fold.number}: {said[0].message}")
+                found = leaks_in_words(leaks, len(tested), place=place, remedy=_LEAKING)
+                raise DataError(f"arm {name}, fold {fold.number}: {found}")
     return notes

@@ -124,21 +124,19 @@ def write_split(run: Run, split: Split) -> None:
 
 def list_rows(cases: Sequence[Case], columns: Sequence[str]) -> list[list[str | None]]:
     """Rows of a list that is DATA again, with some of the columns that lists may have."""
-    return [
-        [
-            {
-                "id": case.id,
-                "image": ";".join(case.images),
-                "label": case.label,
-                "class": case.class_name,
-                "patient": case.patient,
-                "modality": case.modality,
-                "labels": ";".join(case.labelled or ()),
-            }[name]
-            for name in columns
-        ]
+    rows = (
+        {
+            "id": case.id,
+            "image": ";".join(case.images),
+            "label": case.label,
+            "class": case.class_name,
+            "patient": case.patient,
+            "modality": case.modality,
+            "labels": ";".join(case.labelled or ()),
+        }
         for case in cases
-    ]
+    )
+    return [[row[name] for name in columns] for row in rows]
 
 
 def held_out_cases(run: Path) -> list[Case]:

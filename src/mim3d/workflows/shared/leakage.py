@@ -207,7 +207,6 @@ def check_leakage(
     *,
     strict: bool,
     place: str = "among the training cases too",
-    remedy: str = "leave such cases out of one of both parts, or give both the same patient",
 ) -> list[Leak]:
     """Warn of held-out scans that were learned from, in one sentence.
 
@@ -217,26 +216,34 @@ def check_leakage(
         strict: Whether they are refused.
         place: Place where they were found, as the sentence goes on: ``in the pre-training data of RUN``; of scans of
             the same run under another name if not given.
-        remedy: What to do, as the sentence goes on.
     Returns:
         What was found.
     Raises:
         DataError: ``strict``, and there is one.
     """
-    leaks = find_leaks(training, held_out)
-    if not leaks:
-        return leaks
+    if leaks := find_leaks(training, held_out):
+        sentence = leaks_in_words(leaks, len(held_out), place=place)
+        if strict:
+            raise DataError(f"{sentence} (strict: refused)")
+        warnings.warn(sentence, category=LeakWarning, stacklevel=2)
+    return leaks
+
+
+def leaks_in_words(
+    leaks: Sequence[Leak],
+    num_held_out: int,
+    *,
+    place: str = "among the training cases too",
+    remedy: str = "leave such cases out of one of both parts, or give both the same patient",
+) -> str:
+    """The sentence about leaks, of so many held-out scans; ``place`` as for :func:`check_leakage`, ``remedy`` alike."""
     # A scan that is there as it is and converted is reported as it is.
     nearest = {leak.held_out: leak for leak in sorted(leaks, key=lambda leak: -leak.distance)}
     in_order = [nearest[name] for name in dict.fromkeys(leak.held_out for leak in leaks)]
     described = [f"{leak.held_out} ({leak.how}{f' as {leak.training}' if leak.training else ''})" for leak in in_order]
     one = len(in_order) == 1
-    sentence = (
-        f"{len(in_order)} of {len(held_out)} held-out cases {'is' if one else 'are'} {place}: "
+    return (
+        f"{len(in_order)} of {num_held_out} held-out cases {'is' if one else 'are'} {place}: "
         f"{listed(described)}; scores on {'it' if one else 'them'} say nothing about new "
         f"patients, so {remedy}."
     )
-    if strict:
-        raise DataError(f"{sentence} (strict: refused)")
-    warnings.warn(sentence, category=LeakWarning, stacklevel=2)
-    return leaks
